@@ -1,0 +1,1 @@
+"""fastreg: fast, exact regularisation for PyTorch training."""
