@@ -1,1 +1,18 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
+
+from . import _library
+from .dropout import (
+    alpha_dropout,
+    drop_path,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    dropout_with_mask,
+    feature_alpha_dropout,
+    pack_mask,
+    unpack_mask,
+)
+
+_C = _library.load_kernels()
+__version__ = _C.build_info()["version"]

@@ -1,0 +1,145 @@
+// Checks that every op makes before it works, and what it needs to know of a tensor. For *_op.cpp only: this knows torch.
+// std::invalid_argument reaches Python as a ValueError.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+
+namespace fastreg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+// check(condition, "op: ", "expected ...", got, "; remedy")
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != b.size(d)) return false;
+  return true;
+}
+
+inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: fail(op, ": ", name, " must be float32, float64, float16 or bfloat16; convert it with .float()");
+  }
+}
+
+inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name, "; convert it with .to(",
+        like_name, ".dtype)");
+  check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+        " must be on the device of ", like_name, "; move it with .to(", like_name, ".device)");
+  check(same_shape(t, like), op, ": ", name, " must have the shape of ", like_name, ", ", shape_text(like), ", got ",
+        shape_text(t));
+}
+
+// The layout with mergeable dimensions merged: a tensor that is contiguous comes out with one dimension at most.
+inline Layout layout_of(const char* op, const Tensor& t) {
+  Layout layout;
+  layout.numel = t.numel();
+  layout.contiguous = t.is_contiguous();
+  if (layout.contiguous || layout.numel == 0) {
+    layout.contiguous = true;
+    return layout;
+  }
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    const int64_t size = t.size(d), stride = t.stride(d);
+    if (size == 1) continue;
+    if (layout.dims && layout.stride[layout.dims - 1] == stride * size) {
+      layout.size[layout.dims - 1] *= size;
+      layout.stride[layout.dims - 1] = stride;
+      continue;
+    }
+    check(layout.dims < kMaxDims, op, ": at most ", kMaxDims, " dimensions that do not merge, got ", t.dim(),
+          "; call .contiguous() first");
+    layout.size[layout.dims] = size;
+    layout.stride[layout.dims++] = stride;
+  }
+  layout.contiguous = layout.dims == 0 || (layout.dims == 1 && layout.stride[0] == 1);
+  return layout;
+}
+
+// No two elements at one address: what an in-place op needs. Sorted by stride, each must step over all that lies below.
+inline bool overlaps_itself(const Layout& layout) {
+  if (layout.contiguous) return false;
+  int order[kMaxDims];
+  for (int i = 0; i < layout.dims; ++i) {
+    int j = i;
+    for (; j > 0 && layout.stride[order[j - 1]] > layout.stride[i]; --j) order[j] = order[j - 1];
+    order[j] = i;
+  }
+  int64_t reach = 0;
+  for (int i = 0; i < layout.dims; ++i) {
+    if (layout.stride[order[i]] <= reach) return true;
+    reach += layout.stride[order[i]] * (layout.size[order[i]] - 1);
+  }
+  return false;
+}
+
+// Tensors that fill their memory without gaps in the same order can be walked as flat memory by an elementwise op.
+inline bool same_dense_order(const Layout& a, const Layout& b) {
+  if (a.contiguous || b.contiguous) return a.contiguous && b.contiguous;
+  if (a.dims != b.dims) return false;
+  int64_t reach = 1;
+  for (int i = 0; i < a.dims; ++i) {
+    if (a.size[i] != b.size[i] || a.stride[i] != b.stride[i]) return false;
+    reach += a.stride[i] * (a.size[i] - 1);
+  }
+  return reach == a.numel && !overlaps_itself(a);
+}
+
+// The one int64 in a seed tensor.
+inline uint64_t seed_of(const char* op, const Tensor& seed) {
+  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got shape ",
+        shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
+  check(seed.is_cpu(), op, ": seed must be on the device of input; move it with .to(input.device)");
+  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
+}
+
+// Splits [0, n) at multiples of `grain` over torch's threads; a loop that fits in one grain stays on this thread.
+template <class F>
+void parallel(int64_t n, int64_t grain, F f) {
+  const int64_t pieces = (n + grain - 1) / grain;
+  if (pieces <= 1) {
+    if (n > 0) f(int64_t(0), n);
+    return;
+  }
+  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    f(begin * grain, end * grain < n ? end * grain : n);
+  });
+}
+
+}  // namespace fastreg

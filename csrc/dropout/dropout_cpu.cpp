@@ -1,0 +1,104 @@
+// Dropout on the CPU, formula in dropout_math.h.
+// Bytes per float32 element: forward reads 4, writes 4 and 1/8 of mask; backward reads 4 1/8, writes 4: the floor.
+#include <type_traits>
+
+#include "../common/simd.h"
+#include "dropout_math.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// Mask bytes of whole global groups. 32 decisions, 4 groups, are compared at a time.
+void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* out) {
+  if (a.threshold == 0 || a.threshold >> 32) {
+    memset(out, a.threshold ? 0xff : 0, size_t(count));
+    return;
+  }
+  constexpr int kBlock = 64;
+  uint16_t value[8 * kBlock];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t n = count - begin < kBlock ? count - begin : kBlock;
+    const uint64_t first = group + uint64_t(begin);
+    philox_bulk(a.seed, first, (n + 3) & ~int64_t(3), 0, Purpose::kDropout, value);
+    for (int64_t g = 0; g < n; g += 4) {
+      const Comparison c = compare32(value + 8 * g, uint16_t(a.threshold >> 16));
+      uint8_t bytes[4];
+      memcpy(bytes, &c.less, 4);
+      if (c.equal && (a.threshold & 0xffff))
+        for (int j = 0; j < 4; ++j) bytes[j] = dropout_bits(a.seed, first + uint64_t(g + j), a.threshold);
+      memcpy(out + begin + g, bytes, size_t(n - g < 4 ? n - g : 4));
+    }
+  }
+}
+
+// Mask bytes [begin, end), at most kTile of them. Where the offset is not a multiple of 8, each straddles two groups.
+void draw_bytes(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) {
+  const uint64_t group = a.offset / 8 + uint64_t(begin);
+  const unsigned shift = unsigned(a.offset % 8);
+  if (shift == 0) {
+    draw_groups(a, group, end - begin, out);
+  } else {
+    uint8_t bytes[kTile + 1];
+    draw_groups(a, group, end - begin + 1, bytes);
+    for (int64_t i = 0; i < end - begin; ++i) out[i] = uint8_t(bytes[i] >> shift | bytes[i + 1] << (8 - shift));
+  }
+  const int64_t bytes = (a.decisions + 7) / 8;
+  if (end == bytes && a.decisions % 8) out[end - 1 - begin] &= uint8_t((1u << (a.decisions % 8)) - 1u);
+}
+
+void draw(const DropoutArgs& a, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; b += kTile) draw_bytes(a, b, b + kTile < end ? b + kTile : end, a.mask + b);
+}
+
+template <bool kShift, class T>
+void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
+  using A = typename Accumulate<T>::type;
+  using V = Vec<A>;
+  const V scale{A(a.scale)}, shift{A(a.shift)}, dropped{A(a.dropped)};
+  T in_buffer[kTile], out_buffer[kTile];
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t n = end - tile < kTile ? end - tile : kTile;
+    const T* in = read_tile(a.input_layout, static_cast<const T*>(a.input), tile, tile + n, in_buffer);
+    T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
+    if (a.inner == 1) {
+      for_each_vector<A>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        uint32_t bits = a.mask[(tile + i) / 8];
+        if (V::kLanes == 16 && lanes > 8) bits |= uint32_t(a.mask[(tile + i) / 8 + 1]) << 8;
+        store(out + i, dropout_element<kShift>(load(in + i, lanes), V::from_bits(bits), scale, shift, dropped), lanes);
+      });
+    } else {
+      for (int64_t i = 0; i < n;) {
+        const int64_t decision = (tile + i) / a.inner, rest = (decision + 1) * a.inner - (tile + i);
+        const int64_t run = rest < n - i ? rest : n - i;
+        const auto kept = V::from_bits(a.mask[decision / 8] >> (decision % 8) & 1 ? 0xffff : 0);
+        for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+          store(out + i + j, dropout_element<kShift>(load(in + i + j, lanes), kept, scale, shift, dropped), lanes);
+        });
+        i += run;
+      }
+    }
+    write_tile(a.output_layout, static_cast<T*>(a.output), tile, tile + n, out);
+  }
+}
+
+void apply(const DropoutArgs& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    a.shift != 0 ? apply_tiles<true, T>(a, begin, end) : apply_tiles<false, T>(a, begin, end);
+  });
+}
+
+void forward(const DropoutArgs& a, int64_t begin, int64_t end) {  // tile by tile, so that the mask is still in cache
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t stop = tile + kTile < end ? tile + kTile : end;
+    draw(a, tile / 8, (stop + 7) / 8);
+    apply(a, tile, stop);
+  }
+}
+
+}  // namespace
+
+extern const DropoutKernels dropout_kernels;
+const DropoutKernels dropout_kernels = {draw, apply, forward};
+
+}  // namespace fastreg::FASTREG_ISA

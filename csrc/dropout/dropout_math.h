@@ -1,0 +1,55 @@
+// Dropout: y = kept ? scale * x + shift : dropped, kept with probability 1 - p.
+//
+//   inverted dropout (Srivastava et al. 2014, as in torch)  scale 1 / (1 - p), shift 0, dropped 0
+//   textbook dropout (Goodfellow et al. 2016, 7.12)         scale 1, and the weights are multiplied by 1 - p after training
+//   alpha dropout (Klambauer et al. 2017)                   mean and variance of a SELU's output are kept
+//
+// One decision may cover `inner` neighbouring elements: a channel (dropout2d) or a sample (drop_path). Decision i is made by
+// 16 bits of Philox group i / 8; the one in 65,536 that those leave open is settled by 16 further bits, so that
+// P(kept) = threshold / 2^32 exactly. The mask holds one bit per decision: bit i % 8 of byte i / 8, 1 = kept.
+#pragma once
+#include "../common/device.h"
+#include "../common/isa.h"
+#include "../common/philox.h"
+
+namespace fastreg {
+
+struct DropoutArgs {
+  DType dtype;
+  const void* input;
+  void* output;
+  uint8_t* mask;
+  Layout input_layout, output_layout;
+  int64_t decisions, inner;  // numel == decisions * inner
+  uint64_t seed, offset;     // offset: global index of the first decision
+  uint64_t threshold;        // kept if 32 random bits are below it, 0 ... 2^32
+  double scale, shift, dropped;
+};
+
+FR_HD uint64_t dropout_threshold(double p) { return uint64_t((1. - p) * 0x1p32 + 0.5); }
+
+// The mask byte of decisions [8 * group, 8 * group + 8), counted globally.
+FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
+  const PhiloxWords high = philox_group(seed, group, 0, Purpose::kDropout), low = philox_group(seed, group, 1, Purpose::kDropout);
+  uint8_t bits = 0;
+  for (int j = 0; j < 8; ++j) {
+    const uint64_t value = uint64_t(philox_half(high, j)) << 16 | philox_half(low, j);
+    bits = uint8_t(bits | uint8_t(value < threshold) << j);
+  }
+  return bits;
+}
+
+template <bool kShift, class V, class M>
+FR_HD V dropout_element(V x, M kept, V scale, V shift, V dropped) {
+  if (kShift) return select(kept, x * scale + shift, dropped);
+  return select(kept, x * scale, dropped);  // not x * scale + 0, which would turn -0 into 0
+}
+
+struct DropoutKernels {
+  void (*draw)(const DropoutArgs&, int64_t begin, int64_t end);     // mask bytes [begin, end)
+  void (*apply)(const DropoutArgs&, int64_t begin, int64_t end);    // elements [begin, end) by the mask
+  void (*forward)(const DropoutArgs&, int64_t begin, int64_t end);  // both, for inner == 1; begin a multiple of 8
+};
+FR_DECLARE_KERNELS(DropoutKernels, dropout_kernels)
+
+}  // namespace fastreg

@@ -1,0 +1,78 @@
+"""The operator library `torch.ops.fastreg`: loads the compiled kernels and declares operators.
+
+One place for everything that can be missing (torch, the compiled module, a kernel for a device), so that each is said in one
+sentence with its remedy.
+"""
+
+import math
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("fastreg needs torch >= 2.10 and cannot import torch; pip install 'torch>=2.10'") from error
+
+if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
+    raise ImportError(f"fastreg needs torch >= 2.10, got {torch.__version__}; pip install --upgrade 'torch>=2.10'")
+
+_library = torch.library.Library("fastreg", "DEF")
+_declared = []
+
+
+def define(schema):
+    """Declare an operator, `name(arguments) -> results`, before its kernels are loaded; returns nothing."""
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _declared.append(schema.split("(")[0])
+
+
+def load_kernels():
+    """Import the extension module, which registers a CPU kernel for each declared operator."""
+    try:
+        from fastreg import _C
+    except ImportError as error:
+        raise ImportError(
+            f"fastreg's compiled kernels cannot be loaded ({error}); install fastreg with `pip install .` "
+            "for this Python, or run `make test` in a checkout"
+        ) from error
+    for name in _declared:
+        _library.impl(name, _no_kernel(name), "CompositeExplicitAutograd")
+    return _C
+
+
+def _no_kernel(name):
+    def kernel(*args, **kwargs):
+        devices = {a.device.type for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
+        device = min(devices - {"cpu"}, default="cpu")
+        remedy = (
+            "fastreg was built without CUDA; rebuild with -Ccmake.define.FASTREG_CUDA=ON or move the tensor with .cpu()"
+            if device == "cuda"
+            else "fastreg has kernels for dense tensors on the CPU; move the tensor with .cpu()"
+        )
+        raise RuntimeError(f"{name}: expected tensors on the CPU, got a tensor on {device!r}; {remedy}")
+
+    return kernel
+
+
+def draw_seed(device, generator=None):
+    """One int64 seed on `device`, drawn from `generator` or from the device's default generator; shape (1,)."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
+
+
+def check_number(op, name, value, low=-math.inf, high=math.inf):
+    """Raise unless `value` is a real number in [low, high]; NaN is in no interval."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        interval = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{op}: {name} must be {interval}, got {value}")
+
+
+def check_choice(op, name, value, choices):
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_tensor(op, name, value):
+    """Raise unless `value` is a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
