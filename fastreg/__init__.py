@@ -1,6 +1,7 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
 from . import _library
+from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
     drop_path,
@@ -13,6 +14,7 @@ from .dropout import (
     pack_mask,
     unpack_mask,
 )
+from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
 
 _C = _library.load_kernels()
 __version__ = _C.build_info()["version"]

@@ -93,16 +93,19 @@ struct Vec {
 };
 
 // ---- loads and stores, converting from and to the storage type; all of them unaligned
-FR_INLINE Vec<float> load(const float* p) {
-  Vec<float> v;
-  memcpy(v.part, p, 64);
+// Part by part: a memcpy of all 64 bytes goes through the stack in halves, and the load that follows waits for both.
+template <class A>
+FR_INLINE Vec<A> load_parts(const A* p) {
+  Vec<A> v;
+  for (int i = 0; i < v.kParts; ++i) memcpy(&v.part[i], p + i * v.kPartLanes, FR_VECTOR_BYTES);
   return v;
 }
-FR_INLINE Vec<double> load(const double* p) {
-  Vec<double> v;
-  memcpy(v.part, p, 64);
-  return v;
+template <class A>
+FR_INLINE void store_parts(A* p, const Vec<A>& v) {
+  for (int i = 0; i < v.kParts; ++i) memcpy(p + i * v.kPartLanes, &v.part[i], FR_VECTOR_BYTES);
 }
+FR_INLINE Vec<float> load(const float* p) { return load_parts(p); }
+FR_INLINE Vec<double> load(const double* p) { return load_parts(p); }
 typedef uint16_t U16Part __attribute__((vector_size(FR_VECTOR_BYTES / 2)));
 typedef uint32_t U32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 
@@ -126,8 +129,8 @@ FR_INLINE Vec<float> load(const Half* p) {
   }
   return v;
 }
-FR_INLINE void store(float* p, const Vec<float>& v) { memcpy(p, v.part, 64); }
-FR_INLINE void store(double* p, const Vec<double>& v) { memcpy(p, v.part, 64); }
+FR_INLINE void store(float* p, const Vec<float>& v) { store_parts(p, v); }
+FR_INLINE void store(double* p, const Vec<double>& v) { store_parts(p, v); }
 FR_INLINE void store_bfloat16_bits(BFloat16* p, int part, U32Part rounded) {
 #ifdef __AVX2__
   const __m256i packed = _mm256_packus_epi32((__m256i)rounded, (__m256i)rounded);

@@ -1,0 +1,59 @@
+// Cross-entropy of a softmax against smoothed targets, and its gradient.
+//
+//   q_c  = weight_c * (mix * t_c + base)      t the one-hot or soft target
+//     uniform (Szegedy et al. 2016, as in torch)      mix = 1 - eps,                 base = eps / k
+//     others (Goodfellow et al. 2016, section 7.5.1)  mix = 1 - eps - eps / (k - 1), base = eps / (k - 1)
+//   loss = sum_c q_c (lse - x_c) + z_loss * lse^2,    lse = log sum_c exp x_c
+//   dloss/dx_c = (sum q + 2 z_loss lse) p_c - q_c,    p = softmax(x)
+//
+// A class with q_c = 0 takes no part in the first sum, so that its logit may be -inf.
+#pragma once
+#include "../common/device.h"
+#include "../common/isa.h"
+
+namespace fastreg {
+
+struct CrossEntropyArgs {
+  DType dtype, grad_dtype, target_dtype;  // target_dtype: of soft targets
+  const void* logits;
+  void* grad;  // null: no gradient wanted
+  const int64_t* target;  // class indices, one per row; or null and
+  const void* soft_target;
+  const void* weight;  // of the accumulation type, null: 1
+  double* row_loss;
+  double* row_lse;
+  // Row r = (r / positions, r % positions); strides in elements.
+  int64_t outer, positions, classes;
+  struct Strides {
+    int64_t outer, position, cls;
+  } logits_stride, grad_stride, target_stride;
+  int64_t ignore_index;
+  double mix, base, z_loss;
+  double grad_factor;  // 1 / normaliser of a mean, else 1
+};
+
+template <class V>
+FR_HD V smoothed_target(V t, V weight, V mix, V base) {
+  return weight * (mix * t + base);
+}
+// 0 * inf counts as 0.
+template <class V>
+FR_HD V weighted_logit(V q, V x) {
+  return select(q == V(0), V(0), q * x);
+}
+template <class V>
+FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) {
+  return exp_shifted * softmax_factor - q * grad_factor;
+}
+
+struct CrossEntropyKernels {
+  // Blocks of rows [begin, end), in the numbering of cross_entropy_blocks.
+  void (*forward)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+};
+FR_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
+
+// Rows that lie side by side in memory (N-d inputs) are transposed through a buffer of this many rows at a time.
+constexpr int64_t kRowBlock = 16;
+inline int64_t cross_entropy_blocks(const CrossEntropyArgs& a) { return a.outer * ((a.positions + kRowBlock - 1) / kRowBlock); }
+
+}  // namespace fastreg

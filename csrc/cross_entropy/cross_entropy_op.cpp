@@ -1,0 +1,168 @@
+// torch.ops.fastreg.cross_entropy on the CPU: checks, allocation, threads, the reduction in a fixed order. The schema stands in
+// fastreg/cross_entropy.py.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../common/check.h"
+#include "cross_entropy_math.h"
+
+namespace fastreg {
+namespace {
+
+enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
+
+// (N, C, positions...) as (outer, positions, classes). Positions must merge into one dimension; without any, the rows of the
+// batch are the positions, so that threads have something to split.
+CrossEntropyArgs::Strides strides_of(const Tensor& t, int64_t positions) {
+  if (t.dim() == 2) return {0, t.stride(0), t.stride(1)};
+  int64_t inner = 1;
+  for (int64_t d = 2; d < t.dim(); ++d)
+    if (t.size(d) != 1) inner = t.stride(d);
+  return {t.stride(0), positions == 1 ? 1 : inner, t.stride(1)};
+}
+bool positions_merge(const Tensor& t) {
+  int64_t expected = -1;
+  for (int64_t d = t.dim() - 1; d >= 2; --d) {
+    if (t.size(d) == 1) continue;
+    if (expected >= 0 && t.stride(d) != expected) return false;
+    expected = t.stride(d) * t.size(d);
+  }
+  return true;
+}
+
+// Writes `value` as the one element, or element i, of a floating tensor.
+void put(const Tensor& t, int64_t i, double value) {
+  void* p = t.mutable_data_ptr();
+  switch (dtype_of("cross_entropy", "loss", t)) {
+    case DType::kFloat64: static_cast<double*>(p)[i] = value; return;
+    case DType::kFloat32: static_cast<float*>(p)[i] = float(value); return;
+    case DType::kFloat16: from_float(float(value), static_cast<Half*>(p) + i); return;
+    case DType::kBFloat16: from_float(float(value), static_cast<BFloat16*>(p) + i); return;
+  }
+}
+
+// loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse: (rows,).
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing, bool others, double z_loss,
+                                                 bool all_ignored_zero, std::optional<ScalarType> loss_dtype, bool with_grad) {
+  const char* op = "cross_entropy";
+  check(input.dim() >= 2, op, ": input must be (N, C, ...), got ", shape_text(input));
+  const DType dtype = dtype_of(op, "input", input);
+  const int64_t n = input.size(0), k = input.size(1);
+  check(k >= 1, op, ": input must have at least one class, got ", shape_text(input));
+  check(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be in [0, 1], got ", label_smoothing);
+  check(std::isfinite(z_loss) && z_loss >= 0, op, ": z_loss must be finite and at least 0, got ", z_loss);
+  check(!others || label_smoothing == 0 || k > 1, op, ": smoothing='others' needs at least two classes, got ", shape_text(input));
+  check(target.is_cpu(), op, ": target must be on the device of input; move it with .to(input.device)");
+  check(positions_merge(input), op, ": dimensions after the classes must merge into one; call .contiguous() first");
+  int64_t positions = 1;
+  for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
+  const int64_t rows = n * positions;
+
+  CrossEntropyArgs a{};
+  const bool soft = target.scalar_type() != ScalarType::Long;
+  if (soft) {
+    a.target_dtype = dtype_of(op, "a target of probabilities", target);
+    check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ", shape_text(input), ", got ",
+          shape_text(target));
+    check(positions_merge(target), op, ": dimensions after the classes must merge into one; call .contiguous() on target");
+    a.soft_target = target.const_data_ptr();
+    a.target_stride = strides_of(target, positions);
+  } else {
+    bool fits = target.dim() == input.dim() - 1 && target.size(0) == n;
+    for (int64_t d = 2; fits && d < input.dim(); ++d) fits = target.size(d - 1) == input.size(d);
+    check(fits && target.is_contiguous(), op, ": a target of class indices must be contiguous and have the shape of input without "
+          "its classes, input ", shape_text(input), ", got ", shape_text(target));
+    a.target = static_cast<const int64_t*>(target.const_data_ptr());
+  }
+  if (weight) {
+    const ScalarType expected = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    check(weight->dim() == 1 && weight->size(0) == k && weight->is_contiguous() && weight->is_cpu() &&
+              weight->scalar_type() == expected,
+          op, ": weight must have one value for each of the ", k, " classes, shape (", k, ",), got ", shape_text(*weight));
+    a.weight = weight->const_data_ptr();
+  }
+
+  // Every class index is looked at before anything is computed; the sum of their weights divides a mean.
+  double normaliser = double(rows);
+  if (!soft) {
+    normaliser = 0;
+    int64_t counted = 0;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t t = a.target[i];
+      if (t == ignore_index) continue;
+      check(t >= 0 && t < k, op, ": target must be in [0, ", k, ") or ignore_index ", ignore_index, ", got ", t, " at element ", i);
+      ++counted;
+      if (!weight) continue;
+      normaliser += dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t] : double(static_cast<const float*>(a.weight)[t]);
+    }
+    if (!weight) normaliser = double(counted);
+    if (counted == 0) normaliser = 0;
+  }
+
+  a.dtype = dtype;
+  a.logits = input.const_data_ptr();
+  a.outer = input.dim() == 2 ? 1 : n;
+  a.positions = input.dim() == 2 ? n : positions;
+  a.classes = k;
+  a.logits_stride = strides_of(input, positions);
+  a.ignore_index = ignore_index;
+  const double spread = label_smoothing == 0 ? 0 : label_smoothing / double(others ? k - 1 : k);
+  a.base = spread;
+  a.mix = 1 - label_smoothing - (others ? spread : 0);
+  a.z_loss = z_loss;
+  a.grad_factor = reduction == kMean ? 1 / normaliser : 1;
+  const bool nothing = !soft && normaliser == 0 && reduction == kMean;
+  if (nothing && all_ignored_zero) a.grad_factor = 0;
+
+  const ScalarType out_dtype = loss_dtype ? *loss_dtype : input.scalar_type();
+  check(out_dtype == input.scalar_type() || out_dtype == ScalarType::Float || out_dtype == ScalarType::Double, op,
+        ": loss_dtype must be torch.float32, torch.float64 or the dtype of input");
+  const ScalarType statistics = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor grad = input;
+  if (!with_grad) {
+    grad = torch::stable::new_empty(input, {0});
+  } else if (dtype == DType::kFloat16) {
+    grad = torch::stable::new_empty(input, input.sizes(), ScalarType::Float);
+  } else {
+    grad = torch::stable::empty_like(input);
+  }
+  if (with_grad) {
+    a.grad = grad.mutable_data_ptr();
+    a.grad_stride = strides_of(grad, positions);
+  }
+  Tensor lse = torch::stable::new_empty(input, {rows}, statistics);
+  std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
+  a.row_loss = row_loss.data();
+  a.row_lse = row_lse.data();
+
+  const int64_t blocks = rows ? cross_entropy_blocks(a) : 0;
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (k * kRowBlock));
+  parallel(blocks, grain, [&](int64_t begin, int64_t end) { FR_KERNELS(cross_entropy_kernels).forward(a, begin, end); });
+
+  for (int64_t i = 0; i < rows; ++i) put(lse, i, row_lse[size_t(i)]);
+  if (reduction == kNone) {
+    Tensor loss = soft ? torch::stable::new_empty(input, {rows}, out_dtype) : torch::stable::new_empty(target, target.sizes(), out_dtype);
+    for (int64_t i = 0; i < rows; ++i) put(loss, i, row_loss[size_t(i)]);
+    if (soft && input.dim() > 2) {
+      std::vector<int64_t> shape{n};
+      for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
+      loss = torch::stable::view(loss, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+    }
+    return {loss, grad, lse};
+  }
+  double sum = 0;  // in the order of the rows, whatever thread computed them
+  for (const double value : row_loss) sum += value;
+  if (reduction == kMean) sum = nothing && all_ignored_zero ? 0 : sum / normaliser;
+  Tensor loss = torch::stable::new_empty(input, {}, out_dtype);
+  put(loss, 0, sum);
+  return {loss, grad, lse};
+}
+
+}  // namespace
+}  // namespace fastreg
+
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) { m.impl("cross_entropy", TORCH_BOX(&fastreg::cross_entropy)); }

@@ -1,0 +1,85 @@
+// The FGSM and PGD steps on the CPU, formulas in fgsm_math.h.
+// Bytes per float32 element: FGSM reads x and g, writes x': 12, the floor; PGD reads the origin too: 16.
+#include <initializer_list>
+#include <type_traits>
+
+#include "../common/simd.h"
+#include "fgsm_math.h"
+
+namespace fastreg::FASTREG_ISA {
+namespace {
+
+// Elements from i on that see one value.
+FR_INLINE int64_t run_length(const FgsmNumber& number, int64_t i) {
+  return number.values && number.inner > 1 ? number.inner - i % number.inner : INT64_MAX;
+}
+
+template <class A>
+FR_INLINE Vec<A> value_at(const FgsmNumber& number, int64_t i, int lanes) {
+  const A* values = static_cast<const A*>(number.values);
+  if (!values) return Vec<A>(A(number.value));
+  if (number.inner > 1) return Vec<A>(values[i / number.inner % number.count]);
+  A lane[Vec<A>::kLanes] = {};
+  for (int j = 0; j < lanes; ++j) lane[j] = values[(i + j) % number.count];
+  return load(lane);
+}
+
+template <class T, bool kProject>
+void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
+  using A = typename Accumulate<T>::type;
+  T x_buffer[kTile], grad_buffer[kTile], origin_buffer[kTile], out_buffer[kTile];
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t n = end - tile < kTile ? end - tile : kTile;
+    const T* x = read_tile(a.x_layout, static_cast<const T*>(a.x), tile, tile + n, x_buffer);
+    const T* grad = read_tile(a.grad_layout, static_cast<const T*>(a.grad), tile, tile + n, grad_buffer);
+    const T* origin = nullptr;
+    if (kProject) origin = read_tile(a.origin_layout, static_cast<const T*>(a.origin), tile, tile + n, origin_buffer);
+    T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
+    for (int64_t i = 0; i < n;) {
+      int64_t run = n - i;
+      for (const FgsmNumber* number : {&a.step, &a.radius, &a.lower, &a.upper}) {
+        const int64_t same = run_length(*number, tile + i);
+        run = same < run ? same : run;
+      }
+      const bool per_element = (a.step.values && a.step.inner == 1) || (a.radius.values && a.radius.inner == 1) ||
+                               (a.lower.values && a.lower.inner == 1) || (a.upper.values && a.upper.inner == 1);
+      auto body = [&](int64_t j, int lanes, Vec<A> step, Vec<A> radius, Vec<A> lower, Vec<A> upper)
+                      __attribute__((always_inline)) {
+        const Vec<A> vx = load(x + i + j, lanes), vg = load(grad + i + j, lanes);
+        if (kProject)
+          store(out + i + j, pgd_element(vx, vg, load(origin + i + j, lanes), step, radius, lower, upper), lanes);
+        else
+          store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
+      };
+      const int64_t at = tile + i;
+      if (per_element) {
+        for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+          body(j, lanes, value_at<A>(a.step, at + j, lanes), value_at<A>(a.radius, at + j, lanes),
+               value_at<A>(a.lower, at + j, lanes), value_at<A>(a.upper, at + j, lanes));
+        });
+      } else {
+        const Vec<A> step = value_at<A>(a.step, at, 1), radius = value_at<A>(a.radius, at, 1),
+                     lower = value_at<A>(a.lower, at, 1), upper = value_at<A>(a.upper, at, 1);
+        for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+          body(j, lanes, step, radius, lower, upper);
+        });
+      }
+      i += run;
+    }
+    write_tile(a.output_layout, static_cast<T*>(a.output), tile, tile + n, out);
+  }
+}
+
+void step(const FgsmArgs& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    a.origin ? step_tiles<T, true>(a, begin, end) : step_tiles<T, false>(a, begin, end);
+  });
+}
+
+}  // namespace
+
+extern const FgsmKernels fgsm_kernels;
+const FgsmKernels fgsm_kernels = {step};
+
+}  // namespace fastreg::FASTREG_ISA

@@ -1,0 +1,81 @@
+// torch.ops.fastreg.fgsm_step and pgd_step on the CPU: checks, allocation, threads. Schemas stand in fastreg/fgsm.py.
+#include "../common/check.h"
+#include "fgsm_math.h"
+
+namespace fastreg {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements per thread at least
+
+// A tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner, count); it is contiguous and has
+// the type of accumulation, which the Python side saw to.
+FgsmNumber number(const char* op, const char* name, const Tensor& x, double value, const std::optional<Tensor>& values) {
+  FgsmNumber result{value, nullptr, 1, 1};
+  if (!values) return result;
+  const Tensor& t = *values;
+  const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(t.scalar_type() == expected && t.is_contiguous() && t.is_cpu() && t.dim() <= x.dim(), op, ": ", name,
+        " must be a contiguous tensor of the type of accumulation that broadcasts to x, got shape ", shape_text(t));
+  int64_t d = 0;
+  const int64_t lead = x.dim() - t.dim();
+  while (d < t.dim() && t.size(d) == 1) ++d;
+  for (; d < t.dim() && t.size(d) == x.size(d + lead) && t.size(d) != 1; ++d) result.count *= t.size(d);
+  for (; d < t.dim() || d + lead < x.dim(); ++d) {
+    check(d >= t.dim() || t.size(d) == 1, op, ": ", name, " of shape ", shape_text(t), " does not broadcast to x of shape ",
+          shape_text(x), " over neighbouring dimensions; expand it to the shape of x");
+    result.inner *= x.size(d + lead);
+  }
+  if (result.count == 1) result.inner = x.numel() + 1;  // one value for all: never found at an element's edge
+  result.values = t.const_data_ptr();
+  return result;
+}
+
+Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* origin, const FgsmNumber& step,
+            const FgsmNumber& radius, const FgsmNumber& lower, const FgsmNumber& upper) {
+  FgsmArgs a{};
+  a.dtype = dtype_of(op, "x", x);
+  check_same(op, "grad", grad, "x", x);
+  if (origin) check_same(op, "origin", *origin, "x", x);
+  Tensor output = torch::stable::empty_like(x);
+  a.x = x.const_data_ptr();
+  a.grad = grad.const_data_ptr();
+  a.origin = origin ? origin->const_data_ptr() : nullptr;
+  a.output = output.mutable_data_ptr();
+  a.x_layout = layout_of(op, x);
+  a.grad_layout = layout_of(op, grad);
+  a.output_layout = layout_of(op, output);
+  if (origin) a.origin_layout = layout_of(op, *origin);
+  a.step = step;
+  a.radius = radius;
+  a.lower = lower;
+  a.upper = upper;
+  const bool one_value = !step.values && !radius.values && !lower.values && !upper.values;
+  if (one_value && same_dense_order(a.x_layout, a.grad_layout) && same_dense_order(a.x_layout, a.output_layout) &&
+      (!origin || same_dense_order(a.x_layout, a.origin_layout)))
+    a.x_layout.contiguous = a.grad_layout.contiguous = a.origin_layout.contiguous = a.output_layout.contiguous = true;
+  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(fgsm_kernels).step(a, begin, end); });
+  return output;
+}
+
+Tensor fgsm_step(Tensor x, Tensor grad, double eps, double lower, double upper, std::optional<Tensor> eps_values,
+                 std::optional<Tensor> lower_values, std::optional<Tensor> upper_values) {
+  const char* op = "fgsm_step";
+  return step(op, x, grad, nullptr, number(op, "eps", x, eps, eps_values), {}, number(op, "lower", x, lower, lower_values),
+              number(op, "upper", x, upper, upper_values));
+}
+
+Tensor pgd_step(Tensor x, Tensor grad, Tensor origin, double alpha, double eps, double lower, double upper,
+                std::optional<Tensor> alpha_values, std::optional<Tensor> eps_values, std::optional<Tensor> lower_values,
+                std::optional<Tensor> upper_values) {
+  const char* op = "pgd_step";
+  return step(op, x, grad, &origin, number(op, "alpha", x, alpha, alpha_values), number(op, "eps", x, eps, eps_values),
+              number(op, "lower", x, lower, lower_values), number(op, "upper", x, upper, upper_values));
+}
+
+}  // namespace
+}  // namespace fastreg
+
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("fgsm_step", TORCH_BOX(&fastreg::fgsm_step));
+  m.impl("pgd_step", TORCH_BOX(&fastreg::pgd_step));
+}

@@ -1,0 +1,257 @@
+"""Cross-entropy with smoothed targets, its gradient written in the sweep that computes the loss.
+
+loss = -sum_c q_c log softmax(x)_c + z_loss * lse^2 for targets q that move a mass eps off the true class: onto all k classes
+alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others (Goodfellow, Bengio, Courville 2016, 7.5.1).
+"""
+
+import torch
+
+from ._library import check_choice, check_number, check_tensor, define
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+# grad is d loss / d input: of the reduced loss, or of each element's own loss; empty unless with_grad.
+define(
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+    "float label_smoothing=0.0, bool others=False, float z_loss=0.0, bool all_ignored_zero=False, "
+    "ScalarType? loss_dtype=None, bool with_grad=False) -> (Tensor loss, Tensor grad, Tensor lse)"
+)
+
+
+@torch.library.register_fake("fastreg::cross_entropy")
+def _(
+    input,
+    target,
+    weight=None,
+    reduction=1,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    others=False,
+    z_loss=0.0,
+    all_ignored_zero=False,
+    loss_dtype=None,
+    with_grad=False,
+):
+    rows = (input.shape[0], *input.shape[2:])
+    numel = 1
+    for size in rows:
+        numel = numel * size
+    loss = input.new_empty(rows if reduction == 0 else (), dtype=loss_dtype or input.dtype)
+    if not with_grad:
+        grad = input.new_empty((0,))
+    elif input.dtype == torch.float16:
+        grad = input.new_empty(input.shape, dtype=torch.float32)
+    else:
+        grad = torch.empty_like(input)
+    return loss, grad, input.new_empty((numel,), dtype=_statistics_dtype(input))
+
+
+_cross_entropy = torch.ops.fastreg.cross_entropy.default
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+def _statistics_dtype(input):
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss, and as a second output its gradient G with respect to the input.
+
+    G is all that is saved, so that memory for backward is one tensor like the logits and those need not be kept alive. That G
+    is an output of this node, not a private buffer, is what makes double backward work: differentiating g * G reaches this node
+    again with a gradient for G, and the softmax that the Hessian needs is in G itself.
+    """
+
+    @staticmethod
+    def forward(ctx, input, target, weight, *options):
+        loss, grad, lse = _cross_entropy(input, target, weight, *options, True)
+        ctx.options, ctx.dtype = options, input.dtype
+        ctx.save_for_backward(grad, lse, target, weight)
+        ctx.set_materialize_grads(False)
+        return loss, grad
+
+    @staticmethod
+    def backward(ctx, g_loss, g_grad):
+        grad, lse, target, weight = ctx.saved_tensors
+        result = None
+        if g_loss is not None:
+            if _is_one(g_loss) and not torch.is_grad_enabled() and not _keeps_graph():
+                result = grad  # nobody else will read it: the usual loss.backward() costs no pass over memory
+            else:
+                result = grad * (g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss).to(grad.dtype)
+        if g_grad is not None:
+            second = _hessian_vector_product(g_grad, grad, lse, target, weight, *ctx.options)
+            result = second if result is None else result + second
+        return (None if result is None else result.to(ctx.dtype)), *(None,) * (2 + len(ctx.options))
+
+
+def _is_one(g):
+    # A look at the value is free on the CPU and impossible while tracing or without waiting for a GPU.
+    return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not torch.compiler.is_compiling() and g == 1
+
+
+def _hessian_vector_product(v, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
+    """d <v, G> / d input for G = s (b p - q), b = sum q + 2 z lse: s b p (v - <p, v>) + 2 z s p <p, v>, p taken from G."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    v, grad, k = v.to(dtype), grad.to(dtype), grad.shape[1]
+    rows = (grad.shape[0], 1, *grad.shape[2:])
+    if target.is_floating_point():
+        one_hot, keep, count = target.to(dtype), torch.ones(rows, dtype=dtype, device=grad.device), rows_of(grad)
+    else:
+        kept = (target != ignore_index).unsqueeze(1)
+        index = target.unsqueeze(1).where(kept, 0)
+        one_hot = torch.zeros_like(grad).scatter_(1, index, 1.0)
+        keep = kept.to(dtype)
+        count = (keep if weight is None else keep * weight.to(dtype)[index]).sum()
+    spread = 0.0 if eps == 0 else eps / (k - 1 if others else k)
+    q = (1 - eps - (spread if others else 0.0)) * one_hot + spread
+    if weight is not None:
+        q = q * weight.to(dtype).view(1, k, *(1,) * (grad.dim() - 2))
+    s = keep / count if reduction == 1 else keep
+    b = q.sum(1, keepdim=True) + 2 * z_loss * lse.to(dtype).view(rows)
+    safe = (s != 0) & (b != 0)
+    p = torch.where(safe, (grad / s.where(safe, 1) + q) / b.where(safe, 1), 0)
+    s = s.where(safe, 0)
+    pv = (p * v).sum(1, keepdim=True)
+    return s * p * (b * (v - pv) + 2 * z_loss * pv)
+
+
+def rows_of(input):
+    """Number of rows, that is of class distributions, in (N, C, ...)."""
+    return input.numel() // max(input.shape[1], 1)
+
+
+def cross_entropy(
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+    *,
+    smoothing="uniform",
+    z_loss=0.0,
+    all_ignored="nan",
+    loss_dtype=None,
+):
+    """Cross-entropy between logits and classes or class probabilities; drop-in for `torch.nn.functional.cross_entropy`.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...); float32, float64, float16 or bfloat16, any strides. Never modified.
+        target: class indices of shape (), (N,) or (N, d1, ...), an integer dtype; or probabilities of the shape of `input`.
+        weight: a weight per class, (C,).
+        size_average, reduce: deprecated in torch; still understood.
+        ignore_index: rows with this class index count for nothing; class indices only.
+        reduction: "none", "mean" (over the weights of the targets, as torch; over rows for probabilities) or "sum".
+        label_smoothing: eps in [0, 1], the mass moved off the target.
+        smoothing: where it goes. "uniform": eps / k on every class, the target too (torch). "others": eps / (k - 1) on each other
+            class, 1 - eps on the target.
+        z_loss: factor of lse^2, added to each counted row's loss before the reduction; keeps logits from drifting.
+        all_ignored: the mean over no row at all: "nan" (torch) or "zero".
+        loss_dtype: dtype of the loss; that of `input` by default (float32 under autocast), torch.float32 gives it unrounded.
+
+    Returns:
+        The loss, () or, with reduction "none", of the target's shape. Statistics are float32 (float64 for float64) whatever the
+        input's dtype. A -inf logit of a class with no target mass, by weight 0, probability 0 or no smoothing, gives a finite
+        loss. Saved for backward: the gradient, one tensor like `input` (float32 for float16). Twice differentiable in `input`.
+
+    Raises:
+        ValueError: class index out of range, shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown
+            `reduction`, `smoothing` or `all_ignored`, `ignore_index` >= 0 with probabilities, a dtype without kernels.
+        TypeError: `input` or `target` is no tensor, or `target` is bool or complex.
+
+    Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de Brebisson and Vincent
+    2016, Chowdhery et al. 2022.
+    """
+    op = "cross_entropy"
+    check_tensor(op, "input", input)
+    check_tensor(op, "target", target)
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    check_choice(op, "reduction", reduction, _REDUCTIONS)
+    check_choice(op, "smoothing", smoothing, ("uniform", "others"))
+    check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
+    check_number(op, "label_smoothing", label_smoothing, 0, 1)
+    check_number(op, "z_loss", z_loss, 0)
+    if input.dim() == 0:
+        raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
+    if target.device != input.device:
+        raise ValueError(f"{op}: target must be on {input.device} as input is, got {target.device}; move it with .to(input.device)")
+
+    soft = target.is_floating_point()
+    unbatched = input.dim() == 1
+    if unbatched:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+    if soft:
+        if target.shape != input.shape:
+            raise ValueError(
+                f"{op}: a target of probabilities must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}; "
+                "class indices must be int64"
+            )
+        if ignore_index >= 0:
+            raise ValueError(f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}")
+    else:
+        if target.dtype == torch.bool or target.is_complex():
+            raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
+        expected = (input.shape[0], *input.shape[2:])
+        if target.shape != expected:
+            raise ValueError(
+                f"{op}: target must have shape {expected} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
+            )
+        target = target.to(torch.int64).contiguous()
+    if weight is not None:
+        check_tensor(op, "weight", weight)
+        if weight.shape != input.shape[1:2]:
+            raise ValueError(
+                f"{op}: weight must have one value per class, shape {tuple(input.shape[1:2])}, got {tuple(weight.shape)}"
+            )
+        if weight.device != input.device:
+            raise ValueError(f"{op}: weight must be on {input.device} as input is, got {weight.device}")
+        weight = weight.detach().to(_statistics_dtype(input)).contiguous()
+    if input.dim() > 3:  # rows side by side as one dimension; a copy only where strides forbid a view
+        shape = target.shape[:1] + target.shape[2 if soft else 1 :]
+        input = input.flatten(2)
+        target = target.flatten(2) if soft else target.flatten(1)
+    else:
+        shape = None
+    if loss_dtype is None and input.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(input.device.type):
+        loss_dtype = torch.float32
+
+    options = (
+        _REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        smoothing == "others",
+        z_loss,
+        all_ignored == "zero",
+        loss_dtype,
+    )
+    if torch.is_grad_enabled() and target.requires_grad:
+        loss = _differentiable_in_target(input, target, weight, *options)
+    elif torch.is_grad_enabled() and input.requires_grad:
+        loss = _CrossEntropy.apply(input, target, weight, *options)[0]
+    else:
+        loss = _cross_entropy(input, target, weight, *options)[0]
+    if reduction == "none":
+        if unbatched:
+            return loss.squeeze(0)
+        if shape is not None:
+            return loss.view(shape)
+    return loss
+
+
+def _differentiable_in_target(input, target, weight, reduction, ignore_index, eps, others, z_loss, zero, loss_dtype):
+    """The same loss in plain torch operations, for the rare target that wants a gradient itself (distillation through a teacher)."""
+    dtype, k = _statistics_dtype(input), input.shape[1]
+    x = input.to(dtype)
+    lse = x.logsumexp(1)
+    spread = 0.0 if eps == 0 else eps / (k - 1 if others else k)
+    q = (1 - eps - (spread if others else 0.0)) * target.to(dtype) + spread
+    if weight is not None:
+        q = q * weight.view(1, k, *(1,) * (x.dim() - 2))
+    log_p = torch.where(q == 0, 0, x - lse.unsqueeze(1))  # a gradient towards a class of no mass is log p there: lost with its -inf
+    loss = -(q * log_p).sum(1) + z_loss * lse**2
+    loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
+    return loss.to(loss_dtype or input.dtype)

@@ -1,0 +1,380 @@
+"""Adversarial examples and training on them.
+
+The fast gradient sign method, x' = clamp(x + eps sign(dJ/dx)) (Goodfellow, Shlens, Szegedy 2015), its iterated form with
+projection, PGD (Kurakin et al. 2017; Madry et al. 2018), and the training objective over clean and adversarial examples.
+"""
+
+import contextlib
+import math
+
+import torch
+
+from ._library import check_choice, check_number, check_tensor, define
+from .cross_entropy import cross_entropy
+
+# Each number of the formula is one value, or a tensor of values that broadcasts over neighbouring dimensions.
+define(
+    "fgsm_step(Tensor x, Tensor grad, float eps, float lower, float upper, Tensor? eps_values=None, "
+    "Tensor? lower_values=None, Tensor? upper_values=None) -> Tensor"
+)
+define(
+    "pgd_step(Tensor x, Tensor grad, Tensor origin, float alpha, float eps, float lower, float upper, "
+    "Tensor? alpha_values=None, Tensor? eps_values=None, Tensor? lower_values=None, Tensor? upper_values=None) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastreg::fgsm_step")
+def _(x, grad, eps, lower, upper, eps_values=None, lower_values=None, upper_values=None):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("fastreg::pgd_step")
+def _(x, grad, origin, alpha, eps, lower, upper, alpha_values=None, eps_values=None, lower_values=None, upper_values=None):
+    return torch.empty_like(x)
+
+
+_fgsm_step = torch.ops.fastreg.fgsm_step.default
+_pgd_step = torch.ops.fastreg.pgd_step.default
+
+
+def _number(op, name, value, x, low=-math.inf):
+    """(float, None) for one number, (0.0, tensor) for one per channel, per sample or per element."""
+    if not isinstance(value, torch.Tensor):
+        if value is None:
+            return 0.0, None
+        check_number(op, name, value, low)
+        return float(value), None
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: {name} must be real numbers, got {value.dtype}")
+    value = value.detach().to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    if value.dim() == 1 and x.dim() >= 3 and len(value) != 1:
+        channel, sample = len(value) == x.shape[1], len(value) == x.shape[0]
+        if channel and sample:
+            raise ValueError(
+                f"{op}: {name} of shape {tuple(value.shape)} fits the batch and the channels of x, {tuple(x.shape)}; "
+                "give it as (B, 1, 1, 1) or (1, C, 1, 1)"
+            )
+        if channel:
+            value = value.view(-1, *(1,) * (x.dim() - 2))
+        elif sample:
+            value = value.view(-1, *(1,) * (x.dim() - 1))
+    elif value.dim() == 1 and x.dim() == 2 and len(value) not in (1, x.shape[1]) and len(value) == x.shape[0]:
+        value = value.view(-1, 1)
+    try:
+        fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{op}: {name} must be a number, one per channel or one per sample of x, {tuple(x.shape)}, got shape {tuple(value.shape)}"
+        )
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not (value >= low).all():
+        raise ValueError(f"{op}: {name} must be {'numbers' if low == -math.inf else f'at least {low:g}'}, got {value.min().item()}")
+    wide = [d for d, size in enumerate(value.shape) if size != 1]
+    lead = x.dim() - value.dim()
+    if wide and any(value.shape[d] != x.shape[d + lead] for d in range(wide[0], wide[-1] + 1)):
+        value = value.expand(x.shape)
+    return 0.0, value.contiguous()
+
+
+def _check_pair(op, x, grad, name="grad"):
+    check_tensor(op, "x", x)
+    check_tensor(op, name, grad)
+    for what, got, expected in (
+        ("shape", tuple(grad.shape), tuple(x.shape)),
+        ("dtype", grad.dtype, x.dtype),
+        ("device", grad.device, x.device),
+    ):
+        if got != expected:
+            raise ValueError(f"{op}: {name} must have the {what} of x, {expected}, got {got}")
+
+
+def _bounds(op, lower, upper, x):
+    lower = _number(op, "lower", -math.inf if lower is None else lower, x)
+    upper = _number(op, "upper", math.inf if upper is None else upper, x)
+    if lower[1] is None and upper[1] is None and lower[0] > upper[0]:
+        raise ValueError(f"{op}: lower must not exceed upper, got {lower[0]:g} and {upper[0]:g}")
+    return lower, upper
+
+
+def fgsm_step(x, grad, eps, lower=None, upper=None):
+    """clamp(x + eps * sign(grad), lower, upper) in one pass over memory.
+
+    Args:
+        x: tensor of any shape; float32, float64, float16 or bfloat16.
+        grad: gradient of the loss with respect to x: its shape, dtype and device.
+        eps: step, in the units of x: a number, or a tensor with one value per channel (C,) or (C, 1, 1), per sample (B,) or
+            (B, 1, 1, 1), or per element. A negative step goes down the gradient.
+        lower, upper: bounds of the result, as `eps`; None for none.
+
+    Returns:
+        A new tensor like x, detached. sign(0) and sign(NaN) are 0, as in torch; a NaN in x stays.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, a dtype without kernels.
+        TypeError: no tensor, or no number.
+
+    Source: Goodfellow, Shlens, Szegedy 2015, Explaining and harnessing adversarial examples.
+    """
+    op = "fgsm_step"
+    _check_pair(op, x, grad)
+    eps = _number(op, "eps", eps, x)
+    lower, upper = _bounds(op, lower, upper, x)
+    with torch.no_grad():
+        return _fgsm_step(x.detach(), grad.detach(), eps[0], lower[0], upper[0], eps[1], lower[1], upper[1])
+
+
+def _l2_norm(v):
+    """Norm per sample in at least float32, (B, 1, ...), by the largest element first so that nothing under- or overflows."""
+    v = v.flatten(1) if v.dim() > 1 else v.unsqueeze(1)
+    v = v.double() if v.dtype == torch.float64 else v.float()
+    largest = v.abs().amax(1, keepdim=True) if v.shape[1] else v.new_ones(len(v), 1)
+    safe = largest.where(largest > 0, 1)
+    return (safe * (v / safe).norm(dim=1, keepdim=True)).squeeze(1)
+
+
+def _per_sample(v, x):
+    return v.view(-1, *(1,) * (x.dim() - 1))
+
+
+def _value(number):
+    return number[0] if number[1] is None else number[1]
+
+
+def _attack_step(op, x, grad, origin, alpha, eps, lower, upper, norm):
+    """One ascent step from x of size alpha in `norm`, projected to the eps-ball around origin (None: no projection) and the box."""
+    if norm == "linf":
+        box = (lower[0], upper[0]), (lower[1], upper[1])
+        if origin is None:
+            return _fgsm_step(x, grad, alpha[0], *box[0], alpha[1], *box[1])
+        return _pgd_step(x, grad, origin, alpha[0], eps[0], *box[0], alpha[1], eps[1], *box[1])
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    length = _per_sample(_l2_norm(grad), x)
+    moved = x.to(work) + _value(alpha) * grad.to(work) / length.where(length > 0, 1)
+    if origin is not None:
+        delta = moved - origin.to(work)
+        size = _per_sample(_l2_norm(delta), x)
+        moved = origin.to(work) + delta * (_value(eps) / size.where(size > 0, 1)).clamp(max=1)
+    return _clamp(moved, lower, upper).to(x.dtype)
+
+
+def _clamp(x, lower, upper):
+    lower, upper = (torch.as_tensor(_value(bound), device=x.device, dtype=x.dtype) for bound in (lower, upper))
+    return torch.minimum(torch.maximum(x, lower), upper)
+
+
+@contextlib.contextmanager
+def _autograd():
+    """Gradients even where the caller has switched them off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _call(model, x):
+    """model(x) in the mode it is in, with its buffers shielded: running statistics move on copies that are thrown away."""
+    if not isinstance(model, torch.nn.Module):
+        return model(x)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer is not None}
+    if not buffers:
+        return model(x)
+    return torch.func.functional_call(model, buffers, (x,))
+
+
+def _loss(loss, logits, y):
+    if loss is not None:
+        return loss(logits, y).sum()
+    return cross_entropy(logits, y, reduction="sum", loss_dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
+def _input_gradient(model, x, y, loss):
+    """d loss / d x, of x's shape and dtype, with nothing left behind on the model.
+
+    In float16 a gradient below 6e-8 is 0 and has lost its sign, so the loss is scaled up first; samples whose gradient
+    overflows are taken from smaller scales. The sum over the batch, not the mean, keeps the batch size out of it.
+    """
+    x = x.detach().clone().requires_grad_()
+    if isinstance(y, torch.Tensor) and y.is_inference():
+        y = y.clone()
+    value = _loss(loss, _call(model, x), y)
+    if not value.requires_grad:
+        raise ValueError("fgsm: the loss does not depend on x; expected model(x) to be differentiable in x")
+    if not _computes_in_float16(model, x):
+        return torch.autograd.grad(value, x)[0]
+    scales = (2.0**16, 2.0**10, 2.0**4, 1.0, 2.0**-6)
+    best = None
+    for scale in scales:
+        (grad,) = torch.autograd.grad(value.float() * scale, x, retain_graph=scale != scales[-1])
+        bad = ~grad.isfinite().view(len(grad), -1).all(1) if grad.dim() else ~grad.isfinite()
+        best = grad if best is None else torch.where(_per_sample(missing, x) if grad.dim() else missing, grad, best)
+        missing = bad if scale == scales[0] else missing & bad
+        if not missing.any():
+            break
+    return best
+
+
+def _computes_in_float16(model, x):
+    device = x.device.type
+    return (
+        x.dtype == torch.float16
+        or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+        or (isinstance(model, torch.nn.Module) and any(p.dtype == torch.float16 for p in model.parameters()))
+    )
+
+
+def _prepare(op, x, eps, bounds, norm):
+    check_tensor(op, "x", x)
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be a floating-point tensor, got {x.dtype}; convert it with .float()")
+    check_choice(op, "norm", norm, ("linf", "l2"))
+    if bounds is None:
+        bounds = (None, None)
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{op}: bounds must be (lower, upper) or None, got {bounds!r}")
+    eps = _number(op, "eps", eps, x, low=0)
+    return eps, *_bounds(op, *bounds, x)
+
+
+def _times(number, sign):
+    return number[0] * sign, None if number[1] is None else number[1] * sign
+
+
+def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm="linf"):
+    """Adversarial examples by one step along the gradient of the loss.
+
+    linf: clamp(x + eps * sign(g)); l2: clamp(x + eps * g / |g|_2 per sample), with g = d loss / d x.
+
+    Args:
+        model: callable or Module, called as model(x) in the mode it is in; gives logits unless `loss` takes something else.
+        x: inputs, (B, ...), floating point, in the units of `bounds`.
+        y: what `loss` compares with: class indices (B,) or probabilities; with `targeted` the class to be mistaken for.
+        eps: size of the step, at least 0: a number, or a tensor with one value per channel (C,), per sample (B,) or of any shape
+            that broadcasts to x.
+        loss: callable(model(x), y) -> tensor, summed; cross-entropy if None.
+        bounds: (lower, upper) of valid inputs, each like `eps`; None for none.
+        targeted: step down the loss of y instead of up.
+        norm: "linf" or "l2".
+
+    Returns:
+        Tensor like x, detached. Nothing else changes: neither modes, buffers such as BatchNorm's statistics, nor `.grad` of
+        parameters or of x. Works under no_grad and inference_mode, and under autocast. Only random state that the model itself
+        draws from (dropout) moves on.
+
+    Raises:
+        ValueError: eps negative or NaN, bounds that do not fit, an unknown norm, a loss that does not depend on x.
+        TypeError: x is no floating-point tensor.
+
+    Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017.
+    """
+    eps, lower, upper = _prepare("fgsm", x, eps, bounds, norm)
+    sign = -1.0 if targeted else 1.0
+    with _autograd():
+        grad = _input_gradient(model, x, y, loss)
+    with torch.no_grad():
+        return _attack_step("fgsm", x.detach(), grad, None, _times(eps, sign), eps, lower, upper, norm)
+
+
+def pgd(
+    model,
+    x,
+    y,
+    eps,
+    alpha,
+    steps,
+    *,
+    random_start=True,
+    loss=None,
+    bounds=(0.0, 1.0),
+    targeted=False,
+    norm="linf",
+    generator=None,
+):
+    """Adversarial examples by projected gradient descent: `steps` steps of size alpha, each projected to the eps-ball around x.
+
+    Args:
+        alpha: size of one step, like `eps`.
+        steps: number of steps, at least 1.
+        random_start: begin at a uniform random point of the ball instead of at x.
+        generator: torch.Generator on x's device for that point.
+
+    Other arguments, result and errors as in `fgsm`. In the "linf" norm step and projection are one pass over memory.
+    Source: Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards deep learning models resistant to adversarial attacks.
+    """
+    eps, lower, upper = _prepare("pgd", x, eps, bounds, norm)
+    alpha = _times(_number("pgd", "alpha", alpha, x, low=0), -1.0 if targeted else 1.0)
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"pgd: steps must be an int, got {type(steps).__name__}")
+    if steps < 1:
+        raise ValueError(f"pgd: steps must be at least 1, got {steps}")
+    origin = x.detach()
+    adversarial = origin
+    if random_start:
+        with torch.no_grad():
+            adversarial = _random_start(origin, eps, lower, upper, norm, generator)
+    for _ in range(steps):
+        with _autograd():
+            grad = _input_gradient(model, adversarial, y, loss)
+        with torch.no_grad():
+            adversarial = _attack_step("pgd", adversarial, grad, origin, alpha, eps, lower, upper, norm)
+    return adversarial
+
+
+def _random_start(x, eps, lower, upper, norm, generator):
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if norm == "linf":
+        noise = torch.rand(x.shape, dtype=work, device=x.device, generator=generator) * 2 - 1
+    else:  # uniform in the ball: a uniform direction times U^(1/d)
+        noise = torch.randn(x.shape, dtype=work, device=x.device, generator=generator)
+        length = _l2_norm(noise)
+        radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator) ** (1 / max(x[0].numel(), 1) if len(x) else 1)
+        noise = noise * _per_sample(radius / length.where(length > 0, 1), x)
+    return _clamp(x.to(work) + _value(eps) * noise, lower, upper).to(x.dtype)
+
+
+def adversarial_loss(
+    model,
+    x,
+    y,
+    eps,
+    *,
+    weight=0.5,
+    loss=None,
+    bounds=(0.0, 1.0),
+    norm="linf",
+):
+    """The objective of adversarial training, (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x).
+
+    The clean forward pass serves the clean loss and the attack both, so that the price over plain training is one extra forward
+    and backward pass (and the gradient's way to the input).
+
+    Args:
+        model: Module or callable, called twice in the mode it is in; its statistics move as in any two training passes.
+        weight: share of the adversarial examples, in [0, 1].
+        loss: callable(model(x), y) -> loss of one number; mean cross-entropy if None.
+
+    Other arguments as in `fgsm`.
+
+    Returns:
+        The loss, (), attached to the model's parameters, not to x.
+
+    Raises:
+        ValueError, TypeError: as `fgsm`; weight outside [0, 1].
+
+    Source: Goodfellow, Shlens, Szegedy 2015, section 6.
+    """
+    op = "adversarial_loss"
+    eps, lower, upper = _prepare(op, x, eps, bounds, norm)
+    check_number(op, "weight", weight, 0, 1)
+    evaluate = cross_entropy if loss is None else loss
+    if weight == 0:
+        return evaluate(model(x), y)
+    if not torch.is_grad_enabled() or _computes_in_float16(model, x):
+        adversarial = fgsm(model, x, y, _value(eps), loss=loss, bounds=(_value(lower), _value(upper)), norm=norm)
+        clean = evaluate(model(x), y)
+    else:
+        x = x.detach().clone().requires_grad_()
+        clean = evaluate(model(x), y)
+        (grad,) = torch.autograd.grad(clean, x, retain_graph=True)
+        with torch.no_grad():
+            adversarial = _attack_step(op, x.detach(), grad, None, eps, eps, lower, upper, norm)
+    return (1 - weight) * clean + weight * evaluate(model(adversarial), y)
+
