@@ -1,6 +1,6 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _library
+from . import _library, nn, optim
 from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
@@ -14,7 +14,9 @@ from .dropout import (
     pack_mask,
     unpack_mask,
 )
+from .early_stopping import EarlyStopping, retrain
 from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
+from .patch import convert, patch, patched, unpatch
 
 _C = _library.load_kernels()
 __version__ = _C.build_info()["version"]

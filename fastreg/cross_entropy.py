@@ -178,7 +178,9 @@ def cross_entropy(
     if input.dim() == 0:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
     if target.device != input.device:
-        raise ValueError(f"{op}: target must be on {input.device} as input is, got {target.device}; move it with .to(input.device)")
+        raise ValueError(
+            f"{op}: target must be on {input.device} as input is, got {target.device}; move it with .to(input.device)"
+        )
 
     soft = target.is_floating_point()
     unbatched = input.dim() == 1
@@ -251,7 +253,9 @@ def _differentiable_in_target(input, target, weight, reduction, ignore_index, ep
     q = (1 - eps - (spread if others else 0.0)) * target.to(dtype) + spread
     if weight is not None:
         q = q * weight.view(1, k, *(1,) * (x.dim() - 2))
-    log_p = torch.where(q == 0, 0, x - lse.unsqueeze(1))  # a gradient towards a class of no mass is log p there: lost with its -inf
+    log_p = torch.where(
+        q == 0, 0, x - lse.unsqueeze(1)
+    )  # a gradient towards a class of no mass is log p there: lost with its -inf
     loss = -(q * log_p).sum(1) + z_loss * lse**2
     loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
     return loss.to(loss_dtype or input.dtype)

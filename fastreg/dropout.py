@@ -22,9 +22,7 @@ define(
     "dropout_(Tensor(a!) input, float p, Tensor seed, int offset=0, SymInt inner=1, float scale=1.0, float shift=0.0, "
     "float dropped=0.0) -> Tensor mask"
 )
-define(
-    "dropout_apply(Tensor input, Tensor mask, SymInt inner=1, float scale=1.0, float shift=0.0, float dropped=0.0) -> Tensor"
-)
+define("dropout_apply(Tensor input, Tensor mask, SymInt inner=1, float scale=1.0, float shift=0.0, float dropped=0.0) -> Tensor")
 
 
 def _empty_mask(input, inner):
@@ -202,9 +200,7 @@ def unpack_mask(mask, shape):
         raise TypeError(f"unpack_mask: mask must be a uint8 tensor, got {mask.dtype}")
     numel = torch.Size(shape).numel()
     if mask.shape != ((numel + 7) // 8,):
-        raise ValueError(
-            f"unpack_mask: mask must have shape ({(numel + 7) // 8},) for {tuple(shape)}, got {tuple(mask.shape)}"
-        )
+        raise ValueError(f"unpack_mask: mask must have shape ({(numel + 7) // 8},) for {tuple(shape)}, got {tuple(mask.shape)}")
     bits = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
     return bits.view(-1)[:numel].view(shape).bool()
 
@@ -247,7 +243,8 @@ def dropout2d(input, p=0.5, training=True, inplace=False, *, generator=None):
     check_tensor("dropout2d", "input", input)
     if input.dim() != 4:
         warnings.warn(
-            f"dropout2d: a {input.dim()}-D input is taken as (N, C, ...), as torch does; use dropout1d for (N, C, L)", stacklevel=2
+            f"dropout2d: a {input.dim()}-D input is taken as (N, C, ...), as torch does; use dropout1d for (N, C, L)",
+            stacklevel=2,
         )
     return _feature_dropout("dropout2d", input, p, training, inplace, generator, range(2, 64), 2)
 
@@ -261,9 +258,7 @@ def dropout3d(input, p=0.5, training=True, inplace=False, *, generator=None):
     check_tensor("dropout3d", "input", input)
     if input.dim() not in (4, 5):
         warnings.warn(f"dropout3d: a {input.dim()}-D input is taken as (C, ...), as torch does", stacklevel=2)
-    return _feature_dropout(
-        "dropout3d", input, p, training, inplace, generator, range(1, 64), 2 if input.dim() == 5 else 1
-    )
+    return _feature_dropout("dropout3d", input, p, training, inplace, generator, range(1, 64), 2 if input.dim() == 5 else 1)
 
 
 # SELU's lower asymptote, -scale * alpha (Klambauer et al. 2017).

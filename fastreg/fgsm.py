@@ -69,7 +69,9 @@ def _number(op, name, value, x, low=-math.inf):
             f"{op}: {name} must be a number, one per channel or one per sample of x, {tuple(x.shape)}, got shape {tuple(value.shape)}"
         )
     if value.device.type == "cpu" and not torch.compiler.is_compiling() and not (value >= low).all():
-        raise ValueError(f"{op}: {name} must be {'numbers' if low == -math.inf else f'at least {low:g}'}, got {value.min().item()}")
+        raise ValueError(
+            f"{op}: {name} must be {'numbers' if low == -math.inf else f'at least {low:g}'}, got {value.min().item()}"
+        )
     wide = [d for d, size in enumerate(value.shape) if size != 1]
     lead = x.dim() - value.dim()
     if wide and any(value.shape[d] != x.shape[d + lead] for d in range(wide[0], wide[-1] + 1)):
@@ -325,7 +327,9 @@ def _random_start(x, eps, lower, upper, norm, generator):
     else:  # uniform in the ball: a uniform direction times U^(1/d)
         noise = torch.randn(x.shape, dtype=work, device=x.device, generator=generator)
         length = _l2_norm(noise)
-        radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator) ** (1 / max(x[0].numel(), 1) if len(x) else 1)
+        radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator) ** (
+            1 / max(x[0].numel(), 1) if len(x) else 1
+        )
         noise = noise * _per_sample(radius / length.where(length > 0, 1), x)
     return _clamp(x.to(work) + _value(eps) * noise, lower, upper).to(x.dtype)
 
@@ -377,4 +381,3 @@ def adversarial_loss(
         with torch.no_grad():
             adversarial = _attack_step(op, x.detach(), grad, None, eps, eps, lower, upper, norm)
     return (1 - weight) * clean + weight * evaluate(model(adversarial), y)
-

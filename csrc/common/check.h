@@ -49,11 +49,16 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: fail(op, ": ", name, " must be float32, float64, float16 or bfloat16; convert it with .float()");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      fail(op, ": ", name, " must be float32, float64, float16 or bfloat16; convert it with .float()");
   }
 }
 
@@ -123,8 +128,8 @@ inline bool same_dense_order(const Layout& a, const Layout& b) {
 
 // The one int64 in a seed tensor.
 inline uint64_t seed_of(const char* op, const Tensor& seed) {
-  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got shape ",
-        shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
+  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got shape ", shape_text(seed),
+        "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
   check(seed.is_cpu(), op, ": seed must be on the device of input; move it with .to(input.device)");
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }
@@ -137,9 +142,8 @@ void parallel(int64_t n, int64_t grain, F f) {
     if (n > 0) f(int64_t(0), n);
     return;
   }
-  torch::stable::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    f(begin * grain, end * grain < n ? end * grain : n);
-  });
+  torch::stable::parallel_for(0, pieces, 1,
+                              [&](int64_t begin, int64_t end) { f(begin * grain, end * grain < n ? end * grain : n); });
 }
 
 }  // namespace fastreg

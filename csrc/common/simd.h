@@ -41,23 +41,23 @@ struct Vec {
   FR_INLINE Vec(A x) {
     for (int i = 0; i < kParts; ++i) part[i] = x - Part{};
   }
-#define FR_ARITHMETIC(op)                                                         \
-  friend FR_INLINE Vec operator op(const Vec& a, const Vec& b) {                  \
-    Vec c;                                                                        \
-    for (int i = 0; i < kParts; ++i) c.part[i] = a.part[i] op b.part[i];          \
-    return c;                                                                     \
+#define FR_ARITHMETIC(op)                                                \
+  friend FR_INLINE Vec operator op(const Vec& a, const Vec& b) {         \
+    Vec c;                                                               \
+    for (int i = 0; i < kParts; ++i) c.part[i] = a.part[i] op b.part[i]; \
+    return c;                                                            \
   }
-#define FR_COMPARISON(op)                                                         \
-  friend FR_INLINE Mask operator op(const Vec& a, const Vec& b) {                 \
-    Mask c;                                                                       \
+#define FR_COMPARISON(op)                                                           \
+  friend FR_INLINE Mask operator op(const Vec& a, const Vec& b) {                   \
+    Mask c;                                                                         \
     for (int i = 0; i < kParts; ++i) c.part[i] = (IntPart)(a.part[i] op b.part[i]); \
-    return c;                                                                     \
+    return c;                                                                       \
   }
-  FR_ARITHMETIC(+) FR_ARITHMETIC(-) FR_ARITHMETIC(*) FR_ARITHMETIC(/)
-  FR_COMPARISON(<) FR_COMPARISON(>) FR_COMPARISON(==)
+  FR_ARITHMETIC(+)
+  FR_ARITHMETIC(-) FR_ARITHMETIC(*) FR_ARITHMETIC(/) FR_COMPARISON(<) FR_COMPARISON(>) FR_COMPARISON(==)
 #undef FR_ARITHMETIC
 #undef FR_COMPARISON
-  friend FR_INLINE Vec select(const Mask& m, const Vec& yes, const Vec& no) {
+      friend FR_INLINE Vec select(const Mask& m, const Vec& yes, const Vec& no) {
     Vec c;
     for (int i = 0; i < kParts; ++i) c.part[i] = m.part[i] ? yes.part[i] : no.part[i];
     return c;
@@ -317,10 +317,14 @@ FR_INLINE Comparison compare32(const uint16_t* value, uint16_t threshold) {
 template <class F>
 FR_INLINE void with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(nullptr));
-    case DType::kFloat64: return f(static_cast<double*>(nullptr));
-    case DType::kFloat16: return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16: return f(static_cast<BFloat16*>(nullptr));
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
   }
 }
 

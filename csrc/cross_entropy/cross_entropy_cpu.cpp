@@ -96,7 +96,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
       G* g = static_cast<G*>(a.grad) + (a.grad ? n * a.grad_stride.outer + s0 * a.grad_stride.position : 0);
       if (!direct) {
         for (int64_t c = 0; c < k; ++c)
-          for (int64_t r = 0; r < rows; ++r) logits[size_t(r * k + c)] = x[c * a.logits_stride.cls + r * a.logits_stride.position];
+          for (int64_t r = 0; r < rows; ++r)
+            logits[size_t(r * k + c)] = x[c * a.logits_stride.cls + r * a.logits_stride.position];
       }
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t index = n * a.positions + s0 + r;

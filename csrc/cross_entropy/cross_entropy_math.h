@@ -16,7 +16,7 @@ namespace fastreg {
 struct CrossEntropyArgs {
   DType dtype, grad_dtype, target_dtype;  // target_dtype: of soft targets
   const void* logits;
-  void* grad;  // null: no gradient wanted
+  void* grad;             // null: no gradient wanted
   const int64_t* target;  // class indices, one per row; or null and
   const void* soft_target;
   const void* weight;  // of the accumulation type, null: 1

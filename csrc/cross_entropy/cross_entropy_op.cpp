@@ -37,10 +37,18 @@ bool positions_merge(const Tensor& t) {
 void put(const Tensor& t, int64_t i, double value) {
   void* p = t.mutable_data_ptr();
   switch (dtype_of("cross_entropy", "loss", t)) {
-    case DType::kFloat64: static_cast<double*>(p)[i] = value; return;
-    case DType::kFloat32: static_cast<float*>(p)[i] = float(value); return;
-    case DType::kFloat16: from_float(float(value), static_cast<Half*>(p) + i); return;
-    case DType::kBFloat16: from_float(float(value), static_cast<BFloat16*>(p) + i); return;
+    case DType::kFloat64:
+      static_cast<double*>(p)[i] = value;
+      return;
+    case DType::kFloat32:
+      static_cast<float*>(p)[i] = float(value);
+      return;
+    case DType::kFloat16:
+      from_float(float(value), static_cast<Half*>(p) + i);
+      return;
+    case DType::kBFloat16:
+      from_float(float(value), static_cast<BFloat16*>(p) + i);
+      return;
   }
 }
 
@@ -66,16 +74,18 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   const bool soft = target.scalar_type() != ScalarType::Long;
   if (soft) {
     a.target_dtype = dtype_of(op, "a target of probabilities", target);
-    check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ", shape_text(input), ", got ",
-          shape_text(target));
+    check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ", shape_text(input),
+          ", got ", shape_text(target));
     check(positions_merge(target), op, ": dimensions after the classes must merge into one; call .contiguous() on target");
     a.soft_target = target.const_data_ptr();
     a.target_stride = strides_of(target, positions);
   } else {
     bool fits = target.dim() == input.dim() - 1 && target.size(0) == n;
     for (int64_t d = 2; fits && d < input.dim(); ++d) fits = target.size(d - 1) == input.size(d);
-    check(fits && target.is_contiguous(), op, ": a target of class indices must be contiguous and have the shape of input without "
-          "its classes, input ", shape_text(input), ", got ", shape_text(target));
+    check(fits && target.is_contiguous(), op,
+          ": a target of class indices must be contiguous and have the shape of input without "
+          "its classes, input ",
+          shape_text(input), ", got ", shape_text(target));
     a.target = static_cast<const int64_t*>(target.const_data_ptr());
   }
   if (weight) {
@@ -94,10 +104,12 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t t = a.target[i];
       if (t == ignore_index) continue;
-      check(t >= 0 && t < k, op, ": target must be in [0, ", k, ") or ignore_index ", ignore_index, ", got ", t, " at element ", i);
+      check(t >= 0 && t < k, op, ": target must be in [0, ", k, ") or ignore_index ", ignore_index, ", got ", t, " at element ",
+            i);
       ++counted;
       if (!weight) continue;
-      normaliser += dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t] : double(static_cast<const float*>(a.weight)[t]);
+      normaliser +=
+          dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t] : double(static_cast<const float*>(a.weight)[t]);
     }
     if (!weight) normaliser = double(counted);
     if (counted == 0) normaliser = 0;
@@ -145,7 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
 
   for (int64_t i = 0; i < rows; ++i) put(lse, i, row_lse[size_t(i)]);
   if (reduction == kNone) {
-    Tensor loss = soft ? torch::stable::new_empty(input, {rows}, out_dtype) : torch::stable::new_empty(target, target.sizes(), out_dtype);
+    Tensor loss =
+        soft ? torch::stable::new_empty(input, {rows}, out_dtype) : torch::stable::new_empty(target, target.sizes(), out_dtype);
     for (int64_t i = 0; i < rows; ++i) put(loss, i, row_loss[size_t(i)]);
     if (soft && input.dim() > 2) {
       std::vector<int64_t> shape{n};

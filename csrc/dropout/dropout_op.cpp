@@ -29,7 +29,8 @@ DropoutArgs arguments(const char* op, const Tensor& input, const Tensor& output,
 }
 
 int64_t decisions_of(const char* op, const Tensor& input, int64_t inner) {
-  check(inner >= 1 && input.numel() % inner == 0, op, ": inner must divide the number of elements, ", input.numel(), ", got ", inner);
+  check(inner >= 1 && input.numel() % inner == 0, op, ": inner must divide the number of elements, ", input.numel(), ", got ",
+        inner);
   return input.numel() / inner;
 }
 
@@ -65,7 +66,8 @@ std::tuple<Tensor, Tensor> dropout(Tensor input, double p, Tensor seed, int64_t 
 
 Tensor dropout_inplace(Tensor input, double p, Tensor seed, int64_t offset, int64_t inner, double scale, double shift,
                        double dropped) {
-  check(!overlaps_itself(layout_of("dropout", input)), "dropout: inplace needs an input whose elements do not share memory; call "
+  check(!overlaps_itself(layout_of("dropout", input)),
+        "dropout: inplace needs an input whose elements do not share memory; call "
         "it with inplace=False or on input.clone()");
   return draw_and_apply("dropout", input, input, p, seed, offset, inner, scale, shift, dropped);
 }

@@ -45,12 +45,12 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
                                (a.lower.values && a.lower.inner == 1) || (a.upper.values && a.upper.inner == 1);
       auto body = [&](int64_t j, int lanes, Vec<A> step, Vec<A> radius, Vec<A> lower, Vec<A> upper)
                       __attribute__((always_inline)) {
-        const Vec<A> vx = load(x + i + j, lanes), vg = load(grad + i + j, lanes);
-        if (kProject)
-          store(out + i + j, pgd_element(vx, vg, load(origin + i + j, lanes), step, radius, lower, upper), lanes);
-        else
-          store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
-      };
+                        const Vec<A> vx = load(x + i + j, lanes), vg = load(grad + i + j, lanes);
+                        if (kProject)
+                          store(out + i + j, pgd_element(vx, vg, load(origin + i + j, lanes), step, radius, lower, upper), lanes);
+                        else
+                          store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
+                      };
       const int64_t at = tile + i;
       if (per_element) {
         for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
@@ -60,9 +60,8 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
       } else {
         const Vec<A> step = value_at<A>(a.step, at, 1), radius = value_at<A>(a.radius, at, 1),
                      lower = value_at<A>(a.lower, at, 1), upper = value_at<A>(a.upper, at, 1);
-        for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-          body(j, lanes, step, radius, lower, upper);
-        });
+        for_each_vector<A>(
+            run, [&](int64_t j, int lanes) __attribute__((always_inline)) { body(j, lanes, step, radius, lower, upper); });
       }
       i += run;
     }

@@ -27,12 +27,8 @@ template <class T, bool kMomentum>
 void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
-  const SgdNumbers<V> c{V(A(a.lr)),
-                        V(A(a.momentum)),
-                        V(A(1 - a.dampening)),
-                        V(A(a.weight_decay)),
-                        V(A(a.l1)),
-                        V(A((a.maximize ? -1 : 1) / a.grad_scale))};
+  const SgdNumbers<V> c{V(A(a.lr)),           V(A(a.momentum)), V(A(1 - a.dampening)),
+                        V(A(a.weight_decay)), V(A(a.l1)),       V(A((a.maximize ? -1 : 1) / a.grad_scale))};
   const bool stochastic = std::is_same_v<T, BFloat16> && a.stochastic_rounding;
   T param_buffer[kTile], grad_buffer[kTile], momentum_buffer[kTile];
   uint16_t random[kTile + 64];

@@ -16,9 +16,12 @@ double scalar_of(const char* name, const Tensor& t) {
         shape_text(t));
   const void* p = t.const_data_ptr();
   switch (t.scalar_type()) {
-    case ScalarType::Float: return *static_cast<const float*>(p);
-    case ScalarType::Double: return *static_cast<const double*>(p);
-    default: fail("sgd: ", name, " must be float32 or float64");
+    case ScalarType::Float:
+      return *static_cast<const float*>(p);
+    case ScalarType::Double:
+      return *static_cast<const double*>(p);
+    default:
+      fail("sgd: ", name, " must be float32 or float64");
   }
 }
 
@@ -78,7 +81,8 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
     size_t i = size_t(std::upper_bound(first_piece.begin(), first_piece.end(), begin) - first_piece.begin()) - 1;
     for (int64_t piece = begin; piece < end; ++i) {
       const int64_t stop = std::min(end, first_piece[i + 1]), numel = params[i].numel();
-      kernels.step(a, tensors[i], uint32_t(i), (piece - first_piece[i]) * kGrain, std::min(numel, (stop - first_piece[i]) * kGrain));
+      kernels.step(a, tensors[i], uint32_t(i), (piece - first_piece[i]) * kGrain,
+                   std::min(numel, (stop - first_piece[i]) * kGrain));
       piece = stop;
     }
   };

@@ -1,0 +1,283 @@
+"""Modules over the functions: each is a subclass of its torch namesake, so that isinstance checks and checkpoints carry over."""
+
+import torch
+
+from ._library import check_choice, check_number
+from .cross_entropy import cross_entropy
+from .dropout import alpha_dropout, drop_path, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+
+__all__ = [
+    "AlphaDropout",
+    "CrossEntropyLoss",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+    "fold_dropout",
+]
+
+
+class Dropout(torch.nn.Dropout):
+    """Zeroes elements with probability `p` while training; drop-in for `torch.nn.Dropout`, on `fastreg.dropout`.
+
+    Args:
+        p: probability of zeroing an element, in [0, 1].
+        inplace: overwrite the input.
+        rescale: "train" divides by 1 - p while training; "inference" multiplies by 1 - p in evaluation, the textbook form that
+            `fold_dropout` turns into scaled weights.
+
+    Shape: any; dtypes and errors as in `fastreg.dropout`.
+    """
+
+    rescale = "train"
+
+    def __init__(self, p=0.5, inplace=False, *, rescale="train"):
+        check_number("Dropout", "p", p, 0, 1)
+        check_choice("Dropout", "rescale", rescale, ("train", "inference"))
+        super().__init__(p, inplace)
+        self.rescale = rescale
+
+    def forward(self, input):
+        """Apply it; (*) -> (*)."""
+        return dropout(input, self.p, self.training, self.inplace, rescale=self.rescale)
+
+    def extra_repr(self):
+        """The arguments as in torch, and `rescale` where it is not the default."""
+        return super().extra_repr() + ("" if self.rescale == "train" else f", rescale={self.rescale!r}")
+
+
+class Dropout1d(torch.nn.Dropout1d):
+    """Zeroes channels of (N, C, L) or (C, L); drop-in for `torch.nn.Dropout1d`, on `fastreg.dropout1d`."""
+
+    def forward(self, input):
+        """Apply it; (N, C, L) -> (N, C, L)."""
+        return dropout1d(input, self.p, self.training, self.inplace)
+
+
+class Dropout2d(torch.nn.Dropout2d):
+    """Zeroes channels of (N, C, H, W); drop-in for `torch.nn.Dropout2d`, on `fastreg.dropout2d`."""
+
+    def forward(self, input):
+        """Apply it; (N, C, H, W) -> (N, C, H, W)."""
+        return dropout2d(input, self.p, self.training, self.inplace)
+
+
+class Dropout3d(torch.nn.Dropout3d):
+    """Zeroes channels of (N, C, D, H, W); drop-in for `torch.nn.Dropout3d`, on `fastreg.dropout3d`."""
+
+    def forward(self, input):
+        """Apply it; (N, C, D, H, W) -> (N, C, D, H, W)."""
+        return dropout3d(input, self.p, self.training, self.inplace)
+
+
+class AlphaDropout(torch.nn.AlphaDropout):
+    """Dropout that keeps mean and variance after SELU; drop-in for `torch.nn.AlphaDropout`, on `fastreg.alpha_dropout`."""
+
+    def forward(self, input):
+        """Apply it; (*) -> (*)."""
+        return alpha_dropout(input, self.p, self.training, self.inplace)
+
+
+class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
+    """Alpha dropout of whole channels of (N, C, ...); drop-in for `torch.nn.FeatureAlphaDropout`."""
+
+    def forward(self, input):
+        """Apply it; (N, C, ...) -> (N, C, ...)."""
+        return feature_alpha_dropout(input, self.p, self.training, self.inplace)
+
+
+class DropPath(torch.nn.Module):
+    """Stochastic depth: zeroes whole samples of a residual branch while training, on `fastreg.drop_path`.
+
+    Args:
+        p: probability of zeroing a sample, in [0, 1].
+        scale_by_keep: divide the kept samples by 1 - p.
+
+    Shape: (N, ...) -> (N, ...).
+    """
+
+    def __init__(self, p=0.5, *, scale_by_keep=True):
+        super().__init__()
+        check_number("DropPath", "p", p, 0, 1)
+        self.p, self.scale_by_keep = p, scale_by_keep
+
+    def forward(self, input):
+        """Apply it; (N, ...) -> (N, ...)."""
+        return drop_path(input, self.p, self.training, scale_by_keep=self.scale_by_keep)
+
+    def extra_repr(self):
+        """The arguments."""
+        return f"p={self.p}, scale_by_keep={self.scale_by_keep}"
+
+
+class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """Cross-entropy with smoothed targets; drop-in for `torch.nn.CrossEntropyLoss`, on `fastreg.cross_entropy`.
+
+    Args:
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch.
+        smoothing, z_loss, all_ignored, loss_dtype: as in `fastreg.cross_entropy`.
+
+    Shape: (C,), (N, C) or (N, C, d1, ...) and targets -> () or the targets' shape.
+    """
+
+    smoothing, z_loss, all_ignored, loss_dtype = "uniform", 0.0, "nan", None
+
+    def __init__(
+        self,
+        weight=None,
+        size_average=None,
+        ignore_index=-100,
+        reduce=None,
+        reduction="mean",
+        label_smoothing=0.0,
+        *,
+        smoothing="uniform",
+        z_loss=0.0,
+        all_ignored="nan",
+        loss_dtype=None,
+    ):
+        op = "CrossEntropyLoss"
+        check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
+        check_choice(op, "smoothing", smoothing, ("uniform", "others"))
+        check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
+        check_number(op, "label_smoothing", label_smoothing, 0, 1)
+        check_number(op, "z_loss", z_loss, 0)
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.smoothing, self.z_loss, self.all_ignored, self.loss_dtype = smoothing, z_loss, all_ignored, loss_dtype
+
+    def forward(self, input, target):
+        """The loss of logits `input` against `target`."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            smoothing=self.smoothing,
+            z_loss=self.z_loss,
+            all_ignored=self.all_ignored,
+            loss_dtype=self.loss_dtype,
+        )
+
+
+_WEIGHTED = (
+    torch.nn.Linear,
+    torch.nn.Conv1d,
+    torch.nn.Conv2d,
+    torch.nn.Conv3d,
+    torch.nn.ConvTranspose1d,
+    torch.nn.ConvTranspose2d,
+    torch.nn.ConvTranspose3d,
+)
+# f(a x) = a f(x) for a > 0: the factor passes through on its way to the weights.
+_HOMOGENEOUS = (
+    torch.nn.Identity,
+    torch.nn.ReLU,
+    torch.nn.LeakyReLU,
+    torch.nn.Flatten,
+    torch.nn.Unflatten,
+    torch.nn.MaxPool1d,
+    torch.nn.MaxPool2d,
+    torch.nn.MaxPool3d,
+    torch.nn.AvgPool1d,
+    torch.nn.AvgPool2d,
+    torch.nn.AvgPool3d,
+    torch.nn.AdaptiveAvgPool1d,
+    torch.nn.AdaptiveAvgPool2d,
+    torch.nn.AdaptiveAvgPool3d,
+)
+_HOMOGENEOUS_FUNCTIONS = (torch.relu, torch.nn.functional.relu, torch.flatten, torch.nn.functional.leaky_relu)
+_HOMOGENEOUS_METHODS = ("relu", "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze")
+
+
+def fold_dropout(model):
+    """Turn a model trained with textbook dropout into one without: w <- (1 - p) * w once, and the layer is gone.
+
+    Every `Dropout(rescale="inference")` is followed through ReLU, pooling, reshaping and other functions with f(a x) = a f(x) to
+    the Linear and Conv layers that read it, whose weights (not biases) are multiplied by 1 - p; a dropout straight after an
+    Embedding scales the embedding. In evaluation the result computes what `model` does.
+
+    Args:
+        model: Module whose forward torch.fx can trace. It is left as it is.
+
+    Returns:
+        A deep copy in evaluation mode with those layers replaced by Identity.
+
+    Raises:
+        ValueError: where folding would be wrong: a function that is not homogeneous (BatchNorm, sigmoid, an addition) lies
+            between, the model's output depends on the dropout directly, a layer's weight is used elsewhere too, or the model
+            cannot be traced.
+
+    Source: Goodfellow, Bengio, Courville 2016, section 7.12 (weight scaling inference rule).
+    """
+    import copy
+
+    model = copy.deepcopy(model).eval()
+    textbook = {n: m for n, m in model.named_modules() if isinstance(m, Dropout) and m.rescale == "inference" and m.p > 0}
+    if not textbook:
+        return model
+    try:
+        tracer = torch.fx.Tracer()
+        graph = tracer.trace(model)
+    except Exception as error:
+        raise ValueError(f"fold_dropout: cannot trace the model's forward ({error}); fold it layer by layer") from error
+    modules = dict(model.named_modules())
+    calls, owners = {}, {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            calls[modules[node.target]] = calls.get(modules[node.target], 0) + 1
+    for module in modules.values():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(p, set()).add(module)
+
+    scales = {}  # weighted layer -> factor
+    for node in graph.nodes:
+        if node.op == "call_module" and node.target in textbook:
+            keep = 1 - textbook[node.target].p
+            for layer in _readers_of(node, modules):
+                if calls[layer] > 1 or len(owners[layer.weight]) > 1:
+                    raise ValueError(
+                        f"fold_dropout: the weight of {layer} is used in several places and cannot be scaled for one; "
+                        "give the dropout a layer of its own"
+                    )
+                scales[layer] = scales.get(layer, 1.0) * keep
+    with torch.no_grad():
+        for layer, factor in scales.items():
+            layer.weight.mul_(factor)
+    for name in textbook:
+        if not name:
+            raise ValueError("fold_dropout: the model is a lone Dropout; there is no weight to scale")
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, torch.nn.Identity())
+    return model
+
+
+def _readers_of(dropout_node, modules):
+    """The weighted layers into which the output of this node flows; the Embedding before it where it comes straight from one."""
+    before = dropout_node.args[0]
+    if before.op == "call_module" and isinstance(modules[before.target], torch.nn.Embedding) and len(before.users) == 1:
+        return [modules[before.target]]
+    found, open_nodes = [], list(dropout_node.users)
+    if not open_nodes:
+        return []
+    while open_nodes:
+        node = open_nodes.pop()
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, _WEIGHTED):
+            found.append(module)
+        elif (
+            isinstance(module, (*_HOMOGENEOUS, torch.nn.Dropout))
+            or (node.op == "call_function" and node.target in _HOMOGENEOUS_FUNCTIONS)
+            or (node.op == "call_method" and node.target in _HOMOGENEOUS_METHODS)
+        ):
+            open_nodes.extend(node.users)
+        else:
+            what = "the model's output" if node.op == "output" else module or node.target
+            raise ValueError(
+                f"fold_dropout: the dropout {dropout_node.target!r} reaches {what} before a Linear or Conv layer, where its factor "
+                "cannot be moved into weights; place it directly before such a layer"
+            )
+    return found

@@ -1,0 +1,357 @@
+"""SGD with momentum and both norm penalties in one pass over memory, and the norm penalties as the lecture writes them.
+
+w <- w - lr * (dE/dw + weight_decay * w + l1 * sign(w)): the gradient of E + l1 |w|_1 + weight_decay / 2 |w|_2^2 (Goodfellow,
+Bengio, Courville 2016, section 7.1).
+"""
+
+import fnmatch
+import math
+
+import torch
+
+from ._library import check_choice, check_number, define, draw_seed
+
+# One call for all tensors of a group. momentum_started is only there with dampening, whose first step differs.
+define(
+    "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] momentum_started, float lr, "
+    "float momentum, float dampening, float weight_decay, float l1, bool nesterov, bool proximal, bool decoupled, "
+    "bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? seed=None) -> ()"
+)
+
+
+@torch.library.register_fake("fastreg::sgd_")
+def _(params, grads, momentum_buffers, momentum_started, *args, **kwargs):
+    return None
+
+
+_sgd_ = torch.ops.fastreg.sgd_.default
+
+
+class SGD(torch.optim.SGD):
+    """Stochastic gradient descent with momentum, L2 and L1; drop-in for `torch.optim.SGD`, which it subclasses.
+
+    g = dE/dw + weight_decay * w + l1 * sign(w);  v = momentum * v + (1 - dampening) * g, v = g in a parameter's first step;
+    w = w - lr * (g + momentum * v if nesterov else v).
+
+    Args:
+        params: parameters or groups, as in torch; see `penalty_groups`. A parameter listed twice in a group is taken once.
+        lr: learning rate, a float or a tensor of one element on the parameters' device (float32 or float64).
+        momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        l1: factor of the L1 penalty, at least 0.
+        l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by lr * l1 after the
+            step, so that weights become exactly 0.
+        decoupled: both penalties act on the weight directly and not through the momentum, as in AdamW.
+        stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the mean; no effect on
+            float32 and float64.
+        foreach, fused: accepted and ignored, there is one implementation.
+        differentiable: must be False.
+
+    All of these but the last three may differ per group. Parameters are float32, float64, float16 or bfloat16, dense, of any
+    strides; DTensor parameters (FSDP2) are stepped shard by shard. Under `torch.amp.GradScaler` unscaling and the check for
+    overflow happen in the same pass; a skipped step changes nothing, momentum included. Gradients are only read, so that after
+    `scaler.step` they are still scaled. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
+
+    Raises:
+        ValueError: a negative or NaN number, nesterov without momentum or with dampening, an unknown l1_mode,
+            differentiable=True, stochastic rounding of float16, a gradient of another dtype than its parameter.
+        TypeError: a sparse gradient.
+
+    Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and Hutter 2019
+    (decoupled); Gupta et al. 2015 (stochastic rounding).
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0,
+        dampening=0,
+        weight_decay=0,
+        nesterov=False,
+        *,
+        l1=0.0,
+        l1_mode="subgradient",
+        decoupled=False,
+        maximize=False,
+        stochastic_rounding=False,
+        foreach=None,
+        differentiable=False,
+        fused=None,
+    ):
+        defaults = dict(
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            l1=l1,
+            l1_mode=l1_mode,
+            decoupled=decoupled,
+            maximize=maximize,
+            stochastic_rounding=stochastic_rounding,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        _check_group(defaults)
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+    def add_param_group(self, param_group):
+        """Add a group, checked as in the constructor."""
+        group = {**self.defaults, **param_group}
+        _check_group(group)
+        params = group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        unique = {id(p[1] if isinstance(p, tuple) else p): p for p in params}
+        for p in unique.values():
+            tensor = p[1] if isinstance(p, tuple) else p
+            if group["stochastic_rounding"] and isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float16:
+                raise ValueError("SGD: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off")
+        super().add_param_group({**param_group, "params": list(unique.values())})
+
+    def load_state_dict(self, state_dict):
+        """Load a state dict of this class or of `torch.optim.SGD`, whose groups lack l1 and keep this optimiser's."""
+        groups = [
+            {**{k: v for k, v in own.items() if k != "params"}, **saved}
+            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ]
+        if len(groups) == len(state_dict["param_groups"]):
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Perform one step; `closure` recomputes the loss and gives it, as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for group, lists, started in [work for group in self.param_groups for work in self._collect(group)]:
+            lr, device = group["lr"], lists[0][0].device
+            lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
+            _sgd_(
+                *lists,
+                0.0 if lr_tensor is not None else lr,
+                group["momentum"],
+                group["dampening"],
+                group["weight_decay"],
+                group["l1"],
+                group["nesterov"],
+                group["l1_mode"] == "proximal",
+                group["decoupled"],
+                group["maximize"],
+                lr_tensor,
+                None if grad_scale is None else grad_scale.to(device),
+                None if found_inf is None else found_inf.to(device),
+                draw_seed(device) if group["stochastic_rounding"] else None,
+            )
+            for flag in started:
+                flag.copy_(flag.new_ones(()) if found_inf is None else torch.maximum(flag, (found_inf == 0).to(flag)))
+        return loss
+
+    def _collect(self, group):
+        """Per device (group, [params, grads, buffers, started], flags), local shards for DTensors; checked before any step."""
+        by_device = {}
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.layout != torch.strided:
+                raise TypeError(f"SGD: expected dense gradients, got {p.grad.layout}; use sparse=False or torch.optim.SGD")
+            if p.grad.dtype != p.dtype:
+                raise ValueError(f"SGD: a gradient must have the dtype of its parameter, {p.dtype}, got {p.grad.dtype}")
+            tensors = [_local(p), _local(_like_placed(p.grad, p))]
+            flag = None
+            if group["momentum"] != 0:
+                state = self.state[p]
+                fresh = state.get("momentum_buffer") is None
+                if fresh:
+                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                tensors.append(_local(state["momentum_buffer"]))
+                if group["dampening"] != 0:
+                    if "momentum_started" not in state:
+                        state["momentum_started"] = torch.tensor(0.0 if fresh else 1.0, device=p.device)
+                    flag = state["momentum_started"]
+            lists, flags = by_device.setdefault(p.device, ([[], [], [], []], []))
+            for one, tensor in zip(lists, tensors, strict=False):
+                one.append(tensor)
+            if flag is not None:
+                lists[3].append(flag.float())
+                flags.append(flag)
+        return [(group, lists, flags) for lists, flags in by_device.values()]
+
+
+def _local(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _like_placed(grad, param):
+    """A DTensor's gradient sharded as the parameter is: partial sums and replicas would update a shard with the wrong numbers."""
+    if hasattr(grad, "placements") and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
+    return grad
+
+
+def _check_group(group):
+    op = "SGD"
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{op}: lr must be a number or a float32 tensor of one element, got {lr.dtype} {tuple(lr.shape)}")
+    else:
+        check_number(op, "lr", lr, 0)
+    for name in ("momentum", "weight_decay", "l1"):
+        check_number(op, name, group[name], 0)
+    check_number(op, "dampening", group["dampening"])
+    check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
+    if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+        raise ValueError(f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and {group['dampening']}")
+    if group["differentiable"]:
+        raise ValueError(f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.SGD for that")
+
+
+_NORMS = (
+    torch.nn.modules.batchnorm._NormBase,
+    torch.nn.LayerNorm,
+    torch.nn.GroupNorm,
+    torch.nn.RMSNorm,
+    torch.nn.LocalResponseNorm,
+)
+
+
+def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
+    """Parameter groups for `SGD` with a penalty on the weights alone.
+
+    Biases, parameters of normalisation layers and all others of fewer than two dimensions get no penalty: shrinking them costs
+    fit and simplifies nothing (Goodfellow et al. 2016, section 7.1).
+
+    Args:
+        model: Module. A parameter under several names is one parameter and is penalised once.
+        l1, l2: factors of |w|_1 and of 1/2 |w|_2^2; l2 is what torch calls weight_decay.
+        overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`, "encoder.*.weight").
+            l1, l2 (or weight_decay) and any other option of a group, lr for one. They win over the rule above; where several
+            patterns match, the later wins.
+
+    Returns:
+        List of groups, dicts with "params", "l1", "weight_decay" and what overrides adds; parameters that do not require a
+        gradient are left out.
+
+    Raises:
+        ValueError: a negative or NaN factor, or a pattern that matches no parameter.
+    """
+    op = "penalty_groups"
+    for name, value in (("l1", l1), ("l2", l2)):
+        check_number(op, name, value, 0)
+    overrides = {pattern: _options(op, options) for pattern, options in (overrides or {}).items()}
+    names, free = {}, set()
+    for module_name, module in model.named_modules():
+        for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(p, []).append(f"{module_name}.{leaf}" if module_name else leaf)
+            if p.dim() < 2 or isinstance(module, _NORMS) or leaf.endswith("bias"):
+                free.add(p)
+    for pattern in overrides:
+        if not any(fnmatch.fnmatchcase(name, pattern) for own in names.values() for name in own):
+            raise ValueError(f"{op}: overrides pattern {pattern!r} matches no parameter; see model.named_parameters()")
+    groups = {}
+    for p, own in names.items():
+        if not p.requires_grad:
+            continue
+        options = {"l1": 0.0, "weight_decay": 0.0} if p in free else {"l1": l1, "weight_decay": l2}
+        for pattern, changed in overrides.items():
+            if any(fnmatch.fnmatchcase(name, pattern) for name in own):
+                options = {**options, **changed}
+        groups.setdefault(tuple(sorted(options.items(), key=str)), {"params": [], **options})["params"].append(p)
+    return list(groups.values())
+
+
+def _options(op, options):
+    options = dict(options)
+    if "l2" in options:
+        options["weight_decay"] = options.pop("l2")
+    for name in ("l1", "weight_decay"):
+        if name in options:
+            check_number(op, name, options[name], 0)
+    return options
+
+
+def penalty(params_or_groups, *, l1=0.0, l2=0.0):
+    """The regulariser lambda * Omega(w) = sum of l1 |w|_1 + l2 / 2 |w|_2^2, to report E + lambda * Omega or to add it to a loss.
+
+    Args:
+        params_or_groups: an optimiser, its `param_groups` or `penalty_groups(...)`, which bring their own "l1" and
+            "weight_decay"; or a Module, a tensor or tensors, to which the factors below apply.
+        l1, l2: factors for what brings none of its own.
+
+    Returns:
+        Tensor of shape (), float32 (float64 for float64 parameters), differentiable (the derivative of |w| at 0 is 0). A
+        parameter that comes twice counts once.
+    """
+    for name, value in (("l1", l1), ("l2", l2)):
+        check_number("penalty", name, value, 0)
+    source = params_or_groups
+    if isinstance(source, torch.optim.Optimizer):
+        source = source.param_groups
+    elif isinstance(source, torch.nn.Module):
+        source = source.parameters()
+    elif isinstance(source, (torch.Tensor, dict)):
+        source = [source]
+    seen, total = set(), None
+    for item in source:
+        group = item if isinstance(item, dict) else {"params": [item], "l1": l1, "weight_decay": l2}
+        params = group["params"]
+        for p in [params] if isinstance(params, torch.Tensor) else params:
+            p = p[1] if isinstance(p, tuple) else p
+            if id(p) in seen:
+                continue
+            seen.add(id(p))
+            w = p.double() if p.dtype == torch.float64 else p.float()
+            term = group.get("l1", l1) * w.abs().sum() + 0.5 * group.get("weight_decay", l2) * (w * w).sum()
+            total = term if total is None else total + term
+    return torch.zeros(()) if total is None else total
+
+
+def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
+    """The prior whose MAP estimate a penalty is: from the penalty's factor to the prior's scale, or back.
+
+    With a loss that is the mean of -log p(y | x, w) over `num_samples` examples, minimising loss + penalty maximises the
+    posterior p(w | data) for independent zero-mean weights (Goodfellow et al. 2016, sections 5.6.1 and 7.1):
+
+    - "gaussian": p(w) ~ exp(-w^2 / (2 sigma^2)), penalty l2 / 2 w^2:  sigma = 1 / sqrt(l2 * num_samples);
+    - "laplace":  p(w) ~ exp(-|w| / sigma),        penalty l1 |w|:      sigma = 1 / (l1 * num_samples), standard deviation
+      sqrt(2) sigma.
+
+    Args:
+        value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. At least 0; 0 gives inf, inf gives 0.
+        prior: "gaussian" (L2) or "laplace" (L1).
+        num_samples: examples the loss is a mean over; 1 for a loss that is their sum.
+        inverse: go from sigma to the factor.
+
+    Returns:
+        float: sigma in the units of the weights, or the factor.
+
+    Raises:
+        ValueError: a negative or NaN value, num_samples below 1, an unknown prior.
+    """
+    op = "prior_scale"
+    check_number(op, "value", value, 0)
+    check_number(op, "num_samples", num_samples, 1)
+    check_choice(op, "prior", prior, ("gaussian", "laplace"))
+    if value == 0:
+        return math.inf
+    if prior == "laplace":  # both maps are their own inverse up to the root
+        return 1 / (value * num_samples)
+    return 1 / (value * value * num_samples) if inverse else 1 / math.sqrt(value * num_samples)
+
+
+def sparsity(model):
+    """Share of exactly zero elements among the parameters of a Module, or of the given tensors; shared ones count once.
+
+    Returns:
+        float in [0, 1]; 0 for no parameters at all.
+    """
+    tensors = model.parameters() if isinstance(model, torch.nn.Module) else model
+    tensors = {id(p): p for p in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)}.values()
+    total = sum(p.numel() for p in tensors)
+    return sum(int((p == 0).sum()) for p in tensors) / total if total else 0.0
