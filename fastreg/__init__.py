@@ -18,5 +18,31 @@ from .early_stopping import EarlyStopping, retrain
 from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
 from .patch import convert, patch, patched, unpatch
 
+__all__ = [
+    "EarlyStopping",
+    "adversarial_loss",
+    "alpha_dropout",
+    "convert",
+    "cross_entropy",
+    "drop_path",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "dropout_with_mask",
+    "feature_alpha_dropout",
+    "fgsm",
+    "fgsm_step",
+    "nn",
+    "optim",
+    "pack_mask",
+    "patch",
+    "patched",
+    "pgd",
+    "retrain",
+    "unpack_mask",
+    "unpatch",
+]
+
 _C = _library.load_kernels()
 __version__ = _C.build_info()["version"]

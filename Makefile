@@ -1,0 +1,55 @@
+# make demo: the main job on real data, with a report to look at.   make test: the tests.
+# Both make .venv, install torch and the build tools into it, and build. TORCH=torch==2.13.0 chooses another torch.
+PYTHON ?= python3
+TORCH ?= torch
+ARGS ?=
+venv := .venv/bin
+sources := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+
+.PHONY: build demo test lint bench clean
+
+demo: .venv/.demo
+	$(venv)/fastreg demo $(ARGS)
+
+test: .venv/.test
+	$(venv)/python -m pytest $(ARGS)
+
+lint: .venv/.lint
+	$(venv)/ruff check .
+	$(venv)/ruff format --check .
+	$(venv)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+
+bench: .venv/.built
+	$(venv)/python benchmarks/run.py $(ARGS)
+
+build: .venv/.built
+
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastreg needs Python >= 3.10; call make with PYTHON=/path/to/python3.10 or newer"; exit 1; }
+	$(PYTHON) -m venv .venv
+	touch $@
+
+.venv/.torch-$(TORCH): .venv/.python
+	$(venv)/pip install -q "$(TORCH)" numpy scikit-build-core pybind11 ninja cmake
+	rm -f .venv/.torch-* .venv/.built
+	touch "$@"
+
+.venv/.built: .venv/.torch-$(TORCH) $(sources)
+	$(venv)/pip install -q --no-build-isolation -e .
+	touch $@
+
+.venv/.demo: .venv/.built
+	$(venv)/pip install -q --no-build-isolation -e ".[demo]"
+	touch $@
+
+.venv/.test: .venv/.built
+	$(venv)/pip install -q --no-build-isolation -e ".[demo,test]"
+	touch $@
+
+.venv/.lint: .venv/.python pyproject.toml
+	$(venv)/pip install -q $$($(PYTHON) -c "import re; print(*re.findall(r'\"((?:ruff|clang-format)[^\"]*)\"', open('pyproject.toml').read()))")
+	touch $@
+
+clean:
+	rm -rf .venv build dist report

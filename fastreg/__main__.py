@@ -1,0 +1,7 @@
+"""`python -m fastreg` is `fastreg`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,81 @@
+"""`fastreg doctor`: what was built, what is loaded, what this machine can run, and what to do where something is missing."""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+
+import torch
+
+import fastreg
+
+
+def collect():
+    """Everything the report says, as a dict of plain values."""
+    build = fastreg._C.build_info()
+    optional = {name: importlib.util.find_spec(name) is not None for name in ("mlxtend", "matplotlib", "rich", "PIL")}
+    return {
+        "fastreg": build["version"],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "build": {
+            "torch": build["built_with_torch"],
+            "stable_abi": build["stable_abi"],
+            "compiler": build["compiler"],
+            "type": build["build_type"],
+        },
+        "cpu": {
+            "instruction_sets": build["instruction_sets"].split(","),
+            "in_use": build["instruction_set"],
+            "forced": os.environ.get("FASTREG_CPU_CAPABILITY") or None,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "cuda": _cuda(),
+        "demo": {"ready": all(optional.values()), "missing": [name for name, there in optional.items() if not there]},
+    }
+
+
+def _cuda():
+    built = importlib.util.find_spec("fastreg._C_cuda12") or importlib.util.find_spec("fastreg._C_cuda13")
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
+    elif not torch.cuda.is_available():
+        reason = "torch sees no GPU on this machine; look at nvidia-smi"
+    elif not built:
+        reason = "fastreg was built without CUDA; rebuild with -Ccmake.define.FASTREG_CUDA=ON"
+    else:
+        reason = None
+    return {"built": bool(built), "loaded": False, "usable": False, "torch_cuda": torch.version.cuda, "why_not": reason}
+
+
+def _lines(info):
+    build, cpu, cuda, demo = info["build"], info["cpu"], info["cuda"], info["demo"]
+    forced = f", forced by FASTREG_CPU_CAPABILITY={cpu['forced']}" if cpu["forced"] else ""
+    yes = {True: "yes", False: "no"}
+    yield "fastreg", info["fastreg"]
+    yield "python", f"{info['python']} on {info['platform']}"
+    yield "torch", f"{info['torch']}, CUDA {cuda['torch_cuda'] or 'none'}"
+    yield "built", f"{build['type']}, {build['compiler']}, with torch {build['torch']}, for every torch >= {build['stable_abi']}"
+    yield "cpu", f"{cpu['in_use']} in use{forced}; compiled: {', '.join(cpu['instruction_sets'])}"
+    yield "threads", f"{cpu['threads']} of {cpu['cores']} cores (torch.set_num_threads)"
+    yield "cuda", f"built: {yes[cuda['built']]}, loaded: {yes[cuda['loaded']]}, usable: {yes[cuda['usable']]}"
+    if cuda["why_not"]:
+        yield "", cuda["why_not"]
+    yield "demo", "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; pip install 'fastreg[demo]'"
+
+
+def main(argv):
+    """Print the report; gives the exit status."""
+    parser = argparse.ArgumentParser(prog="fastreg doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    arguments = parser.parse_args(argv)
+    info = collect()
+    if arguments.json:
+        print(json.dumps(info, indent=2))
+    else:
+        for name, text in _lines(info):
+            print(f"{name:<9}{text}")
+    return 0
