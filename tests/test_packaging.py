@@ -1,0 +1,208 @@
+"""Building, installing and loading: one wheel runs on two versions of torch, and what is missing is said in one sentence."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+OTHER_TORCH = "2.14.1" if torch.__version__.startswith("2.13.") else "2.13.0"
+
+# Every op once, forward and backward, against numbers that do not depend on the build.
+SMOKE = """
+import torch, fastreg as fr
+x = torch.randn(3, 1003, requires_grad=True)
+y, mask = fr.dropout_with_mask(x, 0.3, seed=7)
+kept = fr.unpack_mask(mask, x.shape)
+assert torch.equal(y, torch.where(kept, x * (1 / 0.7), 0)) and int(kept.sum()) == 2075, int(kept.sum())
+y.sum().backward()
+assert torch.equal(x.grad, torch.where(kept, torch.tensor(1 / 0.7), 0))
+t = torch.arange(3)
+loss, theirs = (f(x, t, label_smoothing=0.1) for f in (fr.cross_entropy, torch.nn.functional.cross_entropy))
+torch.testing.assert_close(loss, theirs)
+(gradient,) = torch.autograd.grad(loss, x)
+torch.testing.assert_close(gradient, torch.autograd.grad(theirs, x)[0])
+w = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.01]))
+w.grad = torch.zeros(3)
+fr.optim.SGD([w], lr=0.5, momentum=0.9, l1=0.1, l1_mode="proximal").step()
+torch.testing.assert_close(w.detach(), torch.tensor([0.95, -0.95, 0.0]))
+stepped = fr.fgsm_step(torch.tensor([0.5, 0.99]), torch.tensor([-2.0, 3.0]), 0.1, 0, 1)
+torch.testing.assert_close(stepped, torch.tensor([0.4, 1.0]))
+compiled = torch.compile(lambda x: fr.dropout(x, 0.5), fullgraph=True, backend="aot_eager")
+assert compiled(x).shape == x.shape
+print(torch.__version__, fr._C.build_info()["built_with_torch"])
+"""
+
+
+def run(*command, **kwargs):
+    """Run a command outside the checkout, where `import fastreg` cannot find the source tree; gives what it prints."""
+    kwargs.setdefault("cwd", "/")
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900, **kwargs)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """The source distribution, built by `python -m build --sdist` from what git knows of the tree."""
+    folder = tmp_path_factory.mktemp("sdist")
+    source = folder / "source"
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split("\n")
+    if not any(files):
+        pytest.skip("no git checkout to build from")
+    for name in filter(None, files):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, source)
+    return next(folder.glob("fastreg-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory):
+    """The wheel, built once, from the source distribution, with this environment's torch."""
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, sdist)
+    return next(folder.glob("fastreg-*.whl"))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """An environment with the other torch."""
+    folder = tmp_path_factory.mktemp("other")
+    run(sys.executable, "-m", "venv", folder)
+    run(folder / "bin/pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy")
+    yield folder / "bin/python"
+    shutil.rmtree(folder)  # several GB
+
+
+@pytest.mark.slow
+def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert {"pyproject.toml", "CMakeLists.txt", "README.md", "csrc/module.cpp", "fastreg/dropout.py"} <= names
+    assert not [name for name in names if name.startswith((".venv", "build/", "report")) or name.endswith(".so")]
+
+
+@pytest.mark.slow
+def test_one_wheel_runs_on_this_torch_and_on_another(wheel, other, tmp_path):
+    # This environment's torch, but the wheel's fastreg and not the editable one: a fresh environment that borrows the packages.
+    here = tmp_path / "here"
+    run(sys.executable, "-m", "venv", here)
+    site = pathlib.Path(run(here / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    (site / "borrowed.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent) + "\n")
+    run(here / "bin/python", "-m", "pip", "install", "-q", "--no-deps", wheel)
+    assert run(here / "bin/python", "-c", SMOKE).split() == [torch.__version__] * 2
+
+    run(other, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
+    version, built_with = run(other, "-c", SMOKE).split()
+    assert version.startswith(OTHER_TORCH) and built_with == torch.__version__
+    info = json.loads(run(other, "-m", "fastreg", "doctor", "--json"))
+    assert info["torch"].startswith(OTHER_TORCH) and info["build"]["torch"] == torch.__version__
+
+
+@pytest.mark.slow
+def test_installing_in_isolation_builds_with_the_torch_it_finds_and_replaces_none(sdist, other):
+    run(other, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", sdist)
+    version, _ = run(other, "-c", SMOKE).split()
+    assert version.startswith(OTHER_TORCH)
+
+
+def configure(tmp_path, **environment):
+    """Configure the project with CMake alone; gives (status, all that was printed)."""
+    import pybind11
+
+    cmake = shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    command = [
+        cmake,
+        "-G",
+        "Ninja",
+        "-S",
+        ROOT,
+        "-B",
+        tmp_path / "b",
+        "-DSKBUILD_PROJECT_VERSION=0",
+        "-DSKBUILD_PROJECT_VERSION_FULL=0",
+    ]
+    command += [f"-DPython_EXECUTABLE={environment.pop('python', sys.executable)}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}, cwd=tmp_path)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def fake_torch(folder, version):
+    """A module named torch that has a version and nothing else."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch/__init__.py").write_text(f"__version__ = {version!r}\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_building_without_a_compiler_says_so(tmp_path):
+    status, printed = configure(tmp_path, CXX="/nonexistent/g++")
+    assert status != 0 and "fastreg needs a C++20 compiler" in printed and "apt-get install g++" in printed
+
+
+def test_building_without_torch_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')")
+    status, printed = configure(tmp_path, PYTHONPATH=str(tmp_path))
+    assert status != 0 and "fastreg needs torch >= 2.10" in printed and "pip install 'torch>=2.10'" in printed
+
+
+def test_building_with_an_old_torch_says_so(tmp_path):
+    status, printed = configure(tmp_path, **fake_torch(tmp_path, "2.9.1"))
+    assert status != 0 and "found 2.9.1" in printed and "pip install --upgrade" in printed
+
+
+def import_error(environment, code="import fastreg"):
+    """The last line that Python prints when `code` fails."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode != 0
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_importing_without_torch_says_so(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('not here')")
+    assert import_error({"PYTHONPATH": str(tmp_path)}) == (
+        "ImportError: fastreg needs torch >= 2.10 and cannot import torch; pip install 'torch>=2.10'"
+    )
+
+
+def test_importing_with_an_old_torch_says_so(tmp_path):
+    assert import_error(fake_torch(tmp_path, "2.9.1+cpu")) == (
+        "ImportError: fastreg needs torch >= 2.10, got 2.9.1+cpu; pip install --upgrade 'torch>=2.10'"
+    )
+
+
+def test_importing_without_the_compiled_module_says_so():
+    hide = "import sys; sys.modules['fastreg._C'] = None; import fastreg"
+    assert "compiled kernels cannot be loaded" in import_error({}, hide) and "pip install ." in import_error({}, hide)
+
+
+def test_an_unknown_cpu_capability_is_refused():
+    line = import_error({"FASTREG_CPU_CAPABILITY": "avx9000"})
+    assert "FASTREG_CPU_CAPABILITY" in line and "sse2" in line and "avx9000" in line
+
+
+def test_doctor_says_what_is_there():
+    printed = run(sys.executable, "-m", "fastreg", "doctor", cwd=ROOT)
+    info = json.loads(run(sys.executable, "-m", "fastreg", "doctor", "--json", cwd=ROOT))
+    assert torch.__version__ in printed and info["cpu"]["in_use"] in info["cpu"]["instruction_sets"]
+    assert info["cuda"]["usable"] is False and info["cuda"]["why_not"] in printed
+    forced = info["cpu"]["instruction_sets"][0]
+    again = json.loads(
+        run(sys.executable, "-m", "fastreg", "doctor", "--json", cwd=ROOT, env={**os.environ, "FASTREG_CPU_CAPABILITY": forced})
+    )
+    assert again["cpu"]["in_use"] == forced == again["cpu"]["forced"]
+
+
+def test_help_names_the_commands():
+    printed = run(sys.executable, "-m", "fastreg", "--help", cwd=ROOT)
+    assert "doctor" in printed and "demo" in printed
