@@ -1,0 +1,381 @@
+"""Early stopping: end training when the validation error stops falling, keep the weights of its lowest point.
+
+    bad <- 0, w* <- w   if E_val fell, else   bad <- bad + 1;      stop at bad = patience;      w <- w*
+
+Algorithm 7.1 of Goodfellow, Bengio, Courville, "Deep Learning" (2016), section 7.8, counted in epochs (one per score);
+`retrain` is algorithm 7.2. Algorithm 7.3 needs no code: `restore()`, then go on with all data under a second stopper
+whose `target` is the training error of the best epoch (its patience ends it where that is out of reach).
+Beyond the book: a least gain, a warm-up, a target, a divergence bound, scores that are not finite, several ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import numbers
+import statistics
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
+
+__all__ = ["EarlyStopping", "retrain"]
+
+
+class EarlyStopping:
+    """Tell when to stop, and bring the best epoch back.
+
+    ::
+
+        stopper = EarlyStopping(model, optimizer, patience=5)
+        for epoch in range(1000):
+            train(model, optimizer)
+            if stopper.step(validation_error(model)):
+                break
+        stopper.restore()
+
+    Args:
+        *tracked: what the snapshot holds: anything with state_dict and load_state_dict (model, optimiser, EMA,
+            scheduler). May be left out where only the decision is wanted.
+        mode: "min" or "max": lower or higher scores are better.
+        patience: epochs in a row without improvement that end training, as in Lightning: with 3, the scores
+            6, 5, 5, 5, 5 stop at the last. 0 stops at the first such epoch, as 1 does.
+        min_delta: the gain over `best` that an improvement must exceed, in units of the score. Small gains add up.
+        relative: min_delta is a fraction of \\|best\\| (so a negative score must improve too, not merely stay close).
+        warmup: first epochs that use up no patience. The best is kept among them too, and the other rules hold.
+        target: stop at the first score this good; that epoch becomes the best even by a gain below min_delta.
+        diverged: stop at the first score worse than this.
+        nan: what NaN does: "skip" counts an epoch without improvement, "stop" stops, "raise" raises ValueError. An
+            infinity in the improving direction (an overflow, the log of 0) is no achievement and goes the same way;
+            in the other direction it is just a very bad score. Neither is ever the best.
+        group: process group of the ranks that decide together (None: the default one). Where torch.distributed is
+            initialised, every rank calls step with its own score, and all go by the mean, which is NaN if one is.
+
+    Attributes:
+        best, best_epoch: score and index (from 0) of the best epoch; None before the first finite score.
+        epoch: number of scores seen; after a resume, the index of the next epoch.
+        bad_epochs: epochs without improvement since the best one, those of the warm-up left out.
+        reason: why the last step said stop, in words; None if it did not.
+
+    Memory: one copy of the tracked state, on its own devices, allocated at the first improvement and rewritten in
+    place at the later ones; a tied weight is stored once. `restore` holds one more copy while it runs.
+    """
+
+    def __init__(
+        self,
+        *tracked: Any,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 10,
+        min_delta: float = 0.0,
+        relative: bool = False,
+        warmup: int = 0,
+        target: float | None = None,
+        diverged: float | None = None,
+        nan: Literal["skip", "stop", "raise"] = "skip",
+        group: dist.ProcessGroup | None = None,
+    ):
+        for obj in tracked:
+            if isinstance(obj, type) or not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+                raise TypeError(
+                    f"EarlyStopping: expected objects with state_dict and load_state_dict, got {_name(obj)}; "
+                    "pass every model and optimiser as an argument of its own, and options by name"
+                )
+        choices = {
+            "mode": (mode, "min", "max"),
+            "nan": (nan, "skip", "stop", "raise"),
+            "relative": (relative, False, True),
+        }
+        for name, (value, *allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"EarlyStopping: {name} must be one of {allowed}, got {value!r}")
+        for name, value in {"patience": patience, "warmup": warmup}.items():
+            _number("EarlyStopping", name, value, "an integer >= 0", numbers.Integral, least=0)
+        _number("EarlyStopping", "min_delta", min_delta, "a finite number >= 0", least=0)
+        for name, value in {"target": target, "diverged": diverged}.items():
+            if value is not None:
+                _number("EarlyStopping", name, value, "a finite number or None")
+        self._sign = 1 if mode == "min" else -1
+        if target is not None and diverged is not None and self._sign * target > self._sign * diverged:
+            raise ValueError(
+                f"EarlyStopping: target must be no worse than diverged in mode {mode!r}, "
+                f"got target={target}, diverged={diverged}; swap them or change the mode"
+            )
+        self.tracked, self.mode, self.nan, self.group = tracked, mode, nan, group
+        self.patience, self.warmup, self.min_delta, self.relative = patience, warmup, min_delta, relative
+        self.target, self.diverged = target, diverged
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.epoch = self.bad_epochs = 0
+        self.reason: str | None = None
+        self._snapshot: list | None = None
+
+    def step(self, score: float | torch.Tensor) -> bool:
+        """Judge one epoch by its validation score; True means stop.
+
+        Args:
+            score: float, int, numpy scalar or 0-dim tensor on any device.
+
+        Raises:
+            TypeError: any other score.
+            ValueError: NaN under nan="raise", on all ranks alike; the epoch is not counted.
+        """
+        score = _mean_over_ranks(_as_float(score), self.group)
+        sign, epoch = self._sign, self.epoch
+        broken = math.isnan(score) or sign * score == -math.inf
+        if broken and self.nan == "raise":
+            raise ValueError(
+                f"EarlyStopping.step: expected a finite score, got {score} at epoch {epoch}; "
+                'look into the training, or construct with nan="skip" or nan="stop"'
+            )
+
+        needed = self.min_delta * (abs(self.best) if self.relative and self.best is not None else 1.0)
+        gain = 0.0 if not math.isfinite(score) else math.inf if self.best is None else sign * (self.best - score)
+        reached = not broken and self.target is not None and sign * score <= sign * self.target
+        if gain > needed or (reached and gain > 0):
+            self._take_snapshot(self._snapshot)
+            self.best, self.best_epoch, self.bad_epochs = score, epoch, 0
+        elif epoch >= self.warmup:
+            self.bad_epochs += 1
+        self.epoch += 1
+
+        self.reason = None
+        if broken and self.nan == "stop":
+            self.reason = f"the score is {score} at epoch {epoch}"
+        elif reached:
+            self.reason = f"score {score:g} reached target={self.target:g} at epoch {epoch}"
+        elif self.diverged is not None and sign * score > sign * self.diverged:
+            self.reason = f"score {score:g} is worse than diverged={self.diverged:g} at epoch {epoch}"
+        elif self.bad_epochs >= max(self.patience, 1):
+            best = "no finite score yet" if self.best is None else f"best {self.best:g} at epoch {self.best_epoch}"
+            self.reason = f"no improvement in {self.bad_epochs} epochs up to epoch {epoch}: {best}"
+        return self.reason is not None
+
+    def restore(self) -> None:
+        """Load the best epoch into the tracked objects: into all of them or, on an error, into none.
+
+        The values go through each load_state_dict, so parameters stay the tensors they are, tied ones tied, and an
+        optimiser built on them stays valid. Gradients and random states are left alone. May be called repeatedly.
+
+        Raises:
+            RuntimeError: nothing tracked, no snapshot yet, or an object that no longer fits; it is named.
+        """
+        if not self.tracked:
+            raise RuntimeError("EarlyStopping.restore: nothing is tracked; construct with EarlyStopping(model, ...)")
+        if self._snapshot is None:
+            raise RuntimeError(
+                f"EarlyStopping.restore: expected a snapshot, got none in {self.epoch} epochs; "
+                "call step with a finite score first"
+            )
+        before = _copy([obj.state_dict() for obj in self.tracked])
+        i = 0
+        try:
+            for i, obj in enumerate(self.tracked):
+                obj.load_state_dict(self._snapshot[i])
+        except Exception as error:
+            for j in range(i + 1):
+                self.tracked[j].load_state_dict(before[j])
+            raise RuntimeError(
+                f"EarlyStopping.restore: tracked[{i}], {_name(self.tracked[i])}, does not take its snapshot ({error}); "
+                "nothing was restored; undo what changed its structure since the best epoch"
+            ) from error
+        # Optimisers keep the very tensors they are given and would train inside the snapshot. Let them have those, and
+        # read the snapshot back into the copy that is no longer needed.
+        self._take_snapshot(before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Progress and snapshot, for torch.save; torch.load(weights_only=True) reads it if it reads the tracked states.
+
+        The tensors are the snapshot's own, rewritten at the next improvement: save or copy them. Options (patience and
+        the rest) are not in it, so those given at construction hold after a resume.
+        """
+        names = ("mode", "epoch", "best", "best_epoch", "bad_epochs", "reason")
+        return {name: getattr(self, name) for name in names} | {"snapshot": self._snapshot}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state_dict(), which is copied. The tracked objects are left alone: load their own states.
+
+        Raises:
+            ValueError: not such a dict, or one of the other mode or of another number of tracked objects.
+        """
+
+        def check(what, expected, got, remedy):
+            if expected != got:
+                raise ValueError(f"EarlyStopping.load_state_dict: expected {what} {expected!r}, got {got!r}; {remedy}")
+
+        keys = set(self.state_dict())
+        got = set(state) if isinstance(state, dict) else _name(state)
+        check("the keys", keys, got, "pass what EarlyStopping.state_dict() returned")
+        check("mode", self.mode, state["mode"], "construct with the mode of the saved run")
+        if state["snapshot"] is not None:
+            remedy = "construct with what the saved run tracked, in the same order"
+            check("tracked objects:", len(self.tracked), len(state["snapshot"]), remedy)
+        self._snapshot = _copy(state["snapshot"])
+        for name in keys - {"snapshot"}:
+            setattr(self, name, state[name])
+
+    def _take_snapshot(self, old: list | None) -> None:
+        states = [obj.state_dict() for obj in self.tracked]
+        # None meanwhile: a copy cut short (out of memory, Ctrl-C) mixes two epochs and must not be restored.
+        self._snapshot = None
+        self._snapshot = _copy(states, old)
+
+
+def retrain(
+    make: Callable[[], Any],
+    train_epoch: Callable[..., Any],
+    train_data: Dataset | tuple[torch.Tensor, ...] | list[torch.Tensor],
+    val_data: Dataset | tuple[torch.Tensor, ...] | list[torch.Tensor],
+    *,
+    epochs: int | EarlyStopping,
+    seed: int,
+    batch_size: int,
+    shuffle: bool = True,
+    **loader_kwargs: Any,
+) -> Any:
+    """Train anew on training and validation data together, for the number of epochs that early stopping found.
+
+    Algorithm 7.2 of Goodfellow et al. (2016), counted in passes over the data. Bit for bit the same as::
+
+        torch.manual_seed(seed)
+        made = make()
+        loader = DataLoader(ConcatDataset([train_data, val_data]), batch_size, shuffle, **loader_kwargs)
+        for _ in range(epochs):
+            train_epoch(*made, loader)
+
+    Args:
+        make: builds everything fresh and returns the model, or a tuple such as (model, optimizer).
+        train_epoch: one pass over the loader; called as train_epoch(model, loader), train_epoch(model, optimizer,
+            loader) and so on, as make() returns. What it returns is dropped.
+        train_data, val_data: Datasets with a length, or tuples of tensors [N, ...] that share N. Validation data are
+            trained on as they come: give them the transforms of the training data.
+        epochs: passes over the data, >= 1; or a stopper, for its best_epoch + 1.
+        seed: of torch's generators, set before make(). The caller's states (CPU, and CUDA if in use) are put back.
+        batch_size, shuffle, **loader_kwargs: as for torch.utils.data.DataLoader.
+
+    Returns:
+        What make() returned, trained.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these. Checked before make() is called.
+    """
+    for name, value in {"make": make, "train_epoch": train_epoch}.items():
+        if not callable(value):
+            raise TypeError(f"retrain: {name} must be a function, got {_name(value)}; pass it uncalled")
+    if isinstance(epochs, EarlyStopping):
+        if epochs.best_epoch is None:
+            raise ValueError("retrain: expected a stopper with a best epoch, got one without; call its step first")
+        epochs = epochs.best_epoch + 1
+    _number("retrain", "epochs", epochs, "an integer >= 1 or an EarlyStopping", numbers.Integral, least=1)
+    _number("retrain", "seed", seed, "an integer", numbers.Integral)
+    data = ConcatDataset([_dataset("train_data", train_data), _dataset("val_data", val_data)])
+    loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle, **loader_kwargs)
+
+    # Only where CUDA is up: to read a device's state would start it.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        made = make()
+        parts = made if isinstance(made, tuple) else (made,)
+        for _ in range(epochs):
+            train_epoch(*parts, loader)
+    return made
+
+
+@torch.inference_mode(False)  # validation often runs in it, and a buffer born there can never be rewritten outside
+@torch.no_grad()
+def _copy(value: Any, old: Any = None) -> Any:
+    """Deep copy of nested state, written into the tensors of `old`, an earlier copy, where they fit."""
+    copies, taken = {}, set()
+
+    def walk(value, old):
+        if isinstance(value, torch.Tensor):
+            region = _region(value)
+            if region not in copies:
+                # Two names tied in `old` share a tensor there; once they differ, only the first of them may have it.
+                if id(old) not in taken and _form(old) is not None and _form(old) == _form(value.detach()):
+                    copies[region] = old.copy_(value)
+                    taken.add(id(old))
+                else:
+                    copies[region] = value.clone()
+            return copies[region]
+        if isinstance(value, dict):
+            made = copy.copy(value)  # keeps the class and its attributes: a module's state_dict has its version there
+            for key in value:
+                made[key] = walk(value[key], old.get(key) if isinstance(old, dict) else None)
+            return made
+        if type(value) in (list, tuple):
+            olds = old if type(old) is type(value) and len(old) == len(value) else [None] * len(value)
+            return type(value)(map(walk, value, olds))
+        return copy.deepcopy(value)
+
+    return walk(value, old)
+
+
+def _form(tensor: Any) -> tuple | None:
+    """What two tensors must share for one to be rewritten as the other; None for what is never rewritten."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        return None
+    t = tensor
+    return type(t), t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()
+
+
+def _region(tensor: torch.Tensor) -> tuple:
+    """What two names of one tensor have in common. Views that merely overlap differ, and are copied one by one."""
+    tensor_id, tensor = id(tensor), tensor.detach()
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor: this rank's part
+    in_memory = type(local) is torch.Tensor and local.layout is torch.strided
+    return (local.data_ptr() if in_memory else tensor_id), _form(tensor)
+
+
+def _as_float(score: Any) -> float:
+    real = isinstance(score, numbers.Real) and not isinstance(score, bool)
+    if isinstance(score, torch.Tensor):
+        score = score.detach()
+        real = score.ndim == 0 and not score.is_complex() and score.dtype is not torch.bool
+    if not real:
+        raise TypeError(
+            "EarlyStopping.step: expected one real number (float, int, numpy scalar, 0-dim tensor), "
+            f"got {_name(score)}; pass the mean over the validation set"
+        )
+    return float(score)
+
+
+def _mean_over_ranks(score: float, group: dist.ProcessGroup | None) -> float:
+    if not (dist.is_available() and dist.is_initialized()):
+        return score
+    if dist.get_rank(group) < 0:
+        raise ValueError("EarlyStopping.step: expected a rank of group, got one outside; step only on its ranks")
+    # All ranks take the mean of one list; a sum by all_reduce need not have the same last bit everywhere. And this mean
+    # is rounded once: scores that agree already come back unchanged.
+    scores: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(scores, score, group=group)
+    return statistics.mean(scores)
+
+
+def _dataset(name: str, data: Any) -> Dataset:
+    if isinstance(data, (tuple, list)) and data and all(isinstance(t, torch.Tensor) for t in data):
+        if len({t.shape[:1] for t in data}) > 1 or data[0].ndim == 0:  # [N, ...] each
+            shapes = [tuple(t.shape) for t in data]
+            raise ValueError(f"retrain: the tensors of {name} must be [N, ...] with the same N, got {shapes}")
+        return TensorDataset(*data)
+    if isinstance(data, (IterableDataset, DataLoader, torch.Tensor, dict)) or not hasattr(data, "__len__"):
+        raise TypeError(
+            f"retrain: {name} must be a Dataset with a length or a tuple of tensors, got {_name(data)}; "
+            "of a DataLoader pass its .dataset, of one tensor x (x,)"
+        )
+    return data
+
+
+def _number(op: str, name: str, value: Any, expected: str, kind: type = numbers.Real, least: float = -math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{op}: {name} must be {expected}, got {_name(value)} {value!r}")
+    if not (value >= least and -math.inf < value < math.inf):
+        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
