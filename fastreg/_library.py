@@ -5,6 +5,7 @@ sentence with its remedy.
 """
 
 import math
+import numbers
 
 try:
     import torch
@@ -24,6 +25,12 @@ def define(schema):
     _declared.append(schema.split("(")[0])
 
 
+def define_composite(schema, function):
+    """Declare an operator that is a Python function of other operators, and gives torch.compile one node to look at."""
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
+
+
 def load_kernels():
     """Import the extension module, which registers a CPU kernel for each declared operator."""
     try:
@@ -40,12 +47,18 @@ def load_kernels():
 
 def _no_kernel(name):
     def kernel(*args, **kwargs):
-        devices = {a.device.type for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)}
-        device = min(devices - {"cpu"}, default="cpu")
+        tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
+        for tensor in tensors:
+            if tensor.layout != torch.strided or tensor.is_quantized:
+                raise ValueError(
+                    f"{name}: expected dense tensors, got {tensor.layout} of {tensor.dtype}; "
+                    f"convert it with .{'dequantize' if tensor.is_quantized else 'to_dense'}()"
+                )
+        device = min({t.device.type for t in tensors} - {"cpu"}, default="cuda")
         remedy = (
-            "fastreg was built without CUDA; rebuild with -Ccmake.define.FASTREG_CUDA=ON or move the tensor with .cpu()"
+            "fastreg was built without CUDA kernels, this version has none yet; move the tensor with .cpu()"
             if device == "cuda"
-            else "fastreg has kernels for dense tensors on the CPU; move the tensor with .cpu()"
+            else "fastreg has kernels for the CPU; move the tensor with .cpu()"
         )
         raise RuntimeError(f"{name}: expected tensors on the CPU, got a tensor on {device!r}; {remedy}")
 
@@ -59,7 +72,7 @@ def draw_seed(device, generator=None):
 
 def check_number(op, name, value, low=-math.inf, high=math.inf):
     """Raise unless `value` is a real number in [low, high]; NaN is in no interval."""
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):  # NumPy's scalars are Real
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:
         interval = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"

@@ -4,11 +4,14 @@ loss = -sum_c q_c log softmax(x)_c + z_loss * lse^2 for targets q that move a ma
 alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others (Goodfellow, Bengio, Courville 2016, 7.5.1).
 """
 
+import sys
+
 import torch
 
 from ._library import check_choice, check_number, check_tensor, define
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # grad is d loss / d input: of the reduced loss, or of each element's own loss; empty unless with_grad.
 define(
@@ -59,7 +62,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     G is all that is saved, so that memory for backward is one tensor like the logits and those need not be kept alive. That G
     is an output of this node, not a private buffer, is what makes double backward work: differentiating g * G reaches this node
-    again with a gradient for G, and the softmax that the Hessian needs is in G itself.
+    again with a gradient for G, and the softmax that the Hessian needs is in G itself. The Hessian reads lse too, with z_loss,
+    so that one is an output as well: derivatives of any order are right.
     """
 
     @staticmethod
@@ -68,19 +72,19 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.options, ctx.dtype = options, input.dtype
         ctx.save_for_backward(grad, lse, target, weight)
         ctx.set_materialize_grads(False)
-        return loss, grad
+        return loss, grad, lse
 
     @staticmethod
-    def backward(ctx, g_loss, g_grad):
+    def backward(ctx, g_loss, g_grad, g_lse):
         grad, lse, target, weight = ctx.saved_tensors
         result = None
         if g_loss is not None:
             if _is_one(g_loss) and not torch.is_grad_enabled() and not _keeps_graph():
-                result = grad  # nobody else will read it: the usual loss.backward() costs no pass over memory
+                result = grad.detach()  # nobody else will read it: the usual loss.backward() costs no pass over memory
             else:
                 result = grad * (g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss).to(grad.dtype)
-        if g_grad is not None:
-            second = _hessian_vector_product(g_grad, grad, lse, target, weight, *ctx.options)
+        if g_grad is not None or g_lse is not None:
+            second = _second_order(g_grad, g_lse, grad, lse, target, weight, *ctx.options)
             result = second if result is None else result + second
         return (None if result is None else result.to(ctx.dtype)), *(None,) * (2 + len(ctx.options))
 
@@ -90,10 +94,13 @@ def _is_one(g):
     return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not torch.compiler.is_compiling() and g == 1
 
 
-def _hessian_vector_product(v, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
-    """d <v, G> / d input for G = s (b p - q), b = sum q + 2 z lse: s b p (v - <p, v>) + 2 z s p <p, v>, p taken from G."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    v, grad, k = v.to(dtype), grad.to(dtype), grad.shape[1]
+def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
+    """d (<v, G> + <u, lse>) / d input for G = s (b p - q), b = sum q + 2 z lse, with p taken from G.
+
+    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u.
+    """
+    dtype = _statistics_dtype(grad)
+    grad, k = grad.to(dtype), grad.shape[1]
     rows = (grad.shape[0], 1, *grad.shape[2:])
     if target.is_floating_point():
         one_hot, keep, count = target.to(dtype), torch.ones(rows, dtype=dtype, device=grad.device), rows_of(grad)
@@ -107,13 +114,22 @@ def _hessian_vector_product(v, grad, lse, target, weight, reduction, ignore_inde
     q = (1 - eps - (spread if others else 0.0)) * one_hot + spread
     if weight is not None:
         q = q * weight.to(dtype).view(1, k, *(1,) * (grad.dim() - 2))
-    s = keep / count if reduction == 1 else keep
+    s = keep
+    if reduction == 1:
+        s = torch.where(keep == 0, 0, keep / count)
+        if zero and not target.is_floating_point():  # the loss is 0 whatever the logits are
+            s = torch.where(count == 0, 0, s)
     b = q.sum(1, keepdim=True) + 2 * z_loss * lse.to(dtype).view(rows)
     safe = (s != 0) & (b != 0)
     p = torch.where(safe, (grad / s.where(safe, 1) + q) / b.where(safe, 1), 0)
-    s = s.where(safe, 0)
-    pv = (p * v).sum(1, keepdim=True)
-    return s * p * (b * (v - pv) + 2 * z_loss * pv)
+    result = 0
+    if v is not None:
+        v = v.to(dtype)
+        pv = (p * v).sum(1, keepdim=True)
+        result = s.where(safe, 0) * p * (b * (v - pv) + 2 * z_loss * pv)
+    if u is not None:
+        result = result + p * u.to(dtype).view(rows)
+    return result
 
 
 def rows_of(input):
@@ -141,7 +157,7 @@ def cross_entropy(
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...); float32, float64, float16 or bfloat16, any strides. Never modified.
         target: class indices of shape (), (N,) or (N, d1, ...), an integer dtype; or probabilities of the shape of `input`.
-        weight: a weight per class, (C,).
+        weight: a weight per class, (C,); no gradient flows to it.
         size_average, reduce: deprecated in torch; still understood.
         ignore_index: rows with this class index count for nothing; class indices only.
         reduction: "none", "mean" (over the weights of the targets, as torch; over rows for probabilities) or "sum".
@@ -159,8 +175,10 @@ def cross_entropy(
 
     Raises:
         ValueError: class index out of range, shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown
-            `reduction`, `smoothing` or `all_ignored`, `ignore_index` >= 0 with probabilities, a dtype without kernels.
-        TypeError: `input` or `target` is no tensor, or `target` is bool or complex.
+            `reduction`, `smoothing` or `all_ignored`, `ignore_index` >= 0 with probabilities, a weight that requires a gradient,
+            a dtype without kernels.
+        TypeError: `input`, `target` or `weight` is no tensor, `target` is bool or complex, `weight` is not floating point, an
+            option is no number.
 
     Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de Brebisson and Vincent
     2016, Chowdhery et al. 2022.
@@ -174,7 +192,15 @@ def cross_entropy(
     check_choice(op, "smoothing", smoothing, ("uniform", "others"))
     check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
     check_number(op, "label_smoothing", label_smoothing, 0, 1)
-    check_number(op, "z_loss", z_loss, 0)
+    check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
+    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+    if input.dtype not in _DTYPES:
+        raise ValueError(
+            f"{op}: input must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with .float()"
+        )
+    if loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
+        raise ValueError(f"{op}: loss_dtype must be torch.float32, torch.float64 or input's {input.dtype}, got {loss_dtype}")
     if input.dim() == 0:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
     if target.device != input.device:
@@ -182,29 +208,37 @@ def cross_entropy(
             f"{op}: target must be on {input.device} as input is, got {target.device}; move it with .to(input.device)"
         )
 
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
     soft = target.is_floating_point()
     unbatched = input.dim() == 1
+    expected = input.shape if soft else input.shape[: 0 if unbatched else 1] + input.shape[2:]
+    if target.shape != expected:
+        raise ValueError(
+            f"{op}: target must have shape {tuple(expected)} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}; "
+            f"{'class indices must be int64, convert them with .long()' if soft else 'probabilities must be floating point'}"
+        )
     if unbatched:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
+    if input.shape[1] == 0:
+        raise ValueError(f"{op}: input must have at least one class, got shape {tuple(input.shape)}")
+    if smoothing == "others" and label_smoothing > 0 and input.shape[1] == 1:
+        raise ValueError(f"{op}: smoothing='others' needs at least two classes, got input of shape {tuple(input.shape)}")
     if soft:
-        if target.shape != input.shape:
+        if target.dtype not in _DTYPES:
             raise ValueError(
-                f"{op}: a target of probabilities must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}; "
-                "class indices must be int64"
+                f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; convert with .float()"
             )
         if ignore_index >= 0:
             raise ValueError(f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}")
     else:
-        if target.dtype == torch.bool or target.is_complex():
-            raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
-        expected = (input.shape[0], *input.shape[2:])
-        if target.shape != expected:
-            raise ValueError(
-                f"{op}: target must have shape {expected} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}"
-            )
         target = target.to(torch.int64).contiguous()
     if weight is not None:
         check_tensor(op, "weight", weight)
+        if not weight.is_floating_point():
+            raise TypeError(f"{op}: weight must be floating point, got {weight.dtype}; convert it with .float()")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: weight must not require a gradient, as none is computed; give weight.detach()")
         if weight.shape != input.shape[1:2]:
             raise ValueError(
                 f"{op}: weight must have one value per class, shape {tuple(input.shape[1:2])}, got {tuple(weight.shape)}"
@@ -245,7 +279,7 @@ def cross_entropy(
 
 
 def _differentiable_in_target(input, target, weight, reduction, ignore_index, eps, others, z_loss, zero, loss_dtype):
-    """The same loss in plain torch operations, for the rare target that wants a gradient itself (distillation through a teacher)."""
+    """The same loss in plain torch operations, for the rare target that wants a gradient itself, as of a teacher that learns."""
     dtype, k = _statistics_dtype(input), input.shape[1]
     x = input.to(dtype)
     lse = x.logsumexp(1)
@@ -253,9 +287,10 @@ def _differentiable_in_target(input, target, weight, reduction, ignore_index, ep
     q = (1 - eps - (spread if others else 0.0)) * target.to(dtype) + spread
     if weight is not None:
         q = q * weight.view(1, k, *(1,) * (x.dim() - 2))
-    log_p = torch.where(
-        q == 0, 0, x - lse.unsqueeze(1)
-    )  # a gradient towards a class of no mass is log p there: lost with its -inf
+    log_p = x - lse.unsqueeze(1)
+    log_p = torch.where((q == 0) & (log_p == -torch.inf), 0, log_p)
     loss = -(q * log_p).sum(1) + z_loss * lse**2
+    if zero and reduction == 1 and rows_of(input) == 0:
+        return loss.sum().to(loss_dtype or input.dtype)
     loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
     return loss.to(loss_dtype or input.dtype)

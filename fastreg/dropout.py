@@ -11,7 +11,7 @@ import warnings
 
 import torch
 
-from ._library import check_choice, check_number, check_tensor, define, draw_seed
+from ._library import check_choice, check_number, check_tensor, define, define_composite, draw_seed
 
 # `inner` neighbouring elements share a decision; kept ones become scale * x + shift, the others `dropped`.
 define(
@@ -49,64 +49,192 @@ _dropout_ = torch.ops.fastreg.dropout_.default
 _dropout_apply = torch.ops.fastreg.dropout_apply.default
 
 
-class _Apply(torch.autograd.Function):
-    """grad * scale where kept: linear in grad, so its own derivative is itself."""
+# SELU's lower asymptote, -scale * alpha (Klambauer et al. 2017).
+_SELU_FLOOR = -1.7580993408473766
+
+
+def _constants(form, p):
+    """(scale, shift, dropped): kept elements become scale * x + shift, the others `dropped`."""
+    if form == "plain":
+        return 1.0, 0.0, 0.0
+    if form == "alpha":
+        if p == 1:  # as torch: all zeros
+            return 0.0, 0.0, 0.0
+        scale = ((_SELU_FLOOR**2 * p + 1) * (1 - p)) ** -0.5
+        shift = -scale * p * _SELU_FLOOR
+        return scale, shift, scale * _SELU_FLOOR + shift
+    # The inverse of the probability that is drawn with, a multiple of 2^-32: the mean is exact even where p is next to 1.
+    threshold = int((1.0 - p) * 2**32 + 0.5)
+    return 2**32 / threshold if threshold else 0.0, 0.0, 0.0
+
+
+class _Masked(torch.autograd.Function):
+    """scale * x + shift where kept, of a given mask; its derivative is a function of the same kind."""
 
     @staticmethod
-    def forward(ctx, grad, mask, inner, scale):
+    def forward(ctx, input, mask, inner, scale, shift=0.0, dropped=0.0):
         ctx.save_for_backward(mask)
         ctx.inner, ctx.scale = inner, scale
-        return _dropout_apply(grad, mask, inner, scale)
+        return _dropout_apply(input, mask, inner, scale, shift, dropped)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Apply.apply(grad, *ctx.saved_tensors, ctx.inner, ctx.scale), None, None, None
+        return _backward(ctx, grad), None, None, None, None, None
+
+
+def _backward(ctx, grad):
+    run = _Masked.apply if torch.is_grad_enabled() else _dropout_apply
+    return run(grad, *ctx.saved_tensors, ctx.inner, ctx.scale)
 
 
 class _Dropout(torch.autograd.Function):
+    """The usual case, kept thin: of a small tensor's time most is spent here."""
+
     @staticmethod
-    def forward(ctx, input, p, seed, offset, inner, scale, shift, dropped, inplace):
-        if inplace:
-            mask = _dropout_(input, p, seed, offset, inner, scale, shift, dropped)
-            output = input
-            ctx.mark_dirty(input)
-        else:
-            output, mask = _dropout(input, p, seed, offset, inner, scale, shift, dropped)
+    def forward(ctx, input, p, seed, inner, scale, shift, dropped):
+        output, mask = _dropout(input, p, seed, 0, inner, scale, shift, dropped)
+        ctx.save_for_backward(mask)
+        ctx.inner, ctx.scale = inner, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad), None, None, None, None, None, None
+
+
+class _DropoutInPlace(torch.autograd.Function):
+    """One output only: autograd takes no in-place function of a view that has more."""
+
+    @staticmethod
+    def forward(ctx, input, p, seed, inner, scale, shift, dropped):
+        ctx.save_for_backward(_dropout_(input, p, seed, 0, inner, scale, shift, dropped))
+        ctx.mark_dirty(input)
+        ctx.inner, ctx.scale = inner, scale
+        return input
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _backward(ctx, grad), None, None, None, None, None, None
+
+
+class _DropoutWithMask(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, p, seed, offset, inner, scale, shift, dropped):
+        output, mask = _dropout(input, p, seed, offset, inner, scale, shift, dropped)
         ctx.save_for_backward(mask)
         ctx.mark_non_differentiable(mask)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # or backward would be given zeros of the mask's size
         ctx.inner, ctx.scale = inner, scale
         return output, mask
 
     @staticmethod
     def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 9
-        run = _Apply.apply if torch.is_grad_enabled() else _dropout_apply
-        return run(grad, *ctx.saved_tensors, ctx.inner, ctx.scale), *(None,) * 8
+        return grad if grad is None else _backward(ctx, grad), None, None, None, None, None, None, None
 
 
-def _run(op, input, p, inplace, seed, offset, inner, scale, shift=0.0, dropped=0.0):
-    """The operator, through autograd only where a gradient is needed; gives (output, mask)."""
-    if input.requires_grad and torch.is_grad_enabled():
-        if inplace and input.is_leaf:
+def _transformed():
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _by_torch(input, p, seed, offset, inner, scale, shift, dropped):
+    """(output, mask) from torch's own operators on our mask: they know every transform of torch.func and forward-mode
+    derivatives, compiled or not; an autograd.Function that does is slow, and inlined without its derivative by torch.compile."""
+    mask = _dropout(input.detach(), p, seed, offset, inner)[1]
+    decisions = input.numel() // inner
+    kept = unpack_mask(mask, (decisions, 1)).expand(decisions, inner).reshape(input.shape)
+    value = (input if input.dtype == torch.float64 else input.float()) * scale
+    return torch.where(kept, value + shift if shift else value, dropped).to(input.dtype), mask
+
+
+def _on_shards(op, input, p, inplace, seed, inner, form):
+    """On a DTensor: every rank draws for its part what it would draw for the whole tensor."""
+    from torch.distributed import broadcast
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = input.device_mesh, input.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(f"{op}: expected a replicated or sharded DTensor, got {placements}; call .redistribute() first")
+    for group in mesh.get_all_groups():  # ranks seed their generators alike or not: rank 0 decides
+        broadcast(seed, group=group, group_src=0)
+    local = input.to_local()
+    dims = input.dim()
+    while dims and input.shape[dims - 1 :].numel() <= inner:
+        dims -= 1
+    shape, start = (numbers[:dims] for numbers in compute_local_shape_and_global_offset(input.shape, mesh, placements))
+    decided, whole = input.shape[:dims], torch.Size(shape)
+    decisions = whole.numel()
+    if not local.numel():
+        mask, decisions = local.new_empty(0, dtype=torch.uint8), 1
+    elif whole[1:] == decided[1:]:  # a run of the whole tensor's decisions
+        first = start[0] * decided[1:].numel() if dims else 0
+        mask = _dropout(local.new_empty(1).expand(decisions), p, seed, first)[1]
+    else:
+        kept = unpack_mask(_dropout(local.new_empty(1).expand(decided.numel()), p, seed)[1], decided)
+        mask = pack_mask(kept[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))])
+    output = _Masked.apply(local, mask, max(local.numel() // decisions, 1), *_constants(form, p))
+    output = DTensor.from_local(output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride())
+    return input.copy_(output) if inplace else output
+
+
+def _run(op, input, p, inplace, seed, inner, form):
+    """The operator, through autograd only where a derivative is needed; gives the output."""
+    if type(input) is not torch.Tensor and hasattr(input, "device_mesh"):
+        return _on_shards(op, input, p, inplace, seed, inner, form)
+    derive = input.requires_grad and torch.is_grad_enabled()
+    if inplace:
+        if derive and input.is_leaf:
             raise ValueError(
                 f"{op}: inplace=True cannot overwrite a leaf tensor that requires a gradient; call it with inplace=False"
             )
-        return _Dropout.apply(input, p, seed, offset, inner, scale, shift, dropped, inplace)
-    if inplace:
-        return input, _dropout_(input, p, seed, offset, inner, scale, shift, dropped)
-    return _dropout(input, p, seed, offset, inner, scale, shift, dropped)
+        if not torch.compiler.is_compiling() and not _transformed():
+            return _run_in_place(op, input, p, seed, inner, form, derive)
+    if torch.compiler.is_compiling():
+        output = torch.ops.fastreg.dropout_traced(input, p, seed, 0, inner, form)[0]
+    elif _transformed():
+        output = _by_torch(input, p, seed, 0, inner, *_constants(form, p))[0]
+    elif derive:
+        output = _Dropout.apply(input, p, seed, inner, *_constants(form, p))
+    else:
+        output = _dropout(input, p, seed, 0, inner, *_constants(form, p))[0]
+    return input.copy_(output) if inplace else output
+
+
+def _traced(input, p, seed, offset, inner, form):
+    if _transformed():
+        return _by_torch(input, p, seed, offset, inner, *_constants(form, p))
+    return _DropoutWithMask.apply(input, p, seed, offset, inner, *_constants(form, p))
+
+
+# What torch.compile sees. Where it looks into an autograd.Function it stumbles over floats that it takes for variables (two
+# dropouts under dynamic=True), computes with them inexactly, and loses the derivative under torch.func.grad; an operator is left
+# to AOTAutograd, which does none of that.
+define_composite(
+    "dropout_traced(Tensor input, float p, Tensor seed, int offset, SymInt inner, str form) -> (Tensor output, Tensor mask)",
+    _traced,
+)
+
+
+def _run_in_place(op, input, p, seed, inner, form, derive):
+    if input.is_neg():
+        raise ValueError(f"{op}: inplace=True cannot write through a negative view; call it on input.resolve_neg()")
+    if derive:
+        return _DropoutInPlace.apply(input, p, seed, inner, *_constants(form, p))
+    _dropout_(input, p, seed, 0, inner, *_constants(form, p))
+    torch.autograd.graph.increment_version(
+        input
+    )  # or an earlier function that saved `input` would differentiate with the new values
+    return input
 
 
 def _check(op, input, p):
-    check_tensor(op, "input", input)
-    if type(p) is not float or not 0.0 <= p <= 1.0:  # the usual case passes without a call
-        check_number(op, "p", p, 0, 1)
-
-
-def _inverse(keep):
-    return 1.0 / keep if keep > 0 else 0.0
+    """Raise unless `input` is a tensor and `p` a probability; gives `p` as a float."""
+    if not isinstance(input, torch.Tensor):
+        check_tensor(op, "input", input)
+    if type(p) is float and 0.0 <= p <= 1.0:  # the usual case passes without a call
+        return p
+    check_number(op, "p", p, 0, 1)
+    return float(p)
 
 
 def dropout(input, p=0.5, training=True, inplace=False, *, generator=None, rescale="train"):
@@ -132,15 +260,15 @@ def dropout(input, p=0.5, training=True, inplace=False, *, generator=None, resca
 
     Source: Srivastava et al. 2014 ("train"); Goodfellow et al. 2016, section 7.12 ("inference").
     """
-    _check("dropout", input, p)
+    p = _check("dropout", input, p)
     if rescale != "train":
         check_choice("dropout", "rescale", rescale, ("train", "inference"))
         if not training:
             return input.mul_(1 - p) if inplace else input * (1 - p)
     if not training or p == 0 or input.numel() == 0:
         return input
-    scale = _inverse(1.0 - p) if rescale == "train" else 1.0
-    return _run("dropout", input, p, inplace, draw_seed(input.device, generator), 0, 1, scale)[0]
+    form = "inverted" if rescale == "train" else "plain"
+    return _run("dropout", input, p, inplace, draw_seed(input.device, generator), 1, form)
 
 
 def dropout_with_mask(input, p=0.5, *, generator=None, seed=None, offset=0):
@@ -161,18 +289,32 @@ def dropout_with_mask(input, p=0.5, *, generator=None, seed=None, offset=0):
         ValueError: p outside [0, 1], a negative offset, a seed of another dtype or size, a dtype without kernels.
         TypeError: `input` is no tensor, `p` no number, `seed` or `offset` no int.
     """
-    _check("dropout_with_mask", input, p)
-    if not isinstance(offset, int):
-        raise TypeError(f"dropout_with_mask: offset must be an int, got {type(offset).__name__}")
-    if offset < 0:
-        raise ValueError(f"dropout_with_mask: offset must be at least 0, got {offset}")
+    op = "dropout_with_mask"
+    p = _check(op, input, p)
+    if type(input) is not torch.Tensor and hasattr(input, "device_mesh"):
+        raise TypeError(f"{op}: input must be a plain tensor, got a DTensor; give it .to_local() and the offset of that part")
+    if not isinstance(offset, int) or isinstance(offset, bool):
+        raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
+    if not 0 <= offset < 2**63:
+        raise ValueError(f"{op}: offset must be at least 0 and below 2^63, got {offset}")
     if seed is None:
         seed = draw_seed(input.device, generator)
     elif isinstance(seed, int) and not isinstance(seed, bool):
         seed = torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=input.device)
     elif not isinstance(seed, torch.Tensor):
-        raise TypeError(f"dropout_with_mask: seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    return _run("dropout_with_mask", input, p, False, seed, offset, 1, _inverse(1.0 - p))
+        raise TypeError(f"{op}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    elif seed.device != input.device:
+        raise ValueError(f"{op}: seed must be on {input.device} like input, got {seed.device}; move it with .to(input.device)")
+    elif seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"{op}: seed must be an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}; "
+            "draw it with torch.randint(-(2**63), 2**63 - 1, (1,))"
+        )
+    if torch.compiler.is_compiling():
+        return torch.ops.fastreg.dropout_traced(input, p, seed, offset, 1, "inverted")
+    if _transformed() or (input.requires_grad and torch.is_grad_enabled()):
+        return _traced(input, p, seed, offset, 1, "inverted")
+    return _dropout(input, p, seed, offset, 1, *_constants("inverted", p))
 
 
 def pack_mask(mask):
@@ -214,14 +356,14 @@ def _channels(input, batch_dims):
 
 
 def _feature_dropout(op, input, p, training, inplace, generator, dims, batch_dims):
-    _check(op, input, p)
+    p = _check(op, input, p)
     if input.dim() not in dims:
         expected = " or ".join(f"{d}-D" for d in dims)
         raise ValueError(f"{op}: input must be {expected}, got {input.dim()}-D of shape {tuple(input.shape)}")
     if not training or p == 0 or input.numel() == 0:
         return input
     inner = _channels(input, batch_dims)
-    return _run(op, input, p, inplace, draw_seed(input.device, generator), 0, inner, _inverse(1.0 - p))[0]
+    return _run(op, input, p, inplace, draw_seed(input.device, generator), inner, "inverted")
 
 
 def dropout1d(input, p=0.5, training=True, inplace=False, *, generator=None):
@@ -261,19 +403,10 @@ def dropout3d(input, p=0.5, training=True, inplace=False, *, generator=None):
     return _feature_dropout("dropout3d", input, p, training, inplace, generator, range(1, 64), 2 if input.dim() == 5 else 1)
 
 
-# SELU's lower asymptote, -scale * alpha (Klambauer et al. 2017).
-_SELU_FLOOR = -1.7580993408473766
-
-
 def _alpha_dropout(op, input, p, training, inplace, generator, inner):
     if not training or p == 0 or input.numel() == 0:
         return input
-    if p == 1:
-        a, shift = 0.0, 0.0  # as torch: all zeros
-    else:
-        a = ((_SELU_FLOOR**2 * p + 1) * (1 - p)) ** -0.5
-        shift = -a * p * _SELU_FLOOR
-    return _run(op, input, p, inplace, draw_seed(input.device, generator), 0, inner, a, shift, a * _SELU_FLOOR + shift)[0]
+    return _run(op, input, p, inplace, draw_seed(input.device, generator), inner, "alpha")
 
 
 def alpha_dropout(input, p=0.5, training=False, inplace=False, *, generator=None):
@@ -283,7 +416,7 @@ def alpha_dropout(input, p=0.5, training=False, inplace=False, *, generator=None
     errors as in `dropout`.
     Source: Klambauer, Unterthiner, Mayr, Hochreiter 2017, Self-normalizing neural networks.
     """
-    _check("alpha_dropout", input, p)
+    p = _check("alpha_dropout", input, p)
     return _alpha_dropout("alpha_dropout", input, p, training, inplace, generator, 1)
 
 
@@ -293,7 +426,7 @@ def feature_alpha_dropout(input, p=0.5, training=False, inplace=False, *, genera
     Arguments, dtypes and errors as in `dropout`, and a ValueError for an input of fewer than two dimensions.
     Source: Klambauer et al. 2017, Self-normalizing neural networks.
     """
-    _check("feature_alpha_dropout", input, p)
+    p = _check("feature_alpha_dropout", input, p)
     if input.dim() < 2:
         raise ValueError(f"feature_alpha_dropout: input must be (N, C, ...), got shape {tuple(input.shape)}")
     return _alpha_dropout("feature_alpha_dropout", input, p, training, inplace, generator, _channels(input, 2))
@@ -309,10 +442,10 @@ def drop_path(input, p=0.5, training=True, inplace=False, *, scale_by_keep=True,
     Other arguments and errors as in `dropout`.
     Source: Huang, Sun, Liu, Sedra, Weinberger 2016, Deep networks with stochastic depth.
     """
-    _check("drop_path", input, p)
+    p = _check("drop_path", input, p)
     if input.dim() == 0:
         raise ValueError("drop_path: input must be (N, ...), got a tensor without dimensions")
     if not training or p == 0 or input.numel() == 0:
         return input
-    scale = _inverse(1.0 - p) if scale_by_keep else 1.0
-    return _run("drop_path", input, p, inplace, draw_seed(input.device, generator), 0, _channels(input, 1), scale)[0]
+    form = "inverted" if scale_by_keep else "plain"
+    return _run("drop_path", input, p, inplace, draw_seed(input.device, generator), _channels(input, 1), form)

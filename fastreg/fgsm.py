@@ -37,41 +37,43 @@ _fgsm_step = torch.ops.fastreg.fgsm_step.default
 _pgd_step = torch.ops.fastreg.pgd_step.default
 
 
-def _number(op, name, value, x, low=-math.inf):
+def _number(op, name, value, x, low=-math.inf, infinite=False):
     """(float, None) for one number, (0.0, tensor) for one per channel, per sample or per element."""
     if not isinstance(value, torch.Tensor):
-        if value is None:
-            return 0.0, None
         check_number(op, name, value, low)
+        if abs(value) == math.inf and not infinite:
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
         return float(value), None
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be real numbers, got {value.dtype}")
     value = value.detach().to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
-    if value.dim() == 1 and x.dim() >= 3 and len(value) != 1:
+    if value.numel() == 1:
+        value = value.reshape(())
+    if value.dim() == 1 and x.dim() >= 2:
         channel, sample = len(value) == x.shape[1], len(value) == x.shape[0]
         if channel and sample:
             raise ValueError(
                 f"{op}: {name} of shape {tuple(value.shape)} fits the batch and the channels of x, {tuple(x.shape)}; "
-                "give it as (B, 1, 1, 1) or (1, C, 1, 1)"
+                f"give it as {(len(value), *(1,) * (x.dim() - 1))} or {(1, len(value), *(1,) * (x.dim() - 2))}"
             )
         if channel:
             value = value.view(-1, *(1,) * (x.dim() - 2))
         elif sample:
             value = value.view(-1, *(1,) * (x.dim() - 1))
-    elif value.dim() == 1 and x.dim() == 2 and len(value) not in (1, x.shape[1]) and len(value) == x.shape[0]:
-        value = value.view(-1, 1)
     try:
         fits = torch.broadcast_shapes(value.shape, x.shape) == x.shape
     except RuntimeError:
         fits = False
     if not fits:
         raise ValueError(
-            f"{op}: {name} must be a number, one per channel or one per sample of x, {tuple(x.shape)}, got shape {tuple(value.shape)}"
+            f"{op}: {name} must be a number, one per channel or one per sample of x, {tuple(x.shape)}, "
+            f"got shape {tuple(value.shape)}"
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not (value >= low).all():
-        raise ValueError(
-            f"{op}: {name} must be {'numbers' if low == -math.inf else f'at least {low:g}'}, got {value.min().item()}"
-        )
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = value[~((value >= low) & (infinite | value.isfinite()))]
+        if wrong.numel():
+            least = "" if low == -math.inf else f" and at least {low:g}"
+            raise ValueError(f"{op}: {name} must be {'numbers' if infinite else 'finite'}{least}, got {wrong[0].item()}")
     wide = [d for d, size in enumerate(value.shape) if size != 1]
     lead = x.dim() - value.dim()
     if wide and any(value.shape[d] != x.shape[d + lead] for d in range(wide[0], wide[-1] + 1)):
@@ -91,11 +93,20 @@ def _check_pair(op, x, grad, name="grad"):
             raise ValueError(f"{op}: {name} must have the {what} of x, {expected}, got {got}")
 
 
+def _text(value):
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value:g}"
+
+
 def _bounds(op, lower, upper, x):
-    lower = _number(op, "lower", -math.inf if lower is None else lower, x)
-    upper = _number(op, "upper", math.inf if upper is None else upper, x)
-    if lower[1] is None and upper[1] is None and lower[0] > upper[0]:
-        raise ValueError(f"{op}: lower must not exceed upper, got {lower[0]:g} and {upper[0]:g}")
+    lower = _number(op, "lower", -math.inf if lower is None else lower, x, infinite=True)
+    upper = _number(op, "upper", math.inf if upper is None else upper, x, infinite=True)
+    low, high = _value(lower), _value(upper)
+    if lower[1] is None and upper[1] is None:
+        crossed = low > high
+    else:  # where a look at the values costs nothing
+        crossed = x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((low > high).any())
+    if crossed:
+        raise ValueError(f"{op}: lower must not exceed upper, got {_text(low)} and {_text(high)}")
     return lower, upper
 
 
@@ -126,17 +137,28 @@ def fgsm_step(x, grad, eps, lower=None, upper=None):
         return _fgsm_step(x.detach(), grad.detach(), eps[0], lower[0], upper[0], eps[1], lower[1], upper[1])
 
 
-def _l2_norm(v):
-    """Norm per sample in at least float32, (B, 1, ...), by the largest element first so that nothing under- or overflows."""
-    v = v.flatten(1) if v.dim() > 1 else v.unsqueeze(1)
-    v = v.double() if v.dtype == torch.float64 else v.float()
-    largest = v.abs().amax(1, keepdim=True) if v.shape[1] else v.new_ones(len(v), 1)
-    safe = largest.where(largest > 0, 1)
-    return (safe * (v / safe).norm(dim=1, keepdim=True)).squeeze(1)
+def _samples(v):
+    """(B, elements of one sample); a tensor without dimensions is one sample."""
+    return v.reshape(v.shape[0], math.prod(v.shape[1:])) if v.dim() else v.reshape(1, 1)
 
 
 def _per_sample(v, x):
-    return v.view(-1, *(1,) * (x.dim() - 1))
+    """A value per sample, (B,), in the shape that broadcasts to x."""
+    return v.view(-1, *(1,) * (x.dim() - 1)) if x.dim() else v.view(())
+
+
+def _unit(v):
+    """v / |v|_2 per sample and |v|_2, in at least float32; zero stays zero.
+
+    The largest element is divided out first, so that no square under- or overflows.
+    """
+    rows = _samples(v)
+    rows = rows.double() if v.dtype == torch.float64 else rows.float()
+    largest = rows.abs().amax(1, keepdim=True) if rows.shape[1] else rows.new_zeros(len(rows), 1)
+    rows = rows / largest.where(largest > 0, 1)
+    length = rows.norm(dim=1, keepdim=True)
+    rows = rows / length.where(length > 0, 1)
+    return rows.view(v.shape), _per_sample((largest * length).squeeze(1), v)
 
 
 def _value(number):
@@ -144,19 +166,19 @@ def _value(number):
 
 
 def _attack_step(op, x, grad, origin, alpha, eps, lower, upper, norm):
-    """One ascent step from x of size alpha in `norm`, projected to the eps-ball around origin (None: no projection) and the box."""
+    """One ascent step of size alpha in `norm`, projected to the eps-ball around origin (None: no projection) and the box."""
     if norm == "linf":
         box = (lower[0], upper[0]), (lower[1], upper[1])
         if origin is None:
             return _fgsm_step(x, grad, alpha[0], *box[0], alpha[1], *box[1])
         return _pgd_step(x, grad, origin, alpha[0], eps[0], *box[0], alpha[1], eps[1], *box[1])
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    length = _per_sample(_l2_norm(grad), x)
-    moved = x.to(work) + _value(alpha) * grad.to(work) / length.where(length > 0, 1)
+    # As sign(NaN) is 0: an element without a gradient takes no part; an infinite one is the largest there is.
+    moved = x.to(work) + _value(alpha) * _unit(grad.nan_to_num())[0]
     if origin is not None:
         delta = moved - origin.to(work)
-        size = _per_sample(_l2_norm(delta), x)
-        moved = origin.to(work) + delta * (_value(eps) / size.where(size > 0, 1)).clamp(max=1)
+        direction, size = _unit(delta)
+        moved = torch.where(size > _value(eps), origin.to(work) + direction * _value(eps), moved)
     return _clamp(moved, lower, upper).to(x.dtype)
 
 
@@ -172,14 +194,30 @@ def _autograd():
         yield
 
 
-def _call(model, x):
-    """model(x) in the mode it is in, with its buffers shielded: running statistics move on copies that are thrown away."""
-    if not isinstance(model, torch.nn.Module):
-        return model(x)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer is not None}
-    if not buffers:
-        return model(x)
-    return torch.func.functional_call(model, buffers, (x,))
+@contextlib.contextmanager
+def _shielded(model):
+    """Running statistics and other buffers move on copies, which are thrown away: not even version counters of the originals do.
+
+    Not torch.func.functional_call, which leaves a copy behind in a module that stands at two places of the model.
+    """
+    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)  # model.forward is a model, too
+    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    originals = [(m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in originals}
+    try:
+        for module, name, buffer in originals:
+            _set_buffer(module, name, copies[id(buffer)])
+        yield
+    finally:
+        for module, name, buffer in originals:
+            _set_buffer(module, name, buffer)
+
+
+def _set_buffer(module, name, buffer):
+    if isinstance(module, torch.jit.ScriptModule):
+        setattr(module, name, buffer)
+    else:
+        module._buffers[name] = buffer
 
 
 def _loss(loss, logits, y):
@@ -188,7 +226,7 @@ def _loss(loss, logits, y):
     return cross_entropy(logits, y, reduction="sum", loss_dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _input_gradient(model, x, y, loss):
+def _input_gradient(op, model, x, y, loss):
     """d loss / d x, of x's shape and dtype, with nothing left behind on the model.
 
     In float16 a gradient below 6e-8 is 0 and has lost its sign, so the loss is scaled up first; samples whose gradient
@@ -197,21 +235,28 @@ def _input_gradient(model, x, y, loss):
     x = x.detach().clone().requires_grad_()
     if isinstance(y, torch.Tensor) and y.is_inference():
         y = y.clone()
-    value = _loss(loss, _call(model, x), y)
-    if not value.requires_grad:
-        raise ValueError("fgsm: the loss does not depend on x; expected model(x) to be differentiable in x")
+    with _shielded(model):
+        value = _loss(loss, model(x), y)
     if not _computes_in_float16(model, x):
-        return torch.autograd.grad(value, x)[0]
+        return _gradient(op, value, x)
     scales = (2.0**16, 2.0**10, 2.0**4, 1.0, 2.0**-6)
-    best = None
+    best = missing = None
     for scale in scales:
-        (grad,) = torch.autograd.grad(value.float() * scale, x, retain_graph=scale != scales[-1])
-        bad = ~grad.isfinite().view(len(grad), -1).all(1) if grad.dim() else ~grad.isfinite()
-        best = grad if best is None else torch.where(_per_sample(missing, x) if grad.dim() else missing, grad, best)
-        missing = bad if scale == scales[0] else missing & bad
+        grad = _gradient(op, value.float() * scale, x, retain_graph=scale != scales[-1])
+        bad = ~_samples(grad.isfinite()).all(1)
+        best = grad if best is None else torch.where(_per_sample(missing, x), grad, best)
+        missing = bad if missing is None else missing & bad
         if not missing.any():
             break
     return best
+
+
+def _gradient(op, value, x, retain_graph=None):
+    if value.requires_grad:
+        (grad,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
+        if grad is not None:
+            return grad
+    raise ValueError(f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x")
 
 
 def _computes_in_float16(model, x):
@@ -246,7 +291,8 @@ def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm
     linf: clamp(x + eps * sign(g)); l2: clamp(x + eps * g / |g|_2 per sample), with g = d loss / d x.
 
     Args:
-        model: callable or Module, called as model(x) in the mode it is in; gives logits unless `loss` takes something else.
+        model: callable or Module, called as model(x) in the mode it is in; gives logits unless `loss` takes something else. The
+            state of a Module is shielded; a function that calls modules of its own is called as it is.
         x: inputs, (B, ...), floating point, in the units of `bounds`.
         y: what `loss` compares with: class indices (B,) or probabilities; with `targeted` the class to be mistaken for.
         eps: size of the step, at least 0: a number, or a tensor with one value per channel (C,), per sample (B,) or of any shape
@@ -262,7 +308,8 @@ def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm
         draws from (dropout) moves on.
 
     Raises:
-        ValueError: eps negative or NaN, bounds that do not fit, an unknown norm, a loss that does not depend on x.
+        ValueError: eps negative, infinite or NaN, bounds that do not fit or cross, an unknown norm, a loss that does not depend
+            on x.
         TypeError: x is no floating-point tensor.
 
     Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017.
@@ -270,7 +317,7 @@ def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm
     eps, lower, upper = _prepare("fgsm", x, eps, bounds, norm)
     sign = -1.0 if targeted else 1.0
     with _autograd():
-        grad = _input_gradient(model, x, y, loss)
+        grad = _input_gradient("fgsm", model, x, y, loss)
     with torch.no_grad():
         return _attack_step("fgsm", x.detach(), grad, None, _times(eps, sign), eps, lower, upper, norm)
 
@@ -314,7 +361,7 @@ def pgd(
             adversarial = _random_start(origin, eps, lower, upper, norm, generator)
     for _ in range(steps):
         with _autograd():
-            grad = _input_gradient(model, adversarial, y, loss)
+            grad = _input_gradient("pgd", model, adversarial, y, loss)
         with torch.no_grad():
             adversarial = _attack_step("pgd", adversarial, grad, origin, alpha, eps, lower, upper, norm)
     return adversarial
@@ -326,11 +373,9 @@ def _random_start(x, eps, lower, upper, norm, generator):
         noise = torch.rand(x.shape, dtype=work, device=x.device, generator=generator) * 2 - 1
     else:  # uniform in the ball: a uniform direction times U^(1/d)
         noise = torch.randn(x.shape, dtype=work, device=x.device, generator=generator)
-        length = _l2_norm(noise)
-        radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator) ** (
-            1 / max(x[0].numel(), 1) if len(x) else 1
-        )
-        noise = noise * _per_sample(radius / length.where(length > 0, 1), x)
+        direction, length = _unit(noise)
+        radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator)
+        noise = direction * radius ** (1 / max(math.prod(x.shape[1:]), 1))
     return _clamp(x.to(work) + _value(eps) * noise, lower, upper).to(x.dtype)
 
 
@@ -352,7 +397,7 @@ def adversarial_loss(
 
     Args:
         model: Module or callable, called twice in the mode it is in; its statistics move as in any two training passes.
-        weight: share of the adversarial examples, in [0, 1].
+        weight: share of the adversarial examples, in [0, 1]; with 0 or 1 the other kind is not evaluated.
         loss: callable(model(x), y) -> loss of one number; mean cross-entropy if None.
 
     Other arguments as in `fgsm`.
@@ -368,16 +413,37 @@ def adversarial_loss(
     op = "adversarial_loss"
     eps, lower, upper = _prepare(op, x, eps, bounds, norm)
     check_number(op, "weight", weight, 0, 1)
-    evaluate = cross_entropy if loss is None else loss
-    if weight == 0:
-        return evaluate(model(x), y)
-    if not torch.is_grad_enabled() or _computes_in_float16(model, x):
-        adversarial = fgsm(model, x, y, _value(eps), loss=loss, bounds=(_value(lower), _value(upper)), norm=norm)
-        clean = evaluate(model(x), y)
-    else:
-        x = x.detach().clone().requires_grad_()
-        clean = evaluate(model(x), y)
-        (grad,) = torch.autograd.grad(clean, x, retain_graph=True)
+    x = x.detach()
+
+    def evaluate(x):
+        value = cross_entropy(model(x), y) if loss is None else loss(model(x), y)
+        if value.numel() != 1:
+            raise ValueError(f"{op}: loss must give one number, got shape {tuple(value.shape)}; reduce it with .mean()")
+        return value
+
+    def attack():
+        with _autograd():
+            grad = _input_gradient(op, model, x, y, loss)
         with torch.no_grad():
-            adversarial = _attack_step(op, x.detach(), grad, None, eps, eps, lower, upper, norm)
-    return (1 - weight) * clean + weight * evaluate(model(adversarial), y)
+            return _attack_step(op, x, grad, None, eps, eps, lower, upper, norm)
+
+    if weight == 0:
+        return evaluate(x)
+    if weight == 1:
+        return evaluate(attack())
+    if not torch.is_grad_enabled() or _computes_in_float16(model, x):
+        return (1 - weight) * evaluate(x) + weight * evaluate(attack())
+    leaf = x.clone().requires_grad_()
+    clean = evaluate(leaf)
+    try:
+        grad = _gradient(op, clean, leaf, retain_graph=True)
+    except RuntimeError as error:
+        # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it begins: that pass
+        # belongs to the caller, so that the attack needs a forward pass of its own.
+        if "donated buffer" not in str(error):
+            raise
+        adversarial = attack()
+    else:
+        with torch.no_grad():
+            adversarial = _attack_step(op, x, grad, None, eps, eps, lower, upper, norm)
+    return (1 - weight) * clean + weight * evaluate(adversarial)

@@ -48,7 +48,15 @@ class Dropout(torch.nn.Dropout):
         return super().extra_repr() + ("" if self.rescale == "train" else f", rescale={self.rescale!r}")
 
 
-class Dropout1d(torch.nn.Dropout1d):
+class _CheckedP:
+    """torch's own check lets NaN and strings of digits pass."""
+
+    def __init__(self, p=0.5, inplace=False):
+        check_number(type(self).__name__, "p", p, 0, 1)
+        super().__init__(p, inplace)
+
+
+class Dropout1d(_CheckedP, torch.nn.Dropout1d):
     """Zeroes channels of (N, C, L) or (C, L); drop-in for `torch.nn.Dropout1d`, on `fastreg.dropout1d`."""
 
     def forward(self, input):
@@ -56,7 +64,7 @@ class Dropout1d(torch.nn.Dropout1d):
         return dropout1d(input, self.p, self.training, self.inplace)
 
 
-class Dropout2d(torch.nn.Dropout2d):
+class Dropout2d(_CheckedP, torch.nn.Dropout2d):
     """Zeroes channels of (N, C, H, W); drop-in for `torch.nn.Dropout2d`, on `fastreg.dropout2d`."""
 
     def forward(self, input):
@@ -64,7 +72,7 @@ class Dropout2d(torch.nn.Dropout2d):
         return dropout2d(input, self.p, self.training, self.inplace)
 
 
-class Dropout3d(torch.nn.Dropout3d):
+class Dropout3d(_CheckedP, torch.nn.Dropout3d):
     """Zeroes channels of (N, C, D, H, W); drop-in for `torch.nn.Dropout3d`, on `fastreg.dropout3d`."""
 
     def forward(self, input):
@@ -72,7 +80,7 @@ class Dropout3d(torch.nn.Dropout3d):
         return dropout3d(input, self.p, self.training, self.inplace)
 
 
-class AlphaDropout(torch.nn.AlphaDropout):
+class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
     """Dropout that keeps mean and variance after SELU; drop-in for `torch.nn.AlphaDropout`, on `fastreg.alpha_dropout`."""
 
     def forward(self, input):
@@ -80,7 +88,7 @@ class AlphaDropout(torch.nn.AlphaDropout):
         return alpha_dropout(input, self.p, self.training, self.inplace)
 
 
-class FeatureAlphaDropout(torch.nn.FeatureAlphaDropout):
+class FeatureAlphaDropout(_CheckedP, torch.nn.FeatureAlphaDropout):
     """Alpha dropout of whole channels of (N, C, ...); drop-in for `torch.nn.FeatureAlphaDropout`."""
 
     def forward(self, input):
@@ -193,6 +201,13 @@ _HOMOGENEOUS_FUNCTIONS = (torch.relu, torch.nn.functional.relu, torch.flatten, t
 _HOMOGENEOUS_METHODS = ("relu", "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze")
 
 
+class _Tracer(torch.fx.Tracer):
+    """Sees our modules as torch.fx sees torch's: as one call each."""
+
+    def is_leaf_module(self, module, name):
+        return type(module).__module__ == __name__ or super().is_leaf_module(module, name)
+
+
 def fold_dropout(model):
     """Turn a model trained with textbook dropout into one without: w <- (1 - p) * w once, and the layer is gone.
 
@@ -215,16 +230,25 @@ def fold_dropout(model):
     """
     import copy
 
-    model = copy.deepcopy(model).eval()
-    textbook = {n: m for n, m in model.named_modules() if isinstance(m, Dropout) and m.rescale == "inference" and m.p > 0}
+    try:
+        model = copy.deepcopy(model).eval()
+    except RuntimeError as error:  # weights that pruning or the old weight_norm have computed
+        raise ValueError(
+            f"fold_dropout: cannot copy the model ({error}); make computed weights plain parameters first"
+        ) from error
+    textbook = {m for m in model.modules() if isinstance(m, Dropout) and m.rescale == "inference" and m.p > 0}
     if not textbook:
         return model
+    if model in textbook:
+        raise ValueError(
+            "fold_dropout: the model is a lone Dropout; there is no weight to scale; put a Linear or Conv layer after it"
+        )
     try:
-        tracer = torch.fx.Tracer()
-        graph = tracer.trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:
         raise ValueError(f"fold_dropout: cannot trace the model's forward ({error}); fold it layer by layer") from error
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))  # a module may have two names
+    names = {module: name for name, module in modules.items()}
     calls, owners = {}, {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -232,37 +256,44 @@ def fold_dropout(model):
     for module in modules.values():
         for p in module.parameters(recurse=False):
             owners.setdefault(p, set()).add(module)
+    read = {node.target for node in graph.nodes if node.op == "get_attr"}  # parameters that the forward itself uses
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in read:
+            owners[p].add(None)
 
     scales = {}  # weighted layer -> factor
     for node in graph.nodes:
-        if node.op == "call_module" and node.target in textbook:
-            keep = 1 - textbook[node.target].p
+        if node.op == "call_module" and modules[node.target] in textbook:
+            keep = 1 - modules[node.target].p
             for layer in _readers_of(node, modules):
+                if layer._parameters.get("weight") is None:
+                    raise ValueError(
+                        f"fold_dropout: the weight of {names[layer]!r} is computed (a parametrization); make it a "
+                        "plain parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
+                    )
                 if calls[layer] > 1 or len(owners[layer.weight]) > 1:
                     raise ValueError(
-                        f"fold_dropout: the weight of {layer} is used in several places and cannot be scaled for one; "
+                        f"fold_dropout: the weight of {names[layer]!r} is used in several places and cannot be scaled for one; "
                         "give the dropout a layer of its own"
                     )
                 scales[layer] = scales.get(layer, 1.0) * keep
     with torch.no_grad():
         for layer, factor in scales.items():
             layer.weight.mul_(factor)
-    for name in textbook:
-        if not name:
-            raise ValueError("fold_dropout: the model is a lone Dropout; there is no weight to scale")
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, torch.nn.Identity())
+    for name, module in modules.items():
+        if module in textbook:
+            parent, _, leaf = name.rpartition(".")
+            setattr(modules[parent], leaf, torch.nn.Identity())
     return model
 
 
 def _readers_of(dropout_node, modules):
     """The weighted layers into which the output of this node flows; the Embedding before it where it comes straight from one."""
-    before = dropout_node.args[0]
-    if before.op == "call_module" and isinstance(modules[before.target], torch.nn.Embedding) and len(before.users) == 1:
-        return [modules[before.target]]
+    before = dropout_node.all_input_nodes[0]
+    layer = modules[before.target] if before.op == "call_module" else None
+    if isinstance(layer, torch.nn.Embedding) and layer.max_norm is None and len(before.users) == 1:
+        return [layer]
     found, open_nodes = [], list(dropout_node.users)
-    if not open_nodes:
-        return []
     while open_nodes:
         node = open_nodes.pop()
         module = modules[node.target] if node.op == "call_module" else None
@@ -274,10 +305,14 @@ def _readers_of(dropout_node, modules):
             or (node.op == "call_method" and node.target in _HOMOGENEOUS_METHODS)
         ):
             open_nodes.extend(node.users)
+        elif node.op == "call_method" and node.target in ("size", "dim"):
+            continue  # tells the shape, whatever the values
+        elif node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"):
+            continue
         else:
-            what = "the model's output" if node.op == "output" else module or node.target
+            what = "the model's output" if node.op == "output" else type(module).__name__ if module else node.target
             raise ValueError(
-                f"fold_dropout: the dropout {dropout_node.target!r} reaches {what} before a Linear or Conv layer, where its factor "
-                "cannot be moved into weights; place it directly before such a layer"
+                f"fold_dropout: the dropout {dropout_node.target!r} reaches {what} before a Linear or Conv layer, "
+                "where its factor cannot be moved into weights; place it directly before such a layer"
             )
     return found

@@ -6,14 +6,16 @@ Bengio, Courville 2016, section 7.1).
 
 import fnmatch
 import math
+import numbers
 
 import torch
 
-from ._library import check_choice, check_number, define, draw_seed
+from ._library import check_choice, check_number, check_tensor, define, draw_seed
 
-# One call for all tensors of a group. momentum_started is only there with dampening, whose first step differs.
+# One call for all tensors of a group. momentum_started, one float32 flag per tensor that the op sets to 1, is only there with
+# dampening, whose first step differs: a step skipped for an overflow is not the first, and only the op knows.
 define(
-    "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor[] momentum_started, float lr, "
+    "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_started, float lr, "
     "float momentum, float dampening, float weight_decay, float l1, bool nesterov, bool proximal, bool decoupled, "
     "bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? seed=None) -> ()"
 )
@@ -40,6 +42,8 @@ class SGD(torch.optim.SGD):
         l1: factor of the L1 penalty, at least 0.
         l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by lr * l1 after the
             step, so that weights become exactly 0.
+            With momentum the steps of E grow to 1 / (1 - momentum) times lr and the threshold does not: the weights go to the
+            minimum of E + (1 - momentum) / (1 - dampening) * l1 |w|_1, so give l1 / (1 - momentum) for the same penalty.
         decoupled: both penalties act on the weight directly and not through the momentum, as in AdamW.
         stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the mean; no effect on
             float32 and float64.
@@ -100,15 +104,16 @@ class SGD(torch.optim.SGD):
 
     def add_param_group(self, param_group):
         """Add a group, checked as in the constructor."""
+        if not isinstance(param_group, dict) or isinstance(param_group["params"], set):
+            return super().add_param_group(param_group)  # torch says what is wrong
         group = {**self.defaults, **param_group}
         _check_group(group)
         params = group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
-        unique = {id(p[1] if isinstance(p, tuple) else p): p for p in params}
+        unique = {id(_tensor_of(p)): p for p in params}
         for p in unique.values():
-            tensor = p[1] if isinstance(p, tuple) else p
-            if group["stochastic_rounding"] and isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float16:
-                raise ValueError("SGD: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off")
+            if isinstance(_tensor_of(p), torch.Tensor):
+                _check_param(group, _tensor_of(p))
         super().add_param_group({**param_group, "params": list(unique.values())})
 
     def load_state_dict(self, state_dict):
@@ -129,62 +134,75 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for group, lists, started in [work for group in self.param_groups for work in self._collect(group)]:
-            lr, device = group["lr"], lists[0][0].device
-            lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
-            _sgd_(
-                *lists,
-                0.0 if lr_tensor is not None else lr,
-                group["momentum"],
-                group["dampening"],
-                group["weight_decay"],
-                group["l1"],
-                group["nesterov"],
-                group["l1_mode"] == "proximal",
-                group["decoupled"],
-                group["maximize"],
-                lr_tensor,
-                None if grad_scale is None else grad_scale.to(device),
-                None if found_inf is None else found_inf.to(device),
-                draw_seed(device) if group["stochastic_rounding"] else None,
-            )
-            for flag in started:
-                flag.copy_(flag.new_ones(()) if found_inf is None else torch.maximum(flag, (found_inf == 0).to(flag)))
+        for group in self.param_groups:
+            _check_group(group)
+        works = [
+            (group, self._collect(group)) for group in self.param_groups
+        ]  # all of them first: an error finds nothing stepped
+        for group, work in works:
+            for device, lists in work.items():
+                if not torch.compiler.is_compiling():  # there the compiler does it; a graph that saved a weight must find out
+                    torch.autograd.graph.increment_version(lists[0])
+                lr = group["lr"]
+                lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
+                _sgd_(
+                    *lists,
+                    0.0 if lr_tensor is not None else float(lr),
+                    float(group["momentum"]),
+                    float(group["dampening"]),
+                    float(group["weight_decay"]),
+                    float(group["l1"]),
+                    bool(group["nesterov"]),
+                    group["l1_mode"] == "proximal",
+                    bool(group["decoupled"]),
+                    bool(group["maximize"]),
+                    lr_tensor,
+                    None if grad_scale is None else grad_scale.to(device),
+                    None if found_inf is None else found_inf.to(device),
+                    draw_seed(device) if group["stochastic_rounding"] else None,
+                )
         return loss
 
     def _collect(self, group):
-        """Per device (group, [params, grads, buffers, started], flags), local shards for DTensors; checked before any step."""
-        by_device = {}
+        """{device: (params, grads, momentum_buffers, momentum_started)} of a group, checked; local shards for DTensors.
+
+        Written for many small tensors, for which this loop is most of a step: no call and no container per parameter.
+        """
+        work, momentum, dampening = {}, group["momentum"] != 0, group["dampening"] != 0
         for p in group["params"]:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            if p.grad.layout != torch.strided:
-                raise TypeError(f"SGD: expected dense gradients, got {p.grad.layout}; use sparse=False or torch.optim.SGD")
-            if p.grad.dtype != p.dtype:
-                raise ValueError(f"SGD: a gradient must have the dtype of its parameter, {p.dtype}, got {p.grad.dtype}")
-            tensors = [_local(p), _local(_like_placed(p.grad, p))]
-            flag = None
-            if group["momentum"] != 0:
-                state = self.state[p]
-                fresh = state.get("momentum_buffer") is None
-                if fresh:
-                    state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                tensors.append(_local(state["momentum_buffer"]))
-                if group["dampening"] != 0:
-                    if "momentum_started" not in state:
-                        state["momentum_started"] = torch.tensor(0.0 if fresh else 1.0, device=p.device)
-                    flag = state["momentum_started"]
-            lists, flags = by_device.setdefault(p.device, ([[], [], [], []], []))
-            for one, tensor in zip(lists, tensors, strict=False):
-                one.append(tensor)
-            if flag is not None:
-                lists[3].append(flag.float())
-                flags.append(flag)
-        return [(group, lists, flags) for lists, flags in by_device.values()]
+            dtype, device = p.dtype, p.device
+            if grad.layout != torch.strided or grad.dtype != dtype or dtype not in _DTYPES:
+                _refuse_gradient(p, grad)
+            if dtype == torch.float16 and group["stochastic_rounding"]:
+                _check_param(group, p)
+            lists = work.get(device)
+            if lists is None:
+                lists = work[device] = ([], [], [], [])
+            sharded = hasattr(p, "to_local")
+            lists[0].append(p.to_local() if sharded else p)
+            lists[1].append(_like_placed(grad, p).to_local() if sharded else grad)
+            if not momentum:
+                continue
+            state = self.state[p]
+            buffer = state.get("momentum_buffer")
+            fresh = buffer is None
+            if fresh:
+                buffer = state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            lists[2].append(buffer.to_local() if sharded else buffer)
+            if dampening:
+                flag = state.get("momentum_started")
+                if flag is None:
+                    flag = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=device)
+                state["momentum_started"] = flag = flag.float()  # load_state_dict gives it the parameter's dtype
+                lists[3].append(flag)
+        return work
 
 
-def _local(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _tensor_of(param):
+    return param[1] if isinstance(param, tuple) else param  # torch takes (name, parameter) too
 
 
 def _like_placed(grad, param):
@@ -199,12 +217,16 @@ def _check_group(group):
     lr = group["lr"]
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{op}: lr must be a number or a float32 tensor of one element, got {lr.dtype} {tuple(lr.shape)}")
+            raise ValueError(
+                f"{op}: lr must be a number or a float32 or float64 tensor of one element, got {lr.dtype} {tuple(lr.shape)}"
+            )
+        if lr.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
+            _check_finite(op, "lr", lr.item())
     else:
-        check_number(op, "lr", lr, 0)
+        _check_finite(op, "lr", lr)
     for name in ("momentum", "weight_decay", "l1"):
-        check_number(op, name, group[name], 0)
-    check_number(op, "dampening", group["dampening"])
+        _check_finite(op, name, group[name])
+    _check_finite(op, "dampening", group["dampening"], -math.inf)
     check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and {group['dampening']}")
@@ -212,6 +234,31 @@ def _check_group(group):
         raise ValueError(f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.SGD for that")
 
 
+def _check_finite(op, name, value, low=0):
+    if not isinstance(value, (int, float, numbers.Real)):  # numpy's scalars are Real: a schedule may well leave one behind
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}")
+    if not low <= value < math.inf or value == -math.inf:
+        raise ValueError(f"{op}: {name} must be finite{' and at least 0' if low == 0 else ''}, got {value}")
+
+
+def _check_param(group, p):
+    if group["stochastic_rounding"] and p.dtype == torch.float16:
+        raise ValueError("SGD: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off")
+    if p.layout == torch.strided and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        raise ValueError(f"SGD: a parameter's elements must not share memory, got strides {p.stride()}; use .clone()")
+
+
+def _refuse_gradient(p, grad):
+    if p.dtype not in _DTYPES:
+        raise TypeError(f"SGD: parameters must be float32, float64, float16 or bfloat16, got {p.dtype}; use torch.optim.SGD")
+    if grad.layout != torch.strided:
+        raise TypeError(f"SGD: gradients must be dense, got {grad.layout}; use sparse=False or torch.optim.SGD")
+    raise ValueError(
+        f"SGD: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it with .to({p.dtype})"
+    )
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NORMS = (
     torch.nn.modules.batchnorm._NormBase,
     torch.nn.LayerNorm,
@@ -230,7 +277,7 @@ def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
     Args:
         model: Module. A parameter under several names is one parameter and is penalised once.
         l1, l2: factors of |w|_1 and of 1/2 |w|_2^2; l2 is what torch calls weight_decay.
-        overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`, "encoder.*.weight").
+        overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`, "encoder.*").
             l1, l2 (or weight_decay) and any other option of a group, lr for one. They win over the rule above; where several
             patterns match, the later wins.
 
@@ -243,10 +290,10 @@ def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
     """
     op = "penalty_groups"
     for name, value in (("l1", l1), ("l2", l2)):
-        check_number(op, name, value, 0)
+        _check_finite(op, name, value)
     overrides = {pattern: _options(op, options) for pattern, options in (overrides or {}).items()}
     names, free = {}, set()
-    for module_name, module in model.named_modules():
+    for module_name, module in model.named_modules(remove_duplicate=False):
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(p, []).append(f"{module_name}.{leaf}" if module_name else leaf)
             if p.dim() < 2 or isinstance(module, _NORMS) or leaf.endswith("bias"):
@@ -272,7 +319,7 @@ def _options(op, options):
         options["weight_decay"] = options.pop("l2")
     for name in ("l1", "weight_decay"):
         if name in options:
-            check_number(op, name, options[name], 0)
+            _check_finite(op, name, options[name])
     return options
 
 
@@ -289,7 +336,7 @@ def penalty(params_or_groups, *, l1=0.0, l2=0.0):
         parameter that comes twice counts once.
     """
     for name, value in (("l1", l1), ("l2", l2)):
-        check_number("penalty", name, value, 0)
+        _check_finite("penalty", name, value)
     source = params_or_groups
     if isinstance(source, torch.optim.Optimizer):
         source = source.param_groups
@@ -299,17 +346,27 @@ def penalty(params_or_groups, *, l1=0.0, l2=0.0):
         source = [source]
     seen, total = set(), None
     for item in source:
-        group = item if isinstance(item, dict) else {"params": [item], "l1": l1, "weight_decay": l2}
-        params = group["params"]
-        for p in [params] if isinstance(params, torch.Tensor) else params:
-            p = p[1] if isinstance(p, tuple) else p
+        group = item if isinstance(item, dict) else {"params": [item]}
+        group_l1, group_l2 = group.get("l1", l1), group.get("weight_decay", l2)
+        for p in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
+            p = _tensor_of(p)
+            check_tensor("penalty", "each parameter", p)
             if id(p) in seen:
                 continue
             seen.add(id(p))
-            w = p.double() if p.dtype == torch.float64 else p.float()
-            term = group.get("l1", l1) * w.abs().sum() + 0.5 * group.get("weight_decay", l2) * (w * w).sum()
+            w = p if p.dtype == torch.float64 else p.float()
+            term = w.new_zeros(())
+            if group_l1:  # a factor of 0 leaves out the pass over memory, and the NaN that it makes of an inf
+                term = term + group_l1 * w.abs().sum()
+            if group_l2:
+                term = term + 0.5 * group_l2 * (w * w).sum()
+            term = _whole(term)
             total = term if total is None else total + term
     return torch.zeros(()) if total is None else total
+
+
+def _whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor: the sum over all shards
 
 
 def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
@@ -340,9 +397,12 @@ def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
     check_choice(op, "prior", prior, ("gaussian", "laplace"))
     if value == 0:
         return math.inf
-    if prior == "laplace":  # both maps are their own inverse up to the root
-        return 1 / (value * num_samples)
-    return 1 / (value * value * num_samples) if inverse else 1 / math.sqrt(value * num_samples)
+    # Divided one after the other, squares last: value * value and value * num_samples can leave the range that the result is in.
+    if prior == "laplace":  # its own inverse
+        return 1 / value / num_samples
+    if inverse:
+        return (1 / value / math.sqrt(num_samples)) * (1 / value / math.sqrt(num_samples))
+    return 1 / math.sqrt(value) / math.sqrt(num_samples)
 
 
 def sparsity(model):
@@ -354,4 +414,4 @@ def sparsity(model):
     tensors = model.parameters() if isinstance(model, torch.nn.Module) else model
     tensors = {id(p): p for p in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)}.values()
     total = sum(p.numel() for p in tensors)
-    return sum(int((p == 0).sum()) for p in tensors) / total if total else 0.0
+    return sum(int(_whole((p == 0).sum())) for p in tensors) / total if total else 0.0

@@ -8,10 +8,18 @@ scaled_dot_product_attention and in torch's RNN kernels stays torch's.
 
 import contextlib
 import functools
+import importlib
+import inspect
 import sys
+import types
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
+
+# torch.jit.script compiles a patched function from the source of torch's own, but looks names up here.
+from torch.nn.functional import _VF, _Reduction, warnings  # noqa: F401  # isort: skip
 
 from . import nn
 from .cross_entropy import cross_entropy
@@ -19,42 +27,145 @@ from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, fe
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_patched = (
+    False  # while False the replacements are torch's functions, so that one kept in a partial or a graph ends with the patch
+)
 
 
 def _has_kernel(tensor):
     return (
         type(tensor) in _PLAIN
-        and tensor.device.type == "cpu"
+        and tensor.is_cpu
         and tensor.dtype in _DTYPES
         and tensor.layout == torch.strided
+        and not tensor.is_nested
+    )
+
+
+def _is_replaced():
+    # The operators have no forward-mode derivative and no batching rule; a jit trace would record them without a derivative.
+    return (
+        _patched
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
     )
 
 
 def _instead_of(original, ours):
+    # A subclass of Tensor, a Proxy of torch.fx or a mode is told of torch's function, which is the one its tables know.
     @functools.wraps(original)
-    def run_dropout(input, p=0.5, training=original.__defaults__[1], inplace=False):
-        run = ours if _has_kernel(input) else original
-        return run(input, p, training, inplace)
+    def run_dropout(input, p=0.5, training=ours.__defaults__[1], inplace=False):
+        if _has_kernel(input) and isinstance(p, (float, int)) and _is_replaced():
+            return ours(input, p, training, inplace)
+        if has_torch_function_unary(input):
+            return handle_torch_function(original, (input,), input, p=p, training=training, inplace=inplace)
+        return original(input, p, training, inplace)
 
     return run_dropout
 
 
-_torch_cross_entropy = F.cross_entropy
+def _instead_of_cross_entropy(original, ours):
+    @functools.wraps(original)
+    def run_cross_entropy(
+        input,
+        target,
+        weight=None,
+        size_average=None,
+        ignore_index=-100,
+        reduce=None,
+        reduction="mean",
+        label_smoothing=0.0,
+    ):
+        options = {
+            "weight": weight,
+            "size_average": size_average,
+            "ignore_index": ignore_index,
+            "reduce": reduce,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+        if (
+            _has_kernel(input)
+            and type(target) in _PLAIN
+            and target.device == input.device
+            and (weight is None or (_has_kernel(weight) and not weight.requires_grad))
+            and _is_replaced()
+        ):
+            return ours(input, target, **options)
+        if has_torch_function_variadic(input, target, weight):
+            return handle_torch_function(original, (input, target, weight), input, target, **options)
+        return original(input, target, **options)
+
+    return run_cross_entropy
 
 
-@functools.wraps(_torch_cross_entropy)
-def _cross_entropy(input, target, *args, **kwargs):
-    plain = _has_kernel(input) and type(target) in _PLAIN and target.device == input.device
-    return (cross_entropy if plain else _torch_cross_entropy)(input, target, *args, **kwargs)
+_TORCH = types.SimpleNamespace()
+_REPLACEMENTS = {}
+for _ours in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout, cross_entropy):
+    _original = getattr(F, _ours.__name__)
+    setattr(_TORCH, _ours.__name__, _original)
+    _REPLACEMENTS[_original] = (_instead_of_cross_entropy if _ours is cross_entropy else _instead_of)(_original, _ours)
+_ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
+_changed = []  # namespaces in which a name was changed; a module may leave sys.modules before `unpatch`
+_blocks = 0  # open `patched` blocks that began without a patch of the process
 
 
-_REPLACEMENTS = {
-    getattr(F, ours.__name__): _instead_of(getattr(F, ours.__name__), ours)
-    for ours in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout)
-}
-_REPLACEMENTS[_torch_cross_entropy] = _cross_entropy
-_changed = []  # (namespace, name, original), in the order of change
+def _exchange(table):
+    """Exchange functions by `table` in every loaded module; the namespaces where there was one."""
+    found = []
+    for module in list(sys.modules.values()):
+        namespace = getattr(module, "__dict__", None)
+        if type(namespace) is not dict or namespace is globals():
+            continue
+        if _exchange_in(namespace, table):
+            found.append(namespace)
+    return found
+
+
+def _exchange_in(namespace, table):
+    # Only functions are looked up: hashing whatever else a module holds may run any code.
+    names = [name for name, value in list(namespace.items()) if type(value) is types.FunctionType and value in table]
+    for name in names:
+        namespace[name] = table[namespace[name]]
+    return names
+
+
+def _tell_dynamo(patched):
+    """Let torch.compile see the replacements: three places of it know torch's functions by name and would hide ours.
+
+    Its table of functions that go into a graph unopened holds names and is read when it is first needed. A replacement found
+    there under a name of torch.nn.functional would be traced with tensors for which fastreg has no kernel, and be cached as
+    torch's: while the patch lasts, that entry names torch's own function, wherever it is. Attention, whose dropout is to be
+    found, must be opened. And an nn.CrossEntropyLoss made inside of compiled code is never called.
+    """
+    # every torch.optim.Optimizer imports them too
+    rules = importlib.import_module("torch._dynamo.trace_rules")
+    classes = importlib.import_module("torch._dynamo.variables.user_defined").UserDefinedClassVariable
+    for table in rules.torch_name_rule_map:
+        for name in (*vars(_TORCH), "multi_head_attention_forward"):
+            names = f"torch.nn.functional.{name}", f"{__name__}._TORCH#{name}"  # no such attribute: no rule
+            old, new = names if patched else names[::-1]
+            if old in table:
+                table[new] = table.pop(old)
+    rules.clear_lru_cache()
+    if patched and hasattr(classes, "_call_cross_entropy_loss"):
+        _dynamo_loss.append(classes._call_cross_entropy_loss)
+        classes._call_cross_entropy_loss = _loss_in_dynamo
+    elif not patched and _dynamo_loss:
+        classes._call_cross_entropy_loss = _dynamo_loss.pop()
+
+
+_dynamo_loss = []  # torch.compile's own method while it is exchanged
+
+
+def _loss_in_dynamo(self, tx, args, kwargs):
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.misc import LambdaVariable
+
+    options = dict(zip(list(inspect.signature(_TORCH.cross_entropy).parameters)[2:], args, strict=False)) | kwargs
+    function = VariableTracker.build(tx, _REPLACEMENTS[_TORCH.cross_entropy])
+    return LambdaVariable(lambda input, target: function.call_function(tx, [input, target], options))
 
 
 def patch():
@@ -62,29 +173,33 @@ def patch():
 
     Every loaded module's global that is one of the patched functions is exchanged, `from torch.nn.functional import dropout`
     included; functions kept elsewhere (in a partial, a default argument) are not found. Inputs for which fastreg has no kernel
-    (other devices and dtypes, tensor subclasses, functorch transforms) go to torch as before. Calling it twice does no harm.
+    (other devices and dtypes, tensor subclasses, weights that require a gradient) and transforms (functorch, forward-mode
+    derivatives, torch.jit) go to torch as before. Calling it twice does no harm.
     """
-    if _changed:
+    global _patched
+    if _patched:
         return
-    for module in list(sys.modules.values()):
-        namespace = getattr(module, "__dict__", None)
-        if type(namespace) is not dict or namespace is globals():
-            continue
-        for name, value in list(namespace.items()):
-            try:
-                replacement = _REPLACEMENTS.get(value)
-            except TypeError:  # unhashable
-                continue
-            if replacement is not None:
-                _changed.append((namespace, name, value))
-                namespace[name] = replacement
+    torch.overrides.get_testing_overrides()  # both keep the functions that they find at their first call
+    torch.overrides.get_overridable_functions()
+    _tell_dynamo(True)
+    _patched = True
+    _changed.extend(_exchange(_REPLACEMENTS))
 
 
 def unpatch():
-    """Undo `patch`: every name refers to torch's own function again. Without a patch it does nothing."""
-    while _changed:
-        namespace, name, original = _changed.pop()
-        namespace[name] = original
+    """Undo `patch`: every name refers to torch's own function again. Without a patch it does nothing.
+
+    A replacement kept elsewhere while patched calls torch's function from now on.
+    """
+    global _patched
+    if not _patched:
+        return
+    _patched = False
+    for namespace in _changed:
+        _exchange_in(namespace, _ORIGINALS)
+    _changed.clear()
+    _exchange(_ORIGINALS)  # modules imported since
+    _tell_dynamo(False)
 
 
 @contextlib.contextmanager
@@ -94,14 +209,18 @@ def patched():
     >>> with fastreg.patched():
     ...     train(model)
     """
-    if _changed:
+    global _blocks
+    if _patched and not _blocks:
         yield
         return
     patch()
+    _blocks += 1  # threads may leave their blocks in any order
     try:
         yield
     finally:
-        unpatch()
+        _blocks -= 1
+        if not _blocks:
+            unpatch()
 
 
 _MODULES = {
@@ -120,7 +239,7 @@ def convert(model):
         model: Module.
 
     Returns:
-        The same model; if it is itself a stochastic-depth module, its replacement.
+        The same model.
 
     Raises:
         TypeError: `model` is no Module.
@@ -128,19 +247,13 @@ def convert(model):
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
+        kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
             module.__class__ = _MODULES[type(module)]
-        for name, child in module.named_children():
-            setattr(module, name, _stochastic_depth(child))
-    return _stochastic_depth(model)
-
-
-def _stochastic_depth(module):
-    kind = f"{type(module).__module__}.{type(module).__name__}"
-    if kind == "timm.layers.drop.DropPath":
-        new = nn.DropPath(module.drop_prob or 0.0, scale_by_keep=module.scale_by_keep)
-    elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
-        new = nn.DropPath(module.p)
-    else:
-        return module
-    return new.train(module.training)
+        elif kind == "timm.layers.drop.DropPath":
+            module.p = module.drop_prob or 0.0
+            module.__class__ = nn.DropPath
+        elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
+            module.scale_by_keep = True
+            module.__class__ = nn.DropPath
+    return model

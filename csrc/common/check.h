@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -58,17 +59,42 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(op, ": ", name, " must be float32, float64, float16 or bfloat16; convert it with .float()");
+      fail(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", t.scalar_type(), "; convert it with .float()");
   }
 }
 
+// Text is built only for a check that fails: an optimiser comes here for every tensor of a step.
 inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
   check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name, "; convert it with .to(",
         like_name, ".dtype)");
   check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
         " must be on the device of ", like_name, "; move it with .to(", like_name, ".device)");
-  check(same_shape(t, like), op, ": ", name, " must have the shape of ", like_name, ", ", shape_text(like), ", got ",
-        shape_text(t));
+  if (!same_shape(t, like))
+    fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_text(like), ", got ", shape_text(t));
+}
+
+// torch::stable's empty_like and new_empty look their operator up by name and call it boxed, which costs a small op more than all
+// its arithmetic; this goes straight to the allocation.
+template <class Sizes>
+Tensor allocate(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
+  int32_t device_type = 0, device_index = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                                                         device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// torch.empty_like, memory format kept.
+inline Tensor allocate_like(const Tensor& t) {
+  return t.is_contiguous() ? allocate(t, t.sizes(), t.strides(), t.scalar_type()) : torch::stable::empty_like(t);
+}
+
+// Uninitialised bytes on the device of a tensor.
+inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) {
+  return allocate(like, std::array<int64_t, 1>{bytes}, std::array<int64_t, 1>{1}, ScalarType::Byte);
 }
 
 // The layout with mergeable dimensions merged: a tensor that is contiguous comes out with one dimension at most.
@@ -128,8 +154,8 @@ inline bool same_dense_order(const Layout& a, const Layout& b) {
 
 // The one int64 in a seed tensor.
 inline uint64_t seed_of(const char* op, const Tensor& seed) {
-  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got shape ", shape_text(seed),
-        "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
+  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ", seed.scalar_type(),
+        " of shape ", shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
   check(seed.is_cpu(), op, ": seed must be on the device of input; move it with .to(input.device)");
   return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }

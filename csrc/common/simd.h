@@ -54,7 +54,9 @@ struct Vec {
     return c;                                                                       \
   }
   FR_ARITHMETIC(+)
-  FR_ARITHMETIC(-) FR_ARITHMETIC(*) FR_ARITHMETIC(/) FR_COMPARISON(<) FR_COMPARISON(>) FR_COMPARISON(==)
+  FR_ARITHMETIC(-)
+  FR_ARITHMETIC(*)
+  FR_ARITHMETIC(/) FR_COMPARISON(<) FR_COMPARISON(>) FR_COMPARISON(==)
 #undef FR_ARITHMETIC
 #undef FR_COMPARISON
       friend FR_INLINE Vec select(const Mask& m, const Vec& yes, const Vec& no) {
@@ -78,17 +80,21 @@ struct Vec {
 
   template <class F>
   FR_INLINE A fold(F f) const {  // pairs at distance 8, 4, 2, 1: the same tree on every instruction set
-    A lane[kLanes];
-    memcpy(lane, part, 64);
-    for (int distance = kLanes / 2; distance > 0; distance /= 2)
+    Part half[kParts];
+    memcpy(half, part, 64);
+    for (int n = kParts / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) half[i] = f(half[i], half[i + n]);
+    A lane[kPartLanes];
+    memcpy(lane, half, FR_VECTOR_BYTES);
+    for (int distance = kPartLanes / 2; distance > 0; distance /= 2)
       for (int j = 0; j < distance; ++j) lane[j] = f(lane[j], lane[j + distance]);
     return lane[0];
   }
   FR_INLINE A sum() const {
-    return fold([](A a, A b) { return a + b; });
+    return fold([](auto a, auto b) __attribute__((always_inline)) { return a + b; });
   }
   FR_INLINE A max() const {
-    return fold([](A a, A b) { return a < b ? b : a; });
+    return fold([](auto a, auto b) __attribute__((always_inline)) { return a < b ? b : a; });
   }
 };
 
@@ -158,13 +164,36 @@ FR_INLINE void store(Half* p, const Vec<float>& v) {
   }
 }
 
+// memcpy of fewer than kRoom bytes without a call: two moves that may overlap.
+template <size_t kRoom>
+FR_INLINE void copy_few(void* to, const void* from, size_t bytes) {
+  const auto both_ends = [&](auto chunk) __attribute__((always_inline)) {
+    constexpr size_t size = sizeof chunk;
+    const size_t last = bytes - size;
+    memcpy(to, from, size);
+    memcpy(static_cast<char*>(to) + last, static_cast<const char*>(from) + last, size);
+  };
+  struct Chunk32 {
+    char byte[32];
+  };
+  struct Chunk16 {
+    char byte[16];
+  };
+  if constexpr (kRoom > 32)
+    if (bytes >= 32) return both_ends(Chunk32());
+  if (bytes >= 16) return both_ends(Chunk16());
+  if (bytes >= 8) return both_ends(uint64_t());
+  if (bytes >= 4) return both_ends(uint32_t());
+  if (bytes >= 2) memcpy(to, from, 2);
+}
+
 // The first `count` lanes; the rest read as `fill` and are not written.
 template <class T>
 FR_INLINE auto load(const T* p, int count, typename Accumulate<T>::type fill = 0) {
   using V = Vec<typename Accumulate<T>::type>;
   if (count == V::kLanes) return load(p);
   T buffer[V::kLanes] = {};
-  memcpy(buffer, p, size_t(count) * sizeof(T));
+  copy_few<sizeof buffer>(buffer, p, size_t(count) * sizeof(T));
   return select(V::first(count), load(buffer), V(fill));
 }
 template <class T, class V>
@@ -172,7 +201,7 @@ FR_INLINE void store(T* p, const V& v, int count) {
   if (count == V::kLanes) return store(p, v);
   T buffer[V::kLanes];
   store(buffer, v);
-  memcpy(p, buffer, size_t(count) * sizeof(T));
+  copy_few<sizeof buffer>(p, buffer, size_t(count) * sizeof(T));
 }
 
 // f(position, lanes) over [0, n): whole vectors, then the rest once.
@@ -207,12 +236,37 @@ FR_INLINE void write_tile(const Layout& layout, T* base, int64_t begin, int64_t 
   });
 }
 
-// ---- exp: within 2 ulp of correctly rounded on [-104, 88.72], 0 below, inf above, NaN kept
-// 2^n * P(r) with n = round(x / ln 2), r = x - n ln 2 in two pieces (Cody and Waite), P of degree 6 (Cephes expf).
-FR_INLINE Vec<float> exp(const Vec<float>& x) {
+// a where a > b, else b: a NaN in a is passed over. One instruction, which a compiler does not find behind select.
+template <class A>
+FR_INLINE Vec<A> maximum(const Vec<A>& a, const Vec<A>& b) {
+  return select(a > b, a, b);
+}
+template <>
+FR_INLINE Vec<float> maximum(const Vec<float>& a, const Vec<float>& b) {
+#if defined(__SSE2__)
+  Vec<float> c;
+  for (int i = 0; i < c.kParts; ++i) {
+#if defined(__AVX2__)
+    c.part[i] = _mm256_max_ps(a.part[i], b.part[i]);
+#else
+    c.part[i] = _mm_max_ps(a.part[i], b.part[i]);
+#endif
+  }
+  return c;
+#else
+  return select(a > b, a, b);
+#endif
+}
+
+// ---- exp of x <= 0, all that a softmax needs: within 2 ulp of correctly rounded, 0 below -87.68 (where float32 would be
+// subnormal), NaN kept.
+// 2^n * P(r) with n = round(x / ln 2), r = x - n ln 2 in two pieces (Cody and Waite), P of degree 7 (Cephes expf). Adding `round`
+// leaves n + 127 in the lowest bits of the sum, which a shift by 23 turns into 2^n; n = -127 gives the float 0, so that neither
+// an upper clamp nor a mask is needed.
+FR_INLINE Vec<float> exp_nonpositive(const Vec<float>& x) {
   using V = Vec<float>;
-  const V high(88.72284f), low(-104.f), round(0x1.8p23f);
-  V y = select(x < low, low, select(x > high, high, x));
+  const V round(0x1.8p23f + 127.f);
+  const V y = maximum(V(-88.f), x);
   const V shifted = y * V(1.44269504f) + round;
   const V n = shifted - round;
   const V r = (y - n * V(0.693359375f)) - n * V(-2.12194440e-4f);
@@ -224,15 +278,10 @@ FR_INLINE Vec<float> exp(const Vec<float>& x) {
   p = p * r + V(5.0000001201e-1f);
   p = p * (r * r) + r + V(1.f);
   V result;
-  for (int i = 0; i < V::kParts; ++i) {  // scale in two steps, so that results below 2^-126 round once and n = 128 is in range
-    const V::IntPart k = (V::IntPart)shifted.part[i] - 0x4b400000, half = k >> 1;
-    const V::Part s1 = (V::Part)((half + 127) << 23), s2 = (V::Part)((k - half + 127) << 23);
-    result.part[i] = p.part[i] * s1 * s2;
-  }
-  result = select(x < low, V(0.f), result);
-  return select(x > high, V(__builtin_inff()), result);
+  for (int i = 0; i < V::kParts; ++i) result.part[i] = p.part[i] * (V::Part)((U32Part)shifted.part[i] << 23);
+  return result;
 }
-FR_INLINE Vec<double> exp(const Vec<double>& x) {
+FR_INLINE Vec<double> exp_nonpositive(const Vec<double>& x) {
   double lane[8];
   memcpy(lane, x.part, 64);
   for (double& value : lane) value = std::exp(value);

@@ -22,7 +22,7 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A
   V largest(-infinity);
   for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
     const V v = load(x + i, lanes, -infinity);
-    largest = select(v > largest, v, largest);
+    largest = maximum(v, largest);
   });
   const A top = largest.max();
 
@@ -33,30 +33,53 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A
   };
   const A target_weight = kGeneral && !soft && weight ? weight[target] : A(1);
   const V zero{A(0)};
+  const bool spread = a.base != 0;
   V total = zero, weighted = zero, mass = zero;
   for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V shifted = load(x + i, lanes, -infinity) - V(top), e = exp(shifted);
+    const V shifted = load(x + i, lanes, -infinity) - V(top), e = exp_nonpositive(shifted);
     if (grad) store(exps + i, e, lanes);
     total = total + e;
     if (kGeneral) {
       const V q = q_at(i, lanes);
       weighted = weighted + weighted_logit(q, shifted);
       mass = mass + q;
-    } else if (a.base != 0) {
+    } else if (spread) {
       weighted = weighted + (lanes == V::kLanes ? shifted : select(V::first(lanes), shifted, zero));
     }
   });
-  const double sum = total.sum(), log_sum = std::log(sum);
+  double sum = total.sum(), log_sum;
+  if (sum < 1.125) {
+    // One class has nearly all the mass. Its 1 has swallowed the last bits of the others', which are the whole loss where it is
+    // the target: add those up alone.
+    V rest = zero;
+    for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      const V e = grad ? load(exps + i, lanes) : exp_nonpositive(load(x + i, lanes, -infinity) - V(top));
+      rest = rest + select(e < V(A(0.5)), e, zero);
+    });
+    const double others = rest.sum();
+    sum = 1 + others;
+    log_sum = std::log1p(others);
+  } else {
+    log_sum = std::log(sum);
+  }
   double dot = weighted.sum(), q_sum;
   if (kGeneral) {
     q_sum = mass.sum();
   } else {
-    dot = a.base != 0 ? dot * a.base : 0;
+    dot = spread ? dot * a.base : 0;
     q_sum = a.base * double(k);
   }
   if (!soft) {
     const double q_target = double(target_weight) * a.mix;  // beyond the base that every class has
-    if (q_target != 0) dot += q_target * (double(to_float(x[target])) - double(top));
+    const double shifted = double(to_float(x[target])) - double(top);
+    if (q_target != 0) dot += q_target * shifted;
+    if (a.mix + a.base == 0 && shifted == -double(infinity)) {  // "others" with eps = 1: no mass here, where dot became inf - inf
+      dot = 0;
+      for (int64_t c = 0; c < k; ++c) {
+        const double q = a.base * (weight ? double(weight[c]) : 1);
+        if (c != target && q != 0) dot += q * (double(to_float(x[c])) - double(top));
+      }
+    }
     q_sum += q_target;
   }
   *lse = double(top) + log_sum;

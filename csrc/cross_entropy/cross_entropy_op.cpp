@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../common/check.h"
@@ -33,22 +34,26 @@ bool positions_merge(const Tensor& t) {
   return true;
 }
 
-// Writes `value` as the one element, or element i, of a floating tensor.
-void put(const Tensor& t, int64_t i, double value) {
+// Rounds `values` to the elements of a contiguous floating tensor, once each.
+void put(const Tensor& t, const double* values, int64_t count) {
+  const auto write = [&](auto* out) {
+    for (int64_t i = 0; i < count; ++i) {
+      if constexpr (std::is_same_v<decltype(out), double*>)
+        out[i] = values[i];
+      else
+        from_float(float(values[i]), out + i);
+    }
+  };
   void* p = t.mutable_data_ptr();
   switch (dtype_of("cross_entropy", "loss", t)) {
     case DType::kFloat64:
-      static_cast<double*>(p)[i] = value;
-      return;
+      return write(static_cast<double*>(p));
     case DType::kFloat32:
-      static_cast<float*>(p)[i] = float(value);
-      return;
+      return write(static_cast<float*>(p));
     case DType::kFloat16:
-      from_float(float(value), static_cast<Half*>(p) + i);
-      return;
+      return write(static_cast<Half*>(p));
     case DType::kBFloat16:
-      from_float(float(value), static_cast<BFloat16*>(p) + i);
-      return;
+      return write(static_cast<BFloat16*>(p));
   }
 }
 
@@ -127,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   a.mix = 1 - label_smoothing - (others ? spread : 0);
   a.z_loss = z_loss;
   a.grad_factor = reduction == kMean ? 1 / normaliser : 1;
-  const bool nothing = !soft && normaliser == 0 && reduction == kMean;
+  const bool nothing = normaliser == 0 && reduction == kMean;
   if (nothing && all_ignored_zero) a.grad_factor = 0;
 
   const ScalarType out_dtype = loss_dtype ? *loss_dtype : input.scalar_type();
@@ -155,11 +160,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / (k * kRowBlock));
   parallel(blocks, grain, [&](int64_t begin, int64_t end) { FR_KERNELS(cross_entropy_kernels).forward(a, begin, end); });
 
-  for (int64_t i = 0; i < rows; ++i) put(lse, i, row_lse[size_t(i)]);
+  put(lse, row_lse.data(), rows);
   if (reduction == kNone) {
     Tensor loss =
         soft ? torch::stable::new_empty(input, {rows}, out_dtype) : torch::stable::new_empty(target, target.sizes(), out_dtype);
-    for (int64_t i = 0; i < rows; ++i) put(loss, i, row_loss[size_t(i)]);
+    put(loss, row_loss.data(), rows);
     if (soft && input.dim() > 2) {
       std::vector<int64_t> shape{n};
       for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
@@ -171,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   for (const double value : row_loss) sum += value;
   if (reduction == kMean) sum = nothing && all_ignored_zero ? 0 : sum / normaliser;
   Tensor loss = torch::stable::new_empty(input, {}, out_dtype);
-  put(loss, 0, sum);
+  put(loss, &sum, 1);
   return {loss, grad, lse};
 }
 

@@ -41,7 +41,7 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
   dtype_of(op, "input", input);
   const uint64_t seed_value = seed_of(op, seed);
-  Tensor mask = torch::stable::new_empty(input, {bytes}, ScalarType::Byte);
+  Tensor mask = allocate_bytes(input, bytes);
   DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
   a.seed = seed_value;
   a.offset = static_cast<uint64_t>(offset);
@@ -59,7 +59,7 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
 std::tuple<Tensor, Tensor> dropout(Tensor input, double p, Tensor seed, int64_t offset, int64_t inner, double scale, double shift,
                                    double dropped) {
   dtype_of("dropout", "input", input);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   Tensor mask = draw_and_apply("dropout", input, output, p, seed, offset, inner, scale, shift, dropped);
   return {output, mask};
 }
@@ -79,7 +79,7 @@ Tensor dropout_apply(Tensor input, Tensor mask, int64_t inner, double scale, dou
         ": mask must be contiguous uint8 of shape (", bytes, ",), got shape ", shape_text(mask));
   check(mask.is_cpu(), op, ": mask must be on the device of input; move it with .to(input.device)");
   dtype_of(op, "input", input);
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = allocate_like(input);
   const DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
   parallel(input.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(dropout_kernels).apply(a, begin, end); });
   return output;

@@ -19,8 +19,10 @@ FR_INLINE Vec<A> value_at(const FgsmNumber& number, int64_t i, int lanes) {
   const A* values = static_cast<const A*>(number.values);
   if (!values) return Vec<A>(A(number.value));
   if (number.inner > 1) return Vec<A>(values[i / number.inner % number.count]);
+  const int64_t at = i % number.count;
+  if (at + lanes <= number.count) return load(values + at, lanes);
   A lane[Vec<A>::kLanes] = {};
-  for (int j = 0; j < lanes; ++j) lane[j] = values[(i + j) % number.count];
+  for (int j = 0; j < lanes; ++j) lane[j] = values[(at + j) % number.count];
   return load(lane);
 }
 

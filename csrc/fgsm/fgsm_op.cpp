@@ -19,7 +19,7 @@ FgsmNumber number(const char* op, const char* name, const Tensor& x, double valu
   int64_t d = 0;
   const int64_t lead = x.dim() - t.dim();
   while (d < t.dim() && t.size(d) == 1) ++d;
-  for (; d < t.dim() && t.size(d) == x.size(d + lead) && t.size(d) != 1; ++d) result.count *= t.size(d);
+  for (; d < t.dim() && t.size(d) == x.size(d + lead); ++d) result.count *= t.size(d);
   for (; d < t.dim() || d + lead < x.dim(); ++d) {
     check(d >= t.dim() || t.size(d) == 1, op, ": ", name, " of shape ", shape_text(t), " does not broadcast to x of shape ",
           shape_text(x), " over neighbouring dimensions; expand it to the shape of x");

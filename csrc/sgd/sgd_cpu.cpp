@@ -9,8 +9,8 @@ namespace fastreg::FASTREG_ISA {
 namespace {
 
 // bfloat16 keeps the upper half of a float32: adding 16 random bits to the lower half and cutting it off rounds up with the
-// probability of the remainder, so that the expected value is exact (Gupta et al. 2015). Draw 0 of tensor t is element group
-// (t, i / 8); a NaN or infinity passes unchanged.
+// probability of the remainder, so that the expected value is exact (Gupta et al. 2015). Element i of tensor t of the call takes
+// value i % 8 of group i / 8, draw t; a NaN or infinity passes unchanged.
 void store_stochastic(BFloat16* out, const Vec<float>& v, int lanes, const uint16_t* random) {
   float lane[16];
   store(lane, v);
@@ -23,43 +23,62 @@ void store_stochastic(BFloat16* out, const Vec<float>& v, int lanes, const uint1
   }
 }
 
-template <class T, bool kMomentum>
+// The arithmetic on contiguous memory. Apart from what reads and writes strided tensors, which it would multiply by nine.
+template <class T, SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
+__attribute__((noinline)) void step_vectors(T* param, const T* grad, T* momentum, int64_t count, const uint16_t* random,
+                                            const SgdNumbers<V>& numbers) {
+  constexpr bool has_momentum = kMomentum != SgdMomentum::kNone;
+  const SgdNumbers<V> n = numbers;  // a copy: for all the compiler knows, a store to param changes the original
+  for_each_vector<typename V::Scalar>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    V w = load(param + i, lanes), v(0);
+    if (has_momentum) v = load(momentum + i, lanes);
+    sgd_element<kMomentum, kPenalty>(w, load(grad + i, lanes), v, n);
+    if (has_momentum) store(momentum + i, v, lanes);
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      if (random) return store_stochastic(param + i, w, lanes, random + i);
+    }
+    store(param + i, w, lanes);
+  });
+}
+
+template <class T, class V, SgdMomentum kMomentum>
+auto choose_penalty(SgdPenalty penalty) {
+  return penalty == SgdPenalty::kNone         ? step_vectors<T, kMomentum, SgdPenalty::kNone, V>
+         : penalty == SgdPenalty::kInGradient ? step_vectors<T, kMomentum, SgdPenalty::kInGradient, V>
+                                              : step_vectors<T, kMomentum, SgdPenalty::kDecoupled, V>;
+}
+
+template <class T>
 void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
-  const SgdNumbers<V> c{V(A(a.lr)),           V(A(a.momentum)), V(A(1 - a.dampening)),
-                        V(A(a.weight_decay)), V(A(a.l1)),       V(A((a.maximize ? -1 : 1) / a.grad_scale))};
+  const SgdNumbers<V> numbers = sgd_numbers<V, A>(a, t.first_step);
+  const SgdPenalty penalty = sgd_penalty(a);
+  const auto step_vectors = !t.momentum  ? choose_penalty<T, V, SgdMomentum::kNone>(penalty)
+                            : a.nesterov ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
+                                         : choose_penalty<T, V, SgdMomentum::kHeavyBall>(penalty);
   const bool stochastic = std::is_same_v<T, BFloat16> && a.stochastic_rounding;
   T param_buffer[kTile], grad_buffer[kTile], momentum_buffer[kTile];
   uint16_t random[kTile + 64];
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t n = end - tile < kTile ? end - tile : kTile;
-    T* param = const_cast<T*>(read_tile(t.param_layout, static_cast<const T*>(t.param), tile, tile + n, param_buffer));
-    const T* grad = read_tile(t.grad_layout, static_cast<const T*>(t.grad), tile, tile + n, grad_buffer);
+  const bool in_place = t.param_layout.contiguous && t.grad_layout.contiguous && (!t.momentum || t.momentum_layout.contiguous);
+  const int64_t tile_size = in_place && !stochastic ? end - begin : kTile;  // the buffers are what makes tiles necessary
+  for (int64_t tile = begin; tile < end; tile += tile_size) {
+    const int64_t next = end - tile < tile_size ? end : tile + tile_size;
+    T* param = const_cast<T*>(read_tile(t.param_layout, static_cast<const T*>(t.param), tile, next, param_buffer));
+    const T* grad = read_tile(t.grad_layout, static_cast<const T*>(t.grad), tile, next, grad_buffer);
     T* momentum = nullptr;
-    if (kMomentum)
-      momentum = const_cast<T*>(read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, tile + n, momentum_buffer));
-    if (stochastic) philox_bulk(a.seed, uint64_t(tile) / 8, (n + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
-    for_each_vector<A>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      V w = load(param + i, lanes), v(0);
-      if (kMomentum) v = load(momentum + i, lanes);
-      sgd_element(w, load(grad + i, lanes), kMomentum ? &v : nullptr, c, a, t.first_step);
-      if (kMomentum) store(momentum + i, v, lanes);
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        if (stochastic) return store_stochastic(param + i, w, lanes, random + i);
-      }
-      store(param + i, w, lanes);
-    });
-    write_tile(t.param_layout, static_cast<T*>(t.param), tile, tile + n, param);
-    if (kMomentum) write_tile(t.momentum_layout, static_cast<T*>(t.momentum), tile, tile + n, momentum);
+    if (t.momentum)
+      momentum = const_cast<T*>(read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, next, momentum_buffer));
+    if (stochastic)
+      philox_bulk(a.seed, uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
+    step_vectors(param, grad, momentum, next - tile, stochastic ? random : nullptr, numbers);
+    write_tile(t.param_layout, static_cast<T*>(t.param), tile, next, param);
+    if (t.momentum) write_tile(t.momentum_layout, static_cast<T*>(t.momentum), tile, next, momentum);
   }
 }
 
 void step(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
-  with_dtype(t.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    t.momentum ? step_tiles<T, true>(a, t, tensor_index, begin, end) : step_tiles<T, false>(a, t, tensor_index, begin, end);
-  });
+  with_dtype(t.dtype, [&](auto* type) { step_tiles<std::remove_pointer_t<decltype(type)>>(a, t, tensor_index, begin, end); });
 }
 
 }  // namespace

@@ -30,42 +30,66 @@ struct SgdArgs {
   uint64_t seed;
 };
 
-template <class V>
-FR_HD V sgd_sign(V w) {
-  const V zero(0), one(1);
-  return select(w > zero, one, select(w < zero, zero - one, zero));
-}
+// What changes the instructions of an element, fixed at compile time: in the loop it would cost more than the arithmetic.
+enum class SgdMomentum { kNone, kHeavyBall, kNesterov };
+enum class SgdPenalty { kNone, kInGradient, kDecoupled };  // of weight_decay and of l1 in the subgradient form
 
-template <class V>
-FR_HD V soft_threshold(V w, V t) {
-  const V zero(0);
-  return select(w > t, w - t, select(w < zero - t, w + t, select(w == w, zero, w)));
-}
-
+// The numbers of a call in the type of the arithmetic.
 template <class V>
 struct SgdNumbers {
-  V lr, momentum, one_minus_dampening, weight_decay, l1, grad_factor;
+  V grad_factor, lr, momentum, keep, take, weight_decay, l1, threshold;
+  bool proximal;
 };
 
-// Updates w and v. The flags are the same for every element of a call.
+template <class V, class A>
+FR_HD SgdNumbers<V> sgd_numbers(const SgdArgs& a, bool first_step) {
+  const A lr = A(a.lr), l1 = A(a.l1);
+  SgdNumbers<V> n;
+  n.grad_factor = V(A((a.maximize ? -1 : 1) / a.grad_scale));
+  n.lr = V(lr);
+  n.momentum = V(A(a.momentum));
+  n.keep = V(A(first_step ? 0 : a.momentum));  // the buffer of a first step holds zeros
+  n.take = V(A(first_step ? 1 : 1 - a.dampening));
+  n.weight_decay = V(A(a.weight_decay));
+  n.l1 = V(a.proximal ? A(0) : l1);
+  n.threshold = V(lr * l1);
+  n.proximal = a.proximal && a.l1 != 0;
+  return n;
+}
+
+inline SgdPenalty sgd_penalty(const SgdArgs& a) {
+  if (a.weight_decay == 0 && (a.l1 == 0 || a.proximal)) return SgdPenalty::kNone;
+  return a.decoupled ? SgdPenalty::kDecoupled : SgdPenalty::kInGradient;
+}
+
+// g + weight_decay * w + l1 * sign(w); a factor of 0 makes no NaN of an infinite w.
 template <class V>
-FR_HD void sgd_element(V& w, V g, V* v, const SgdNumbers<V>& c, const SgdArgs& a, bool first_step) {
-  g = g * c.grad_factor;
-  V beside(0);
-  if (a.decoupled) {
-    if (a.weight_decay != 0) beside = c.weight_decay * w;
-    if (a.l1 != 0 && !a.proximal) beside = beside + c.l1 * sgd_sign(w);
-  } else {
-    if (a.weight_decay != 0) g = g + c.weight_decay * w;
-    if (a.l1 != 0 && !a.proximal) g = g + c.l1 * sgd_sign(w);
+FR_HD V plus_penalty(V g, V w, const SgdNumbers<V>& n) {
+  const V zero(0);
+  g = g + select(n.weight_decay > zero, n.weight_decay * w, zero);
+  return g + select(w > zero, n.l1, select(w < zero, zero - n.l1, zero));
+}
+
+// sign(w) max(|w| - t, 0) as w less what lies of it in [-t, t]: +0 inside, NaN kept
+template <class V>
+FR_HD V soft_threshold(V w, V t) {
+  const V from_below = select(w < V(0) - t, V(0) - t, w);
+  return w - select(from_below > t, t, from_below);
+}
+
+// Updates w, and v if there is momentum.
+template <SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
+FR_HD void sgd_element(V& w, V g, V& v, const SgdNumbers<V>& n) {
+  const V old = w;
+  g = g * n.grad_factor;
+  if (kPenalty == SgdPenalty::kInGradient) g = plus_penalty(g, old, n);
+  if (kMomentum != SgdMomentum::kNone) {
+    v = n.keep * v + n.take * g;
+    g = kMomentum == SgdMomentum::kNesterov ? g + n.momentum * v : v;
   }
-  if (v) {
-    *v = first_step ? g : c.momentum * *v + c.one_minus_dampening * g;
-    g = a.nesterov ? g + c.momentum * *v : *v;
-  }
-  if (a.decoupled) g = g + beside;
-  w = w - c.lr * g;
-  if (a.l1 != 0 && a.proximal) w = soft_threshold(w, c.lr * c.l1);
+  if (kPenalty == SgdPenalty::kDecoupled) g = g + plus_penalty(V(0), old, n);
+  w = old - n.lr * g;
+  if (n.proximal) w = soft_threshold(w, n.threshold);
 }
 
 struct SgdKernels {

@@ -1,6 +1,7 @@
 // torch.ops.fastreg.sgd_ on the CPU: checks, threads over the tiles of all tensors. The schema stands in fastreg/optim.py.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "../common/check.h"
@@ -12,7 +13,7 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;  // elements per piece of work; a multiple of the tile
 
 double scalar_of(const char* name, const Tensor& t) {
-  check(t.numel() == 1 && t.is_cpu(), "sgd: ", name, " must be one number on the device of the parameters, got shape ",
+  check(t.numel() == 1 && t.is_cpu(), "SGD: ", name, " must be one number on the device of the parameters, got shape ",
         shape_text(t));
   const void* p = t.const_data_ptr();
   switch (t.scalar_type()) {
@@ -21,7 +22,7 @@ double scalar_of(const char* name, const Tensor& t) {
     case ScalarType::Double:
       return *static_cast<const double*>(p);
     default:
-      fail("sgd: ", name, " must be float32 or float64");
+      fail("SGD: ", name, " must be float32 or float64");
   }
 }
 
@@ -29,17 +30,19 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
          std::vector<Tensor> momentum_started, double lr, double momentum, double dampening, double weight_decay, double l1,
          bool nesterov, bool proximal, bool decoupled, bool maximize, std::optional<Tensor> lr_tensor,
          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> seed) {
-  const char* op = "sgd";
+  const char* op = "SGD";
   const size_t count = params.size();
   check(grads.size() == count && (momentum == 0 ? momentum_buffers.empty() : momentum_buffers.size() == count) &&
             (momentum_started.empty() || momentum_started.size() == count),
-        "sgd: expected one gradient and, with momentum, one buffer for each of ", count, " parameters, got ", grads.size(),
+        "SGD: expected one gradient and, with momentum, one buffer for each of ", count, " parameters, got ", grads.size(),
         " and ", momentum_buffers.size());
   SgdArgs a{};
   a.lr = lr_tensor ? scalar_of("lr", *lr_tensor) : lr;
   a.grad_scale = grad_scale ? scalar_of("grad_scale", *grad_scale) : 1;
-  for (const double number : {a.lr, momentum, dampening, weight_decay, l1})
-    check(std::isfinite(number), "sgd: lr, momentum, dampening, weight_decay and l1 must be finite, got ", number);
+  for (const double number : {a.lr, momentum, weight_decay, l1})
+    check(std::isfinite(number) && number >= 0, "SGD: lr, momentum, weight_decay and l1 must be finite and at least 0, got ",
+          number);
+  check(std::isfinite(dampening), "SGD: dampening must be finite, got ", dampening);
   a.momentum = momentum;
   a.dampening = dampening;
   a.weight_decay = weight_decay;
@@ -51,7 +54,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   a.stochastic_rounding = seed.has_value();
   if (seed) a.seed = seed_of(op, *seed);
 
-  std::vector<SgdTensor> tensors(count);
+  const auto tensors = std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads
   std::vector<int64_t> first_piece(count + 1, 0);
   for (size_t i = 0; i < count; ++i) {
     SgdTensor& t = tensors[i];
@@ -59,22 +62,31 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
     check_same(op, "a gradient", grads[i], "its parameter", params[i]);
     t.param_layout = layout_of(op, params[i]);
     t.grad_layout = layout_of(op, grads[i]);
-    check(!overlaps_itself(t.param_layout), "sgd: a parameter's elements must not share memory; use .clone()");
+    check(!overlaps_itself(t.param_layout), "SGD: a parameter's elements must not share memory; use .clone()");
     bool flat = same_dense_order(t.param_layout, t.grad_layout) && !(seed && !t.param_layout.contiguous);
     t.param = params[i].mutable_data_ptr();
     t.grad = grads[i].const_data_ptr();
+    t.momentum = nullptr;
+    t.first_step = false;
     if (momentum != 0) {
       check_same(op, "a momentum buffer", momentum_buffers[i], "its parameter", params[i]);
       t.momentum_layout = layout_of(op, momentum_buffers[i]);
-      check(!overlaps_itself(t.momentum_layout), "sgd: a momentum buffer's elements must not share memory; use .clone()");
+      check(!overlaps_itself(t.momentum_layout), "SGD: a momentum buffer's elements must not share memory; use .clone()");
       flat = flat && same_dense_order(t.param_layout, t.momentum_layout);
       t.momentum = momentum_buffers[i].mutable_data_ptr();
-      t.first_step = !momentum_started.empty() && scalar_of("momentum_started", momentum_started[i]) == 0;
+      if (!momentum_started.empty()) {
+        const Tensor& flag = momentum_started[i];
+        check(flag.scalar_type() == ScalarType::Float && flag.numel() == 1 && flag.is_cpu(),
+              "SGD: momentum_started must be one float32 on the device of the parameters; convert it with .float()");
+        t.first_step = *static_cast<const float*>(flag.const_data_ptr()) == 0;
+      }
     }
     if (flat) t.param_layout.contiguous = t.grad_layout.contiguous = t.momentum_layout.contiguous = true;
     first_piece[i + 1] = first_piece[i] + (params[i].numel() + kGrain - 1) / kGrain;
   }
   if (found_inf && scalar_of("found_inf", *found_inf) != 0) return;  // the step is skipped: nothing changes, momentum included
+
+  for (const Tensor& flag : momentum_started) *static_cast<float*>(flag.mutable_data_ptr()) = 1;
 
   const SgdKernels& kernels = FR_KERNELS(sgd_kernels);
   const auto work = [&](int64_t begin, int64_t end) {  // pieces of all tensors, in one numbering

@@ -45,7 +45,7 @@ def _cuda():
     elif not torch.cuda.is_available():
         reason = "torch sees no GPU on this machine; look at nvidia-smi"
     elif not built:
-        reason = "fastreg was built without CUDA; rebuild with -Ccmake.define.FASTREG_CUDA=ON"
+        reason = "fastreg was built without CUDA kernels, this version has none yet"
     else:
         reason = None
     return {"built": bool(built), "loaded": False, "usable": False, "torch_cuda": torch.version.cuda, "why_not": reason}

@@ -1,0 +1,303 @@
+"""One network, trained with every method twice: in plain PyTorch (`Torch`) and with fastreg (`Fastreg`).
+
+The two classes hold the same six functions. Reading them side by side shows what a user changes in a training
+script to switch; everything below them is common to both. Both start from the same weights, see the same batches
+and train epoch by epoch in turn, so that whatever else the machine is doing slows both alike.
+"""
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastreg as fr
+
+from .data import Data
+
+LR, MOMENTUM = 0.1, 0.9
+HIDDEN = (256, 128)
+BATCH = 100
+LENGTH = 9.0  # of an average input of the first layer
+EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
+BINS = 10  # of the reliability diagram
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row of the table: which methods are on, and how strongly. All strengths were chosen on validation data."""
+
+    key: str
+    title: str
+    l2: float = 0.0
+    l1: float = 0.0
+    dropout: float = 0.0  # of the hidden units; 0.4 times as much of the inputs
+    smoothing: float = 0.0
+    eps: float = 0.0  # of the adversarial examples in the loss
+    patience: int = 0
+
+
+RECIPES = (
+    Recipe("none", "No regularisation"),
+    Recipe("l2", "L2 penalty", l2=3e-3),
+    Recipe("l1", "L1 penalty", l1=1e-3),
+    Recipe("dropout", "Dropout", dropout=0.5),
+    Recipe("smoothing", "Label smoothing", smoothing=0.02),
+    Recipe("adversarial", "Adversarial training", eps=EPS),
+    Recipe("early", "Early stopping", patience=8),
+    Recipe("all", "All together", l2=1e-3, l1=3e-4, dropout=0.2, smoothing=0.02, eps=EPS, patience=8),
+)
+
+
+class Torch:
+    """The methods in plain PyTorch, as one writes them by hand."""
+
+    name = "torch"
+
+    @staticmethod
+    def dropout(p):
+        return nn.Dropout(p)
+
+    @staticmethod
+    def optimizer(model, recipe):
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        biases = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [{"params": weights, "weight_decay": recipe.l2, "l1": recipe.l1}, {"params": biases, "l1": 0.0}]
+        return torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
+
+    @staticmethod
+    def step(optimizer):
+        optimizer.step()
+        with torch.no_grad():  # the proximal step of the L1 penalty: weights smaller than lr * l1 become 0
+            for group in optimizer.param_groups:
+                for w in group["params"] if group["l1"] else ():
+                    w.copy_(F.softshrink(w, group["lr"] * group["l1"]))
+
+    @staticmethod
+    def loss(model, x, y, recipe):
+        clean = F.cross_entropy(model(x), y, label_smoothing=recipe.smoothing)
+        if not recipe.eps:
+            return clean
+        x_adv = Torch.attack(model, x, y, recipe.eps, recipe.smoothing)
+        return 0.5 * clean + 0.5 * F.cross_entropy(model(x_adv), y, label_smoothing=recipe.smoothing)
+
+    @staticmethod
+    def attack(model, x, y, eps, smoothing=0.0):
+        x = x.detach().requires_grad_(True)
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y, label_smoothing=smoothing), x)
+        return (x + eps * grad.sign()).clamp(0, 1).detach()
+
+    class early_stopping:
+        def __init__(self, model, patience):
+            self.model, self.patience, self.epoch = model, patience, -1
+            self.best, self.best_epoch = float("inf"), -1
+
+        def step(self, error):
+            self.epoch += 1
+            if error < self.best:
+                self.best, self.best_epoch = error, self.epoch
+                self.state = copy.deepcopy(self.model.state_dict())
+            return self.epoch - self.best_epoch >= self.patience
+
+        def restore(self):
+            self.model.load_state_dict(self.state)
+
+
+class Fastreg:
+    """The same methods with fastreg."""
+
+    name = "fastreg"
+
+    @staticmethod
+    def dropout(p):
+        return fr.nn.Dropout(p)
+
+    @staticmethod
+    def optimizer(model, recipe):
+        groups = fr.optim.penalty_groups(model, l1=recipe.l1, l2=recipe.l2)
+        return fr.optim.SGD(groups, lr=LR, momentum=MOMENTUM, l1_mode="proximal")
+
+    @staticmethod
+    def step(optimizer):
+        optimizer.step()
+
+    @staticmethod
+    def loss(model, x, y, recipe):
+        def loss(logits, y):
+            return fr.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
+
+        if not recipe.eps:
+            return loss(model(x), y)
+        return fr.adversarial_loss(model, x, y, recipe.eps, weight=0.5, loss=loss)
+
+    @staticmethod
+    def attack(model, x, y, eps):
+        return fr.fgsm(model, x, y, eps, bounds=(0.0, 1.0))
+
+    @staticmethod
+    def early_stopping(model, patience):
+        return fr.EarlyStopping(model, patience=patience)
+
+
+class Centre(nn.Module):
+    """Subtract the average grey of the training images and scale the rest to an average square of LENGTH², so that one
+    learning rate suits dark digits and bright photographs alike. Part of the network: attacks see pixels in [0, 1]."""
+
+    def __init__(self, x_train: torch.Tensor):
+        super().__init__()
+        mean = x_train.mean()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", LENGTH / (x_train - mean).square().sum(1).mean().sqrt().clamp_min(1e-6))
+
+    def forward(self, x):
+        return (x - self.mean) * self.scale
+
+
+def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
+    """A perceptron with two hidden layers. A layer that drops nothing is left out, weights keep their names."""
+
+    def dropout(p):
+        return side.dropout(p) if p else nn.Identity()
+
+    first, second = HIDDEN
+    return nn.Sequential(
+        Centre(data.x_train),
+        dropout(0.4 * recipe.dropout),
+        nn.Linear(data.x_train.shape[1], first),
+        nn.ReLU(),
+        dropout(recipe.dropout),
+        nn.Linear(first, second),
+        nn.ReLU(),
+        dropout(recipe.dropout),
+        nn.Linear(second, len(data.classes)),
+    )
+
+
+@dataclass
+class Run:
+    """One training of one network: the model, what was measured, and what the pictures need."""
+
+    side: type
+    recipe: Recipe
+    seed: int
+    data: Data
+    model: nn.Module
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    epoch_ms: list[float] = field(default_factory=list)
+    stop_epoch: int | None = None  # the epochs count from 0 here and from 1 in the report
+    best_epoch: int | None = None
+    confidence: torch.Tensor | None = None  # of every test image
+    correct: torch.Tensor | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.optimizer = self.side.optimizer(self.model, self.recipe)
+        self.stopper = None
+        if self.recipe.patience:
+            self.stopper = self.side.early_stopping(self.model, patience=self.recipe.patience)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether early stopping has ended this training."""
+        return self.stop_epoch is not None
+
+    def epoch(self, batches: list[torch.Tensor]) -> None:
+        """Train on every batch once (timed), then measure both curves (not timed) and ask whether to stop."""
+        data = self.data
+        self.model.train()
+        start = time.perf_counter()
+        for batch in batches:
+            x, y = data.x_train[batch], data.y_train[batch]
+            loss = self.side.loss(self.model, x, y, self.recipe)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.side.step(self.optimizer)
+        self.epoch_ms.append(1e3 * (time.perf_counter() - start))
+        for part in ("train", "validation"):
+            _, error, entropy = self._evaluate(part)
+            self.curves.setdefault(f"{part}_error", []).append(error)
+            self.curves.setdefault(f"{part}_loss", []).append(entropy)
+        if self.stopper is not None and self.stopper.step(self.curves["validation_error"][-1]):
+            self.stop_epoch = len(self.epoch_ms) - 1
+
+    def finish(self) -> None:
+        """Restore the best epoch if early stopping is on, then measure what the table shows, once, on test data."""
+        if self.stopper is not None:
+            self.stopper.restore()
+            self.best_epoch = self.stopper.best_epoch
+        parts = {part: self._evaluate(part) for part in ("train", "validation", "test")}
+        probabilities = parts["test"][0]
+        confidence, predicted = probabilities.max(1)
+        self.confidence, self.correct = confidence, predicted == self.data.y_test
+        attacked = self.side.attack(self.model, self.data.x_test, self.data.y_test, EPS)
+        with torch.no_grad():
+            robust = (self.model(attacked).argmax(1) == self.data.y_test).double().mean().item()
+        weights = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.ndim > 1])
+        self.optimizer = self.stopper = None  # the run is kept for the pictures, these would only hold memory
+        for part, (_, error, entropy) in parts.items():
+            self.measured |= {f"{part}_error": error, f"{part}_loss": entropy}
+        self.measured |= {
+            "gap_error": parts["test"][1] - parts["train"][1],
+            "gap_loss": parts["test"][2] - parts["train"][2],
+            "zero_weights": 100 * (weights == 0).double().mean().item(),
+            "attacked_accuracy": 100 * robust,
+            "confidence": 100 * confidence.double().mean().item(),
+            "calibration_error": calibration(confidence, self.correct)["error"],
+            "epoch_ms": statistics.median(self.epoch_ms),
+        }
+
+    @torch.no_grad()
+    def _evaluate(self, part: str) -> tuple[torch.Tensor, float, float]:
+        """Class probabilities, error in percent and plain cross-entropy in nats, without dropout or smoothing."""
+        x, y = getattr(self.data, f"x_{part}"), getattr(self.data, f"y_{part}")
+        self.model.eval()
+        logits = self.model(x)
+        error = 100 * (logits.argmax(1) != y).double().mean().item()
+        return logits.softmax(1), error, F.cross_entropy(logits, y).item()
+
+
+def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> dict:
+    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| per bin of confidence, averaged over
+    the examples, in percent; with the bins themselves for the diagram."""
+    index = (confidence * BINS).long().clamp(max=BINS - 1)
+    bins = []
+    for i in range(BINS):
+        inside = index == i
+        if inside.any():
+            accuracy, mean = correct[inside].double().mean().item(), confidence[inside].double().mean().item()
+            bins.append({"bin": i, "count": int(inside.sum()), "accuracy": accuracy, "confidence": mean})
+    if not bins:  # a diverged network is confident of nothing
+        return {"error": math.nan, "bins": []}
+    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(confidence)
+    return {"error": 100 * error, "bins": bins}
+
+
+def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:
+    """Train `recipe` on both sides, yielding the two runs after every epoch (for the progress bar) and finished
+    at the end. The order of the two alternates, so that neither always finds the caches warm."""
+    torch.manual_seed(seed)
+    start = network(Torch, recipe, data).state_dict()
+    runs = []
+    for side in (Torch, Fastreg):
+        model = network(side, recipe, data)
+        model.load_state_dict(start)
+        runs.append(Run(side, recipe, seed, data, model))
+    examples = len(data.x_train)
+    batch = min(BATCH, max(16, examples // 10))  # few examples: still several steps, but no gradient of one image
+    shuffle = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        batches = torch.randperm(examples, generator=shuffle).split(batch)
+        for run in runs if epoch % 2 == 0 else reversed(runs):
+            if not run.stopped:
+                run.epoch(batches)
+        yield runs
+        if all(run.stopped for run in runs):
+            break
+    for run in runs:
+        run.finish()
+    yield runs
