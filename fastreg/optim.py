@@ -46,7 +46,7 @@ class SGD(torch.optim.SGD):
             minimum of E + (1 - momentum) / (1 - dampening) * l1 |w|_1, so give l1 / (1 - momentum) for the same penalty.
         decoupled: both penalties act on the weight directly and not through the momentum, as in AdamW.
         stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the mean; no effect on
-            float32 and float64.
+            float32 and float64. The seed comes from the device's default generator: data-parallel ranks must seed it alike.
         foreach, fused: accepted and ignored, there is one implementation.
         differentiable: must be False.
 
@@ -136,10 +136,8 @@ class SGD(torch.optim.SGD):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             _check_group(group)
-        works = [
-            (group, self._collect(group)) for group in self.param_groups
-        ]  # all of them first: an error finds nothing stepped
-        for group, work in works:
+        works = [self._collect(group) for group in self.param_groups]  # all of them first: an error finds nothing stepped
+        for group, work in zip(self.param_groups, works, strict=True):
             for device, lists in work.items():
                 if not torch.compiler.is_compiling():  # there the compiler does it; a graph that saved a weight must find out
                     torch.autograd.graph.increment_version(lists[0])

@@ -344,7 +344,7 @@ def test_interrupt_leaves_a_partial_report(tmp_path, npz, quick, monkeypatch, ca
 @pytest.mark.skipif(os.name == "nt", reason="sends a POSIX signal")
 def test_control_c(tmp_path):
     """The real signal, in a real process, in the middle of training."""
-    x, y = blobs(n=3000)
+    x, y = blobs(n=500)
     np.savez(tmp_path / "x.npz", X=x, y=y)
     command = "import sys; from fastreg.cli.demo import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), "--threads", "1", "--seeds", "99"]

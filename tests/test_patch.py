@@ -76,12 +76,14 @@ def globals_of_all_modules():
 
 
 def test_every_name_is_replaced_and_restored():
-    fr.patch()  # what patching imports is imported before the picture is taken
-    fr.unpatch()
     from torch._dynamo import trace_rules
 
-    before = globals_of_all_modules()
     rules = [dict(table) for table in trace_rules.torch_name_rule_map]
+    classes = torch._dynamo.variables.user_defined.UserDefinedClassVariable
+    methods = dict(vars(classes))
+    fr.patch()  # what patching imports is imported before the picture is taken
+    fr.unpatch()
+    before = globals_of_all_modules()
     fr.patch()
     for name in NAMES:
         assert getattr(F, name) is not TORCH[name]
@@ -94,6 +96,7 @@ def test_every_name_is_replaced_and_restored():
     assert {("torch.nn.functional", name) for name in NAMES} <= changed
     for module, name in changed:
         assert before[module][name] in TORCH.values(), f"{module}.{name} is none of the patched functions"
+    fr.patch()
     fr.unpatch()
     after = globals_of_all_modules()
     for module, namespace in before.items():
@@ -102,6 +105,8 @@ def test_every_name_is_replaced_and_restored():
             if not module.startswith("fastreg"):
                 assert after[module][name] is value, f"{module}.{name}"
     assert [dict(table) for table in trace_rules.torch_name_rule_map] == rules
+    assert not any("fastreg" in name for table in rules for name in table)
+    assert dict(vars(classes)) == methods
     assert {name: getattr(F, name) for name in NAMES} == TORCH
 
 
@@ -896,6 +901,7 @@ def test_a_loss_made_inside_of_compiled_code():
 def test_compiled_attention(need_weights):
     model = nn.MultiheadAttention(16, 2, 0.3, batch_first=True)
     x = torch.randn(2, 5, 16)
+    traced_targets(lambda v: v + 1, x)  # torch.compile reads its rules
     with fr.patched():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
         with ops_seen() as seen:

@@ -296,6 +296,7 @@ class TestReference:
                 results.append(run(fr.optim.SGD, start, grads, **options)[0])
         assert all(same_bits(a.detach(), b.detach()) for a, b in zip(*results, strict=True))
 
+    @pytest.mark.slow  # two processes that import torch
     def test_bits_for_any_instruction_set(self):
         """A digest of steps over dtypes, options and layouts, from one process per instruction set."""
         available = fr._C.build_info()["instruction_sets"].split(",")
@@ -604,6 +605,10 @@ class TestOptimizerProtocol:
         with torch.enable_grad():
             optimizer.step()
         assert p.is_leaf and p.requires_grad and not optimizer.state[p]["momentum_buffer"].requires_grad
+        with torch.inference_mode():
+            optimizer.step()
+        optimizer.step()
+        torch.testing.assert_close(p.detach(), torch.full((2,), 1 - 0.5 * (1 + 1.9 + 2.71)))
 
     def test_autograd_sees_the_change(self):
         """The step counts as an in-place change: a graph that saved the old weight refuses to run backward."""

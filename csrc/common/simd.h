@@ -53,10 +53,10 @@ struct Vec {
     for (int i = 0; i < kParts; ++i) c.part[i] = (IntPart)(a.part[i] op b.part[i]); \
     return c;                                                                       \
   }
-  FR_ARITHMETIC(+)
-  FR_ARITHMETIC(-)
-  FR_ARITHMETIC(*)
-  FR_ARITHMETIC(/) FR_COMPARISON(<) FR_COMPARISON(>) FR_COMPARISON(==)
+  // clang-format off
+  FR_ARITHMETIC(+) FR_ARITHMETIC(-) FR_ARITHMETIC(*) FR_ARITHMETIC(/)
+  FR_COMPARISON(<) FR_COMPARISON(>) FR_COMPARISON(==)
+  // clang-format on
 #undef FR_ARITHMETIC
 #undef FR_COMPARISON
       friend FR_INLINE Vec select(const Mask& m, const Vec& yes, const Vec& no) {

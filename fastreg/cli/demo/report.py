@@ -70,7 +70,7 @@ summary { cursor: pointer; color: var(--blue); font-size: .92rem }
 pre { margin: 0; background: var(--wash); padding: .8rem 1rem; overflow-x: auto; font: 12.5px/1.55 ui-monospace,
   SFMono-Regular, Menlo, Consolas, monospace }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .9em }
-@media (max-width: 760px) {
+@media screen and (max-width: 760px) {
   main { padding: 1.8rem 1.1rem 3rem }
   h1 { font-size: 1.65rem }
   section { margin-top: 2.2rem; padding-top: 1.6rem }
@@ -87,7 +87,7 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fo
 }
 @media print {
   body { font-size: 10.5pt } main { max-width: none; padding: 0 }
-  section, tr, li { break-inside: avoid } h2 { break-after: avoid }
+  section { margin-top: 1.5rem; padding-top: 1.2rem } tr, li, .formula, .facts { break-inside: avoid } h2 { break-after: avoid }
   details { display: none } .wide { overflow: visible } table { font-size: 7.5pt } th, td { padding: 3pt }
 }
 """
@@ -485,7 +485,7 @@ class _Page:
             f"<p>{data['train']:,} training, {data['validation']:,} validation and {data['test']:,} test examples, split "
             f"alike within every class; {settings['epochs']} epochs of SGD, learning rate {settings['lr']:g}, momentum "
             f"{settings['momentum']:g}, batches of {settings['batch']}; seeds 0 to {settings['seeds'] - 1}. The strengths of "
-            "the methods were chosen on the validation part of the 5,000 digits. Zero weights are counted among the "
+            "the methods were set beforehand in trials on the 5,000 digits, so that each effect shows. Zero weights are counted among the "
             "weights without the biases. Cross-entropy is measured without smoothing. A time is that of the training "
             "steps alone, and its ratio the median over pairs of neighbouring epochs.</p>"
             f'<p class="note">{escape(machine["cpu"])}, {machine["cores"]} cores, {machine["threads"]} threads{load}; '
@@ -510,7 +510,7 @@ MEASURES = {  # name, unit, digits
 GAP = "Training (dotted) and validation (solid), first seed. The bars at the right are the gap that is left."
 UNITS = (
     "What the eight strongest hidden units look for: their weights to the pixels, positive in rust, negative in blue, each "
-    "row scaled to its largest. First seed."
+    "network scaled to its largest. First seed."
 )
 
 

@@ -30,7 +30,7 @@ BINS = 10  # of the reliability diagram
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: which methods are on, and how strongly. All strengths were chosen on validation data."""
+    """One row of the table: which methods are on, and how strongly: enough that its effect shows on the digits."""
 
     key: str
     title: str
