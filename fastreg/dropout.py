@@ -221,9 +221,8 @@ def _run_in_place(op, input, p, seed, inner, form, derive):
     if derive:
         return _DropoutInPlace.apply(input, p, seed, inner, *_constants(form, p))
     _dropout_(input, p, seed, 0, inner, *_constants(form, p))
-    torch.autograd.graph.increment_version(
-        input
-    )  # or an earlier function that saved `input` would differentiate with the new values
+    # Or an earlier function that saved `input` would differentiate with the new values.
+    torch.autograd.graph.increment_version(input)
     return input
 
 

@@ -484,10 +484,10 @@ class _Page:
             '<section id="method"><h2>How this was measured</h2>'
             f"<p>{data['train']:,} training, {data['validation']:,} validation and {data['test']:,} test examples, split "
             f"alike within every class; {settings['epochs']} epochs of SGD, learning rate {settings['lr']:g}, momentum "
-            f"{settings['momentum']:g}, batches of {settings['batch']}; seeds 0 to {settings['seeds'] - 1}. The strengths of "
-            "the methods were set beforehand in trials on the 5,000 digits, so that each effect shows. Zero weights are counted among the "
-            "weights without the biases. Cross-entropy is measured without smoothing. A time is that of the training "
-            "steps alone, and its ratio the median over pairs of neighbouring epochs.</p>"
+            f"{settings['momentum']:g}, batches of up to {settings['batch']}; seeds 0 to {settings['seeds'] - 1}. The "
+            "strengths of the methods were set beforehand in trials on the 5,000 digits, so that each effect shows. Zero "
+            "weights are counted without the biases, cross-entropy is measured without smoothing. A time is that of the "
+            "training steps alone, and its ratio the median over pairs of neighbouring epochs.</p>"
             f'<p class="note">{escape(machine["cpu"])}, {machine["cores"]} cores, {machine["threads"]} threads{load}; '
             f"{escape(machine['system'])}, Python {machine['python']}, torch {machine['torch']}, fastreg "
             f"{machine['fastreg']}. All numbers, of every seed and every epoch, are in <code>results.json</code> beside "
