@@ -574,6 +574,19 @@ class TestOptimizerProtocol:
         loose = {torch.float32: 1e-6, torch.float64: 1e-14, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         torch.testing.assert_close(p.detach(), whole.detach(), rtol=loose, atol=loose)
 
+    def test_own_checkpoint_in_each_dtype(self, dtype):
+        """torch's load_state_dict casts all state to the parameter's dtype, dampening's flag too: the bits go on the same."""
+        start, grads = torch.randn(30).to(dtype), [torch.randn(30).to(dtype) for _ in range(3)]
+        options = dict(lr=0.1, momentum=0.9, dampening=0.3, l1=0.1)
+        p = parameter(start.clone())
+        optimizer = fr.optim.SGD([p], **options)
+        for g in grads:
+            saved, optimizer = optimizer.state_dict(), fr.optim.SGD([p], **options)
+            optimizer.load_state_dict(saved)
+            p.grad = g.clone()
+            optimizer.step()
+        assert same_bits(p.detach(), rounded_reference(start, grads, **options)[0])
+
     def test_empty_state_of_torch(self):
         """A state dict taken before torch's first step has no buffers; the first step is then a first step."""
         p = parameter(torch.ones(2))
