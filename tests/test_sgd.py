@@ -1131,6 +1131,7 @@ class TestStochasticRounding:
         plain = self.step(start.clone(), update, momentum=momentum)
         assert same_bits(self.step(start, update, layout, momentum=momentum), plain)
         assert same_bits(self.step(start.clone(), strided(update, layout)[0], momentum=momentum), plain)
+        assert same_bits(self.step(start, strided(update, layout)[0], layout, momentum=momentum), plain)  # both: flat otherwise
 
     def test_bits_for_any_thread_count(self):
         start, update = torch.randn(200_001).bfloat16(), torch.randn(200_001).bfloat16() * 1e-3
