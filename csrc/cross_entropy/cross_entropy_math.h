@@ -43,7 +43,7 @@ FR_HD V weighted_logit(V q, V x) {
 }
 template <class V>
 FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) {
-  return exp_shifted * softmax_factor - q * grad_factor;
+  return multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
 }
 
 struct CrossEntropyKernels {
