@@ -25,6 +25,12 @@ def define(schema):
     _declared.append(schema.split("(")[0])
 
 
+def define_kernel(schema, function):
+    """Declare an operator whose kernel, on every device, is a Python function; autograd and torch.compile do not look into it."""
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
+
+
 def define_composite(schema, function):
     """Declare an operator that is a Python function of other operators, and gives torch.compile one node to look at."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -45,8 +45,8 @@ FR_INLINE void store_two(T* p, const V& a, const V& b) {
 // One row of k contiguous logits. General: with class weights or soft targets; otherwise q is `base` everywhere and mix more at
 // the target, which needs neither array. exps: room for k exponentials, or the gradient itself where it has their type.
 template <bool kGeneral, class T, class G, class A>
-void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A* exps, G* grad, std::vector<Segment<A>>& segments,
-         double* loss, double* lse) {
+void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, double row_factor, A* exps, G* grad,
+         std::vector<Segment<A>>& segments, double* loss, double* lse) {
   using V = Vec<A>;
   const int64_t k = a.classes;
   const A* weight = static_cast<const A*>(a.weight);
@@ -163,9 +163,9 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A
   }
   dot -= q_sum == 0 ? 0 : q_sum * top;  // of x_c - top from here on
   const A target_weight = kGeneral && !soft && weight ? weight[target] : A(1);
+  const double shifted = soft ? 0 : double(to_float(x[target])) - top;
   if (!soft) {
     const double q_target = double(target_weight) * a.mix;  // beyond the base that every class has
-    const double shifted = double(to_float(x[target])) - top;
     if (q_target != 0) dot += q_target * shifted;
     if (a.mix + a.base == 0 && shifted == -double(infinity)) {  // "others" with eps = 1: no mass here, where dot became inf - inf
       dot = 0;
@@ -180,8 +180,8 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A
   *loss = q_sum * log_sum - dot + (a.z_loss != 0 ? a.z_loss * *lse * *lse : 0);
 
   if (!grad) return;
-  const double softmax_factor = (q_sum + 2 * a.z_loss * *lse) * a.grad_factor / sum;
-  const V grad_factor{A(a.grad_factor)}, same{A(a.base)};
+  const double softmax_factor = (q_sum + 2 * a.z_loss * *lse) * row_factor / sum;
+  const V grad_factor{A(row_factor)}, same{A(a.base)};
   for (size_t j = 0; j < segments.size(); ++j) {
     const V factor{A(softmax_factor * segments[j].factor)};
     for_each_two<A>(
@@ -199,8 +199,8 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A
         });
   }
   if (!soft) {
-    const double q = double(target_weight) * (a.mix + a.base), target_exp = std::exp(double(to_float(x[target])) - top);
-    from_float(A(target_exp * softmax_factor - q * a.grad_factor), grad + target);
+    const double q = double(target_weight) * (a.mix + a.base);
+    from_float(A(std::exp(shifted) * softmax_factor - q * row_factor), grad + target);
   }
 }
 
@@ -209,7 +209,7 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const int64_t k = a.classes, per_outer = (a.positions + kRowBlock - 1) / kRowBlock;
   const bool direct = a.logits_stride.cls == 1 && (!a.grad || a.grad_stride.cls == 1);
-  const bool keeps_exps = a.grad && !(direct && std::is_same_v<A, G>);
+  const bool keeps_exps = a.grad && !(direct && std::is_same_v<A, G> && a.grad != a.logits);
   // A block is gathered once per cache line, not once per row: neighbours in memory are neighbouring rows.
   const int64_t rows_at_once = direct ? 1 : kRowBlock;
   std::vector<A> exps(keeps_exps ? size_t(k) : 0), soft_row(a.soft_target ? size_t(k) : 0);
@@ -235,7 +235,7 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
         G* row_g = !a.grad ? nullptr : direct ? g : grads.data() + r * k;
         A* row_exps = exps.data();
         if constexpr (std::is_same_v<A, G>) {
-          if (direct) row_exps = row_g;
+          if (!keeps_exps) row_exps = row_g;
         }
         const int64_t target = a.target ? a.target[index] : 0;
         if (a.target && target == a.ignore_index) {
@@ -252,7 +252,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
         }
         const A* soft = a.soft_target ? soft_row.data() : nullptr;
         const auto run = soft || a.weight ? row<true, T, G, A> : row<false, T, G, A>;
-        run(a, row_x, soft, target, row_exps, row_g, segments, a.row_loss + index, a.row_lse + index);
+        const double factor = a.row_factor ? static_cast<const A*>(a.row_factor)[index] : a.grad_factor;
+        run(a, row_x, soft, target, factor, row_exps, row_g, segments, a.row_loss + index, a.row_lse + index);
       }
       if (!direct && a.grad) {
         for (int64_t c = 0; c < k; ++c)
@@ -267,7 +268,7 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(type)>;
     // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift them.
     using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
-    forward_typed<T, G>(a, begin, end);
+    a.grad == a.logits ? forward_typed<T, T>(a, begin, end) : forward_typed<T, G>(a, begin, end);
   });
 }
 
