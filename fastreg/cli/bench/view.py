@@ -66,7 +66,7 @@ class Progress:
         for title, _ in shown:
             grid.add_column(title, justify="right", style="bright_black" if title == "quartiles" else None)
         before = None
-        for row in results["rows"]:
+        for row in table.ordered(results):
             if before != row["work"]:
                 if before:
                     grid.add_section()
