@@ -5,11 +5,13 @@ theirs / ours; reported are the median of these ratios and their quartiles. `flo
 bytes that cannot be avoided: how far from it an op is says how much is left to gain.
 
 Memory is what torch's allocator hands out while one call runs: the most that was held at one time, less what the call leaves
-behind (its result, the gradients). Kept for backward is what autograd saves, without the inputs, which live anyway.
+behind (its result, the gradients); what a kernel or a matrix library takes from the system by itself is not seen. Kept for
+backward is what autograd saves, without the inputs, which live anyway.
 """
 
 import contextlib
 import gc
+import math
 import os
 import statistics
 import time
@@ -231,6 +233,8 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
     if work.losses is not None:  # before the measuring of memory below runs further steps of one side
         steps = min(len(losses) for losses in work.losses.values())
         row["losses"] = {side: [float(loss) for loss in losses[:steps]] for side, losses in work.losses.items()}
+        if not all(map(math.isfinite, row["losses"]["fastreg"] + row["losses"]["torch"])):
+            raise WrongResult(f"{case.name}: the training diverged, its times mean nothing")
     row["rounds"] = len(times["fastreg"])
     row["seconds"] = {side: statistics.median(values) for side, values in times.items()}
     row["against_eager"] = ratio(times["torch"], times["fastreg"])

@@ -177,6 +177,27 @@ def test_a_wrong_op_is_refused(tmp_path, monkeypatch, capsys, op, name, wrong):
 _REAL_SGD = fr.optim.SGD
 
 
+def _all_logits(hidden, weight, target, bias=None, *, label_smoothing=0.0):
+    return torch.nn.functional.cross_entropy(hidden @ weight.T, target, label_smoothing=label_smoothing)
+
+
+def test_linear_cross_entropy_is_judged_by_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(fr, "linear_cross_entropy", _all_logits, raising=False)
+    assert main(tmp_path, "--ops", "linear_cross_entropy") == 0
+    for row in read(tmp_path)["rows"]:
+        assert row["peak_of"]["what"] == "logits" and row["peak_share"]["fastreg"] == pytest.approx(row["peak_share"]["torch"])
+        assert row["peak_share"]["fastreg"] >= 1
+    monkeypatch.setattr(fr, "linear_cross_entropy", lambda hidden, *rest, **options: _all_logits(hidden * 1.1, *rest, **options))
+    assert main(tmp_path, "--ops", "linear_cross_entropy") == 1 and read(tmp_path)["rows"] == []
+
+
+def test_a_training_that_diverges_is_refused():
+    losses = {"fastreg": [1.0, math.nan], "torch": [1.0, 2.0]}
+    work = Work({"fastreg": lambda: None, "torch": lambda: None}, lambda: None, losses=losses)
+    with pytest.raises(_timing.WrongResult, match="diverged"):
+        _timing.run(Case("x", "x", "1", 1, torch.float32, lambda device: work), "cpu", seconds=0.01)
+
+
 def test_a_case_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
     real = fr.fgsm_step
 
