@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ..style import BLUE, INK, MUTED, PAPER, RUST, SAND, STYLE
-from .table import number
+from .table import number, ordered
 
 SIDES = {  # colour, width, dashes
     "torch": (RUST, 1.8, "-"),
@@ -24,7 +24,7 @@ def pictures(results: dict) -> Iterator[tuple[str, bytes]]:
     """File name and content of each picture that the results have something for."""
     rows = results["rows"]
     if rows:
-        yield "ratios.png", _draw(ratios(rows))
+        yield "ratios.png", _draw(ratios(ordered(results)))
     if lines(rows):
         yield "times.png", _draw(times(rows, results["copy_bandwidth"]))
     if any("losses" in row for row in rows):
@@ -51,7 +51,7 @@ def ratios(rows: list[dict]) -> Figure:
             y, before = y + 0.85, row["work"]
         heights[key] = y
         labels.append((y, row["size"], False))
-        y += 1
+        y += 1.12
     values = [row[name]["median"] for row in rows for name in ("against_eager", "against_compile") if row[name]]
     values += [target for row in rows for target in (row["targets"]["eager"], row["targets"]["compile"]) if target]
     ends = [row["against_eager"][end] for row in rows for end in ("low", "high")]
@@ -65,14 +65,14 @@ def ratios(rows: list[dict]) -> Figure:
             axes.axvline(1, color=INK, linewidth=1, zorder=3)
             for row in (row for row in rows if row["dtype"] == dtype):
                 height = heights[row["work"], row["size"]]
-                above = 0.12 if row["against_compile"] else 0
+                above = 0.1 if row["against_compile"] else 0
                 _bar(axes, height - above, 0.5, row["against_eager"], row["targets"]["eager"], BLUE)
                 if row["against_compile"]:
-                    _bar(axes, height + 0.28, 0.26, row["against_compile"], row["targets"]["compile"], SAND)
+                    _bar(axes, height + 0.32, 0.28, row["against_compile"], row["targets"]["compile"], SAND)
             axes.set_title(dtype)
             axes.set_ylim(y - 0.2, -0.6)
             axes.grid(False, axis="y")
-            ticks = [tick for tick in (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
+            ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
             axes.xaxis.set_major_locator(FixedLocator(ticks))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -108,7 +108,7 @@ def _bar(axes, y, height, value, target, colour):
         xytext=(4, 0),
         textcoords="offset points",
         va="center",
-        fontsize=8.5 if height > 0.4 else 6.5,
+        fontsize=8.5 if height > 0.4 else 7,
         color=RUST if median < 1 else INK if height > 0.4 else MUTED,
         weight="bold" if height > 0.4 else "normal",
         zorder=6,
@@ -205,7 +205,8 @@ def losses(rows: list[dict]) -> Figure:
             window = max(1, steps // 15)
             for side, colour, dashes, width in (("torch", RUST, "-", 3.2), ("fastreg", BLUE, (0, (3, 1.5)), 1.8)):
                 values = row["losses"][side][:steps]
-                mean = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(steps)]
+                near = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(steps)]
+                mean = [sum(part) / len(part) for part in near]
                 milliseconds = 1e3 * row["seconds"][side]
                 axes.plot(values, color=colour, linewidth=0.8, alpha=0.25)
                 axes.plot(mean, color=colour, linestyle=dashes, linewidth=width, label=f"{side}, {milliseconds:.0f} ms a step")
@@ -213,5 +214,5 @@ def losses(rows: list[dict]) -> Figure:
                 f"{_wrapped(row['work'].removeprefix('training step, '))}\n{number(row['against_eager']['median'])}× as fast"
             )
             axes.set(xlabel="step", ylabel="training loss", ylim=(0, None))
-            axes.legend(loc="lower left")
+            axes.legend(loc="best")
     return figure
