@@ -96,10 +96,11 @@ inline Tensor allocate_like(const Tensor& t) {
   return t.is_contiguous() ? allocate(t, t.sizes(), t.strides(), t.scalar_type()) : torch::stable::empty_like(t);
 }
 
-// Uninitialised bytes on the device of a tensor.
-inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) {
-  return allocate(like, std::array<int64_t, 1>{bytes}, std::array<int64_t, 1>{1}, ScalarType::Byte);
+// Uninitialised, of shape (count,), on the device of a tensor.
+inline Tensor allocate_flat(const Tensor& like, int64_t count, ScalarType dtype) {
+  return allocate(like, std::array<int64_t, 1>{count}, std::array<int64_t, 1>{1}, dtype);
 }
+inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) { return allocate_flat(like, bytes, ScalarType::Byte); }
 
 // The layout with mergeable dimensions merged: a tensor that is contiguous comes out with one dimension at most.
 inline Layout layout_of(const char* op, const Tensor& t) {
