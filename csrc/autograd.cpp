@@ -108,8 +108,8 @@ void keep(AutogradContext* ctx, const Tensor& mask, int64_t inner, double scale)
 
 Tensor backward_of(AutogradContext* ctx, const Tensor& grad) {
   const Tensor mask = ctx->get_saved_variables()[0];
-  const auto form = ctx->saved_data["form"].toDoubleVector();
-  return apply_mask(grad, mask, int64_t(form[0]), form[1]);
+  const auto form = ctx->saved_data["form"].toDoubleList();
+  return apply_mask(grad, mask, int64_t(form.get(0)), form.get(1));
 }
 
 // scale * x where kept, of a given mask; its derivative is a function of the same kind.
@@ -373,7 +373,7 @@ PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"), method<cross_entropy,
 }  // namespace
 }  // namespace fastreg
 
-PYBIND11_MODULE(FASTREG_AUTOGRAD, m) {
+PYBIND11_MODULE(FASTREG_AUTOGRAD_MODULE, m) {
   m.attr("torch") = FASTREG_BUILT_WITH_TORCH;
   if (PyModule_AddFunctions(m.ptr(), fastreg::methods)) throw pybind11::error_already_set();
 }
