@@ -7,8 +7,9 @@ alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others 
 import sys
 
 import torch
+from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define
+from ._library import check_choice, check_number, check_tensor, define, fast
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -91,7 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _is_one(g):
     # A look at the value is free on the CPU and impossible while tracing or without waiting for a GPU.
-    return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not torch.compiler.is_compiling() and g == 1
+    return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not is_compiling() and g == 1
 
 
 def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
@@ -247,6 +248,23 @@ def cross_entropy(
     Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de Brebisson and Vincent
     2016, Chowdhery et al. 2022.
     """
+    if fast is not None and not is_compiling():
+        loss = fast.cross_entropy(
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            smoothing,
+            z_loss,
+            all_ignored,
+            loss_dtype,
+        )
+        if loss is not None:
+            return loss
     op = "cross_entropy"
     check_tensor(op, "input", input)
     check_tensor(op, "target", target)

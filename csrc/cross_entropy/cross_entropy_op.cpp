@@ -1,6 +1,7 @@
 // torch.ops.fastreg.cross_entropy on the CPU: checks, allocation, threads, the reduction in a fixed order. The schema stands in
 // fastreg/cross_entropy.py.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -163,17 +164,17 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   const ScalarType statistics = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   Tensor grad = input;
   if (!with_grad) {
-    grad = torch::stable::new_empty(input, {0});
+    grad = allocate_flat(input, 0, input.scalar_type());
   } else if (dtype == DType::kFloat16) {
     grad = torch::stable::new_empty(input, input.sizes(), ScalarType::Float);
   } else {
-    grad = torch::stable::empty_like(input);
+    grad = allocate_like(input);
   }
   if (with_grad) {
     a.grad = grad.mutable_data_ptr();
     a.grad_stride = strides_of(grad, a.positions);
   }
-  Tensor lse = torch::stable::new_empty(input, {rows}, statistics);
+  Tensor lse = allocate_flat(input, rows, statistics);
   std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
   a.row_loss = row_loss.data();
   a.row_lse = row_lse.data();
@@ -182,8 +183,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
 
   put(lse, row_lse.data(), rows);
   if (reduction == kNone) {
-    Tensor loss =
-        soft ? torch::stable::new_empty(input, {rows}, out_dtype) : torch::stable::new_empty(target, target.sizes(), out_dtype);
+    Tensor loss = soft || target.dim() == 1 ? allocate_flat(input, rows, out_dtype)
+                                            : torch::stable::new_empty(target, target.sizes(), out_dtype);
     put(loss, row_loss.data(), rows);
     if (soft && input.dim() > 2) {
       std::vector<int64_t> shape{input.size(0)};
@@ -195,7 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   double sum = 0;  // in the order of the rows, whatever thread computed them
   for (const double value : row_loss) sum += value;
   if (reduction == kMean) sum = nothing && all_ignored_zero ? 0 : sum / normaliser;
-  Tensor loss = torch::stable::new_empty(input, {}, out_dtype);
+  constexpr std::array<int64_t, 0> scalar{};
+  Tensor loss = allocate(input, scalar, scalar, out_dtype);
   put(loss, &sum, 1);
   return {loss, grad, lse};
 }
