@@ -33,7 +33,7 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// Written out only where a check fails: as a string, made for each check that holds, it cost a small op a third of its time.
+// Written out only where a check fails: as a string, made for each check that holds, it cost a small loss a quarter of its time.
 struct ShapeText {
   const Tensor& tensor;
 };
