@@ -73,14 +73,25 @@ inline const char* name_of(DType dtype) {
   return names[int(dtype)];
 }
 
-// To nearest, ties to even. The divisions and products by a power of two are exact, so that nearbyint alone rounds; a float64
-// argument keeps all its bits.
+inline double power_of_two(int exponent) {  // of a normal double; ldexp costs ten times as much
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+inline int exponent_of(double x) {  // of a normal double, as ilogb has it
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return int(bits >> 52 & 0x7ff) - 1023;
+}
+// To nearest, ties to even. The products with powers of two are exact, so that nearbyint alone rounds; a float64 argument keeps
+// all its bits.
 inline double round_to(DType dtype, double x) {
   if (dtype == DType::kFloat64 || x == 0 || !std::isfinite(x)) return x;
   const Format f = format_of(dtype);
-  const int lowest = 1 - f.bias, exponent = std::ilogb(x) > lowest ? std::ilogb(x) : lowest;
-  const double rounded = std::ldexp(std::nearbyint(std::ldexp(x, f.mantissa - exponent)), exponent - f.mantissa);
-  return std::ilogb(rounded) > f.bias ? std::copysign(std::numeric_limits<double>::infinity(), x) : rounded;
+  const int lowest = 1 - f.bias, exponent = exponent_of(x) > lowest ? exponent_of(x) : lowest;
+  const double rounded = std::nearbyint(x * power_of_two(f.mantissa - exponent)) * power_of_two(exponent - f.mantissa);
+  return exponent_of(rounded) > f.bias ? std::copysign(std::numeric_limits<double>::infinity(), x) : rounded;
 }
 inline uint64_t quiet_nan(DType dtype) {
   const Format f = format_of(dtype);
@@ -93,20 +104,29 @@ inline uint64_t encode(DType dtype, double x) {
   if (std::isnan(x)) return quiet_nan(dtype);
   if (std::isinf(x)) return sign | top;
   x = std::fabs(x);
-  if (x < std::ldexp(1., 1 - f.bias)) return sign | uint64_t(std::ldexp(x, f.bias - 1 + f.mantissa));
-  const int exponent = std::ilogb(x);
+  if (dtype == DType::kFloat64) {
+    uint64_t bits;
+    memcpy(&bits, &x, 8);
+    return sign | bits;
+  }
+  if (x < power_of_two(1 - f.bias)) return sign | uint64_t(x * power_of_two(f.bias - 1 + f.mantissa));
+  const int exponent = exponent_of(x);
   const uint64_t below_one = uint64_t(exponent + f.bias - 1) << f.mantissa;  // the leading 1 of the mantissa adds the last unit
-  return sign | (below_one + uint64_t(std::ldexp(x, f.mantissa - exponent)));
+  return sign | (below_one + uint64_t(x * power_of_two(f.mantissa - exponent)));
 }
 inline double decode(DType dtype, uint64_t bits) {
+  double x;
+  if (dtype == DType::kFloat64) {
+    memcpy(&x, &bits, 8);
+    return x;
+  }
   const Format f = format_of(dtype);
   const uint64_t mantissa = bits & ((uint64_t(1) << f.mantissa) - 1);
   const int field = int(bits >> f.mantissa) & (2 * f.bias + 1);
-  double x;
   if (field == 2 * f.bias + 1)
     x = mantissa ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
   else
-    x = std::ldexp(double(mantissa + (field ? uint64_t(1) << f.mantissa : 0)), (field ? field : 1) - f.bias - f.mantissa);
+    x = double(mantissa + (field ? uint64_t(1) << f.mantissa : 0)) * power_of_two((field ? field : 1) - f.bias - f.mantissa);
   return bits >> (8 * f.size - 1) & 1 ? -x : x;
 }
 

@@ -115,7 +115,7 @@ void exp_double(uint32_t stride) {
   Random random{3};
   double worst = 0, x[8], got[8];
   const int count = (stride == 1 ? 1 << 20 : 1 << 14);
-  Digest& digest = digests["libm exp/float64/stride " + std::to_string(stride)];
+  Digest& digest = digests["libm exp/float64"];  // of the points that every run looks at
   for (int i = 0; i < count; i += 8) {
     for (double& value : x) value = i % 3 ? -745 * random.uniform() : -std::fabs(random.signed_value());
     if (i == 0) x[0] = -0., x[1] = 0., x[2] = -kInfinity, x[3] = kNaN, x[4] = -1e300;
@@ -125,7 +125,7 @@ void exp_double(uint32_t stride) {
         if (!std::isnan(got[j])) fail("exp(NaN) is %a", got[j]);
         continue;
       }
-      digest.add(got + j, 8);
+      if (i < 1 << 14) digest.add(got + j, 8);
       if (x[j] < -708 && got[j] == 0) continue;  // subnormal: may be flushed
       const double error = ulp_error(got[j], std::exp((long double)(x[j])));
       worst = error > worst ? error : worst;

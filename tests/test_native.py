@@ -1,0 +1,131 @@
+"""The CPU kernels without torch, on every instruction set this machine can run and, by emulation, on aarch64.
+
+tests/native/kernel_test.cpp tests one instruction set; here it is built with the flags that CMakeLists.txt has for each, so that
+a new set is tested from the day it is named there. All of them must give the same bits."""
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CMAKE = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+X86 = platform.machine() in ("x86_64", "AMD64")
+CXX = os.environ.get("CXX", "g++")
+CROSS_CXX = "aarch64-linux-gnu-g++"
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+COARSE = 4099  # every COARSE-th float32 in the sweep of exp; natively all of them are looked at as well
+
+# Sets that CMakeLists.txt names, with their flags; all but the baseline are x86's.
+FLAGS = {name: flags.strip('" ').split() for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE)}
+FLAGS = {name: flags for name, flags in FLAGS.items() if X86 or name == "baseline"}
+OPS = re.search(r"set\(ops ([^)]*)\)", CMAKE)[1].split()
+COMMON = ["-std=c++20", *(f for f in re.search(r"add_compile_options\(([^)]*)\)", CMAKE)[1].split() if "$" not in f)]
+DEFINITIONS = [f"-D{name}" for name in re.findall(r"FASTREG_HAVE_\w+", CMAKE) if X86]
+# Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer watches as well; its
+# checks are calls, not inlined, for the same reason.
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size,alignment,pointer-overflow",
+    "-fno-sanitize-recover=all",
+    "--param=asan-instrumentation-with-call-threshold=0",
+)
+
+needs_compiler = pytest.mark.skipif(not shutil.which(CXX), reason=f"no compiler {CXX}; apt-get install g++")
+
+
+def run(*command, **kwargs):
+    """Runs a command and gives what it prints; its errors are the failure's message."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **kwargs)
+    assert done.returncode == 0, f"{command} gives {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@functools.cache
+def can_run(isa):
+    """Whether this machine can run a set, by the code that chooses one in the library."""
+    with tempfile.TemporaryDirectory() as folder:
+        main = Path(folder, "main.cpp")
+        main.write_text('#include "csrc/common/isa.h"\n#include <cstdio>\nint main() { puts(fastreg::isa_name()); }\n')
+        run(CXX, *COMMON, *DEFINITIONS, f"-I{ROOT}", main, ROOT / "csrc/common/isa.cpp", "-o", Path(folder, "isa"))
+        chosen = subprocess.run([Path(folder, "isa")], env={"FASTREG_CPU_CAPABILITY": isa}, capture_output=True, text=True)
+    assert chosen.returncode == 0 or "that this machine can run" in chosen.stderr, chosen.stderr
+    return chosen.returncode == 0
+
+
+def build(folder, isa, *flags, compiler=CXX):
+    """The test program of one set; as many files at once as there are processors."""
+    sources = [ROOT / "tests/native/kernel_test.cpp", *(ROOT / f"csrc/{op}/{op}_cpu.cpp" for op in OPS)]
+    options = [*COMMON, *FLAGS[isa], *flags, f"-DFASTREG_ISA={isa}"]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = [Path(folder, source.stem + ".o") for source in sources]
+        list(pool.map(lambda source, out: run(compiler, *options, "-c", source, "-o", out), sources, objects))
+    run(compiler, *flags, *objects, "-o", Path(folder, "kernel_test"))
+    return Path(folder, "kernel_test")
+
+
+def digests_of(output):
+    """{case: digest}, without what depends on how many numbers were swept."""
+    cases = dict(line.rsplit(" ", 1) for line in output.splitlines() if not line.startswith("#"))
+    assert len(cases) > 80, output
+    return {case: digest for case, digest in cases.items() if case != "exp/float32/stride 1"}
+
+
+@functools.cache
+def digests(isa):
+    """What the program prints on one set, built and run once; a failure is one of the test that asks first."""
+    if not can_run(isa):
+        pytest.skip(f"this machine cannot run {isa}")
+    with tempfile.TemporaryDirectory() as folder:
+        output = run(build(folder, isa, "-O2"))
+    print(*(line for line in output.splitlines() if line.startswith("#")), sep="\n")
+    return digests_of(output)
+
+
+def same_bits(mine, theirs):
+    assert mine.keys() == theirs.keys()
+    different = [case for case in mine if mine[case] != theirs[case]]
+    assert not different, f"other bits than the baseline's in {different}"
+
+
+def test_every_instruction_set_is_found():
+    """What is read from CMakeLists.txt is what it builds: every namespace of isa.h, every kernel file."""
+    named = set(re.findall(r"namespace (\w+) \{ +\\", (ROOT / "csrc/common/isa.h").read_text()))
+    assert set(FLAGS) == (named if X86 else {"baseline"})
+    assert {f"csrc/{op}/{op}_cpu.cpp" for op in OPS} == {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*_cpu.cpp")}
+    assert {"-Wall", "-Wextra", "-Werror", "-ffp-contract=off"} <= set(COMMON)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", FLAGS)
+def test_kernels(isa):
+    """Against the references, nothing written outside, exp on every float32; and the bits of the baseline."""
+    same_bits(digests(isa), digests("baseline"))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_kernels_under_sanitizers(tmp_path):
+    """No access outside of a tensor, no undefined arithmetic, on the widest set there is."""
+    widest = [isa for isa in FLAGS if can_run(isa)][-1]
+    program = build(tmp_path, widest, "-O1", *SANITIZERS)
+    digests_of(run(program, 40 * COARSE + 1))
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="only where aarch64 is another architecture")
+@pytest.mark.skipif(not shutil.which(CROSS_CXX), reason=f"no {CROSS_CXX}; apt-get install g++-aarch64-linux-gnu")
+@pytest.mark.skipif(not EMULATOR, reason="no qemu-aarch64; apt-get install qemu-user-static")
+def test_kernels_on_aarch64(tmp_path):
+    """Compiled for aarch64 and emulated: the references hold and the bits are x86's."""
+    output = run(EMULATOR, build(tmp_path, "baseline", "-O1", "-static", compiler=CROSS_CXX), COARSE)
+    same_bits(digests_of(output), digests("baseline"))
