@@ -44,7 +44,7 @@ struct Random {
   }
   int64_t below(int64_t n) { return int64_t(uint64_t(bits()) * uint64_t(n) >> 32); }
   double uniform() { return (bits() + 0.5) * 0x1p-32; }
-  double signed_value() {  // over a few binades, none so large that a sum of them overflows float16
+  double signed_value() {                     // over a few binades, none so large that a sum of them overflows float16
     const double fraction = uniform() + 0.5;  // apart: compilers differ in which argument of a call they evaluate first
     const double magnitude = std::ldexp(fraction, int(below(6)) - 4);
     return bits() & 1 ? magnitude : -magnitude;

@@ -6,13 +6,12 @@
 //   kernel_test [stride]    looks at every stride-th float32 in the sweep of exp (an odd number; default 1: all of them)
 //
 // Lines printed: "name digest"; "libm name digest" where the bits depend on the C library's log and exp; "# exp ..." errors.
-#include "../../csrc/common/simd.h"
-
 #include <cstdlib>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "../../csrc/common/simd.h"
 #include "../../csrc/cross_entropy/cross_entropy_math.h"
 #include "../../csrc/dropout/dropout_math.h"
 #include "../../csrc/fgsm/fgsm_math.h"
@@ -81,7 +80,7 @@ void exp_float(uint32_t stride) {
     const V got = kernels::exp_nonpositive(x);
     // Half of the range rounds to 1, half of the rest to 0; both need no reference.
     const uint32_t last = uint32_t(first) + 15 * stride;
-    const bool one = last < 0x33000000u, zero = first > float_bits(-kZeroBelow);  // 2^-25
+    const bool one = last<0x33000000u, zero = first> float_bits(-kZeroBelow);  // 2^-25
     Words difference = (one || zero ? 0u : 1u) - Words{};
     for (int i = 0; i < V::kParts; ++i) {
       hash[i] = (hash[i] ^ (Words)got.part[i]) * 16777619u;
@@ -165,7 +164,8 @@ void conversions(DType dtype) {
     if (std::isinf(x)) continue;
     const double next = decode(dtype, bits + 1), past_largest = std::copysign(std::ldexp(1., format_of(dtype).bias + 1), x);
     const float middle = float((x + (std::isinf(next) ? past_largest : next)) / 2);
-    for (const float value : {middle, std::nextafter(middle, INFINITY), std::nextafter(middle, -INFINITY)}) inputs.push_back(value);
+    for (const float value : {middle, std::nextafter(middle, INFINITY), std::nextafter(middle, -INFINITY)})
+      inputs.push_back(value);
   }
   Random random{5};
   for (int i = 0; i < 1 << 16; ++i) {
@@ -245,13 +245,13 @@ void philox() {
     Counter counter;
     uint32_t k0, k1;
     Counter answer;
-  } const known[] = {  // kat_vectors of Random123
-      {{{0, 0, 0, 0}}, 0, 0, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}},
-      {{{~0u, ~0u, ~0u, ~0u}}, ~0u, ~0u, {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
-      {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}},
-       0xa4093822,
-       0x299f31d0,
-       {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}}};
+  } const known[] = {// kat_vectors of Random123
+                     {{{0, 0, 0, 0}}, 0, 0, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}}},
+                     {{{~0u, ~0u, ~0u, ~0u}}, ~0u, ~0u, {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}}},
+                     {{{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}},
+                      0xa4093822,
+                      0x299f31d0,
+                      {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}}}};
   for (const auto& k : known) {
     const Counter c = k.counter, own = philox_reference(c, k.k0, k.k1);
     const PhiloxWords words = philox4x32(c.word[0], c.word[1], c.word[2], c.word[3], k.k0, k.k1);
@@ -356,7 +356,8 @@ void dropout() {
           // What one decision draws, and its neighbours: its upper 16 bits are those of the threshold, the lower ones decide.
           const uint64_t at = c.offset + uint64_t(n / 2);
           const uint64_t drawn = uint64_t(Halves{seed, 0, 0}.at(at)) << 16 | Halves{seed, 1, 0}.at(at);
-          const uint64_t thresholds[] = {drawn, drawn + 1, drawn | 0xffff, drawn & 0xffff0000u, 0xb3333333u, 0, uint64_t(1) << 32};
+          const uint64_t thresholds[] = {drawn,       drawn + 1, drawn | 0xffff,   drawn & 0xffff0000u,
+                                         0xb3333333u, 0,         uint64_t(1) << 32};
           c.threshold = thresholds[threshold];
           dropout_case(c, elements);
         }
@@ -547,8 +548,8 @@ Number make_number(int kind, int64_t n, DType type, double center, Random& rando
 }
 
 void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) {
-  current_case = std::string(project ? "pgd/" : "fgsm/") + name_of(dtype) + " n " + std::to_string(n) + " case " +
-                 std::to_string(count);
+  current_case =
+      std::string(project ? "pgd/" : "fgsm/") + name_of(dtype) + " n " + std::to_string(n) + " case " + std::to_string(count);
   const DType type = accumulation(dtype);
   Random random{uint64_t(count) * 77 + 1};
   const Layout layouts[] = {contiguous(n), every_third(n), transposed(n)};
@@ -762,16 +763,16 @@ void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
       const double shifted = x[size_t(i)] - top;
       if (q[size_t(i)] != 0) expected += q[size_t(i)] * (log_sum - shifted);
       // Base and mix count apart: where they cancel, what each was rounded to does not.
-      const double parts = (c.weighted ? weight.get(i) : 1) * (c.base + std::fabs(c.mix) * (c.soft ? soft.get(r * k + i) : i == t));
+      const double parts =
+          (c.weighted ? weight.get(i) : 1) * (c.base + std::fabs(c.mix) * (c.soft ? soft.get(r * k + i) : i == t));
       if (std::isfinite(shifted)) size += parts * std::fabs(shifted), farthest = std::fmax(farthest, -shifted);
     }
     // Beyond a distance of 90 an exponential is 0, however wrong the distance.
     size += std::fabs(q_sum) * std::fmin(log_sum, others) * (1 + std::fmin(farthest, 90) / sums);
     loss.expect_near(r, expected, epsilon * sums * size + std::fabs(q_sum) * double(k) * flushed, "loss");
     if (!undefined)
-      lse.expect_near(r, expected_lse, epsilon * (sums + 90) * std::fmin(log_sum, others) + 0x1p-52 * std::fabs(top) +
-                                           double(k) * flushed,
-                      "lse");
+      lse.expect_near(r, expected_lse,
+                      epsilon * (sums + 90) * std::fmin(log_sum, others) + 0x1p-52 * std::fabs(top) + double(k) * flushed, "lse");
     if (!c.with_grad) continue;
     const double factor = (q_sum + 2 * c.z_loss * expected_lse) * a.grad_factor;
     for (int64_t i = 0; i < k; ++i) {
