@@ -3,7 +3,7 @@
 // its output, and a digest of all output bytes per group of cases is printed, so that instruction sets can be compared bit for
 // bit. tests/test_native.py builds, runs and compares.
 //
-//   kernel_test [stride]    looks at every stride-th float32 in the sweep of exp (an odd number; default 1: all of them)
+//   kernel_test [stride]    of the float32 that the sweep of exp looks at, only every stride-th (an odd number; default 1)
 //
 // Lines printed: "name digest"; "libm name digest" where the bits depend on the C library's log and exp; "# exp ..." errors.
 #include <cstdlib>
@@ -67,23 +67,27 @@ void exp_float(uint32_t stride) {
     if (!(error <= worst)) worst = error, worst_at = x;
     if (!(error <= kMaxUlp)) fail("exp(%a) is %a, %.3g ulp off", double(x), double(got), error);
   };
-  // -0 up to -inf by their bits, 16 at a time and without leaving the registers: 1.6 billion numbers.
+  // -0 up to -inf by their bits, 16 at a time and without leaving the registers: 600 million numbers.
   using V = kernels::Vec<float>;
   using Words = kernels::U32Part;
   constexpr uint32_t infinity = 0x7f800000u;
-  constexpr uint32_t tiny = 0x21800000u;  // 2^-60: r * r is subnormal from there on, which costs 100 times as much as the rest
+  // All floats from -2^-60 to -256. Beyond, where 1 and 0 are all there is, every 61st block: in particular r * r is subnormal
+  // above -2^-63, which costs 100 times as much as the rest.
+  constexpr uint32_t tiny = 0x21800000u, huge = 0x43800000u;
   Words lane[V::kParts], hash[V::kParts] = {};
   for (int j = 0; j < V::kLanes; ++j) lane[j / V::kPartLanes][j % V::kPartLanes] = uint32_t(j) * stride;
-  for (uint64_t first = 0; first + 15 * uint64_t(stride) <= infinity; first += 16 * uint64_t(stride) * (first < tiny ? 61 : 1)) {
+  for (uint64_t first = 0; first + 15 * uint64_t(stride) <= infinity;
+       first += 16 * uint64_t(stride) * (first < tiny || first > huge ? 61 : 1)) {
     V x;
     for (int i = 0; i < V::kParts; ++i) x.part[i] = (V::Part)((lane[i] + uint32_t(first)) | 0x80000000u);
     const V got = kernels::exp_nonpositive(x);
     // Half of the range rounds to 1, half of the rest to 0; both need no reference.
     const uint32_t last = uint32_t(first) + 15 * stride;
-    const bool one = last<0x33000000u, zero = first> float_bits(-kZeroBelow);  // 2^-25
+    const bool one = last < 0x33000000u;  // 2^-25
+    const bool zero = first > float_bits(-kZeroBelow);
     Words difference = (one || zero ? 0u : 1u) - Words{};
     for (int i = 0; i < V::kParts; ++i) {
-      hash[i] = (hash[i] ^ (Words)got.part[i]) * 16777619u;
+      hash[i] = (hash[i] << 5 | hash[i] >> 27) ^ (Words)got.part[i];
       difference |= (Words)got.part[i] ^ (one ? 0x3f800000u : 0u);
     }
     uint64_t any[sizeof difference / 8];
