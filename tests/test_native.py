@@ -129,7 +129,7 @@ def test_every_instruction_set_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FLAGS)
 def test_kernels(isa, programs):
-    """Against the references, nothing written outside, exp on every float32 where it is not constant; and the bits of the baseline."""
+    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits of the baseline."""
     if not can_run(isa):
         pytest.skip(f"this machine cannot run {isa}")
     same_bits(result(programs, isa), result(programs, "baseline"))
