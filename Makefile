@@ -1,5 +1,5 @@
-# make demo: the main job on real data, with a report to look at.   make test: the tests.
-# Both make .venv, install torch and the build tools into it, and build. TORCH=torch==2.13.0 chooses another torch.
+# make demo: the main job on real data, with a report to look at.   make test: the tests.   make bench: speed and memory, in bench/.
+# Each makes .venv, install torch and the build tools into it, and build. TORCH=torch==2.13.0 chooses another torch.
 PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
@@ -19,8 +19,8 @@ lint: .venv/.lint
 	$(venv)/ruff format --check .
 	$(venv)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
 
-bench: .venv/.built
-	$(venv)/python benchmarks/run.py $(ARGS)
+bench: .venv/.bench
+	$(venv)/fastreg bench $(ARGS)
 
 build: .venv/.built
 
@@ -43,6 +43,10 @@ build: .venv/.built
 	$(venv)/pip install -q --no-build-isolation -e ".[demo]"
 	touch $@
 
+.venv/.bench: .venv/.built
+	$(venv)/pip install -q --no-build-isolation -e ".[bench]"
+	touch $@
+
 .venv/.test: .venv/.built
 	$(venv)/pip install -q --no-build-isolation -e ".[demo,test]"
 	touch $@
@@ -52,4 +56,4 @@ build: .venv/.built
 	touch $@
 
 clean:
-	rm -rf .venv build dist report
+	rm -rf .venv build dist report bench

@@ -1,36 +1,71 @@
-"""Dropout forward and backward against torch.nn.functional.dropout; the floor is x * 2, forward and backward."""
+"""Dropout, forward and backward, against torch.nn.functional.dropout; the floor is x * 2, forward and backward.
 
-import _timing
+Bytes that cannot be avoided: four elements (x, y and their gradients), and the mask's bit written and read. At 2^4 elements it
+is the call that is timed.
+"""
+
+from functools import partial
+
 import torch
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
 
+LARGE = Targets(eager=12, compile=5, floor=1.8)
+TARGETS = {4: Targets(eager=1.05), 14: Targets(eager=4, compile=2, floor=2), 20: LARGE, 24: LARGE}
+SIZES = {
+    "full": ((4, 0.1), (14, 0.1), (20, 0.1), (20, 0.5), (24, 0.1)),
+    "quick": ((4, 0.1), (14, 0.1), (20, 0.1)),
+    "tiny": ((4, 0.1), (10, 0.1)),
+}
 
-def cases(quick=False):
+
+def cases(scale):
     """The rows of the table."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for power in (14, 20) if quick else (14, 20, 24):
-            x = torch.randn(2**power).to(dtype).requires_grad_()
-            g = torch.ones_like(x)
+    for dtype in _timing.DTYPES:
+        for power, p in SIZES[scale]:
+            build = partial(_build, 2**power, p, dtype)
+            targets = TARGETS.get(power, Targets())
+            work = "dropout forward + backward" + (f", p = {p}" if p != 0.1 else "")
+            yield Case("dropout", work, f"2^{power}", 2**power, dtype, build, "x * 2, forward + backward", targets)
 
-            def run(f, x=x, g=g):
-                x.grad = None
-                f(x).backward(g)
 
-            y, mask = fr.dropout_with_mask(x.detach(), 0.3)
-            assert torch.equal(y != 0, fr.unpack_mask(mask, x.shape) & (x != 0))
-            assert abs(fr.unpack_mask(mask, x.shape).float().mean() - 0.7) < 0.02
-            functions = {
-                "fastreg": lambda run=run: run(lambda v: fr.dropout(v, 0.3)),
-                "torch": lambda run=run: run(lambda v: torch.nn.functional.dropout(v, 0.3)),
-                "floor": lambda run=run: run(lambda v: v * 2),
-            }
-            ours = _timing.saved_bytes(lambda x=x: fr.dropout(x, 0.3))
-            theirs = _timing.saved_bytes(lambda x=x: torch.nn.functional.dropout(x, 0.3))
-            name = f"dropout forward + backward, {str(dtype)[6:]}, 2^{power}"
-            yield _timing.row(name, functions, (ours, theirs))
+def _build(n, p, dtype, device):
+    x = torch.randn(n, device=device).to(dtype).requires_grad_()
+    g = torch.ones_like(x)
+
+    def ours(x):
+        return fr.dropout(x, p)
+
+    def theirs(x):
+        return torch.nn.functional.dropout(x, p)
+
+    def both(function):
+        x.grad = None
+        function(x).backward(g)
+
+    def check():
+        x.grad = None
+        y = ours(x)
+        y.backward(g)
+        kept = (y != 0) | (x == 0)
+        close = partial(torch.testing.assert_close, rtol=_timing.tolerance(dtype), atol=0)
+        close(y.detach().double(), torch.where(kept, x.detach().double() / (1 - p), 0))
+        close(x.grad.double(), torch.where(kept, g.double() / (1 - p), 0))
+        drawn = torch.cat([ours(torch.ones_like(g)) != 0 for _ in range(max(1, 4096 // n))])
+        share, spread = drawn.double().mean().item(), (p * (1 - p) / drawn.numel()) ** 0.5
+        assert abs(share - (1 - p)) < 6 * spread, f"expected {1 - p} of the elements to be kept, got {share}"
+
+    functions = {"fastreg": ours, "torch": theirs, "compile": torch.compile(theirs, dynamic=False), "floor": lambda x: x * 2}
+    return Work(
+        {side: partial(both, function) for side, function in functions.items()},
+        check,
+        moved=4 * n * x.element_size() + n // 4,
+        forward={"fastreg": lambda: ours(x), "torch": lambda: theirs(x)},
+        inputs=(x,),
+    )
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(_timing.table(cases()))
+    _timing.run_alone("dropout")

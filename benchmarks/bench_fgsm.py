@@ -1,27 +1,46 @@
-"""The FGSM step against its three torch operations; the floor is x + g, which moves the same bytes."""
+"""The FGSM step x + e * sign(g), clamped, against its torch operations; the floor is x + g, which moves the same bytes."""
 
-import _timing
+from functools import partial
+
 import torch
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
 
+TARGETS = Targets(eager=2.5, compile=1, floor=1.2)
+POWERS = {"full": (20, 24), "quick": (20,), "tiny": (8, 10)}
+EPS = 0.1
 
-def cases(quick=False):
+
+def cases(scale):
     """The rows of the table."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for power in (20,) if quick else (20, 24):
-            x = torch.rand(2**power).to(dtype)
-            g = torch.randn(2**power).to(dtype)
-            expected = (x.float() + 0.1 * g.float().sign()).clamp(0, 1).to(dtype)
-            assert torch.equal(fr.fgsm_step(x, g, 0.1, 0, 1), expected)
-            functions = {
-                "fastreg": lambda x=x, g=g: fr.fgsm_step(x, g, 0.1, 0, 1),
-                "torch": lambda x=x, g=g: (x + 0.1 * g.sign()).clamp(0, 1),
-                "floor": lambda x=x, g=g: x + g,
-            }
-            yield _timing.row(f"`fgsm_step`, {str(dtype)[6:]}, 2^{power}", functions)
+    for dtype in _timing.DTYPES:
+        for power in POWERS[scale]:
+            yield Case("fgsm", "fgsm_step", f"2^{power}", 2**power, dtype, partial(_build, 2**power, dtype), "x + g", TARGETS)
+
+
+def _build(n, dtype, device):
+    x = torch.rand(n, device=device).to(dtype)
+    g = torch.randn(n, device=device).to(dtype)
+
+    def theirs(x, g):
+        return (x + EPS * g.sign()).clamp(0, 1)
+
+    def check():
+        expected = (x.double() + EPS * g.double().sign()).clamp(0, 1)
+        got = fr.fgsm_step(x, g, EPS, 0, 1)
+        torch.testing.assert_close(got.double(), expected, rtol=_timing.tolerance(dtype), atol=1e-7)
+
+    compiled = torch.compile(theirs, dynamic=False)
+    sides = {
+        "fastreg": lambda: fr.fgsm_step(x, g, EPS, 0, 1),
+        "torch": lambda: theirs(x, g),
+        "compile": lambda: compiled(x, g),
+        "floor": lambda: x + g,
+    }
+    return Work(sides, check, moved=3 * n * x.element_size())
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(_timing.table(cases()))
+    _timing.run_alone("fgsm")

@@ -6,6 +6,7 @@
 
 #include "common/isa.h"
 #include "common/philox.h"
+#include "sgd/sgd_math.h"
 
 namespace py = pybind11;
 
@@ -22,6 +23,8 @@ PYBIND11_MODULE(_C, m) {
     info["instruction_set"] = fastreg::isa_name();
     return info;
   });
+  // For the fast path, which has checked the tensors itself.
+  m.attr("sgd_step") = py::capsule(reinterpret_cast<const void*>(&fastreg::sgd_step), "fastreg._C.sgd_step");
   m.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

@@ -16,6 +16,7 @@ from .dropout import (
 )
 from .early_stopping import EarlyStopping, retrain
 from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
+from .linear_cross_entropy import linear_cross_entropy
 from .patch import convert, patch, patched, unpatch
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "feature_alpha_dropout",
     "fgsm",
     "fgsm_step",
+    "linear_cross_entropy",
     "nn",
     "optim",
     "pack_mask",

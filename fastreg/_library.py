@@ -4,8 +4,12 @@ One place for everything that can be missing (torch, the compiled module, a kern
 sentence with its remedy.
 """
 
+import importlib
+import importlib.util
 import math
 import numbers
+import os
+import warnings
 
 try:
     import torch
@@ -23,6 +27,12 @@ def define(schema):
     """Declare an operator, `name(arguments) -> results`, before its kernels are loaded; returns nothing."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _declared.append(schema.split("(")[0])
+
+
+def define_kernel(schema, function):
+    """Declare an operator whose kernel, on every device, is a Python function; autograd and torch.compile do not look into it."""
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
 
 
 def define_composite(schema, function):
@@ -43,6 +53,33 @@ def load_kernels():
     for name in _declared:
         _library.impl(name, _no_kernel(name), "CompositeExplicitAutograd")
     return _C
+
+
+def _load_autograd():
+    """(the C++ fast path of autograd for this torch or None, why not)."""
+    wanted = os.environ.get("FASTREG_AUTOGRAD", "")
+    if wanted not in ("", "python", "cpp"):
+        raise ImportError(f"FASTREG_AUTOGRAD must be 'python' or 'cpp', got {wanted!r}; unset it to let fastreg choose")
+    if wanted == "python":
+        return None, "FASTREG_AUTOGRAD=python asks for Python"
+    name = "fastreg._autograd_" + "_".join(torch.__version__.split(".")[:2])
+    rebuild = "rebuild it with this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
+    if importlib.util.find_spec(name) is None:
+        reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}; {rebuild}"
+    else:
+        try:
+            return importlib.import_module(name), None
+        except ImportError as error:
+            reason = f"fastreg's C++ autograd, {name}, cannot be loaded ({error}); {rebuild}"
+        if wanted != "cpp":
+            warnings.warn(f"{reason}. Until then Python does the same, slower for small tensors", RuntimeWarning, stacklevel=2)
+    if wanted == "cpp":
+        raise ImportError(f"FASTREG_AUTOGRAD=cpp: {reason}, or unset FASTREG_AUTOGRAD")
+    return None, reason
+
+
+# With these functions an op tries the usual case first; they give None for every other, and never to torch.compile.
+fast, why_not_fast = _load_autograd()
 
 
 def _no_kernel(name):

@@ -7,8 +7,9 @@ alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others 
 import sys
 
 import torch
+from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define
+from ._library import check_choice, check_number, check_tensor, define, fast
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -91,7 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _is_one(g):
     # A look at the value is free on the CPU and impossible while tracing or without waiting for a GPU.
-    return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not torch.compiler.is_compiling() and g == 1
+    return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not is_compiling() and g == 1
 
 
 def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
@@ -135,6 +136,70 @@ def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps,
 def rows_of(input):
     """Number of rows, that is of class distributions, in (N, C, ...)."""
     return input.numel() // max(input.shape[1], 1)
+
+
+def check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index):
+    """Raise unless every option is one that the op has."""
+    check_choice(op, "reduction", reduction, _REDUCTIONS)
+    check_choice(op, "smoothing", smoothing, ("uniform", "others"))
+    check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
+    check_number(op, "label_smoothing", label_smoothing, 0, 1)
+    check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
+    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+
+
+def check_classes(
+    op, name, input, classes, target, expected, weight_name, weight, ignore_index, label_smoothing, smoothing, loss_dtype
+):
+    """Raise unless targets and class weights fit `input`, called `name`; gives both in the form that the kernel takes.
+
+    expected: the shapes of a target of class indices and of one of probabilities.
+    """
+    if input.dtype not in _DTYPES:
+        raise ValueError(
+            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with .float()"
+        )
+    if loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
+        raise ValueError(f"{op}: loss_dtype must be torch.float32, torch.float64 or {name}'s {input.dtype}, got {loss_dtype}")
+    if target.device != input.device:
+        raise ValueError(
+            f"{op}: target must be on {input.device} as {name} is, got {target.device}; move it with .to({name}.device)"
+        )
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
+    soft = target.is_floating_point()
+    if target.shape != expected[soft]:
+        raise ValueError(
+            f"{op}: target must have shape {tuple(expected[soft])} for {name} of shape {tuple(input.shape)}, "
+            f"got {tuple(target.shape)}; "
+            f"{'class indices must be int64, convert them with .long()' if soft else 'probabilities must be floating point'}"
+        )
+    if classes == 0:
+        raise ValueError(f"{op}: there must be at least one class, got {name} of shape {tuple(input.shape)}")
+    if smoothing == "others" and label_smoothing > 0 and classes == 1:
+        raise ValueError(f"{op}: smoothing='others' needs at least two classes, got {name} of shape {tuple(input.shape)}")
+    if soft:
+        if target.dtype not in _DTYPES:
+            raise ValueError(
+                f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; convert with .float()"
+            )
+        if ignore_index >= 0:
+            raise ValueError(f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}")
+    else:
+        target = target.to(torch.int64).contiguous()
+    if weight is not None:
+        check_tensor(op, weight_name, weight)
+        if not weight.is_floating_point():
+            raise TypeError(f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{op}: {weight_name} must not require a gradient, as none is computed; give it with .detach()")
+        if weight.shape != (classes,):
+            raise ValueError(f"{op}: {weight_name} must have one value per class, shape ({classes},), got {tuple(weight.shape)}")
+        if weight.device != input.device:
+            raise ValueError(f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}")
+        weight = weight.detach().to(_statistics_dtype(input)).contiguous()
+    return target, weight
 
 
 def cross_entropy(
@@ -183,69 +248,39 @@ def cross_entropy(
     Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de Brebisson and Vincent
     2016, Chowdhery et al. 2022.
     """
+    if fast is not None and not is_compiling():
+        loss = fast.cross_entropy(
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            smoothing,
+            z_loss,
+            all_ignored,
+            loss_dtype,
+        )
+        if loss is not None:
+            return loss
     op = "cross_entropy"
     check_tensor(op, "input", input)
     check_tensor(op, "target", target)
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    check_choice(op, "reduction", reduction, _REDUCTIONS)
-    check_choice(op, "smoothing", smoothing, ("uniform", "others"))
-    check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
-    check_number(op, "label_smoothing", label_smoothing, 0, 1)
-    check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
-    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
-        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
-    if input.dtype not in _DTYPES:
-        raise ValueError(
-            f"{op}: input must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with .float()"
-        )
-    if loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
-        raise ValueError(f"{op}: loss_dtype must be torch.float32, torch.float64 or input's {input.dtype}, got {loss_dtype}")
+    check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index)
     if input.dim() == 0:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
-    if target.device != input.device:
-        raise ValueError(
-            f"{op}: target must be on {input.device} as input is, got {target.device}; move it with .to(input.device)"
-        )
-
-    if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
-    soft = target.is_floating_point()
     unbatched = input.dim() == 1
-    expected = input.shape if soft else input.shape[: 0 if unbatched else 1] + input.shape[2:]
-    if target.shape != expected:
-        raise ValueError(
-            f"{op}: target must have shape {tuple(expected)} for input of shape {tuple(input.shape)}, got {tuple(target.shape)}; "
-            f"{'class indices must be int64, convert them with .long()' if soft else 'probabilities must be floating point'}"
-        )
+    expected = input.shape[: 0 if unbatched else 1] + input.shape[2:], input.shape
+    classes = input.shape[0 if unbatched else 1]
+    options = ignore_index, label_smoothing, smoothing, loss_dtype
+    target, weight = check_classes(op, "input", input, classes, target, expected, "weight", weight, *options)
+    soft = target.is_floating_point()
     if unbatched:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
-    if input.shape[1] == 0:
-        raise ValueError(f"{op}: input must have at least one class, got shape {tuple(input.shape)}")
-    if smoothing == "others" and label_smoothing > 0 and input.shape[1] == 1:
-        raise ValueError(f"{op}: smoothing='others' needs at least two classes, got input of shape {tuple(input.shape)}")
-    if soft:
-        if target.dtype not in _DTYPES:
-            raise ValueError(
-                f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; convert with .float()"
-            )
-        if ignore_index >= 0:
-            raise ValueError(f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}")
-    else:
-        target = target.to(torch.int64).contiguous()
-    if weight is not None:
-        check_tensor(op, "weight", weight)
-        if not weight.is_floating_point():
-            raise TypeError(f"{op}: weight must be floating point, got {weight.dtype}; convert it with .float()")
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: weight must not require a gradient, as none is computed; give weight.detach()")
-        if weight.shape != input.shape[1:2]:
-            raise ValueError(
-                f"{op}: weight must have one value per class, shape {tuple(input.shape[1:2])}, got {tuple(weight.shape)}"
-            )
-        if weight.device != input.device:
-            raise ValueError(f"{op}: weight must be on {input.device} as input is, got {weight.device}")
-        weight = weight.detach().to(_statistics_dtype(input)).contiguous()
     if input.dim() > 3:  # rows side by side as one dimension; a copy only where strides forbid a view
         shape = target.shape[:1] + target.shape[2 if soft else 1 :]
         input = input.flatten(2)

@@ -10,8 +10,9 @@ What is drawn for an element depends on (seed, its row-major index) alone: not o
 import warnings
 
 import torch
+from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define, define_composite, draw_seed
+from ._library import check_choice, check_number, check_tensor, define, define_composite, draw_seed, fast
 
 # `inner` neighbouring elements share a decision; kept ones become scale * x + shift, the others `dropped`.
 define(
@@ -177,8 +178,15 @@ def _on_shards(op, input, p, inplace, seed, inner, form):
     return input.copy_(output) if inplace else output
 
 
-def _run(op, input, p, inplace, seed, inner, form):
+def _run(op, input, p, inplace, generator, inner, form):
     """The operator, through autograd only where a derivative is needed; gives the output."""
+    seed = None if generator is None else draw_seed(input.device, generator)
+    if fast is not None and not is_compiling():
+        output = fast.dropout(input, p, True, inplace, seed, inner, *_constants(form, p))
+        if output is not None:
+            return output
+    if seed is None:
+        seed = draw_seed(input.device)
     if type(input) is not torch.Tensor and hasattr(input, "device_mesh"):
         return _on_shards(op, input, p, inplace, seed, inner, form)
     derive = input.requires_grad and torch.is_grad_enabled()
@@ -187,9 +195,9 @@ def _run(op, input, p, inplace, seed, inner, form):
             raise ValueError(
                 f"{op}: inplace=True cannot overwrite a leaf tensor that requires a gradient; call it with inplace=False"
             )
-        if not torch.compiler.is_compiling() and not _transformed():
+        if not is_compiling() and not _transformed():
             return _run_in_place(op, input, p, seed, inner, form, derive)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         output = torch.ops.fastreg.dropout_traced(input, p, seed, 0, inner, form)[0]
     elif _transformed():
         output = _by_torch(input, p, seed, 0, inner, *_constants(form, p))[0]
@@ -259,6 +267,10 @@ def dropout(input, p=0.5, training=True, inplace=False, *, generator=None, resca
 
     Source: Srivastava et al. 2014 ("train"); Goodfellow et al. 2016, section 7.12 ("inference").
     """
+    if fast is not None and generator is None and rescale == "train" and not is_compiling():
+        output = fast.dropout(input, p, training, inplace)
+        if output is not None:
+            return output
     p = _check("dropout", input, p)
     if rescale != "train":
         check_choice("dropout", "rescale", rescale, ("train", "inference"))
@@ -267,7 +279,7 @@ def dropout(input, p=0.5, training=True, inplace=False, *, generator=None, resca
     if not training or p == 0 or input.numel() == 0:
         return input
     form = "inverted" if rescale == "train" else "plain"
-    return _run("dropout", input, p, inplace, draw_seed(input.device, generator), 1, form)
+    return _run("dropout", input, p, inplace, generator, 1, form)
 
 
 def dropout_with_mask(input, p=0.5, *, generator=None, seed=None, offset=0):
@@ -309,7 +321,7 @@ def dropout_with_mask(input, p=0.5, *, generator=None, seed=None, offset=0):
             f"{op}: seed must be an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}; "
             "draw it with torch.randint(-(2**63), 2**63 - 1, (1,))"
         )
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.ops.fastreg.dropout_traced(input, p, seed, offset, 1, "inverted")
     if _transformed() or (input.requires_grad and torch.is_grad_enabled()):
         return _traced(input, p, seed, offset, 1, "inverted")
@@ -362,7 +374,7 @@ def _feature_dropout(op, input, p, training, inplace, generator, dims, batch_dim
     if not training or p == 0 or input.numel() == 0:
         return input
     inner = _channels(input, batch_dims)
-    return _run(op, input, p, inplace, draw_seed(input.device, generator), inner, "inverted")
+    return _run(op, input, p, inplace, generator, inner, "inverted")
 
 
 def dropout1d(input, p=0.5, training=True, inplace=False, *, generator=None):
@@ -405,7 +417,7 @@ def dropout3d(input, p=0.5, training=True, inplace=False, *, generator=None):
 def _alpha_dropout(op, input, p, training, inplace, generator, inner):
     if not training or p == 0 or input.numel() == 0:
         return input
-    return _run(op, input, p, inplace, draw_seed(input.device, generator), inner, "alpha")
+    return _run(op, input, p, inplace, generator, inner, "alpha")
 
 
 def alpha_dropout(input, p=0.5, training=False, inplace=False, *, generator=None):
@@ -447,4 +459,4 @@ def drop_path(input, p=0.5, training=True, inplace=False, *, scale_by_keep=True,
     if not training or p == 0 or input.numel() == 0:
         return input
     form = "inverted" if scale_by_keep else "plain"
-    return _run("drop_path", input, p, inplace, draw_seed(input.device, generator), _channels(input, 1), form)
+    return _run("drop_path", input, p, inplace, generator, _channels(input, 1), form)

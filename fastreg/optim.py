@@ -9,8 +9,9 @@ import math
 import numbers
 
 import torch
+from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define, draw_seed
+from ._library import check_choice, check_number, check_tensor, define, draw_seed, fast
 
 # One call for all tensors of a group. momentum_started, one float32 flag per tensor that the op sets to 1, is only there with
 # dampening, whose first step differs: a step skipped for an overflow is not the first, and only the op knows.
@@ -136,10 +137,13 @@ class SGD(torch.optim.SGD):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             _check_group(group)
+        usual = fast is not None and grad_scale is None and found_inf is None and not is_compiling()
+        if usual and fast.sgd(self.param_groups, self.state):
+            return loss
         works = [self._collect(group) for group in self.param_groups]  # all of them first: an error finds nothing stepped
         for group, work in zip(self.param_groups, works, strict=True):
             for device, lists in work.items():
-                if not torch.compiler.is_compiling():  # there the compiler does it; a graph that saved a weight must find out
+                if not is_compiling():  # there the compiler does it; a graph that saved a weight must find out
                     torch.autograd.graph.increment_version(lists[0])
                 lr = group["lr"]
                 lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
@@ -218,7 +222,7 @@ def _check_group(group):
             raise ValueError(
                 f"{op}: lr must be a number or a float32 or float64 tensor of one element, got {lr.dtype} {tuple(lr.shape)}"
             )
-        if lr.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere it would be a sync
+        if lr.device.type == "cpu" and not is_compiling():  # elsewhere it would be a sync
             _check_finite(op, "lr", lr.item())
     else:
         _check_finite(op, "lr", lr)

@@ -16,12 +16,14 @@ import types
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 # torch.jit.script compiles a patched function from the source of torch's own, but looks names up here.
 from torch.nn.functional import _VF, _Reduction, warnings  # noqa: F401  # isort: skip
 
 from . import nn
+from ._library import fast
 from .cross_entropy import cross_entropy
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 
@@ -52,10 +54,19 @@ def _is_replaced():
     )
 
 
+# In both replacements the usual case comes first: `fast` takes only what passes all that is asked after it.
+
+
 def _instead_of(original, ours):
+    usual = fast.dropout if fast is not None and ours is dropout else None
+
     # A subclass of Tensor, a Proxy of torch.fx or a mode is told of torch's function, which is the one its tables know.
     @functools.wraps(original)
     def run_dropout(input, p=0.5, training=ours.__defaults__[1], inplace=False):
+        if usual is not None and _patched and not is_compiling():
+            output = usual(input, p, training, inplace)
+            if output is not None:
+                return output
         if _has_kernel(input) and isinstance(p, (float, int)) and _is_replaced():
             return ours(input, p, training, inplace)
         if has_torch_function_unary(input):
@@ -77,6 +88,23 @@ def _instead_of_cross_entropy(original, ours):
         reduction="mean",
         label_smoothing=0.0,
     ):
+        if fast is not None and _patched and not is_compiling():
+            loss = fast.cross_entropy(
+                input,
+                target,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
+                label_smoothing,
+                "uniform",
+                0.0,
+                "nan",
+                None,
+            )
+            if loss is not None:
+                return loss
         options = {
             "weight": weight,
             "size_average": size_average,

@@ -16,7 +16,7 @@ for package in ("matplotlib", "PIL", "rich"):
 
 from PIL import Image  # noqa: E402
 
-from fastreg.cli import demo  # noqa: E402
+from fastreg.cli import common, demo  # noqa: E402
 from fastreg.cli.demo import claims, data, results, train  # noqa: E402
 
 SECTIONS = ("claims", "numbers", "penalties", "dropout", "smoothing", "attack", "early-stopping", "together", "method")
@@ -363,10 +363,10 @@ def test_control_c(tmp_path):
 
 def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     target = tmp_path / "index.html"
-    demo._write(target, "first")
+    common.write(target, "first")
     monkeypatch.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        demo._write(target, "second")
+        common.write(target, "second")
     assert target.read_text() == "first" and os.listdir(tmp_path) == ["index.html"]
 
 

@@ -212,14 +212,14 @@ for threads in (1, 2, 5):
 
 def test_the_same_bits_for_any_thread_count_and_instruction_set():
     lines = []
-    for isa in ("baseline", "avx2") if "avx2" in fr._C.build_info()["instruction_sets"] else ("baseline",):
+    for isa in fr._C.build_info()["instruction_sets"].split(","):
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT],
             env={**os.environ, "FASTREG_CPU_CAPABILITY": isa, "GOMP_SPINCOUNT": "0"},
             capture_output=True,
             text=True,
         )
-        if isa == "avx2" and "that this machine can run" in done.stderr:
+        if "that this machine can run" in done.stderr:
             continue
         assert done.returncode == 0, done.stderr
         lines += [line.split() for line in done.stdout.splitlines()]

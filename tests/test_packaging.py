@@ -87,7 +87,8 @@ def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     assert {"pyproject.toml", "CMakeLists.txt", "README.md", "csrc/module.cpp", "fastreg/dropout.py"} <= names
-    assert not [name for name in names if name.startswith((".venv", "build/", "report")) or name.endswith(".so")]
+    assert {"benchmarks/_timing.py", "benchmarks/bench_dropout.py"} <= names
+    assert not [name for name in names if name.startswith((".venv", "build/", "bench/", "report")) or name.endswith(".so")]
 
 
 @pytest.mark.slow
@@ -99,6 +100,8 @@ def test_one_wheel_runs_on_this_torch_and_on_another(wheel, other, tmp_path):
     (site / "borrowed.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent) + "\n")
     run(here / "bin/python", "-m", "pip", "install", "-q", "--no-deps", wheel)
     assert run(here / "bin/python", "-c", SMOKE).split() == [torch.__version__] * 2
+    run(here / "bin/fastreg", "bench", "--tiny", "--ops", "fgsm", "--no-compile", "--out", tmp_path / "bench")
+    assert json.loads((tmp_path / "bench/results.json").read_text())["rows"]
 
     run(other, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
     version, built_with = run(other, "-c", SMOKE).split()
@@ -205,4 +208,4 @@ def test_doctor_says_what_is_there():
 
 def test_help_names_the_commands():
     printed = run(sys.executable, "-m", "fastreg", "--help", cwd=ROOT)
-    assert "doctor" in printed and "demo" in printed
+    assert "doctor" in printed and "bench" in printed and "demo" in printed

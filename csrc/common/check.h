@@ -33,12 +33,16 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
+// Written out only where a check fails: as a string, made for each check that holds, it cost a small op a third of its time.
+struct ShapeText {
+  const Tensor& tensor;
+};
+inline ShapeText shape_text(const Tensor& t) { return {t}; }
+inline std::ostream& operator<<(std::ostream& text, const ShapeText& shape) {
+  const Tensor& t = shape.tensor;
   text << '(';
   for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
+  return text << (t.dim() == 1 ? ",)" : ")");
 }
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
@@ -92,10 +96,11 @@ inline Tensor allocate_like(const Tensor& t) {
   return t.is_contiguous() ? allocate(t, t.sizes(), t.strides(), t.scalar_type()) : torch::stable::empty_like(t);
 }
 
-// Uninitialised bytes on the device of a tensor.
-inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) {
-  return allocate(like, std::array<int64_t, 1>{bytes}, std::array<int64_t, 1>{1}, ScalarType::Byte);
+// Uninitialised, of shape (count,), on the device of a tensor.
+inline Tensor allocate_flat(const Tensor& like, int64_t count, ScalarType dtype) {
+  return allocate(like, std::array<int64_t, 1>{count}, std::array<int64_t, 1>{1}, dtype);
 }
+inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) { return allocate_flat(like, bytes, ScalarType::Byte); }
 
 // The layout with mergeable dimensions merged: a tensor that is contiguous comes out with one dimension at most.
 inline Layout layout_of(const char* op, const Tensor& t) {

@@ -80,6 +80,16 @@ FR_HD T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
 
+// a where a > b (a < b), else b: a NaN in b stays.
+template <class T>
+FR_HD T maximum(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+FR_HD T minimum(T a, T b) {
+  return a < b ? a : b;
+}
+
 // Sizes and strides in elements, after dimensions that can be walked as one have been merged. `contiguous` means that
 // logical order is memory order, so that the rest need not be looked at.
 constexpr int kMaxDims = 16;

@@ -8,29 +8,41 @@ namespace fastreg {
 namespace {
 
 #if defined(__x86_64__)
-constexpr const char* kBaselineName = "sse2";
-#elif defined(__aarch64__)
-constexpr const char* kBaselineName = "neon";
-#else
-constexpr const char* kBaselineName = "portable";
-#endif
-
-bool has_avx2() {
-#ifdef FASTREG_HAVE_AVX2
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
+constexpr const char* kNames[] = {"sse2", "avx2", "avx512"};
+constexpr const char* kList = "sse2,avx2,avx512";
+bool runs(Isa isa) {
+  if (isa == Isa::kBaseline) return true;
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  if (isa == Isa::kAvx2 || !avx2) return avx2;
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
 }
+// The first machines with AVX-512 lower their clock for it, which costs the rest of a program more than it gains here. Those that
+// do not all have VBMI2 (Ice Lake, Zen 4 and later).
+bool gains(Isa isa) { return runs(isa) && (isa != Isa::kAvx512 || __builtin_cpu_supports("avx512vbmi2")); }
+constexpr Isa kSets[] = {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};
+#else
+#if defined(__aarch64__)
+constexpr const char* kNames[] = {"neon"};
+#else
+constexpr const char* kNames[] = {"portable"};
+#endif
+constexpr const char* kList = kNames[0];
+bool runs(Isa) { return true; }
+bool gains(Isa) { return true; }
+constexpr Isa kSets[] = {Isa::kBaseline};
+#endif
 
 Isa choose() {
   const char* forced = std::getenv("FASTREG_CPU_CAPABILITY");
   const std::string name = forced ? forced : "";
-  if (name.empty()) return has_avx2() ? Isa::kAvx2 : Isa::kBaseline;
-  if (name == kBaselineName || name == "baseline") return Isa::kBaseline;
-  if (name == "avx2" && has_avx2()) return Isa::kAvx2;
-  throw std::runtime_error("FASTREG_CPU_CAPABILITY: expected one of " + std::string(isa_list()) +
-                           " that this machine can run, got '" + name + "'; unset it to take the best");
+  for (const Isa isa : kSets) {
+    if (name.empty() ? gains(isa) : runs(isa) && name == kNames[int(isa)]) return isa;
+  }
+  if (name == "baseline") return Isa::kBaseline;
+  throw std::runtime_error("FASTREG_CPU_CAPABILITY: expected one of " + std::string(kList) + " that this machine can run, got '" +
+                           name + "'; unset it to take the best");
 }
 
 }  // namespace
@@ -39,13 +51,7 @@ Isa isa() {
   static const Isa chosen = choose();
   return chosen;
 }
-const char* isa_name() { return isa() == Isa::kAvx2 ? "avx2" : kBaselineName; }
-const char* isa_list() {
-#if defined(FASTREG_HAVE_AVX2)
-  return "sse2,avx2";
-#else
-  return kBaselineName;
-#endif
-}
+const char* isa_name() { return kNames[int(isa())]; }
+const char* isa_list() { return kList; }
 
 }  // namespace fastreg

@@ -1,6 +1,7 @@
 // Smoothed cross-entropy on the CPU with its gradient written in the same sweep; formula in cross_entropy_math.h.
-// Bytes per float32 logit: reads 4 and writes 4, once each, as long as a row and its exponentials stay in the L2 cache: 8, the
-// floor; 4 without gradient. The three passes over a row (largest, exponentials and their sum, gradient) are passes over cache.
+// Bytes per float32 logit: reads 4 and writes 4, once each, as long as a row's exponentials stay in the L2 cache: 8, the floor; 4
+// without gradient. A row is taken in blocks that stay in the L1 cache: largest logit, then exponentials and their sum, while the
+// next block is on its way from memory. The gradient is one more pass over the exponentials.
 #include <type_traits>
 #include <vector>
 
@@ -10,91 +11,196 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
+constexpr int64_t kBlock = 1024;
+
+// A run of blocks whose exponentials are relative to one number, the largest logit up to there (Milakov and Gimelshein 2018).
+// Whenever a block has a larger one, a segment ends.
+template <class A>
+struct Segment {
+  int64_t begin;
+  A reference;
+  double sum, factor;
+};
+
+// Two vectors of neighbours; of bfloat16 in an order of its own, unless `linear`.
+template <bool linear, class T, class V>
+FR_INLINE void load_two(const T* p, V& a, V& b) {
+  if constexpr (std::is_same_v<T, BFloat16> && !linear) {
+    load_pairs(p, a, b);
+  } else {
+    a = load(p);
+    b = load(p + V::kLanes);
+  }
+}
+template <bool linear, class T, class V>
+FR_INLINE void store_two(T* p, const V& a, const V& b) {
+  if constexpr (std::is_same_v<T, BFloat16> && !linear) {
+    store_pairs(p, pack_pairs(a, b));
+  } else {
+    store(p, a);
+    store(p + V::kLanes, b);
+  }
+}
+
 // One row of k contiguous logits. General: with class weights or soft targets; otherwise q is `base` everywhere and mix more at
 // the target, which needs neither array. exps: room for k exponentials, or the gradient itself where it has their type.
 template <bool kGeneral, class T, class G, class A>
-void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, A* exps, G* grad, double* loss, double* lse) {
+void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, double row_factor, A* exps, G* grad,
+         std::vector<Segment<A>>& segments, double* loss, double* lse) {
   using V = Vec<A>;
   const int64_t k = a.classes;
   const A* weight = static_cast<const A*>(a.weight);
   const A infinity = A(__builtin_inf());
-
-  V largest(-infinity);
-  for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V v = load(x + i, lanes, -infinity);
-    largest = maximum(v, largest);
-  });
-  const A top = largest.max();
-
-  const auto q_at = [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V t = soft ? load(soft + i, lanes) : V(A(0));
-    V q = smoothed_target(t, weight ? load(weight + i, lanes) : V(A(1)), V(A(a.mix)), V(A(a.base)));
-    return lanes == V::kLanes ? q : select(V::first(lanes), q, V(A(0)));
-  };
-  const A target_weight = kGeneral && !soft && weight ? weight[target] : A(1);
   const V zero{A(0)};
   const bool spread = a.base != 0;
+
+  const auto q_at = [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    const V t = soft ? load(soft + i, lanes) : zero;
+    V q = smoothed_target(t, weight ? load(weight + i, lanes) : V(A(1)), V(A(a.mix)), V(A(a.base)));
+    return lanes == V::kLanes ? q : select(V::first(lanes), q, zero);
+  };
+
+  A reference = -infinity;
   V total = zero, weighted = zero, mass = zero;
-  for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V shifted = load(x + i, lanes, -infinity) - V(top), e = exp_nonpositive(shifted);
-    if (grad) store(exps + i, e, lanes);
-    total = total + e;
+  double dot = 0, q_sum = 0;  // sums of q_c x_c and of q_c; of x_c alone where q_c is the same for all
+  const auto close_segment = [&](int64_t end) {
+    Segment<A>& s = segments.back();
+    const double origin = s.reference == -infinity ? 0 : s.reference;
+    s.sum = total.sum();
     if (kGeneral) {
-      const V q = q_at(i, lanes);
-      weighted = weighted + weighted_logit(q, shifted);
-      mass = mass + q;
+      const double segment_mass = mass.sum();
+      q_sum += segment_mass;
+      dot += weighted.sum() + segment_mass * origin;
     } else if (spread) {
-      weighted = weighted + (lanes == V::kLanes ? shifted : select(V::first(lanes), shifted, zero));
+      dot += weighted.sum() + double(end - s.begin) * origin;
     }
-  });
-  double sum = total.sum(), log_sum;
+    total = weighted = mass = zero;
+  };
+  segments.clear();
+  for (int64_t block = 0; block < k; block += kBlock) {
+    const int64_t end = block + kBlock < k ? block + kBlock : k;
+    V largest(-infinity), other(-infinity);
+    for_each_two<A>(
+        block, end,
+        [&](int64_t i) __attribute__((always_inline)) {
+          V v, w;
+          load_two<kGeneral>(x + i, v, w);
+          largest = maximum(v, largest);
+          other = maximum(w, other);
+        },
+        [&](int64_t i, int lanes) __attribute__((always_inline)) {
+          largest = maximum(load(x + i, lanes, -infinity), largest);
+        });
+    largest = maximum(other, largest);
+    if (block == 0 || any(largest > V(reference))) {
+      if (block) close_segment(block);
+      reference = largest.max();
+      segments.push_back({block, reference, 0, 0});
+    }
+    const V origin(reference == -infinity ? A(0) : reference);
+    for_each_two<A>(
+        block, end,
+        [&](int64_t i) __attribute__((always_inline)) {
+          V v, w;
+          load_two<kGeneral>(x + i, v, w);
+          v = v - origin;
+          w = w - origin;
+          if (kGeneral) {
+            const V q = q_at(i, V::kLanes), r = q_at(i + V::kLanes, V::kLanes);
+            weighted = weighted + (weighted_logit(q, v) + weighted_logit(r, w));
+            mass = mass + (q + r);
+          } else if (spread) {
+            weighted = weighted + (v + w);
+          }
+          v = exp_nonpositive(v);
+          w = exp_nonpositive(w);
+          total = total + (v + w);
+          if (grad) store_two<true>(exps + i, v, w);
+        },
+        [&](int64_t i, int lanes) __attribute__((always_inline)) {
+          const V v = load(x + i, lanes, -infinity) - origin, e = exp_nonpositive(v);
+          if (kGeneral) {
+            const V q = q_at(i, lanes);
+            weighted = weighted + weighted_logit(q, v);
+            mass = mass + q;
+          } else if (spread) {
+            weighted = weighted + (lanes == V::kLanes ? v : select(V::first(lanes), v, zero));
+          }
+          total = total + e;
+          if (grad) store(exps + i, e, lanes);
+        });
+  }
+  close_segment(k);
+  const double top = reference;
+  double sum = 0, log_sum;
+  for (Segment<A>& s : segments) {
+    s.factor = s.reference == reference ? 1 : std::exp(double(s.reference) - top);
+    sum += s.sum * s.factor;
+  }
+  if (top == -double(infinity)) sum = __builtin_nan("");
   if (sum < 1.125) {
     // One class has nearly all the mass. Its 1 has swallowed the last bits of the others', which are the whole loss where it is
     // the target: add those up alone.
     V rest = zero;
-    for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      const V e = grad ? load(exps + i, lanes) : exp_nonpositive(load(x + i, lanes, -infinity) - V(top));
-      rest = rest + select(e < V(A(0.5)), e, zero);
-    });
+    const V origin{A(top)};
+    for (size_t j = 0; j < segments.size(); ++j) {
+      const int64_t begin = segments[j].begin, end = j + 1 < segments.size() ? segments[j + 1].begin : k;
+      const V factor{A(segments[j].factor)};
+      for_each_vector<A>(end - begin, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+        const V e = grad ? load(exps + begin + i, lanes) * factor : exp_nonpositive(load(x + begin + i, lanes, -infinity) - origin);
+        rest = rest + select(e < V(A(0.5)), e, zero);
+      });
+    }
     const double others = rest.sum();
     sum = 1 + others;
     log_sum = std::log1p(others);
   } else {
     log_sum = std::log(sum);
   }
-  double dot = weighted.sum(), q_sum;
-  if (kGeneral) {
-    q_sum = mass.sum();
-  } else {
-    dot = spread ? dot * a.base : 0;
+  if (!kGeneral) {
+    dot *= spread ? a.base : 0;
     q_sum = a.base * double(k);
   }
+  dot -= q_sum == 0 ? 0 : q_sum * top;  // of x_c - top from here on
+  const A target_weight = kGeneral && !soft && weight ? weight[target] : A(1);
+  const double shifted = soft ? 0 : double(to_float(x[target])) - top;
   if (!soft) {
     const double q_target = double(target_weight) * a.mix;  // beyond the base that every class has
-    const double shifted = double(to_float(x[target])) - double(top);
     if (q_target != 0) dot += q_target * shifted;
     if (a.mix + a.base == 0 && shifted == -double(infinity)) {  // "others" with eps = 1: no mass here, where dot became inf - inf
       dot = 0;
       for (int64_t c = 0; c < k; ++c) {
         const double q = a.base * (weight ? double(weight[c]) : 1);
-        if (c != target && q != 0) dot += q * (double(to_float(x[c])) - double(top));
+        if (c != target && q != 0) dot += q * (double(to_float(x[c])) - top);
       }
     }
     q_sum += q_target;
   }
-  *lse = double(top) + log_sum;
+  *lse = top + log_sum;
   *loss = q_sum * log_sum - dot + (a.z_loss != 0 ? a.z_loss * *lse * *lse : 0);
 
   if (!grad) return;
-  const double softmax_factor = (q_sum + 2 * a.z_loss * *lse) * a.grad_factor / sum;
-  const double target_exp = soft ? 0 : double(exps[target]);  // grad may be the same memory
-  for_each_vector<A>(k, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V q = kGeneral ? q_at(i, lanes) : V(A(a.base));
-    store(grad + i, cross_entropy_grad(load(exps + i, lanes), q, V(A(softmax_factor)), V(A(a.grad_factor))), lanes);
-  });
+  const double softmax_factor = (q_sum + 2 * a.z_loss * *lse) * row_factor / sum;
+  const V grad_factor{A(row_factor)}, same{A(a.base)};
+  for (size_t j = 0; j < segments.size(); ++j) {
+    const V factor{A(softmax_factor * segments[j].factor)};
+    for_each_two<A>(
+        segments[j].begin, j + 1 < segments.size() ? segments[j + 1].begin : k,
+        [&](int64_t i) __attribute__((always_inline)) {
+          V v, w;
+          load_two<true>(exps + i, v, w);
+          v = cross_entropy_grad(v, kGeneral ? q_at(i, V::kLanes) : same, factor, grad_factor);
+          w = cross_entropy_grad(w, kGeneral ? q_at(i + V::kLanes, V::kLanes) : same, factor, grad_factor);
+          store_two<kGeneral>(grad + i, v, w);
+        },
+        [&](int64_t i, int lanes) __attribute__((always_inline)) {
+          const V q = kGeneral ? q_at(i, lanes) : same;
+          store(grad + i, cross_entropy_grad(load(exps + i, lanes), q, factor, grad_factor), lanes);
+        });
+  }
   if (!soft) {
     const double q = double(target_weight) * (a.mix + a.base);
-    from_float(A(cross_entropy_grad(target_exp, q, softmax_factor, a.grad_factor)), grad + target);
+    from_float(A(std::exp(shifted) * softmax_factor - q * row_factor), grad + target);
   }
 }
 
@@ -103,11 +209,12 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const int64_t k = a.classes, per_outer = (a.positions + kRowBlock - 1) / kRowBlock;
   const bool direct = a.logits_stride.cls == 1 && (!a.grad || a.grad_stride.cls == 1);
-  const bool keeps_exps = a.grad && !(direct && std::is_same_v<A, G>);
+  const bool keeps_exps = a.grad && !(direct && std::is_same_v<A, G> && a.grad != a.logits);
   // A block is gathered once per cache line, not once per row: neighbours in memory are neighbouring rows.
   const int64_t rows_at_once = direct ? 1 : kRowBlock;
   std::vector<A> exps(keeps_exps ? size_t(k) : 0), soft_row(a.soft_target ? size_t(k) : 0);
   std::vector<T> logits(direct ? 0 : size_t(k * kRowBlock));
+  std::vector<Segment<A>> segments;
   std::vector<G> grads(direct || !a.grad ? 0 : size_t(k * kRowBlock));
 
   for (int64_t block = begin; block < end; ++block) {
@@ -128,7 +235,7 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
         G* row_g = !a.grad ? nullptr : direct ? g : grads.data() + r * k;
         A* row_exps = exps.data();
         if constexpr (std::is_same_v<A, G>) {
-          if (direct) row_exps = row_g;
+          if (!keeps_exps) row_exps = row_g;
         }
         const int64_t target = a.target ? a.target[index] : 0;
         if (a.target && target == a.ignore_index) {
@@ -145,7 +252,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
         }
         const A* soft = a.soft_target ? soft_row.data() : nullptr;
         const auto run = soft || a.weight ? row<true, T, G, A> : row<false, T, G, A>;
-        run(a, row_x, soft, target, row_exps, row_g, a.row_loss + index, a.row_lse + index);
+        const double factor = a.row_factor ? static_cast<const A*>(a.row_factor)[index] : a.grad_factor;
+        run(a, row_x, soft, target, factor, row_exps, row_g, segments, a.row_loss + index, a.row_lse + index);
       }
       if (!direct && a.grad) {
         for (int64_t c = 0; c < k; ++c)
@@ -160,7 +268,7 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     using T = std::remove_pointer_t<decltype(type)>;
     // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift them.
     using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
-    forward_typed<T, G>(a, begin, end);
+    a.grad == a.logits ? forward_typed<T, T>(a, begin, end) : forward_typed<T, G>(a, begin, end);
   });
 }
 

@@ -14,9 +14,9 @@
 namespace fastreg {
 
 struct CrossEntropyArgs {
-  DType dtype, grad_dtype, target_dtype;  // target_dtype: of soft targets
+  DType dtype, target_dtype;  // target_dtype: of soft targets
   const void* logits;
-  void* grad;             // null: no gradient wanted
+  void* grad;             // null: no gradient wanted; may be the logits, which it then overwrites
   const int64_t* target;  // class indices, one per row; or null and
   const void* soft_target;
   const void* weight;  // of the accumulation type, null: 1
@@ -29,7 +29,8 @@ struct CrossEntropyArgs {
   } logits_stride, grad_stride, target_stride;
   int64_t ignore_index;
   double mix, base, z_loss;
-  double grad_factor;  // 1 / normaliser of a mean, else 1
+  double grad_factor;      // 1 / normaliser of a mean, else 1; or
+  const void* row_factor;  // one for each row, of the accumulation type
 };
 
 template <class V>
@@ -43,7 +44,7 @@ FR_HD V weighted_logit(V q, V x) {
 }
 template <class V>
 FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) {
-  return exp_shifted * softmax_factor - q * grad_factor;
+  return multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
 }
 
 struct CrossEntropyKernels {

@@ -1,6 +1,7 @@
 // torch.ops.fastreg.cross_entropy on the CPU: checks, allocation, threads, the reduction in a fixed order. The schema stands in
 // fastreg/cross_entropy.py.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -57,11 +58,14 @@ void put(const Tensor& t, const double* values, int64_t count) {
   }
 }
 
-// loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse: (rows,).
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
-                                                 int64_t ignore_index, double label_smoothing, bool others, double z_loss,
-                                                 bool all_ignored_zero, std::optional<ScalarType> loss_dtype, bool with_grad) {
-  const char* op = "cross_entropy";
+// What both operators check before they work.
+struct Checked {
+  CrossEntropyArgs args;
+  bool soft;
+  double normaliser;  // what divides a mean: the number of counted rows, or the sum of their targets' weights
+};
+Checked check_arguments(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                        int64_t ignore_index, double label_smoothing, bool others, double z_loss) {
   check(input.dim() >= 2, op, ": input must be (N, C, ...), got ", shape_text(input));
   const DType dtype = dtype_of(op, "input", input);
   const int64_t n = input.size(0), k = input.size(1);
@@ -75,8 +79,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
   const int64_t rows = n * positions;
 
-  CrossEntropyArgs a{};
-  const bool soft = target.scalar_type() != ScalarType::Long;
+  Checked result{};
+  CrossEntropyArgs& a = result.args;
+  const bool soft = result.soft = target.scalar_type() != ScalarType::Long;
   if (soft) {
     a.target_dtype = dtype_of(op, "a target of probabilities", target);
     check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ", shape_text(input),
@@ -131,6 +136,24 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   a.base = spread;
   a.mix = 1 - label_smoothing - (others ? spread : 0);
   a.z_loss = z_loss;
+  result.normaliser = normaliser;
+  return result;
+}
+
+void run(const CrossEntropyArgs& a) {
+  const int64_t blocks = a.outer > 0 && a.positions > 0 ? cross_entropy_blocks(a) : 0;
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.classes * kRowBlock));
+  parallel(blocks, grain, [&](int64_t begin, int64_t end) { FR_KERNELS(cross_entropy_kernels).forward(a, begin, end); });
+}
+
+// loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse: (rows,).
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
+                                                 int64_t ignore_index, double label_smoothing, bool others, double z_loss,
+                                                 bool all_ignored_zero, std::optional<ScalarType> loss_dtype, bool with_grad) {
+  const char* op = "cross_entropy";
+  auto [a, soft, normaliser] = check_arguments(op, input, target, weight, ignore_index, label_smoothing, others, z_loss);
+  const DType dtype = a.dtype;
+  const int64_t rows = a.outer * a.positions;
   a.grad_factor = reduction == kMean ? 1 / normaliser : 1;
   const bool nothing = normaliser == 0 && reduction == kMean;
   if (nothing && all_ignored_zero) a.grad_factor = 0;
@@ -141,32 +164,30 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   const ScalarType statistics = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   Tensor grad = input;
   if (!with_grad) {
-    grad = torch::stable::new_empty(input, {0});
+    grad = allocate_flat(input, 0, input.scalar_type());
   } else if (dtype == DType::kFloat16) {
     grad = torch::stable::new_empty(input, input.sizes(), ScalarType::Float);
   } else {
-    grad = torch::stable::empty_like(input);
+    grad = allocate_like(input);
   }
   if (with_grad) {
     a.grad = grad.mutable_data_ptr();
-    a.grad_stride = strides_of(grad, positions);
+    a.grad_stride = strides_of(grad, a.positions);
   }
-  Tensor lse = torch::stable::new_empty(input, {rows}, statistics);
+  Tensor lse = allocate_flat(input, rows, statistics);
   std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
   a.row_loss = row_loss.data();
   a.row_lse = row_lse.data();
 
-  const int64_t blocks = rows ? cross_entropy_blocks(a) : 0;
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (k * kRowBlock));
-  parallel(blocks, grain, [&](int64_t begin, int64_t end) { FR_KERNELS(cross_entropy_kernels).forward(a, begin, end); });
+  run(a);
 
   put(lse, row_lse.data(), rows);
   if (reduction == kNone) {
-    Tensor loss =
-        soft ? torch::stable::new_empty(input, {rows}, out_dtype) : torch::stable::new_empty(target, target.sizes(), out_dtype);
+    Tensor loss = soft || target.dim() == 1 ? allocate_flat(input, rows, out_dtype)
+                                            : torch::stable::new_empty(target, target.sizes(), out_dtype);
     put(loss, row_loss.data(), rows);
     if (soft && input.dim() > 2) {
-      std::vector<int64_t> shape{n};
+      std::vector<int64_t> shape{input.size(0)};
       for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
       loss = torch::stable::view(loss, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
     }
@@ -175,12 +196,39 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   double sum = 0;  // in the order of the rows, whatever thread computed them
   for (const double value : row_loss) sum += value;
   if (reduction == kMean) sum = nothing && all_ignored_zero ? 0 : sum / normaliser;
-  Tensor loss = torch::stable::new_empty(input, {}, out_dtype);
+  constexpr std::array<int64_t, 0> scalar{};
+  Tensor loss = allocate(input, scalar, scalar, out_dtype);
   put(loss, &sum, 1);
   return {loss, grad, lse};
+}
+
+// Overwrites each row of the logits, (rows, classes), with factor * its gradient; gives the losses of the rows.
+Tensor cross_entropy_inplace(Tensor logits, Tensor target, Tensor factor, std::optional<Tensor> weight, int64_t ignore_index,
+                             double label_smoothing, bool others, double z_loss) {
+  const char* op = "cross_entropy_";
+  check(logits.dim() == 2 && logits.is_contiguous(), op, ": logits must be contiguous, (rows, classes), got ", shape_text(logits));
+  CrossEntropyArgs a = check_arguments(op, logits, target, weight, ignore_index, label_smoothing, others, z_loss).args;
+  const ScalarType statistics = a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  const int64_t rows = logits.size(0);
+  check(factor.scalar_type() == statistics && factor.is_cpu() && factor.is_contiguous() && factor.numel() == rows, op,
+        ": factor must have one value of the type of the statistics for each of the ", rows, " rows, got ", factor.scalar_type(),
+        " of shape ", shape_text(factor));
+  a.row_factor = factor.const_data_ptr();
+  a.grad = logits.mutable_data_ptr();
+  a.grad_stride = a.logits_stride;
+  std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
+  a.row_loss = row_loss.data();
+  a.row_lse = row_lse.data();
+  run(a);
+  Tensor loss = allocate(logits, std::array<int64_t, 1>{rows}, std::array<int64_t, 1>{1}, statistics);
+  put(loss, row_loss.data(), rows);
+  return loss;
 }
 
 }  // namespace
 }  // namespace fastreg
 
-STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) { m.impl("cross_entropy", TORCH_BOX(&fastreg::cross_entropy)); }
+STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+  m.impl("cross_entropy", TORCH_BOX(&fastreg::cross_entropy));
+  m.impl("cross_entropy_", TORCH_BOX(&fastreg::cross_entropy_inplace));
+}

@@ -8,26 +8,25 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Mask bytes of whole global groups. 32 decisions, 4 groups, are compared at a time.
+// Mask bytes of whole global groups.
 void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* out) {
   if (a.threshold == 0 || a.threshold >> 32) {
     memset(out, a.threshold ? 0xff : 0, size_t(count));
     return;
   }
-  constexpr int kBlock = 64;
-  uint16_t value[8 * kBlock];
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t n = count - begin < kBlock ? count - begin : kBlock;
-    const uint64_t first = group + uint64_t(begin);
-    philox_bulk(a.seed, first, (n + 3) & ~int64_t(3), 0, Purpose::kDropout, value);
-    for (int64_t g = 0; g < n; g += 4) {
-      const Comparison c = compare32(value + 8 * g, uint16_t(a.threshold >> 16));
-      uint8_t bytes[4];
-      memcpy(bytes, &c.less, 4);
-      if (c.equal && (a.threshold & 0xffff))
-        for (int j = 0; j < 4; ++j) bytes[j] = dropout_bits(a.seed, first + uint64_t(g + j), a.threshold);
-      memcpy(out + begin + g, bytes, size_t(n - g < 4 ? n - g : 4));
-    }
+  const PhiloxKeys keys(a.seed);
+  const bool exact = (a.threshold & 0xffff) == 0;  // 16 bits decide all
+  for (int64_t g = 0; g < count; g += kGroupLanes) {
+    const uint64_t at = group + uint64_t(g);
+    const Comparison c = compare_groups(philox_groups(keys, at, 0, Purpose::kDropout), uint16_t(a.threshold >> 16));
+    uint8_t bytes[8];
+    memcpy(bytes, &c.less, 8);
+    if (c.ties && !exact)
+      for (int j = 0; j < kGroupLanes; ++j) bytes[j] = dropout_bits(a.seed, at + uint64_t(j), a.threshold);
+    if (count - g >= kGroupLanes)
+      memcpy(out + g, bytes, kGroupLanes);
+    else
+      memcpy(out + g, bytes, size_t(count - g));
   }
 }
 
@@ -50,6 +49,25 @@ void draw(const DropoutArgs& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; b += kTile) draw_bytes(a, b, b + kTile < end ? b + kTile : end, a.mask + b);
 }
 
+// The whole blocks of 32 among n bfloat16; gives how many elements that were.
+template <bool kShift, class V>
+FR_INLINE int64_t apply_pairs(const BFloat16* in, BFloat16* out, const uint8_t* mask, int64_t n, V scale, V shift, V dropped) {
+  BFloat16 other;
+  from_float(dropped.part[0][0], &other);
+  int64_t i = 0;
+  for (; i + 32 <= n; i += 32) {
+    V even, odd;
+    load_pairs(in + i, even, odd);
+    even = even * scale;
+    odd = odd * scale;
+    if (kShift) even = even + shift, odd = odd + shift;
+    uint32_t bits;
+    memcpy(&bits, mask + i / 8, 4);
+    store_pairs(out + i, select_pairs(bits, pack_pairs(even, odd), other));
+  }
+  return i;
+}
+
 template <bool kShift, class T>
 void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
@@ -61,7 +79,10 @@ void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
     const T* in = read_tile(a.input_layout, static_cast<const T*>(a.input), tile, tile + n, in_buffer);
     T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
     if (a.inner == 1) {
-      for_each_vector<A>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      int64_t done = 0;
+      if constexpr (std::is_same_v<T, BFloat16>) done = apply_pairs<kShift>(in, out, a.mask + tile / 8, n, scale, shift, dropped);
+      for_each_vector<A>(n - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+        const int64_t i = done + j;
         uint32_t bits = a.mask[(tile + i) / 8];
         if (V::kLanes == 16 && lanes > 8) bits |= uint32_t(a.mask[(tile + i) / 8 + 1]) << 8;
         store(out + i, dropout_element<kShift>(load(in + i, lanes), V::from_bits(bits), scale, shift, dropped), lanes);

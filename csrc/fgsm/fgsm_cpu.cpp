@@ -26,6 +26,25 @@ FR_INLINE Vec<A> value_at(const FgsmNumber& number, int64_t i, int lanes) {
   return load(lane);
 }
 
+// 32 elements. origin is looked at only to project.
+template <bool kProject, class V>
+FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat16* origin, BFloat16* out, V step, V radius,
+                          V lower, V upper) {
+  V x_even, x_odd, grad_even, grad_odd;
+  load_pairs(x, x_even, x_odd);
+  load_pairs(grad, grad_even, grad_odd);
+  if (kProject) {
+    V origin_even, origin_odd;
+    load_pairs(origin, origin_even, origin_odd);
+    x_even = pgd_element(x_even, grad_even, origin_even, step, radius, lower, upper);
+    x_odd = pgd_element(x_odd, grad_odd, origin_odd, step, radius, lower, upper);
+  } else {
+    x_even = fgsm_element(x_even, grad_even, step, lower, upper);
+    x_odd = fgsm_element(x_odd, grad_odd, step, lower, upper);
+  }
+  store_pairs(out, pack_pairs(x_even, x_odd));
+}
+
 template <class T, bool kProject>
 void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
@@ -62,8 +81,12 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
       } else {
         const Vec<A> step = value_at<A>(a.step, at, 1), radius = value_at<A>(a.radius, at, 1),
                      lower = value_at<A>(a.lower, at, 1), upper = value_at<A>(a.upper, at, 1);
-        for_each_vector<A>(
-            run, [&](int64_t j, int lanes) __attribute__((always_inline)) { body(j, lanes, step, radius, lower, upper); });
+        int64_t done = 0;
+        if constexpr (std::is_same_v<T, BFloat16>)
+          for (; done + 32 <= run; done += 32) step_pairs<kProject>(x + i + done, grad + i + done, origin + i + done, out + i + done, step, radius, lower, upper);
+        for_each_vector<A>(run - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+          body(done + j, lanes, step, radius, lower, upper);
+        });
       }
       i += run;
     }

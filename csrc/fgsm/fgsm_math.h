@@ -27,7 +27,7 @@ struct FgsmArgs {
 
 template <class V>
 FR_HD V fgsm_clamp(V x, V lower, V upper) {
-  return select(x < lower, lower, select(x > upper, upper, x));
+  return maximum(lower, minimum(upper, x));
 }
 
 template <class V>

@@ -23,13 +23,46 @@ void store_stochastic(BFloat16* out, const Vec<float>& v, int lanes, const uint1
   }
 }
 
+// The same for pairs of neighbours.
+FR_INLINE Pairs pack_stochastic(const Vec<float>& even, const Vec<float>& odd, const uint16_t* random) {
+  Pairs pairs;
+  for (int i = 0; i < Vec<float>::kParts; ++i) {
+    U32Part r;
+    memcpy(&r, random + i * FR_VECTOR_BYTES / 2, sizeof r);
+    const U32Part e = (U32Part)even.part[i], o = (U32Part)odd.part[i], exponent = 0x7f800000u - U32Part{};
+    const U32Part low = (e + ((e & exponent) == exponent ? U32Part{} : r & 0xffffu)) >> 16;
+    const U32Part high = o + ((o & exponent) == exponent ? U32Part{} : r >> 16);
+    pairs.part[i] = low | (high & 0xffff0000u);
+  }
+  return pairs;
+}
+
+template <SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
+FR_INLINE void step_pairs(BFloat16* param, const BFloat16* grad, BFloat16* momentum, const uint16_t* random,
+                          const SgdNumbers<V>& n) {  // 32 elements
+  V w_even, w_odd, g_even, g_odd, v_even(0), v_odd(0);
+  load_pairs(param, w_even, w_odd);
+  load_pairs(grad, g_even, g_odd);
+  if (kMomentum != SgdMomentum::kNone) load_pairs(momentum, v_even, v_odd);
+  sgd_element<kMomentum, kPenalty>(w_even, g_even, v_even, n);
+  sgd_element<kMomentum, kPenalty>(w_odd, g_odd, v_odd, n);
+  if (kMomentum != SgdMomentum::kNone) store_pairs(momentum, pack_pairs(v_even, v_odd));
+  store_pairs(param, random ? pack_stochastic(w_even, w_odd, random) : pack_pairs(w_even, w_odd));
+}
+
 // The arithmetic on contiguous memory. Apart from what reads and writes strided tensors, which it would multiply by nine.
 template <class T, SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
 __attribute__((noinline)) void step_vectors(T* param, const T* grad, T* momentum, int64_t count, const uint16_t* random,
                                             const SgdNumbers<V>& numbers) {
   constexpr bool has_momentum = kMomentum != SgdMomentum::kNone;
   const SgdNumbers<V> n = numbers;  // a copy: for all the compiler knows, a store to param changes the original
-  for_each_vector<typename V::Scalar>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    for (; done + 32 <= count; done += 32)
+      step_pairs<kMomentum, kPenalty>(param + done, grad + done, momentum + done, random ? random + done : nullptr, n);
+  }
+  for_each_vector<typename V::Scalar>(count - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+    const int64_t i = done + j;
     V w = load(param + i, lanes), v(0);
     if (has_momentum) v = load(momentum + i, lanes);
     sgd_element<kMomentum, kPenalty>(w, load(grad + i, lanes), v, n);

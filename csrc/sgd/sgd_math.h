@@ -8,6 +8,8 @@
 // (Daubechies, Defrise, De Mol 2004; Parikh and Boyd 2014). decoupled: both penalties act on the weight beside the step, not
 // through the momentum (Loshchilov and Hutter 2019). maximize negates dE/dw alone, as torch does.
 #pragma once
+#include <cstddef>
+
 #include "../common/device.h"
 #include "../common/isa.h"
 #include "../common/philox.h"
@@ -96,5 +98,8 @@ struct SgdKernels {
   void (*step)(const SgdArgs&, const SgdTensor&, uint32_t tensor_index, int64_t begin, int64_t end);  // elements [begin, end)
 };
 FR_DECLARE_KERNELS(SgdKernels, sgd_kernels)
+
+// One step of all tensors over torch's threads, in sgd_op.cpp: nothing is checked any more.
+void sgd_step(const SgdArgs&, const SgdTensor* tensors, size_t count);
 
 }  // namespace fastreg

@@ -55,7 +55,6 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   if (seed) a.seed = seed_of(op, *seed);
 
   const auto tensors = std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads
-  std::vector<int64_t> first_piece(count + 1, 0);
   for (size_t i = 0; i < count; ++i) {
     SgdTensor& t = tensors[i];
     t.dtype = dtype_of(op, "a parameter", params[i]);
@@ -82,25 +81,35 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
       }
     }
     if (flat) t.param_layout.contiguous = t.grad_layout.contiguous = t.momentum_layout.contiguous = true;
-    first_piece[i + 1] = first_piece[i] + (params[i].numel() + kGrain - 1) / kGrain;
   }
   if (found_inf && scalar_of("found_inf", *found_inf) != 0) return;  // the step is skipped: nothing changes, momentum included
 
   for (const Tensor& flag : momentum_started) *static_cast<float*>(flag.mutable_data_ptr()) = 1;
 
+  sgd_step(a, tensors.get(), count);
+}
+
+}  // namespace
+
+void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
+  std::vector<int64_t> first_piece(count + 1, 0);
+  int64_t elements = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t numel = tensors[i].param_layout.numel;
+    elements += numel;
+    first_piece[i + 1] = first_piece[i] + (numel + kGrain - 1) / kGrain;
+  }
   const SgdKernels& kernels = FR_KERNELS(sgd_kernels);
   const auto work = [&](int64_t begin, int64_t end) {  // pieces of all tensors, in one numbering
     size_t i = size_t(std::upper_bound(first_piece.begin(), first_piece.end(), begin) - first_piece.begin()) - 1;
     for (int64_t piece = begin; piece < end; ++i) {
-      const int64_t stop = std::min(end, first_piece[i + 1]), numel = params[i].numel();
+      const int64_t stop = std::min(end, first_piece[i + 1]), numel = tensors[i].param_layout.numel;
       kernels.step(a, tensors[i], uint32_t(i), (piece - first_piece[i]) * kGrain,
                    std::min(numel, (stop - first_piece[i]) * kGrain));
       piece = stop;
     }
   };
   const int64_t pieces = first_piece[count];
-  int64_t elements = 0;
-  for (const Tensor& p : params) elements += p.numel();
   if (elements <= kGrain) {
     if (pieces > 0) work(0, pieces);
   } else {
@@ -108,7 +117,6 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   }
 }
 
-}  // namespace
 }  // namespace fastreg
 
 STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) { m.impl("sgd_", TORCH_BOX(&fastreg::sgd)); }

@@ -33,6 +33,12 @@ def collect():
             "threads": torch.get_num_threads(),
             "cores": os.cpu_count(),
         },
+        "autograd": {
+            "in_use": "python" if fastreg._library.fast is None else "cpp",
+            "built_with_torch": getattr(fastreg._library.fast, "torch", None),
+            "forced": os.environ.get("FASTREG_AUTOGRAD") or None,
+            "why_not": fastreg._library.why_not_fast,
+        },
         "cuda": _cuda(),
         "demo": {"ready": all(optional.values()), "missing": [name for name, there in optional.items() if not there]},
     }
@@ -52,7 +58,7 @@ def _cuda():
 
 
 def _lines(info):
-    build, cpu, cuda, demo = info["build"], info["cpu"], info["cuda"], info["demo"]
+    build, cpu, cuda, demo, autograd = (info[name] for name in ("build", "cpu", "cuda", "demo", "autograd"))
     forced = f", forced by FASTREG_CPU_CAPABILITY={cpu['forced']}" if cpu["forced"] else ""
     yes = {True: "yes", False: "no"}
     yield "fastreg", info["fastreg"]
@@ -61,6 +67,11 @@ def _lines(info):
     yield "built", f"{build['type']}, {build['compiler']}, with torch {build['torch']}, for every torch >= {build['stable_abi']}"
     yield "cpu", f"{cpu['in_use']} in use{forced}; compiled: {', '.join(cpu['instruction_sets'])}"
     yield "threads", f"{cpu['threads']} of {cpu['cores']} cores (torch.set_num_threads)"
+    if autograd["in_use"] == "cpp":
+        yield "autograd", f"C++ in use, built with torch {autograd['built_with_torch']}"
+    else:
+        yield "autograd", "Python in use: same results, slower for small tensors"
+        yield "", autograd["why_not"]
     yield "cuda", f"built: {yes[cuda['built']]}, loaded: {yes[cuda['loaded']]}, usable: {yes[cuda['usable']]}"
     if cuda["why_not"]:
         yield "", cuda["why_not"]

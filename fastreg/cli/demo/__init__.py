@@ -2,12 +2,10 @@
 
 import argparse
 import json
-import os
 import sys
-import tempfile
-from pathlib import Path
 
-INTERRUPTED = 130  # what a shell reports for a command that Ctrl-C ended
+from ..common import INTERRUPTED, UsageError, positive, writable_folder, write
+
 QUICK_EPOCHS, FULL_EPOCHS = 12, 30
 
 
@@ -44,21 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", metavar="FOLDER", default="report", help="where the report goes (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one seed and fewer epochs: under half a minute")
-    parser.add_argument("--seeds", type=_positive, metavar="N", help="repetitions (default: 3; with --quick 1)")
+    parser.add_argument("--seeds", type=positive, metavar="N", help="repetitions (default: 3; with --quick 1)")
     parser.add_argument(
         "--threads",
-        type=_positive,
+        type=positive,
         metavar="N",
         default=1,
         help="CPU threads (default: 1; the network is small, more threads gain little and wait for each other on a busy machine)",
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -70,9 +62,9 @@ def _run(options: argparse.Namespace) -> int:
     epochs = QUICK_EPOCHS if options.quick else FULL_EPOCHS
     torch.set_num_threads(options.threads)
     try:
-        folder = _writable_folder(options.out)  # asked first: nobody should learn it after two minutes of training
+        folder = writable_folder(options.out)
         examples = data.load(options.data)
-    except data.DataError as error:
+    except UsageError as error:
         print(f"fastreg demo: {error}", file=sys.stderr)
         return 2
 
@@ -92,37 +84,10 @@ def _run(options: argparse.Namespace) -> int:
     settings = {"seeds": seeds, "epochs": epochs, "quick": options.quick, "data": options.data}
     measured = results.assemble(examples, runs, settings, planned=2 * seeds * len(train.RECIPES))
     try:
-        _write(folder / "results.json", json.dumps(results.jsonable(measured), indent=1) + "\n")
-        _write(folder / "index.html", report.page(measured, runs))
+        write(folder / "results.json", json.dumps(results.jsonable(measured), indent=1) + "\n")
+        write(folder / "index.html", report.page(measured, runs))
     except OSError as error:
         print(f"fastreg demo: the report cannot be written ({error}); choose another folder with --out", file=sys.stderr)
         return 2
     view.summary(measured, folder / "index.html")
     return INTERRUPTED if interrupted else 0
-
-
-def _writable_folder(name: str) -> Path:
-    from .data import DataError
-
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"--out: {name} is no folder to write to ({reason}); choose another with --out") from error
-    return folder
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the file and rename: whoever reads it finds the old report or the new one, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp's files are the owner's alone
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..common import UsageError
+
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 64  # folders with larger or unequal images are resized to RESIZED
 RESIZED = 32
 PARTS = 5  # of every five examples of a class: one to train, one to validate, three to test
 
 
-class DataError(ValueError):
-    """What is wrong with the user's data or options, in one sentence that names the remedy."""
+class DataError(UsageError):
+    """What is wrong with the user's data, in one sentence that names the remedy."""
 
 
 @dataclass

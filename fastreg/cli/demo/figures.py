@@ -16,37 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+from ..style import BLUE, INK, MUTED, PAPER, RUST, SAND, STYLE
 from .train import BINS, Run, calibration
 
-INK, MUTED, GRID, PAPER = "#1c2733", "#667382", "#e3e7ec", "#ffffff"
-BLUE, RUST, SAND = "#1f5fa8", "#c2521b", "#b9c2cc"  # the method in question, its opposite, the background
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": SAND,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "lines.linewidth": 1.8,
-    "lines.solid_capstyle": "round",
-    "legend.frameon": False,
-    "legend.handlelength": 1.2,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "fastreg",
-}
 FEWEST = 10  # examples a bin of the reliability diagram must hold to be drawn: fewer say nothing
 PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 

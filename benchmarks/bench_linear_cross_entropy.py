@@ -1,0 +1,67 @@
+"""The loss of a language model's last layer, F.cross_entropy(F.linear(hidden, weight), target), forward and backward, without
+ever holding all logits. What counts is the memory beyond the inputs and their gradients, as a share of the logits' bytes."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
+
+import fastreg as fr
+
+TARGETS = Targets(eager=1.11, compile=1, peak=0.1)
+SHAPES = {"full": (2048, 512, 32000), "quick": (256, 128, 4000), "tiny": (16, 8, 50)}
+SMOOTHING = 0.1
+
+
+def cases(scale):
+    """The rows of the table."""
+    if not hasattr(fr, "linear_cross_entropy"):
+        return
+    tokens, width, classes = SHAPES[scale]
+    targets = TARGETS if scale == "full" else Targets()
+    for dtype in _timing.DTYPES:
+        build = partial(_build, tokens, width, classes, dtype)
+        size = f"{tokens} × {width} × {classes}"
+        work = "linear_cross_entropy forward + backward"
+        yield Case("linear_cross_entropy", work, size, tokens * classes, dtype, build, targets=targets, rounds=5)
+
+
+def _build(tokens, width, classes, dtype, device):
+    hidden = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(classes, width, device=device) / width**0.5).to(dtype).requires_grad_()
+    target = torch.randint(0, classes, (tokens,), device=device)
+
+    def ours(hidden, weight):
+        return fr.linear_cross_entropy(hidden, weight, target, label_smoothing=SMOOTHING)
+
+    def theirs(hidden, weight):
+        return F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=SMOOTHING)
+
+    def run(function):
+        hidden.grad = weight.grad = None
+        function(hidden, weight).backward()
+
+    def check():
+        # float32 and not float64, in which these matrices would take a minute
+        exact = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+        expected, got = theirs(*exact), ours(hidden, weight)
+        torch.testing.assert_close(got.float(), expected, rtol=10 * _timing.tolerance(dtype), atol=0)
+        expected, got = torch.autograd.grad(expected, exact), torch.autograd.grad(got, (hidden, weight))
+        for a, b in zip(got, expected, strict=True):
+            error = ((a.float() - b).norm() / b.norm()).item()
+            assert error < _timing.tolerance(dtype), f"expected torch's gradients, got one that is off by {error:.1e} of its norm"
+
+    functions = {"fastreg": ours, "torch": theirs, "compile": torch.compile(theirs, dynamic=False)}
+    return Work(
+        {side: partial(run, function) for side, function in functions.items()},
+        check,
+        forward={"fastreg": lambda: ours(hidden, weight), "torch": lambda: theirs(hidden, weight)},
+        inputs=(hidden, weight, target),
+        peak_of=("logits", tokens * classes * hidden.element_size()),
+    )
+
+
+if __name__ == "__main__":
+    _timing.run_alone("linear_cross_entropy")

@@ -1,0 +1,276 @@
+"""A linear layer and the cross-entropy of its outputs in one, without ever holding all logits.
+
+loss = cross_entropy(hidden @ weight.T + bias, target), chunk of rows by chunk: a chunk's logits are overwritten by their gradient,
+which flows into the gradients of hidden, weight and bias at once, before the next chunk takes its place. Nothing is computed twice.
+The way through chunks is that of Hsu, Dai, Kothapalli, Song, Tang, Zhu et al. 2024, Liger kernel.
+"""
+
+import math
+
+import torch
+
+from ._library import check_tensor, define, define_kernel
+from .cross_entropy import _is_one, _keeps_graph, _statistics_dtype, check_classes, check_options, cross_entropy
+
+# Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
+define(
+    "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor factor, Tensor? weight=None, int ignore_index=-100, "
+    "float label_smoothing=0.0, bool others=False, float z_loss=0.0) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastreg::cross_entropy_")
+def _(logits, target, factor, *args, **kwargs):
+    return logits.new_empty(logits.shape[:1], dtype=_statistics_dtype(logits))
+
+
+_cross_entropy_ = torch.ops.fastreg.cross_entropy_.default
+
+_LEAST_ROWS, _MOST_BYTES = 32, 2**26  # of a chunk: fewer rows and the products crawl, more bytes and nothing gets faster
+
+
+def _sums_are_wide(hidden):
+    """Whether the chunks' parts of the weight's gradient are added up in float32 where the weight is not.
+
+    Always in float16, which ends at 6e-8, where gradients may lie before a loss scale has lifted them. In bfloat16 where that
+    costs less than a tenth of the logits.
+    """
+    rows, width = hidden.shape
+    return hidden.dtype == torch.float16 or (hidden.dtype == torch.bfloat16 and 20 * width <= rows)
+
+
+def _chunk_rows(hidden, classes):
+    """Rows in a chunk: less than a tenth of all of them, but never so few that matrix products crawl."""
+    rows = len(hidden)
+    chunk = int(rows * 0.09)
+    if hidden.dtype != torch.bfloat16 or _sums_are_wide(hidden):  # else each chunk costs the sum a rounding: no more than 12
+        chunk = min(chunk, _MOST_BYTES // max(classes * hidden.element_size(), 1))
+    chunks = math.ceil(rows / max(chunk, _LEAST_ROWS))
+    return math.ceil(rows / chunks) if chunks else 0
+
+
+@torch.no_grad()
+def _forward(hidden, weight, bias, target, factor, class_weight, wants, ignore_index, label_smoothing, others, z_loss):
+    """(losses of the rows, gradients of sum_r factor_r * loss_r with respect to hidden, weight and bias).
+
+    factor: (rows,). wants: which gradients, letters of "hwb"; the others come back empty.
+    """
+    rows, classes, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
+    losses, d_hidden, d_weight, d_bias = _empty_results(hidden, weight, wants)
+    d_weight.zero_()
+    d_bias.zero_()
+    scale = None
+    if dtype == torch.float16 and rows:  # factors of at most 1 inside, so that the logits' gradients fit the range
+        scale = factor.abs().max()
+        scale = torch.where(scale > 0, scale, 1)
+        factor = factor / scale
+    chunk = _chunk_rows(hidden, classes)
+    buffer = hidden.new_empty(chunk, classes)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for begin in range(0, rows, max(chunk, 1)):
+            part = slice(begin, min(begin + chunk, rows))
+            logits, h = buffer[: part.stop - begin], hidden[part]
+            if bias is None:
+                torch.mm(h, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, h, weight.t(), out=logits)
+            options = ignore_index, label_smoothing, others, z_loss
+            losses[part] = _cross_entropy_(logits, target[part], factor[part], class_weight, *options)
+            if "h" in wants:
+                if d_hidden.dtype == dtype:
+                    torch.mm(logits, weight, out=d_hidden[part])
+                else:
+                    d_hidden[part] = logits @ weight
+            if "w" in wants:
+                if d_weight.dtype == dtype:
+                    d_weight.addmm_(logits.t(), h)
+                else:
+                    d_weight += logits.t() @ h
+            if "b" in wants:
+                d_bias += logits.sum(0, dtype=d_bias.dtype)
+    if scale is not None:
+        for gradient in (d_hidden, d_weight, d_bias):
+            gradient.mul_(scale)
+    return losses, d_hidden, d_weight, d_bias
+
+
+def _empty_results(hidden, weight, wants):
+    statistics, empty = _statistics_dtype(hidden), hidden.new_empty
+    narrow, wide = hidden.dtype == torch.float16, _sums_are_wide(hidden)
+    return (
+        empty(hidden.shape[0], dtype=statistics),
+        empty(hidden.shape, dtype=statistics if narrow else None) if "h" in wants else empty(0),
+        empty(weight.shape, dtype=statistics if wide else None) if "w" in wants else empty(0),
+        empty(weight.shape[0], dtype=statistics) if "b" in wants else empty(0),
+    )
+
+
+define_kernel(
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor factor, Tensor? class_weight, "
+    "str wants, int ignore_index, float label_smoothing, bool others, float z_loss) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+)
+
+
+@torch.library.register_fake("fastreg::linear_cross_entropy")
+def _(hidden, weight, bias, target, factor, class_weight, wants, *args):
+    return _empty_results(hidden, weight, wants)
+
+
+_linear_cross_entropy = torch.ops.fastreg.linear_cross_entropy.default
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_r factor_r * loss_r, whose gradients are computed at once and are all that the backward pass reads; or, for `each` row,
+    its loss, whose gradients are computed when their factors arrive."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, factor, class_weight, each, *options):
+        ctx.wants = "".join(name for name, wanted in zip("hwb", ctx.needs_input_grad, strict=False) if wanted)
+        ctx.each, ctx.options = each, options
+        wants = "" if each else ctx.wants
+        losses, *gradients = _linear_cross_entropy(hidden, weight, bias, target, factor, class_weight, wants, *options)
+        ctx.save_for_backward(hidden, weight, bias, target, factor, class_weight, *gradients)
+        return losses if each else _weighted_sum(losses, factor)
+
+    @staticmethod
+    def backward(ctx, g):
+        hidden, weight, bias, target, factor, class_weight, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            results = _differentiable_gradients(ctx, g)
+        elif ctx.each:
+            g = g.to(factor.dtype).contiguous()
+            gradients = _linear_cross_entropy(hidden, weight, bias, target, g, class_weight, ctx.wants, *ctx.options)[1:]
+            results = [d.to(hidden.dtype) for d in gradients]
+        elif _is_one(g) and not _keeps_graph():
+            results = [d.detach().to(hidden.dtype) for d in gradients]
+        else:
+            results = [(d * g.to(d.dtype)).to(hidden.dtype) for d in gradients]
+        wanted = (d if name in ctx.wants else None for name, d in zip("hwb", results, strict=True))
+        return *wanted, *(None,) * (4 + len(ctx.options))
+
+
+def _weighted_sum(losses, factor):
+    return (losses.double() * factor).sum()
+
+
+def _differentiable_gradients(ctx, g):
+    """For derivatives of derivatives, in operations that have them, with all logits at once."""
+    hidden, weight, bias, target, factor, class_weight = ctx.saved_tensors[:6]
+    ignore_index, label_smoothing, others, z_loss = ctx.options
+    losses = cross_entropy(
+        torch.nn.functional.linear(hidden, weight, bias),
+        target,
+        class_weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+        smoothing="others" if others else "uniform",
+        z_loss=z_loss,
+        loss_dtype=factor.dtype,
+    )
+    loss = losses if ctx.each else _weighted_sum(losses, factor)
+    inputs = {name: x for name, x in zip("hwb", (hidden, weight, bias), strict=True) if name in ctx.wants}
+    found = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True), strict=True))
+    return [found.get(name) for name in "hwb"]
+
+
+def linear_cross_entropy(
+    hidden,
+    weight,
+    target,
+    bias=None,
+    *,
+    class_weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    smoothing="uniform",
+    z_loss=0.0,
+    all_ignored="nan",
+    loss_dtype=None,
+):
+    """cross_entropy(linear(hidden, weight, bias), target) without ever holding all logits.
+
+    Args:
+        hidden: what a linear layer turns into logits, (..., H); float32, float64, float16 or bfloat16.
+        weight: of that layer, (C, H), of the dtype and on the device of `hidden`.
+        target: class indices, (...), an integer dtype; or probabilities, (..., C), which get no gradient.
+        bias: of that layer, (C,), or None.
+        class_weight: a weight per class, (C,), `weight` in `cross_entropy`; no gradient flows to it.
+        ignore_index, reduction, label_smoothing, smoothing, z_loss, all_ignored, loss_dtype: as in `cross_entropy`.
+
+    Returns:
+        The loss, () or, with reduction "none", (...). Under autocast the layer computes in autocast's dtype and the loss is
+        float32, as for the two functions. Twice differentiable in hidden, weight and bias.
+
+    The forward pass computes the gradients too, chunk by chunk, in the space of less than a tenth of the logits (of 32 rows where
+    that is more), and the backward pass only hands them out; with reduction "none" they are computed there. They are what is kept
+    for it. The weight's gradient is a sum over chunks, in float32; in bfloat16 only where H is less than a twentieth of the rows,
+    else rounded for each of at most twelve chunks.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a class index out of range, and as `cross_entropy`.
+        TypeError: `hidden`, `weight`, `target` or `bias` is no tensor, and as `cross_entropy`.
+
+    Source: Hsu et al. 2024, Liger kernel (gradients in the forward pass, by chunks); the loss as in `cross_entropy`.
+    """
+    op = "linear_cross_entropy"
+    check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index)
+    for name, value in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
+        if name != "bias" or bias is not None:
+            check_tensor(op, name, value)
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{op}: weight must be (C, H) for hidden of shape (..., H), got {tuple(weight.shape)} for {tuple(hidden.shape)}"
+        )
+    classes = weight.shape[0]
+    if bias is not None and bias.shape != (classes,):
+        raise ValueError(f"{op}: bias must have one value per class, shape ({classes},), got {tuple(bias.shape)}")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
+        loss_dtype = loss_dtype or torch.float32
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (value.dtype != hidden.dtype or value.device != hidden.device):
+            raise ValueError(
+                f"{op}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on {value.device}; "
+                "convert it with .to(hidden)"
+            )
+    shape = hidden.shape[:-1]
+    target, class_weight = check_classes(
+        *(op, "hidden", hidden, classes, target, (shape, (*shape, classes)), "class_weight", class_weight),
+        *(ignore_index, label_smoothing, smoothing, loss_dtype),
+    )
+    soft = target.is_floating_point()
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    target = target.detach().reshape(-1, classes) if soft else target.reshape(-1)
+
+    statistics = _statistics_dtype(hidden)
+    each = reduction == "none"
+    inverse = torch.ones((), dtype=torch.float64, device=hidden.device)
+    if reduction == "mean":
+        if soft:
+            normaliser = torch.full_like(inverse, len(target))
+        else:
+            counted = target != ignore_index
+            if class_weight is None:
+                normaliser = counted.sum()
+            else:
+                normaliser = class_weight[target.where(counted, 0)].where(counted, 0).sum(dtype=torch.float64)
+        inverse = 1 / normaliser.double()
+        if all_ignored == "zero":
+            inverse = torch.where(normaliser == 0, 0.0, inverse)
+    factor = inverse.to(statistics).expand(len(hidden)).contiguous()
+    options = ignore_index, float(label_smoothing), smoothing == "others", float(z_loss)
+    arguments = hidden, weight, bias, target, factor, class_weight
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
+        loss = _LinearCrossEntropy.apply(*arguments, each, *options)
+    else:
+        losses = _linear_cross_entropy(*arguments, "", *options)[0]
+        loss = losses if each else _weighted_sum(losses, factor)
+    if reduction == "mean" and not len(hidden) and all_ignored == "nan":
+        loss = loss + torch.nan
+    loss = loss.to(loss_dtype or hidden.dtype)
+    return loss.view(shape) if each else loss
