@@ -24,11 +24,15 @@ EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 COARSE = 4099  # every COARSE-th float32 of the sweep of exp; natively all of it is done as well
 
 # Sets that CMakeLists.txt names, with their flags; all but the baseline are x86's.
-FLAGS = {name: flags.strip('" ').split() for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE)}
+FLAGS = {}
+for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE):
+    flags = re.sub(r"\$\{flags_(\w+)\}", lambda other: " ".join(FLAGS[other[1]]), flags)
+    FLAGS[name] = flags.strip('" ').split()
 FLAGS = {name: flags for name, flags in FLAGS.items() if X86 or name == "baseline"}
 OPS = re.search(r"set\(ops ([^)]*)\)", CMAKE)[1].split()
 COMMON = ["-std=c++20", *(f for f in re.search(r"add_compile_options\(([^)]*)\)", CMAKE)[1].split() if "$" not in f)]
-DEFINITIONS = [f"-D{name}" for name in re.findall(r"FASTREG_HAVE_\w+", CMAKE) if X86]
+# Ops that fuse multiplication and addition have bits of their own where there is no such instruction: in x86-64's baseline.
+FUSED = ("exp/float32", "cross_entropy")
 # Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer watches as well; its
 # checks are calls, not inlined, for the same reason.
 SANITIZERS = (
@@ -59,7 +63,7 @@ def library_isa(isa=""):
             '#include "csrc/common/isa.h"\n#include <cstdio>\n'
             "int main() { puts(fastreg::isa_list()); fflush(stdout); puts(fastreg::isa_name()); }\n"
         )
-        run(CXX, *COMMON, *DEFINITIONS, f"-I{ROOT}", main, ROOT / "csrc/common/isa.cpp", "-o", Path(folder, "isa"))
+        run(CXX, *COMMON, f"-I{ROOT}", main, ROOT / "csrc/common/isa.cpp", "-o", Path(folder, "isa"))
         chosen = subprocess.run([Path(folder, "isa")], env={"FASTREG_CPU_CAPABILITY": isa}, capture_output=True, text=True)
     assert chosen.returncode == 0 or "that this machine can run" in chosen.stderr, chosen.stderr
     built, *taken = chosen.stdout.split()
@@ -108,12 +112,18 @@ def result(programs, name):
     return digests
 
 
-def same_bits(mine, theirs):
-    """Equal digests, but for the one that only a full sweep has."""
-    common = mine.keys() & theirs.keys()
-    assert (mine.keys() ^ theirs.keys()) <= {"exp/float32/stride 1"}
-    different = sorted(case for case in common if mine[case] != theirs[case])
-    assert not different, f"other bits than the baseline's in {different}"
+def same_bits(programs, name):
+    """The program fails nowhere and has the digests of AVX2, the first set with fused arithmetic, or of the only one there is."""
+    reference = "avx2" if "avx2" in programs else "baseline"
+    mine, theirs = result(programs, name), result(programs, reference)
+    assert (mine.keys() ^ theirs.keys()) <= {"exp/float32/stride 1"}, "only a full sweep has that digest"
+    cases = mine.keys() & theirs.keys()
+    if name == "aarch64":  # another C library
+        cases = {case for case in cases if not case.startswith("libm")}
+    if X86 and name != reference and "baseline" in (name, reference):
+        cases = {case for case in cases if not case.removeprefix("libm ").startswith(FUSED)}
+    different = sorted(case for case in cases if mine[case] != theirs[case])
+    assert cases and not different, f"other bits than on {reference}: {different}"
 
 
 @needs_compiler
@@ -129,10 +139,10 @@ def test_every_instruction_set_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FLAGS)
 def test_kernels(isa, programs):
-    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits of the baseline."""
+    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits of other sets."""
     if not can_run(isa):
         pytest.skip(f"this machine cannot run {isa}")
-    same_bits(result(programs, isa), result(programs, "baseline"))
+    same_bits(programs, isa)
 
 
 @needs_compiler
@@ -142,7 +152,7 @@ def test_kernels(isa, programs):
 @pytest.mark.skipif(not EMULATOR, reason="no qemu-aarch64; apt-get install qemu-user-static")
 def test_kernels_on_aarch64(programs):
     """Compiled for aarch64 and emulated: the references hold and the bits are x86's."""
-    same_bits(result(programs, "aarch64"), result(programs, "baseline"))
+    same_bits(programs, "aarch64")
 
 
 @needs_compiler
