@@ -17,7 +17,7 @@ test: .venv/.test
 lint: .venv/.lint
 	$(venv)/ruff check .
 	$(venv)/ruff format --check .
-	$(venv)/clang-format --dry-run -Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(venv)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
 
 bench: .venv/.bench
 	$(venv)/fastreg bench $(ARGS)

@@ -1,0 +1,166 @@
+"""The CPU kernels without torch, on every instruction set this machine can run and, by emulation, on aarch64.
+
+tests/native/kernel_test.cpp tests one instruction set; here it is built with the flags that CMakeLists.txt has for each, so that
+a new set is tested from the day it is named there. All of them must give the same bits."""
+
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CMAKE = re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+X86 = platform.machine() in ("x86_64", "AMD64")
+CXX = os.environ.get("CXX", "g++")
+CROSS_CXX = "aarch64-linux-gnu-g++"
+EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+COARSE = 4099  # every COARSE-th float32 of the sweep of exp; natively all of it is done as well
+
+# Sets that CMakeLists.txt names, with their flags; all but the baseline are x86's.
+FLAGS = {}
+for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE):
+    flags = re.sub(r"\$\{flags_(\w+)\}", lambda other: " ".join(FLAGS[other[1]]), flags)
+    FLAGS[name] = flags.strip('" ').split()
+FLAGS = {name: flags for name, flags in FLAGS.items() if X86 or name == "baseline"}
+OPS = re.search(r"set\(ops ([^)]*)\)", CMAKE)[1].split()
+COMMON = ["-std=c++20", *(f for f in re.search(r"add_compile_options\(([^)]*)\)", CMAKE)[1].split() if "$" not in f)]
+# Ops that fuse multiplication and addition have bits of their own where there is no such instruction: in x86-64's baseline.
+FUSED = ("exp/float32", "cross_entropy")
+# Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer watches as well; its
+# checks are calls, not inlined, for the same reason.
+SANITIZERS = (
+    "-O1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,object-size,alignment,pointer-overflow",
+    "-fno-sanitize-recover=all",
+    "--param=asan-instrumentation-with-call-threshold=0",
+)
+
+needs_compiler = pytest.mark.skipif(not shutil.which(CXX), reason=f"no compiler {CXX}; apt-get install g++")
+
+
+def run(*command, **kwargs):
+    """Runs a command and gives what it prints; its errors are the failure's message."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **kwargs)
+    assert done.returncode == 0, f"{command} gives {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@functools.cache
+def library_isa(isa=""):
+    """The set that the library takes when asked for `isa`, or None where it refuses, and the sets it was built with: from the
+    very code that chooses."""
+    with tempfile.TemporaryDirectory() as folder:
+        main = Path(folder, "main.cpp")
+        main.write_text(
+            '#include "csrc/common/isa.h"\n#include <cstdio>\n'
+            "int main() { puts(fastreg::isa_list()); fflush(stdout); puts(fastreg::isa_name()); }\n"
+        )
+        run(CXX, *COMMON, f"-I{ROOT}", main, ROOT / "csrc/common/isa.cpp", "-o", Path(folder, "isa"))
+        chosen = subprocess.run([Path(folder, "isa")], env={"FASTREG_CPU_CAPABILITY": isa}, capture_output=True, text=True)
+    assert chosen.returncode == 0 or "that this machine can run" in chosen.stderr, chosen.stderr
+    built, *taken = chosen.stdout.split()
+    return (taken or [None])[0], built.split(",")
+
+
+def can_run(isa):
+    return library_isa(isa)[0] is not None
+
+
+def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
+    """Builds the test program of one set, runs it and gives what it prints."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Kernels of the narrow sets take twice as long to compile with -O2 as with -O1; the sweep of exp, which is in the test,
+        # ten times as long to run with -O1 as with -O2.
+        sources = {ROOT / "tests/native/kernel_test.cpp": "-O2"}
+        sources |= {ROOT / f"csrc/{op}/{op}_cpu.cpp": "-O2" if FLAGS[isa] else "-O1" for op in OPS}
+        options = [*COMMON, *FLAGS[isa], *flags, f"-DFASTREG_ISA={isa}"]
+        objects = []
+        for source, level in sources.items():
+            objects.append(Path(folder, source.stem + ".o"))
+            run(compiler, level, *options, "-c", source, "-o", objects[-1])
+        run(compiler, *flags, *objects, "-o", Path(folder, "kernel_test"))
+        output = run(*emulator, Path(folder, "kernel_test"), stride)
+    measured = [f"{name}: {line[2:]}" for line in output.splitlines() if line.startswith("#")]
+    digests = dict(line.rsplit(" ", 1) for line in output.splitlines() if not line.startswith("#"))
+    assert len(digests) > 80, output
+    return measured, digests
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """{name: future of (measured, digests)}: each is a chain of compilations, so that a processor is given one chain."""
+    with_sets = {isa: can_run(isa) for isa in FLAGS}
+    widest = [isa for isa, runs in with_sets.items() if runs][-1]
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    started = {"sanitizers": pool.submit(program, "sanitizers", widest, *SANITIZERS, stride=40 * COARSE + 1)}
+    if X86 and EMULATOR and shutil.which(CROSS_CXX):
+        emulated = {"compiler": CROSS_CXX, "emulator": [EMULATOR]}
+        started["aarch64"] = pool.submit(program, "aarch64", "baseline", "-static", **emulated)
+    for isa in filter(with_sets.get, FLAGS):
+        started[isa] = pool.submit(program, isa, isa, stride=1)
+    yield started
+    pool.shutdown(cancel_futures=True)
+
+
+def result(programs, name):
+    measured, digests = programs[name].result()
+    print(*measured, sep="\n")
+    return digests
+
+
+def same_bits(programs, name):
+    """The program fails nowhere and has the digests of AVX2, the first set with fused arithmetic, or of the only one there is."""
+    reference = "avx2" if "avx2" in programs else "baseline"
+    mine, theirs = result(programs, name), result(programs, reference)
+    assert (mine.keys() ^ theirs.keys()) <= {"exp/float32/stride 1"}, "only a full sweep has that digest"
+    cases = mine.keys() & theirs.keys()
+    if name == "aarch64":  # another C library
+        cases = {case for case in cases if not case.startswith("libm")}
+    if X86 and name != reference and "baseline" in (name, reference):
+        cases = {case for case in cases if not case.removeprefix("libm ").startswith(FUSED)}
+    different = sorted(case for case in cases if mine[case] != theirs[case])
+    assert cases and not different, f"other bits than on {reference}: {different}"
+
+
+@needs_compiler
+def test_every_instruction_set_is_found():
+    """What is read from CMakeLists.txt is what it builds: every set the library can choose from, every kernel file."""
+    built = library_isa()[1]  # the first one is the baseline under its own name
+    assert list(FLAGS) == ["baseline", *built[1:]]
+    assert {f"csrc/{op}/{op}_cpu.cpp" for op in OPS} == {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*_cpu.cpp")}
+    assert {"-Wall", "-Wextra", "-Werror", "-ffp-contract=off"} <= set(COMMON)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", FLAGS)
+def test_kernels(isa, programs):
+    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits of other sets."""
+    if not can_run(isa):
+        pytest.skip(f"this machine cannot run {isa}")
+    same_bits(programs, isa)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(not X86, reason="only where aarch64 is another architecture")
+@pytest.mark.skipif(not shutil.which(CROSS_CXX), reason=f"no {CROSS_CXX}; apt-get install g++-aarch64-linux-gnu")
+@pytest.mark.skipif(not EMULATOR, reason="no qemu-aarch64; apt-get install qemu-user-static")
+def test_kernels_on_aarch64(programs):
+    """Compiled for aarch64 and emulated: the references hold and the bits are x86's."""
+    same_bits(programs, "aarch64")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_kernels_under_sanitizers(programs):
+    """No access outside of a tensor, no undefined arithmetic, on the widest set there is."""
+    result(programs, "sanitizers")
