@@ -32,6 +32,12 @@ FR_INLINE void load_two(const T* p, V& a, V& b) {
     b = load(p + V::kLanes);
   }
 }
+// Where neighbour i of k stands after for_each_two has put such vectors side by side.
+template <bool linear, class T>
+FR_INLINE int64_t place_of(int64_t i, int64_t k) {
+  if (!std::is_same_v<T, BFloat16> || linear || i >= k / 32 * 32) return i;
+  return i / 32 * 32 + i % 2 * 16 + i % 32 / 2;
+}
 template <bool linear, class T, class V>
 FR_INLINE void store_two(T* p, const V& a, const V& b) {
   if constexpr (std::is_same_v<T, BFloat16> && !linear) {
@@ -40,6 +46,13 @@ FR_INLINE void store_two(T* p, const V& a, const V& b) {
     store(p, a);
     store(p + V::kLanes, b);
   }
+}
+
+// Two vectors' worth of p into the cache, to be read or written.
+template <bool kToWrite, class T>
+FR_INLINE void prefetch(const T* p) {
+  for (size_t byte = 0; byte < 2 * Vec<typename Accumulate<T>::type>::kLanes * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kToWrite);
 }
 
 // One row of k contiguous logits. General: with class weights or soft targets; otherwise q is `base` everywhere and mix more at
@@ -60,6 +73,7 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
     return lanes == V::kLanes ? q : select(V::first(lanes), q, zero);
   };
 
+  const bool in_grad = grad && static_cast<const void*>(exps) == grad;
   A reference = -infinity;
   V total = zero, weighted = zero, mass = zero;
   double dot = 0, q_sum = 0;  // sums of q_c x_c and of q_c; of x_c alone where q_c is the same for all
@@ -103,6 +117,9 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
         [&](int64_t i) __attribute__((always_inline)) {
           V v, w;
           load_two<kGeneral>(x + i, v, w);
+          // A processor fetches ahead by itself, but not a block ahead: memory would wait while this one is computed.
+          prefetch<false>(x + i + kBlock);
+          if (in_grad) prefetch<true>(exps + i + kBlock);
           v = v - origin;
           w = w - origin;
           if (kGeneral) {
@@ -181,6 +198,12 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
 
   if (!grad) return;
   const double softmax_factor = (q_sum + 2 * a.z_loss * *lse) * row_factor / sum;
+  double target_exp = 0;  // read now: grad may be the same memory
+  if (!soft) {
+    size_t j = segments.size() - 1;
+    while (segments[j].begin > target) --j;
+    target_exp = exps[place_of<kGeneral, T>(target, k)] * segments[j].factor;
+  }
   const V grad_factor{A(row_factor)}, same{A(a.base)};
   for (size_t j = 0; j < segments.size(); ++j) {
     const V factor{A(softmax_factor * segments[j].factor)};
@@ -200,7 +223,7 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
   }
   if (!soft) {
     const double q = double(target_weight) * (a.mix + a.base);
-    from_float(A(std::exp(shifted) * softmax_factor - q * row_factor), grad + target);
+    from_float(A(target_exp * softmax_factor - q * row_factor), grad + target);
   }
 }
 
