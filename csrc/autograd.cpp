@@ -461,8 +461,7 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"), method<cross_entropy, 12>("cross_entropy"), method<sgd, 2>("sgd"),
-                         {}};
+PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"), method<cross_entropy, 12>("cross_entropy"), method<sgd, 2>("sgd"), {}};
 
 }  // namespace
 }  // namespace fastreg

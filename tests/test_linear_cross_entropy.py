@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
 
-
 module = sys.modules["fastreg.linear_cross_entropy"]  # the name fastreg.linear_cross_entropy is the function's
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -39,7 +38,7 @@ def reference(hidden, weight, target, bias=None, class_weight=None, **options):
         return losses.view(hidden.shape[:-1])
     if options.get("reduction", "mean") == "sum":
         return losses.sum()
-    return losses.sum() / (len(z) if soft or class_weight is None and not ignored.any() else (t * w).sum(1)[~ignored].sum())
+    return losses.sum() / (len(z) if soft or (class_weight is None and not ignored.any()) else (t * w).sum(1)[~ignored].sum())
 
 
 def case(shape=(37,), width=24, classes=19, dtype=torch.float32, bias=True, soft=False, seed=0):
@@ -86,7 +85,8 @@ def max_dtype(dtype):
 
 
 @pytest.mark.parametrize(
-    ("smoothing", "z_loss", "weighted", "soft"), list(itertools.product(("uniform", "others"), (0.0, 0.05), (False, True), (False, True)))
+    ("smoothing", "z_loss", "weighted", "soft"),
+    list(itertools.product(("uniform", "others"), (0.0, 0.05), (False, True), (False, True))),
 )
 def test_options(smoothing, z_loss, weighted, soft, chunk):
     hidden, weight, target, bias = case((5, 7), dtype=torch.float64, soft=soft)
@@ -131,7 +131,7 @@ def test_only_the_gradients_that_are_wanted():
     for i, x in enumerate((hidden, weight, bias)):
         inputs = [y.detach().requires_grad_(i == j) for j, y in enumerate((hidden, weight, bias))]
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             loss = fr.linear_cross_entropy(inputs[0], inputs[1], target, inputs[2])
         torch.testing.assert_close(torch.autograd.grad(loss, inputs[i])[0], full[i], rtol=1e-12, atol=1e-14)
         known = [hidden.numel(), weight.numel(), bias.numel(), len(target), len(target)]

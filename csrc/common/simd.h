@@ -1,8 +1,8 @@
 // Vectors for the CPU kernels: Vec<A> is always 64 bytes (16 floats or 8 doubles), made of as many machine vectors as the
 // instruction set needs. One width everywhere means one order of every reduction, and no multiply and add is fused but those
-// written as multiply_add(): an op without multiply_add() has the same bits on every instruction set, one with it on every set that has the
-// instruction (all but x86-64's baseline). Built on the vector extensions of gcc and clang; intrinsics only where a compiler
-// cannot see the instruction.
+// written as multiply_add(): an op without multiply_add() has the same bits on every instruction set, one with it on every set
+// that has the instruction (all but x86-64's baseline). Built on the vector extensions of gcc and clang; intrinsics only where a
+// compiler cannot see the instruction.
 //
 // Files that include this are compiled once per instruction set, with FASTREG_ISA naming the namespace. Everything they define
 // lies inside it: a function outside could be merged by the linker with its twin for a machine that is not this one.
@@ -12,7 +12,8 @@
 #include "device.h"
 #include "philox.h"
 #ifdef __SSE2__
-#pragma GCC diagnostic push  // gcc 12: AVX-512 intrinsics leave a variable unset on purpose, which -Wall finds once they are inlined
+#pragma GCC diagnostic push  // gcc 12: AVX-512 intrinsics leave a variable unset on purpose, which -Wall finds once they are
+                             // inlined
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -64,11 +65,11 @@ struct Vec {
     return c;                                                            \
   }
 #ifdef __AVX512F__
-#define FR_COMPARISON(op, name)                                                            \
-  friend FR_INLINE Mask operator op(const Vec& a, const Vec& b) {                          \
-    if constexpr (sizeof(A) == 4)                                                          \
-      return {{_mm512_cmp_ps_mask((__m512)a.part[0], (__m512)b.part[0], _CMP_##name##_OQ)}}; \
-    else                                                                                   \
+#define FR_COMPARISON(op, name)                                                                \
+  friend FR_INLINE Mask operator op(const Vec& a, const Vec& b) {                              \
+    if constexpr (sizeof(A) == 4)                                                              \
+      return {{_mm512_cmp_ps_mask((__m512)a.part[0], (__m512)b.part[0], _CMP_##name##_OQ)}};   \
+    else                                                                                       \
       return {{_mm512_cmp_pd_mask((__m512d)a.part[0], (__m512d)b.part[0], _CMP_##name##_OQ)}}; \
   }
 #else
@@ -85,7 +86,7 @@ struct Vec {
   // clang-format on
 #undef FR_ARITHMETIC
 #undef FR_COMPARISON
-  friend FR_INLINE Vec select(const Mask& m, const Vec& yes, const Vec& no) {
+      friend FR_INLINE Vec select(const Mask& m, const Vec& yes, const Vec& no) {
     Vec c;
 #ifdef __AVX512F__
     if constexpr (sizeof(A) == 4)
@@ -152,12 +153,16 @@ struct Vec {
 // a * b + c with one rounding where the machine has the instruction, with two on x86-64's baseline.
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #if defined(__AVX512F__)
-FR_INLINE Vec<float>::Part fma_part(Vec<float>::Part a, Vec<float>::Part b, Vec<float>::Part c) { return _mm512_fmadd_ps(a, b, c); }
+FR_INLINE Vec<float>::Part fma_part(Vec<float>::Part a, Vec<float>::Part b, Vec<float>::Part c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
 FR_INLINE Vec<double>::Part fma_part(Vec<double>::Part a, Vec<double>::Part b, Vec<double>::Part c) {
   return _mm512_fmadd_pd(a, b, c);
 }
 #elif defined(__FMA__)
-FR_INLINE Vec<float>::Part fma_part(Vec<float>::Part a, Vec<float>::Part b, Vec<float>::Part c) { return _mm256_fmadd_ps(a, b, c); }
+FR_INLINE Vec<float>::Part fma_part(Vec<float>::Part a, Vec<float>::Part b, Vec<float>::Part c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
 FR_INLINE Vec<double>::Part fma_part(Vec<double>::Part a, Vec<double>::Part b, Vec<double>::Part c) {
   return _mm256_fmadd_pd(a, b, c);
 }
@@ -178,8 +183,8 @@ FR_INLINE Vec<A> multiply_add(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c)
   return d;
 }
 
-// a where a > b (a < b), else b: a NaN in a is passed over, one in b stays. One instruction, which a compiler does not find behind
-// select.
+// a where a > b (a < b), else b: a NaN in a is passed over, one in b stays. One instruction, which a compiler does not find
+// behind select.
 template <class A>
 FR_INLINE Vec<A> maximum(const Vec<A>& a, const Vec<A>& b) {
   return select(a > b, a, b);
@@ -373,8 +378,7 @@ FR_INLINE void read_first(T* buffer, const T* p, int count, V) {
 #ifdef __AVX2__
   if constexpr (std::is_same_v<T, float>) {
     const auto mask = V::first(count);
-    for (int i = 0; i < V::kParts; ++i)
-      _mm256_storeu_ps(buffer + 8 * i, _mm256_maskload_ps(p + 8 * i, (__m256i)mask.part[i]));
+    for (int i = 0; i < V::kParts; ++i) _mm256_storeu_ps(buffer + 8 * i, _mm256_maskload_ps(p + 8 * i, (__m256i)mask.part[i]));
     return;
   }
 #endif
@@ -396,8 +400,7 @@ FR_INLINE void write_first(T* p, const T* buffer, int count, V) {
 #ifdef __AVX2__
   if constexpr (std::is_same_v<T, float>) {
     const auto mask = V::first(count);
-    for (int i = 0; i < V::kParts; ++i)
-      _mm256_maskstore_ps(p + 8 * i, (__m256i)mask.part[i], _mm256_loadu_ps(buffer + 8 * i));
+    for (int i = 0; i < V::kParts; ++i) _mm256_maskstore_ps(p + 8 * i, (__m256i)mask.part[i], _mm256_loadu_ps(buffer + 8 * i));
     return;
   }
 #endif
@@ -512,9 +515,9 @@ FR_INLINE U64Part multiply_low_halves(U64Part a, uint64_t b) {  // 32 x 32 -> 64
 #endif
 }
 
-// philox_group(seed of the keys, group + lane, draw, purpose) of kGroupLanes groups: their first halves (words 0 and 1) and second ones.
-// Counter words live in the low halves of 64-bit lanes, where the multiplier wants them; the high halves hold garbage that no step
-// looks at, which saves the masks and shuffles of a packed layout.
+// philox_group(seed of the keys, group + lane, draw, purpose) of kGroupLanes groups: their first halves (words 0 and 1) and
+// second ones. Counter words live in the low halves of 64-bit lanes, where the multiplier wants them; the high halves hold
+// garbage that no step looks at, which saves the masks and shuffles of a packed layout.
 struct GroupHalves {
   U64Part first, second;
 };

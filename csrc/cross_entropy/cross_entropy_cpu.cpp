@@ -102,9 +102,7 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
           largest = maximum(v, largest);
           other = maximum(w, other);
         },
-        [&](int64_t i, int lanes) __attribute__((always_inline)) {
-          largest = maximum(load(x + i, lanes, -infinity), largest);
-        });
+        [&](int64_t i, int lanes) __attribute__((always_inline)) { largest = maximum(load(x + i, lanes, -infinity), largest); });
     largest = maximum(other, largest);
     if (block == 0 || any(largest > V(reference))) {
       if (block) close_segment(block);
@@ -164,7 +162,8 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
       const int64_t begin = segments[j].begin, end = j + 1 < segments.size() ? segments[j + 1].begin : k;
       const V factor{A(segments[j].factor)};
       for_each_vector<A>(end - begin, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        const V e = grad ? load(exps + begin + i, lanes) * factor : exp_nonpositive(load(x + begin + i, lanes, -infinity) - origin);
+        const V e =
+            grad ? load(exps + begin + i, lanes) * factor : exp_nonpositive(load(x + begin + i, lanes, -infinity) - origin);
         rest = rest + select(e < V(A(0.5)), e, zero);
       });
     }

@@ -143,7 +143,9 @@ Checked check_arguments(const char* op, const Tensor& input, const Tensor& targe
 void run(const CrossEntropyArgs& a) {
   const int64_t blocks = a.outer > 0 && a.positions > 0 ? cross_entropy_blocks(a) : 0;
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.classes * kRowBlock));
-  parallel(blocks, grain, [&](int64_t begin, int64_t end) { FR_KERNELS(cross_entropy_kernels).forward(a, begin, end); });
+  parallel(blocks, grain, [&](int64_t begin, int64_t end) {
+    FR_KERNELS(cross_entropy_kernels, a.outer * a.positions * a.classes).forward(a, begin, end);
+  });
 }
 
 // loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse: (rows,).
@@ -206,7 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
 Tensor cross_entropy_inplace(Tensor logits, Tensor target, Tensor factor, std::optional<Tensor> weight, int64_t ignore_index,
                              double label_smoothing, bool others, double z_loss) {
   const char* op = "cross_entropy_";
-  check(logits.dim() == 2 && logits.is_contiguous(), op, ": logits must be contiguous, (rows, classes), got ", shape_text(logits));
+  check(logits.dim() == 2 && logits.is_contiguous(), op, ": logits must be contiguous, (rows, classes), got ",
+        shape_text(logits));
   CrossEntropyArgs a = check_arguments(op, logits, target, weight, ignore_index, label_smoothing, others, z_loss).args;
   const ScalarType statistics = a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
   const int64_t rows = logits.size(0);

@@ -46,7 +46,7 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
   a.seed = seed_value;
   a.offset = static_cast<uint64_t>(offset);
   a.threshold = dropout_threshold(p);
-  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels);
+  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, input.numel());
   if (inner == 1) {
     parallel(input.numel(), kGrain, [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
   } else {
@@ -81,7 +81,8 @@ Tensor dropout_apply(Tensor input, Tensor mask, int64_t inner, double scale, dou
   dtype_of(op, "input", input);
   Tensor output = allocate_like(input);
   const DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
-  parallel(input.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(dropout_kernels).apply(a, begin, end); });
+  parallel(input.numel(), kGrain,
+           [&](int64_t begin, int64_t end) { FR_KERNELS(dropout_kernels, input.numel()).apply(a, begin, end); });
   return output;
 }
 

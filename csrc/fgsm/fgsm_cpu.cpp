@@ -83,10 +83,10 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
                      lower = value_at<A>(a.lower, at, 1), upper = value_at<A>(a.upper, at, 1);
         int64_t done = 0;
         if constexpr (std::is_same_v<T, BFloat16>)
-          for (; done + 32 <= run; done += 32) step_pairs<kProject>(x + i + done, grad + i + done, origin + i + done, out + i + done, step, radius, lower, upper);
-        for_each_vector<A>(run - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-          body(done + j, lanes, step, radius, lower, upper);
-        });
+          for (; done + 32 <= run; done += 32)
+            step_pairs<kProject>(x + i + done, grad + i + done, origin + i + done, out + i + done, step, radius, lower, upper);
+        for_each_vector<A>(run - done, [&](int64_t j, int lanes)
+                                           __attribute__((always_inline)) { body(done + j, lanes, step, radius, lower, upper); });
       }
       i += run;
     }

@@ -53,7 +53,7 @@ Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* o
   if (one_value && same_dense_order(a.x_layout, a.grad_layout) && same_dense_order(a.x_layout, a.output_layout) &&
       (!origin || same_dense_order(a.x_layout, a.origin_layout)))
     a.x_layout.contiguous = a.grad_layout.contiguous = a.origin_layout.contiguous = a.output_layout.contiguous = true;
-  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(fgsm_kernels).step(a, begin, end); });
+  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(fgsm_kernels, x.numel()).step(a, begin, end); });
   return output;
 }
 

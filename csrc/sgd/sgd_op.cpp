@@ -99,7 +99,7 @@ void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
     elements += numel;
     first_piece[i + 1] = first_piece[i] + (numel + kGrain - 1) / kGrain;
   }
-  const SgdKernels& kernels = FR_KERNELS(sgd_kernels);
+  const SgdKernels& kernels = FR_KERNELS(sgd_kernels, elements);
   const auto work = [&](int64_t begin, int64_t end) {  // pieces of all tensors, in one numbering
     size_t i = size_t(std::upper_bound(first_piece.begin(), first_piece.end(), begin) - first_piece.begin()) - 1;
     for (int64_t piece = begin; piece < end; ++i) {
