@@ -1,7 +1,7 @@
 """A linear layer and the cross-entropy of its outputs in one, without ever holding all logits.
 
-loss = cross_entropy(hidden @ weight.T + bias, target), one chunk of rows after another: a chunk's logits are overwritten by their
-gradient, which goes into the gradients of hidden, weight and bias at once, and the next chunk takes its place. Nothing is computed
+loss = cross_entropy(hidden @ weight.T + bias, target), one chunk of rows after another. A chunk's logits are overwritten by their
+gradient, which goes into the gradients of hidden, weight and bias at once; then the next chunk takes its place. Nothing is computed
 twice. Gradients in the forward pass, by chunks: Hsu et al. 2024, Liger kernel: efficient Triton kernels for LLM training.
 """
 
