@@ -1,7 +1,7 @@
 """A linear layer and the cross-entropy of its outputs in one, without ever holding all logits.
 
-loss = cross_entropy(hidden @ weight.T + bias, target), one chunk of rows after another. A chunk's logits are overwritten by their
-gradient, which goes into the gradients of hidden, weight and bias; then the next chunk takes its place. Nothing is computed twice.
+loss = cross_entropy(hidden @ weight.T + bias, target), one chunk of rows after another: its logits are overwritten by their
+gradient, which goes into the gradients of hidden, weight and bias, and the next chunk takes its place. Nothing is computed twice.
 Gradients in the forward pass, by chunks: Hsu et al. 2024, Liger kernel: efficient Triton kernels for LLM training.
 """
 
@@ -24,8 +24,8 @@ def _(logits, target, factor, *args, **kwargs):
 
 _cross_entropy_ = torch.ops.fastreg.cross_entropy_.default
 
-_LEAST_ROWS, _MOST_BYTES = 32, 2**26  # of a chunk: fewer rows and the products crawl, more bytes and nothing gets faster
-_STEP = 64  # rows by which matrix products work: 171 rows take longer than 192
+_STEP = 32  # rows by which matrix products work (171 take longer than 192), and the least of a chunk
+_MOST_BYTES = 2**26  # of a chunk: more and nothing gets faster
 
 
 def _sums_are_wide(hidden):
@@ -41,11 +41,10 @@ def _sums_are_wide(hidden):
 def _chunk_rows(hidden, classes):
     """Rows in a chunk: less than a tenth of all of them, but never so few that matrix products crawl."""
     rows = len(hidden)
-    chunk = int(rows * 0.095)
+    chunk = int(rows * (0.095 if hidden.element_size() > 2 else 0.085))  # products of 16-bit matrices take scratch memory, too
     if hidden.dtype != torch.bfloat16 or _sums_are_wide(hidden):  # else each chunk costs the sum a rounding: few of them
         chunk = min(chunk, _MOST_BYTES // max(classes * hidden.element_size(), 1))
-    step = _STEP if chunk >= _STEP else _LEAST_ROWS
-    return min(max(chunk // step * step, _LEAST_ROWS), rows)
+    return min(max(chunk // _STEP, 1) * _STEP, rows)
 
 
 @torch.no_grad()
@@ -56,8 +55,9 @@ def _forward(hidden, weight, bias, target, factor, class_weight, wants, ignore_i
     """
     rows, classes, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     losses, d_hidden, d_weight, d_bias = _empty_results(hidden, weight, wants)
-    d_weight.zero_()
     d_bias.zero_()
+    if not rows:
+        d_weight.zero_()
     scale = None
     if dtype == torch.float16 and rows:  # factors of at most 1 inside, so that the logits' gradients fit the range
         scale = factor.abs().max()
@@ -76,21 +76,25 @@ def _forward(hidden, weight, bias, target, factor, class_weight, wants, ignore_i
             options = ignore_index, label_smoothing, others, z_loss
             losses[part] = _cross_entropy_(logits, target[part], factor[part], class_weight, *options)
             if "h" in wants:
-                if d_hidden.dtype == dtype:
-                    torch.mm(logits, weight, out=d_hidden[part])
-                else:
-                    d_hidden[part] = logits @ weight
+                _add_product(d_hidden[part], logits, weight, first=True)
             if "w" in wants:
-                if d_weight.dtype == dtype:
-                    d_weight.addmm_(logits.t(), h)
-                else:
-                    d_weight += logits.t() @ h
+                _add_product(d_weight, logits.t(), h, first=begin == 0)
             if "b" in wants:
                 d_bias += logits.sum(0, dtype=d_bias.dtype)
     if scale is not None:
         for gradient in (d_hidden, d_weight, d_bias):
             gradient.mul_(scale)
     return losses, d_hidden, d_weight, d_bias
+
+
+def _add_product(total, a, b, first):
+    """total += a @ b, or total = a @ b."""
+    if total.dtype != a.dtype:
+        total.copy_(a @ b) if first else total.add_(a @ b)
+    elif first:
+        torch.mm(a, b, out=total)
+    else:
+        total.addmm_(a, b)
 
 
 def _empty_results(hidden, weight, wants):
@@ -206,7 +210,7 @@ def linear_cross_entropy(
     The forward pass computes the gradients too, chunk by chunk, in the space of less than a tenth of the logits (of 32 rows where
     that is more), and the backward pass only hands them out; with reduction "none" they are computed there. They are what is kept
     for it. The weight's gradient is a sum over chunks, in float32; in bfloat16 only where H is less than a twentieth of the rows,
-    else rounded for each of the chunks, about twelve.
+    else rounded for each of the chunks, about thirteen.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a class index out of range, and as `cross_entropy`.

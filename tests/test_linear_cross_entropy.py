@@ -242,7 +242,7 @@ def test_chunks():
         chunk = module._chunk_rows(torch.empty(rows, width, dtype=dtype, device="meta"), classes)
         assert chunk * 10 <= rows and chunk * classes * dtype.itemsize <= 2**26 + classes * dtype.itemsize
     few = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")  # the sum is in bfloat16: few chunks, however large
-    assert 8192 / module._chunk_rows(few, 128_000) <= 12
+    assert 8192 / module._chunk_rows(few, 128_000) <= 13
     for rows, expected in ((0, 0), (7, 7), (100, 32), (640, 32), (700, 64), (2048, 192)):
         assert module._chunk_rows(torch.empty(rows, 3), 5) == expected
 
