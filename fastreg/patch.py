@@ -1,9 +1,9 @@
 """fastreg under code that knows only torch: for a block of code, for the process, or for one model.
 
-Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout` and `cross_entropy` of
-torch.nn.functional, under every name that a loaded module has for them. torch's modules (nn.Dropout, nn.CrossEntropyLoss,
-nn.TransformerEncoderLayer, nn.MultiheadAttention with explicit weights) call these and so change with them. Dropout inside
-scaled_dot_product_attention and in torch's RNN kernels stays torch's.
+Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`, `cross_entropy` and, where it
+drops anything, `scaled_dot_product_attention` of torch.nn.functional, under every name that a loaded module has for them. torch's
+modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these and so change with them.
+Dropout in torch's RNN kernels, and that of attention under torch.compile, stays torch's.
 """
 
 import contextlib
@@ -128,13 +128,58 @@ def _instead_of_cross_entropy(original, ours):
     return run_cross_entropy
 
 
+def _instead_of_attention(original):
+    @functools.wraps(original)
+    def run_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+        if (
+            dropout_p
+            and not is_compiling()
+            and _is_replaced()
+            and isinstance(dropout_p, (float, int))
+            and not enable_gqa
+            and not (is_causal and attn_mask is not None)
+            and all(_has_kernel(t) for t in (query, key, value))
+            and (attn_mask is None or (type(attn_mask) is torch.Tensor and attn_mask.is_cpu))
+            and min(query.dim(), key.dim(), value.dim()) >= 2
+        ):
+            return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    return run_attention
+
+
+def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
+    """What torch itself computes on a CPU when there is dropout: softmax(query @ key.T * scale + mask), dropout, @ value."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+    dtype = query.dtype
+    with torch.autocast("cpu", enabled=False):
+        if dtype in (torch.float16, torch.bfloat16):
+            query, key, value = query.float(), key.float(), value.float()
+        factor = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5  # of each side: the product keeps its range
+        weights = (query * factor) @ (key * factor).transpose(-2, -1)
+        if is_causal:
+            attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is None:
+            weights = torch.softmax(weights, -1)
+        else:
+            if attn_mask.dtype == torch.bool:
+                weights = weights.masked_fill(attn_mask.logical_not(), -torch.inf)
+            else:
+                weights = weights + attn_mask
+            weights = torch.ops.aten._safe_softmax(weights, -1)  # a row without any key is 0
+        return (dropout(weights, dropout_p) @ value).to(dtype)
+
+
 _TORCH = types.SimpleNamespace()
-_REPLACEMENTS = {}
+_REPLACEMENTS = {F.scaled_dot_product_attention: _instead_of_attention(F.scaled_dot_product_attention)}
 for _ours in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout, cross_entropy):
     _original = getattr(F, _ours.__name__)
     setattr(_TORCH, _ours.__name__, _original)
     _REPLACEMENTS[_original] = (_instead_of_cross_entropy if _ours is cross_entropy else _instead_of)(_original, _ours)
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
+# torch.jit.script knows attention, which has no source in Python, by the object.
+torch.jit._builtins._register_builtin(_REPLACEMENTS[F.scaled_dot_product_attention], "aten::scaled_dot_product_attention")
 _changed = []  # namespaces in which a name was changed; a module may leave sys.modules before `unpatch`
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
@@ -142,9 +187,9 @@ _blocks = 0  # open `patched` blocks that began without a patch of the process
 def _exchange(table):
     """Exchange functions by `table` in every loaded module; the namespaces where there was one."""
     found = []
-    for module in list(sys.modules.values()):
+    for name, module in list(sys.modules.items()):
         namespace = getattr(module, "__dict__", None)
-        if type(namespace) is not dict or namespace is globals():
+        if type(namespace) is not dict or namespace is globals() or name.startswith("torch._C"):
             continue
         if _exchange_in(namespace, table):
             found.append(namespace)
@@ -153,7 +198,8 @@ def _exchange(table):
 
 def _exchange_in(namespace, table):
     # Only functions are looked up: hashing whatever else a module holds may run any code.
-    names = [name for name, value in list(namespace.items()) if type(value) is types.FunctionType and value in table]
+    functions = types.FunctionType, types.BuiltinFunctionType
+    names = [name for name, value in list(namespace.items()) if type(value) in functions and value in table]
     for name in names:
         namespace[name] = table[namespace[name]]
     return names
@@ -198,6 +244,8 @@ def _loss_in_dynamo(self, tx, args, kwargs):
 
 def patch():
     """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until `unpatch`.
+
+    Attention with dropout computes what torch does on a CPU, with fastreg's dropout in it.
 
     Every loaded module's global that is one of the patched functions is exchanged, `from torch.nn.functional import dropout`
     included; functions kept elsewhere (in a partial, a default argument) are not found. Inputs for which fastreg has no kernel

@@ -29,6 +29,7 @@ import fastreg as fr
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 NAMES = (*DROPOUTS, "cross_entropy")
 TORCH = {name: getattr(F, name) for name in NAMES}
+NN = torch._C._nn  # where no name is exchanged
 TORCH_OPS = {"aten::native_dropout", "aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::cross_entropy_loss"}
 MODULES = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "CrossEntropyLoss")
 SHAPES = {"dropout1d": (4, 3, 5), "dropout2d": (4, 3, 5, 2), "dropout3d": (4, 3, 5, 2, 2)}
@@ -96,7 +97,7 @@ def test_every_name_is_replaced_and_restored():
     changed = {key for key in changed if not key[0].startswith("fastreg")}
     assert {("torch.nn.functional", name) for name in NAMES} <= changed
     for module, name in changed:
-        assert before[module][name] in TORCH.values(), f"{module}.{name} is none of the patched functions"
+        assert before[module][name] in (*TORCH.values(), NN.scaled_dot_product_attention), f"{module}.{name} is none of the patched functions"
     fr.patch()
     fr.unpatch()
     after = globals_of_all_modules()
@@ -688,7 +689,7 @@ def resnet(p):
 
 def encoder(p):
     layer = nn.TransformerEncoderLayer(16, 2, 32, p, batch_first=True)
-    layer.self_attn.dropout = 0.0  # that one is inside of scaled_dot_product_attention
+    layer.self_attn.dropout = 0.0  # that one stays torch's in compiled code
     model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Flatten(), nn.Linear(16 * 6, 4))
     return with_loss(model, torch.randn(8, 6, 16), torch.randint(4, (8,)))
 
@@ -1060,6 +1061,7 @@ mine = torch.cat([p.detach().flatten() for p in model.parameters()])
 both = [torch.empty_like(mine) for _ in range(2)]
 dist.all_gather(both, mine)
 assert torch.equal(*both)
+dist.barrier()  # or torch aborts a rank whose partner is gone
 dist.destroy_process_group()
 """
 
@@ -1262,6 +1264,105 @@ def test_export_under_patch_in_evaluation():
     with fr.patched():
         program = torch.export.export(model, (torch.randn(2, 3, 8, 8),))
     assert "fastreg" not in str(program.graph)
+
+
+class TestAttention:
+    """scaled_dot_product_attention with dropout, which torch has in C++ alone."""
+
+    @staticmethod
+    def case(dtype=torch.float32, mask=None):
+        g = torch.Generator().manual_seed(3)
+        q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (5, 7, 7))
+        masks = {
+            "boolean": torch.rand(2, 1, 5, 7, generator=g) < 0.7,
+            "additive": torch.randn(5, 7, generator=g).to(dtype),
+            "of -inf": torch.zeros(5, 7).masked_fill(torch.rand(5, 7, generator=g) < 0.3, -torch.inf).to(dtype),
+        }
+        if mask == "boolean":
+            masks[mask][0, 0, 2] = False  # a row without any key
+        return (q, k, v), masks.get(mask)
+
+    @pytest.mark.parametrize("mask", [None, "boolean", "additive", "of -inf", "causal"])
+    @pytest.mark.parametrize("scale", [None, 0.3])
+    def test_what_is_not_dropped_is_torchs(self, monkeypatch, dtype, mask, scale):
+        (q, k, v), attn_mask = self.case(dtype, mask)
+        options = dict(attn_mask=attn_mask, is_causal=mask == "causal", scale=scale)
+        monkeypatch.setattr(sys.modules["fastreg.patch"], "dropout", lambda input, p: input)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            want = NN.scaled_dot_product_attention(q, k, v, **options)
+            with fr.patched():
+                got = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, **options)
+        assert got.dtype == dtype
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+        g = torch.randn_like(got)
+        for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+    def test_dropout_is_fastregs(self):
+        (q, k, v), _ = self.case()
+        with fr.patched():
+            torch.manual_seed(4)
+            got = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+        torch.manual_seed(4)
+        weights = fr.dropout(torch.softmax(q @ k.transpose(-2, -1) / 8**0.5, -1), 0.4)
+        torch.testing.assert_close(got, weights @ v)
+        assert (weights == 0).any()
+
+    def test_the_mean_is_torchs(self):
+        q, k, v = (torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
+        with fr.patched():
+            mean = sum(F.scaled_dot_product_attention(q, k, v, dropout_p=0.3) for _ in range(3000)) / 3000
+        torch.testing.assert_close(mean, NN.scaled_dot_product_attention(q, k, v), rtol=0, atol=0.08)
+
+    def test_autocast(self):
+        (q, k, v), _ = self.case()
+        with fr.patched(), torch.autocast("cpu", torch.bfloat16):
+            got = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+        assert got.dtype == torch.bfloat16
+
+    def test_modules_of_torch_follow(self):
+        layer = nn.TransformerEncoderLayer(16, 2, 32, 0.3, batch_first=True)
+        x = torch.randn(8, 6, 16)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, fr.patched():
+            layer(x).sum().backward()
+        assert not {event.key for event in profile.key_averages()} & TORCH_OPS
+
+    def test_the_rest_goes_to_torch(self):
+        (q, k, v), mask = self.case(mask="boolean")
+        for arguments, options in (
+            ((q, k, v), {}),
+            ((q, k, v, mask), dict(dropout_p=0.0)),
+            ((q.expand(2, 3, 5, 8), k[:, :1], v[:, :1]), dict(dropout_p=0.2, enable_gqa=True)),
+            ((q.to("meta"), k.to("meta"), v.to("meta")), dict(dropout_p=0.2)),
+        ):
+            torch.manual_seed(5)
+            want = NN.scaled_dot_product_attention(*arguments, **options)
+            with fr.patched():
+                torch.manual_seed(5)
+                got = F.scaled_dot_product_attention(*arguments, **options)
+            assert got.device == want.device and (got.is_meta or torch.equal(got, want))
+        with fr.patched(), pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v, mask, 0.2, True)  # a mask and causal at once
+
+    def test_compiled_and_scripted_code_has_torchs(self):
+        (q, k, v), _ = self.case()
+
+        def f(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, None, 0.2)
+
+        with fr.patched():
+            assert torch.compile(f, backend="aot_eager", fullgraph=True)(q, k, v).shape == q.shape
+            scripted = torch.jit.script(attention_to_script)
+            traced = torch.fx.symbolic_trace(f)
+        assert "aten::scaled_dot_product_attention" in str(scripted.graph)
+        assert {node.target for node in traced.graph.nodes if node.op == "call_function"} == {NN.scaled_dot_product_attention}
+        torch._dynamo.reset()
+        assert F.scaled_dot_product_attention is NN.scaled_dot_product_attention
+
+
+def attention_to_script(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, None, 0.2)
 
 
 class TestOtherLibraries:
