@@ -1,9 +1,9 @@
 """fastreg under code that knows only torch: for a block of code, for the process, or for one model.
 
-Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`, `cross_entropy` and, where it
-drops anything, `scaled_dot_product_attention` of torch.nn.functional, under every name that a loaded module has for them. torch's
-modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these and so change with them.
-Dropout in torch's RNN kernels, and that of attention under torch.compile, stays torch's.
+Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`, `cross_entropy` and, where
+it drops anything, `scaled_dot_product_attention` of torch.nn.functional, under every name that a loaded module has for them.
+torch's modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these and so change with
+them. Dropout in torch's RNN kernels, and that of attention under torch.compile, stays torch's.
 """
 
 import contextlib
@@ -151,7 +151,8 @@ def _instead_of_attention(original):
 def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
     """What torch itself computes on a CPU when there is dropout: softmax(query @ key.T * scale + mask), dropout, @ value."""
     if torch.is_autocast_enabled("cpu"):
-        query, key, value = (t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
+        lower = torch.get_autocast_dtype("cpu")
+        query, key, value = (t if t.dtype == torch.float64 else t.to(lower) for t in (query, key, value))
     dtype = query.dtype
     with torch.autocast("cpu", enabled=False):
         if dtype in (torch.float16, torch.bfloat16):

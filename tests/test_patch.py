@@ -97,7 +97,8 @@ def test_every_name_is_replaced_and_restored():
     changed = {key for key in changed if not key[0].startswith("fastreg")}
     assert {("torch.nn.functional", name) for name in NAMES} <= changed
     for module, name in changed:
-        assert before[module][name] in (*TORCH.values(), NN.scaled_dot_product_attention), f"{module}.{name} is none of the patched functions"
+        known = (*TORCH.values(), NN.scaled_dot_product_attention)
+        assert before[module][name] in known, f"{module}.{name} is none of the patched functions"
     fr.patch()
     fr.unpatch()
     after = globals_of_all_modules()
