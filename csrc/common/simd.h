@@ -497,6 +497,50 @@ FR_INLINE Vec<double> exp_nonpositive(const Vec<double>& x) {
   return load(lane);
 }
 
+// ---- log of what a softmax sums up, within 2 ulp of correctly rounded (Cephes logf; libm for double)
+// log(1 + x) for x in [-0.2929, 0.4142], as x - x^2 / 2 + x^3 P(x).
+FR_INLINE Vec<float> log1p_reduced(const Vec<float>& x, const Vec<float>& exponent) {
+  using V = Vec<float>;
+  const V square = x * x;
+  V p(7.0376836292e-2f);
+  p = multiply_add(p, x, V(-1.1514610310e-1f));
+  p = multiply_add(p, x, V(1.1676998740e-1f));
+  p = multiply_add(p, x, V(-1.2420140846e-1f));
+  p = multiply_add(p, x, V(1.4249322787e-1f));
+  p = multiply_add(p, x, V(-1.6668057665e-1f));
+  p = multiply_add(p, x, V(2.0000714765e-1f));
+  p = multiply_add(p, x, V(-2.4999993993e-1f));
+  p = multiply_add(p, x, V(3.3333331174e-1f));
+  V y = p * x * square;
+  y = multiply_add(exponent, V(-2.12194440e-4f), y);
+  y = multiply_add(square, V(-0.5f), y);
+  return multiply_add(exponent, V(0.693359375f), x + y);
+}
+FR_INLINE Vec<float> log1p_small(const Vec<float>& x) { return log1p_reduced(x, Vec<float>(0.f)); }  // x in [0, 0.125]
+// x >= 1, finite or NaN, which stays. The exponent is taken where the mantissa is at least sqrt(1/2).
+FR_INLINE Vec<float> log_from_one(const Vec<float>& x) {
+  using V = Vec<float>;
+  V mantissa, exponent;
+  for (int i = 0; i < V::kParts; ++i) {
+    const V::IntPart bits = (V::IntPart)x.part[i] - 0x3f3504f3;  // of sqrt(1/2)
+    exponent.part[i] = __builtin_convertvector(bits >> 23, V::Part);
+    mantissa.part[i] = (V::Part)((bits & 0x7fffff) + 0x3f3504f3);
+  }
+  return select(x == x, log1p_reduced(mantissa - V(1.f), exponent), x);
+}
+FR_INLINE Vec<double> log1p_small(const Vec<double>& x) {
+  double lane[8];
+  memcpy(lane, x.part, 64);
+  for (double& value : lane) value = std::log1p(value);
+  return load(lane);
+}
+FR_INLINE Vec<double> log_from_one(const Vec<double>& x) {
+  double lane[8];
+  memcpy(lane, x.part, 64);
+  for (double& value : lane) value = std::log(value);
+  return load(lane);
+}
+
 // ---- random bits in bulk
 typedef uint64_t U64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 constexpr int kGroupLanes = FR_VECTOR_BYTES / 8;

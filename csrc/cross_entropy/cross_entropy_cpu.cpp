@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "../common/simd.h"
+#include "cross_entropy_columns.h"
 #include "cross_entropy_math.h"
 
 namespace fastreg::FASTREG_ISA {
@@ -230,6 +231,15 @@ template <class T, class G>
 void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const int64_t k = a.classes, per_outer = (a.positions + kRowBlock - 1) / kRowBlock;
+  if (lies_in_columns<A>(a)) {
+    std::vector<A> exps(size_t(k) * Vec<A>::kLanes);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block % per_outer * kRowBlock;
+      const int64_t last = first + kRowBlock < a.positions ? first + kRowBlock : a.positions;
+      column_block<T, G>(a, block / per_outer, first, last, exps.data());
+    }
+    return;
+  }
   const bool direct = a.logits_stride.cls == 1 && (!a.grad || a.grad_stride.cls == 1);
   const bool keeps_exps = a.grad && !(direct && std::is_same_v<A, G> && a.grad != a.logits);
   // A block is gathered once per cache line, not once per row: neighbours in memory are neighbouring rows.
