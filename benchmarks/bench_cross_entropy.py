@@ -3,6 +3,7 @@
 Forward and backward together cannot avoid reading each logit and writing its gradient; a forward pass, reading it.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -14,13 +15,13 @@ import fastreg as fr
 SMOOTHING = 0.1
 BOTH, FORWARD = "smoothed cross-entropy forward + backward", "smoothed cross-entropy forward"
 SHAPES = {
-    "full": ((BOTH, 512, 32000), (BOTH, 256, 1000), (BOTH, 128, 10), (FORWARD, 4, 4)),
-    "quick": ((BOTH, 256, 1000), (BOTH, 128, 10), (FORWARD, 4, 4)),
-    "tiny": ((BOTH, 16, 10), (FORWARD, 4, 4)),
+    "full": ((BOTH, 512, 32000), (BOTH, 256, 1000), (BOTH, 128, 10), (BOTH, 4, 21, 128, 128), (FORWARD, 4, 4)),
+    "quick": ((BOTH, 256, 1000), (BOTH, 128, 10), (BOTH, 4, 21, 128, 128), (FORWARD, 4, 4)),
+    "tiny": ((BOTH, 16, 10), (BOTH, 2, 3, 4, 5), (FORWARD, 4, 4)),
 }
 
 
-def _targets(rows, classes, dtype):
+def _targets(classes, dtype):
     if classes == 32000:
         return Targets(eager=5, compile=3, floor=1.6 if dtype == torch.float32 else 2.2)
     return Targets(eager=4.5, compile=3, floor=2.6) if classes == 1000 else Targets(eager=1.5, compile=1)
@@ -29,15 +30,15 @@ def _targets(rows, classes, dtype):
 def cases(scale):
     """The rows of the table."""
     for dtype in _timing.DTYPES:
-        for work, rows, classes in SHAPES[scale]:
-            build = partial(_build, rows, classes, work == BOTH, dtype)
-            size, targets = f"{rows} × {classes}", _targets(rows, classes, dtype)
-            yield Case("cross_entropy", work, size, rows * classes, dtype, build, "z * 2", targets)
+        for work, *shape in SHAPES[scale]:
+            build = partial(_build, shape, work == BOTH, dtype)
+            size, targets = " × ".join(map(str, shape)), _targets(shape[1], dtype)
+            yield Case("cross_entropy", work, size, math.prod(shape), dtype, build, "z * 2", targets)
 
 
-def _build(rows, classes, backward, dtype, device):
-    z = torch.randn(rows, classes, device=device).to(dtype).requires_grad_(backward)
-    y = torch.randint(0, classes, (rows,), device=device)
+def _build(shape, backward, dtype, device):
+    z = torch.randn(shape, device=device).to(dtype).requires_grad_(backward)
+    y = torch.randint(0, shape[1], (shape[0], *shape[2:]), device=device)
 
     def ours(z, y):
         return fr.cross_entropy(z, y, label_smoothing=SMOOTHING)

@@ -208,6 +208,15 @@ def test_rows_side_by_side(classes, positions, soft, dtype):
             assert_gradient(grad, want_grad, 4.0)
 
 
+def test_many_classes_side_by_side(dtype):
+    """Beyond what is taken a lane for each row."""
+    x, target = case((1, 4100, 17), dtype)
+    want, want_grad = loss_and_gradient(reference, x.double(), target, reduction="none")
+    got, grad = loss_and_gradient(fr.cross_entropy, x, target, reduction="none")
+    assert_rounded(got, want)
+    assert_gradient(grad, want_grad)
+
+
 def test_hostile_rows_side_by_side_keep_to_themselves(dtype):
     x, target = case((1, 5, 40), dtype)
     x[0, :, 3] = -INF

@@ -150,12 +150,15 @@ void column_block(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t l
   });
 }
 
-// Whether the block can be taken so.
+// Of more classes a block no longer stays in the L2 cache over three passes, and transposing it once is faster.
+constexpr int64_t kMostClasses = 4096;
+
+// Whether rows are to be taken so.
 template <class A>
 bool lies_in_columns(const CrossEntropyArgs& a) {
   const bool same_type = !a.soft_target || (a.target_dtype == DType::kFloat64) == std::is_same_v<A, double>;
-  return a.logits_stride.cls != 1 && a.logits_stride.position == 1 && (!a.grad || a.grad_stride.position == 1) &&
-         (!a.soft_target || a.target_stride.position == 1) && same_type;
+  return a.classes <= kMostClasses && a.logits_stride.cls != 1 && a.logits_stride.position == 1 &&
+         (!a.grad || a.grad_stride.position == 1) && (!a.soft_target || a.target_stride.position == 1) && same_type;
 }
 
 }  // namespace
