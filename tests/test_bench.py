@@ -67,7 +67,7 @@ def test_results(ran):
     assert machine["build"] == fr._C.build_info() and machine["torch"] == torch.__version__
     assert machine["autograd"]["path"] in ("Python", "C++") and machine["cores"] == os.cpu_count() and machine["cpu"]
     assert results["copy_bandwidth"] > 0 and results["settings"]["scale"] == "tiny"
-    assert OPS - {row["op"] for row in results["rows"]} <= {"linear_cross_entropy"}
+    assert {row["op"] for row in results["rows"]} == OPS
     for row in results["rows"]:
         assert row["dtype"] in ("float32", "bfloat16") and row["elements"] > 0 and row["threads"] == 1 and row["rounds"] >= 2
         assert set(row["seconds"]) >= {"fastreg", "torch"} and all(seconds > 0 for seconds in row["seconds"].values())
@@ -125,7 +125,7 @@ def test_files_are_found_by_their_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_every_scale_has_its_cases(op, scale):
     cases = list(benchmarks.load(op).cases(scale))
-    assert cases or not hasattr(fr, op)
+    assert cases
     assert len({case.name for case in cases}) == len(cases) and all(case.op == op for case in cases)
 
 

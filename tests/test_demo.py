@@ -349,7 +349,11 @@ def test_control_c(tmp_path):
     command = "import sys; from fastreg.cli.demo import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), "--threads", "1", "--seeds", "99"]
     process = subprocess.Popen(
-        [sys.executable, "-u", "-c", command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", "-c", command, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background of a shell ignores it
     )
     for line in process.stdout:
         if line.startswith("seed 1"):
