@@ -150,11 +150,24 @@ def check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss
 
 
 def check_classes(
-    op, name, input, classes, target, expected, weight_name, weight, ignore_index, label_smoothing, smoothing, loss_dtype
+    op,
+    input,
+    target,
+    weight,
+    *,
+    classes,
+    expected,
+    ignore_index,
+    label_smoothing,
+    smoothing,
+    loss_dtype,
+    name="input",
+    weight_name="weight",
 ):
-    """Raise unless targets and class weights fit `input`, called `name`; gives both in the form that the kernel takes.
+    """Raise unless targets and class weights fit `input`; gives both in the form that the kernel takes.
 
-    expected: the shapes of a target of class indices and of one of probabilities.
+    expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the caller's user knows
+    `input` and `weight` by.
     """
     if input.dtype not in _DTYPES:
         raise ValueError(
@@ -275,9 +288,18 @@ def cross_entropy(
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
     unbatched = input.dim() == 1
     expected = input.shape[: 0 if unbatched else 1] + input.shape[2:], input.shape
-    classes = input.shape[0 if unbatched else 1]
-    options = ignore_index, label_smoothing, smoothing, loss_dtype
-    target, weight = check_classes(op, "input", input, classes, target, expected, "weight", weight, *options)
+    target, weight = check_classes(
+        op,
+        input,
+        target,
+        weight,
+        classes=input.shape[0 if unbatched else 1],
+        expected=expected,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        loss_dtype=loss_dtype,
+    )
     soft = target.is_floating_point()
     if unbatched:
         input, target = input.unsqueeze(0), target.unsqueeze(0)

@@ -243,8 +243,18 @@ def linear_cross_entropy(
             )
     shape = hidden.shape[:-1]
     target, class_weight = check_classes(
-        *(op, "hidden", hidden, classes, target, (shape, (*shape, classes)), "class_weight", class_weight),
-        *(ignore_index, label_smoothing, smoothing, loss_dtype),
+        op,
+        hidden,
+        target,
+        class_weight,
+        classes=classes,
+        expected=(shape, (*shape, classes)),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        loss_dtype=loss_dtype,
+        name="hidden",
+        weight_name="class_weight",
     )
     soft = target.is_floating_point()
     hidden = hidden.reshape(-1, hidden.shape[-1])
