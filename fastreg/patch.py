@@ -137,15 +137,30 @@ def _instead_of_attention(original):
             and _is_replaced()
             and isinstance(dropout_p, (float, int))
             and not enable_gqa
-            and not (is_causal and attn_mask is not None)
-            and all(_has_kernel(t) for t in (query, key, value))
-            and (attn_mask is None or (type(attn_mask) is torch.Tensor and attn_mask.is_cpu))
-            and min(query.dim(), key.dim(), value.dim()) >= 2
+            and (scale is None or scale > 0)
+            and _fits_attention(query, key, value, attn_mask, is_causal)
         ):
             return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
     return run_attention
+
+
+def _fits_attention(query, key, value, attn_mask, is_causal):
+    """Whether these are what torch takes, too; it says what is wrong with the others, and knows heads without any width."""
+    return (
+        all(_has_kernel(t) and t.dim() >= 2 and t.dtype == query.dtype for t in (query, key, value))
+        and query.shape[-1] > 0
+        and (
+            attn_mask is None
+            or (
+                type(attn_mask) in _PLAIN
+                and attn_mask.is_cpu
+                and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+                and not is_causal
+            )
+        )
+    )
 
 
 def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):

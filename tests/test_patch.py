@@ -1336,6 +1336,8 @@ class TestAttention:
             ((q, k, v, mask), dict(dropout_p=0.0)),
             ((q.expand(2, 3, 5, 8), k[:, :1], v[:, :1]), dict(dropout_p=0.2, enable_gqa=True)),
             ((q.to("meta"), k.to("meta"), v.to("meta")), dict(dropout_p=0.2)),
+            ((q, k, v), dict(dropout_p=0.2, scale=-0.3)),
+            ((q[..., :0], k[..., :0], v), dict(dropout_p=0.2)),
         ):
             torch.manual_seed(5)
             want = NN.scaled_dot_product_attention(*arguments, **options)
@@ -1345,6 +1347,12 @@ class TestAttention:
             assert got.device == want.device and (got.is_meta or torch.equal(got, want))
         with fr.patched(), pytest.raises(RuntimeError):
             F.scaled_dot_product_attention(q, k, v, mask, 0.2, True)  # a mask and causal at once
+        for wrong, words in (
+            ((q.bfloat16(), k, v), "same dtype"),
+            ((q, k, v, torch.zeros(5, 7, dtype=torch.float64)), "attn_mask dtype"),
+        ):
+            with fr.patched(), pytest.raises(RuntimeError, match=words):
+                F.scaled_dot_product_attention(*wrong, dropout_p=0.2)
 
     def test_compiled_and_scripted_code_has_torchs(self):
         (q, k, v), _ = self.case()
