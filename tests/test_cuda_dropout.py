@@ -149,7 +149,7 @@ def test_ties_of_the_upper_bits_are_settled_by_the_lower():
 def test_bytes_moved(dtype):
     n = 2**17
     x = numbers(n, dtype)
-    output, mask, forward = run(x)
+    _, mask, forward = run(x)
     _, _, backward = run(x, mask=mask)
     floor = n * (2 * dtype.itemsize) + n // 8
     for reports in (forward, backward):
