@@ -126,10 +126,11 @@ def _shim():
     )
 
 
-def compile_ptx(source, out):
+def compile_ptx(source, out, debug=False):
     """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime."""
     hostrun, _ = _runtime()
-    hostrun.build_library([source], out, flags=("--fmad=false", "-Xlinker", str(_shim())))
+    flags = ("--fmad=false", "-Xlinker", str(_shim())) + (() if debug else ("-DNDEBUG",))
+    hostrun.build_library([source], out, flags=flags)
 
 
 class Interpreted:
@@ -213,9 +214,10 @@ def traffic(reports):
 
 
 @functools.cache
-def interpreted(op):
-    source = CSRC / op / f"{op}_cuda.cu"
-    return Interpreted(_built(f"{op}-ptx.so", sources(op), lambda path: compile_ptx(source, path)))
+def interpreted(op, debug=False):
+    """The kernels of an op, with their assertions if `debug`."""
+    source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'release'}.so"
+    return Interpreted(_built(name, sources(op), lambda path: compile_ptx(source, path, debug)))
 
 
 # ---- the host's compiler
