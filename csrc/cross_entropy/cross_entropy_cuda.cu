@@ -79,53 +79,77 @@ __device__ __forceinline__ A warp_max(A x) {
   return x;
 }
 
+// ---- a sum as a pair of numbers that has twice the precision: a thread adds up hundreds of numbers, one after another
+
+template <class A>
+struct Pair {
+  A high, low;
+
+  __device__ __forceinline__ void add(const Pair& x) {  // Knuth 1969
+    const A sum = high + x.high, part = sum - high;
+    low += (high - (sum - part)) + (x.high - part) + x.low;
+    high = sum;
+  }
+  __device__ __forceinline__ void add_smaller(A x) {  // Dekker 1971; a larger x is added as a plain number would be
+    const A sum = high + x;
+    low += x - (sum - high);
+    high = sum;
+  }
+  __device__ __forceinline__ A value() const { return low == low ? high + low : high; }  // inf - inf is no correction
+};
+
 // ---- what is known of a row, or of a thread's part of it, after some of its classes
 
 template <class A>
 struct RunningSoftmax {
   A top, origin;
-  A others;     // sum of exp(x - origin) over all but one of the largest
-  A dot, mass;  // sums of q * (x - origin) and of q
+  Pair<A> others;     // sum of exp(x - origin) over all but one of the largest
+  Pair<A> dot, mass;  // sums of q * (x - origin) and of q
 
   // Of no class. The origin is not -inf: subtracted from a logit of -inf it gives -inf.
-  static __device__ __forceinline__ RunningSoftmax none() { return {-kInfinity<A>, -kMost<A>, A(0), A(0), A(0)}; }
+  static __device__ __forceinline__ RunningSoftmax none() { return {-kInfinity<A>, -kMost<A>, {}, {}, {}}; }
 
   // Before numbers up to `largest` are added.
   __device__ __forceinline__ void raise(A largest) {
-    if (largest - origin > A(8)) {
-      others *= exponential(origin - largest);
-      dot += weighted_logit(mass, origin - largest);
-      origin = largest;
-    }
+    if (largest - origin > A(8)) move(largest);
   }
-  __device__ __forceinline__ void add(A x) {
+  __device__ __forceinline__ void move(A to) {
+    const A factor = exponential(origin - to);
+    others.high *= factor;
+    others.low *= factor;
+    dot.add_smaller(weighted_logit(mass.value(), origin - to));
+    origin = to;
+  }
+  // What x adds to `others`: itself, or, where it is the largest so far, the largest before it.
+  __device__ __forceinline__ A part_of(A x) {
     const bool above = top < x;
-    others += exponential((above ? top : x) - origin);
+    const A part = exponential((above ? top : x) - origin);
     top = above ? x : top;
+    return part;
   }
+  __device__ __forceinline__ void add(A x) { others.add_smaller(part_of(x)); }
   __device__ __forceinline__ void add_target(A x, A q) {
-    dot += weighted_logit(q, x - origin);
-    mass += q;
+    dot.add_smaller(weighted_logit(q, x - origin));
+    mass.add_smaller(q);
   }
   // Of all lanes together, the same in each.
   __device__ __forceinline__ void combine(bool with_dot) {
     const A largest = warp_max(top), reference = largest == -kInfinity<A> ? A(0) : largest;
     const unsigned holders = __ballot_sync(kAllLanes, top == largest);
     const bool left_out = int(threadIdx.x % kLanes) == __ffs(int(holders)) - 1;
-    others = warp_sum(others * exponential(origin - reference) + (left_out ? A(0) : exponential(top - reference)));
+    const A mine = others.value() * exponential(origin - reference);
+    others = {warp_sum(mine + (left_out ? A(0) : exponential(top - reference))), A(0)};
     if (with_dot) {
-      dot = warp_sum(dot + weighted_logit(mass, origin - reference));
-      mass = warp_sum(mass);
+      const A its_mass = mass.value();
+      dot = {warp_sum(dot.value() + weighted_logit(its_mass, origin - reference)), A(0)};
+      mass = {warp_sum(its_mass), A(0)};
     }
     top = largest;
     origin = reference;
   }
   // The end, for a thread that has a whole row.
   __device__ __forceinline__ void close() {
-    if (!(top > -kInfinity<A>)) return;
-    others *= exponential(origin - top);
-    dot += weighted_logit(mass, origin - top);
-    origin = top;
+    if (top > -kInfinity<A>) move(top);
   }
 };
 
@@ -226,17 +250,17 @@ template <class T, class G, class A = typename Accumulate<T>::type>
 __device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, int64_t row, int64_t target, A target_logit,
                                                      RunningSoftmax<A> s, bool writes) {
   const A nan = kInfinity<A> - kInfinity<A>;
-  if (s.top == kInfinity<A> || s.top == -kInfinity<A>) s.others = nan;
+  const A others = s.top == kInfinity<A> || s.top == -kInfinity<A> ? nan : s.others.value();
   const bool hard = target >= 0;
   const A target_weight = hard && w.weight ? w.weight[target] : A(1), q_target = target_weight * w.own;
   const A shifted = hard ? target_logit - s.top : A(0);
-  A q_sum = s.mass, q_rest = s.mass - q_target, dot = s.dot;
+  A q_sum = s.mass.value(), q_rest = q_sum - q_target, dot = s.dot.value();
   if (!w.general) {
     q_sum = w.weight ? q_target : w.q_all;
     q_rest = w.q_rest;
     dot += weighted_logit(target_weight * w.mix, shifted);
   }
-  const A log_sum = log_of_one_plus(s.others), lse = s.top + log_sum, sum = A(1) + s.others;
+  const A log_sum = log_of_one_plus(others), lse = s.top + log_sum, sum = A(1) + others;
   A loss = q_sum * log_sum - dot, z_slope = 0;
   if (w.z_loss != A(0)) {
     loss += w.z_loss * lse * lse;
@@ -249,7 +273,7 @@ __device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, in
     if (w.lse) w.lse[row] = lse;
   }
   // 1 - p of the target: its last bits would be lost in a p of nearly 1.
-  const A e = exponential(shifted), missing = (s.others + (A(1) - e)) / sum;
+  const A e = exponential(shifted), missing = (others + (A(1) - e)) / sum;
   return {s.top, (q_sum + z_slope) * factor / sum, factor, factor * ((q_rest - q_sum * missing) + z_slope * (e / sum))};
 }
 
@@ -262,7 +286,8 @@ __device__ __forceinline__ void write_ignored(const RowsWork<T, G>& w, int64_t r
 
 // ---- a warp or a block per row
 
-constexpr int kMostRowThreads = 512, kMostRowWarps = kMostRowThreads / kLanes;
+template <class T>
+constexpr int kMostRowThreads = sizeof(T) == 8 ? 256 : 512;  // float64 takes more registers
 
 // As many neighbours as make 16 bytes of the wider of both types.
 template <class T, class G>
@@ -299,10 +324,10 @@ __device__ __forceinline__ int64_t head_of(const T* x, int64_t classes) {
 
 // threads: of a row, one warp of several in the block or all of the block. cached: shared memory has room for the row.
 template <class T, class G, bool kWords>
-__global__ void __launch_bounds__(kMostRowThreads) cross_entropy_rows(const RowsWork<T, G> w, int threads, bool cached) {
+__global__ void __launch_bounds__(kMostRowThreads<T>) cross_entropy_rows(const RowsWork<T, G> w, int threads, bool cached) {
   using A = typename RowsWork<T, G>::A;
   constexpr int kSize = Word<T>::kSize, kUnit = Unit<T, G>::kSize;
-  __shared__ RunningSoftmax<A> of_warp[kMostRowWarps];
+  __shared__ RunningSoftmax<A> of_warp[kMostRowThreads<T> / kLanes];
   const int lane = int(threadIdx.x) % threads, warp = int(threadIdx.x) / kLanes, in_block = int(blockDim.x) / threads;
   const int64_t k = w.classes, cache_words = (k + kSize - 1) / kSize;
   T* cache = reinterpret_cast<T*>(dynamic_shared + (cached ? int(threadIdx.x) / threads * cache_words : 0));
@@ -339,15 +364,11 @@ __global__ void __launch_bounds__(kMostRowThreads) cross_entropy_rows(const Rows
     RunningSoftmax<A> s = RunningSoftmax<A>::none();
     A edge_logit = 0, target_logit = target >= 0 ? A(load_float(x[target * w.logits_stride.cls])) : A(0);
     if (kWords) {
-      const auto spread = [&](A v) { s.dot += w.base * (v - s.origin); };
       if (has_edge) {
         edge_logit = load_float(x[edge]);
         s.raise(edge_logit);
         s.add(edge_logit);
-        if (w.base != A(0)) {
-          spread(edge_logit);
-          s.mass += w.base;
-        }
+        if (w.base != A(0)) s.add_target(edge_logit, w.base);
       }
       for (int64_t i = lane; i < words; i += threads) {
         const uint4 bits = *reinterpret_cast<const uint4*>(x + head + i * kSize);
@@ -360,12 +381,16 @@ __global__ void __launch_bounds__(kMostRowThreads) cross_entropy_rows(const Rows
           largest = larger(largest, v[j]);
         }
         s.raise(largest);
+        A parts = 0;
 #pragma unroll
-        for (int j = 0; j < kSize; ++j) s.add(v[j]);
+        for (int j = 0; j < kSize; ++j) parts += s.part_of(v[j]);
+        s.others.add_smaller(parts);
         if (w.base != A(0)) {
+          A spread = 0;
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) spread(v[j]);
-          s.mass += w.base * A(kSize);
+          for (int j = 0; j < kSize; ++j) spread += v[j] - s.origin;
+          s.dot.add_smaller(w.base * spread);
+          s.mass.add_smaller(w.base * A(kSize));
         }
       }
     } else {
@@ -523,19 +548,7 @@ __global__ void __launch_bounds__(kTileThreads) cross_entropy_tiles(const RowsWo
   }
 }
 
-// ---- sums over rows, in a fixed order, by pairs of numbers whose sum has twice the precision (Knuth 1969)
-
-template <class A>
-struct Pair {
-  A high, low;
-
-  __device__ __forceinline__ void add(A x, A x_low = A(0)) {
-    const A sum = high + x, part = sum - high;
-    low += (high - (sum - part)) + (x - part) + x_low;
-    high = sum;
-  }
-  __device__ __forceinline__ A value() const { return low == low ? high + low : high; }  // inf - inf is no correction
-};
+// ---- sums over rows, in a fixed order
 
 enum Sum { kCount, kWeights, kLosses };
 
@@ -581,12 +594,12 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const SumWork<A> w, int blo
     if (int(threadIdx.x) < blocks) sum = w.partial[threadIdx.x];
   } else {
     for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < w.rows; row += int64_t(gridDim.x) * kThreads)
-      sum.add(w.template term<kSum>(row));
+      sum.add({w.template term<kSum>(row), A(0)});
   }
   const auto add_lanes = [&] {
 #pragma unroll
     for (int step = kLanes / 2; step; step /= 2)
-      sum.add(__shfl_xor_sync(kAllLanes, sum.high, step), __shfl_xor_sync(kAllLanes, sum.low, step));
+      sum.add({__shfl_xor_sync(kAllLanes, sum.high, step), __shfl_xor_sync(kAllLanes, sum.low, step)});
   };
   add_lanes();
   if (threadIdx.x % kLanes == 0) of_warp[threadIdx.x / kLanes] = sum;
@@ -659,7 +672,7 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
                                     (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
   const bool words = !w.general && x.cls == 1 && in_phase;
   const int64_t work = words ? k / kSize : k / 4;  // a lane has about 4 to 16 words
-  const int threads = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : 512;
+  const int threads = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : kMostRowThreads<T>;
   const int in_block = threads == kLanes ? 4 : 1;
   const size_t room = size_t(in_block) * size_t((k + kSize - 1) / kSize) * 16;
   const size_t reserved = 2048;  // of_warp, and what the driver takes
