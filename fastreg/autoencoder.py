@@ -120,10 +120,10 @@ def pretrain_autoencoder(
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         if not isinstance(module, torch.nn.Module) and not (module is None and name == "decoder"):
             raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(module).__name__}")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    for name, value, least in (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", seed, -math.inf)):
+        if (not isinstance(value, numbers.Integral) or isinstance(value, bool)) and (name, value) != ("seed", None):
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-        check_number(op, name, value, 1)
+        check_number(op, name, value or 0, least)
     check_number(op, "corruption", corruption, 0, 1)
     if generator is not None and seed is not None:
         raise ValueError(f"{op}: give generator or seed, not both")
@@ -146,7 +146,7 @@ def pretrain_autoencoder(
                 reconstruction = decoder(encoder(dropout(x, corruption)))
                 if reconstruction.numel() != x.numel():
                     raise ValueError(
-                        f"{op}: the reconstruction must have as many elements as x {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
+                        f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
                     )
                 value = loss(reconstruction.reshape(len(x), -1), x.reshape(len(x), -1))
                 steps.zero_grad()
