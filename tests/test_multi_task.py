@@ -34,7 +34,9 @@ def with_log_variances(total, values):
     "tasks", [{"a": "regression"}, {"a": "classification", "b": 0.3, "c": "regression"}, {"a": 2, "b": 0}, {"b": "regression"}]
 )
 def test_the_total_and_its_gradients(tasks, dtype, bounded):
-    total = with_log_variances(fr.MultiTaskLoss(tasks, bounded=bounded), torch.randn(sum(isinstance(f, str) for f in tasks.values())))
+    total = with_log_variances(
+        fr.MultiTaskLoss(tasks, bounded=bounded), torch.randn(sum(isinstance(f, str) for f in tasks.values()))
+    )
     losses = {name: torch.rand((), dtype=torch.float64).mul(3).to(dtype).requires_grad_() for name in tasks}
     s = {name: p.item() for name, p in zip((n for n, f in tasks.items() if isinstance(f, str)), total.parameters(), strict=True)}
     want = sum(term(form, bounded, losses[name].item(), s.get(name)) for name, form in tasks.items())
@@ -60,7 +62,9 @@ def test_a_sequence_is_a_dict_in_order():
     for total in (by_place, by_name):
         with_log_variances(total, [0.3, -0.6])
     a, b, c = losses
-    assert torch.equal(by_place(losses), by_name({"c": c, "a": a, "b": b})) and torch.equal(by_place(losses), by_place(list(losses)))
+    assert torch.equal(by_place(losses), by_name({"c": c, "a": a, "b": b})) and torch.equal(
+        by_place(losses), by_place(list(losses))
+    )
     assert by_place.weights() == list(by_name.weights().values())
     assert list(by_place.state_dict()) == ["log_variance_0", "log_variance_2"]
 
@@ -123,7 +127,9 @@ def test_penalty_groups_do_not_decay_the_variances():
     with_log_variances(model["total"], [3.0])
     torch.testing.assert_close(fr.optim.penalty(groups), fr.optim.penalty(model["net"].weight, l1=0.1, l2=0.2))
     optimizer = fr.optim.SGD(groups, lr=1.0)
-    model["total"]({"a": torch.tensor(math.exp(3.0)), "b": torch.tensor(1.0)}).backward()  # at the optimum: only a decay would move it
+    model["total"](
+        {"a": torch.tensor(math.exp(3.0)), "b": torch.tensor(1.0)}
+    ).backward()  # at the optimum: only a decay would move it
     optimizer.step()
     assert model["total"].log_variance_a.item() == pytest.approx(3.0, abs=1e-6)
 
