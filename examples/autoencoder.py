@@ -1,4 +1,4 @@
-"""A representation from 2,000 unlabelled digits, then a classifier on 100 labelled ones, against the same without the first part."""
+"""A representation from 2,000 unlabelled digits, then a classifier on 100 labelled ones, against the 100 alone."""
 
 import torch
 from torch import nn

@@ -1,6 +1,7 @@
 """Pretraining against a loop and a decoder written by hand, and against principal components."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ INF, NAN = math.inf, math.nan
 
 
 def encoder_of(*widths):
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.Tanh())]
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
     return nn.Sequential(*layers)
 
 
