@@ -113,7 +113,8 @@ def _join(group):
     for module, leaf in group:
         for other in _groups(module):
             if _has(other, module, leaf):
-                whole += [place for place in other if not _has(whole, *place)]
+                held = module._parameters[leaf]
+                whole += [place for place in other if _tensors([place])[0] is held and not _has(whole, *place)]
     _tie(whole, group[0][0]._parameters[group[0][1]])
     for module in {id(module): module for module, _ in whole}.values():
         rest = [g for g in _groups(module) if not any(_has(whole, *place) for place in g)]

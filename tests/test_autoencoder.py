@@ -280,6 +280,11 @@ def test_errors_say_what_was_expected(error, words, arguments):
     assert same(encoder, before)
 
 
+def test_lazy_layers():
+    with pytest.raises(ValueError, match="a lazy layer has no shape yet; run encoder"):
+        fr.pretrain_autoencoder(nn.LazyLinear(2), X)
+
+
 def test_nothing_to_train():
     encoder = nn.Sequential(nn.Linear(4, 2)).requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):

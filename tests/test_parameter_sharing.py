@@ -115,6 +115,16 @@ def test_three_at_once_and_one_after_the_other():
     assert e.weight is f.weight is g.weight
 
 
+def test_a_place_that_has_left_does_not_come_along():
+    a, b, c = (nn.Linear(3, 3) for _ in range(3))
+    fr.share_parameters(a, b)
+    b.weight = nn.Parameter(torch.zeros(3, 3))
+    fr.share_parameters(b, c)
+    assert b.weight is c.weight and a.weight is not b.weight and a.bias is b.bias is c.bias
+    a.load_state_dict(nn.Linear(3, 3).state_dict(), assign=True)
+    assert b.weight is c.weight and not b.weight.any() and a.bias is b.bias is c.bias
+
+
 def test_already_tied_by_hand_is_kept_tied():
     model = Net()
     model.head.weight = model.embed.weight
