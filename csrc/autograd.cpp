@@ -488,6 +488,12 @@ PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
+// (seed, offset) -> the seed that they stand for
+PyObject* mix(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const uint64_t seed = PyLong_AsUnsignedLongLong(args[0]), offset = PyLong_AsUnsignedLongLong(args[1]);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(int64_t(mix_seed(seed, offset)));
+}
+
 // Counts are checked here once, so that the functions may read their arguments.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -500,7 +506,11 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"), method<cross_entropy, 12>("cross_entropy"), method<sgd, 2>("sgd"), {}};
+PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"),
+                         method<cross_entropy, 12>("cross_entropy"),
+                         method<sgd, 2>("sgd"),
+                         method<mix, 2>("mix_seed"),
+                         {}};
 
 }  // namespace
 }  // namespace fastreg
