@@ -5,6 +5,8 @@ and the residual once and writes y and one bit per element. Dropout: Srivastava 
 2019, Megatron-LM.
 """
 
+import functools
+
 import torch
 from torch.compiler import is_compiling
 
@@ -61,6 +63,10 @@ def _traced(input, residual, bias, p, seed):
 define_composite("dropout_add_traced(Tensor input, Tensor residual, Tensor? bias, float p, Tensor seed) -> Tensor", _traced)
 
 
+def _autocasts(device):
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _check_together(op, input, residual, bias):
     """Raise unless the tensors fit."""
     if residual.shape != input.shape:
@@ -114,12 +120,10 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
     check_tensor(op, "residual", residual)
     if bias is not None:
         check_tensor(op, "bias", bias)
-    if torch.is_autocast_enabled(input.device.type):
-        widest = torch.promote_types(input.dtype, residual.dtype)
-        if bias is not None:
-            widest = torch.promote_types(widest, bias.dtype)
-            bias = bias.to(widest)
-        input, residual = input.to(widest), residual.to(widest)
+    dtypes = {t.dtype for t in (input, residual, bias) if t is not None}
+    if len(dtypes) > 1 and _autocasts(input.device.type):
+        widest = functools.reduce(torch.promote_types, dtypes)
+        input, residual, bias = (t if t is None else t.to(widest) for t in (input, residual, bias))
     _check_together(op, input, residual, bias)
     if not training or not input.numel():
         p = 0.0
