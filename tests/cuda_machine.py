@@ -60,7 +60,7 @@ class Layout(ctypes.Structure):
         )
 
 
-def structure(name, fields):
+def structure(name, fields, **more_types):
     """A ctypes structure from lines of "type name, name, ..." ."""
     types = {
         "double": ctypes.c_double,
@@ -70,6 +70,7 @@ def structure(name, fields):
         "bool": ctypes.c_bool,
         "pointer": ctypes.c_void_p,
         "Layout": Layout,
+        **more_types,
     }
     pairs = []
     for line in fields.strip().splitlines():
@@ -140,22 +141,23 @@ class Interpreted:
         self.library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
         self.modules = list(self.runtime.modules)
 
-    def run(self, launcher, arguments, structure, schedule="min-pc", **options):
-        """Call a launcher of csrc, `name(const Arguments&, stream)`, on the machine; gives the reports of its kernels.
+    def run(self, launcher, arguments, structure, **options):
+        """Call a launcher of csrc, `name(const Arguments&, stream)`; `arguments(machine)` makes the structure."""
+        symbol = f"_ZN7fastreg{len(launcher)}{launcher}ERKNS_{len(structure.__name__)}{structure.__name__}EPv"
+        return self.call(symbol, lambda machine: (ctypes.byref(arguments(machine)),), **options)
 
-        `arguments(machine)` makes the structure and may put buffers on the machine.
-        """
+    def call(self, symbol, arguments, schedule="min-pc", **options):
+        """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine whose memory is
+        empty but for what that puts there. Gives the reports of its kernels, of which none may hold an error."""
         import ptxrun
 
         runtime = self.runtime
         runtime.modules[:], runtime.reports[:], runtime.error = self.modules, [], None
         runtime.device, runtime.options = ptxrun.Device(), {"schedule": schedule, **options}
-        filled = arguments(Machine(runtime.device))
-        symbol = f"_ZN7fastreg{len(launcher)}{launcher}ERKNS_{len(structure.__name__)}{structure.__name__}EPv"
-        error = getattr(self.library, symbol)(ctypes.byref(filled), None)
+        error = getattr(self.library, symbol)(*arguments(Machine(runtime.device)), None)
         if runtime.error:
             raise runtime.error
-        assert error == 0, f"{launcher} gives CUDA error {error}"
+        assert error == 0, f"{symbol} gives CUDA error {error}"
         for report in runtime.reports:
             assert not report.errors(), report
         return list(runtime.reports)
@@ -186,6 +188,8 @@ class Slot:
 
     def _view(self, storage, dtype):
         like, nbytes = self.like, self.like.untyped_storage().nbytes()
+        if not like.numel():
+            return like.to(dtype)
         flat = torch.from_numpy(np.ascontiguousarray(storage).reshape(-1)[:nbytes].copy())
         return flat.view(dtype).as_strided(like.shape, like.stride(), like.storage_offset())
 
