@@ -1,9 +1,10 @@
 // The fast path of autograd: of a small tensor's time most is spent between Python and the kernel, and this is that part in C++.
 // An optimiser's step over many small tensors is such a time too.
 //
-// The formulas are those of the torch.autograd.Functions in fastreg/dropout.py and fastreg/cross_entropy.py, over the same raw
-// operators, and give the same bits. A function here takes the usual case, plain tensors on the CPU and arguments that pass every
-// check, or gives None before it has done anything; the Python code is then the one that knows transforms, subclasses and errors.
+// The formulas are those of the torch.autograd.Functions in fastreg/dropout.py, dropout_add.py and cross_entropy.py, over the
+// same raw operators, and give the same bits. A function here takes the usual case, plain tensors on one device and arguments
+// that pass every check, or gives None before it has done anything; the Python code is then the one that knows transforms,
+// subclasses and errors.
 //
 // The one file that sees torch's C++ headers, which change with each minor version: so is it built and named,
 // fastreg._autograd_<major>_<minor>, and fastreg works without.
@@ -13,6 +14,7 @@
 #include <ATen/core/DistributionsHelper.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -81,6 +83,14 @@ Tensor dropout_apply_op(const Tensor& input, const Tensor& mask, int64_t inner, 
   return call(op, input, mask, c10::SymInt(inner), scale, 0., 0.);
 }
 
+std::tuple<Tensor, Tensor> dropout_add_op(const Tensor& input, const Tensor& residual, const std::optional<Tensor>& bias,
+                                          double p, const Tensor& seed, double scale) {
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, double, const Tensor&, double)>(
+          "fastreg::dropout_add");
+  return call(op, input, residual, bias, p, seed, scale);
+}
+
 struct LossOptions {
   int64_t reduction, ignore_index;
   double label_smoothing;
@@ -142,13 +152,49 @@ struct Dropout : Function<Dropout> {
   }
 };
 
-// What torch.randint(-(2**63), 2**63 - 1, (1,)) gives, from the same generator by the same function of torch.
-Tensor draw_seed() {
+// Nothing is saved where all is kept.
+struct DropoutAdd : Function<DropoutAdd> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual, const std::optional<Tensor>& bias,
+                        double p, const Tensor& seed, double scale) {
+    auto [output, mask] = dropout_add_op(input, residual, bias, p, seed, scale);
+    ctx->saved_data["has_bias"] = bias.has_value();
+    if (p != 0) keep(ctx, mask, 1, scale);
+    return output;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const bool wants_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    Tensor grad_input, grad_bias;
+    if (ctx->needs_input_grad(0) || wants_bias)
+      grad_input = ctx->saved_data.count("form") ? backward_of(ctx, grads[0]) : grads[0];
+    if (wants_bias) grad_bias = grad_input.sum_to_size(grads[0].sizes().slice(size_t(grads[0].dim() - 1)));
+    return {ctx->needs_input_grad(0) ? grad_input : Tensor(), grads[0], grad_bias, {}, {}, {}};
+  }
+};
+
+// splitmix64, as mix_seed in fastreg/_library.py
+uint64_t mix_seed(uint64_t seed, uint64_t offset) {
+  uint64_t z = seed + 0x9E3779B97F4A7C15u * (offset + 1);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// From the default generator of the input's device, into the CPU's memory: what draw_seed in fastreg/_library.py gives. On a CPU
+// that is what torch.randint(-(2**63), 2**63 - 1, (1,)) gives, by the same function of torch.
+Tensor draw_seed(const Tensor& input) {
+  Tensor seed = at::detail::empty_cpu({1}, ScalarType::Long);
+  if (input.is_cuda()) {
+    at::Generator gpu = at::globalContext().defaultGenerator(input.device());
+    const std::lock_guard<std::mutex> lock(gpu.mutex());
+    const uint64_t offset = gpu.get_offset();
+    gpu.set_offset(offset + 4);
+    *seed.mutable_data_ptr<int64_t>() = int64_t(mix_seed(gpu.current_seed(), offset));
+    return seed;
+  }
   static const auto generator = at::detail::getDefaultCPUGenerator();
   auto* const cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
   const at::uniform_int_from_to_distribution<int64_t> draw(std::numeric_limits<uint64_t>::max(),
                                                            std::numeric_limits<int64_t>::min());
-  Tensor seed = at::detail::empty_cpu({1}, ScalarType::Long);
   const std::lock_guard<std::mutex> lock(cpu->mutex_);
   *seed.mutable_data_ptr<int64_t>() = draw(cpu);
   return seed;
@@ -159,7 +205,7 @@ Tensor draw_seed() {
 bool is_plain(const Tensor& t);
 
 // A look at the value: the usual loss.backward() starts with a 1.
-bool is_one(const Tensor& g) { return is_plain(g) && g.numel() == 1 && g.item().toDouble() == 1; }
+bool is_one(const Tensor& g) { return is_plain(g) && g.is_cpu() && g.numel() == 1 && g.item().toDouble() == 1; }
 
 // d (<v, G> + <u, lse>) / d input, wanted too rarely to be written twice: the function of that name in Python.
 Tensor second_order(const Tensor& v, const Tensor& u, const variable_list& saved, AutogradContext* ctx) {
@@ -209,11 +255,30 @@ struct CrossEntropy : Function<CrossEntropy> {
 
 // ---- the usual case
 
-// Dense memory on the CPU and nothing more: no subclass, no wrapper of a transform, no negative or conjugate view.
+// Whether this build has CUDA kernels; they are registered before the first call.
+bool has_cuda() {
+  static const bool has =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastreg::dropout", "").hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return has;
+}
+
+// Dense memory and nothing more: no subclass, no wrapper of a transform, no negative or conjugate view.
 bool is_plain(const Tensor& t) {
-  constexpr c10::DispatchKeySet usual(
+  constexpr c10::DispatchKeySet cpu(
       {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  return t.defined() && usual.has_all(t.key_set());
+  constexpr c10::DispatchKeySet cuda({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCUDA,
+                                      c10::DispatchKey::AutocastCUDA});
+  return t.defined() && (cpu.has_all(t.key_set()) || (cuda.has_all(t.key_set()) && has_cuda()));
+}
+
+// A GPU's seed is its generator's count unless a CUDA graph is being captured, which must draw one when it is replayed.
+bool counts_seed(const Tensor& input) {
+  if (c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice() != input.device()) return false;
+  static PyObject* const capturing = PyObject_GetAttrString(PyImport_AddModule("torch._C"), "_cuda_isCurrentStreamCapturing");
+  PyObject* const answer = capturing ? PyObject_CallNoArgs(capturing) : nullptr;
+  PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer == Py_False;
 }
 
 const Tensor* plain(PyObject* object) {
@@ -277,6 +342,11 @@ PyObject* run(Work work) {
 
 // ---- what Python calls
 
+double inverted_scale(double p) {
+  const uint64_t threshold = dropout_threshold(p);
+  return threshold ? 0x1p32 / double(threshold) : 0;
+}
+
 // (input, p, training, inplace), or further (seed or None, inner, scale, shift, dropped) -> output or None
 PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor* input = plain(args[0]);
@@ -288,8 +358,7 @@ PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!has_kernel(input->scalar_type()) || (inplace && (derive || input->is_inference()))) Py_RETURN_NONE;
   Tensor seed;
   if (count == 4) {
-    const uint64_t threshold = dropout_threshold(p);
-    form.scale = threshold ? 0x1p32 / double(threshold) : 0;
+    form.scale = inverted_scale(p);
   } else {
     if (args[4] != Py_None) {
       const Tensor* given = plain(args[4]);
@@ -299,14 +368,40 @@ PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
     form = {PyLong_AsLongLong(args[5]), PyFloat_AsDouble(args[6]), PyFloat_AsDouble(args[7]), PyFloat_AsDouble(args[8])};
     if (PyErr_Occurred()) return nullptr;
   }
+  if (!seed.defined() && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
   return run([&] {
-    if (!seed.defined()) seed = draw_seed();
+    if (!seed.defined()) seed = draw_seed(*input);
     if (inplace) {
       dropout_inplace_op(*input, p, seed, form);
       input->unsafeGetTensorImpl()->bump_version();  // a function that saved it must notice
       return *input;
     }
     return derive ? Dropout::apply(*input, p, seed, form) : std::get<0>(dropout_op(*input, p, seed, form));
+  });
+}
+
+// (input, residual, p, bias or None, training) -> output or None
+PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const Tensor *input = plain(args[0]), *residual = plain(args[1]), *given = args[3] == Py_None ? nullptr : plain(args[3]);
+  double p = 0;
+  if (!input || !residual || !number(args[2], 0, 1, &p) || (args[3] != Py_None && !given) || !is_bool(args[4]) ||
+      is_transformed())
+    Py_RETURN_NONE;
+  const ScalarType dtype = input->scalar_type();
+  if (!has_kernel(dtype) || residual->scalar_type() != dtype || residual->sizes() != input->sizes()) Py_RETURN_NONE;
+  if (given && (given->scalar_type() != dtype || given->dim() != 1 || input->dim() == 0 || given->size(0) != input->size(-1) ||
+                !given->is_contiguous()))
+    Py_RETURN_NONE;
+  if (args[4] == Py_False || input->numel() == 0) p = 0;
+  if (p != 0 && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
+  return run([&] {
+    if (p == 0 && !given) return at::add(*input, *residual);
+    const std::optional<Tensor> bias = given ? std::optional<Tensor>(*given) : std::nullopt;
+    const Tensor seed = p == 0 ? at::zeros({1}, ScalarType::Long) : draw_seed(*input);
+    const double scale = inverted_scale(p);
+    if (wants_grad(*input) || wants_grad(*residual) || (given && wants_grad(*given)))
+      return DropoutAdd::apply(*input, *residual, bias, p, seed, scale);
+    return std::get<0>(dropout_add_op(*input, *residual, bias, p, seed, scale));
   });
 }
 
@@ -350,7 +445,7 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!THPDtype_Check(args[11])) Py_RETURN_NONE;
     o.loss_dtype = reinterpret_cast<THPDtype*>(args[11])->scalar_type;
     if (*o.loss_dtype != dtype && *o.loss_dtype != ScalarType::Float && *o.loss_dtype != ScalarType::Double) Py_RETURN_NONE;
-  } else if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(at::kCPU)) {
+  } else if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(input->device().type())) {
     o.loss_dtype = ScalarType::Float;
   }
   return run([&] {
@@ -360,10 +455,10 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// A tensor that fills its memory without gaps, so that elementwise work may take it for flat.
+// A tensor on the CPU that fills its memory without gaps, so that elementwise work may take it for flat.
 const Tensor* flat(PyObject* object) {
   const Tensor* t = plain(object);
-  return t && has_kernel(t->scalar_type()) && t->is_non_overlapping_and_dense() ? t : nullptr;
+  return t && t->is_cpu() && has_kernel(t->scalar_type()) && t->is_non_overlapping_and_dense() ? t : nullptr;
 }
 
 bool same_form(const Tensor& a, const Tensor& b) {
@@ -449,6 +544,12 @@ PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
+// (seed, offset) -> the seed that they stand for
+PyObject* mix(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const uint64_t seed = PyLong_AsUnsignedLongLong(args[0]), offset = PyLong_AsUnsignedLongLong(args[1]);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(int64_t(mix_seed(seed, offset)));
+}
+
 // Counts are checked here once, so that the functions may read their arguments.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -461,7 +562,12 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"), method<cross_entropy, 12>("cross_entropy"), method<sgd, 2>("sgd"), {}};
+PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"),
+                         method<dropout_add, 5>("dropout_add"),
+                         method<cross_entropy, 12>("cross_entropy"),
+                         method<sgd, 2>("sgd"),
+                         method<mix, 2>("mix_seed"),
+                         {}};
 
 }  // namespace
 }  // namespace fastreg

@@ -1,6 +1,7 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
 from . import _library, nn, optim
+from .autoencoder import TiedDecoder, pretrain_autoencoder
 from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
@@ -14,13 +15,19 @@ from .dropout import (
     pack_mask,
     unpack_mask,
 )
+from .dropout_add import dropout_add
 from .early_stopping import EarlyStopping, retrain
 from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
 from .linear_cross_entropy import linear_cross_entropy
+from .multi_task import MultiTaskLoss
+from .parameter_sharing import share_parameters, unshare_parameters
 from .patch import convert, patch, patched, unpatch
+from .pseudo_label import pseudo_label_loss
 
 __all__ = [
     "EarlyStopping",
+    "MultiTaskLoss",
+    "TiedDecoder",
     "adversarial_loss",
     "alpha_dropout",
     "convert",
@@ -30,6 +37,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
     "dropout_with_mask",
     "feature_alpha_dropout",
     "fgsm",
@@ -41,9 +49,13 @@ __all__ = [
     "patch",
     "patched",
     "pgd",
+    "pretrain_autoencoder",
+    "pseudo_label_loss",
     "retrain",
+    "share_parameters",
     "unpack_mask",
     "unpatch",
+    "unshare_parameters",
 ]
 
 _C = _library.load_kernels()

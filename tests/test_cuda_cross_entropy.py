@@ -82,7 +82,8 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
             args, number, zero, dtype_number(loss_dtype), at["loss"], at["lse"], at.get("scratch")
         )
 
-    reports = interpreted("cross_entropy", debug).run("cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, **options)
+    kernels = interpreted("cross_entropy", debug=True) if debug else interpreted("cross_entropy")
+    reports = kernels.run("cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, **options)
     grad = slots["grad"].result() if with_grad else None
     return slots["loss"].result(), grad, slots["lse"].result(), reports
 

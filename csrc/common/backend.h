@@ -4,15 +4,17 @@
 #pragma once
 #if defined(FASTREG_CUDA) && !defined(FASTREG_CUDAHOST)
 #define USE_CUDA 1
-#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "cuda_error.h"
 #endif
 
 #include <stdexcept>
 #include <string>
 
 #include "check.h"
+#include "philox.h"
 
 #ifndef FASTREG_CUDA
 #define FR_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m)
@@ -24,12 +26,15 @@
 
 namespace fastreg {
 
-// Where the one int64 of a seed tensor lies, in the memory of the device: on a GPU a look at it from here would wait for the GPU.
-inline const uint64_t* seed_of(const char* op, const Tensor& seed, const Tensor& input) {
+// The one int64 of a seed tensor. On a GPU it is left to the kernel to read, for this would wait for the GPU; a seed that lies on
+// the CPU is read now.
+inline Seed seed_of(const char* op, const Tensor& seed, const Tensor& input) {
   check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ", seed.scalar_type(),
         " of shape ", shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
+  const auto* at = static_cast<const uint64_t*>(seed.const_data_ptr());
+  if (seed.is_cpu()) return {*at, nullptr};
   check_device(op, "seed", seed, "input", input);
-  return static_cast<const uint64_t*>(seed.const_data_ptr());
+  return {0, at};
 }
 
 #ifdef FASTREG_CUDA
@@ -43,14 +48,7 @@ void on_stream(const char* op, const Tensor& like, F launch) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   const auto error = static_cast<cudaError_t>(launch(stream));
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
-    throw std::runtime_error(std::string(op) +
-                             ": fastreg was not built for this GPU; see `fastreg doctor`, and rebuild it with " +
-                             "FASTREG_CUDA_ARCHS naming the GPU's architecture");
-  if (error == cudaErrorInsufficientDriver)
-    throw std::runtime_error(std::string(op) + ": the NVIDIA driver is older than the CUDA that fastreg was built with; " +
-                             "update the driver, or rebuild fastreg with an older CUDA");
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(launch_error(op, error));
 #endif
 }
 #endif
