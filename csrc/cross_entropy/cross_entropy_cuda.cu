@@ -272,9 +272,10 @@ __device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, in
     store_as(w.loss, w.loss_dtype, row, loss);
     if (w.lse) w.lse[row] = lse;
   }
-  // 1 - p of the target: its last bits would be lost in a p of nearly 1.
-  const A e = exponential(shifted), missing = (others + (A(1) - e)) / sum;
-  return {s.top, (q_sum + z_slope) * factor / sum, factor, factor * ((q_rest - q_sum * missing) + z_slope * (e / sum))};
+  // At the target q_sum * p - q, whose last bits would be lost in a p of nearly 1.
+  const A e = exponential(shifted), p = e / sum, missing = (others + (A(1) - e)) / sum;
+  const A at_target = p < A(0.5) ? q_sum * p - q_target : q_rest - q_sum * missing;
+  return {s.top, (q_sum + z_slope) * factor / sum, factor, factor * (at_target + z_slope * p)};
 }
 
 template <class T, class G>
@@ -388,8 +389,8 @@ __global__ void __launch_bounds__(kMostRowThreads<T>) cross_entropy_rows(const R
         if (w.base != A(0)) {
           A spread = 0;
 #pragma unroll
-          for (int j = 0; j < kSize; ++j) spread += v[j] - s.origin;
-          s.dot.add_smaller(w.base * spread);
+          for (int j = 0; j < kSize; ++j) spread = multiply_add(w.base, v[j] - s.origin, spread);
+          s.dot.add_smaller(spread);
           s.mass.add_smaller(w.base * A(kSize));
         }
       }
