@@ -117,6 +117,47 @@ def fgsm(cuda):
                 same(cuda.pgd_step(x, grad, *args), CPU.pgd_step(x, grad, *args), (dtype, shape, upper))
 
 
+def close(ours, theirs, what):
+    """Sums in another order: equal to a few units of float32's last place, of what is summed, and to a rounding of the type."""
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.stride() == theirs.stride(), what
+    tolerance = 1e-12 if ours.dtype == torch.float64 else 2e-6 + torch.finfo(ours.dtype).eps
+    assert torch.allclose(ours.double(), theirs.double(), rtol=tolerance, atol=tolerance / 4, equal_nan=True), what
+
+
+def cross_entropy(cuda):
+    shapes = ((0, 5), (9, 1), (33, 7), (5, 70), (2, 1030), (0, 5, 3), (2, 6, 40), (1, 300, 33), (2, 40, 5))
+    options = ((0.0, False, 0.0), (0.1, False, 1e-3), (0.2, True, 0.0))
+    for (dtype, shape), (eps, others, z_loss) in itertools.product(itertools.product(DTYPES, shapes), options):
+        if others and shape[1] == 1:
+            continue
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        generator = torch.Generator().manual_seed(1)
+        clean = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        rows = (shape[0], *shape[2:])
+        target = torch.randint(shape[1], rows, generator=generator)
+        target[torch.rand(rows, generator=generator) < 0.2] = -100
+        soft = torch.rand(shape, generator=generator).softmax(1)
+        weight = torch.rand(shape[1], generator=generator, dtype=wide)
+        what = (dtype, shape, eps, others)
+        for x in (clean,) if clean.dim() > 2 else views(clean):
+            for reduction, w, t in ((1, None, target), (0, weight, target), (2, None, soft.bfloat16()), (1, weight, soft)):
+                args = (x, t, w, reduction, -100, eps, others, z_loss, False, torch.float32, True)
+                for ours, theirs in zip(cuda.cross_entropy(*args), CPU.cross_entropy(*args), strict=True):
+                    close(ours, theirs, (*what, reduction))
+        close(cuda.cross_entropy(x, target)[0], CPU.cross_entropy(x, target)[0], what)
+        if clean.dim() == 2:
+            factor = torch.rand(shape[0], generator=generator, dtype=wide)
+            ours, theirs = clean.clone(), clean.clone()
+            args = (target, factor, weight, -100, eps, others, z_loss)
+            close(cuda.cross_entropy_(ours, *args), CPU.cross_entropy_(theirs, *args), what)
+            close(ours, theirs, (*what, "in place"))
+    for dtype, factor in itertools.product(DTYPES, (torch.tensor(1.0), torch.tensor([[0.5]], dtype=torch.float16))):
+        for x in list(views(numbers((7, 37), dtype)))[:3]:  # without gaps
+            expected = x * factor.to(dtype).reshape(())
+            cuda.cross_entropy_scale_(x, factor)
+            same(x, expected, (dtype, factor))
+
+
 def main(library, cases):
     keep, cuda = load(library)
     for case in cases.split(","):

@@ -9,11 +9,11 @@ import pytest
 from cuda_machine import hosted_library, needs_cudacheck, sanitizers
 
 pytestmark = needs_cudacheck
-OPS = ("dropout", "sgd", "fgsm")
+OPS = ("dropout", "sgd", "cross_entropy", "fgsm")
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
-@pytest.mark.parametrize("op", ("dropout", "dropout_add", "sgd", "fgsm"))
+@pytest.mark.parametrize("op", ("dropout", "dropout_add", "sgd", "cross_entropy", "fgsm"))
 def test_the_results_of_the_cpu_and_no_fault(op, order):
     """`order`: in which the threads of a block go on, where a missing barrier would show."""
     result = subprocess.run(
