@@ -10,8 +10,8 @@
 // far below the top).
 //
 // Three ways to share rows out:
-//   words     classes contiguous: a warp or a block per row, 16 bytes per lane, whatever the alignment of the row
-//   elements  the same for all the rest: class weights with smoothing, probabilities, any strides; an element per lane
+//   words     classes contiguous: a warp or a block per row, 16 bytes per lane, however the row is aligned
+//   elements  the same with an element per lane: class weights with smoothing, probabilities, any strides, float64
 //   tiles     few classes, or rows side by side as the pixels of (N, C, H, W): a thread per row; a block brings its rows into
 //             shared memory word by word and takes the gradient back
 // Every sum has a fixed order: the same input gives the same bits.
@@ -36,8 +36,18 @@ __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); 
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
+// 1 / x for x >= 1. A division of float64, as there is one in log1p, is a call, around which registers are spilled.
+__device__ __forceinline__ float reciprocal(float x) { return 1.f / x; }
+__device__ __forceinline__ double reciprocal(double x) {
+  double r = double(1.f / float(x));
+  for (int step = 0; step < 2; ++step) r = multiply_add(r, multiply_add(-x, r, 1.), r);
+  return r;
+}
 __device__ __forceinline__ float log_of_one_plus(float x) { return log1pf(x); }
-__device__ __forceinline__ double log_of_one_plus(double x) { return log1p(x); }
+__device__ __forceinline__ double log_of_one_plus(double x) {
+  const double sum = 1. + x;
+  return log(sum) + (x - (sum - 1.)) * reciprocal(sum);  // and what of x was lost in the sum
+}
 
 template <class A>
 __device__ __forceinline__ A load_as(const void* p, DType dtype, int64_t i) {
@@ -273,9 +283,9 @@ __device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, in
     if (w.lse) w.lse[row] = lse;
   }
   // At the target q_sum * p - q, whose last bits would be lost in a p of nearly 1.
-  const A e = exponential(shifted), p = e / sum, missing = (others + (A(1) - e)) / sum;
+  const A e = exponential(shifted), share = reciprocal(sum), p = e * share, missing = (others + (A(1) - e)) * share;
   const A at_target = p < A(0.5) ? q_sum * p - q_target : q_rest - q_sum * missing;
-  return {s.top, (q_sum + z_slope) * factor / sum, factor, factor * (at_target + z_slope * p)};
+  return {s.top, (q_sum + z_slope) * factor * share, factor, factor * (at_target + z_slope * p)};
 }
 
 template <class T, class G>
@@ -483,6 +493,43 @@ __device__ __forceinline__ void move_tile(T* global, int64_t global_stride, T* t
   }
 }
 
+// The row of one thread, from class `begin` round to it: logit(c) reads, put(c, value) writes its gradient.
+template <bool kPlain, class T, class G, class Index, class Logit, class Put>
+__device__ __forceinline__ void whole_row(const RowsWork<T, G>& w, int64_t row, Index begin, const Logit& logit, const Put& put) {
+  using A = typename RowsWork<T, G>::A;
+  const Index k = Index(w.classes);
+  const int64_t target = target_of(w, row);
+  const auto for_each_class = [&](auto f) {
+    Index c = begin;
+    for (Index i = 0; i < k; ++i) {
+      f(c);
+      c = c + 1 < k ? c + 1 : 0;
+    }
+  };
+  if (target == kIgnored) {
+    write_ignored(w, row);
+    if (w.grad) for_each_class([&](Index c) { put(c, A(0)); });
+    return;
+  }
+  const int64_t soft = !kPlain && w.soft ? w.offset(w.soft_stride, row) : 0;
+  const bool sums_dot = w.sums_dot();
+  const auto q_at = [&](Index c) -> A { return !kPlain && w.general ? w.q_at(c, target, soft) : w.base; };
+  RunningSoftmax<A> s = RunningSoftmax<A>::none();
+  for_each_class([&](Index c) {
+    const A x = logit(c);
+    s.raise(x);
+    s.add(x);
+    if (sums_dot) s.add_target(x, q_at(c));
+  });
+  s.close();
+  const RowGradient<A> gradient = finish_row(w, row, target, target >= 0 ? logit(Index(target)) : A(0), s, true);
+  if (!w.grad) return;
+  for_each_class([&](Index c) {
+    const A value = gradient(logit(c), q_at(c));
+    put(c, int64_t(c) == target ? gradient.at_target : value);
+  });
+}
+
 template <class T, class G>
 __global__ void __launch_bounds__(kTileThreads) cross_entropy_tiles(const RowsWork<T, G> w, const Tile tile, int64_t tiles) {
   using A = typename RowsWork<T, G>::A;
@@ -505,41 +552,26 @@ __global__ void __launch_bounds__(kTileThreads) cross_entropy_tiles(const RowsWo
       __syncthreads();
     }
     if (mine < count) {
-      const int64_t row = n * w.positions + first + mine, target = target_of(w, row);
-      const uint32_t at = dense ? mine * uint32_t(k) : mine, step = dense ? 1 : threads;
-      const auto logit = [&](int64_t c) -> A {
-        return staged ? load_float(in[at + uint32_t(c) * step]) : load_float(x[c * w.logits_stride.cls + mine]);
-      };
+      const int64_t row = n * w.positions + first + mine;
+      T* const mine_in = in + (dense ? mine * uint32_t(k) : mine);
+      G* const mine_out = out + (dense ? mine * uint32_t(k) : mine);
+      const uint32_t step = dense ? 1 : threads;
       // In a tile of rows one after another the lanes begin at different classes, and so in different banks.
-      const int64_t begin = dense ? mine % uint32_t(k) : 0;
-      const auto put = [&](int64_t c, A value) {
-        if (staged)
-          store_float(value, out + at + uint32_t(c) * step);
-        else
-          store_float(value, g + c * w.grad_stride.cls + mine);
-      };
-      if (target == kIgnored) {
-        write_ignored(w, row);
-        if (g)
-          for (int64_t c = 0; c < k; ++c) put(c, A(0));
+      const uint32_t begin = dense ? mine % uint32_t(k) : 0;
+      const auto logit = [&](uint32_t c) -> A { return load_float(mine_in[c * step]); };
+      const auto put = [&](uint32_t c, A value) { store_float(value, mine_out + c * step); };
+      if (staged && !w.general) {
+        whole_row<true>(w, row, begin, logit, put);
       } else {
-        const int64_t soft = w.soft ? w.offset(w.soft_stride, row) : 0;
-        const bool sums_dot = w.sums_dot();
-        RunningSoftmax<A> s = RunningSoftmax<A>::none();
-        for (int64_t i = 0, c = begin; i < k; ++i) {
-          const A v = logit(c);
-          s.raise(v);
-          s.add(v);
-          if (sums_dot) s.add_target(v, w.general ? w.q_at(c, target, soft) : w.base);
-          c = c + 1 < k ? c + 1 : 0;
-        }
-        s.close();
-        const RowGradient<A> gradient = finish_row(w, row, target, target >= 0 ? logit(target) : A(0), s, true);
-        for (int64_t i = 0, c = begin; g && i < k; ++i) {
-          const A q = w.general ? w.q_at(c, target, soft) : w.base;
-          put(c, c == target ? gradient.at_target : gradient(logit(c), q));
-          c = c + 1 < k ? c + 1 : 0;
-        }
+        whole_row<false>(
+            w, row, int64_t(begin),
+            [&](int64_t c) -> A { return staged ? logit(uint32_t(c)) : load_float(x[c * w.logits_stride.cls + mine]); },
+            [&](int64_t c, A value) {
+              if (staged)
+                put(uint32_t(c), value);
+              else
+                store_float(value, g + c * w.grad_stride.cls + mine);
+            });
       }
     }
     if (!staged) continue;
@@ -671,14 +703,16 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   const auto phase = [](const void* p, size_t size) { return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase); };
   const bool in_phase = !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
                                     (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
-  const bool words = !w.general && x.cls == 1 && in_phase;
+  constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a lane's one element is as good
+  const bool words = kMayBeWords && !w.general && x.cls == 1 && in_phase;
   const int64_t work = words ? k / kSize : k / 4;  // a lane has about 4 to 16 words
-  const int threads = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : kMostRowThreads<T>;
+  const int wanted = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : 512;
+  const int threads = wanted < kMostRowThreads<T> ? wanted : kMostRowThreads<T>;
   const int in_block = threads == kLanes ? 4 : 1;
   const size_t room = size_t(in_block) * size_t((k + kSize - 1) / kSize) * 16;
   const size_t reserved = 2048;  // of_warp, and what the driver takes
   const bool cached = a.grad && size_t(k) <= most && room + reserved <= most;
-  const auto kernel = words ? cross_entropy_rows<T, G, true> : cross_entropy_rows<T, G, false>;
+  const auto kernel = words ? cross_entropy_rows<T, G, kMayBeWords> : cross_entropy_rows<T, G, false>;
   return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream, w, threads, cached);
 }
 
