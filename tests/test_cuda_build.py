@@ -19,7 +19,18 @@ def resources(op):
     source = CSRC / op / f"{op}_cuda.cu"
 
     def build(path):
-        flags = ["-std=c++17", "-O3", "--fmad=false", "-DNDEBUG", "-Xptxas", "-v", "-arch=sm_80", "-cubin", "-o", path.with_suffix(".cubin")]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "--fmad=false",
+            "-DNDEBUG",
+            "-Xptxas",
+            "-v",
+            "-arch=sm_80",
+            "-cubin",
+            "-o",
+            path.with_suffix(".cubin"),
+        ]
         path.write_text(subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=True).stderr)
 
     text = built(f"{op}-ptxas.txt", sources(op), build).read_text()

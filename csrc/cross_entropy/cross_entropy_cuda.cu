@@ -1,13 +1,14 @@
 // Smoothed cross-entropy on CUDA with its gradient written in the same sweep; formula in cross_entropy_math.h.
 // Bytes per 16-bit logit: reads 2, writes 2, once each, where the row fits in shared memory (227 KiB on an H100, 163 on an A100);
 // a longer row is read twice. float32: 4 for 2; the gradient of float16 is float32. Probabilities as targets are read twice.
-// Per row: 8 of its class index, 4 of lse, 4 of loss; for a mean or sum 4 more, for a mean another 8.
+// Per row: 8 of its class index, 4 of lse, 4 of loss; for a mean or sum another 4, for a mean another 8.
 //
 // Largest logit and sum of exponentials in one sweep, relative to a running reference (Milakov and Gimelshein 2018), which moves
 // only when a logit lies 8 above it: to move it costs a rounding, and a row may have its logits in ascending order. One largest
 // logit stays out of the sum, so that log1p(sum) keeps the last bits of a row in which one class has nearly all the mass. The
-// loss is within 2 ulp of float32 of the exact one (8 where it is small because large parts cancel, as with a z-loss or a target
-// far below the top).
+// loss is within 2 ulp of the exact one where several classes share the mass. Where one has nearly all of it the loss is a small
+// exp(x - top), and the rounding of x - top adds as many ulp as the logits lie apart: none of 16-bit logits, whose differences
+// are exact, 20 of float32 logits 20 apart.
 //
 // Three ways to share rows out:
 //   words     classes contiguous: a warp or a block per row, 16 bytes per lane, however the row is aligned
@@ -701,8 +702,9 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   // Words of the logits must be words of the gradient, in every row.
   constexpr int kPhase = Word<G>::kSize;
   const auto phase = [](const void* p, size_t size) { return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase); };
-  const bool in_phase = !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
-                                    (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
+  const bool in_phase =
+      !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
+                  (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
   constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a lane's one element is as good
   const bool words = kMayBeWords && !w.general && x.cls == 1 && in_phase;
   const int64_t work = words ? k / kSize : k / 4;  // a lane has about 4 to 16 words
@@ -713,7 +715,8 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   const size_t reserved = 2048;  // of_warp, and what the driver takes
   const bool cached = a.grad && size_t(k) <= most && room + reserved <= most;
   const auto kernel = words ? cross_entropy_rows<T, G, kMayBeWords> : cross_entropy_rows<T, G, false>;
-  return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream, w, threads, cached);
+  return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream, w, threads,
+                cached);
 }
 
 template <class T, class G>
