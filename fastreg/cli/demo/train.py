@@ -1,6 +1,6 @@
 """One network, trained with every method twice: in plain PyTorch (`Torch`) and with fastreg (`Fastreg`).
 
-The two classes hold the same six functions. Reading them side by side shows what a user changes in a training
+The two classes hold the same functions. Reading them side by side shows what a user changes in a training
 script to switch; everything below them is common to both. Both start from the same weights, see the same batches
 and train epoch by epoch in turn, so that whatever else the machine is doing slows both alike.
 """
@@ -30,28 +30,22 @@ BINS = 10  # of the reliability diagram
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: which methods are on, and how strongly: enough that its effect shows on the digits."""
+    """One training: which methods are on, and how strongly: enough that its effect shows on the digits."""
 
     key: str
     title: str
+    colour: str = "grey"  # in every picture
     l2: float = 0.0
     l1: float = 0.0
     dropout: float = 0.0  # of the hidden units; 0.4 times as much of the inputs
+    rescale: str = "train"  # "inference": dropout in the textbook form
     smoothing: float = 0.0
+    convention: str = "uniform"  # "others": no smoothing mass on the class itself
     eps: float = 0.0  # of the adversarial examples in the loss
     patience: int = 0
 
 
-RECIPES = (
-    Recipe("none", "No regularisation"),
-    Recipe("l2", "L2 penalty", l2=3e-3),
-    Recipe("l1", "L1 penalty", l1=1e-3),
-    Recipe("dropout", "Dropout", dropout=0.5),
-    Recipe("smoothing", "Label smoothing", smoothing=0.02),
-    Recipe("adversarial", "Adversarial training", eps=EPS),
-    Recipe("early", "Early stopping", patience=8),
-    Recipe("all", "All together", l2=1e-3, l1=3e-4, dropout=0.2, smoothing=0.02, eps=EPS, patience=8),
-)
+PLAIN = Recipe("none", "No regularisation")
 
 
 class Torch:
@@ -60,8 +54,8 @@ class Torch:
     name = "torch"
 
     @staticmethod
-    def dropout(p):
-        return nn.Dropout(p)
+    def dropout(p, rescale="train"):
+        return nn.Dropout(p) if rescale == "train" else TextbookDropout(p)
 
     @staticmethod
     def optimizer(model, recipe):
@@ -79,12 +73,20 @@ class Torch:
                     w.copy_(F.softshrink(w, group["lr"] * group["l1"]))
 
     @staticmethod
+    def smoothed(logits, y, recipe):
+        if recipe.convention == "uniform":
+            return F.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
+        k = logits.shape[1]
+        q = torch.full_like(logits, recipe.smoothing / (k - 1))
+        return F.cross_entropy(logits, q.scatter(1, y[:, None], 1 - recipe.smoothing))
+
+    @staticmethod
     def loss(model, x, y, recipe):
-        clean = F.cross_entropy(model(x), y, label_smoothing=recipe.smoothing)
+        clean = Torch.smoothed(model(x), y, recipe)
         if not recipe.eps:
             return clean
         x_adv = Torch.attack(model, x, y, recipe.eps, recipe.smoothing)
-        return 0.5 * clean + 0.5 * F.cross_entropy(model(x_adv), y, label_smoothing=recipe.smoothing)
+        return 0.5 * clean + 0.5 * Torch.smoothed(model(x_adv), y, recipe)
 
     @staticmethod
     def attack(model, x, y, eps, smoothing=0.0):
@@ -108,14 +110,25 @@ class Torch:
             self.model.load_state_dict(self.state)
 
 
+class TextbookDropout(nn.Module):
+    """Training zeroes, evaluation scales."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x * (torch.rand_like(x) >= self.p) if self.training else x * (1 - self.p)
+
+
 class Fastreg:
     """The same methods with fastreg."""
 
     name = "fastreg"
 
     @staticmethod
-    def dropout(p):
-        return fr.nn.Dropout(p)
+    def dropout(p, rescale="train"):
+        return fr.nn.Dropout(p, rescale=rescale)
 
     @staticmethod
     def optimizer(model, recipe):
@@ -127,9 +140,13 @@ class Fastreg:
         optimizer.step()
 
     @staticmethod
+    def smoothed(logits, y, recipe):
+        return fr.cross_entropy(logits, y, label_smoothing=recipe.smoothing, smoothing=recipe.convention)
+
+    @staticmethod
     def loss(model, x, y, recipe):
         def loss(logits, y):
-            return fr.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
+            return Fastreg.smoothed(logits, y, recipe)
 
         if not recipe.eps:
             return loss(model(x), y)
@@ -162,7 +179,7 @@ def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
     """A perceptron with two hidden layers. A layer that drops nothing is left out, weights keep their names."""
 
     def dropout(p):
-        return side.dropout(p) if p else nn.Identity()
+        return side.dropout(p, recipe.rescale) if p else nn.Identity()
 
     first, second = HIDDEN
     return nn.Sequential(
@@ -191,9 +208,7 @@ class Run:
     epoch_ms: list[float] = field(default_factory=list)
     stop_epoch: int | None = None  # the epochs count from 0 here and from 1 in the report
     best_epoch: int | None = None
-    confidence: torch.Tensor | None = None  # of every test image
-    correct: torch.Tensor | None = None
-    measured: dict[str, float] = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.optimizer = self.side.optimizer(self.model, self.recipe)
@@ -233,7 +248,7 @@ class Run:
         parts = {part: self._evaluate(part) for part in ("train", "validation", "test")}
         probabilities = parts["test"][0]
         confidence, predicted = probabilities.max(1)
-        self.confidence, self.correct = confidence, predicted == self.data.y_test
+        correct = predicted == self.data.y_test
         attacked = self.side.attack(self.model, self.data.x_test, self.data.y_test, EPS)
         with torch.no_grad():
             robust = (self.model(attacked).argmax(1) == self.data.y_test).double().mean().item()
@@ -245,10 +260,25 @@ class Run:
             "gap_error": parts["test"][1] - parts["train"][1],
             "gap_loss": parts["test"][2] - parts["train"][2],
             "zero_weights": 100 * (weights == 0).double().mean().item(),
+            "weight_size": weights[weights != 0].abs().double().mean().item(),
             "attacked_accuracy": 100 * robust,
             "confidence": 100 * confidence.double().mean().item(),
-            "calibration_error": calibration(confidence, self.correct)["error"],
+            "calibration_error": calibration(confidence, correct)["error"],
+            "reliability": calibration(confidence, correct)["bins"],
             "epoch_ms": statistics.median(self.epoch_ms),
+        }
+
+    def record(self) -> dict:
+        """What `results.json` holds of this training."""
+        return {
+            "variant": self.recipe.key,
+            "side": self.side.name,
+            "seed": self.seed,
+            **self.measured,
+            "best_epoch": None if self.best_epoch is None else self.best_epoch + 1,
+            "stop_epoch": None if self.stop_epoch is None else self.stop_epoch + 1,
+            "epochs_ms": self.epoch_ms,
+            "curves": self.curves,
         }
 
     @torch.no_grad()
@@ -277,6 +307,11 @@ def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> dict:
     return {"error": 100 * error, "bins": bins}
 
 
+def batch_size(examples: int) -> int:
+    """Few examples: still several steps, but no gradient of one image."""
+    return min(BATCH, max(16, examples // 10))
+
+
 def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:
     """Train `recipe` on both sides, yielding the two runs after every epoch (for the progress bar) and finished
     at the end. The order of the two alternates, so that neither always finds the caches warm."""
@@ -288,7 +323,7 @@ def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[R
         model.load_state_dict(start)
         runs.append(Run(side, recipe, seed, data, model))
     examples = len(data.x_train)
-    batch = min(BATCH, max(16, examples // 10))  # few examples: still several steps, but no gradient of one image
+    batch = batch_size(examples)
     shuffle = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         batches = torch.randperm(examples, generator=shuffle).split(batch)
