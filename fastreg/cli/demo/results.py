@@ -26,6 +26,7 @@ MEASURES = {  # key: (name, unit, digits)
     "zero_weights": ("zero weights", "%", 1),
     "weight_size": ("size of the others", "", 3),
     "attacked_accuracy": ("accuracy under FGSM", "%", 1),
+    "robust_accuracy": ("accuracy under PGD", "%", 1),
     "confidence": ("mean confidence", "%", 1),
     "calibration_error": ("calibration error", "%", 1),
     "epoch_ms": ("time per epoch", "ms", 1),
@@ -49,6 +50,15 @@ class Results:
     records: list[dict] = field(default_factory=list)
     runs: dict[str, Any] = field(default_factory=dict)  # variant: fastreg's training of the first seed
     kept: dict[str, Any] = field(default_factory=dict)  # what sections keep for their pictures, by section
+
+    def add(self, record: dict) -> None:
+        """A new record, or further numbers of a network that has one."""
+        key = ("variant", "side", "seed")
+        for old in self.records:
+            if all(old[k] == record[k] for k in key):
+                old.update(record)
+                return
+        self.records.append(record)
 
     def of(self, variant: str, side: str = "fastreg") -> list[dict]:
         """The records of a variant, one per seed."""

@@ -6,7 +6,6 @@ and train epoch by epoch in turn, so that whatever else the machine is doing slo
 """
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -234,9 +233,8 @@ class Run:
             self.side.step(self.optimizer)
         self.epoch_ms.append(1e3 * (time.perf_counter() - start))
         for part in ("train", "validation"):
-            _, error, entropy = self._evaluate(part)
-            self.curves.setdefault(f"{part}_error", []).append(error)
-            self.curves.setdefault(f"{part}_loss", []).append(entropy)
+            for key, value in evaluate(self.model, data, part).items():
+                self.curves.setdefault(key, []).append(value)
         if self.stopper is not None and self.stopper.step(self.curves["validation_error"][-1]):
             self.stop_epoch = len(self.epoch_ms) - 1
 
@@ -245,28 +243,29 @@ class Run:
         if self.stopper is not None:
             self.stopper.restore()
             self.best_epoch = self.stopper.best_epoch
-        parts = {part: self._evaluate(part) for part in ("train", "validation", "test")}
-        probabilities = parts["test"][0]
-        confidence, predicted = probabilities.max(1)
-        correct = predicted == self.data.y_test
-        attacked = self.side.attack(self.model, self.data.x_test, self.data.y_test, EPS)
+        measured = self.measured
+        for part in ("train", "validation", "test"):
+            measured |= evaluate(self.model, self.data, part)
         with torch.no_grad():
-            robust = (self.model(attacked).argmax(1) == self.data.y_test).double().mean().item()
+            logits = self.model(self.data.x_test)
         weights = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.ndim > 1])
-        self.optimizer = self.stopper = None  # the run is kept for the pictures, these would only hold memory
-        for part, (_, error, entropy) in parts.items():
-            self.measured |= {f"{part}_error": error, f"{part}_loss": entropy}
-        self.measured |= {
-            "gap_error": parts["test"][1] - parts["train"][1],
-            "gap_loss": parts["test"][2] - parts["train"][2],
+        count, accuracy, confidence = fr.calibration_curve(logits, self.data.y_test, BINS)
+        measured |= {
+            "gap_error": measured["test_error"] - measured["train_error"],
+            "gap_loss": measured["test_loss"] - measured["train_loss"],
             "zero_weights": 100 * (weights == 0).double().mean().item(),
             "weight_size": weights[weights != 0].abs().double().mean().item(),
-            "attacked_accuracy": 100 * robust,
-            "confidence": 100 * confidence.double().mean().item(),
-            "calibration_error": calibration(confidence, correct)["error"],
-            "reliability": calibration(confidence, correct)["bins"],
+            "attacked_accuracy": attacked_accuracy(self.side, self.model, self.data),
+            "confidence": 100 * logits.softmax(1).amax(1).double().mean().item(),
+            "calibration_error": 100 * fr.calibration_error(logits, self.data.y_test, BINS).item(),
+            "reliability": [
+                {"bin": i, "count": int(count[i]), "accuracy": accuracy[i].item(), "confidence": confidence[i].item()}
+                for i in range(BINS)
+                if count[i]
+            ],
             "epoch_ms": statistics.median(self.epoch_ms),
         }
+        self.optimizer = self.stopper = None  # the run is kept for the pictures, these would only hold memory
 
     def record(self) -> dict:
         """What `results.json` holds of this training."""
@@ -281,35 +280,32 @@ class Run:
             "curves": self.curves,
         }
 
-    @torch.no_grad()
-    def _evaluate(self, part: str) -> tuple[torch.Tensor, float, float]:
-        """Class probabilities, error in percent and plain cross-entropy in nats, without dropout or smoothing."""
-        x, y = getattr(self.data, f"x_{part}"), getattr(self.data, f"y_{part}")
-        self.model.eval()
-        logits = self.model(x)
-        error = 100 * (logits.argmax(1) != y).double().mean().item()
-        return logits.softmax(1), error, F.cross_entropy(logits, y).item()
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, part: str) -> dict[str, float]:
+    """Error in percent and plain cross-entropy in nats on a part of the data, without dropout or smoothing."""
+    y = getattr(data, f"y_{part}")
+    logits = model.eval()(getattr(data, f"x_{part}"))
+    error = 100 * (logits.argmax(1) != y).double().mean().item()
+    return {f"{part}_error": error, f"{part}_loss": F.cross_entropy(logits, y).item()}
 
 
-def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> dict:
-    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| per bin of confidence, averaged over
-    the examples, in percent; with the bins themselves for the diagram."""
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
-    bins = []
-    for i in range(BINS):
-        inside = index == i
-        if inside.any():
-            accuracy, mean = correct[inside].double().mean().item(), confidence[inside].double().mean().item()
-            bins.append({"bin": i, "count": int(inside.sum()), "accuracy": accuracy, "confidence": mean})
-    if not bins:  # a diverged network is confident of nothing
-        return {"error": math.nan, "bins": []}
-    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(confidence)
-    return {"error": 100 * error, "bins": bins}
+def attacked_accuracy(side, model: nn.Module, data: Data) -> float:
+    """Accuracy in percent on test images after one step of EPS along the sign of the network's own gradient."""
+    attacked = side.attack(model.eval(), data.x_test, data.y_test, EPS)
+    with torch.no_grad():
+        return 100 * (model(attacked).argmax(1) == data.y_test).double().mean().item()
 
 
 def batch_size(examples: int) -> int:
     """Few examples: still several steps, but no gradient of one image."""
     return min(BATCH, max(16, examples // 10))
+
+
+def batches(examples: int, epochs: int) -> Iterator[torch.Tensor]:
+    """The indices of the batches of some epochs, each epoch shuffled anew."""
+    for _ in range(epochs):
+        yield from torch.randperm(examples).split(batch_size(examples))
 
 
 def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:

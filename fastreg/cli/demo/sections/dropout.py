@@ -8,7 +8,7 @@ import fastreg as fr
 from ..claims import changed, judged
 from ..figures import C, MUTED, compared_curves, draw, hidden_units
 from ..section import Figure, Section
-from ..train import LR, MOMENTUM, PLAIN, Centre, Fastreg, Recipe, batch_size, evaluate
+from ..train import LR, MOMENTUM, PLAIN, Centre, Fastreg, Recipe, batches, evaluate
 
 RECIPE = Recipe("dropout", "Dropout, inverted", "teal", dropout=0.5)
 TEXTBOOK = Recipe("dropout_textbook", "Dropout, textbook", "teal", dropout=0.5, rescale="inference")
@@ -22,11 +22,10 @@ def linear(data):
         Centre(data.x_train), Fastreg.dropout(0.5, "inference"), nn.Linear(data.x_train.shape[1], len(data.classes))
     )
     optimizer = fr.optim.SGD(model.parameters(), lr=LR / 10, momentum=MOMENTUM)
-    for _ in range(3):
-        for batch in torch.randperm(len(data.x_train)).split(batch_size(len(data.x_train))):
-            optimizer.zero_grad()
-            fr.cross_entropy(model(data.x_train[batch]), data.y_train[batch]).backward()
-            optimizer.step()
+    for batch in batches(len(data.x_train), epochs=3):
+        optimizer.zero_grad()
+        fr.cross_entropy(model(data.x_train[batch]), data.y_train[batch]).backward()
+        optimizer.step()
     return model
 
 

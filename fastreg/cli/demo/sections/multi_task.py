@@ -1,0 +1,163 @@
+"""Multi-task learning on a shared trunk, Goodfellow et al. 2016, section 7.7."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastreg as fr
+
+from ..claims import no_worse
+from ..figures import C, INK, draw
+from ..section import Figure, Section
+from ..train import HIDDEN, LR, MOMENTUM, Centre, batches
+
+TASKS = {"digit": "classification", "parity": "classification", "ink": "regression"}
+HUES = {"digit": "indigo", "parity": "rose", "ink": "ochre"}
+NAMES = {"digit": "class", "parity": "parity", "ink": "ink"}
+VARIANTS = (
+    ("tasks_alone", "A network per task", None),
+    ("tasks_fixed", "Shared trunk, equal weights", dict.fromkeys(TASKS, 1.0)),
+    ("tasks_learnt", "Shared trunk, learnt weights", TASKS),
+)
+
+
+class Network(nn.Module):
+    """A trunk that all tasks share, and a head for each."""
+
+    def __init__(self, data, tasks):
+        super().__init__()
+        first, second = HIDDEN
+        outputs = {"digit": len(data.classes), "parity": 2, "ink": 1}
+        self.trunk = nn.Sequential(
+            Centre(data.x_train), nn.Linear(data.x_train.shape[1], first), nn.ReLU(), nn.Linear(first, second), nn.ReLU()
+        )
+        self.heads = nn.ModuleDict({task: nn.Linear(second, outputs[task]) for task in tasks})
+
+    def forward(self, x):
+        features = self.trunk(x)
+        return {task: head(features) for task, head in self.heads.items()}
+
+
+def targets(data, part):
+    """Class, parity of the class's number, and the mean of the pixels, standardised by the training images."""
+    x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+    ink, train = x.mean(1), data.x_train.mean(1)
+    return {"digit": y, "parity": y % 2, "ink": (ink - train.mean()) / train.std().clamp_min(1e-6)}
+
+
+def losses(outputs, wanted):
+    return {
+        task: F.mse_loss(output[:, 0], wanted[task]) if task == "ink" else fr.cross_entropy(output, wanted[task])
+        for task, output in outputs.items()
+    }
+
+
+def fit(lab, weights):
+    """A network for the tasks that have a weight; with the weights after every epoch."""
+    data, wanted = lab.data, targets(lab.data, "train")
+    torch.manual_seed(lab.seed)
+    model, total = Network(data, weights), fr.MultiTaskLoss(weights, bounded=True)
+    optimizer = fr.optim.SGD(fr.optim.penalty_groups(nn.ModuleList([model, total]), l2=1e-4), lr=LR / 2, momentum=MOMENTUM)
+    history = []
+    for i, batch in enumerate(batches(len(data.x_train), lab.epochs)):
+        loss = total(losses(model(data.x_train[batch]), {task: t[batch] for task, t in wanted.items()}))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if i % max(1, len(data.x_train) // len(batch)) == 0:
+            history.append(total.weights())
+    return model, history
+
+
+@torch.no_grad()
+def errors(model, data):
+    """Error of the classifications in percent, and of the regression in percent of the target's variance."""
+    wanted, found = targets(data, "test"), {}
+    for task, output in model.eval()(data.x_test).items():
+        if task == "ink":
+            found["ink_error"] = 100 * F.mse_loss(output[:, 0], wanted["ink"]).item() / wanted["ink"].var().clamp_min(1e-12).item()
+        else:
+            wrong = 100 * (output.argmax(1) != wanted[task]).double().mean().item()
+            found["test_error" if task == "digit" else "parity_error"] = wrong
+    return found
+
+
+def measure(lab):
+    for variant, _, weights in VARIANTS:
+        if weights is None:
+            models = [fit(lab, {task: 1.0})[0] for task in TASKS]
+        else:
+            model, history = fit(lab, weights)
+            models = [model]
+            lab.keep("multi-task", **{variant: history})
+        measured = {key: value for model in models for key, value in errors(model, lab.data).items()}
+        size = sum(p.numel() for model in models for p in model.parameters())
+        yield {"variant": variant, "side": "fastreg", "seed": lab.seed, **measured, "thousand_weights": size / 1000}
+
+
+def learnt_weights(found):
+    history = found.keep("multi-task")["tasks_learnt"]
+
+    def paint(axes):
+        epochs = range(1, len(history) + 1)
+        for task, hue in HUES.items():
+            axes.plot(epochs, [weights[task] for weights in history], color=C[hue], label=NAMES[task])
+        axes.axhline(1, color=C["sand"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+        axes.set_yscale("log")
+        axes.set_xlim(1, max(2, len(history)))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("weight of the task")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.4)
+
+    return draw(paint)
+
+
+def compared(found):
+    keys = ("test_error", "parity_error", "ink_error")
+
+    def paint(axes):
+        for i, (variant, title, _) in enumerate(VARIANTS):
+            values = [found.mean(variant, key) for key in keys]
+            hue, alpha = (C["grey"], 0.9) if i == 0 else (C["indigo"], (0.45, 0.95)[i - 1])
+            places = [j + 0.27 * (i - 1) for j in range(3)]
+            axes.bar(places, values, 0.24, color=hue, alpha=alpha, label=title)
+            for x, value in zip(places, values, strict=True):
+                axes.annotate(f"{value:.1f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=8.5, color=INK)
+        axes.set_xticks(range(3), ["class", "parity", "ink"], color=INK)
+        axes.grid(False, axis="x")
+        axes.set_ylabel("error [%]")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=1, borderaxespad=0.2)
+
+    return draw(paint, 3.5)
+
+
+SECTION = Section(
+    key="multi-task",
+    title="Multi-task learning",
+    colour="indigo",
+    formulas=(
+        r"J = \sum_t\,J_t/\sigma_t^2 + \log(1 + \sigma_t^2)",
+        r"\mathrm{regression:}\ J_t/(2\sigma_t^2)",
+    ),
+    text="<p>Three tasks on the same images: their class, whether the number of the class is odd, and how much ink there is (the "
+    "mean of the pixels, a regression). One trunk serves all of them, with a head for each, so that what one task finds is there "
+    "for the others, and the trunk must suit them all. The weights of the tasks are equal, or learnt with them: σ² is the noise "
+    "that the network grants a task, and the logarithm keeps it from granting ever more.</p>",
+    measure=measure,
+    variants=tuple((key, title) for key, title, _ in VARIANTS),
+    plain=False,
+    columns=("test_error", "parity_error", "ink_error", "thousand_weights"),
+    measures={
+        "parity_error": ("parity error", "%", 2),
+        "ink_error": ("ink, of variance", "%", 2),
+        "thousand_weights": ("weights", "thousand", 0),
+    },
+    claims=(
+        no_worse("One trunk for three tasks reads the class no worse than a network of its own", "tasks_fixed", "tasks_alone"),
+        no_worse("With learnt weights of the tasks, too", "tasks_learnt", "tasks_alone"),
+    ),
+    figures=(
+        Figure(compared, "Errors of the three tasks, alone and with a shared trunk", "Mean over the seeds; for ink the mean squared error in percent of the variance."),
+        Figure(learnt_weights, "Learnt weights of the three tasks against the epoch", "The factor of each task’s loss, first seed: it grows as the loss falls."),
+    ),
+)
