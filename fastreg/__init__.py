@@ -1,6 +1,8 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
 from . import _library, nn, optim
+from .adversarial import FreeAdversarial, adversarial_backward, adversarial_loss, robust_accuracy
+from .calibration import calibration_curve, calibration_error
 from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
@@ -15,14 +17,18 @@ from .dropout import (
     unpack_mask,
 )
 from .early_stopping import EarlyStopping, retrain
-from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
+from .fgsm import fgsm, fgsm_step, pgd
 from .linear_cross_entropy import linear_cross_entropy
 from .patch import convert, patch, patched, unpatch
 
 __all__ = [
     "EarlyStopping",
+    "FreeAdversarial",
+    "adversarial_backward",
     "adversarial_loss",
     "alpha_dropout",
+    "calibration_curve",
+    "calibration_error",
     "convert",
     "cross_entropy",
     "drop_path",
@@ -42,6 +48,7 @@ __all__ = [
     "patched",
     "pgd",
     "retrain",
+    "robust_accuracy",
     "unpack_mask",
     "unpatch",
 ]

@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
+import fastreg as fr
+
 from ..style import BLUE, INK, MUTED, PAPER, RUST, SAND, STYLE
-from .train import BINS, Run, calibration
+from .train import BINS, Run
 
 FEWEST = 10  # examples a bin of the reliability diagram must hold to be drawn: fewer say nothing
 PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -230,22 +232,23 @@ def weight_histogram(run: Run, other: Run | None, colour: str) -> str:
 
 def reliability(runs: list[Run], title: str, colour: str) -> str:
     """Accuracy against confidence on test data, all seeds together; on the diagonal the network means what it says."""
-    result = calibration(torch.cat([r.confidence for r in runs]), torch.cat([r.correct for r in runs]))
-
-    points = [b for b in result["bins"] if b["count"] >= FEWEST]
+    logits, target = torch.cat([r.logits for r in runs]), torch.cat([r.data.y_test for r in runs])
+    error = 100 * fr.calibration_error(logits, target, BINS).item()
+    count, y, x = fr.calibration_curve(logits, target, BINS)
+    enough = count >= FEWEST
+    count, y, x, middle = (values[enough].tolist() for values in (count, y, x, (torch.arange(BINS) + 0.5) / BINS))
 
     def paint(axes):
-        x, y = [[b[key] for b in points] for key in ("confidence", "accuracy")]
-        axes.bar([(b["bin"] + 0.5) / BINS for b in points], y, 0.92 / BINS, color=colour, alpha=0.22)
+        axes.bar(middle, y, 0.92 / BINS, color=colour, alpha=0.22)
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.plot(x, y, color=colour)
-        largest = max((b["count"] for b in points), default=1)
-        axes.scatter(x, y, s=[18 + 130 * b["count"] / largest for b in points], color=colour, zorder=3, clip_on=False)
+        largest = max(count, default=1)
+        axes.scatter(x, y, s=[18 + 130 * n / largest for n in count], color=colour, zorder=3, clip_on=False)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_xlabel("confidence")
         axes.set_ylabel("accuracy")
-        axes.set_title(f"{title}: calibration error {result['error']:.1f} %")
+        axes.set_title(f"{title}: calibration error {error:.1f} %")
 
     return _draw(paint, 3.5)
 

@@ -13,7 +13,7 @@ import fastreg as fr
 
 from . import claims
 from .data import Data
-from .train import BATCH, EPS, HIDDEN, LR, MOMENTUM, RECIPES, Run, calibration
+from .train import BATCH, BINS, EPS, HIDDEN, LR, MOMENTUM, RECIPES, Run
 
 TITLES = {recipe.key: recipe.title for recipe in RECIPES}
 SHOWN = (
@@ -56,8 +56,19 @@ def _record(run: Run) -> dict:
         "stop_epoch": None if run.stop_epoch is None else run.stop_epoch + 1,
         "epochs_ms": run.epoch_ms,
         "curves": run.curves,
-        "reliability": calibration(run.confidence, run.correct)["bins"],
+        "reliability": _reliability(run),
     }
+
+
+def _reliability(run: Run) -> list[dict]:
+    """The reliability diagram's bins that are not empty."""
+    curve = fr.calibration_curve(run.logits, run.data.y_test, BINS)
+    rows = zip(*(values.tolist() for values in curve), strict=True)
+    return [
+        {"bin": i, "count": int(count), "accuracy": accuracy, "confidence": confidence}
+        for i, (count, accuracy, confidence) in enumerate(rows)
+        if count
+    ]
 
 
 def summary(records: list[dict]) -> list[dict]:

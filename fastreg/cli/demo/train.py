@@ -6,7 +6,6 @@ and train epoch by epoch in turn, so that whatever else the machine is doing slo
 """
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -191,8 +190,7 @@ class Run:
     epoch_ms: list[float] = field(default_factory=list)
     stop_epoch: int | None = None  # the epochs count from 0 here and from 1 in the report
     best_epoch: int | None = None
-    confidence: torch.Tensor | None = None  # of every test image
-    correct: torch.Tensor | None = None
+    logits: torch.Tensor | None = None  # of every test image
     measured: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -231,9 +229,7 @@ class Run:
             self.stopper.restore()
             self.best_epoch = self.stopper.best_epoch
         parts = {part: self._evaluate(part) for part in ("train", "validation", "test")}
-        probabilities = parts["test"][0]
-        confidence, predicted = probabilities.max(1)
-        self.confidence, self.correct = confidence, predicted == self.data.y_test
+        self.logits = parts["test"][0]
         attacked = self.side.attack(self.model, self.data.x_test, self.data.y_test, EPS)
         with torch.no_grad():
             robust = (self.model(attacked).argmax(1) == self.data.y_test).double().mean().item()
@@ -246,35 +242,19 @@ class Run:
             "gap_loss": parts["test"][2] - parts["train"][2],
             "zero_weights": 100 * (weights == 0).double().mean().item(),
             "attacked_accuracy": 100 * robust,
-            "confidence": 100 * confidence.double().mean().item(),
-            "calibration_error": calibration(confidence, self.correct)["error"],
+            "confidence": 100 * self.logits.softmax(1).amax(1).double().mean().item(),
+            "calibration_error": 100 * fr.calibration_error(self.logits, self.data.y_test, BINS).item(),
             "epoch_ms": statistics.median(self.epoch_ms),
         }
 
     @torch.no_grad()
     def _evaluate(self, part: str) -> tuple[torch.Tensor, float, float]:
-        """Class probabilities, error in percent and plain cross-entropy in nats, without dropout or smoothing."""
+        """Logits, error in percent and plain cross-entropy in nats, without dropout or smoothing."""
         x, y = getattr(self.data, f"x_{part}"), getattr(self.data, f"y_{part}")
         self.model.eval()
         logits = self.model(x)
         error = 100 * (logits.argmax(1) != y).double().mean().item()
-        return logits.softmax(1), error, F.cross_entropy(logits, y).item()
-
-
-def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> dict:
-    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| per bin of confidence, averaged over
-    the examples, in percent; with the bins themselves for the diagram."""
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
-    bins = []
-    for i in range(BINS):
-        inside = index == i
-        if inside.any():
-            accuracy, mean = correct[inside].double().mean().item(), confidence[inside].double().mean().item()
-            bins.append({"bin": i, "count": int(inside.sum()), "accuracy": accuracy, "confidence": mean})
-    if not bins:  # a diverged network is confident of nothing
-        return {"error": math.nan, "bins": []}
-    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(confidence)
-    return {"error": 100 * error, "bins": bins}
+        return logits, error, F.cross_entropy(logits, y).item()
 
 
 def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:
