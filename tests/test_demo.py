@@ -464,15 +464,6 @@ def test_evidence_holds_the_numbers():
     assert "8 of 8" in checked[SAME].evidence
 
 
-def test_calibration_against_a_hand_count():
-    confidence = torch.tensor([0.95, 0.95, 0.95, 0.95, 0.55, 0.55, 1.0, 0.0])
-    correct = torch.tensor([True, True, True, False, True, False, True, False])
-    got = train.calibration(confidence, correct)
-    # bins: 0.9-1.0 holds 5 (4 right, confidence 0.96), 0.5-0.6 holds 2 (1 right, 0.55), 0.0-0.1 holds 1 (0 right, 0)
-    assert got["error"] == pytest.approx(100 * (5 * abs(0.8 - 0.96) + 2 * 0.05 + 0) / 8, abs=1e-4)
-    assert [b["count"] for b in got["bins"]] == [1, 2, 5]
-
-
 def _trained(x, y, recipe, epochs):
     return list(train.train(data.split(x, y, "x"), recipe, seed=0, epochs=epochs))[-1]
 

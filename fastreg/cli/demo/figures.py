@@ -82,7 +82,9 @@ def errors(found: Results, recipes: Sequence[Recipe]) -> str:
     rows = []
     for recipe in recipes:
         try:
-            rows.append((recipe, {side: list(found.values(recipe.key, "test_error", side).values()) for side in ("torch", "fastreg")}))
+            rows.append(
+                (recipe, {side: list(found.values(recipe.key, "test_error", side).values()) for side in ("torch", "fastreg")})
+            )
         except NotMeasured:
             continue
     if not rows:

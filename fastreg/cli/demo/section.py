@@ -38,7 +38,6 @@ class Figure:
     draw: Callable[[Results], str]
     alt: str
     caption: str
-    wide: bool = False  # across both columns
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class Section:
     table_note: str = ""
     claims: tuple[Claim, ...] = ()
     figures: tuple[Figure, ...] = ()
+    packages: tuple[str, ...] = ()  # that are imported for it alone
     code: tuple[str, ...] = ()  # names of functions of train.Torch and train.Fastreg to show side by side
     measures: dict[str, tuple[str, str, int]] = field(default_factory=dict)  # columns of this section alone, as results.MEASURES
 

@@ -25,6 +25,7 @@ BATCH = 100
 LENGTH = 9.0  # of an average input of the first layer
 EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
 BINS = 10  # of the reliability diagram
+SETTINGS = {"lr": LR, "momentum": MOMENTUM, "hidden": HIDDEN, "batch": BATCH, "attack_eps": EPS}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 import fastreg as fr
 
 from ..claims import changed
-from ..figures import C, INK, draw, image, sign_image
+from ..figures import INK, C, draw, image, sign_image
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import EPS, PLAIN, Fastreg, Recipe, Torch, attacked_accuracy, batches, evaluate, network

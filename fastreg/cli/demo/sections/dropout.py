@@ -6,7 +6,7 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import changed, judged
-from ..figures import C, MUTED, compared_curves, draw, hidden_units
+from ..figures import MUTED, C, compared_curves, draw, hidden_units
 from ..section import Figure, Section
 from ..train import LR, MOMENTUM, PLAIN, Centre, Fastreg, Recipe, batches, evaluate
 

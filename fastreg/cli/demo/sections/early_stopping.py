@@ -7,7 +7,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 import fastreg as fr
 
 from ..claims import changed, no_worse
-from ..figures import C, PAPER, draw, limits
+from ..figures import PAPER, C, draw, limits
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import PLAIN, Fastreg, Recipe, Torch, batch_size, evaluate, network

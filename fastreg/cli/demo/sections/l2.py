@@ -7,7 +7,7 @@ import numpy as np
 import fastreg as fr
 
 from ..claims import changed
-from ..figures import C, INK, MUTED, compared_curves, draw
+from ..figures import INK, MUTED, C, compared_curves, draw
 from ..section import Figure, Section
 from ..train import Recipe
 

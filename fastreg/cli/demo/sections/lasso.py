@@ -5,9 +5,8 @@ import torch
 
 import fastreg as fr
 
-from ...common import UsageError
 from ..claims import judged
-from ..figures import C, INK, MUTED, draw
+from ..figures import INK, MUTED, C, draw
 from ..section import Figure, Section
 
 TOLERANCE = 1e-3  # of the coefficients, in units of the standardised target
@@ -16,10 +15,8 @@ LEFT = 60  # of the strongest penalty, the weakest is 1 / LEFT
 
 def diabetes():
     """Ten measurements of 442 patients, and the progress of their disease a year later, all standardised."""
-    try:
-        from sklearn.datasets import load_diabetes
-    except ModuleNotFoundError as error:
-        raise UsageError('the LASSO section needs scikit-learn; run: pip install "fastreg[demo]"') from error
+    from sklearn.datasets import load_diabetes
+
     file = load_diabetes()
     x, y = (torch.from_numpy((v - v.mean(0)) / v.std(0)) for v in (file.data, file.target))
     return x, y, list(file.feature_names)
@@ -134,6 +131,7 @@ SECTION = Section(
     "coordinate descent does.</p><p><b>On data of its own:</b> scikit-learn’s diabetes data, ten measurements of 442 patients "
     "and the progress of their disease after a year, standardised.</p>",
     measure=measure,
+    packages=("sklearn",),
     variants=(("lasso_strong", "Strong penalty"), ("lasso_weak", "Weak penalty")),
     plain=False,
     columns=("lasso_lambda", "lasso_kept", "lasso_error", "lasso_distance"),
@@ -152,6 +150,8 @@ SECTION = Section(
             "Each line is a coefficient by fastreg, the rings are scikit-learn’s. From left to right the penalty weakens and one "
             "input after the other joins.",
         ),
-        Figure(zeros, "Number of inputs used against the strength of the penalty", "How many inputs take part (rings: scikit-learn)."),
+        Figure(
+            zeros, "Number of inputs used against the strength of the penalty", "How many inputs take part (rings: scikit-learn)."
+        ),
     ),
 )

@@ -7,7 +7,7 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import no_worse
-from ..figures import C, INK, draw
+from ..figures import INK, C, draw
 from ..section import Figure, Section
 from ..train import HIDDEN, LR, MOMENTUM, Centre, batches
 
@@ -75,7 +75,9 @@ def errors(model, data):
     wanted, found = targets(data, "test"), {}
     for task, output in model.eval()(data.x_test).items():
         if task == "ink":
-            found["ink_error"] = 100 * F.mse_loss(output[:, 0], wanted["ink"]).item() / wanted["ink"].var().clamp_min(1e-12).item()
+            found["ink_error"] = (
+                100 * F.mse_loss(output[:, 0], wanted["ink"]).item() / wanted["ink"].var().clamp_min(1e-12).item()
+            )
         else:
             wrong = 100 * (output.argmax(1) != wanted[task]).double().mean().item()
             found["test_error" if task == "digit" else "parity_error"] = wrong
@@ -122,7 +124,9 @@ def compared(found):
             places = [j + 0.27 * (i - 1) for j in range(3)]
             axes.bar(places, values, 0.24, color=hue, alpha=alpha, label=title)
             for x, value in zip(places, values, strict=True):
-                axes.annotate(f"{value:.1f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=8.5, color=INK)
+                axes.annotate(
+                    f"{value:.1f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=8.5, color=INK
+                )
         axes.set_xticks(range(3), ["class", "parity", "ink"], color=INK)
         axes.grid(False, axis="x")
         axes.set_ylabel("error [%]")
@@ -157,7 +161,15 @@ SECTION = Section(
         no_worse("With learnt weights of the tasks, too", "tasks_learnt", "tasks_alone"),
     ),
     figures=(
-        Figure(compared, "Errors of the three tasks, alone and with a shared trunk", "Mean over the seeds; for ink the mean squared error in percent of the variance."),
-        Figure(learnt_weights, "Learnt weights of the three tasks against the epoch", "The factor of each task’s loss, first seed: it grows as the loss falls."),
+        Figure(
+            compared,
+            "Errors of the three tasks, alone and with a shared trunk",
+            "Mean over the seeds; for ink the mean squared error in percent of the variance.",
+        ),
+        Figure(
+            learnt_weights,
+            "Learnt weights of the three tasks against the epoch",
+            "The factor of each task’s loss, first seed: it grows as the loss falls.",
+        ),
     ),
 )

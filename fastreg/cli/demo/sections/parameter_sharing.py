@@ -7,7 +7,7 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import changed, judged
-from ..figures import C, INK, WEIGHTS, draw
+from ..figures import INK, WEIGHTS, C, draw
 from ..section import Figure, Section
 from ..train import LR, MOMENTUM, Centre, batches, evaluate
 
@@ -76,7 +76,11 @@ def detectors(found):
     if own.height == 1:
         return ""
     middle = len(own.layers) // 2
-    rows = [("own, top left", "grey", own.layers[0]), ("own, in the middle", "grey", own.layers[middle]), ("shared by all", "umber", shared.layers[0])]
+    rows = [
+        ("own, top left", "grey", own.layers[0]),
+        ("own, in the middle", "grey", own.layers[middle]),
+        ("shared by all", "umber", shared.layers[0]),
+    ]
 
     def paint(axes):
         for each, (title, hue, layer) in zip(axes, rows, strict=True):
@@ -128,6 +132,10 @@ SECTION = Section(
     ),
     figures=(
         Figure(errors, "Test error with own and with shared weights", "Mean over the seeds; a tick per seed."),
-        Figure(detectors, "Weights of eight detectors at two places, and of those shared by all", "The eight strongest detectors, first seed: positive weights in rust, negative in blue."),
+        Figure(
+            detectors,
+            "Weights of eight detectors at two places, and of those shared by all",
+            "The eight strongest detectors, first seed: positive weights in rust, negative in blue.",
+        ),
     ),
 )

@@ -7,7 +7,7 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import changed
-from ..figures import C, INK, MUTED, draw, image, png
+from ..figures import INK, MUTED, C, draw, image
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import HIDDEN, Centre, evaluate
@@ -172,11 +172,20 @@ SECTION = Section(
     table_note="The labelled images are drawn anew with every seed; all networks of a seed take the same steps.",
     claims=(
         changed("Pseudo-labels beat the labels alone", "semi_pseudo", "semi_supervised", "test_error", -1),
-        changed("A representation from unlabelled images beats the labels alone", "semi_autoencoder", "semi_supervised",
-                "test_error", -1),  # fmt: skip
+        changed(
+            "A representation from unlabelled images beats the labels alone",
+            "semi_autoencoder",
+            "semi_supervised",
+            "test_error",
+            -1,
+        ),  # fmt: skip
     ),
     figures=(
-        Figure(errors, "Test error with few labels, with unlabelled images besides, and with all labels", "Mean over the seeds; a tick per seed."),
+        Figure(
+            errors,
+            "Test error with few labels, with unlabelled images besides, and with all labels",
+            "Mean over the seeds; a tick per seed.",
+        ),
         Figure(
             restored_images,
             "Images, the same with half of the pixels lost, and restored by the autoencoder",
