@@ -70,10 +70,10 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     try:
         sections = _chosen(options.only, SECTIONS)
-        for package in {package: None for section in sections for package in section.packages}:
-            import_module(package)
         folder = writable_folder(options.out)
         examples = data.load(options.data)
+        for package in {package: None for section in sections for package in section.packages}:
+            import_module(package)  # asked for now rather than after minutes of work
     except UsageError as error:
         print(f"fastreg demo: {error}", file=sys.stderr)
         return 2

@@ -50,18 +50,18 @@ def changed(title: str, variant: str, against: str, key: str, sign: int) -> Clai
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             raise NotMeasured
-        _, unit, digits = MEASURES[key]
+        _, unit, spec = MEASURES[key]
         unit = unit and f" {unit}"
         differences = [ours[s] - theirs[s] for s in seeds]
         mean, error = fmean(differences), standard_error(differences)
         evidence = (
-            f"{found.titles[against]}: {fmean(theirs[s] for s in seeds):.{digits}f}{unit}, "
-            f"{found.titles[variant]}: {fmean(ours[s] for s in seeds):.{digits}f}{unit}"
+            f"{found.titles[against]}: {fmean(theirs[s] for s in seeds):{spec}}{unit}, "
+            f"{found.titles[variant]}: {fmean(ours[s] for s in seeds):{spec}}{unit}"
         )
         if error is None:
             evidence += "; one seed, so no estimate of the noise"
         else:
-            evidence += f"; difference {mean:+.{digits}f}, twice its standard error {2 * error:.{digits}f}"
+            evidence += f"; difference {mean:+{spec}}, twice its standard error {2 * error:{spec}}"
         return sign * mean > 2 * (error or 0.0), evidence
 
     return judged(title, judge)

@@ -27,7 +27,7 @@ def recipes(sections: tuple[Section, ...]) -> list[Recipe]:
 
 def titles(sections: tuple[Section, ...]) -> dict[str, str]:
     """What the variants of the sections are called."""
-    return {key: title for section in sections for key, title in section.rows}
+    return {key: title for section in sections for key, title, _ in section.rows}
 
 
 def same(sections: tuple[Section, ...]):
@@ -117,8 +117,8 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
     tiles = [(f"{sum(decided)} of {len(decided)}", "claims of the lecture held on this run")]
     if any(recipe.key == "all" for recipe in recipes(sections)):
         tiles += [
-            (_change(found, "test_error", 1), "test error [%], plain → all methods together"),
-            (_change(found, "attacked_accuracy", 0), "accuracy under attack [%], plain → all together"),
+            (_change(found, "test_error", ".1f"), "test error [%], plain → all methods together"),
+            (_change(found, "attacked_accuracy", ".0f"), "accuracy under attack [%], plain → all together"),
         ]
     if ratios:
         tiles.append((f"{min(ratios):.2f}–{max(ratios):.2f}", "time of an epoch, fastreg / torch, over the methods"))
@@ -131,9 +131,9 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
     )
 
 
-def _change(found, key, digits):
+def _change(found, key, spec):
     try:
-        return " → ".join(_number(found.mean(variant, key), digits) for variant in (PLAIN.key, "all"))
+        return " → ".join(_number(found.mean(variant, key), spec) for variant in (PLAIN.key, "all"))
     except NotMeasured:
         return "–"
 
@@ -176,23 +176,24 @@ def table(found: Results, section: Section) -> str:
     """Mean ± standard error over the seeds of every variant, torch beside fastreg."""
     measures = MEASURES | section.measures
     heads = "".join(f"<th>{name}<i>{unit}</i></th>" for name, unit, _ in (measures[key] for key in section.columns))
-    hues = {recipe.key: recipe.colour for recipe in section.trained}
     rows = []
-    for key, title in section.rows:
+    for key, title, hue in section.rows:
         sides = [side for side in SIDES if any((r["variant"], r["side"]) == (key, side) for r in found.records)]
         for i, side in enumerate(sides):
             cells = "".join(_cell(found, key, side, column, measures[column][2]) for column in section.columns)
-            head = f'<th rowspan="{len(sides)}">{title}</th>' if i == 0 else ""
+            if i == 0:  # on a narrow screen the name stands above, elsewhere beside
+                rows.append(f'<tr class="name"><th colspan="{len(section.columns) + 1}">{title}</th></tr>')
+            head = f'<th class="name" rowspan="{len(sides)}">{title}</th>' if i == 0 else ""
             inner = ' class="inner"' if i + 1 < len(sides) else ""
-            hue = hues.get(key, section.colour)
             rows.append(f'<tr{inner} style="--r: var(--{hue})">{head}<td class="side {side}">{side}</td>{cells}</tr>')
     if not rows:
         return '<p class="note">No numbers: nothing of this section had been measured.</p>'
     note = f'<p class="note">{section.table_note}</p>' if section.table_note else ""
-    return f'<div class="wide"><table><thead><tr><th></th><th></th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+    head = f'<thead><tr><th class="name"></th><th></th>{heads}</tr></thead>'
+    return f'<div class="wide"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
-def _cell(found, key, side, column, digits):
+def _cell(found, key, side, column, spec):
     try:
         values = [v for v in found.values(key, column, side).values() if v is not None]
     except NotMeasured:
@@ -207,8 +208,8 @@ def _cell(found, key, side, column, digits):
     else:
         error = standard_error(values)
         if error is not None and math.isfinite(error) and error > 0:
-            spread = f" <small>± {error:.{max(digits, 1)}f}</small>"
-    return f"<td>{_number(statistics.fmean(values), digits)}{spread}</td>"
+            spread = f" <small>± {error:{spec}}</small>"
+    return f"<td>{_number(statistics.fmean(values), spec)}{spread}</td>"
 
 
 def figures_of(found: Results, *shown) -> str:
@@ -219,9 +220,8 @@ def figures_of(found: Results, *shown) -> str:
         except NotMeasured:
             continue
         if picture:
-            drawn.append(
-                f'<figure role="group" aria-label="{escape(figure.alt)}">{picture}<figcaption>{figure.caption}</figcaption></figure>'
-            )
+            caption = f"<figcaption>{figure.caption}</figcaption>"
+            drawn.append(f'<figure role="group" aria-label="{escape(figure.alt)}">{picture}{caption}</figure>')
     if not drawn:
         return '<p class="note">No picture: what it would show had not been measured.</p>' if shown else ""
     return f'<div class="pictures">{"".join(drawn)}</div>'
@@ -250,8 +250,8 @@ def _claim(verdict: Verdict, title: str, hue: str, evidence: bool) -> str:
     return f'<li class="{kind}" style="--c: var(--{hue})">{title}{shown}</li>'
 
 
-def _number(value: float, digits: int) -> str:
-    return f"{value:,.{digits}f}" if math.isfinite(value) else "–"
+def _number(value: float, spec: str) -> str:
+    return f"{value:{spec}}" if math.isfinite(value) else "–"
 
 
 def _code(names: tuple[str, ...]) -> str:

@@ -16,21 +16,21 @@ import torch
 
 import fastreg as fr
 
-MEASURES = {  # key: (name, unit, digits)
-    "train_error": ("training error", "%", 2),
-    "validation_error": ("validation error", "%", 2),
-    "test_error": ("test error", "%", 2),
-    "gap_error": ("gap in error", "pp", 2),
-    "gap_loss": ("gap in cross-entropy", "nats", 2),
-    "test_loss": ("test cross-entropy", "nats", 2),
-    "zero_weights": ("zero weights", "%", 1),
-    "weight_size": ("size of the others", "", 3),
-    "attacked_accuracy": ("accuracy under FGSM", "%", 1),
-    "robust_accuracy": ("accuracy under PGD", "%", 1),
-    "confidence": ("mean confidence", "%", 1),
-    "calibration_error": ("calibration error", "%", 1),
-    "epoch_ms": ("time per epoch", "ms", 1),
-    "time_ratio": ("time, fastreg / torch", "", 2),
+MEASURES = {  # key: (name, unit, format)
+    "train_error": ("training error", "%", ".2f"),
+    "validation_error": ("validation error", "%", ".2f"),
+    "test_error": ("test error", "%", ".2f"),
+    "gap_error": ("gap in error", "pp", ".2f"),
+    "gap_loss": ("gap in cross-entropy", "nats", ".2f"),
+    "test_loss": ("test cross-entropy", "nats", ".2f"),
+    "zero_weights": ("zero weights", "%", ".1f"),
+    "weight_size": ("mean |weight|", "", ".4f"),
+    "attacked_accuracy": ("accuracy under FGSM", "%", ".1f"),
+    "robust_accuracy": ("accuracy under PGD", "%", ".1f"),
+    "confidence": ("mean confidence", "%", ".1f"),
+    "calibration_error": ("calibration error", "%", ".1f"),
+    "epoch_ms": ("time per epoch", "ms", ".1f"),
+    "time_ratio": ("time, fastreg / torch", "", ".2f"),
 }
 
 

@@ -40,7 +40,7 @@ class Figure:
     caption: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Section:
     """See the module. `formulas` are in TeX, `text` in HTML."""
 
@@ -51,7 +51,7 @@ class Section:
     text: str
     recipes: tuple[Recipe, ...] = ()  # trained with torch and with fastreg, from the same weights on the same batches
     measure: Callable[[Lab], Iterator[dict]] | None = None  # records of what no recipe gives, for one seed
-    variants: tuple[tuple[str, str], ...] = ()  # (key, title) of those records
+    variants: tuple[tuple[str, str, str], ...] = ()  # (key, title, colour) of those records
     plain: bool = True  # whether the section compares with the network without regularisation
     columns: tuple[str, ...] = ("test_error",)  # of the table
     table_note: str = ""
@@ -59,7 +59,7 @@ class Section:
     figures: tuple[Figure, ...] = ()
     packages: tuple[str, ...] = ()  # that are imported for it alone
     code: tuple[str, ...] = ()  # names of functions of train.Torch and train.Fastreg to show side by side
-    measures: dict[str, tuple[str, str, int]] = field(default_factory=dict)  # columns of this section alone, as results.MEASURES
+    measures: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # columns of this section alone, as results.MEASURES
 
     @property
     def trained(self) -> tuple[Recipe, ...]:
@@ -67,6 +67,6 @@ class Section:
         return (PLAIN, *self.recipes) if self.plain else self.recipes
 
     @property
-    def rows(self) -> tuple[tuple[str, str], ...]:
-        """(key, title) of every variant in the table."""
-        return (*((r.key, r.title) for r in self.trained), *self.variants)
+    def rows(self) -> tuple[tuple[str, str, str], ...]:
+        """(key, title, colour) of every variant in the table."""
+        return (*((r.key, r.title, r.colour) for r in self.trained), *self.variants)

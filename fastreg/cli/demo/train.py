@@ -182,7 +182,7 @@ def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
         return side.dropout(p, recipe.rescale) if p else nn.Identity()
 
     first, second = HIDDEN
-    return nn.Sequential(
+    model = nn.Sequential(
         Centre(data.x_train),
         dropout(0.4 * recipe.dropout),
         nn.Linear(data.x_train.shape[1], first),
@@ -193,6 +193,11 @@ def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
         dropout(recipe.dropout),
         nn.Linear(second, len(data.classes)),
     )
+    if recipe.rescale == "inference":  # its units are smaller by 1 - p: begin where the inverted form does
+        with torch.no_grad():
+            for drop, layer in zip(model[1::3], model[2::3], strict=True):
+                layer.weight /= 1 - getattr(drop, "p", 0.0)
+    return model
 
 
 @dataclass

@@ -100,7 +100,7 @@ def examples(found):
         name, kind = escape(data.classes[predicted]), "" if predicted == y else ' class="wrong"'
         return (
             f'<div class="reading" data-sign="{sign}"><img src="{source}" alt="read as {name}"><p{kind}>“{name}”, '
-            f"{100 * confidence:.1f} %</p></div>"
+            f"{100 * confidence:.0f} %</p></div>"
         )
 
     heads = ["clean", f"{EPS:g} × sign of gradient", "adversarial", "the same, trained for it" if trained else ""]
@@ -134,8 +134,8 @@ SECTION = Section(
     title="Adversarial training",
     colour="rust",
     formulas=(
-        r"x^{\prime} = \mathrm{clamp}(x + \varepsilon\,\mathrm{sign}\,\nabla_{\!x}J(x,y),\;0,\;1)",
-        r"\tilde{J} = \frac{1}{2}\,J(x,y) + \frac{1}{2}\,J(x^{\prime},y)",
+        r"x_{\mathrm{adv}} = \mathrm{clamp}(x + \varepsilon\,\mathrm{sign}\,\nabla_{\!x}J(x,y),\;0,\;1)",
+        r"\tilde{J} = \dfrac{1}{2}\,J(x,y) + \dfrac{1}{2}\,J(x_{\mathrm{adv}},y)",
     ),
     text=f"<p>A step of ε = {EPS:g} per pixel along the sign of the gradient (FGSM) changes what the network reads, not what a "
     "person reads. Training on such images beside the clean ones teaches the network to stand its ground. Every network is "
@@ -144,7 +144,7 @@ SECTION = Section(
     "backward pass of the weights, at the price of plain training.</p>",
     recipes=(RECIPE,),
     measure=measure,
-    variants=(("adversarial_free", "Free adversarial"),),
+    variants=(("adversarial_free", "Free adversarial", "rust"),),
     columns=("test_error", "attacked_accuracy", "robust_accuracy", "gap_loss", "epoch_ms"),
     claims=(
         changed("Adversarial training raises accuracy under FGSM", "adversarial", "none", "attacked_accuracy", +1),
@@ -154,8 +154,8 @@ SECTION = Section(
         Figure(
             examples,
             "Test images, the perturbation, and the attacked images",
-            "Below each picture: what the network reads in it and how confidently, red where it is wrong. The sign picture is read "
-            "alone, at full contrast; rust pixels are brightened, blue ones darkened.",
+            "Below each picture: what the network reads in it and how confidently, bold where it is wrong. The sign picture is "
+            "read alone, at full contrast; rust pixels are brightened, blue ones darkened.",
         ),
         Figure(
             strengths,

@@ -6,9 +6,9 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import changed, judged
-from ..figures import MUTED, C, compared_curves, draw, hidden_units
+from ..figures import MUTED, C, compared_curves, draw
 from ..section import Figure, Section
-from ..train import LR, MOMENTUM, PLAIN, Centre, Fastreg, Recipe, batches, evaluate
+from ..train import LR, MOMENTUM, Centre, Fastreg, Recipe, batches, evaluate
 
 RECIPE = Recipe("dropout", "Dropout, inverted", "teal", dropout=0.5)
 TEXTBOOK = Recipe("dropout_textbook", "Dropout, textbook", "teal", dropout=0.5, rescale="inference")
@@ -71,19 +71,19 @@ def averages(found):
     counts = kept["counts"]
 
     def paint(axes):
-        ideal = [kept["linear"][0] / n**0.5 for n in counts]
-        axes.plot(counts, ideal, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate("1/√n", (counts[2], ideal[2]), (4, 6), textcoords="offset points", color=MUTED)
+        ideal = [100 * kept["linear"][0] / n**0.5 for n in counts]
+        axes.plot(counts, ideal, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="1/√n")
         for key, name, hue in (("perceptron", "the perceptron", "teal"), ("linear", "a linear model", "rust")):
-            axes.plot(counts, kept[key], "o-", color=C[hue], ms=4.5)
-            axes.annotate(name, (counts[-1], kept[key][-1]), (0, 8), textcoords="offset points", color=C[hue], ha="right",
-                          weight="bold")  # fmt: skip
+            axes.plot(counts, [100 * v for v in kept[key]], "o-", color=C[hue], ms=4.5, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(counts[::2], [str(n) for n in counts[::2]])
-        axes.tick_params(which="minor", size=0)
-        axes.set_xlabel("n, masks averaged")
-        axes.set_ylabel("relative distance to folded network")
+        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if 0.8 * min(ideal) <= t <= 250 * max(kept["perceptron"])]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("masks averaged, n")
+        axes.set_ylabel("distance to folded network [%]")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2, columnspacing=1.2)
 
     return draw(paint)
 
@@ -93,8 +93,9 @@ def exact(found):
     first, last, n = kept["linear"][0], kept["linear"][-1], kept["counts"][-1]
     expected = first / n**0.5
     return last < 1.5 * expected, (
-        f"one mask is {100 * first:.0f} % away, the average of {n} {100 * last:.2f} %; sampling alone leaves "
-        f"{100 * expected:.2f} %. The perceptron, for which folding is an approximation, keeps {100 * kept['perceptron'][-1]:.1f} %"
+        f"one mask is {100 * first:.0f} % away, the average of {n} masks {100 * last:.2f} %; sampling alone leaves "
+        f"{100 * expected:.2f} %. The perceptron, for which folding is an approximation, stays "
+        f"{100 * kept['perceptron'][-1]:.1f} % away"
     )
 
 
@@ -114,7 +115,7 @@ SECTION = Section(
     "for a linear model, approximately for others. fastreg keeps one bit per unit for the backward pass.</p>",
     recipes=(RECIPE, TEXTBOOK),
     measure=measure,
-    variants=(("dropout_folded", "Textbook, folded"), ("dropout_average", f"Average of {AVERAGED} masks")),
+    variants=(("dropout_folded", "Textbook, folded", "teal"), ("dropout_average", f"Average of {AVERAGED} masks", "teal")),
     columns=("test_error", "gap_error", "gap_loss", "test_loss", "epoch_ms"),
     claims=(
         changed("Dropout narrows the gap between test and training cross-entropy", "dropout", "none", "gap_loss", -1),
@@ -130,13 +131,7 @@ SECTION = Section(
         Figure(
             averages,
             "Distance of the average over n masks to the folded network, against n",
-            f"Logits of {IMAGES} test images: the average over n random masks against the folded network, as a share of its size.",
-        ),
-        Figure(
-            hidden_units(PLAIN, RECIPE),
-            "Weights of eight hidden units with and without dropout",
-            "What the eight strongest hidden units look for: their weights to the pixels, positive in rust, negative in blue, "
-            "each network scaled to its largest.",
+            f"Logits of {IMAGES} test images: the average over n masks against the folded network, as a share of its size.",
         ),
     ),
     code=("dropout",),

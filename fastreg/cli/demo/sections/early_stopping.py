@@ -112,9 +112,9 @@ SECTION = Section(
     "many epochs on training and validation data together, so that no example is wasted.</p>",
     recipes=(RECIPE,),
     measure=measure,
-    variants=(("early_retrained", "Trained anew"),),
+    variants=(("early_retrained", "Trained anew", "ochre"),),
     columns=("test_error", "test_loss", "best_epoch", "epoch_ms"),
-    measures={"best_epoch": ("epochs used", "", 0)},
+    measures={"best_epoch": ("epochs used", "", ",.0f")},
     table_note="Trained anew: on training and validation data together, for the epochs that early stopping found.",
     claims=(
         no_worse("Early stopping is no worse on test images than training to the last epoch", "early", "none"),

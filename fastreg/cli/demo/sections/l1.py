@@ -21,7 +21,7 @@ SECTION = Section(
     f"MAP estimate under a Laplace prior, which has its edge at zero. Here λ = {RECIPE.l1:g}.</p>",
     recipes=(l2.RECIPE, RECIPE),
     columns=("test_error", "gap_loss", "zero_weights", "weight_size", "epoch_ms"),
-    table_note="Zero weights, and the mean absolute value of the others, are counted without the biases.",
+    table_note="Biases are not counted; the mean absolute value is that of the weights that are not zero.",
     claims=(
         changed("L1 makes more weights exactly zero than L2", "l1", "l2", "zero_weights", +1),
         changed("The weights that L1 leaves are larger than those of L2", "l1", "l2", "weight_size", +1),
@@ -30,7 +30,7 @@ SECTION = Section(
         Figure(
             weight_histograms(RECIPE, l2.RECIPE),
             "Histograms of the weights with the L1 and with the L2 penalty",
-            "All weights after training, first seed, on a logarithmic scale; the spike are the exact zeros.",
+            "All weights after training, first seed, on a logarithmic scale; the spike is the exact zeros.",
         ),
         Figure(
             hidden_units(RECIPE, l2.RECIPE),

@@ -7,7 +7,7 @@ import numpy as np
 import fastreg as fr
 
 from ..claims import changed
-from ..figures import INK, MUTED, C, compared_curves, draw
+from ..figures import INK, C, compared_curves, draw
 from ..section import Figure, Section
 from ..train import Recipe
 
@@ -40,9 +40,9 @@ def priors(found):
             each.set_ylim(bottom=0)
             each.set_xlabel("w")
         penalty.set_ylim(0, 4.2)
-        penalty.legend(loc="upper center", labelcolor=MUTED, borderaxespad=0.1, fontsize=8.5)
+        density.figure.legend(*penalty.get_legend_handles_labels(), loc="outside lower center", ncols=2, labelcolor=INK)
 
-    return draw(paint, 2.7, ncols=2)
+    return draw(paint, 3.1, ncols=2)
 
 
 SECTION = Section(
@@ -50,7 +50,7 @@ SECTION = Section(
     title="L2 penalty",
     colour="blue",
     formulas=(
-        r"\tilde{E}(w) = E(w) + \frac{\lambda}{2}\,\Vert w\Vert_2^2",
+        r"\tilde{E}(w) = E(w) + \dfrac{\lambda}{2}\,\Vert w\Vert_2^2",
         r"w \leftarrow (1-\varepsilon\lambda)\,w - \varepsilon\nabla E(w)",
         r"p(w) = \mathcal{N}(0,\,\sigma^2),\quad \sigma = 1/\sqrt{\lambda N}",
     ),
@@ -58,7 +58,7 @@ SECTION = Section(
     f"large weights lose much, small ones almost nothing. Minimising the sum over N examples is the MAP estimate under a "
     f"Gaussian prior of the weights with mean zero. Biases are left alone. Here λ = {RECIPE.l2:g}.</p>",
     recipes=(RECIPE,),
-    columns=("test_error", "gap_error", "gap_loss", "zero_weights", "epoch_ms"),
+    columns=("test_error", "gap_error", "gap_loss", "weight_size", "epoch_ms"),
     claims=(
         changed("L2 narrows the gap between test and training cross-entropy", "l2", "none", "gap_loss", -1),
         changed("L2 narrows the gap between test and training error", "l2", "none", "gap_error", -1),

@@ -1,12 +1,14 @@
 """LASSO: least squares with an L1 penalty, on data of its own, against scikit-learn."""
 
+import math
+
 import numpy as np
 import torch
 
 import fastreg as fr
 
 from ..claims import judged
-from ..figures import INK, MUTED, C, draw
+from ..figures import INK, C, draw
 from ..section import Figure, Section
 
 TOLERANCE = 1e-3  # of the coefficients, in units of the standardised target
@@ -50,7 +52,7 @@ def measure(lab):
     theirs = torch.from_numpy(theirs)
     lab.keep("lasso", lambdas=lambdas, ours=ours, theirs=theirs, names=names)
     for side, w in (("scikit-learn", theirs), ("fastreg", ours)):
-        for key, strength, coefficients in (("lasso_strong", 0.3, None), ("lasso_weak", 0.03, None)):
+        for key, strength in (("lasso_strong", 0.2), ("lasso_weak", 0.03)):
             i = int(np.abs(np.log(lambdas / strength)).argmin())
             coefficients = w[i]
             yield {
@@ -75,6 +77,15 @@ def agrees(found):
     return distance < TOLERANCE and bool(same.all()), evidence
 
 
+def strengths(axes, lambdas):
+    axes.set_xscale("log")
+    axes.set_xlim(lambdas[0], lambdas[-1])
+    ticks = [t for t in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01) if lambdas[-1] < t < lambdas[0]]
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("λ, weaker to the right")
+
+
 def picture(found):
     kept = found.keep("lasso")
     lambdas, ours, theirs = kept["lambdas"], kept["ours"], kept["theirs"]
@@ -86,18 +97,17 @@ def picture(found):
         for j in range(ours.shape[1]):
             hue = C[hues[j]] if j in hues else C["sand"]
             axes.plot(lambdas, ours[:, j], color=hue, linewidth=1.8 if j in hues else 1.2, zorder=3 if j in hues else 2)
-            axes.plot(lambdas[::2], theirs[::2, j], "o", color=hue, mfc="none", ms=4, mew=1, zorder=3)
-        placed = []
-        for j in sorted(shown, key=lambda j: -ours[-1, j]):
-            y = ours[-1, j].item()
-            y = min([y, *(p - 0.045 for p in placed[-1:])])
-            placed.append(y)
-            axes.annotate(kept["names"][j], (lambdas[-1], y), (6, 0), textcoords="offset points", color=C[hues[j]],
+            axes.plot(lambdas, theirs[:, j], "o", color=hue, mfc="none", ms=4, mew=1, zorder=3)
+        low, high = ours.min().item(), ours.max().item()
+        axes.set_ylim(low - 0.12 * (high - low), high + 0.04 * (high - low))
+        last = math.inf
+        for j in sorted(shown, key=lambda j: -ours[-1, j]):  # names that would cover each other move down
+            last = min(ours[-1, j].item(), last - 0.055 * (high - low))
+            axes.annotate(kept["names"][j], (lambdas[-1], last), (6, 0), textcoords="offset points", color=C[hues[j]],
                           va="center", weight="bold")  # fmt: skip
         axes.axhline(0, color=INK, linewidth=0.8)
-        axes.set_xscale("log")
-        axes.set_xlim(lambdas[0], lambdas[-1] * 0.78)
-        axes.set_xlabel("← stronger penalty         λ         weaker →", color=MUTED)
+        strengths(axes, lambdas)
+        axes.set_xlim(lambdas[0], lambdas[-1] * 0.72)
         axes.set_ylabel("coefficient")
 
     return draw(paint, 3.6)
@@ -108,14 +118,12 @@ def zeros(found):
     lambdas = kept["lambdas"]
 
     def paint(axes):
-        counts = (kept["ours"] != 0).sum(1)
+        counts = (kept["ours"] != 0).sum(1).numpy()
         axes.step(lambdas, counts, where="mid", color=C["violet"])
         axes.fill_between(lambdas, counts, step="mid", color=C["violet"], alpha=0.15, linewidth=0)
-        axes.plot(lambdas, (kept["theirs"] != 0).sum(1), "o", color=C["violet"], mfc="none", ms=4, mew=1)
-        axes.set_xscale("log")
-        axes.set_xlim(lambdas[0], lambdas[-1] * 0.95)
+        axes.plot(lambdas, (kept["theirs"] != 0).sum(1).numpy(), "o", color=C["violet"], mfc="none", ms=4, mew=1)
+        strengths(axes, lambdas)
         axes.set_ylim(0, len(kept["names"]) + 0.5)
-        axes.set_xlabel("← stronger penalty         λ         weaker →", color=MUTED)
         axes.set_ylabel("coefficients that are not zero")
 
     return draw(paint, 3.6)
@@ -125,21 +133,21 @@ SECTION = Section(
     key="lasso",
     title="LASSO",
     colour="violet",
-    formulas=(r"\min_w\;\frac{1}{2N}\,\Vert y - Xw\Vert_2^2 + \lambda\,\Vert w\Vert_1",),
+    formulas=(r"\min_w\;\dfrac{1}{2N}\,\Vert y - Xw\Vert_2^2 + \lambda\,\Vert w\Vert_1",),
     text="<p>On a linear model with squared error the L1 penalty is called LASSO, and it selects: the weaker the penalty, the "
     "more inputs take part. The optimum is unique, so that fastreg’s proximal gradient steps must end where scikit-learn’s "
     "coordinate descent does.</p><p><b>On data of its own:</b> scikit-learn’s diabetes data, ten measurements of 442 patients "
     "and the progress of their disease after a year, standardised.</p>",
     measure=measure,
     packages=("sklearn",),
-    variants=(("lasso_strong", "Strong penalty"), ("lasso_weak", "Weak penalty")),
+    variants=(("lasso_strong", "Strong penalty", "violet"), ("lasso_weak", "Weak penalty", "violet")),
     plain=False,
     columns=("lasso_lambda", "lasso_kept", "lasso_error", "lasso_distance"),
     measures={
-        "lasso_lambda": ("λ", "", 3),
-        "lasso_kept": ("inputs used", "", 0),
-        "lasso_error": ("error, of the variance", "%", 2),
-        "lasso_distance": ("difference", "", 7),
+        "lasso_lambda": ("λ", "", ".3f"),
+        "lasso_kept": ("inputs used", "", ",.0f"),
+        "lasso_error": ("error, of the variance", "%", ".2f"),
+        "lasso_distance": ("difference", "", ".0e"),
     },
     table_note="The difference is the largest between a coefficient of fastreg and the same of scikit-learn.",
     claims=(judged("fastreg finds scikit-learn’s solution: the coefficients and which of them are zero", agrees),),

@@ -97,7 +97,7 @@ def detectors(found):
 
 def errors(found):
     def paint(axes):
-        for y, (variant, title, hue) in enumerate(VARIANTS):
+        for y, (variant, _, hue) in enumerate(VARIANTS):
             values = list(found.values(variant, "test_error").values())
             mean = sum(values) / len(values)
             axes.barh(y, mean, height=0.5, color=C[hue], alpha=0.85)
@@ -122,10 +122,10 @@ SECTION = Section(
     "places hold one and the same tensor, as a convolution does: what is learnt at one place is known at all, and far fewer "
     "weights must be learnt. The gradient of the shared weights is the sum over the places; a penalty counts them once.</p>",
     measure=measure,
-    variants=tuple((key, title) for key, title, _ in VARIANTS),
+    variants=VARIANTS,
     plain=False,
     columns=("test_error", "test_loss", "gap_loss", "detector_weights"),
-    measures={"detector_weights": ("weights of detectors", "", 0)},
+    measures={"detector_weights": ("weights of detectors", "", ",.0f")},
     claims=(
         judged("Shared weights are fewer", fewer),
         changed("Sharing lowers the test error", "sharing_shared", "sharing_own", "test_error", -1),
