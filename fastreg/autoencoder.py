@@ -120,14 +120,17 @@ def pretrain_autoencoder(
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         if not isinstance(module, torch.nn.Module) and not (module is None and name == "decoder"):
             raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(module).__name__}")
-    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+    integers = (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", 0 if seed is None else seed, -math.inf))
+    for name, value, least in integers:
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-        check_number(op, name, value, 1)
+        check_number(op, name, value, least)
     check_number(op, "corruption", corruption, 0, 1)
     if generator is not None and seed is not None:
         raise ValueError(f"{op}: give generator or seed, not both")
     batches = _batches(op, data, batch_size)
+    if any(torch.nn.parameter.is_lazy(p) for module in (encoder, decoder) if module is not None for p in module.parameters()):
+        raise ValueError(f"{op}: a lazy layer has no shape yet; run encoder and decoder once first")
     decoder = TiedDecoder(encoder) if decoder is None else decoder
     both = torch.nn.ModuleList([encoder, decoder])
     parameters = [p for p in both.parameters() if p.requires_grad]
@@ -146,7 +149,7 @@ def pretrain_autoencoder(
                 reconstruction = decoder(encoder(dropout(x, corruption)))
                 if reconstruction.numel() != x.numel():
                     raise ValueError(
-                        f"{op}: the reconstruction must have as many elements as x {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
+                        f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
                     )
                 value = loss(reconstruction.reshape(len(x), -1), x.reshape(len(x), -1))
                 steps.zero_grad()

@@ -4,8 +4,7 @@
     regression      L / (2 sigma^2) + log sigma
     classification  L / sigma^2     + log sigma
 
-Kendall, Gal, Cipolla 2018, equations 7 and 10. Bounded: log(1 + sigma^2) in place of log sigma, Liebel and Körner 2018,
-equation 3.
+Kendall, Gal, Cipolla 2018, equations 7 and 10. Bounded: log(1 + sigma^2) in place of log sigma, Liebel and Körner 2018.
 """
 
 import sys

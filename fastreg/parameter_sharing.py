@@ -41,8 +41,7 @@ def _tensors(group):
 
 def _tie(group, parameter):
     for module, leaf in group:
-        if module._parameters.get(leaf) is not parameter:
-            setattr(module, leaf, parameter)  # not into _parameters: recurrent layers keep a list of their own
+        module._parameters[leaf] = parameter
 
 
 def _groups(module):
@@ -114,7 +113,8 @@ def _join(group):
     for module, leaf in group:
         for other in _groups(module):
             if _has(other, module, leaf):
-                whole += [place for place in other if not _has(whole, *place)]
+                held = module._parameters[leaf]
+                whole += [place for place in other if _tensors([place])[0] is held and not _has(whole, *place)]
     _tie(whole, group[0][0]._parameters[group[0][1]])
     for module in {id(module): module for module, _ in whole}.values():
         rest = [g for g in _groups(module) if not any(_has(whole, *place) for place in g)]
@@ -129,8 +129,8 @@ def unshare_parameters(*modules_or_names):
     """End the sharing: give each place a parameter of its own, with the values it has now.
 
     Args:
-        *modules_or_names: modules, all of whose parameters leave what they share; or one module and names below it. Of the
-            places that leave together the first named keeps the tensor if no other is left to hold it.
+        *modules_or_names: modules, all of whose parameters leave what they share; or one module and names below it. Where
+            all places leave, the first named keeps the tensor.
 
     A parameter that is not shared through `share_parameters` is left alone. Make the optimiser anew.
 
@@ -145,7 +145,7 @@ def unshare_parameters(*modules_or_names):
                 shared = module._parameters[leaf]
                 if any(p is shared for p in _tensors(rest)):
                     own = torch.nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                    setattr(module, leaf, own)
+                    module._parameters[leaf] = own
                 for owner in {id(m): m for m, _ in group}.values():
                     kept = [g for g in _groups(owner) if g is not group]
                     _watch(owner, [*kept, rest] if len(rest) > 1 and any(m is owner for m, _ in rest) else kept)
