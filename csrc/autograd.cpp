@@ -420,7 +420,7 @@ bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
     t.grad = grad.const_data_ptr();
     t.momentum = buffer ? buffer->mutable_data_ptr() : nullptr;
     t.param_layout.numel = param->numel();
-    t.first_step = false;
+    t.started = nullptr;
     result->params.push_back(*param);
   }
   return true;
