@@ -9,6 +9,7 @@ Each function here makes a claim: a function from the results to a verdict with 
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
@@ -35,7 +36,8 @@ def judged(title: str, judge: Callable[[Results], tuple[bool, str]]) -> Claim:
 
     def claim(found):
         try:
-            return Verdict(title, *judge(found))
+            holds, evidence = judge(found)
+            return Verdict(title, holds, re.sub(r"-(?=\d)", "−", evidence))
         except NotMeasured:
             return Verdict(title, None, "not measured")
 

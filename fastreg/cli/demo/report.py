@@ -208,7 +208,10 @@ def _cell(found, key, side, column, spec):
     else:
         error = standard_error(values)
         if error is not None and math.isfinite(error) and error > 0:
-            spread = f" <small>± {error:{spec}}</small>"
+            shown = f"{error:{spec}}"
+            if float(shown.replace(",", "")) == 0:  # smaller than the last digit
+                shown = f"&lt; {shown[:-1]}1"
+            spread = f" <small>± {shown}</small>"
     return f"<td>{_number(statistics.fmean(values), spec)}{spread}</td>"
 
 

@@ -7,7 +7,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 import fastreg as fr
 
 from ..claims import changed, no_worse
-from ..figures import PAPER, C, draw, limits
+from ..figures import C, draw, limits
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import PLAIN, Fastreg, Recipe, Torch, batch_size, evaluate, network
@@ -66,15 +66,10 @@ def learning_curve(quantity):
         def paint(axes):
             training, validation = run.curves[f"train_{quantity}"], run.curves[f"validation_{quantity}"]
             epochs = range(1, len(training) + 1)
-            axes.plot(epochs, training, color=C["grey"], linewidth=1.3, linestyle=(0, (2, 2)))
-            axes.plot(epochs, validation, color=C["grey"])
+            axes.plot(epochs, training, color=C["grey"], linewidth=1.3, linestyle=(0, (2, 2)), label="training")
+            axes.plot(epochs, validation, color=C["grey"], label="validation")
             axes.set_ylim(limits([validation]))
             axes.set_xlim(1, max(2, len(epochs)))
-            named = len(epochs) // 3  # where the curves are named: from here on, above everything they do
-            for name, curve in (("training", training), ("validation", validation)):
-                peak = max(curve[named : 2 * named + 1])
-                axes.annotate(name, (named + 1, peak), (0, 5), textcoords="offset points", color=C["muted"], weight="bold",
-                              bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1})  # fmt: skip
             if early is not None and early.best_epoch is not None:
                 best, hue = early.best_epoch + 1, C["ochre"]
                 axes.plot(best, validation[best - 1], "o", color=hue, ms=7, zorder=4)
@@ -91,6 +86,7 @@ def learning_curve(quantity):
                                   rotation=90)  # fmt: skip
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             axes.set_xlabel("epoch")
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4)
             axes.set_ylabel({"error": "error [%]", "loss": "cross-entropy [nats]"}[quantity])
 
         return draw(paint)

@@ -109,6 +109,10 @@ def learnt_weights(found):
             axes.plot(epochs, [weights[task] for weights in history], color=C[hue], label=NAMES[task])
         axes.axhline(1, color=C["sand"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
+        axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+        axes.minorticks_off()
         axes.set_xlim(1, max(2, len(history)))
         axes.set_xlabel("epoch")
         axes.set_ylabel("weight of the task")
