@@ -37,7 +37,7 @@ def judged(title: str, judge: Callable[[Results], tuple[bool, str]]) -> Claim:
     def claim(found):
         try:
             holds, evidence = judge(found)
-            return Verdict(title, holds, re.sub(r"-(?=\d)", "−", evidence))
+            return Verdict(title, holds, re.sub(r"(?<!e)-(?=\d)", "−", evidence))
         except NotMeasured:
             return Verdict(title, None, "not measured")
 

@@ -20,7 +20,7 @@ SECTIONS = (
     lasso.SECTION,
     early_stopping.SECTION,
     dropout.SECTION,
-    # dataset augmentation goes here
+    # Dataset augmentation belongs here.
     adversarial.SECTION,
     label_smoothing.SECTION,
     semi_supervised.SECTION,
