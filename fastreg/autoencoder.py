@@ -65,6 +65,8 @@ def _chain(module, name=""):
     return [pair for key, child in module.named_children() for pair in _chain(child, f"{name}.{key}".lstrip("."))]
 
 
+@torch.inference_mode(False)  # whatever the caller has switched off
+@torch.enable_grad()
 def pretrain_autoencoder(
     encoder,
     data,
@@ -139,7 +141,7 @@ def pretrain_autoencoder(
     loss = torch.nn.functional.mse_loss if loss is None else loss
     device, history = next(both.parameters()).device, []
 
-    with _restored(both), _seeded(generator, seed), torch.inference_mode(False), torch.enable_grad():
+    with _restored(both), _seeded(generator, seed):
         both.train()
         steps = (torch.optim.Adam if optimizer is None else optimizer)(parameters)
         for _ in range(epochs):
@@ -185,7 +187,8 @@ def _inputs(op, batch, device):
         raise TypeError(
             f"{op}: data must be floating-point tensors, or tuples that begin with one, got {got}; convert with .float()"
         )
-    return x.detach().to(device)
+    x = x.detach().to(device)
+    return x.clone() if x.is_inference() else x  # one that was born in inference_mode cannot be saved for backward
 
 
 @contextlib.contextmanager

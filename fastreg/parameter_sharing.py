@@ -2,8 +2,7 @@
 
 One parameter in several places is the constraint that these weights are equal. Its gradient is the sum over the places; an
 optimiser steps it, and a penalty counts it, once (Goodfellow, Bengio, Courville 2016, section 7.9). A convolution is the same
-idea inside one
-layer: one small weight at every position.
+idea inside one layer: one small weight at every position.
 
 Plain `b.weight = a.weight` does that, too, until something gives a module new parameters: load_state_dict(assign=True), or
 to_empty of a model on the meta device, puts a tensor of its own into each place. Here those two ways in are watched.

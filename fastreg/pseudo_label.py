@@ -2,8 +2,8 @@
 
     p = softmax(weak / T),  q = one-hot(argmax p),  loss = 1/N sum over i of [max p_i >= threshold] * H(q_i, softmax(strong_i))
 
-Lee 2013, "Pseudo-label"; with two views of each input and a threshold Sohn et al. 2020, "FixMatch". Beyond them: soft targets q
-= p.
+Lee 2013, "Pseudo-label"; with two views of each input and a threshold Sohn et al. 2020, "FixMatch". Beyond
+them: soft targets q = p.
 """
 
 import math

@@ -170,6 +170,14 @@ def test_generators_modes_and_gradients_stay(random):
     assert not torch.equal(encoder[0].weight, before["0.weight"]) and encoder[0].weight.requires_grad
 
 
+@pytest.mark.parametrize("corruption", [0.0, 0.5])
+def test_in_inference_mode(corruption):
+    encoder = nn.Linear(6, 3)
+    with torch.inference_mode():
+        _, history = fr.pretrain_autoencoder(encoder, torch.randn(20, 6), epochs=3, corruption=corruption, seed=0)
+    assert history[2] < history[0]
+
+
 def test_the_same_seed_gives_the_same_encoder():
     x, start = torch.randn(30, 6), nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.ReLU())
 
