@@ -1,9 +1,9 @@
 """Training on adversarial examples and robust accuracy, against float64 references, and what each costs in passes.
 
-`adversarial_loss` itself is in test_fgsm.py. Proven: the gradients of `adversarial_backward` are those of the objective; the
-passes of each method are counted; `FreeAdversarial` is the paper's loop; fast adversarial training is FGSM from a random start
-with a step of 1.25 eps; restarts keep the worst; robust accuracy is exact where it is known (linear models); each makes a
-network harder to fool on the digits; catastrophic overfitting is stopped.
+Proven: `adversarial_loss` and its gradients are those computed by hand, and `adversarial_backward` has the same; the passes of
+each method are counted; `FreeAdversarial` is the paper's loop; fast adversarial training is FGSM from a random start with a step
+of 1.25 eps; restarts keep the worst; robust accuracy is exact where it is known (linear models); each makes a network harder to
+fool on the digits; a collapse of robust accuracy is stopped and undone.
 """
 
 import copy
@@ -18,12 +18,13 @@ import fastreg as fr
 
 
 def net(norm=False):
-    first = nn.BatchNorm2d(3) if norm else nn.Identity()
-    return nn.Sequential(first, nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
 
 
-def batch(n=7):
-    return torch.rand(n, 3, 6, 6), torch.randint(5, (n,))
+def batch(n=7, dtype=torch.float32):
+    return torch.rand(n, 3, 6, 6).to(dtype), torch.randint(5, (n,))
 
 
 class Passes:
@@ -50,27 +51,146 @@ class Passes:
         return self.forward, self.back, self.weights
 
 
-# ------------------------------------------------------------------------------------------------- adversarial_backward
-def objective(model, x, y, eps, weight, loss=F.cross_entropy, norm="linf"):
-    """(1 - weight) J(x) + weight J(x'), by hand in the model's dtype."""
+# ------------------------------------------------------------------------------------------------------ adversarial_loss
+def by_hand(model, x, y, eps, weight, loss=F.cross_entropy, norm="linf"):
+    """(1 - weight) J(x) + weight J(x'), in the dtype of the model."""
     leaf = x.detach().clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(model(leaf), y), leaf)
+    clean = loss(model(leaf), y)
+    (grad,) = torch.autograd.grad(clean, leaf, retain_graph=True)
     length = grad.flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))
-    step = grad.sign() if norm == "linf" else grad / length
-    adversarial = (x + eps * step).clamp(0, 1)
-    return (1 - weight) * loss(model(x), y) + weight * loss(model(adversarial), y)
+    adversarial = (x.detach() + eps * (grad.sign() if norm == "linf" else grad / length)).clamp(0, 1)
+    return (1 - weight) * clean + weight * loss(model(adversarial), y)
 
 
+@pytest.mark.parametrize("weight", (0.25, 0.5, 0.9))
+@pytest.mark.parametrize("norm", (False, True), ids=("", "BatchNorm"))
+def test_adversarial_loss_is_the_formula(weight, norm):
+    model, (x, y) = net(norm), batch()
+    twin = copy.deepcopy(model)
+    x.requires_grad_()
+    loss = fr.adversarial_loss(model, x, y, 0.1, weight=weight)
+    want = by_hand(twin, x, y, 0.1, weight)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    loss.backward()
+    want.backward()
+    assert x.grad is None
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_adversarial_loss_at_the_ends():
+    model, (x, y) = net(), batch()
+    x.requires_grad_()
+    assert fr.adversarial_loss(model, x, y, 0.1, weight=0) == fr.cross_entropy(model(x), y)
+    adversarial = fr.fgsm(model, x, y, 0.1)
+    torch.testing.assert_close(fr.adversarial_loss(model, x, y, 0.1, weight=1), F.cross_entropy(model(adversarial), y))
+    for weight in (0, 0.5, 1):
+        x.grad = None
+        fr.adversarial_loss(model, x, y, 0.1, weight=weight).backward()
+        assert x.grad is None
+
+
+def test_weight_one_lets_no_nan_of_the_clean_loss_in():
+    loss = lambda z, y: (z - 0.5).log().mean()  # noqa: E731  NaN at x = 0.25, finite at 0.75
+    x = torch.tensor([[0.5]])
+    model = nn.Linear(1, 1)
+    with torch.no_grad():
+        model.weight.fill_(1), model.bias.fill_(0.25)
+    assert fr.adversarial_loss(model, x, None, 0.1, weight=1, loss=loss).isfinite()
+
+
+@pytest.mark.parametrize("narrow", (torch.float16, torch.bfloat16), ids=str)
+def test_adversarial_loss_gives_no_gradient_to_x_in_low_precision(narrow):
+    model, (x, y) = net().to(narrow), batch(dtype=narrow)
+    x.requires_grad_()
+    loss = fr.adversarial_loss(model, x, y, 0.1)
+    loss.backward()
+    assert x.grad is None and all(p.grad is not None for p in model.parameters())
+    want = by_hand(copy.deepcopy(model).float(), x.detach().float(), y, 0.1, 0.5)
+    assert abs(loss.item() - want.item()) < 0.05
+
+
+def test_adversarial_loss_of_ones_own_l2_and_no_grad():
+    model, (x, y) = net(), batch()
+    margin = lambda logits, y: F.multi_margin_loss(logits, y)  # noqa: E731
+    torch.testing.assert_close(
+        fr.adversarial_loss(model, x, y, 0.1, loss=margin, weight=0.3),
+        by_hand(model, x, y, 0.1, 0.3, margin),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    per_channel = torch.tensor([0.0, 0.1, 0.2])
+    with torch.no_grad():
+        inside = fr.adversarial_loss(model, x, y, per_channel, norm="linf")
+    outside = fr.adversarial_loss(model, x, y, per_channel, norm="linf")
+    assert not inside.requires_grad and outside.requires_grad
+    torch.testing.assert_close(inside, outside.detach())
+    out = fr.adversarial_loss(model, x, y, 0.5, norm="l2")
+    want = 0.5 * F.cross_entropy(model(x), y) + 0.5 * F.cross_entropy(model(fr.fgsm(model, x, y, 0.5, norm="l2")), y)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+
+
+def test_adversarial_loss_under_autocast():
+    model, (x, y) = net(norm=True), batch()
+    twin = copy.deepcopy(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = fr.adversarial_loss(model, x, y, 0.1)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = by_hand(twin, x, y, 0.1, 0.5, lambda z, y: F.cross_entropy(z.float(), y))
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=0.01, atol=0.01)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_adversarial_loss_through_distributed_data_parallel(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, (x, y) = net(norm=True), batch()
+        twin = copy.deepcopy(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):
+            fr.fgsm(wrapped, x, y, 0.1)
+            loss, want = fr.adversarial_loss(wrapped, x, y, 0.1), by_hand(twin, x, y, 0.1, 0.5)
+            loss.backward()
+            want.backward()
+            torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_adversarial_training_makes_the_model_harder_to_fool():
+    centres = torch.rand(5, 3, 6, 6)
+    y = torch.randint(5, (100,))
+    x = (centres[y] + torch.randn(100, 3, 6, 6) * 0.15).clamp(0, 1)
+    errors = {}
+    for weight in (0, 0.5):
+        model = net(norm=False)
+        optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+        for _ in range(40):
+            optimiser.zero_grad()
+            fr.adversarial_loss(model, x, y, 0.1, weight=weight).backward()
+            optimiser.step()
+        errors[weight] = F.cross_entropy(model(fr.fgsm(model, x, y, 0.1)), y).item()
+    assert errors[0.5] < errors[0] / 2
+
+
+# ------------------------------------------------------------------------------------------------- adversarial_backward
 @pytest.mark.parametrize("weight", (0.2, 0.5, 0.9))
 @pytest.mark.parametrize("norm", ("linf", "l2"))
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
-def test_backward_gives_the_gradients_of_the_objective(weight, norm, dtype):
+def test_backward_gives_the_gradients_of_the_by_hand(weight, norm, dtype):
     model, (x, y) = net().to(dtype), batch()
     x = x.to(dtype).requires_grad_()
     twin = copy.deepcopy(model).double()
     for _ in range(2):  # gradients add up, as with backward()
         loss = fr.adversarial_backward(model, x, y, 0.1, weight=weight, norm=norm)
-        want = objective(twin, x.detach().double(), y, 0.1, weight, norm=norm)
+        want = by_hand(twin, x.detach().double(), y, 0.1, weight, norm=norm)
         want.backward()
     assert loss.shape == () and not loss.requires_grad and x.grad is None
     tolerance = dict(rtol=1e-10, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-5)
@@ -132,7 +252,7 @@ def test_backward_through_float16_with_a_scaler():
     fr.adversarial_backward(model, x.half(), y, 0.1, scale=scaler.scale)
     twin = copy.deepcopy(model).double()
     twin.zero_grad()
-    objective(twin, x.half().double(), y, 0.1, 0.5).backward()
+    by_hand(twin, x.half().double(), y, 0.1, 0.5).backward()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a.grad.double() / 2**12, b.grad, rtol=0.05, atol=0.02)
 
@@ -300,6 +420,39 @@ def test_robust_accuracy_of_a_linear_model_is_exact(norm, channels, loader):
     assert clean == pytest.approx((margin > 0).double().mean().item(), abs=1e-12)
 
 
+def test_normalised_inputs_with_bounds_and_eps_per_channel_are_attacked_as_the_pixels_are():
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).double(), torch.tensor([0.2, 0.3, 0.4]).double()
+    on_normalised, (x, y) = net().double(), batch(40)
+
+    def normalise(x):
+        return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+    def on_pixels(x):
+        return on_normalised(normalise(x))
+
+    x, eps, bounds = x.double(), 0.1 / std, ((0 - mean) / std, (1 - mean) / std)
+    y = on_pixels(x).argmax(1)
+
+    def seeded():
+        return torch.Generator().manual_seed(1)
+
+    for want, got in (
+        (fr.fgsm(on_pixels, x, y, 0.1), fr.fgsm(on_normalised, normalise(x), y, eps, bounds=bounds)),
+        (
+            fr.fgsm(on_pixels, x, y, 0.1, random_start=True, generator=seeded()),
+            fr.fgsm(on_normalised, normalise(x), y, eps, bounds=bounds, random_start=True, generator=seeded()),
+        ),
+        (
+            fr.pgd(on_pixels, x, y, 0.1, 0.02, 4, restarts=2, generator=seeded()),
+            fr.pgd(on_normalised, normalise(x), y, eps, 0.02 / std, 4, restarts=2, bounds=bounds, generator=seeded()),
+        ),
+    ):
+        torch.testing.assert_close(normalise(want), got, rtol=1e-9, atol=1e-9)
+    want = fr.robust_accuracy(on_pixels, (x, y), 0.02, steps=5, generator=seeded())
+    got = fr.robust_accuracy(on_normalised, (normalise(x), y), 0.02 / std, steps=5, bounds=bounds, generator=seeded())
+    assert 0 < got == want < 1
+
+
 def test_robust_accuracy_falls_with_restarts_and_leaves_the_model_alone():
     model, (x, y) = net(norm=True), batch(60)
     model[1].eval()
@@ -345,7 +498,7 @@ def test_robust_accuracy_refuses():
     with pytest.raises(ValueError, match="adversarial_backward: loss must give one number"):
         fr.adversarial_backward(model, x, y, 0.1, loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
     with pytest.raises(ValueError, match="adversarial_backward: the loss does not depend on x"):
-        fr.adversarial_backward(model, x, y, 0.1, loss=lambda z, y: model[1].weight.sum())
+        fr.adversarial_backward(model, x, y, 0.1, loss=lambda z, y: model[0].weight.sum())
     assert model[4].weight.grad is None
 
 

@@ -416,15 +416,16 @@ class TestSparsity:
         assert shares[0] == 0.9 and shares[1] == 0.0
 
 
+@pytest.fixture(scope="module")
+def diabetes():
+    """442 patients: ten measurements, standardised (442, 10), and the progress of their disease (442,)."""
+    datasets = pytest.importorskip("sklearn.datasets", reason='needs pip install "fastreg[test]"')
+    x, y = datasets.load_diabetes(return_X_y=True)
+    return torch.tensor((x - x.mean(0)) / x.std(0)), torch.tensor(y)
+
+
 class TestLasso:
     """A linear model with least squares and L1 against scikit-learn's coordinate descent, on its diabetes data."""
-
-    @pytest.fixture(scope="class")
-    def diabetes(self):
-        sklearn = pytest.importorskip("sklearn.datasets", reason='needs pip install "fastreg[test]"')
-        x, y = sklearn.load_diabetes(return_X_y=True)
-        x = (x - x.mean(0)) / x.std(0)
-        return torch.tensor(x), torch.tensor(y)
 
     @pytest.mark.parametrize("momentum", (0.0, 0.9))
     @pytest.mark.parametrize("l1", (0.1, 1.0, 3.0, 10.0, 30.0, 50.0))

@@ -28,7 +28,8 @@ class EarlyStopping(TrainerCallback, ExportableState):
 
     Args:
         monitor: name of the metric, "eval_" included.
-        restore: keep a copy of the best weights in memory and load it at the end of training.
+        restore: keep a copy of the best weights in memory and load it at the end of training. With False only the decision is
+            taken; do so where the model is sharded (DeepSpeed, FSDP) and `load_best_model_at_end` keeps the best epoch.
         **options: mode, patience, min_delta and the others of `fastreg.EarlyStopping`, its defaults included.
 
     Attributes:
