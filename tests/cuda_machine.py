@@ -95,7 +95,7 @@ def dtype_number(dtype):
 # ---- built once, whatever test process asks first
 
 
-def _built(name, inputs, build):
+def built(name, inputs, build):
     """The file `name`, made by build(path) where no earlier test run made it of the same inputs."""
     digest = hashlib.sha256()
     for path in sorted(inputs):
@@ -130,7 +130,7 @@ def _shim():
     """The interpreter's CUDA runtime, under a name of its own: torch may have loaded the real one."""
     source = CUDACHECK / "cudart_shim.c"
     flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-Bsymbolic,-soname,libfastreg_test_cudart.so"]
-    return _built(
+    return built(
         "libfastreg_test_cudart.so", [source], lambda path: subprocess.run(["gcc", *flags, source, "-o", path], check=True)
     )
 
@@ -224,7 +224,7 @@ def traffic(reports):
 @functools.cache
 def interpreted(op):
     source = CSRC / op / f"{op}_cuda.cu"
-    return Interpreted(_built(f"{op}-ptx.so", sources(op), lambda path: compile_ptx(source, path)))
+    return Interpreted(built(f"{op}-ptx.so", sources(op), lambda path: compile_ptx(source, path)))
 
 
 # ---- the host's compiler
@@ -250,7 +250,7 @@ def hosted_library(ops):
             libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
             subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
 
-    return _built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
+    return built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
 
 
 def sanitizers():

@@ -4,6 +4,8 @@
 //   textbook dropout (Goodfellow et al. 2016, 7.12)         scale 1, and the weights are multiplied by 1 - p after training
 //   alpha dropout (Klambauer et al. 2017)                   mean and variance of a SELU's output are kept
 //
+// and, in one pass, what a residual block does with it: y = kept ? scale * (x + bias) + residual : residual.
+//
 // One decision may cover `inner` neighbouring elements: a channel (dropout2d) or a sample (drop_path). Decision i is made by
 // 16 bits of Philox group i / 8; the one in 65,536 that those leave open is settled by 16 further bits, so that
 // P(kept) = threshold / 2^32 exactly. The mask holds one bit per decision: bit i % 8 of byte i / 8, 1 = kept.
@@ -25,6 +27,14 @@ struct DropoutArgs {
   uint64_t offset;     // global index of the first decision
   uint64_t threshold;  // kept if 32 random bits are below it, 0 ... 2^32
   double scale, shift, dropped;
+};
+
+// inner == 1, shift and dropped are not looked at.
+struct DropoutAddArgs : DropoutArgs {
+  const void* residual;
+  Layout residual_layout;
+  const void* bias;  // or null; contiguous, bias[i % columns] belongs to element i
+  int64_t columns;
 };
 
 FR_HD uint64_t dropout_threshold(double p) { return uint64_t((1. - p) * 0x1p32 + 0.5); }
@@ -51,15 +61,22 @@ FR_HD V dropout_element(V x, M kept, V scale, V shift, V dropped) {
   return select(kept, x * scale, dropped);  // not x * scale + 0, which would turn -0 into 0
 }
 
+template <class V, class M>
+FR_HD V dropout_add_element(V x, M kept, V scale, V residual) {
+  return select(kept, x * scale + residual, residual);
+}
+
 struct DropoutKernels {
   void (*draw)(const DropoutArgs&, int64_t begin, int64_t end);     // mask bytes [begin, end)
   void (*apply)(const DropoutArgs&, int64_t begin, int64_t end);    // elements [begin, end) by the mask
   void (*forward)(const DropoutArgs&, int64_t begin, int64_t end);  // both, for inner == 1; begin a multiple of 8
+  void (*add)(const DropoutAddArgs&, int64_t begin, int64_t end);   // draws and applies as well; begin a multiple of 8
 };
 FR_DECLARE_KERNELS(DropoutKernels, dropout_kernels)
 
 // On a CUDA stream, in dropout_cuda.cu; each gives a cudaError_t.
 int dropout_forward_cuda(const DropoutArgs&, void* stream);  // draws the mask and applies it
 int dropout_apply_cuda(const DropoutArgs&, void* stream);    // applies a mask that is there
+int dropout_add_cuda(const DropoutAddArgs&, void* stream);   // draws the mask, applies it and adds
 
 }  // namespace fastreg
