@@ -108,6 +108,36 @@ def errors(found: Results, recipes: Sequence[Recipe]) -> str:
     return draw(paint, 1.0 + 0.36 * len(rows))
 
 
+def error_bars(*variants: tuple[str, str, str]):
+    """Mean test error of each variant (key, title, colour), with a tick per seed."""
+
+    def picture(found: Results) -> str:
+        rows = []
+        for key, title, hue in variants:
+            try:
+                rows.append((title, C[hue], list(found.values(key, "test_error").values())))
+            except NotMeasured:
+                continue
+        if not rows:
+            raise NotMeasured("test errors")
+
+        def paint(axes):
+            for y, (_, hue, values) in enumerate(rows):
+                axes.barh(y, np.mean(values), height=0.5, color=hue, alpha=0.85)
+                axes.plot(values, [y] * len(values), "|", color=INK, ms=9, mew=1)
+                axes.annotate(f"{np.mean(values):.1f}", (max(values), y), (7, -0.5), textcoords="offset points", va="center",
+                              color=hue, weight="bold")  # fmt: skip
+            axes.set_yticks(range(len(rows)), [title for title, _, _ in rows], color=INK)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_xlim(0, 1.18 * max(max(values) for _, _, values in rows) or 1)
+            axes.grid(False, axis="y")
+            axes.set_xlabel("test error [%]")
+
+        return draw(paint, 0.8 + 0.4 * len(rows))
+
+    return picture
+
+
 def ratios(found: Results, recipes: Sequence[Recipe]) -> str:
     """Time of a training epoch, fastreg / torch."""
     rows = []

@@ -114,7 +114,7 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
             ratios.append(found.time_ratio(recipe.key))
         except NotMeasured:
             continue
-    tiles = [(f"{sum(decided)} of {len(decided)}", "claims of the lecture held on this run")]
+    tiles = [(f"{sum(decided)} of {len(decided)}", "claims held on this run")]
     if any(recipe.key == "all" for recipe in recipes(sections)):
         tiles += [
             (_change(found, "test_error", ".1f"), "test error [%], plain → all methods together"),

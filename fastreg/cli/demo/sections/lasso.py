@@ -88,9 +88,8 @@ def strengths(axes, lambdas):
 
 def picture(found):
     kept = found.keep("lasso")
-    lambdas, ours, theirs = kept["lambdas"], kept["ours"], kept["theirs"]
-    last = ours[-1].abs()
-    shown = last.argsort(descending=True)[:5].tolist()
+    lambdas, ours, theirs = kept["lambdas"], kept["ours"].numpy(), kept["theirs"].numpy()
+    shown = np.abs(ours[-1]).argsort()[::-1][:5].tolist()
     hues = dict(zip(shown, ("violet", "blue", "rust", "pine", "ochre"), strict=True))
 
     def paint(axes):
@@ -98,12 +97,12 @@ def picture(found):
             hue = C[hues[j]] if j in hues else C["sand"]
             axes.plot(lambdas, ours[:, j], color=hue, linewidth=1.8 if j in hues else 1.2, zorder=3 if j in hues else 2)
             axes.plot(lambdas, theirs[:, j], "o", color=hue, mfc="none", ms=4, mew=1, zorder=3)
-        low, high = ours.min().item(), ours.max().item()
+        low, high = ours.min(), ours.max()
         axes.set_ylim(low - 0.12 * (high - low), high + 0.04 * (high - low))
-        last = math.inf
+        lowest = math.inf
         for j in sorted(shown, key=lambda j: -ours[-1, j]):  # names that would cover each other move down
-            last = min(ours[-1, j].item(), last - 0.055 * (high - low))
-            axes.annotate(kept["names"][j], (lambdas[-1], last), (6, 0), textcoords="offset points", color=C[hues[j]],
+            lowest = min(ours[-1, j], lowest - 0.055 * (high - low))
+            axes.annotate(kept["names"][j], (lambdas[-1], lowest), (6, 0), textcoords="offset points", color=C[hues[j]],
                           va="center", weight="bold")  # fmt: skip
         axes.axhline(0, color=INK, linewidth=0.8)
         strengths(axes, lambdas)

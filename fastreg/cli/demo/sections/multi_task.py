@@ -164,7 +164,7 @@ SECTION = Section(
     },
     claims=(
         no_worse("One trunk for three tasks reads the class no worse than a network of its own", "tasks_fixed", "tasks_alone"),
-        no_worse("With learnt weights of the tasks, too", "tasks_learnt", "tasks_alone"),
+        no_worse("So does one trunk with learnt weights of the tasks", "tasks_learnt", "tasks_alone"),
     ),
     figures=(
         Figure(

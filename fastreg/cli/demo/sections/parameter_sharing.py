@@ -7,12 +7,12 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import changed, judged
-from ..figures import INK, WEIGHTS, C, draw
+from ..figures import WEIGHTS, C, draw, error_bars
 from ..section import Figure, Section
 from ..train import LR, MOMENTUM, Centre, batches, evaluate
 
 FILTERS = 24
-VARIANTS = (("sharing_own", "Own weights per place", "grey"), ("sharing_shared", "Shared weights", "umber"))
+VARIANTS = (("sharing_own", "Own weights", "grey"), ("sharing_shared", "Shared weights", "umber"))
 
 
 class Places(nn.Module):
@@ -88,29 +88,11 @@ def detectors(found):
             w = w[w.norm(dim=1).argsort(descending=True)[:8]]
             w = w.view(len(w), own.channels, *own.kernel).mean(1)
             w = F.pad(w / w.abs().max().clamp_min(1e-12), (1, 1, 1, 1), value=float("nan"))
-            each.imshow(torch.cat(list(w), 1), cmap=WEIGHTS, vmin=-1, vmax=1, interpolation="none")
+            each.imshow(torch.cat(list(w), 1).numpy(), cmap=WEIGHTS, vmin=-1, vmax=1, interpolation="none")
             each.set_title(title, color=C[hue])
             each.set_axis_off()
 
     return draw(paint, 3.0, nrows=3)
-
-
-def errors(found):
-    def paint(axes):
-        for y, (variant, _, hue) in enumerate(VARIANTS):
-            values = list(found.values(variant, "test_error").values())
-            mean = sum(values) / len(values)
-            axes.barh(y, mean, height=0.5, color=C[hue], alpha=0.85)
-            axes.plot(values, [y] * len(values), "|", color=INK, ms=9, mew=1)
-            axes.annotate(f"{mean:.1f}", (max(values), y), (7, -0.5), textcoords="offset points", va="center", color=C[hue],
-                          weight="bold")  # fmt: skip
-        axes.set_yticks(range(len(VARIANTS)), [title.replace(" per", "\nper") for _, title, _ in VARIANTS], color=INK)
-        axes.set_ylim(len(VARIANTS) - 0.5, -0.5)
-        axes.set_xlim(0, 1.2 * max(max(found.values(v, "test_error").values()) for v, _, _ in VARIANTS) or 1)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("test error [%]")
-
-    return draw(paint, 1.9)
 
 
 SECTION = Section(
@@ -131,7 +113,7 @@ SECTION = Section(
         changed("Sharing lowers the test error", "sharing_shared", "sharing_own", "test_error", -1),
     ),
     figures=(
-        Figure(errors, "Test error with own and with shared weights", "Mean over the seeds; a tick per seed."),
+        Figure(error_bars(*VARIANTS), "Test error with own and with shared weights", "Mean over the seeds; a tick per seed."),
         Figure(
             detectors,
             "Weights of eight detectors at two places, and of those shared by all",

@@ -1,14 +1,12 @@
 """Semi-supervised learning, Goodfellow et al. 2016, section 7.6: pseudo-labels, and a representation from unlabelled data."""
 
-import numpy as np
 import torch
 from torch import nn
 
 import fastreg as fr
 
 from ..claims import changed
-from ..figures import INK, MUTED, C, draw, image
-from ..results import NotMeasured
+from ..figures import error_bars, image
 from ..section import Figure, Section
 from ..train import HIDDEN, Centre, evaluate
 
@@ -117,31 +115,6 @@ def restored_images(found):
     return f'<div class="strip" style="--n: {len(rows[0])}">{"".join(cells)}</div>'
 
 
-def errors(found):
-    rows = []
-    for key, title, hue in VARIANTS:
-        try:
-            rows.append((title, C[hue], list(found.values(key, "test_error").values())))
-        except NotMeasured:
-            continue
-    if not rows:
-        raise NotMeasured("errors")
-
-    def paint(axes):
-        for y, (_, hue, values) in enumerate(rows):
-            axes.barh(y, np.mean(values), height=0.5, color=hue, alpha=0.85)
-            axes.plot(values, [y] * len(values), "|", color=INK, ms=9, mew=1)
-            axes.annotate(f"{np.mean(values):.1f}", (max(values), y), (7, -0.5), textcoords="offset points", va="center",
-                          color=hue, weight="bold")  # fmt: skip
-        axes.set_yticks(range(len(rows)), [title for title, _, _ in rows], color=INK)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlim(0, 1.15 * max(max(values) for _, _, values in rows) or 1)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("test error [%]", color=MUTED)
-
-    return draw(paint, 0.8 + 0.4 * len(rows))
-
-
 SECTION = Section(
     key="semi-supervised",
     title="Semi-supervised learning",
@@ -173,7 +146,7 @@ SECTION = Section(
     ),
     figures=(
         Figure(
-            errors,
+            error_bars(*VARIANTS),
             "Test error with few labels, with unlabelled images besides, and with all labels",
             "Mean over the seeds; a tick per seed.",
         ),
