@@ -38,9 +38,9 @@ class Progress:
             self.console.print(f"This is {times:.0f} times the usual number of images and takes as much longer.")
         self.console.print()
         self.bars = Bars(
-            TextColumn("{task.description:<25}"),
-            BarColumn(bar_width=24, complete_style="blue", finished_style="blue"),
-            TextColumn("[bright_black]{task.fields[note]:<44}"),
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=14, complete_style="blue", finished_style="blue"),
+            TextColumn("[bright_black]{task.fields[note]:<30}"),
             TimeElapsedColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
@@ -68,12 +68,12 @@ class Progress:
     def epoch(self, section: Section, seed: int, recipe: Recipe, pair: list[Run]) -> None:
         """One more epoch of both sides."""
         errors = " / ".join(f"{run.curves['validation_error'][-1]:.1f}" for run in pair)
-        self._show(section, f"{recipe.title}, validation error {errors} %", 1)
+        self._show(section, f"validation error {errors} %", 1)
 
     def trained(self, section: Section, seed: int, recipe: Recipe, pair: list[Run]) -> None:
         """Both sides of a method and a seed are done."""
         errors = " / ".join(f"{run.measured['test_error']:.1f}" for run in pair)
-        self._show(section, f"{recipe.title}, test error {errors} %", 0)
+        self._show(section, f"test error {errors} %", 0)
         if not self.console.is_terminal:
             self.console.print(f"seed {seed + 1}/{self.seeds}  {recipe.title:<24}  test error torch / fastreg {errors} %")
 
@@ -96,15 +96,14 @@ class Progress:
         """The table, the claims and where the page is."""
         console = self.console if self.console.is_terminal else Console(highlight=False, width=120)
         table = Table(box=box.SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-        table.add_column("")
-        for name in ("train", "valid.", "test", "(torch)", "gap", "zeros", "attacked", "torch", "fastreg", "ratio"):
-            table.add_column(name, justify="right", style="bold" if name in ("test", "ratio") else None)
-        keys = ("train_error", "validation_error", "test_error", None, "gap_error", "zero_weights", "attacked_accuracy")
+        table.add_column("", no_wrap=True)
+        for name in ("test", "(torch)", "gap", "zeros", "attacked", "time"):
+            table.add_column(name, justify="right", style="bold" if name in ("test", "time") else None)
+        keys = ("test_error", None, "gap_error", "zero_weights", "attacked_accuracy")
         for variant in dict.fromkeys(recipe.key for section in self.sections for recipe in section.trained):
             found = self.found
             try:
                 cells = [f"{found.mean(variant, key or 'test_error', 'fastreg' if key else 'torch'):.1f}" for key in keys]
-                cells += [f"{found.mean(variant, 'epoch_ms', side):.0f} ms" for side in ("torch", "fastreg")]
                 table.add_row(found.titles[variant], *cells, f"{found.time_ratio(variant):.2f}")
             except NotMeasured:
                 continue
@@ -112,7 +111,7 @@ class Progress:
             console.print(table)
             console.print(
                 "[bright_black]Errors, zero weights and accuracy under attack in percent, means over the seeds, with fastreg; "
-                "then the median time of an epoch.[/]\n"
+                "then its time per epoch as a share of torch's.[/]\n"
             )
         marks = {True: ("✓", "blue"), False: ("✗", "red"), None: ("–", "bright_black")}
         for claim in (claim for judged in claims.values() for claim in judged):
