@@ -21,7 +21,18 @@ def resources(op):
     source = CSRC / op / f"{op}_cuda.cu"
 
     def build(path):
-        flags = ["-std=c++17", "-O3", "--fmad=false", "-DNDEBUG", "-Xptxas", "-v", "-arch=sm_80", "-cubin", "-o", path.with_suffix(".cubin")]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "--fmad=false",
+            "-DNDEBUG",
+            "-Xptxas",
+            "-v",
+            "-arch=sm_80",
+            "-cubin",
+            "-o",
+            path.with_suffix(".cubin"),
+        ]
         path.write_text(subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=True).stderr)
 
     kernels = {}
@@ -29,8 +40,13 @@ def resources(op):
         registers, shared = (re.search(pattern, entry) for pattern in (r"Used (\d+) registers", r"(\d+) bytes smem"))
         spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
         numbers = int(registers[1]), sum(map(int, spilled.groups())), int(shared[1]) if shared else 0
-        kernels[entry.split("'")[0]] = numbers
+        kernels[kernel(entry.split("'")[0])] = numbers
     return kernels
+
+
+def kernel(mangled):
+    """The mangled name without what depends on the options of the compiler."""
+    return re.sub(r"\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8}", "", mangled)
 
 
 @needs_nvcc
