@@ -119,7 +119,7 @@ def test_bytes_moved(dtype):
 
 
 def test_more_than_2_31_elements():
-    n, columns = 2**31 + 8 * 256 + 76, 12  # no power of two, of which 2^32 would be a multiple
+    n, columns = 2**31 + 8 * 256 + 76, 20  # no power of two, of which 2^32 would be a multiple
     written = []
 
     def arguments(machine):
@@ -127,7 +127,7 @@ def test_more_than_2_31_elements():
         residual = machine.device.virtual(4 * n, "residual", lambda offsets, width: (offsets // 4 % 127).astype(np.float32))
         written.append(machine.device.virtual(4 * n, "y"))
         mask = machine.device.virtual((n + 7) // 8, "mask")
-        bias, seed = machine.put(torch.arange(12.0) * 1000, "bias").at, seed_at(machine, torch.tensor([5]))
+        bias, seed = machine.put(torch.arange(20.0) * 1000, "bias").at, seed_at(machine, torch.tensor([5]))
         layout = Layout(n, 1, True)
         return DropoutAddArgs(
             0, x.addr, written[0].addr, mask.addr, layout, layout, n, 1, seed, 0, 2**31, 2.0, 0.0, 0.0,

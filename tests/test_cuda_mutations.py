@@ -23,7 +23,7 @@ def dropout_large():
 
 
 MUTATIONS = {
-    "tail off by one": ("dropout", "if (i < w.numel)", "if (i <= w.numel)", dropout_tail, "out-of-bounds"),
+    "tail off by one": ("dropout", "if (i >= w.numel)", "if (i > w.numel)", dropout_tail, "out-of-bounds"),
     "misaligned vector load": ("dropout", "word_aligned(a.input, a.output)", "true", dropout_unaligned, "misaligned"),
     "int32 index": ("dropout", "base = tile * kTile,", "base = int32_t(tile * kTile),", dropout_large, ""),
 }
