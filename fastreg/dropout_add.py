@@ -102,8 +102,9 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
         generator: torch.Generator on the input's device to draw the seed from; the default generator if None.
 
     Returns:
-        A new tensor like `input`, memory format kept. A dropped inf or NaN does not show. Under autocast the three may differ in
-        dtype: the widest is computed in and returned. Saved for backward: one bit per element. Twice differentiable in the three.
+        A new tensor like `input`, memory format kept. A dropped inf or NaN does not show. Saved for backward: one bit per
+        element. Twice differentiable in the three tensors. Under autocast they may differ in dtype: the widest is computed in
+        and returned.
 
     Raises:
         ValueError: p outside [0, 1] or NaN; a residual or bias of another shape, dtype or device; a dtype without kernels.

@@ -1,8 +1,8 @@
 """The CUDA kernels, launches and glue of every op under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
 
-Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY CASES`, with the
+Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY CASE`, with the
 sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which take CPU tensors; each case
-compares them with those of the CPU.
+compares operators with those of the CPU. tests/test_cuda_device.py runs the same cases on a GPU.
 """
 
 import itertools
@@ -117,11 +117,15 @@ def fgsm(cuda):
                 same(cuda.pgd_step(x, grad, *args), CPU.pgd_step(x, grad, *args), (dtype, shape, upper))
 
 
-def main(library, cases):
+CASES = (dropout, dropout_add, sgd, fgsm)
+
+
+def main(library, name):
     keep, cuda = load(library)
-    for case in cases.split(","):
-        globals()[case](cuda)
-        print("done:", case)
+    for case in CASES:
+        if case.__name__ == name:
+            case(cuda)
+            print("done:", name)
     del keep
 
 

@@ -135,10 +135,11 @@ def _shim():
     )
 
 
-def compile_ptx(source, out):
+def compile_ptx(source, out, debug=False):
     """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime."""
     hostrun, _ = _runtime()
-    hostrun.build_library([source], out, flags=("--fmad=false", "-Xlinker", str(_shim())))
+    flags = ("--fmad=false", "-Xlinker", str(_shim()), *(() if debug else ("-DNDEBUG",)))
+    hostrun.build_library([source], out, flags=flags)
 
 
 class Interpreted:
@@ -222,9 +223,10 @@ def traffic(reports):
 
 
 @functools.cache
-def interpreted(op):
-    source = CSRC / op / f"{op}_cuda.cu"
-    return Interpreted(built(f"{op}-ptx.so", sources(op), lambda path: compile_ptx(source, path)))
+def interpreted(op, debug=False):
+    """The kernels and launchers of an op; with their assertions if `debug`."""
+    source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'ptx'}.so"
+    return Interpreted(built(name, sources(op), lambda path: compile_ptx(source, path, debug)))
 
 
 # ---- the host's compiler
@@ -236,7 +238,7 @@ def hosted_library(ops):
     torch_root = Path(torch.__file__).parent
     compiler = [
         "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
-        "-ffp-contract=off", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-isystem", torch_root / "include", "-I", CUDACHECK / "cudahost" / "shim",
     ]  # fmt: skip
 
