@@ -2,6 +2,7 @@
 
 from . import _library, nn, optim
 from .adversarial import FreeAdversarial, adversarial_backward, adversarial_loss, robust_accuracy
+from .autoencoder import TiedDecoder, pretrain_autoencoder
 from .calibration import calibration_curve, calibration_error
 from .cross_entropy import cross_entropy
 from .dropout import (
@@ -19,11 +20,16 @@ from .dropout import (
 from .early_stopping import EarlyStopping, retrain
 from .fgsm import fgsm, fgsm_step, pgd
 from .linear_cross_entropy import linear_cross_entropy
+from .multi_task import MultiTaskLoss
+from .parameter_sharing import share_parameters, unshare_parameters
 from .patch import convert, patch, patched, unpatch
+from .pseudo_label import pseudo_label_loss
 
 __all__ = [
     "EarlyStopping",
     "FreeAdversarial",
+    "MultiTaskLoss",
+    "TiedDecoder",
     "adversarial_backward",
     "adversarial_loss",
     "alpha_dropout",
@@ -47,10 +53,14 @@ __all__ = [
     "patch",
     "patched",
     "pgd",
+    "pretrain_autoencoder",
+    "pseudo_label_loss",
     "retrain",
     "robust_accuracy",
+    "share_parameters",
     "unpack_mask",
     "unpatch",
+    "unshare_parameters",
 ]
 
 _C = _library.load_kernels()

@@ -3,14 +3,13 @@
 Two ways, both from the very `csrc/*/*_cuda.cu`:
 
 - `interpreted(...)`: nvcc compiles them to PTX, an interpreter executes it, watches every access and counts the traffic.
-- `hosted()`: the host's compiler compiles them, every CUDA thread a fiber, and the glue of `csrc/*/*_op.cpp` beside them; what
-  comes out is a namespace of operators, `torch.ops.fastreg_cudahost`, that take CPU tensors.
+- `hosted_library(...)`: the host's compiler compiles them, every CUDA thread a fiber, and the glue of `csrc/*/*_op.cpp` beside
+  them, with sanitizers; the operators come out as `torch.ops.fastreg_cudahost`, which take CPU tensors.
 
 The interpreter and the fibers come with the machine (`../shared/cudacheck` beside the checkout, or FASTREG_CUDACHECK); without
 them, or without nvcc, these tests are skipped and say so.
 """
 
-import contextlib
 import ctypes
 import fcntl
 import functools
@@ -60,6 +59,15 @@ class Layout(ctypes.Structure):
         )
 
 
+class Seed(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_uint64), ("at", ctypes.c_void_p))
+
+
+def seed_at(machine, tensor):
+    """A seed in the memory of the machine."""
+    return Seed(0, machine.put(tensor, "seed").at)
+
+
 def structure(name, fields, **more_types):
     """A ctypes structure from lines of "type name, name, ..." ."""
     types = {
@@ -70,6 +78,7 @@ def structure(name, fields, **more_types):
         "bool": ctypes.c_bool,
         "pointer": ctypes.c_void_p,
         "Layout": Layout,
+        "Seed": Seed,
         **more_types,
     }
     pairs = []
@@ -221,11 +230,33 @@ def interpreted(op):
 # ---- the host's compiler
 
 
-@contextlib.contextmanager
-def order(value):
-    """The order in which the fibers of a block go on: forward, reverse or random:<seed>."""
-    os.environ["CUDAHOST_ORDER"] = value
-    try:
-        yield
-    finally:
-        del os.environ["CUDAHOST_ORDER"]
+def hosted_library(ops):
+    """The CUDA kernels, launches and glue of `ops`, compiled with sanitizers for the CPU: torch.ops.fastreg_cudahost."""
+    inputs = [path for op in (*ops, "common") for path in (CSRC / op).glob("*.*")] + [CUDACHECK / "cudahost" / "cudahost.h"]
+    torch_root = Path(torch.__file__).parent
+    compiler = [
+        "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
+        "-ffp-contract=off", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem", torch_root / "include", "-I", CUDACHECK / "cudahost" / "shim",
+    ]  # fmt: skip
+
+    def build(path):
+        with tempfile.TemporaryDirectory() as folder:
+            objects = []
+            for op in ops:
+                for source in (CSRC / op / f"{op}_cuda.cu", CSRC / op / f"{op}_op.cpp"):
+                    objects.append(Path(folder) / f"{source.name}.o")
+                    subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
+            libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
+            subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
+
+    return _built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
+
+
+def sanitizers():
+    """The environment in which a Python process loads such a library."""
+    preload = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}

@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, Layout, dtype_number, interpreted, needs_cudacheck, needs_nvcc, structure, traffic
+from cuda_machine import (
+    DTYPES,
+    SCHEDULES,
+    Layout,
+    dtype_number,
+    interpreted,
+    needs_cudacheck,
+    needs_nvcc,
+    seed_at,
+    structure,
+    traffic,
+)
 
 import fastreg  # noqa: F401
 
@@ -15,7 +26,7 @@ DropoutArgs = structure(
     pointer input, output, mask
     Layout input_layout, output_layout
     int64 decisions, inner
-    pointer seed
+    Seed seed
     uint64 offset, threshold
     double scale, shift, dropped""",
 )
@@ -38,7 +49,7 @@ def run(
         return DropoutArgs(
             dtype_number(x.dtype), slots["x"].at, slots["y"].at, slots["mask"].at,
             Layout.of(x), Layout.of(x if in_place else like),
-            decisions, inner, machine.put(seed, "seed").at, offset, int((1 - p) * 2**32 + 0.5), scale, shift, dropped,
+            decisions, inner, seed_at(machine, seed), offset, int((1 - p) * 2**32 + 0.5), scale, shift, dropped,
         )  # fmt: skip
 
     launcher = "dropout_forward_cuda" if mask is None else "dropout_apply_cuda"
@@ -165,7 +176,7 @@ def test_more_than_2_31_elements():
         x = machine.device.virtual(4 * n, "x", lambda offsets, width: (offsets // 4 % 251).astype(np.float32))
         y, mask = machine.device.virtual(4 * n, "y"), machine.device.virtual((n + 7) // 8, "mask")
         written[:] = [y, mask]
-        layout, seed = Layout(n, 1, True), machine.put(torch.tensor([5]), "seed").at
+        layout, seed = Layout(n, 1, True), seed_at(machine, torch.tensor([5]))
         return DropoutArgs(0, x.addr, y.addr, mask.addr, layout, layout, n, 1, seed, 0, 2**31, 1.0, 0.0, 0.0)
 
     last_block = (n - 1) // (256 * 8)

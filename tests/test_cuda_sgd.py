@@ -5,7 +5,18 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, Layout, dtype_number, interpreted, needs_cudacheck, needs_nvcc, structure, traffic
+from cuda_machine import (
+    DTYPES,
+    SCHEDULES,
+    Layout,
+    dtype_number,
+    interpreted,
+    needs_cudacheck,
+    needs_nvcc,
+    seed_at,
+    structure,
+    traffic,
+)
 
 import fastreg  # noqa: F401
 
@@ -21,7 +32,9 @@ SgdArgs = structure(
     "SgdArgs",
     """double lr, momentum, dampening, weight_decay, l1, grad_scale
     bool nesterov, proximal, decoupled, maximize
-    pointer seed, lr_at
+    bool stochastic_rounding
+    Seed seed
+    pointer lr_at
     bool lr_wide
     pointer grad_scale_at, found_inf_at""",
 )
@@ -77,12 +90,12 @@ class Step:
                     machine.put(g, "grad", self.misaligned).at, slots["started"][i].at if self.started else None,
                     layouts[0], layouts[1], layouts[2] if self.buffers else Layout(),
                 )  # fmt: skip
-            seed = None if self.seed is None else machine.put(torch.tensor([self.seed]), "seed").at
+            seed = seed_at(machine, torch.tensor([self.seed or 0]))
             wide = self.lr_tensor is not None and self.lr_tensor.dtype == torch.float64
             args = SgdArgs(
                 self.lr, self.momentum, self.dampening, self.weight_decay, self.l1, 1.0, self.nesterov, self.proximal,
-                self.decoupled, self.maximize, seed, number(self.lr_tensor, "lr"), wide, number(self.grad_scale, "grad_scale"),
-                number(self.found_inf, "found_inf"),
+                self.decoupled, self.maximize, self.seed is not None, seed, number(self.lr_tensor, "lr"), wide,
+                number(self.grad_scale, "grad_scale"), number(self.found_inf, "found_inf"),
             )  # fmt: skip
             return ctypes.byref(args), tensors, ctypes.c_size_t(len(self.params))
 

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "check.h"
+#include "philox.h"
 
 #ifndef FASTREG_CUDA
 #define FR_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m)
@@ -24,12 +25,15 @@
 
 namespace fastreg {
 
-// Where the one int64 of a seed tensor lies, in the memory of the device: on a GPU a look at it from here would wait for the GPU.
-inline const uint64_t* seed_of(const char* op, const Tensor& seed, const Tensor& input) {
+// The one int64 of a seed tensor. On a GPU it is left to the kernel to read, for this would wait for the GPU; a seed that lies on
+// the CPU is read now.
+inline Seed seed_of(const char* op, const Tensor& seed, const Tensor& input) {
   check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ", seed.scalar_type(),
         " of shape ", shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
+  const auto* at = static_cast<const uint64_t*>(seed.const_data_ptr());
+  if (seed.is_cpu()) return {*at, nullptr};
   check_device(op, "seed", seed, "input", input);
-  return static_cast<const uint64_t*>(seed.const_data_ptr());
+  return {0, at};
 }
 
 #ifdef FASTREG_CUDA

@@ -22,7 +22,7 @@ struct DropoutWork {
   T* output;  // may be the input
   uint8_t* mask;
   int64_t numel, decisions;
-  const uint64_t* seed;
+  Seed seed;
   uint64_t offset, threshold;
   A scale, shift, dropped;  // shift -0, not 0, for none: x + -0 is x, for every x, and there is no branch
 
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
     dropout_elements(const DropoutWork<T> w, const Positions input, const Positions output) {
   constexpr int kSize = Word<T>::kSize, kCount = 8 / kSize;  // words per lane
   const int lane = threadIdx.x % kLanes;
-  const uint64_t seed = kDraw ? *w.seed : 0;
+  const uint64_t seed = kDraw ? w.seed.get() : 0;
   const int64_t tiles = (w.numel + kTile - 1) / kTile, bytes = (w.numel + 7) / 8;
   for (int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; tile < tiles; tile += int64_t(gridDim.x) * kWarps) {
     const int64_t base = tile * kTile, byte = tile * kLanes + lane;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
 // The mask alone, a byte for each thread.
 template <class T>
 __global__ void __launch_bounds__(kThreads) dropout_draw(const DropoutWork<T> w) {
-  const uint64_t seed = *w.seed;
+  const uint64_t seed = w.seed.get();
   const int64_t bytes = (w.decisions + 7) / 8;
   for (int64_t byte = int64_t(blockIdx.x) * kThreads + threadIdx.x; byte < bytes; byte += int64_t(gridDim.x) * kThreads)
     w.mask[byte] = uint8_t(w.draw(seed, byte));

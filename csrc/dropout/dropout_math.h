@@ -21,7 +21,7 @@ struct DropoutArgs {
   uint8_t* mask;
   Layout input_layout, output_layout;
   int64_t decisions, inner;  // numel == decisions * inner
-  const uint64_t* seed;
+  Seed seed;
   uint64_t offset;     // global index of the first decision
   uint64_t threshold;  // kept if 32 random bits are below it, 0 ... 2^32
   double scale, shift, dropped;

@@ -62,10 +62,10 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
   check(offset >= 0, op, ": offset must be at least 0, got ", offset);
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
   dtype_of(op, "input", input);
-  const uint64_t* seed_at = seed_of(op, seed, input);
+  const Seed seed_value = seed_of(op, seed, input);
   Tensor mask = allocate_bytes(input, bytes);
   DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
-  a.seed = seed_at;
+  a.seed = seed_value;
   a.offset = static_cast<uint64_t>(offset);
   a.threshold = dropout_threshold(p);
   forward(op, input, a);

@@ -90,7 +90,7 @@ void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int
   const auto step_vectors = !t.momentum  ? choose_penalty<T, V, SgdMomentum::kNone>(penalty)
                             : a.nesterov ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
                                          : choose_penalty<T, V, SgdMomentum::kHeavyBall>(penalty);
-  const bool stochastic = std::is_same_v<T, BFloat16> && a.seed != nullptr;
+  const bool stochastic = std::is_same_v<T, BFloat16> && a.stochastic_rounding;
   T param_buffer[kTile], grad_buffer[kTile], momentum_buffer[kTile];
   uint16_t random[kTile + 64];
   const bool in_place = t.param_layout.contiguous && t.grad_layout.contiguous && (!t.momentum || t.momentum_layout.contiguous);
@@ -103,7 +103,7 @@ void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int
     if (t.momentum)
       momentum = const_cast<T*>(read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, next, momentum_buffer));
     if (stochastic)
-      philox_bulk(*a.seed, uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
+      philox_bulk(a.seed.get(), uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
     step_vectors(param, grad, momentum, next - tile, stochastic ? random : nullptr, numbers);
     write_tile(t.param_layout, static_cast<T*>(t.param), tile, next, param);
     if (t.momentum) write_tile(t.momentum_layout, static_cast<T*>(t.momentum), tile, next, momentum);

@@ -31,7 +31,8 @@ struct SgdWork {
   bool maximize, lr_wide;
   const void* lr_at;
   const float *grad_scale_at, *found_inf_at;
-  const uint64_t* seed;
+  bool stochastic;
+  Seed seed;
 
   explicit SgdWork(const SgdArgs& a)
       : constants(a),
@@ -44,6 +45,7 @@ struct SgdWork {
         lr_at(a.lr_at),
         grad_scale_at(a.grad_scale_at),
         found_inf_at(a.found_inf_at),
+        stochastic(a.stochastic_rounding),
         seed(a.seed) {}
 
   __device__ __forceinline__ bool skipped() const { return found_inf_at && *found_inf_at != 0; }
@@ -100,8 +102,8 @@ __global__ void __launch_bounds__(kThreads) sgd_tensors(const SgdBatch<typename 
   constexpr int kSize = Word<T>::kSize;
   const SgdWork<A>& work = batch.work;
   if (work.skipped()) return;
-  const bool stochastic = std::is_same_v<T, BFloat16> && work.seed;
-  const uint64_t seed = stochastic ? *work.seed : 0;
+  const bool stochastic = std::is_same_v<T, BFloat16> && work.stochastic;
+  const uint64_t seed = stochastic ? work.seed.get() : 0;
   const uint32_t tiles = batch.first_tile[batch.count];
   for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     int low = 0, high = batch.count;  // the tensor of this tile: first_tile[low] <= tile < first_tile[high]
@@ -158,8 +160,8 @@ __global__ void __launch_bounds__(kThreads)
                 const Positions param_at, const Positions grad_at, const Positions momentum_at) {
   using A = typename Accumulate<T>::type;
   if (work.skipped()) return;
-  const bool stochastic = std::is_same_v<T, BFloat16> && work.seed;
-  const uint64_t seed = stochastic ? *work.seed : 0;
+  const bool stochastic = std::is_same_v<T, BFloat16> && work.stochastic;
+  const uint64_t seed = stochastic ? work.seed.get() : 0;
   const SgdNumbers<A> n = work.numbers(t.started && *t.started == 0);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < t.numel; i += int64_t(gridDim.x) * kThreads) {
     T* const param = static_cast<T*>(t.param) + param_at[i];

@@ -28,7 +28,8 @@ struct SgdArgs {
   double lr, momentum, dampening, weight_decay, l1;
   double grad_scale;  // the gradient is divided by this
   bool nesterov, proximal, decoupled, maximize;
-  const uint64_t* seed;  // of the stochastic rounding of bfloat16 parameters; null: round to nearest
+  bool stochastic_rounding;  // of bfloat16 parameters
+  Seed seed;
   // Numbers in a GPU's memory, which only the kernel may look at; null: the values above, and no overflow found.
   const void* lr_at;  // float64 if lr_wide, else float32
   bool lr_wide;

@@ -70,6 +70,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   a.proximal = proximal;
   a.decoupled = decoupled;
   a.maximize = maximize;
+  a.stochastic_rounding = seed.has_value();
   if (seed) a.seed = seed_of(op, *seed, first ? *first : *seed);
 
   const auto tensors = std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads

@@ -355,7 +355,7 @@ void dropout_case(const DropoutCase& c, Digest& digest) {
   a.output_layout = y.layout;
   a.decisions = decisions;
   a.inner = c.inner;
-  a.seed = &c.seed;
+  a.seed = {c.seed, nullptr};
   a.offset = c.offset;
   a.threshold = c.threshold;
   a.scale = 1 / 0.7;
@@ -535,7 +535,7 @@ void sgd_case(const SgdCase& c, DType dtype, Digest& digest) {
   Halves halves{c.seed, c.tensor_index, 1};
   for (int64_t i = 0; i < n; ++i) {
     const double exact = wide_w.get(i);
-    if (dtype == DType::kBFloat16 && c.args.seed && std::isfinite(exact))
+    if (dtype == DType::kBFloat16 && c.args.stochastic_rounding && std::isfinite(exact))
       w.expect(i, decode(dtype, (wide_w.raw(i) + halves.at(uint64_t(i))) >> 16));
     else
       w.expect(i, round_to(dtype, exact));
@@ -571,7 +571,8 @@ void sgd() {
           c.args.decoupled = penalty == 2;
           c.args.maximize = variant % 7 == 3;
           c.seed = 0xfedcba9876543210u + unsigned(count);
-          c.args.seed = variant / 4 % 2 ? &c.seed : nullptr;
+          c.args.stochastic_rounding = variant / 4 % 2;
+          c.args.seed = {c.seed, nullptr};
           c.has_momentum = momentum != 0;
           c.first_step = momentum && c.args.dampening != 0 && variant % 8 == 5;
           c.tensor_index = uint32_t(count);
