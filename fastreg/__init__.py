@@ -17,6 +17,7 @@ from .dropout import (
     pack_mask,
     unpack_mask,
 )
+from .dropout_add import dropout_add
 from .early_stopping import EarlyStopping, retrain
 from .fgsm import fgsm, fgsm_step, pgd
 from .linear_cross_entropy import linear_cross_entropy
@@ -42,6 +43,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
     "dropout_with_mask",
     "feature_alpha_dropout",
     "fgsm",
