@@ -197,17 +197,18 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
     a.grad_stride = strides_of(grad, a.positions);
   }
   const int64_t rows = a.outer * a.positions;
+  const bool soft = target.scalar_type() != ScalarType::Long;
   Tensor lse = allocate_flat(input, rows, statistics_of(a)), loss = lse;
   if (reduction != kNone) {
     constexpr std::array<int64_t, 0> scalar{};
     loss = allocate(input, scalar, scalar, out_dtype);
-  } else if (a.soft_target || target.dim() == 1) {
+  } else if (soft || target.dim() == 1) {
     loss = allocate_flat(input, rows, out_dtype);
   } else {
     loss = torch::stable::new_empty(target, target.sizes(), out_dtype);
   }
   run(op, input, a, Reduction(reduction), all_ignored_zero, loss, &lse);
-  if (reduction == kNone && a.soft_target && input.dim() > 2) {
+  if (reduction == kNone && soft && input.dim() > 2) {
     std::vector<int64_t> shape{input.size(0)};
     for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
     loss = torch::stable::view(loss, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
