@@ -1,6 +1,6 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _library, nn, optim
+from . import _library, augment, nn, optim
 from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
@@ -23,6 +23,7 @@ __all__ = [
     "EarlyStopping",
     "adversarial_loss",
     "alpha_dropout",
+    "augment",
     "convert",
     "cross_entropy",
     "drop_path",

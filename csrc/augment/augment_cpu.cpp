@@ -1,0 +1,861 @@
+// Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
+// whose pixels all lie inside the image gather neighbours in pairs, without a look at the border), coloured, blurred from a ring of
+// rows, normalised, and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
+// Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
+// Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
+#include <type_traits>
+
+#include "../common/simd.h"
+#include "augment_math.h"
+
+namespace fastreg::FASTREG_ISA {
+
+typedef int32_t I32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef int64_t I64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint8_t BytePart __attribute__((vector_size(FR_VECTOR_BYTES / 4)));
+
+FR_INLINE Vec<float> load(const uint8_t* p) {
+  Vec<float> v;
+  for (int i = 0; i < v.kParts; ++i) {
+    BytePart raw;
+    memcpy(&raw, p + i * v.kPartLanes, sizeof raw);
+    v.part[i] = __builtin_convertvector(__builtin_convertvector(raw, I32Part), Vec<float>::Part);
+  }
+  return v;
+}
+FR_INLINE void store(uint8_t* p, const Vec<float>& v) {  // whole numbers in [0, 255]
+  for (int i = 0; i < v.kParts; ++i) {
+    const BytePart raw = __builtin_convertvector(__builtin_convertvector(v.part[i], I32Part), BytePart);
+    memcpy(p + i * v.kPartLanes, &raw, sizeof raw);
+  }
+}
+namespace {
+
+template <class F>
+FR_INLINE void with_pixels(PixelType type, F f) {
+  if (type == PixelType::kUInt8) return f(static_cast<uint8_t*>(nullptr));
+  with_dtype(DType(int(type)), f);
+}
+
+// Not std's: what the compiler does not inline of those would be one function for all instruction sets.
+template <class I>
+FR_INLINE I least(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+FR_INLINE I most(I a, I b) {
+  return a < b ? b : a;
+}
+template <class I>
+FR_INLINE I clamped(I x, I low, I high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+constexpr int kPad = 16;  // rows in buffers are whole vectors, of float32 or of float64
+FR_INLINE int64_t padded_width(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+template <class V>
+FR_INLINE V reversed(const V& v) {
+  typename V::Scalar lane[V::kLanes], turned[V::kLanes];
+  store(lane, v);
+  for (int j = 0; j < V::kLanes; ++j) turned[j] = lane[V::kLanes - 1 - j];
+  return load(turned);
+}
+
+// ---- positions of neighbouring output pixels
+
+template <class A>
+struct alignas(64) Positions {
+  static constexpr int kLanes = Vec<A>::kLanes;
+  int32_t whole[kLanes];
+  uint32_t low[kLanes];
+
+  // Those at base + j * step, of which step holds j * step.
+  FR_INLINE void set(const int64_t* step, int64_t base) {
+    for (int i = 0; i < kLanes; i += 2 * int(sizeof(I64Part) / 8)) {
+      I64Part a, b;
+      memcpy(&a, step + i, sizeof a);
+      memcpy(&b, step + i + sizeof a / 8, sizeof b);
+      a += base;
+      b += base;
+#if FR_VECTOR_BYTES == 64
+      const I32Part low_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const I32Part high_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif FR_VECTOR_BYTES == 32
+      const I32Part low_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 0, 2, 4, 6, 8, 10, 12, 14);
+      const I32Part high_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+      const I32Part low_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 0, 2, 4, 6);
+      const I32Part high_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 1, 3, 5, 7);
+#endif
+      memcpy(low + i, &low_half, sizeof(I32Part) < sizeof low ? sizeof(I32Part) : sizeof low);
+      memcpy(whole + i, &high_half, sizeof(I32Part) < sizeof low ? sizeof(I32Part) : sizeof low);
+    }
+  }
+  FR_INLINE Vec<A> fraction() const {
+    A lane[kLanes];
+    for (int j = 0; j < kLanes; ++j) lane[j] = sizeof(A) == 4 ? A(int32_t(low[j] >> 8)) * A(0x1p-24) : A(low[j]) * A(0x1p-32);
+    return load(lane);
+  }
+  FR_INLINE void round() {  // to the nearest pixel, ties to even
+    for (int j = 0; j < kLanes; ++j) whole[j] += int32_t(low[j] + 0x7fffffffu + uint32_t(whole[j] & 1) < low[j]);
+  }
+};
+
+// ---- gathers. The planes hold `count` elements; index + 1 lies inside for pairs.
+
+template <class T, class V>
+FR_INLINE void gather_pairs(const T* plane, const int32_t* index, int64_t count, V& left, V& right) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    const __m512i low = _mm512_i32gather_epi64(_mm256_load_si256(reinterpret_cast<const __m256i*>(index)), plane, 4);
+    const __m512i high = _mm512_i32gather_epi64(_mm256_load_si256(reinterpret_cast<const __m256i*>(index + 8)), plane, 4);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    left.part[0] = (typename V::Part)_mm512_permutex2var_epi32(low, even, high);
+    right.part[0] = (typename V::Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+    return;
+  }
+  if constexpr (sizeof(T) <= 2) {
+    if (count * int64_t(sizeof(T)) >= 4) {
+      __m512i at = _mm512_load_si512(index), words;
+      if constexpr (sizeof(T) == 1) {  // four neighbours, from further left where the plane ends
+        const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
+        words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3));
+        const __m512i byte = _mm512_set1_epi32(255);
+        left.part[0] = (typename V::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
+        right.part[0] = (typename V::Part)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8), byte));
+      } else {
+        words = _mm512_i32gather_epi32(at, plane, 2);
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          left.part[0] = (typename V::Part)_mm512_slli_epi32(words, 16);
+          right.part[0] = (typename V::Part)_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000u)));
+        } else {
+          left.part[0] = (typename V::Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+          right.part[0] = (typename V::Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+        }
+      }
+      return;
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    for (int i = 0; i < 2; ++i) {
+      const __m128i* at = reinterpret_cast<const __m128i*>(index + 8 * i);
+      const __m256 low = _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(plane), _mm_load_si128(at), 4));
+      const __m256 high = _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(plane), _mm_load_si128(at + 1), 4));
+      const auto in_order = [](__m256 x) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8)); };
+      left.part[i] = in_order(_mm256_shuffle_ps(low, high, 0x88));
+      right.part[i] = in_order(_mm256_shuffle_ps(low, high, 0xdd));
+    }
+    return;
+  }
+  if constexpr (sizeof(T) == 1 || std::is_same_v<T, BFloat16>) {
+    if (count * int64_t(sizeof(T)) >= 4) {
+      for (int i = 0; i < 2; ++i) {
+        const __m256i at = _mm256_load_si256(reinterpret_cast<const __m256i*>(index + 8 * i));
+        const int* base = reinterpret_cast<const int*>(plane);
+        if constexpr (sizeof(T) == 1) {
+          const __m256i start = _mm256_min_epi32(at, _mm256_set1_epi32(int32_t(count - 4)));
+          const __m256i shift = _mm256_slli_epi32(_mm256_sub_epi32(at, start), 3), byte = _mm256_set1_epi32(255);
+          const __m256i words = _mm256_srlv_epi32(_mm256_i32gather_epi32(base, start, 1), shift);
+          left.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(words, byte));
+          right.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, 8), byte));
+        } else {
+          const __m256i words = _mm256_i32gather_epi32(base, at, 2);
+          left.part[i] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+          right.part[i] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000u))));
+        }
+      }
+      return;
+    }
+  }
+#endif
+  (void)count;
+  T both[2][V::kLanes];
+  for (int j = 0; j < V::kLanes; ++j) {
+    both[0][j] = plane[index[j]];
+    both[1][j] = plane[index[j] + 1];
+  }
+  left = load(both[0]);
+  right = load(both[1]);
+}
+
+template <class T, class V>
+FR_INLINE V gather(const T* plane, const int32_t* index, int64_t count) {
+#if defined(__AVX512F__)
+  V v;
+  if constexpr (std::is_same_v<T, float>) {
+    v.part[0] = (typename V::Part)_mm512_i32gather_ps(_mm512_load_si512(index), plane, 4);
+    return v;
+  }
+  if constexpr (sizeof(T) == 1) {
+    if (count >= 4) {
+      const __m512i at = _mm512_load_si512(index), start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
+      const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
+      const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
+      v.part[0] = (typename V::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+      return v;
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    V v;
+    for (int i = 0; i < 2; ++i)
+      v.part[i] = _mm256_i32gather_ps(plane, _mm256_load_si256(reinterpret_cast<const __m256i*>(index + 8 * i)), 4);
+    return v;
+  }
+#endif
+  (void)count;
+  T lane[V::kLanes];
+  for (int j = 0; j < V::kLanes; ++j) lane[j] = plane[index[j]];
+  return load(lane);
+}
+
+// ---- geometry
+
+// A sample's source: planes of rows whose pixels are neighbours in memory.
+template <class T>
+struct Source {
+  const T* data;
+  int64_t plane_stride, row_stride, height, width, channels;
+  const T* plane(int64_t c) const { return data + c * plane_stride; }
+  int64_t count() const { return (height - 1) * row_stride + width; }
+};
+
+template <class A>
+struct Filler {  // what lies outside
+  Padding padding;
+  const double* fill;  // of each channel
+  A value(int64_t c) const { return padding == Padding::kFill ? A(fill[c]) : A(0); }
+};
+
+template <class T, class A>
+struct Warp {
+  using V = Vec<A>;
+  static constexpr int kLanes = V::kLanes;
+  Source<T> source;
+  Interpolation interpolation;
+  Padding padding;
+  Filler<A> filler;
+  FixedMatrix matrix;
+  bool straight;  // output pixels are source pixels, in rows from left to right or back
+  alignas(64) int64_t step_u[kLanes], step_v[kLanes];
+
+  Warp(const AugmentArgs& a, const Source<T>& source, int64_t sample)
+      : source(source), interpolation(a.interpolation), padding(a.padding), filler{a.padding, a.constants} {
+    if (a.matrices)
+      fixed_matrix(a.matrices + 6 * sample, a.out_height, a.out_width, &matrix);
+    else
+      matrix = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
+    const int64_t one = int64_t(1) << kFractionBits;
+    const auto* m = matrix.m;
+    straight = (m[0] == one || m[0] == -one) && m[1] == 0 && m[3] == 0 && (m[4] == one || m[4] == -one) && m[2] % one == 0 &&
+               m[5] % one == 0;
+    for (int j = 0; j < kLanes; ++j) {
+      step_u[j] = m[0] * j;
+      step_v[j] = m[3] * j;
+    }
+  }
+
+  // Output row y, n pixels of each channel, to out + c * pitch; whole vectors are written.
+  void row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    if (straight) return straight_row(y, n, out, pitch);
+    if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
+    if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
+    bicubic_row(y, n, out, pitch);
+  }
+
+  void straight_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    const Position first = matrix.at(0, y);
+    const int64_t u = first.u >> kFractionBits, direction = matrix.m[0] > 0 ? 1 : -1;
+    const int32_t v = padded(whole_part(first.v), int32_t(source.height), padding);
+    // Output pixels [begin, end) lie inside.
+    int64_t begin = direction > 0 ? -u : u - (source.width - 1), end = direction > 0 ? source.width - u : u + 1;
+    begin = clamped(v < 0 ? n : begin, int64_t(0), n);
+    end = clamped(v < 0 ? n : end, begin, n);
+    for (int64_t c = 0; c < source.channels; ++c, out += pitch) {
+      const T* line = source.plane(c) + (v < 0 ? 0 : v) * source.row_stride;
+      const auto outside = [&](int64_t x) {
+        const int32_t pixel = v < 0 ? -1 : padded(int32_t(u + direction * x), int32_t(source.width), padding);
+        out[x] = pixel < 0 ? filler.value(c) : A(to_float(line[pixel]));
+      };
+      for (int64_t x = 0; x < begin; ++x) outside(x);
+      int64_t x = begin;
+      if (direction > 0)
+        for (; x + kLanes <= end; x += kLanes) store(out + x, load(line + u + x));
+      else
+        for (; x + kLanes <= end; x += kLanes) store(out + x, reversed(load(line + u - x - (kLanes - 1))));
+      for (; x < end; ++x) out[x] = A(to_float(line[u + direction * x]));
+      for (; x < n; ++x) outside(x);
+    }
+  }
+
+  FR_INLINE void bilinear_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    const int64_t one = int64_t(1) << kFractionBits;
+    // A pixel whose position lies in [0, limit) has all its neighbours inside; a negative one is beyond any limit as unsigned.
+    const uint64_t limit_u = uint64_t(source.width - 1) * uint64_t(one), limit_v = uint64_t(source.height - 1) * uint64_t(one);
+    const int64_t count = source.count(), row_stride = source.row_stride;
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
+      const bool inside = (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) &
+                          (uint64_t(last_v) < limit_v);
+      if (!inside) {
+        bilinear_edge(at, x, out, pitch);
+        continue;
+      }
+      Positions<A> u, v;
+      u.set(step_u, at.u);
+      v.set(step_v, at.v);
+      alignas(64) int32_t index[kLanes];
+      for (int j = 0; j < kLanes; ++j) index[j] = v.whole[j] * int32_t(row_stride) + u.whole[j];
+      const V t = u.fraction(), s = v.fraction();
+      for (int64_t c = 0; c < source.channels; ++c) {
+        const T* plane = source.plane(c);
+        V top_left, top_right, bottom_left, bottom_right;
+        gather_pairs(plane, index, count, top_left, top_right);
+        gather_pairs(plane + row_stride, index, count - row_stride, bottom_left, bottom_right);
+        store(out + c * pitch + x, lerp(lerp(top_left, bottom_left, s), lerp(top_right, bottom_right, s), t));
+      }
+    }
+  }
+
+  // Near the border: neighbours outside are looked for by the padding's rule.
+  void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+    const int32_t height = int32_t(source.height), width = int32_t(source.width);
+    const bool vanishes = padding == Padding::kZeros || padding == Padding::kFill;
+    Positions<A> u, v;
+    u.set(step_u, at.u);
+    v.set(step_v, at.v);
+    alignas(64) int32_t column[2][kLanes], line[2][kLanes];
+    alignas(64) A has_column[2][kLanes], has_line[2][kLanes];
+    for (int k = 0; k < 2; ++k)
+      for (int j = 0; j < kLanes; ++j) {
+        column[k][j] = u.whole[j] + k;
+        line[k][j] = v.whole[j] + k;
+      }
+    if (padding == Padding::kReflect)
+      for (int k = 0; k < 2; ++k)
+        for (int j = 0; j < kLanes; ++j) {
+          column[k][j] = padded(column[k][j], width, padding);
+          line[k][j] = padded(line[k][j], height, padding);
+        }
+    for (int k = 0; k < 2; ++k)
+      for (int j = 0; j < kLanes; ++j) {
+        const int32_t near_column = clamped(column[k][j], 0, width - 1), near_line = clamped(line[k][j], 0, height - 1);
+        has_column[k][j] = near_column == column[k][j] ? A(1) : A(0);
+        has_line[k][j] = near_line == line[k][j] ? A(1) : A(0);
+        column[k][j] = near_column;
+        line[k][j] = near_line;
+      }
+    alignas(64) int32_t index[2][2][kLanes];
+    typename V::Mask there[2][2];
+    const V zero(0), one(1), half(A(0.5)), t = u.fraction(), s = v.fraction();
+    V inside(1);
+    for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < 2; ++k) {
+        for (int j = 0; j < kLanes; ++j) index[i][k][j] = line[i][j] * int32_t(source.row_stride) + column[k][j];
+        there[i][k] = half < load(has_line[i]) * load(has_column[k]);
+      }
+    const auto blend = [&](const V tap[2][2]) {
+      return lerp(lerp(tap[0][0], tap[1][0], s), lerp(tap[0][1], tap[1][1], s), t);
+    };
+    V tap[2][2];
+    if (padding == Padding::kFill) {
+      for (int i = 0; i < 2; ++i)
+        for (int k = 0; k < 2; ++k) tap[i][k] = select(there[i][k], one, zero);
+      inside = blend(tap);
+    }
+    for (int64_t c = 0; c < source.channels; ++c) {
+      for (int i = 0; i < 2; ++i)
+        for (int k = 0; k < 2; ++k) {
+          tap[i][k] = gather<T, V>(source.plane(c), index[i][k], source.count());
+          if (vanishes) tap[i][k] = select(there[i][k], tap[i][k], zero);
+        }
+      V value = blend(tap);
+      if (padding == Padding::kFill) value = filled(value, inside, V(filler.value(c)));
+      store(out + c * pitch + x, value);
+    }
+  }
+
+  void nearest_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    const int32_t height = int32_t(source.height), width = int32_t(source.width);
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      Positions<A> u, v;
+      u.set(step_u, at.u);
+      v.set(step_v, at.v);
+      u.round();
+      v.round();
+      if (padding == Padding::kReflect)
+        for (int j = 0; j < kLanes; ++j) {
+          u.whole[j] = padded(u.whole[j], width, padding);
+          v.whole[j] = padded(v.whole[j], height, padding);
+        }
+      alignas(64) int32_t index[kLanes];
+      alignas(64) A has[kLanes];
+      for (int j = 0; j < kLanes; ++j) {
+        const int32_t column = clamped(u.whole[j], 0, width - 1), line = clamped(v.whole[j], 0, height - 1);
+        has[j] = column == u.whole[j] && line == v.whole[j] ? A(1) : A(0);
+        index[j] = line * int32_t(source.row_stride) + column;
+      }
+      const auto there = V(A(0.5)) < load(has);
+      for (int64_t c = 0; c < source.channels; ++c) {
+        V value = gather<T, V>(source.plane(c), index, source.count());
+        if (padding == Padding::kZeros || padding == Padding::kFill) value = select(there, value, V(filler.value(c)));
+        store(out + c * pitch + x, value);
+      }
+    }
+  }
+
+  void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; ++x, at.u += matrix.m[0], at.v += matrix.m[3]) {
+      const Taps<A> columns = taps_at<A>(at.u, int32_t(source.width), interpolation, padding);
+      const Taps<A> lines = taps_at<A>(at.v, int32_t(source.height), interpolation, padding);
+      A inside = 0;
+      for (int i = 0; i < lines.count; ++i)
+        for (int k = 0; k < columns.count; ++k)
+          if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) inside += lines.weight[i] * columns.weight[k];
+      for (int64_t c = 0; c < source.channels; ++c) {
+        A value = 0;
+        for (int i = 0; i < lines.count; ++i) {
+          if (lines.pixel[i] < 0) continue;
+          const T* line = source.plane(c) + lines.pixel[i] * source.row_stride;
+          A sum = 0;
+          for (int k = 0; k < columns.count; ++k)
+            if (columns.pixel[k] >= 0) sum += columns.weight[k] * A(to_float(line[columns.pixel[k]]));
+          value += lines.weight[i] * sum;
+        }
+        out[c * pitch + x] = padding == Padding::kFill ? filled(value, inside, filler.value(c)) : value;
+      }
+    }
+  }
+};
+
+template <class T>
+Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
+  Source<T> source = {static_cast<const T*>(a.images) + sample * a.in_stride[0], a.in_stride[1], a.in_stride[2], a.in_height,
+                      a.in_width, a.channels};
+  if (copied) source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
+  if (a.windows) {
+    const int64_t* window = a.windows + 4 * sample;
+    source.data += window[0] * source.row_stride + window[1];
+    source.height = window[2];
+    source.width = window[3];
+  }
+  return source;
+}
+
+// ---- colour
+
+template <class A>
+struct Colour {
+  using V = Vec<A>;
+  int steps;
+  V bound, brightness, contrast, contrast_rest, saturation, saturation_rest, hue;
+  int64_t channels;
+
+  Colour(const AugmentArgs& a, int64_t sample, double mean)
+      : steps(a.colour_steps), bound(a.in_type == PixelType::kUInt8 ? A(255) : A(1)), channels(a.channels) {
+    if (!steps) return;
+    const double* factor = a.colour + kColourColumns * sample;
+    brightness = V(A(factor[kBrightnessColumn]));
+    contrast = V(A(factor[kContrastColumn]));
+    contrast_rest = V(A((1 - factor[kContrastColumn]) * mean));
+    saturation = V(A(factor[kSaturationColumn]));
+    saturation_rest = V(A(1 - factor[kSaturationColumn]));
+    hue = V(A(6 * factor[kHueColumn]));
+  }
+
+  // The chosen steps of n pixels, from one row buffer to another.
+  template <bool kQuantise>
+  FR_INLINE void row(int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch, int64_t n) const {
+    if (channels != 3) {  // saturation and hue of one channel are what they were
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t x = 0; x < n; x += V::kLanes) {
+          V p = load(in + c * in_pitch + x);
+          if (chosen & kBrightness) p = brightness_element<kQuantise>(p, brightness, bound);
+          if (chosen & kContrast) p = blend_element<kQuantise>(p, contrast_rest, contrast, bound);
+          store(out + c * out_pitch + x, p);
+        }
+      return;
+    }
+    for (int64_t x = 0; x < n; x += V::kLanes) {
+      V r = load(in + x), g = load(in + in_pitch + x),
+        b = load(in + 2 * in_pitch + x);
+      if (chosen & kBrightness) {
+        r = brightness_element<kQuantise>(r, brightness, bound);
+        g = brightness_element<kQuantise>(g, brightness, bound);
+        b = brightness_element<kQuantise>(b, brightness, bound);
+      }
+      if (chosen & kContrast) {
+        r = blend_element<kQuantise>(r, contrast_rest, contrast, bound);
+        g = blend_element<kQuantise>(g, contrast_rest, contrast, bound);
+        b = blend_element<kQuantise>(b, contrast_rest, contrast, bound);
+      }
+      if (chosen & kSaturation) {
+        const V rest = saturation_rest * grey_of<kQuantise>(r, g, b);
+        r = blend_element<kQuantise>(r, rest, saturation, bound);
+        g = blend_element<kQuantise>(g, rest, saturation, bound);
+        b = blend_element<kQuantise>(b, rest, saturation, bound);
+      }
+      if (chosen & kHue) hue_element<kQuantise>(r, g, b, hue);
+      store(out + x, r);
+      store(out + out_pitch + x, g);
+      store(out + 2 * out_pitch + x, b);
+    }
+  }
+  void row(bool quantise, int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch, int64_t n) const {
+    quantise ? row<true>(chosen, in, in_pitch, out, out_pitch, n) : row<false>(chosen, in, in_pitch, out, out_pitch, n);
+  }
+};
+
+template <class A>
+double grey_sum(const A* in, int64_t pitch, int64_t channels, int64_t n, bool quantise) {
+  using V = Vec<A>;
+  V sum(0);
+  for (int64_t x = 0; x < n; x += V::kLanes) {
+    V grey = load(in + x);
+    if (channels == 3) {
+      const V g = load(in + pitch + x), b = load(in + 2 * pitch + x);
+      grey = quantise ? grey_of<true>(grey, g, b) : grey_of<false>(grey, g, b);
+    }
+    sum = sum + (n - x < V::kLanes ? select(V::first(int(n - x)), grey, V(0)) : grey);
+  }
+  return double(sum.sum());
+}
+
+// ---- a sample, row by row
+
+bool quantises(const AugmentArgs& a) { return a.out_type == PixelType::kUInt8; }
+int64_t margin(const AugmentArgs& a) { return a.blur ? padded_width(a.blur_width / 2) : 0; }
+int64_t pitch_of(const AugmentArgs& a) { return padded_width(a.out_width) + 2 * margin(a); }
+
+template <class A>
+void warp_row(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t y, A* out, int64_t pitch) {
+  with_pixels(a.in_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<typename Accumulate<T>::type, A>)
+      Warp<T, A>(a, source_of<T>(a, scratch.source, sample), sample).row(y, a.out_width, out, pitch);
+  });
+  if (quantises(a) && a.matrices) {
+    const Vec<A> bound(A(255));
+    for (int64_t c = 0; c < a.channels; ++c)
+      for (int64_t x = 0; x < a.out_width; x += Vec<A>::kLanes)
+        store(out + c * pitch + x, quantised(load(out + c * pitch + x), bound));
+  }
+}
+
+template <class A>
+void prepare_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  const int64_t width = padded_width(a.out_width), pitch = a.out_height * width;
+  const Colour<A> colour(a, sample, 0);
+  double* sums = static_cast<double*>(scratch.sums);
+  for (int64_t y = begin; y < end; ++y) {
+    A* row = static_cast<A*>(scratch.image) + y * width;
+    warp_row(a, scratch, sample, y, row, pitch);
+    if (a.colour_steps & kBrightness) colour.row(quantises(a), kBrightness, row, pitch, row, pitch, a.out_width);
+    sums[y] = grey_sum(row, pitch, a.channels, a.out_width, quantises(a));
+  }
+}
+
+template <class A, class T>
+void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t pitch, T* out) {
+  using V = Vec<A>;
+  const int64_t n = a.out_width;
+  int64_t box_begin = 0, box_end = 0;
+  if (a.boxes) {
+    const int64_t* box = a.boxes + 4 * sample;
+    if (y >= box[0] && y - box[0] < box[2]) {
+      box_begin = clamped(box[1], int64_t(0), n);
+      box_end = clamped(box[1] + least(box[3], n), box_begin, n);
+    }
+  }
+  for (int64_t c = 0; c < a.channels; ++c, row += pitch) {
+    T* line = out + sample * a.out_stride[0] + c * a.out_stride[1] + y * a.out_stride[2];
+    const V scale(A(a.constants[2 * a.channels + c])), shift(A(a.constants[3 * a.channels + c]));
+    if (a.normalise)
+      for (int64_t x = 0; x < n; x += V::kLanes) store(row + x, load(row + x) * scale + shift);
+    for (int64_t x = box_begin; x < box_end; ++x) row[x] = A(a.constants[a.channels + c]);
+    if (a.out_stride[3] == 1) {
+      int64_t x = 0;
+      for (; x + V::kLanes <= n; x += V::kLanes) store(line + x, load(row + x));
+      for (; x < n; ++x) from_float(row[x], line + x);
+    } else {
+      for (int64_t x = 0; x < n; ++x) from_float(row[x], line + x * a.out_stride[3]);
+    }
+  }
+}
+
+template <class A>
+void blur_row(const A* in, A* out, int64_t n, const double* weight, int64_t width) {
+  using V = Vec<A>;
+  for (int64_t x = 0; x < n; x += V::kLanes) {
+    V sum = V(A(weight[0])) * load(in + x - width / 2);
+    for (int64_t k = 1; k < width; ++k) sum = sum + V(A(weight[k])) * load(in + x + k - width / 2);
+    store(out + x, sum);
+  }
+}
+
+template <class A, class T>
+void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end, T* out) {
+  using V = Vec<A>;
+  const int64_t n = a.out_width, pitch = pitch_of(a), image_width = padded_width(n), image_pitch = a.out_height * image_width;
+  const bool has_image = scratch.image != nullptr, quantise = quantises(a);
+  double mean = 0;
+  if (has_image) {
+    for (int64_t y = 0; y < a.out_height; ++y) mean += static_cast<const double*>(scratch.sums)[y];
+    mean /= double(a.out_height * n);
+  }
+  const Colour<A> colour(a, sample, mean);
+  const int steps = has_image ? a.colour_steps & ~kBrightness : a.colour_steps;
+  const auto coloured_row = [&](int64_t y, A* row) {
+    const A* image = static_cast<const A*>(scratch.image) + y * image_width;
+    if (!has_image) warp_row(a, scratch, sample, y, row, pitch);
+    if (steps) colour.row(quantise, steps, has_image ? image : row, has_image ? image_pitch : pitch, row, pitch, n);
+  };
+  A* row = static_cast<A*>(scratch.rows) + margin(a);
+  if (!a.blur) {
+    for (int64_t y = begin; y < end; ++y) {
+      coloured_row(y, row);
+      emit_row(a, sample, y, row, pitch, out);
+    }
+    return;
+  }
+  // The ring holds the rows blurred sideways that the next output row may want, row y in slot y mod its size.
+  const int64_t radius = a.blur_height / 2, slots = a.blur_height, ring_pitch = a.channels * pitch;
+  A* ring = row + ring_pitch;
+  const double *across = a.blur + (a.blur_width + a.blur_height) * sample, *down = across + a.blur_width;
+  int64_t next = most(int64_t(0), begin - radius);
+  if (a.out_height <= radius) next = 0;
+  for (int64_t y = begin; y < end; ++y) {
+    for (; next <= least(y + radius, a.out_height - 1); ++next) {
+      coloured_row(next, row);
+      for (int64_t c = 0; c < a.channels; ++c) {
+        A* line = row + c * pitch;
+        for (int64_t d = 1; d <= a.blur_width / 2; ++d) {
+          line[-d] = line[mirrored(-d, n)];
+          line[n - 1 + d] = line[mirrored(n - 1 + d, n)];
+        }
+        blur_row(line, ring + next % slots * ring_pitch + c * pitch, n, across, a.blur_width);
+      }
+    }
+    for (int64_t c = 0; c < a.channels; ++c)
+      for (int64_t x = 0; x < n; x += V::kLanes) {
+        V sum(0);
+        for (int64_t k = 0; k < a.blur_height; ++k) {
+          const A* line = ring + mirrored(y + k - radius, a.out_height) % slots * ring_pitch + c * pitch;
+          sum = sum + V(A(down[k])) * load(line + x);
+        }
+        store(row + c * pitch + x, quantise ? quantised(sum, V(A(255))) : sum);
+      }
+    emit_row(a, sample, y, row, pitch, out);
+  }
+}
+
+// ---- backward, a sample at a time
+
+// The gradient of clamp: where it changed nothing.
+template <class A>
+FR_INLINE A passed(A grad, A before, A bound) {
+  return before >= 0 && before <= bound ? grad : A(0);
+}
+
+template <class A>
+void colour_backward(const AugmentArgs& a, int64_t sample, const A* image, A* grad) {
+  const int64_t pixels = a.out_height * a.out_width, channels = a.channels;
+  const double* column = a.colour + kColourColumns * sample;
+  const A bound = 1, fb = A(column[kBrightnessColumn]), fc = A(column[kContrastColumn]), fs = A(column[kSaturationColumn]);
+  const bool three = channels == 3;
+  const A share[3] = {three ? A(0.2989) : A(1), A(0.587), A(0.114)};
+  const auto bright = [&](A x) { return a.colour_steps & kBrightness ? brightness_element<false>(x, fb, bound) : x; };
+  A rest = 0;
+  if (a.colour_steps & kContrast) {
+    double sum = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      A grey = 0;
+      for (int64_t c = 0; c < channels; ++c) grey += share[c] * bright(image[c * pixels + i]);
+      sum += double(grey);
+    }
+    rest = A((1 - column[kContrastColumn]) * sum / double(pixels));
+  }
+  double through_mean = 0;
+  for (int64_t i = 0; i < pixels; ++i) {
+    if (a.colour_steps & kSaturation && three) {
+      A x[3], g[3], grey = 0, through_grey = 0;
+      for (int64_t c = 0; c < 3; ++c) {
+        x[c] = bright(image[c * pixels + i]);
+        if (a.colour_steps & kContrast) x[c] = blend_element<false>(x[c], rest, fc, bound);
+        grey += share[c] * x[c];
+      }
+      for (int64_t c = 0; c < 3; ++c) {
+        g[c] = passed(grad[c * pixels + i], fs * x[c] + (1 - fs) * grey, bound);
+        through_grey += (1 - fs) * g[c];
+      }
+      for (int64_t c = 0; c < 3; ++c) grad[c * pixels + i] = fs * g[c] + share[c] * through_grey;
+    }
+    if (a.colour_steps & kContrast)
+      for (int64_t c = 0; c < channels; ++c) {
+        A& g = grad[c * pixels + i];
+        g = passed(g, fc * bright(image[c * pixels + i]) + rest, bound);
+        through_mean += (1 - double(fc)) * double(g);
+        g *= fc;
+      }
+  }
+  const A mean_share = A(through_mean / double(pixels));
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < pixels; ++i) {
+      A& g = grad[c * pixels + i];
+      if (a.colour_steps & kContrast) g += share[c] * mean_share;
+      if (a.colour_steps & kBrightness) g = fb * passed(g, fb * image[c * pixels + i], bound);
+    }
+}
+
+template <class A>
+void blur_backward(const AugmentArgs& a, int64_t sample, A* plane, A* spare) {
+  const int64_t height = a.out_height, width = a.out_width;
+  const double *across = a.blur + (a.blur_width + a.blur_height) * sample, *down = across + a.blur_width;
+  for (int64_t i = 0; i < height * width; ++i) spare[i] = 0;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t k = 0; k < a.blur_height; ++k) {
+      A* to = spare + mirrored(y + k - a.blur_height / 2, height) * width;
+      for (int64_t x = 0; x < width; ++x) to[x] += A(down[k]) * plane[y * width + x];
+    }
+  for (int64_t i = 0; i < height * width; ++i) plane[i] = 0;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t k = 0; k < a.blur_width; ++k)
+        plane[y * width + mirrored(x + k - a.blur_width / 2, width)] += A(across[k]) * spare[y * width + x];
+}
+
+template <class T, class G>
+void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
+  using A = typename Accumulate<T>::type;
+  const int64_t height = a.out_height, width = a.out_width, pixels = height * width, channels = a.channels;
+  const int64_t in_pixels = a.in_height * a.in_width;
+  A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *in_grad = image + channels * pixels;
+  A* row = in_grad + channels * in_pixels;  // of padded width, and before that a plane for the blur
+
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) {
+        const G* from = static_cast<const G*>(a.grad) + sample * a.grad_stride[0] + c * a.grad_stride[1] + y * a.grad_stride[2];
+        bool erased = false;
+        if (a.boxes) {
+          const int64_t* box = a.boxes + 4 * sample;
+          erased = y >= box[0] && y - box[0] < box[2] && x >= box[1] && x - box[1] < box[3];
+        }
+        const A scale = a.normalise ? A(a.constants[2 * channels + c]) : A(1);
+        grad[(c * height + y) * width + x] = erased ? A(0) : scale * A(to_float(from[x * a.grad_stride[3]]));
+      }
+  if (a.blur)
+    for (int64_t c = 0; c < channels; ++c) blur_backward(a, sample, grad + c * pixels, row);
+
+  const T* images = static_cast<const T*>(a.images) + sample * a.in_stride[0];
+  if (a.colour_steps) {
+    T* copied = reinterpret_cast<T*>(in_grad);  // the source's planes, before the gradient wants the room
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < in_pixels; ++i)
+        copied[c * in_pixels + i] =
+            images[c * a.in_stride[1] + i / a.in_width * a.in_stride[2] + i % a.in_width * a.in_stride[3]];
+    const Warp<T, A> warp(a, source_of<T>(a, copied, sample), sample);
+    const int64_t pitch = padded_width(width);
+    for (int64_t y = 0; y < height; ++y) {
+      warp.row(y, width, row, pitch);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t x = 0; x < width; ++x) image[(c * height + y) * width + x] = row[c * pitch + x];
+    }
+    colour_backward(a, sample, image, grad);
+  }
+
+  for (int64_t i = 0; i < channels * in_pixels; ++i) in_grad[i] = 0;
+  const Source<T> view = source_of<T>(a, nullptr, sample);
+  const int64_t first = a.windows ? a.windows[4 * sample] * a.in_width + a.windows[4 * sample + 1] : 0;
+  FixedMatrix matrix = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
+  if (a.matrices) fixed_matrix(a.matrices + 6 * sample, height, width, &matrix);
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x) {
+      const Position at = matrix.at(x, y);
+      const Taps<A> columns = taps_at<A>(at.u, int32_t(view.width), a.interpolation, a.padding);
+      const Taps<A> lines = taps_at<A>(at.v, int32_t(view.height), a.interpolation, a.padding);
+      A inside = 1;
+      if (a.padding == Padding::kFill) {
+        inside = 0;
+        for (int i = 0; i < lines.count; ++i)
+          for (int k = 0; k < columns.count; ++k)
+            if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) inside += lines.weight[i] * columns.weight[k];
+      }
+      for (int i = 0; i < lines.count; ++i)
+        for (int k = 0; k < columns.count; ++k) {
+          const A weight = inside * lines.weight[i] * columns.weight[k];
+          if (lines.pixel[i] < 0 || columns.pixel[k] < 0 || weight == 0) continue;
+          for (int64_t c = 0; c < channels; ++c)
+            in_grad[c * in_pixels + first + lines.pixel[i] * a.in_width + columns.pixel[k]] += weight * grad[c * pixels + y * width + x];
+        }
+    }
+  T* out = static_cast<T*>(a.output) + sample * a.out_stride[0];
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t y = 0; y < a.in_height; ++y)
+      for (int64_t x = 0; x < a.in_width; ++x)
+        from_float(in_grad[c * in_pixels + y * a.in_width + x],
+                   out + c * a.out_stride[1] + y * a.out_stride[2] + x * a.out_stride[3]);
+}
+
+// ---- the table
+
+int64_t accumulated(const AugmentArgs& a) { return a.in_type == PixelType::kFloat64 ? 8 : 4; }
+int64_t stored(PixelType type) {
+  const int64_t bytes[] = {4, 8, 2, 2, 1};
+  return bytes[int(type)];
+}
+int64_t source_bytes(const AugmentArgs& a) {
+  return a.in_stride[3] == 1 || a.in_width == 1 ? 0 : a.channels * a.in_height * a.in_width * stored(a.in_type);
+}
+int64_t image_bytes(const AugmentArgs& a) {
+  return a.colour_steps & kContrast ? a.channels * a.out_height * padded_width(a.out_width) * accumulated(a) : 0;
+}
+int64_t rows_bytes(const AugmentArgs& a) { return (1 + (a.blur ? a.blur_height : 0)) * a.channels * pitch_of(a) * accumulated(a); }
+int64_t backward_bytes(const AugmentArgs& a) {
+  const int64_t pixels = a.out_height * a.out_width;
+  const int64_t spare = most(pixels, a.channels * padded_width(a.out_width));
+  return (2 * a.channels * pixels + a.channels * a.in_height * a.in_width + spare) * accumulated(a);
+}
+
+void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  with_pixels(a.in_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t c = 0; c < a.channels; ++c)
+      for (int64_t y = begin; y < end; ++y) {
+        const T* from = static_cast<const T*>(a.images) + sample * a.in_stride[0] + c * a.in_stride[1] + y * a.in_stride[2];
+        T* to = static_cast<T*>(scratch.source) + (c * a.in_height + y) * a.in_width;
+        for (int64_t x = 0; x < a.in_width; ++x) to[x] = from[x * a.in_stride[3]];
+      }
+  });
+}
+void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  accumulated(a) == 8 ? prepare_rows<double>(a, scratch, sample, begin, end) : prepare_rows<float>(a, scratch, sample, begin, end);
+}
+void finish(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  with_pixels(a.out_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    finish_rows<typename Accumulate<T>::type>(a, scratch, sample, begin, end, static_cast<T*>(a.output));
+  });
+}
+void backward(const AugmentArgs& a, void* scratch, int64_t sample) {
+  with_dtype(DType(int(a.in_type)), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_dtype(DType(int(a.out_type)), [&](auto* grad_type) {
+      using G = std::remove_pointer_t<decltype(grad_type)>;
+      if constexpr (std::is_same_v<typename Accumulate<T>::type, typename Accumulate<G>::type>)
+        backward_sample<T, G>(a, scratch, sample);
+    });
+  });
+}
+
+}  // namespace
+
+extern const AugmentKernels augment_kernels;
+const AugmentKernels augment_kernels = {source_bytes, image_bytes, rows_bytes, backward_bytes, source, prepare, finish, backward};
+
+}  // namespace fastreg::FASTREG_ISA
