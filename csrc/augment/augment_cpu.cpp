@@ -241,14 +241,10 @@ struct Warp {
   bool straight;  // output pixels are source pixels, in rows from left to right or back
   alignas(64) int64_t step_u[kLanes], step_v[kLanes];
 
-  Warp(const AugmentArgs& a, const Source<T>& source, int64_t sample)
-      : source(source), interpolation(a.interpolation), padding(a.padding), filler{a.padding, a.constants} {
-    if (a.matrices)
-      fixed_matrix(a.matrices + 6 * sample, a.out_height, a.out_width, &matrix);
-    else
-      matrix = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
+  Warp(const AugmentArgs& a, const Source<T>& source, const FixedMatrix& matrix)
+      : source(source), interpolation(a.interpolation), padding(a.padding), filler{a.padding, a.constants}, matrix(matrix) {
     const int64_t one = int64_t(1) << kFractionBits;
-    const auto* m = matrix.m;
+    const int64_t* m = matrix.m;
     straight = (m[0] == one || m[0] == -one) && m[1] == 0 && m[3] == 0 && (m[4] == one || m[4] == -one) && m[2] % one == 0 &&
                m[5] % one == 0;
     for (int j = 0; j < kLanes; ++j) {
@@ -437,7 +433,8 @@ template <class T>
 Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
   Source<T> source = {static_cast<const T*>(a.images) + sample * a.in_stride[0], a.in_stride[1], a.in_stride[2], a.in_height,
                       a.in_width, a.channels};
-  if (copied) source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
+  if (copied && a.in_stride[3] != 1)
+    source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
   if (a.windows) {
     const int64_t* window = a.windows + 4 * sample;
     source.data += window[0] * source.row_stride + window[1];
@@ -445,6 +442,205 @@ Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
     source.width = window[3];
   }
   return source;
+}
+
+FixedMatrix matrix_of_sample(const double* matrix, const AugmentArgs& a) {
+  FixedMatrix fixed = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
+  if (matrix) fixed_matrix(matrix, a.out_height, a.out_width, &fixed);
+  return fixed;
+}
+
+// ---- antialiasing: first the image on a coarser grid, every pixel of which is a weighted mean, then the warp from there
+
+// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and nothing
+// is left to warp.
+struct Shrink {
+  bool on = false;
+  int64_t size[2];             // width, height
+  double start[2], step[2];    // along x, along y
+  double rest[6];              // the matrix from there
+};
+Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
+  Shrink s;
+  if (!a.antialias || !a.matrices || a.interpolation == Interpolation::kNearest) return s;
+  const double* m = a.matrices + 6 * sample;
+  const int64_t in[2] = {a.windows ? a.windows[4 * sample + 3] : a.in_width, a.windows ? a.windows[4 * sample + 2] : a.in_height};
+  const int64_t out[2] = {a.out_width, a.out_height};
+  const bool straight = m[1] == 0 && m[3] == 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    const double across = m[3 * axis], down = m[3 * axis + 1], shrinks = std::sqrt(across * across + down * down);
+    s.on = s.on || shrinks > (straight ? 1 : 2);
+    if (straight) {
+      s.size[axis] = out[axis];
+      s.step[axis] = m[4 * axis];
+      s.start[axis] = m[3 * axis + 2];
+      for (int i = 0; i < 3; ++i) s.rest[3 * axis + i] = i == axis ? 1 : 0;
+    } else {
+      s.size[axis] = shrinks > 2 ? int64_t(std::ceil(double(in[axis]) / shrinks)) : in[axis];
+      s.step[axis] = double(in[axis]) / double(s.size[axis]);
+      s.start[axis] = 0.5 * s.step[axis] - 0.5;
+      for (int i = 0; i < 3; ++i) s.rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / s.step[axis] - (i == 2 ? 0.5 : 0);
+    }
+  }
+  return s;
+}
+
+// The weights along one axis, as torch's interpolate(antialias=True) has them: a triangle, or Keys' cubic with a = -0.5, as wide as
+// the step, cut off at the image's edges and brought to sum 1.
+template <class A>
+struct Filter {
+  int64_t taps;    // at most
+  int32_t* range;  // [first, last) of each grid pixel; empty outside of the image, where the padding fills
+  A* weight;
+
+  static int64_t most_taps(double step, Interpolation interpolation) {
+    const double support = (interpolation == Interpolation::kBicubic ? 2 : 1) * most(1.0, std::fabs(step));
+    return 2 * int64_t(std::ceil(support)) + 1;
+  }
+  static int64_t bytes(int64_t size, double step, Interpolation interpolation) {
+    return (size * int64_t(2 * sizeof(int32_t) + size_t(most_taps(step, interpolation)) * sizeof(A)) + 63) / 64 * 64;
+  }
+
+  Filter(void* memory, int64_t size, int64_t n, double start, double step, const AugmentArgs& a)
+      : taps(most_taps(step, a.interpolation)), range(static_cast<int32_t*>(memory)),
+        weight(reinterpret_cast<A*>(range + 2 * size)) {
+    const bool cubic = a.interpolation == Interpolation::kBicubic;
+    const double scale = most(1.0, std::fabs(step)), support = (cubic ? 2 : 1) * scale, length = double(n);
+    for (int64_t i = 0; i < size; ++i) {
+      double centre = start + step * double(i) + 0.5;  // from the left edge of the first pixel
+      range[2 * i] = range[2 * i + 1] = 0;
+      if (centre < 0 || centre > length) {
+        if (a.padding == Padding::kZeros || a.padding == Padding::kFill) continue;
+        if (a.padding == Padding::kReflect) {
+          centre = std::fmod(std::fabs(centre), 2 * length);
+          centre = centre > length ? 2 * length - centre : centre;
+        }
+        centre = clamped(centre, 0.0, length);
+      }
+      const int64_t first = most(int64_t(centre - support + 0.5), int64_t(0)), last = least(int64_t(centre + support + 0.5), n);
+      A* w = weight + i * taps;
+      double sum = 0;
+      for (int64_t j = first; j < last; ++j) {
+        const double x = std::fabs((double(j) - centre + 0.5) / scale);
+        double value = x < 1 ? 1 - x : 0;
+        if (cubic) value = x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+        w[j - first] = A(value);
+        sum += value;
+      }
+      for (int64_t j = first; j < last; ++j) w[j - first] = A(double(w[j - first]) / sum);
+      range[2 * i] = int32_t(first);
+      range[2 * i + 1] = int32_t(last);
+    }
+  }
+};
+
+int64_t accumulated(const AugmentArgs& a) { return a.in_type == PixelType::kFloat64 ? 8 : 4; }
+template <class A>
+int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
+  return Filter<A>::bytes(s.size[0], s.step[0], a.interpolation) + Filter<A>::bytes(s.size[1], s.step[1], a.interpolation);
+}
+int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
+  return accumulated(a) == 8 ? filters_bytes<double>(a, s) : filters_bytes<float>(a, s);
+}
+
+template <class T, class A>
+struct Resampler {
+  const AugmentArgs& a;
+  const Shrink& s;
+  Source<T> source;
+  int64_t pixel_stride;
+  Filter<A> columns, rows;
+
+  Resampler(const AugmentArgs& a, const Shrink& s, int64_t sample, void* memory)
+      : a(a), s(s), source(source_of<T>(a, nullptr, sample)), pixel_stride(a.in_stride[3]),
+        columns(memory, s.size[0], source.width, s.start[0], s.step[0], a),
+        rows(static_cast<char*>(memory) + Filter<A>::bytes(s.size[0], s.step[0], a.interpolation), s.size[1], source.height,
+             s.start[1], s.step[1], a) {
+    if (a.windows) source.data += a.windows[4 * sample + 1] * (pixel_stride - 1);
+  }
+
+  // Rows [begin, end) of the grid, planes of size[1] * size[0]; `line` has room for a row of the source.
+  void run(int64_t begin, int64_t end, A* out, A* line) const {
+    const int64_t width = s.size[0];
+    for (int64_t c = 0; c < a.channels; ++c)
+      for (int64_t y = begin; y < end; ++y) {
+        A* to = out + (c * s.size[1] + y) * width;
+        const int32_t first = rows.range[2 * y], last = rows.range[2 * y + 1];
+        const A fill = a.padding == Padding::kFill ? A(a.constants[c]) : A(0);
+        if (last > first) column_sums(source.plane(c), first, last, rows.weight + y * rows.taps, line);
+        for (int64_t x = 0; x < width; ++x) {
+          const int32_t left = columns.range[2 * x], right = columns.range[2 * x + 1];
+          const A* weight = columns.weight + x * columns.taps;
+          A sum = 0;
+          for (int32_t j = left; j < right; ++j) sum += weight[j - left] * line[j];
+          to[x] = last > first && right > left ? sum : fill;
+        }
+      }
+  }
+  void column_sums(const T* plane, int32_t first, int32_t last, const A* weight, A* line) const {
+    for (int32_t i = first; i < last; ++i) {
+      const T* from = plane + i * source.row_stride;
+      const A w = weight[i - first];
+      int64_t x = 0;
+      if (pixel_stride == 1)
+        for (; x + Vec<A>::kLanes <= source.width; x += Vec<A>::kLanes) {
+          const Vec<A> part = load(from + x) * Vec<A>(w);
+          store(line + x, i == first ? part : load(line + x) + part);
+        }
+      for (; x < source.width; ++x) {
+        const A part = A(to_float(from[x * pixel_stride])) * w;
+        line[x] = i == first ? part : line[x] + part;
+      }
+    }
+  }
+  // Adds the grid's gradient to that of the source's window, whose rows are in_width apart.
+  void transposed(const A* grad, A* in_grad, A* line) const {
+    for (int64_t y = 0; y < s.size[1]; ++y) {
+      for (int64_t x = 0; x < source.width; ++x) line[x] = 0;
+      for (int64_t x = 0; x < s.size[0]; ++x) {
+        const int32_t left = columns.range[2 * x], right = columns.range[2 * x + 1];
+        for (int32_t j = left; j < right; ++j) line[j] += columns.weight[x * columns.taps + j - left] * grad[y * s.size[0] + x];
+      }
+      for (int32_t i = rows.range[2 * y]; i < rows.range[2 * y + 1]; ++i)
+        for (int64_t x = 0; x < source.width; ++x)
+          in_grad[i * a.in_width + x] += rows.weight[y * rows.taps + i - rows.range[2 * y]] * line[x];
+    }
+  }
+};
+
+// ---- a sample's rows, made by the warp that its type asks for
+
+template <class A>
+struct RowMaker {
+  const void* warp;
+  void (*make)(const void* warp, int64_t y, int64_t n, A* out, int64_t pitch);
+  void operator()(int64_t y, int64_t n, A* out, int64_t pitch) const { make(warp, y, n, out, pitch); }
+};
+template <class T, class A>
+RowMaker<A> maker_of(const Warp<T, A>& warp) {
+  return {&warp, [](const void* w, int64_t y, int64_t n, A* out, int64_t pitch) {
+            static_cast<const Warp<T, A>*>(w)->row(y, n, out, pitch);
+          }};
+}
+
+// f(row maker) with the sample's warp alive.
+template <class A, class F>
+void with_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, F f) {
+  const Shrink shrink = shrink_of(a, sample);
+  if (shrink.on) {
+    const int64_t width = shrink.size[0], height = shrink.size[1];
+    const Source<A> grid = {static_cast<const A*>(scratch.source), width * height, width, height, width, a.channels};
+    const Warp<A, A> warp(a, grid, matrix_of_sample(shrink.rest, a));
+    return f(maker_of(warp));
+  }
+  const double* matrix = a.matrices ? a.matrices + 6 * sample : nullptr;
+  with_pixels(a.in_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<typename Accumulate<T>::type, A>) {
+      const Warp<T, A> warp(a, source_of<T>(a, scratch.source, sample), matrix_of_sample(matrix, a));
+      f(maker_of(warp));
+    }
+  });
 }
 
 // ---- colour
@@ -533,28 +729,24 @@ int64_t margin(const AugmentArgs& a) { return a.blur ? padded_width(a.blur_width
 int64_t pitch_of(const AugmentArgs& a) { return padded_width(a.out_width) + 2 * margin(a); }
 
 template <class A>
-void warp_row(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t y, A* out, int64_t pitch) {
-  with_pixels(a.in_type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if constexpr (std::is_same_v<typename Accumulate<T>::type, A>)
-      Warp<T, A>(a, source_of<T>(a, scratch.source, sample), sample).row(y, a.out_width, out, pitch);
-  });
-  if (quantises(a) && a.matrices) {
-    const Vec<A> bound(A(255));
-    for (int64_t c = 0; c < a.channels; ++c)
-      for (int64_t x = 0; x < a.out_width; x += Vec<A>::kLanes)
-        store(out + c * pitch + x, quantised(load(out + c * pitch + x), bound));
-  }
+void warped_row(const AugmentArgs& a, const RowMaker<A>& maker, int64_t y, A* out, int64_t pitch) {
+  maker(y, a.out_width, out, pitch);
+  if (!quantises(a) || !a.matrices) return;
+  const Vec<A> bound(A(255));
+  for (int64_t c = 0; c < a.channels; ++c)
+    for (int64_t x = 0; x < a.out_width; x += Vec<A>::kLanes)
+      store(out + c * pitch + x, quantised(load(out + c * pitch + x), bound));
 }
 
 template <class A>
-void prepare_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+void prepare_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker, int64_t sample, int64_t begin,
+                  int64_t end) {
   const int64_t width = padded_width(a.out_width), pitch = a.out_height * width;
   const Colour<A> colour(a, sample, 0);
   double* sums = static_cast<double*>(scratch.sums);
   for (int64_t y = begin; y < end; ++y) {
     A* row = static_cast<A*>(scratch.image) + y * width;
-    warp_row(a, scratch, sample, y, row, pitch);
+    warped_row(a, maker, y, row, pitch);
     if (a.colour_steps & kBrightness) colour.row(quantises(a), kBrightness, row, pitch, row, pitch, a.out_width);
     sums[y] = grey_sum(row, pitch, a.channels, a.out_width, quantises(a));
   }
@@ -599,7 +791,8 @@ void blur_row(const A* in, A* out, int64_t n, const double* weight, int64_t widt
 }
 
 template <class A, class T>
-void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end, T* out) {
+void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker, int64_t sample, int64_t begin,
+                 int64_t end, T* out) {
   using V = Vec<A>;
   const int64_t n = a.out_width, pitch = pitch_of(a), image_width = padded_width(n), image_pitch = a.out_height * image_width;
   const bool has_image = scratch.image != nullptr, quantise = quantises(a);
@@ -612,7 +805,7 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sa
   const int steps = has_image ? a.colour_steps & ~kBrightness : a.colour_steps;
   const auto coloured_row = [&](int64_t y, A* row) {
     const A* image = static_cast<const A*>(scratch.image) + y * image_width;
-    if (!has_image) warp_row(a, scratch, sample, y, row, pitch);
+    if (!has_image) warped_row(a, maker, y, row, pitch);
     if (steps) colour.row(quantise, steps, has_image ? image : row, has_image ? image_pitch : pitch, row, pitch, n);
   };
   A* row = static_cast<A*>(scratch.rows) + margin(a);
@@ -729,13 +922,34 @@ void blur_backward(const AugmentArgs& a, int64_t sample, A* plane, A* spare) {
         plane[y * width + mirrored(x + k - a.blur_width / 2, width)] += A(across[k]) * spare[y * width + x];
 }
 
+int64_t backward_bytes(const AugmentArgs& a) {
+  const int64_t pixels = a.out_height * a.out_width;
+  int64_t grid = a.in_height * a.in_width, filters = 0;
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) {
+      grid = most(grid, s.size[0] * s.size[1]);
+      filters = most(filters, filters_bytes(a, s));
+    }
+  const int64_t spare = most(most(pixels, a.channels * padded_width(a.out_width)), a.in_width);
+  const int64_t values = 2 * a.channels * pixels + a.channels * (a.in_height * a.in_width + grid) + spare;
+  return (values * accumulated(a) + 63) / 64 * 64 + filters;
+}
+
 template <class T, class G>
 void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   using A = typename Accumulate<T>::type;
   const int64_t height = a.out_height, width = a.out_width, pixels = height * width, channels = a.channels;
   const int64_t in_pixels = a.in_height * a.in_width;
-  A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *in_grad = image + channels * pixels;
-  A* row = in_grad + channels * in_pixels;  // of padded width, and before that a plane for the blur
+  const Shrink shrink = shrink_of(a, sample);
+  const Source<T> window = source_of<T>(a, nullptr, sample);
+  const int64_t grid_width = shrink.on ? shrink.size[0] : window.width, grid_height = shrink.on ? shrink.size[1] : window.height;
+  const int64_t grid_pixels = grid_width * grid_height;
+  // The image that is warped, the source's window or the grid, and later its gradient.
+  A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *grid = image + channels * pixels;
+  A *in_grad = grid + channels * grid_pixels, *row = in_grad + channels * in_pixels;  // row: also a plane for the blur
+  const FixedMatrix matrix =
+      matrix_of_sample(shrink.on ? shrink.rest : a.matrices ? a.matrices + 6 * sample : nullptr, a);
+  char* filters = static_cast<char*>(scratch) + backward_bytes(a) - (shrink.on ? filters_bytes<A>(a, shrink) : 0);
 
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t y = 0; y < height; ++y)
@@ -752,14 +966,17 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   if (a.blur)
     for (int64_t c = 0; c < channels; ++c) blur_backward(a, sample, grad + c * pixels, row);
 
-  const T* images = static_cast<const T*>(a.images) + sample * a.in_stride[0];
   if (a.colour_steps) {
-    T* copied = reinterpret_cast<T*>(in_grad);  // the source's planes, before the gradient wants the room
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = 0; i < in_pixels; ++i)
-        copied[c * in_pixels + i] =
-            images[c * a.in_stride[1] + i / a.in_width * a.in_stride[2] + i % a.in_width * a.in_stride[3]];
-    const Warp<T, A> warp(a, source_of<T>(a, copied, sample), sample);
+    if (shrink.on) Resampler<T, A>(a, shrink, sample, filters).run(0, grid_height, grid, row);
+    const int64_t first = a.windows ? a.windows[4 * sample] * a.in_stride[2] + a.windows[4 * sample + 1] * a.in_stride[3] : 0;
+    const T* images = static_cast<const T*>(a.images) + sample * a.in_stride[0] + first;
+    for (int64_t c = 0; c < channels && !shrink.on; ++c)
+      for (int64_t y = 0; y < grid_height; ++y)
+        for (int64_t x = 0; x < grid_width; ++x)
+          grid[(c * grid_height + y) * grid_width + x] =
+              A(to_float(images[c * a.in_stride[1] + y * a.in_stride[2] + x * a.in_stride[3]]));
+    const Source<A> planes = {grid, grid_pixels, grid_width, grid_height, grid_width, channels};
+    const Warp<A, A> warp(a, planes, matrix);
     const int64_t pitch = padded_width(width);
     for (int64_t y = 0; y < height; ++y) {
       warp.row(y, width, row, pitch);
@@ -769,16 +986,12 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
     colour_backward(a, sample, image, grad);
   }
 
-  for (int64_t i = 0; i < channels * in_pixels; ++i) in_grad[i] = 0;
-  const Source<T> view = source_of<T>(a, nullptr, sample);
-  const int64_t first = a.windows ? a.windows[4 * sample] * a.in_width + a.windows[4 * sample + 1] : 0;
-  FixedMatrix matrix = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
-  if (a.matrices) fixed_matrix(a.matrices + 6 * sample, height, width, &matrix);
+  for (int64_t i = 0; i < channels * (grid_pixels + in_pixels); ++i) grid[i] = 0;  // and in_grad, which follows
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x) {
       const Position at = matrix.at(x, y);
-      const Taps<A> columns = taps_at<A>(at.u, int32_t(view.width), a.interpolation, a.padding);
-      const Taps<A> lines = taps_at<A>(at.v, int32_t(view.height), a.interpolation, a.padding);
+      const Taps<A> columns = taps_at<A>(at.u, int32_t(grid_width), a.interpolation, a.padding);
+      const Taps<A> lines = taps_at<A>(at.v, int32_t(grid_height), a.interpolation, a.padding);
       A inside = 1;
       if (a.padding == Padding::kFill) {
         inside = 0;
@@ -791,9 +1004,19 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
           const A weight = inside * lines.weight[i] * columns.weight[k];
           if (lines.pixel[i] < 0 || columns.pixel[k] < 0 || weight == 0) continue;
           for (int64_t c = 0; c < channels; ++c)
-            in_grad[c * in_pixels + first + lines.pixel[i] * a.in_width + columns.pixel[k]] += weight * grad[c * pixels + y * width + x];
+            grid[c * grid_pixels + lines.pixel[i] * grid_width + columns.pixel[k]] += weight * grad[c * pixels + y * width + x];
         }
     }
+  const int64_t first = a.windows ? a.windows[4 * sample] * a.in_width + a.windows[4 * sample + 1] : 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    A* to = in_grad + c * in_pixels + first;
+    if (shrink.on) {
+      Resampler<T, A>(a, shrink, sample, filters).transposed(grid + c * grid_pixels, to, row);
+      continue;
+    }
+    for (int64_t y = 0; y < grid_height; ++y)
+      for (int64_t x = 0; x < grid_width; ++x) to[y * a.in_width + x] = grid[c * grid_pixels + y * grid_width + x];
+  }
   T* out = static_cast<T*>(a.output) + sample * a.out_stride[0];
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t y = 0; y < a.in_height; ++y)
@@ -804,42 +1027,65 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
 
 // ---- the table
 
-int64_t accumulated(const AugmentArgs& a) { return a.in_type == PixelType::kFloat64 ? 8 : 4; }
 int64_t stored(PixelType type) {
   const int64_t bytes[] = {4, 8, 2, 2, 1};
   return bytes[int(type)];
 }
 int64_t source_bytes(const AugmentArgs& a) {
-  return a.in_stride[3] == 1 || a.in_width == 1 ? 0 : a.channels * a.in_height * a.in_width * stored(a.in_type);
+  int64_t bytes = a.in_stride[3] == 1 || a.in_width == 1 ? 0 : a.channels * a.in_height * a.in_width * stored(a.in_type);
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, a.channels * s.size[0] * s.size[1] * accumulated(a));
+  return (bytes + 63) / 64 * 64;
+}
+int64_t source_rows(const AugmentArgs& a) {
+  int64_t rows = a.in_height;
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) rows = most(rows, s.size[1]);
+  return rows;
 }
 int64_t image_bytes(const AugmentArgs& a) {
   return a.colour_steps & kContrast ? a.channels * a.out_height * padded_width(a.out_width) * accumulated(a) : 0;
 }
-int64_t rows_bytes(const AugmentArgs& a) { return (1 + (a.blur ? a.blur_height : 0)) * a.channels * pitch_of(a) * accumulated(a); }
-int64_t backward_bytes(const AugmentArgs& a) {
-  const int64_t pixels = a.out_height * a.out_width;
-  const int64_t spare = most(pixels, a.channels * padded_width(a.out_width));
-  return (2 * a.channels * pixels + a.channels * a.in_height * a.in_width + spare) * accumulated(a);
+int64_t rows_bytes(const AugmentArgs& a) {
+  int64_t bytes = (1 + (a.blur ? a.blur_height : 0)) * a.channels * pitch_of(a) * accumulated(a);
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, filters_bytes(a, s) + a.in_width * accumulated(a));
+  return bytes;
 }
 
 void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  const Shrink shrink = shrink_of(a, sample);
   with_pixels(a.in_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t c = 0; c < a.channels; ++c)
-      for (int64_t y = begin; y < end; ++y) {
+    using A = typename Accumulate<T>::type;
+    if (shrink.on) {
+      A* line = reinterpret_cast<A*>(static_cast<char*>(scratch.rows) + filters_bytes<A>(a, shrink));
+      Resampler<T, A>(a, shrink, sample, scratch.rows).run(begin, least(end, shrink.size[1]), static_cast<A*>(scratch.source), line);
+      return;
+    }
+    for (int64_t c = 0; c < (a.in_stride[3] == 1 ? 0 : a.channels); ++c)
+      for (int64_t y = begin; y < least(end, a.in_height); ++y) {
         const T* from = static_cast<const T*>(a.images) + sample * a.in_stride[0] + c * a.in_stride[1] + y * a.in_stride[2];
         T* to = static_cast<T*>(scratch.source) + (c * a.in_height + y) * a.in_width;
         for (int64_t x = 0; x < a.in_width; ++x) to[x] = from[x * a.in_stride[3]];
       }
   });
 }
+template <class A>
+void prepare_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) { prepare_rows<A>(a, scratch, maker, sample, begin, end); });
+}
 void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
-  accumulated(a) == 8 ? prepare_rows<double>(a, scratch, sample, begin, end) : prepare_rows<float>(a, scratch, sample, begin, end);
+  accumulated(a) == 8 ? prepare_sample<double>(a, scratch, sample, begin, end)
+                      : prepare_sample<float>(a, scratch, sample, begin, end);
 }
 void finish(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
   with_pixels(a.out_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    finish_rows<typename Accumulate<T>::type>(a, scratch, sample, begin, end, static_cast<T*>(a.output));
+    using A = typename Accumulate<T>::type;
+    with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) {
+      finish_rows<A>(a, scratch, maker, sample, begin, end, static_cast<T*>(a.output));
+    });
   });
 }
 void backward(const AugmentArgs& a, void* scratch, int64_t sample) {
@@ -856,6 +1102,7 @@ void backward(const AugmentArgs& a, void* scratch, int64_t sample) {
 }  // namespace
 
 extern const AugmentKernels augment_kernels;
-const AugmentKernels augment_kernels = {source_bytes, image_bytes, rows_bytes, backward_bytes, source, prepare, finish, backward};
+const AugmentKernels augment_kernels = {source_bytes, source_rows, image_bytes, rows_bytes, backward_bytes,
+                                        source,       prepare,     finish,      backward};
 
 }  // namespace fastreg::FASTREG_ISA

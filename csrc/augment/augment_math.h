@@ -360,6 +360,7 @@ struct AugmentScratch {
 
 struct AugmentKernels {
   int64_t (*source_bytes)(const AugmentArgs&);  // 0 where there is no such stage
+  int64_t (*source_rows)(const AugmentArgs&);
   int64_t (*image_bytes)(const AugmentArgs&);
   int64_t (*rows_bytes)(const AugmentArgs&);
   int64_t (*backward_bytes)(const AugmentArgs&);

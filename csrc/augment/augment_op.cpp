@@ -167,6 +167,7 @@ void run(const AugmentArgs& a) {
   const int64_t values = a.channels * a.out_height * a.out_width;
   const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
   const int64_t source_bytes = kernels.source_bytes(a), image_bytes = kernels.image_bytes(a);
+  const int64_t source_rows = kernels.source_rows(a);
   const int64_t sums_bytes = image_bytes ? a.out_height * int64_t(sizeof(double)) : 0;
   const bool staged = source_bytes || image_bytes;
   if (staged && a.batch >= kSmallBatch) {
@@ -175,7 +176,7 @@ void run(const AugmentArgs& a) {
       const Buffer rows = buffer(kernels.rows_bytes(a));
       const AugmentScratch scratch = {source.get(), image.get(), sums.get(), rows.get()};
       for (int64_t i = begin; i < end; ++i) {
-        if (source) kernels.source(a, scratch, i, 0, a.in_height);
+        if (source) kernels.source(a, scratch, i, 0, source_rows);
         if (image) kernels.prepare(a, scratch, i, 0, a.out_height);
         kernels.finish(a, scratch, i, 0, a.out_height);
       }
@@ -190,17 +191,17 @@ void run(const AugmentArgs& a) {
     };
     return AugmentScratch{part(source, source_bytes), part(image, image_bytes), part(sums, sums_bytes), rows};
   };
-  const auto stage = [&](auto kernel, int64_t rows, int64_t row_values, bool needs_rows) {
+  const auto stage = [&](auto kernel, int64_t rows, int64_t row_values) {
     parallel(a.batch * rows, std::max<int64_t>(1, kGrain / row_values), [&](int64_t begin, int64_t end) {
-      const Buffer of_thread = buffer(needs_rows ? kernels.rows_bytes(a) : 0);
+      const Buffer of_thread = buffer(kernels.rows_bytes(a));
       by_sample(begin, end, rows, [&](int64_t sample, int64_t first, int64_t last) {
         kernel(a, scratch_of(sample, of_thread.get()), sample, first, last);
       });
     });
   };
-  if (source) stage(kernels.source, a.in_height, a.channels * a.in_width, false);
-  if (image) stage(kernels.prepare, a.out_height, a.channels * a.out_width, false);
-  stage(kernels.finish, a.out_height, a.channels * a.out_width, true);
+  if (source) stage(kernels.source, source_rows, a.channels * a.in_width);
+  if (image) stage(kernels.prepare, a.out_height, a.channels * a.out_width);
+  stage(kernels.finish, a.out_height, a.channels * a.out_width);
 }
 
 Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour, std::optional<Tensor> blur,
