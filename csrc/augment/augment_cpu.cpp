@@ -1,6 +1,6 @@
 // Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
-// whose pixels all lie inside the image gather neighbours in pairs, without a look at the border), coloured, blurred from a ring of
-// rows, normalised, and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
+// whose pixels all lie inside the image gather neighbours in pairs, without a look at the border), coloured, blurred from a ring
+// of rows, normalised, and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
 // Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
 // Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
 #include <type_traits>
@@ -19,7 +19,13 @@ FR_INLINE Vec<float> load(const uint8_t* p) {
   for (int i = 0; i < v.kParts; ++i) {
     BytePart raw;
     memcpy(&raw, p + i * v.kPartLanes, sizeof raw);
+#if defined(__AVX512F__)
+    v.part[i] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)raw));
+#elif defined(__AVX2__)
+    v.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)raw)));
+#else
     v.part[i] = __builtin_convertvector(__builtin_convertvector(raw, I32Part), Vec<float>::Part);
+#endif
   }
   return v;
 }
@@ -62,88 +68,158 @@ FR_INLINE V reversed(const V& v) {
   return load(turned);
 }
 
-// ---- positions of neighbouring output pixels
+// ---- a whole number for each lane of a Vec<A>
 
 template <class A>
-struct alignas(64) Positions {
-  static constexpr int kLanes = Vec<A>::kLanes;
-  int32_t whole[kLanes];
-  uint32_t low[kLanes];
+struct Ints {
+  using V = Vec<A>;
+  static constexpr int kParts = V::kParts, kPartLanes = V::kPartLanes;
+  typedef int32_t Part __attribute__((vector_size(4 * V::kPartLanes)));
+  Part part[kParts];
 
-  // Those at base + j * step, of which step holds j * step.
-  FR_INLINE void set(const int64_t* step, int64_t base) {
-    for (int i = 0; i < kLanes; i += 2 * int(sizeof(I64Part) / 8)) {
-      I64Part a, b;
-      memcpy(&a, step + i, sizeof a);
-      memcpy(&b, step + i + sizeof a / 8, sizeof b);
-      a += base;
-      b += base;
-#if FR_VECTOR_BYTES == 64
-      const I32Part low_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-      const I32Part high_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-#elif FR_VECTOR_BYTES == 32
-      const I32Part low_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 0, 2, 4, 6, 8, 10, 12, 14);
-      const I32Part high_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 1, 3, 5, 7, 9, 11, 13, 15);
+  Ints() = default;
+  FR_INLINE Ints(int32_t x) {
+    for (int i = 0; i < kParts; ++i) part[i] = x - Part{};
+  }
+#define FR_EACH(name, expression)                            \
+  friend FR_INLINE Ints name(const Ints& a, const Ints& b) { \
+    Ints c;                                                  \
+    for (int i = 0; i < kParts; ++i) c.part[i] = expression; \
+    return c;                                                \
+  }
+  // clang-format off
+  FR_EACH(operator+, a.part[i] + b.part[i]) FR_EACH(operator-, a.part[i] - b.part[i]) FR_EACH(operator*, a.part[i] * b.part[i])
+  FR_EACH(least, a.part[i] < b.part[i] ? a.part[i] : b.part[i]) FR_EACH(most, a.part[i] < b.part[i] ? b.part[i] : a.part[i])
+  // clang-format on
+#undef FR_EACH
+          friend FR_INLINE typename V::Mask operator==(const Ints& a, const Ints& b) {
+    typename V::Mask m;
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4)
+      m.part[0] = _mm512_cmpeq_epi32_mask((__m512i)a.part[0], (__m512i)b.part[0]);
+    else
+      m.part[0] = _mm256_cmpeq_epi32_mask((__m256i)a.part[0], (__m256i)b.part[0]);
 #else
-      const I32Part low_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 0, 2, 4, 6);
-      const I32Part high_half = __builtin_shufflevector((I32Part)a, (I32Part)b, 1, 3, 5, 7);
+    for (int i = 0; i < kParts; ++i) m.part[i] = __builtin_convertvector(a.part[i] == b.part[i], typename V::IntPart);
 #endif
-      memcpy(low + i, &low_half, sizeof(I32Part) < sizeof low ? sizeof(I32Part) : sizeof low);
-      memcpy(whole + i, &high_half, sizeof(I32Part) < sizeof low ? sizeof(I32Part) : sizeof low);
+    return m;
+  }
+  template <class F>
+  FR_INLINE Ints each(F f) const {  // lane by lane
+    int32_t lane[V::kLanes];
+    memcpy(lane, part, sizeof lane);
+    for (int32_t& x : lane) x = f(x);
+    Ints c;
+    memcpy(c.part, lane, sizeof lane);
+    return c;
+  }
+};
+template <class V>
+FR_INLINE typename V::Mask both(const typename V::Mask& a, const typename V::Mask& b) {
+  typename V::Mask c;
+  for (int i = 0; i < V::kParts; ++i) c.part[i] = a.part[i] & b.part[i];
+  return c;
+}
+
+// Positions base + j * step of neighbouring output pixels j, taken apart.
+template <class A>
+struct Positions {
+  static constexpr int kLanes = Vec<A>::kLanes, kParts = Vec<A>::kParts, kI64Lanes = FR_VECTOR_BYTES / 8;
+  typedef uint32_t Low __attribute__((vector_size(4 * Vec<A>::kPartLanes)));
+  Ints<A> whole;
+  Low low[kParts];
+
+  FR_INLINE Positions(const int64_t* steps, int64_t base) {  // steps[j] = j * step
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (sizeof(A) == 4) {
+        I64Part a, b;
+        memcpy(&a, steps + 2 * i * kI64Lanes, sizeof a);
+        memcpy(&b, steps + (2 * i + 1) * kI64Lanes, sizeof b);
+        const I32Part x = (I32Part)(a + base), y = (I32Part)(b + base);
+#if FR_VECTOR_BYTES == 64
+        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif FR_VECTOR_BYTES == 32
+        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
+        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6);
+        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7);
+#endif
+      } else {
+        I64Part a;
+        memcpy(&a, steps + i * kI64Lanes, sizeof a);
+        a += base;
+        low[i] = (Low) __builtin_convertvector(a & 0xffffffff, typename Ints<A>::Part);
+        whole.part[i] = __builtin_convertvector(a >> 32, typename Ints<A>::Part);
+      }
     }
   }
   FR_INLINE Vec<A> fraction() const {
-    A lane[kLanes];
-    for (int j = 0; j < kLanes; ++j) lane[j] = sizeof(A) == 4 ? A(int32_t(low[j] >> 8)) * A(0x1p-24) : A(low[j]) * A(0x1p-32);
-    return load(lane);
+    Vec<A> t;
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (sizeof(A) == 4)
+        t.part[i] = __builtin_convertvector((typename Ints<A>::Part)(low[i] >> 8), typename Vec<A>::Part) * A(0x1p-24);
+      else
+        for (int j = 0; j < Vec<A>::kPartLanes; ++j) t.part[i][j] = A(low[i][j]) * A(0x1p-32);
+    }
+    return t;
   }
-  FR_INLINE void round() {  // to the nearest pixel, ties to even
-    for (int j = 0; j < kLanes; ++j) whole[j] += int32_t(low[j] + 0x7fffffffu + uint32_t(whole[j] & 1) < low[j]);
+  FR_INLINE Ints<A> nearest() const {  // ties to even: up where the fraction is more than a half, or a half and the whole is odd
+    Ints<A> n;
+    for (int i = 0; i < kParts; ++i)
+      n.part[i] = whole.part[i] - (typename Ints<A>::Part)(low[i] > 0x80000000u - ((Low)whole.part[i] & 1u));
+    return n;
   }
 };
 
 // ---- gathers. The planes hold `count` elements; index + 1 lies inside for pairs.
 
-template <class T, class V>
-FR_INLINE void gather_pairs(const T* plane, const int32_t* index, int64_t count, V& left, V& right) {
+template <class T, class A>
+FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left, Vec<A>& right) {
+  using Part = typename Vec<A>::Part;
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    const __m512i low = _mm512_i32gather_epi64(_mm256_load_si256(reinterpret_cast<const __m256i*>(index)), plane, 4);
-    const __m512i high = _mm512_i32gather_epi64(_mm256_load_si256(reinterpret_cast<const __m256i*>(index + 8)), plane, 4);
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    left.part[0] = (typename V::Part)_mm512_permutex2var_epi32(low, even, high);
-    right.part[0] = (typename V::Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
-    return;
-  }
-  if constexpr (sizeof(T) <= 2) {
-    if (count * int64_t(sizeof(T)) >= 4) {
-      __m512i at = _mm512_load_si512(index), words;
-      if constexpr (sizeof(T) == 1) {  // four neighbours, from further left where the plane ends
-        const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
-        words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3));
-        const __m512i byte = _mm512_set1_epi32(255);
-        left.part[0] = (typename V::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
-        right.part[0] = (typename V::Part)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8), byte));
-      } else {
-        words = _mm512_i32gather_epi32(at, plane, 2);
-        if constexpr (std::is_same_v<T, BFloat16>) {
-          left.part[0] = (typename V::Part)_mm512_slli_epi32(words, 16);
-          right.part[0] = (typename V::Part)_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000u)));
-        } else {
-          left.part[0] = (typename V::Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
-          right.part[0] = (typename V::Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
-        }
-      }
+  if constexpr (sizeof(A) == 4) {
+    const __m512i at = (__m512i)index.part[0];
+    if constexpr (std::is_same_v<T, float>) {
+      const __m512i low = _mm512_i32gather_epi64(_mm512_castsi512_si256(at), plane, 4);
+      const __m512i high = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(at, 1), plane, 4);
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      left.part[0] = (Part)_mm512_permutex2var_epi32(low, even, high);
+      right.part[0] = (Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
       return;
+    }
+    if constexpr (sizeof(T) <= 2) {
+      if (count * int64_t(sizeof(T)) >= 4) {
+        if constexpr (sizeof(T) == 1) {  // four neighbours, from further left where the plane ends
+          const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4))), byte = _mm512_set1_epi32(255);
+          const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
+          const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
+          left.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
+          right.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8), byte));
+        } else {
+          const __m512i words = _mm512_i32gather_epi32(at, plane, 2);
+          if constexpr (std::is_same_v<T, BFloat16>) {
+            left.part[0] = (Part)_mm512_slli_epi32(words, 16);
+            right.part[0] = (Part)_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000u)));
+          } else {
+            left.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+            right.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+          }
+        }
+        return;
+      }
     }
   }
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>) {
     for (int i = 0; i < 2; ++i) {
-      const __m128i* at = reinterpret_cast<const __m128i*>(index + 8 * i);
-      const __m256 low = _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(plane), _mm_load_si128(at), 4));
-      const __m256 high = _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(plane), _mm_load_si128(at + 1), 4));
-      const auto in_order = [](__m256 x) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8)); };
+      const __m256i at = (__m256i)index.part[i];
+      const auto pairs = [&](__m128i four) {
+        return _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(plane), four, 4));
+      };
+      const __m256 low = pairs(_mm256_castsi256_si128(at)), high = pairs(_mm256_extracti128_si256(at, 1));
+      const auto in_order = [](__m256 x) { return (Part)_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8); };
       left.part[i] = in_order(_mm256_shuffle_ps(low, high, 0x88));
       right.part[i] = in_order(_mm256_shuffle_ps(low, high, 0xdd));
     }
@@ -152,7 +228,7 @@ FR_INLINE void gather_pairs(const T* plane, const int32_t* index, int64_t count,
   if constexpr (sizeof(T) == 1 || std::is_same_v<T, BFloat16>) {
     if (count * int64_t(sizeof(T)) >= 4) {
       for (int i = 0; i < 2; ++i) {
-        const __m256i at = _mm256_load_si256(reinterpret_cast<const __m256i*>(index + 8 * i));
+        const __m256i at = (__m256i)index.part[i];
         const int* base = reinterpret_cast<const int*>(plane);
         if constexpr (sizeof(T) == 1) {
           const __m256i start = _mm256_min_epi32(at, _mm256_set1_epi32(int32_t(count - 4)));
@@ -162,8 +238,8 @@ FR_INLINE void gather_pairs(const T* plane, const int32_t* index, int64_t count,
           right.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, 8), byte));
         } else {
           const __m256i words = _mm256_i32gather_epi32(base, at, 2);
-          left.part[i] = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-          right.part[i] = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000u))));
+          left.part[i] = (Part)_mm256_slli_epi32(words, 16);
+          right.part[i] = (Part)_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000u)));
         }
       }
       return;
@@ -171,43 +247,49 @@ FR_INLINE void gather_pairs(const T* plane, const int32_t* index, int64_t count,
   }
 #endif
   (void)count;
-  T both[2][V::kLanes];
-  for (int j = 0; j < V::kLanes; ++j) {
-    both[0][j] = plane[index[j]];
-    both[1][j] = plane[index[j] + 1];
+  int32_t at_lane[Vec<A>::kLanes];
+  memcpy(at_lane, index.part, sizeof at_lane);
+  T lane[2][Vec<A>::kLanes];
+  for (int j = 0; j < Vec<A>::kLanes; ++j) {
+    lane[0][j] = plane[at_lane[j]];
+    lane[1][j] = plane[at_lane[j] + 1];
   }
-  left = load(both[0]);
-  right = load(both[1]);
+  left = load(lane[0]);
+  right = load(lane[1]);
 }
 
-template <class T, class V>
-FR_INLINE V gather(const T* plane, const int32_t* index, int64_t count) {
+template <class T, class A>
+FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
 #if defined(__AVX512F__)
-  V v;
-  if constexpr (std::is_same_v<T, float>) {
-    v.part[0] = (typename V::Part)_mm512_i32gather_ps(_mm512_load_si512(index), plane, 4);
-    return v;
-  }
-  if constexpr (sizeof(T) == 1) {
-    if (count >= 4) {
-      const __m512i at = _mm512_load_si512(index), start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
-      const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
-      const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
-      v.part[0] = (typename V::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+  if constexpr (sizeof(A) == 4) {
+    const __m512i at = (__m512i)index.part[0];
+    Vec<A> v;
+    if constexpr (std::is_same_v<T, float>) {
+      v.part[0] = (typename Vec<A>::Part)_mm512_i32gather_ps(at, plane, 4);
       return v;
+    }
+    if constexpr (sizeof(T) == 1) {
+      if (count >= 4) {
+        const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
+        const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
+        const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
+        v.part[0] = (typename Vec<A>::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+        return v;
+      }
     }
   }
 #elif defined(__AVX2__)
   if constexpr (std::is_same_v<T, float>) {
-    V v;
-    for (int i = 0; i < 2; ++i)
-      v.part[i] = _mm256_i32gather_ps(plane, _mm256_load_si256(reinterpret_cast<const __m256i*>(index + 8 * i)), 4);
+    Vec<A> v;
+    for (int i = 0; i < 2; ++i) v.part[i] = _mm256_i32gather_ps(plane, (__m256i)index.part[i], 4);
     return v;
   }
 #endif
   (void)count;
-  T lane[V::kLanes];
-  for (int j = 0; j < V::kLanes; ++j) lane[j] = plane[index[j]];
+  int32_t at_lane[Vec<A>::kLanes];
+  memcpy(at_lane, index.part, sizeof at_lane);
+  T lane[Vec<A>::kLanes];
+  for (int j = 0; j < Vec<A>::kLanes; ++j) lane[j] = plane[at_lane[j]];
   return load(lane);
 }
 
@@ -291,20 +373,23 @@ struct Warp {
     // A pixel whose position lies in [0, limit) has all its neighbours inside; a negative one is beyond any limit as unsigned.
     const uint64_t limit_u = uint64_t(source.width - 1) * uint64_t(one), limit_v = uint64_t(source.height - 1) * uint64_t(one);
     const int64_t count = source.count(), row_stride = source.row_stride;
+    const bool vanishes = padding == Padding::kZeros || padding == Padding::kFill;
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
       const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
-      const bool inside = (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) &
-                          (uint64_t(last_v) < limit_v);
+      const bool inside =
+          (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
       if (!inside) {
-        bilinear_edge(at, x, out, pitch);
+        const bool far = least(at.u, last_u) >= int64_t(limit_u) + one || most(at.u, last_u) < -one ||
+                         least(at.v, last_v) >= int64_t(limit_v) + one || most(at.v, last_v) < -one;
+        if (far && vanishes)
+          for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
+        else
+          bilinear_edge(at, x, out, pitch);
         continue;
       }
-      Positions<A> u, v;
-      u.set(step_u, at.u);
-      v.set(step_v, at.v);
-      alignas(64) int32_t index[kLanes];
-      for (int j = 0; j < kLanes; ++j) index[j] = v.whole[j] * int32_t(row_stride) + u.whole[j];
+      const Positions<A> u(step_u, at.u), v(step_v, at.v);
+      const Ints<A> index = v.whole * Ints<A>(int32_t(row_stride)) + u.whole;
       const V t = u.fraction(), s = v.fraction();
       for (int64_t c = 0; c < source.channels; ++c) {
         const T* plane = source.plane(c);
@@ -316,91 +401,65 @@ struct Warp {
     }
   }
 
-  // Near the border: neighbours outside are looked for by the padding's rule.
-  void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+  // Pixel numbers along one axis: those that stand for them, and which of them are there at all.
+  struct Found {
+    Ints<A> pixel;
+    typename V::Mask there;
+  };
+  FR_INLINE Found find(const Ints<A>& wanted, int32_t n) const {
+    const Padding rule = padding;
+    const Ints<A> i =
+        rule == Padding::kReflect ? wanted.each([=](int32_t x) { return padded(x, n, Padding::kReflect); }) : wanted;
+    const Ints<A> pixel = most(Ints<A>(0), least(i, Ints<A>(n - 1)));
+    return {pixel, rule == Padding::kZeros || rule == Padding::kFill ? pixel == i : pixel == pixel};
+  }
+
+  // Near the border: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one pair is gathered,
+  // from which each takes its own.
+  FR_INLINE void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
     const int32_t height = int32_t(source.height), width = int32_t(source.width);
-    const bool vanishes = padding == Padding::kZeros || padding == Padding::kFill;
-    Positions<A> u, v;
-    u.set(step_u, at.u);
-    v.set(step_v, at.v);
-    alignas(64) int32_t column[2][kLanes], line[2][kLanes];
-    alignas(64) A has_column[2][kLanes], has_line[2][kLanes];
-    for (int k = 0; k < 2; ++k)
-      for (int j = 0; j < kLanes; ++j) {
-        column[k][j] = u.whole[j] + k;
-        line[k][j] = v.whole[j] + k;
-      }
-    if (padding == Padding::kReflect)
-      for (int k = 0; k < 2; ++k)
-        for (int j = 0; j < kLanes; ++j) {
-          column[k][j] = padded(column[k][j], width, padding);
-          line[k][j] = padded(line[k][j], height, padding);
-        }
-    for (int k = 0; k < 2; ++k)
-      for (int j = 0; j < kLanes; ++j) {
-        const int32_t near_column = clamped(column[k][j], 0, width - 1), near_line = clamped(line[k][j], 0, height - 1);
-        has_column[k][j] = near_column == column[k][j] ? A(1) : A(0);
-        has_line[k][j] = near_line == line[k][j] ? A(1) : A(0);
-        column[k][j] = near_column;
-        line[k][j] = near_line;
-      }
-    alignas(64) int32_t index[2][2][kLanes];
-    typename V::Mask there[2][2];
-    const V zero(0), one(1), half(A(0.5)), t = u.fraction(), s = v.fraction();
-    V inside(1);
-    for (int i = 0; i < 2; ++i)
-      for (int k = 0; k < 2; ++k) {
-        for (int j = 0; j < kLanes; ++j) index[i][k][j] = line[i][j] * int32_t(source.row_stride) + column[k][j];
-        there[i][k] = half < load(has_line[i]) * load(has_column[k]);
-      }
-    const auto blend = [&](const V tap[2][2]) {
-      return lerp(lerp(tap[0][0], tap[1][0], s), lerp(tap[0][1], tap[1][1], s), t);
+    const Positions<A> u(step_u, at.u), v(step_v, at.v);
+    const Ints<A> one(1), stride(int32_t(source.row_stride));
+    const Found left = find(u.whole, width), right = find(u.whole + one, width);
+    const Found top = find(v.whole, height), bottom = find(v.whole + one, height);
+    const Ints<A> pair = most(Ints<A>(0), least(least(left.pixel, right.pixel), Ints<A>(width - 2)));
+    const auto left_is_first = left.pixel == pair, right_is_first = right.pixel == pair;
+    const Ints<A> upper = top.pixel * stride + pair, lower = bottom.pixel * stride + pair;
+    const auto there_ul = both<V>(top.there, left.there), there_ur = both<V>(top.there, right.there),
+               there_ll = both<V>(bottom.there, left.there), there_lr = both<V>(bottom.there, right.there);
+    const V zero(0), full(1), t = u.fraction(), s = v.fraction();
+    const auto blend = [&](const V& ul, const V& ur, const V& ll, const V& lr) __attribute__((always_inline)) {
+      return lerp(lerp(select(there_ul, ul, zero), select(there_ll, ll, zero), s),
+                  lerp(select(there_ur, ur, zero), select(there_lr, lr, zero), s), t);
     };
-    V tap[2][2];
-    if (padding == Padding::kFill) {
-      for (int i = 0; i < 2; ++i)
-        for (int k = 0; k < 2; ++k) tap[i][k] = select(there[i][k], one, zero);
-      inside = blend(tap);
-    }
+    const V inside = padding == Padding::kFill ? blend(full, full, full, full) : full;
+    const int64_t count = source.count();
     for (int64_t c = 0; c < source.channels; ++c) {
-      for (int i = 0; i < 2; ++i)
-        for (int k = 0; k < 2; ++k) {
-          tap[i][k] = gather<T, V>(source.plane(c), index[i][k], source.count());
-          if (vanishes) tap[i][k] = select(there[i][k], tap[i][k], zero);
-        }
-      V value = blend(tap);
+      const T* plane = source.plane(c);
+      V first, second, below_first, below_second;
+      if (width > 1) {
+        gather_pairs(plane, upper, count, first, second);
+        gather_pairs(plane, lower, count, below_first, below_second);
+      } else {
+        first = second = gather(plane, upper, count);
+        below_first = below_second = gather(plane, lower, count);
+      }
+      V value = blend(select(left_is_first, first, second), select(right_is_first, first, second),
+                      select(left_is_first, below_first, below_second), select(right_is_first, below_first, below_second));
       if (padding == Padding::kFill) value = filled(value, inside, V(filler.value(c)));
       store(out + c * pitch + x, value);
     }
   }
 
   void nearest_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    const int32_t height = int32_t(source.height), width = int32_t(source.width);
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
-      Positions<A> u, v;
-      u.set(step_u, at.u);
-      v.set(step_v, at.v);
-      u.round();
-      v.round();
-      if (padding == Padding::kReflect)
-        for (int j = 0; j < kLanes; ++j) {
-          u.whole[j] = padded(u.whole[j], width, padding);
-          v.whole[j] = padded(v.whole[j], height, padding);
-        }
-      alignas(64) int32_t index[kLanes];
-      alignas(64) A has[kLanes];
-      for (int j = 0; j < kLanes; ++j) {
-        const int32_t column = clamped(u.whole[j], 0, width - 1), line = clamped(v.whole[j], 0, height - 1);
-        has[j] = column == u.whole[j] && line == v.whole[j] ? A(1) : A(0);
-        index[j] = line * int32_t(source.row_stride) + column;
-      }
-      const auto there = V(A(0.5)) < load(has);
-      for (int64_t c = 0; c < source.channels; ++c) {
-        V value = gather<T, V>(source.plane(c), index, source.count());
-        if (padding == Padding::kZeros || padding == Padding::kFill) value = select(there, value, V(filler.value(c)));
-        store(out + c * pitch + x, value);
-      }
+      const Found column = find(Positions<A>(step_u, at.u).nearest(), int32_t(source.width));
+      const Found line = find(Positions<A>(step_v, at.v).nearest(), int32_t(source.height));
+      const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
+      const auto there = both<V>(line.there, column.there);
+      for (int64_t c = 0; c < source.channels; ++c)
+        store(out + c * pitch + x, select(there, gather(source.plane(c), index, source.count()), V(filler.value(c))));
     }
   }
 
@@ -431,8 +490,12 @@ struct Warp {
 
 template <class T>
 Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
-  Source<T> source = {static_cast<const T*>(a.images) + sample * a.in_stride[0], a.in_stride[1], a.in_stride[2], a.in_height,
-                      a.in_width, a.channels};
+  Source<T> source = {static_cast<const T*>(a.images) + sample * a.in_stride[0],
+                      a.in_stride[1],
+                      a.in_stride[2],
+                      a.in_height,
+                      a.in_width,
+                      a.channels};
   if (copied && a.in_stride[3] != 1)
     source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
   if (a.windows) {
@@ -452,13 +515,13 @@ FixedMatrix matrix_of_sample(const double* matrix, const AugmentArgs& a) {
 
 // ---- antialiasing: first the image on a coarser grid, every pixel of which is a weighted mean, then the warp from there
 
-// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and nothing
-// is left to warp.
+// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and
+// nothing is left to warp.
 struct Shrink {
   bool on = false;
-  int64_t size[2];             // width, height
-  double start[2], step[2];    // along x, along y
-  double rest[6];              // the matrix from there
+  int64_t size[2];           // width, height
+  double start[2], step[2];  // along x, along y
+  double rest[6];            // the matrix from there
 };
 Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
   Shrink s;
@@ -479,14 +542,15 @@ Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
       s.size[axis] = shrinks > 2 ? int64_t(std::ceil(double(in[axis]) / shrinks)) : in[axis];
       s.step[axis] = double(in[axis]) / double(s.size[axis]);
       s.start[axis] = 0.5 * s.step[axis] - 0.5;
-      for (int i = 0; i < 3; ++i) s.rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / s.step[axis] - (i == 2 ? 0.5 : 0);
+      for (int i = 0; i < 3; ++i)
+        s.rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / s.step[axis] - (i == 2 ? 0.5 : 0);
     }
   }
   return s;
 }
 
-// The weights along one axis, as torch's interpolate(antialias=True) has them: a triangle, or Keys' cubic with a = -0.5, as wide as
-// the step, cut off at the image's edges and brought to sum 1.
+// The weights along one axis, as torch's interpolate(antialias=True) has them: a triangle, or Keys' cubic with a = -0.5, as wide
+// as the step, cut off at the image's edges and brought to sum 1.
 template <class A>
 struct Filter {
   int64_t taps;    // at most
@@ -502,7 +566,8 @@ struct Filter {
   }
 
   Filter(void* memory, int64_t size, int64_t n, double start, double step, const AugmentArgs& a)
-      : taps(most_taps(step, a.interpolation)), range(static_cast<int32_t*>(memory)),
+      : taps(most_taps(step, a.interpolation)),
+        range(static_cast<int32_t*>(memory)),
         weight(reinterpret_cast<A*>(range + 2 * size)) {
     const bool cubic = a.interpolation == Interpolation::kBicubic;
     const double scale = most(1.0, std::fabs(step)), support = (cubic ? 2 : 1) * scale, length = double(n);
@@ -552,7 +617,10 @@ struct Resampler {
   Filter<A> columns, rows;
 
   Resampler(const AugmentArgs& a, const Shrink& s, int64_t sample, void* memory)
-      : a(a), s(s), source(source_of<T>(a, nullptr, sample)), pixel_stride(a.in_stride[3]),
+      : a(a),
+        s(s),
+        source(source_of<T>(a, nullptr, sample)),
+        pixel_stride(a.in_stride[3]),
         columns(memory, s.size[0], source.width, s.start[0], s.step[0], a),
         rows(static_cast<char*>(memory) + Filter<A>::bytes(s.size[0], s.step[0], a.interpolation), s.size[1], source.height,
              s.start[1], s.step[1], a) {
@@ -678,8 +746,7 @@ struct Colour {
       return;
     }
     for (int64_t x = 0; x < n; x += V::kLanes) {
-      V r = load(in + x), g = load(in + in_pitch + x),
-        b = load(in + 2 * in_pitch + x);
+      V r = load(in + x), g = load(in + in_pitch + x), b = load(in + 2 * in_pitch + x);
       if (chosen & kBrightness) {
         r = brightness_element<kQuantise>(r, brightness, bound);
         g = brightness_element<kQuantise>(g, brightness, bound);
@@ -725,8 +792,17 @@ double grey_sum(const A* in, int64_t pitch, int64_t channels, int64_t n, bool qu
 // ---- a sample, row by row
 
 bool quantises(const AugmentArgs& a) { return a.out_type == PixelType::kUInt8; }
+// A row's channels lie `pitch` apart, with room for the blur's reflected pixels between them, and before the first.
+int64_t pitch_of(const AugmentArgs& a) { return padded_width(a.out_width + (a.blur ? a.blur_width - 1 : 0)); }
 int64_t margin(const AugmentArgs& a) { return a.blur ? padded_width(a.blur_width / 2) : 0; }
-int64_t pitch_of(const AugmentArgs& a) { return padded_width(a.out_width) + 2 * margin(a); }
+// Rows that are made before the first of them is blurred. A load that takes parts of two stores waits for both, so that narrow
+// rows must not be blurred sideways right after they were written.
+int64_t blur_batch(const AugmentArgs& a) { return most(int64_t(1), 256 / padded_width(a.out_width)); }
+int64_t blur_slots(const AugmentArgs& a) { return a.blur_height + blur_batch(a) - 1; }
+int64_t blur_lines_offset(const AugmentArgs& a) {  // in a thread's memory: margin, rows, the ring, the weights, then pointers
+  const int64_t rows = (blur_batch(a) + blur_slots(a)) * a.channels * pitch_of(a);
+  return (margin(a) + rows + kPad + a.blur_width + a.blur_height) * accumulated(a) / 8 * 8 + 8;
+}
 
 template <class A>
 void warped_row(const AugmentArgs& a, const RowMaker<A>& maker, int64_t y, A* out, int64_t pitch) {
@@ -767,27 +843,42 @@ void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t p
   for (int64_t c = 0; c < a.channels; ++c, row += pitch) {
     T* line = out + sample * a.out_stride[0] + c * a.out_stride[1] + y * a.out_stride[2];
     const V scale(A(a.constants[2 * a.channels + c])), shift(A(a.constants[3 * a.channels + c]));
+    int64_t x = 0;
+    if (a.out_stride[3] == 1 && box_begin == box_end)
+      for (; x + V::kLanes <= n; x += V::kLanes) {
+        const V p = load(row + x);
+        store(line + x, a.normalise ? p * scale + shift : p);
+      }
     if (a.normalise)
-      for (int64_t x = 0; x < n; x += V::kLanes) store(row + x, load(row + x) * scale + shift);
-    for (int64_t x = box_begin; x < box_end; ++x) row[x] = A(a.constants[a.channels + c]);
-    if (a.out_stride[3] == 1) {
-      int64_t x = 0;
-      for (; x + V::kLanes <= n; x += V::kLanes) store(line + x, load(row + x));
-      for (; x < n; ++x) from_float(row[x], line + x);
-    } else {
-      for (int64_t x = 0; x < n; ++x) from_float(row[x], line + x * a.out_stride[3]);
-    }
+      for (int64_t i = x; i < n; i += V::kLanes) store(row + i, load(row + i) * scale + shift);
+    for (int64_t i = box_begin; i < box_end; ++i) row[i] = A(a.constants[a.channels + c]);
+    for (; x < n; ++x) from_float(row[x], line + x * a.out_stride[3]);
   }
 }
 
-template <class A>
-void blur_row(const A* in, A* out, int64_t n, const double* weight, int64_t width) {
+// The weighted sum of `count` lines, kCount of them if that is not 0.
+template <int kCount, class A>
+void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t n, A* out) {
   using V = Vec<A>;
+  if (kCount) count = kCount;
+  const A* held[kCount ? kCount : 1];
+  V held_weight[kCount ? kCount : 1];
+  for (int k = 0; k < kCount; ++k) {
+    held[k] = line[k];
+    held_weight[k] = V(weight[k]);
+  }
   for (int64_t x = 0; x < n; x += V::kLanes) {
-    V sum = V(A(weight[0])) * load(in + x - width / 2);
-    for (int64_t k = 1; k < width; ++k) sum = sum + V(A(weight[k])) * load(in + x + k - width / 2);
+    V sum(0);
+    for (int64_t k = 0; k < count; ++k)
+      sum = sum + (kCount ? held_weight[k] * load(held[k] + x) : V(weight[k]) * load(line[k] + x));
     store(out + x, sum);
   }
+}
+template <class A>
+void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t n, A* out) {
+  count == 3   ? weighted_sum<3>(line, weight, count, n, out)
+  : count == 5 ? weighted_sum<5>(line, weight, count, n, out)
+               : weighted_sum<0>(line, weight, count, n, out);
 }
 
 template <class A, class T>
@@ -817,32 +908,31 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
     return;
   }
   // The ring holds the rows blurred sideways that the next output row may want, row y in slot y mod its size.
-  const int64_t radius = a.blur_height / 2, slots = a.blur_height, ring_pitch = a.channels * pitch;
-  A* ring = row + ring_pitch;
-  const double *across = a.blur + (a.blur_width + a.blur_height) * sample, *down = across + a.blur_width;
+  const int64_t width = a.blur_width, height = a.blur_height, radius = height / 2, row_values = a.channels * pitch;
+  const int64_t batch = blur_batch(a), slots = blur_slots(a), span = row_values - pitch + n;  // all channels at once
+  A *ring = row + batch * row_values, *weight = ring + slots * row_values + kPad;
+  for (int64_t k = 0; k < width + height; ++k) weight[k] = A(a.blur[(width + height) * sample + k]);
+  const A** line = reinterpret_cast<const A**>(reinterpret_cast<char*>(row - margin(a)) + blur_lines_offset(a));
   int64_t next = most(int64_t(0), begin - radius);
-  if (a.out_height <= radius) next = 0;
   for (int64_t y = begin; y < end; ++y) {
-    for (; next <= least(y + radius, a.out_height - 1); ++next) {
-      coloured_row(next, row);
-      for (int64_t c = 0; c < a.channels; ++c) {
-        A* line = row + c * pitch;
-        for (int64_t d = 1; d <= a.blur_width / 2; ++d) {
-          line[-d] = line[mirrored(-d, n)];
-          line[n - 1 + d] = line[mirrored(n - 1 + d, n)];
+    while (next <= least(y + radius, a.out_height - 1)) {
+      const int64_t first = next, last = least(least(next + batch, a.out_height), end + radius);
+      for (; next < last; ++next) coloured_row(next, row + (next - first) * row_values);
+      for (int64_t c = 0; c < (last - first) * a.channels; ++c) {
+        A* across = row + c * pitch;
+        for (int64_t d = 1; d <= width / 2; ++d) {
+          across[-d] = across[mirrored(-d, n)];
+          across[n - 1 + d] = across[mirrored(n - 1 + d, n)];
         }
-        blur_row(line, ring + next % slots * ring_pitch + c * pitch, n, across, a.blur_width);
+      }
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t k = 0; k < width; ++k) line[k] = row + (i - first) * row_values + k - width / 2;
+        weighted_sum(line, weight, width, span, ring + i % slots * row_values);
       }
     }
-    for (int64_t c = 0; c < a.channels; ++c)
-      for (int64_t x = 0; x < n; x += V::kLanes) {
-        V sum(0);
-        for (int64_t k = 0; k < a.blur_height; ++k) {
-          const A* line = ring + mirrored(y + k - radius, a.out_height) % slots * ring_pitch + c * pitch;
-          sum = sum + V(A(down[k])) * load(line + x);
-        }
-        store(row + c * pitch + x, quantise ? quantised(sum, V(A(255))) : sum);
-      }
+    for (int64_t k = 0; k < height; ++k) line[k] = ring + mirrored(y + k - radius, a.out_height) % slots * row_values;
+    weighted_sum(line, weight + width, height, span, row);
+    for (int64_t x = 0; x < (quantise ? span : 0); x += V::kLanes) store(row + x, quantised(load(row + x), V(A(255))));
     emit_row(a, sample, y, row, pitch, out);
   }
 }
@@ -947,8 +1037,7 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   // The image that is warped, the source's window or the grid, and later its gradient.
   A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *grid = image + channels * pixels;
   A *in_grad = grid + channels * grid_pixels, *row = in_grad + channels * in_pixels;  // row: also a plane for the blur
-  const FixedMatrix matrix =
-      matrix_of_sample(shrink.on ? shrink.rest : a.matrices ? a.matrices + 6 * sample : nullptr, a);
+  const FixedMatrix matrix = matrix_of_sample(shrink.on ? shrink.rest : a.matrices ? a.matrices + 6 * sample : nullptr, a);
   char* filters = static_cast<char*>(scratch) + backward_bytes(a) - (shrink.on ? filters_bytes<A>(a, shrink) : 0);
 
   for (int64_t c = 0; c < channels; ++c)
@@ -1047,7 +1136,8 @@ int64_t image_bytes(const AugmentArgs& a) {
   return a.colour_steps & kContrast ? a.channels * a.out_height * padded_width(a.out_width) * accumulated(a) : 0;
 }
 int64_t rows_bytes(const AugmentArgs& a) {
-  int64_t bytes = (1 + (a.blur ? a.blur_height : 0)) * a.channels * pitch_of(a) * accumulated(a);
+  int64_t bytes = a.blur ? blur_lines_offset(a) + most(a.blur_width, a.blur_height) * int64_t(sizeof(void*))
+                         : a.channels * pitch_of(a) * accumulated(a);
   for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
     if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, filters_bytes(a, s) + a.in_width * accumulated(a));
   return bytes;
@@ -1060,7 +1150,8 @@ void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample,
     using A = typename Accumulate<T>::type;
     if (shrink.on) {
       A* line = reinterpret_cast<A*>(static_cast<char*>(scratch.rows) + filters_bytes<A>(a, shrink));
-      Resampler<T, A>(a, shrink, sample, scratch.rows).run(begin, least(end, shrink.size[1]), static_cast<A*>(scratch.source), line);
+      Resampler<T, A>(a, shrink, sample, scratch.rows)
+          .run(begin, least(end, shrink.size[1]), static_cast<A*>(scratch.source), line);
       return;
     }
     for (int64_t c = 0; c < (a.in_stride[3] == 1 ? 0 : a.channels); ++c)

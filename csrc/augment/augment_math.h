@@ -228,7 +228,9 @@ FR_HD void hue_element(V& r, V& g, V& b, V sixths) {
 
 // Pixel i of a line of n, reflected about the edge pixels' centres; lines shorter than the kernel are reflected again.
 FR_HD int64_t mirrored(int64_t i, int64_t n) {
-  if (i >= 0 && i < n) return i;
+  i = i < 0 ? -i : i;
+  i = i < n ? i : 2 * (n - 1) - i;
+  if (i >= 0) return i;
   if (n == 1) return 0;
   const int64_t period = 2 * (n - 1), in_period = (i % period + period) % period;
   return in_period < n ? in_period : period - in_period;
@@ -237,7 +239,15 @@ FR_HD int64_t mirrored(int64_t i, int64_t n) {
 // ---- what a sample draws: a row of these columns
 
 enum ParamColumn {
-  kHFlip, kVFlip, kStretch, kScale, kAngle, kTranslateX, kTranslateY, kShearX, kShearY,  // clang-format off
+  kHFlip,
+  kVFlip,
+  kStretch,
+  kScale,
+  kAngle,
+  kTranslateX,
+  kTranslateY,
+  kShearX,
+  kShearY,  // clang-format off
   kCropTop, kCropLeft, kCropHeight, kCropWidth,
   kGeometryColumns,
   kBrightnessParam = kGeometryColumns, kContrastParam, kSaturationParam, kHueParam, kSigma,
@@ -248,10 +258,10 @@ struct SampleArgs {
   uint64_t seed, offset;
   int64_t batch;
   int64_t in_height, in_width, out_height, out_width;
-  double hflip, vflip, erase;                                            // probabilities
-  double low[kParamColumns], high[kParamColumns];                        // of what is uniform in an interval
-  int crop;                                                              // 0: the whole image, 1: by area, 2: a window
-  double crop_area[2], crop_log_ratio[2], padding;                       // the window's: pixels around the image
+  double hflip, vflip, erase;                       // probabilities
+  double low[kParamColumns], high[kParamColumns];   // of what is uniform in an interval
+  int crop;                                         // 0: the whole image, 1: by area, 2: a window
+  double crop_area[2], crop_log_ratio[2], padding;  // the window's: pixels around the image
   double erase_area[2], erase_log_ratio[2];
   double* out;  // (batch, kParamColumns)
 };
@@ -261,10 +271,10 @@ FR_HD double uniform_of(uint32_t word) { return (double(word) + 0.5) * 0x1p-32; 
 FR_HD double between(double low, double high, uint32_t word) { return low + (high - low) * uniform_of(word); }
 FR_HD double whole_below(double n, uint32_t word) { return std::floor(n * uniform_of(word)); }  // 0 .. n - 1
 
-// A box of some share of the area and some ratio of width to height, as torchvision's RandomResizedCrop and RandomErasing draw it:
-// ten attempts, each with four words of its own. False if none fits.
-FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area, const double* log_ratio, double height,
-                    double width, bool inside, double* box) {
+// A box of some share of the area and some ratio of width to height, as torchvision's RandomResizedCrop and RandomErasing draw
+// it: ten attempts, each with four words of its own. False if none fits.
+FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area, const double* log_ratio,
+                    double height, double width, bool inside, double* box) {
   for (uint32_t attempt = 0; attempt < 10; ++attempt) {
     const PhiloxWords words = philox_group(a.seed, index, draw + attempt, Purpose::kAugment);
     const double size = height * width * between(area[0], area[1], words.word[0]);
@@ -289,8 +299,7 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
   const auto word = [&](int column) { return words[column / 4].word[column % 4]; };
   row[kHFlip] = uniform_of(word(kHFlip)) < a.hflip;
   row[kVFlip] = uniform_of(word(kVFlip)) < a.vflip;
-  for (int column = kStretch; column <= kShearY; ++column)
-    row[column] = between(a.low[column], a.high[column], word(column));
+  for (int column = kStretch; column <= kShearY; ++column) row[column] = between(a.low[column], a.high[column], word(column));
   for (int column = kBrightnessParam; column <= kSigma; ++column)  // those of the crop's columns are drawn for the crop below
     row[column] = between(a.low[column], a.high[column], word(column));
   row[kTranslateX] = std::nearbyint(row[kTranslateX]);  // whole pixels, as torchvision's RandomAffine
@@ -322,7 +331,8 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
 
 // The inverse matrix of a row of parameters: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the
 // image (torchvision's affine), then stretch and flips, to the source.
-FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width, double* matrix) {
+FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width,
+                     double* matrix) {
   const double degree = 0.017453292519943295;
   const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree, scale = p[kScale];
   double a = 1, b = 0, c = 0, d = 1;

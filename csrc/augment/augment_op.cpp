@@ -11,7 +11,7 @@
 namespace fastreg {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;   // values per thread at least
+constexpr int64_t kGrain = 1 << 14;  // values per thread at least
 constexpr int64_t kSmallBatch = 16;  // fewer samples are divided between threads by rows, more by samples
 
 struct Free {
@@ -45,8 +45,8 @@ PixelType pixel_type(const char* name, ScalarType type) {
 // A table of doubles with a row for each sample.
 const double* table(const char* name, const std::optional<Tensor>& t, int64_t batch, int64_t columns) {
   if (!t) return nullptr;
-  check(t->scalar_type() == ScalarType::Double && t->is_cpu() && t->is_contiguous() && t->numel() == batch * columns, "augment: ",
-        name, " must be a contiguous float64 tensor of (", batch, ", ", columns, ") on the device of images, got ",
+  check(t->scalar_type() == ScalarType::Double && t->is_cpu() && t->is_contiguous() && t->numel() == batch * columns,
+        "augment: ", name, " must be a contiguous float64 tensor of (", batch, ", ", columns, ") on the device of images, got ",
         t->scalar_type(), " of shape ", shape_text(*t), "; use .to(images.device).contiguous()");
   return static_cast<const double*>(t->const_data_ptr());
 }
@@ -87,9 +87,9 @@ struct Call {
   ScalarType out_dtype;
 
   Call(const Tensor& images, const std::optional<Tensor>& matrices, const std::optional<Tensor>& colour,
-       const std::optional<Tensor>& blur, const std::optional<Tensor>& boxes, const std::optional<Tensor>& windows, const std::vector<double>& constants, int64_t height,
-       int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation, int64_t padding,
-       bool antialias, bool normalise, ScalarType dtype)
+       const std::optional<Tensor>& blur, const std::optional<Tensor>& boxes, const std::optional<Tensor>& windows,
+       const std::vector<double>& constants, int64_t height, int64_t width, int64_t blur_width, int64_t blur_height,
+       int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise, ScalarType dtype)
       : out_dtype(dtype) {
     const char* op = "augment";
     AugmentArgs& a = args;
@@ -100,12 +100,12 @@ struct Call {
     check((a.in_type == PixelType::kFloat64) == (a.out_type == PixelType::kFloat64) &&
               (a.out_type != PixelType::kUInt8 || (a.in_type == PixelType::kUInt8 && !normalise)),
           op, ": images of ", images.scalar_type(), " cannot become ", dtype, "; convert them first");
-    a.batch = images.size(0);         // B
-    a.channels = images.size(1);      // C
-    a.in_height = images.size(2);     // H
-    a.in_width = images.size(3);      // W
-    a.out_height = height;            // H'
-    a.out_width = width;              // W'
+    a.batch = images.size(0);      // B
+    a.channels = images.size(1);   // C
+    a.in_height = images.size(2);  // H
+    a.in_width = images.size(3);   // W
+    a.out_height = height;         // H'
+    a.out_width = width;           // W'
     check(height >= 0 && width >= 0, op, ": size must not be negative, got (", height, ", ", width, ")");
     check(matrices || (height == a.in_height && width == a.in_width), op, ": without matrices the size is that of images");
     a.images = images.const_data_ptr();
@@ -184,7 +184,8 @@ void run(const AugmentArgs& a) {
     return;
   }
   const int64_t samples = staged ? a.batch : 0;
-  const Buffer source = buffer(source_bytes * samples), image = buffer(image_bytes * samples), sums = buffer(sums_bytes * samples);
+  const Buffer source = buffer(source_bytes * samples), image = buffer(image_bytes * samples),
+               sums = buffer(sums_bytes * samples);
   const auto scratch_of = [&](int64_t sample, void* rows) {
     const auto part = [&](const Buffer& all, int64_t bytes) {
       return all ? static_cast<void*>(static_cast<char*>(all.get()) + sample * bytes) : nullptr;
@@ -205,11 +206,11 @@ void run(const AugmentArgs& a) {
 }
 
 Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour, std::optional<Tensor> blur,
-               std::optional<Tensor> boxes, std::optional<Tensor> windows, std::vector<double> constants, int64_t height, int64_t width, int64_t blur_width,
-               int64_t blur_height, int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise,
-               ScalarType dtype) {
-  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps, interpolation,
-            padding, antialias, normalise, dtype);
+               std::optional<Tensor> boxes, std::optional<Tensor> windows, std::vector<double> constants, int64_t height,
+               int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
+               int64_t padding, bool antialias, bool normalise, ScalarType dtype) {
+  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps,
+            interpolation, padding, antialias, normalise, dtype);
   Tensor output = allocate_images(images, call.args.channels, height, width, dtype);
   if (call.empty()) return output;
   check(call.args.in_height > 0 && call.args.in_width > 0, "augment: images have no pixels, got ", shape_text(images));
@@ -220,16 +221,18 @@ Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tens
 }
 
 Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour,
-                        std::optional<Tensor> blur, std::optional<Tensor> boxes, std::optional<Tensor> windows, std::vector<double> constants, int64_t height,
-                        int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
-                        int64_t padding, bool antialias, bool normalise, ScalarType dtype) {
-  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps, interpolation,
-            padding, antialias, normalise, dtype);
+                        std::optional<Tensor> blur, std::optional<Tensor> boxes, std::optional<Tensor> windows,
+                        std::vector<double> constants, int64_t height, int64_t width, int64_t blur_width, int64_t blur_height,
+                        int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise,
+                        ScalarType dtype) {
+  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps,
+            interpolation, padding, antialias, normalise, dtype);
   AugmentArgs& a = call.args;
   check(a.in_type != PixelType::kUInt8, "augment: images of uint8 have no gradient");
-  check(!(colour_steps & kHue) || a.channels == 1, "augment: hue has no gradient; leave hue out, or call it under torch.no_grad()");
-  check(grad.scalar_type() == dtype && grad.is_cpu() && grad.dim() == 4 && grad.size(0) == a.batch && grad.size(1) == a.channels &&
-            grad.size(2) == height && grad.size(3) == width,
+  check(!(colour_steps & kHue) || a.channels == 1,
+        "augment: hue has no gradient; leave hue out, or call it under torch.no_grad()");
+  check(grad.scalar_type() == dtype && grad.is_cpu() && grad.dim() == 4 && grad.size(0) == a.batch &&
+            grad.size(1) == a.channels && grad.size(2) == height && grad.size(3) == width,
         "augment: the gradient must be like the output, (", a.batch, ", ", a.channels, ", ", height, ", ", width, "), got ",
         shape_text(grad));
   Tensor output = allocate_images(images, a.channels, a.in_height, a.in_width, images.scalar_type());
@@ -274,8 +277,8 @@ Tensor augment_sample(Tensor seed, int64_t offset, int64_t batch, std::vector<do
   a.padding = crop_box[4];
   std::copy_n(erase_box.begin(), 2, a.erase_area);
   std::copy_n(erase_box.begin() + 2, 2, a.erase_log_ratio);
-  Tensor out = allocate(seed, std::array<int64_t, 2>{batch, kParamColumns}, std::array<int64_t, 2>{kParamColumns, 1},
-                        ScalarType::Double);
+  Tensor out =
+      allocate(seed, std::array<int64_t, 2>{batch, kParamColumns}, std::array<int64_t, 2>{kParamColumns, 1}, ScalarType::Double);
   a.out = static_cast<double*>(out.mutable_data_ptr());
   for (int64_t i = 0; i < batch; ++i) sample_row(a, i);
   return out;
