@@ -177,7 +177,7 @@ struct Positions {
 
 template <class T, class A>
 FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left, Vec<A>& right) {
-  using Part = typename Vec<A>::Part;
+  [[maybe_unused]] typedef typename Vec<A>::Part Part;
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) {
     const __m512i at = (__m512i)index.part[0];
