@@ -2,8 +2,9 @@
 // An optimiser's step over many small tensors is such a time too.
 //
 // The formulas are those of the torch.autograd.Functions in fastreg/dropout.py and fastreg/cross_entropy.py, over the same raw
-// operators, and give the same bits. A function here takes the usual case, plain tensors on the CPU and arguments that pass every
-// check, or gives None before it has done anything; the Python code is then the one that knows transforms, subclasses and errors.
+// operators, and give the same bits. A function here takes the usual case, plain tensors on the CPU or a GPU and arguments that
+// pass every check, or gives None before it has done anything; the Python code is then the one that knows transforms, subclasses
+// and errors.
 //
 // The one file that sees torch's C++ headers, which change with each minor version: so is it built and named,
 // fastreg._autograd_<major>_<minor>, and fastreg works without.
@@ -13,6 +14,7 @@
 #include <ATen/core/DistributionsHelper.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -142,13 +144,30 @@ struct Dropout : Function<Dropout> {
   }
 };
 
-// What torch.randint(-(2**63), 2**63 - 1, (1,)) gives, from the same generator by the same function of torch.
-Tensor draw_seed() {
+// splitmix64, as mix_seed in fastreg/_library.py
+uint64_t mix_seed(uint64_t seed, uint64_t offset) {
+  uint64_t z = seed + 0x9E3779B97F4A7C15u * (offset + 1);
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  return z ^ (z >> 31);
+}
+
+// From the default generator of the input's device, into the CPU's memory: what draw_seed in fastreg/_library.py gives. On a CPU
+// that is what torch.randint(-(2**63), 2**63 - 1, (1,)) gives, by the same function of torch.
+Tensor draw_seed(const Tensor& input) {
+  Tensor seed = at::detail::empty_cpu({1}, ScalarType::Long);
+  if (input.is_cuda()) {
+    at::Generator gpu = at::globalContext().defaultGenerator(input.device());
+    const std::lock_guard<std::mutex> lock(gpu.mutex());
+    const uint64_t offset = gpu.get_offset();
+    gpu.set_offset(offset + 4);
+    *seed.mutable_data_ptr<int64_t>() = int64_t(mix_seed(gpu.current_seed(), offset));
+    return seed;
+  }
   static const auto generator = at::detail::getDefaultCPUGenerator();
   auto* const cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
   const at::uniform_int_from_to_distribution<int64_t> draw(std::numeric_limits<uint64_t>::max(),
                                                            std::numeric_limits<int64_t>::min());
-  Tensor seed = at::detail::empty_cpu({1}, ScalarType::Long);
   const std::lock_guard<std::mutex> lock(cpu->mutex_);
   *seed.mutable_data_ptr<int64_t>() = draw(cpu);
   return seed;
@@ -159,7 +178,7 @@ Tensor draw_seed() {
 bool is_plain(const Tensor& t);
 
 // A look at the value: the usual loss.backward() starts with a 1.
-bool is_one(const Tensor& g) { return is_plain(g) && g.numel() == 1 && g.item().toDouble() == 1; }
+bool is_one(const Tensor& g) { return is_plain(g) && g.is_cpu() && g.numel() == 1 && g.item().toDouble() == 1; }
 
 // d (<v, G> + <u, lse>) / d input, wanted too rarely to be written twice: the function of that name in Python.
 Tensor second_order(const Tensor& v, const Tensor& u, const variable_list& saved, AutogradContext* ctx) {
@@ -209,11 +228,30 @@ struct CrossEntropy : Function<CrossEntropy> {
 
 // ---- the usual case
 
-// Dense memory on the CPU and nothing more: no subclass, no wrapper of a transform, no negative or conjugate view.
+// Whether this build has CUDA kernels; they are registered before the first call.
+bool has_cuda() {
+  static const bool has =
+      c10::Dispatcher::singleton().findSchemaOrThrow("fastreg::dropout", "").hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return has;
+}
+
+// Dense memory and nothing more: no subclass, no wrapper of a transform, no negative or conjugate view.
 bool is_plain(const Tensor& t) {
-  constexpr c10::DispatchKeySet usual(
+  constexpr c10::DispatchKeySet cpu(
       {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  return t.defined() && usual.has_all(t.key_set());
+  constexpr c10::DispatchKeySet cuda({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCUDA,
+                                      c10::DispatchKey::AutocastCUDA});
+  return t.defined() && (cpu.has_all(t.key_set()) || (cuda.has_all(t.key_set()) && has_cuda()));
+}
+
+// A GPU's seed is its generator's count unless a CUDA graph is being captured, which must draw one when it is replayed.
+bool counts_seed(const Tensor& input) {
+  if (c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice() != input.device()) return false;
+  static PyObject* const capturing = PyObject_GetAttrString(PyImport_AddModule("torch._C"), "_cuda_isCurrentStreamCapturing");
+  PyObject* const answer = capturing ? PyObject_CallNoArgs(capturing) : nullptr;
+  PyErr_Clear();
+  Py_XDECREF(answer);
+  return answer == Py_False;
 }
 
 const Tensor* plain(PyObject* object) {
@@ -299,8 +337,9 @@ PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
     form = {PyLong_AsLongLong(args[5]), PyFloat_AsDouble(args[6]), PyFloat_AsDouble(args[7]), PyFloat_AsDouble(args[8])};
     if (PyErr_Occurred()) return nullptr;
   }
+  if (!seed.defined() && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
   return run([&] {
-    if (!seed.defined()) seed = draw_seed();
+    if (!seed.defined()) seed = draw_seed(*input);
     if (inplace) {
       dropout_inplace_op(*input, p, seed, form);
       input->unsafeGetTensorImpl()->bump_version();  // a function that saved it must notice
@@ -350,7 +389,7 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!THPDtype_Check(args[11])) Py_RETURN_NONE;
     o.loss_dtype = reinterpret_cast<THPDtype*>(args[11])->scalar_type;
     if (*o.loss_dtype != dtype && *o.loss_dtype != ScalarType::Float && *o.loss_dtype != ScalarType::Double) Py_RETURN_NONE;
-  } else if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(at::kCPU)) {
+  } else if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(input->device().type())) {
     o.loss_dtype = ScalarType::Float;
   }
   return run([&] {
@@ -360,10 +399,10 @@ PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-// A tensor that fills its memory without gaps, so that elementwise work may take it for flat.
+// A tensor on the CPU that fills its memory without gaps, so that elementwise work may take it for flat.
 const Tensor* flat(PyObject* object) {
   const Tensor* t = plain(object);
-  return t && has_kernel(t->scalar_type()) && t->is_non_overlapping_and_dense() ? t : nullptr;
+  return t && t->is_cpu() && has_kernel(t->scalar_type()) && t->is_non_overlapping_and_dense() ? t : nullptr;
 }
 
 bool same_form(const Tensor& a, const Tensor& b) {
@@ -420,7 +459,7 @@ bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
     t.grad = grad.const_data_ptr();
     t.momentum = buffer ? buffer->mutable_data_ptr() : nullptr;
     t.param_layout.numel = param->numel();
-    t.first_step = false;
+    t.started = nullptr;
     result->params.push_back(*param);
   }
   return true;

@@ -1,6 +1,7 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
 from . import _library, augment, nn, optim
+from .autoencoder import TiedDecoder, pretrain_autoencoder
 from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
@@ -17,10 +18,15 @@ from .dropout import (
 from .early_stopping import EarlyStopping, retrain
 from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
 from .linear_cross_entropy import linear_cross_entropy
+from .multi_task import MultiTaskLoss
+from .parameter_sharing import share_parameters, unshare_parameters
 from .patch import convert, patch, patched, unpatch
+from .pseudo_label import pseudo_label_loss
 
 __all__ = [
     "EarlyStopping",
+    "MultiTaskLoss",
+    "TiedDecoder",
     "adversarial_loss",
     "alpha_dropout",
     "augment",
@@ -42,9 +48,13 @@ __all__ = [
     "patch",
     "patched",
     "pgd",
+    "pretrain_autoencoder",
+    "pseudo_label_loss",
     "retrain",
+    "share_parameters",
     "unpack_mask",
     "unpatch",
+    "unshare_parameters",
 ]
 
 _C = _library.load_kernels()

@@ -19,6 +19,8 @@ except ImportError as error:
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10):
     raise ImportError(f"fastreg needs torch >= 2.10, got {torch.__version__}; pip install --upgrade 'torch>=2.10'")
 
+from torch.compiler import is_compiling
+
 _library = torch.library.Library("fastreg", "DEF")
 _declared = []
 
@@ -27,6 +29,11 @@ def define(schema):
     """Declare an operator, `name(arguments) -> results`, before its kernels are loaded; returns nothing."""
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _declared.append(schema.split("(")[0])
+
+
+def declared():
+    """The names of the operators that have compiled kernels."""
+    return tuple(_declared)
 
 
 def define_kernel(schema, function):
@@ -42,7 +49,7 @@ def define_composite(schema, function):
 
 
 def load_kernels():
-    """Import the extension module, which registers a CPU kernel for each declared operator."""
+    """Import the extension modules, which register a CPU and, where built, a CUDA kernel for each declared operator."""
     try:
         from fastreg import _C
     except ImportError as error:
@@ -53,6 +60,24 @@ def load_kernels():
     for name in _declared:
         _library.impl(name, _no_kernel(name), "CompositeExplicitAutograd")
     return _C
+
+
+def _load_cuda():
+    """(the module of the CUDA kernels for this torch or None, why not)."""
+    if torch.version.cuda is None:
+        return None, f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
+    name = f"fastreg._C_cuda{torch.version.cuda.split('.')[0]}"
+    rebuild = "pip install --no-build-isolation --force-reinstall --no-deps -Ccmake.define.FASTREG_CUDA=ON ."
+    if importlib.util.find_spec(name) is None:
+        return None, (
+            f"fastreg was built without CUDA kernels for CUDA {torch.version.cuda}; with nvcc on PATH, rebuild it: {rebuild}"
+        )
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        reason = f"fastreg's CUDA kernels, {name}, cannot be loaded ({error}); rebuild them with this torch: {rebuild}"
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+        return None, reason
 
 
 def _load_autograd():
@@ -81,6 +106,9 @@ def _load_autograd():
 # With these functions an op tries the usual case first; they give None for every other, and never to torch.compile.
 fast, why_not_fast = _load_autograd()
 
+# The CUDA kernels.
+cuda, why_no_cuda = _load_cuda()
+
 
 def _no_kernel(name):
     def kernel(*args, **kwargs):
@@ -92,19 +120,56 @@ def _no_kernel(name):
                     f"convert it with .{'dequantize' if tensor.is_quantized else 'to_dense'}()"
                 )
         device = min({t.device.type for t in tensors} - {"cpu"}, default="cuda")
-        remedy = (
-            "fastreg was built without CUDA kernels, this version has none yet; move the tensor with .cpu()"
-            if device == "cuda"
-            else "fastreg has kernels for the CPU; move the tensor with .cpu()"
+        if device == "cuda" and cuda is None:
+            raise RuntimeError(
+                f"{name}: expected tensors on the CPU, got a tensor on 'cuda'; {why_no_cuda}, or move it with .cpu()"
+            )
+        raise RuntimeError(
+            f"{name}: expected tensors on one device, the CPU{' or a GPU' if cuda else ''}, got a tensor on {device!r}; "
+            "move it with .cpu()"
         )
-        raise RuntimeError(f"{name}: expected tensors on the CPU, got a tensor on {device!r}; {remedy}")
 
     return kernel
 
 
 def draw_seed(device, generator=None):
-    """One int64 seed on `device`, drawn from `generator` or from the device's default generator; shape (1,)."""
+    """One int64 seed from `generator` or the device's default generator, shape (1,), on `device` or on the CPU.
+
+    A GPU's generator counts on the host: where nothing records the work for later (a CUDA graph, torch.compile), the seed is made
+    of its seed and its count, without a launch.
+    """
+    if device.type == "cuda" and not is_compiling():
+        seed = _count_seed(device, generator)
+        if seed is not None:
+            return seed
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
+
+
+def _count_seed(device, generator):
+    if not torch.cuda.is_available():  # a fake GPU
+        return None
+    index = torch.cuda.current_device()
+    if device.index not in (index, None) or torch.cuda.is_current_stream_capturing():
+        return None
+    if generator is None:
+        generator = torch.cuda.default_generators[index]
+    if generator.device != torch.device("cuda", index):  # torch says what is wrong
+        return None
+    offset = generator.get_offset()
+    generator.set_offset(offset + 4)  # a multiple of 4, as torch's kernels leave it
+    return torch.tensor([mix_seed(generator.initial_seed(), offset)])
+
+
+def mix_seed(seed, offset):
+    """The int64 that a generator's seed and its offset stand for: splitmix64's `offset`-th number from `seed`.
+
+    Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
+    """
+    z = (seed + 0x9E3779B97F4A7C15 * (offset + 1)) & (2**64 - 1)
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
 
 
 def check_number(op, name, value, low=-math.inf, high=math.inf):

@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from torch.nn.functional import _VF, _Reduction, warnings  # noqa: F401  # isort: skip
 
 from . import nn
-from ._library import fast
+from ._library import cuda, fast
 from .cross_entropy import cross_entropy
 from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 
@@ -37,7 +37,7 @@ _patched = (
 def _has_kernel(tensor):
     return (
         type(tensor) in _PLAIN
-        and tensor.is_cpu
+        and (tensor.is_cpu or (tensor.is_cuda and cuda is not None))
         and tensor.dtype in _DTYPES
         and tensor.layout == torch.strided
         and not tensor.is_nested
@@ -67,7 +67,13 @@ def _instead_of(original, ours):
             output = usual(input, p, training, inplace)
             if output is not None:
                 return output
-        if _has_kernel(input) and isinstance(p, (float, int)) and _is_replaced():
+        if (
+            _has_kernel(input)
+            and isinstance(p, (float, int))
+            and _is_replaced()
+            # Compiled for a GPU, torch's dropout becomes part of its neighbours' kernels: fewer bytes than any of its own.
+            and not (input.is_cuda and is_compiling())
+        ):
             return ours(input, p, training, inplace)
         if has_torch_function_unary(input):
             return handle_torch_function(original, (input,), input, p=p, training=training, inplace=inplace)
@@ -149,7 +155,7 @@ def _instead_of_attention(original):
 def _fits_attention(query, key, value, attn_mask, is_causal):
     """Whether these are what torch takes, too; it says what is wrong with the others, and knows heads without any width."""
     return (
-        all(_has_kernel(t) and t.dim() >= 2 and t.dtype == query.dtype for t in (query, key, value))
+        all(_has_kernel(t) and t.is_cpu and t.dim() >= 2 and t.dtype == query.dtype for t in (query, key, value))
         and query.shape[-1] > 0
         and (
             attn_mask is None
@@ -261,7 +267,8 @@ def _loss_in_dynamo(self, tx, args, kwargs):
 def patch():
     """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until `unpatch`.
 
-    Attention with dropout computes what torch does on a CPU, with fastreg's dropout in it.
+    Attention with dropout computes what torch does on a CPU, with fastreg's dropout in it; on a GPU it stays torch's, as does
+    dropout under torch.compile there, which fuses it into the operations around it. `fastreg.dropout` by name is always ours.
 
     Every loaded module's global that is one of the patched functions is exchanged, `from torch.nn.functional import dropout`
     included; functions kept elsewhere (in a partial, a default argument) are not found. Inputs for which fastreg has no kernel

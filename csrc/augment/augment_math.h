@@ -255,7 +255,8 @@ enum ParamColumn {
 };  // clang-format on
 
 struct SampleArgs {
-  uint64_t seed, offset;
+  Seed seed;
+  uint64_t offset;
   int64_t batch;
   int64_t in_height, in_width, out_height, out_width;
   double hflip, vflip, erase;                       // probabilities
@@ -276,7 +277,7 @@ FR_HD double whole_below(double n, uint32_t word) { return std::floor(n * unifor
 FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area, const double* log_ratio,
                     double height, double width, bool inside, double* box) {
   for (uint32_t attempt = 0; attempt < 10; ++attempt) {
-    const PhiloxWords words = philox_group(a.seed, index, draw + attempt, Purpose::kAugment);
+    const PhiloxWords words = philox_group(a.seed.get(), index, draw + attempt, Purpose::kAugment);
     const double size = height * width * between(area[0], area[1], words.word[0]);
     const double ratio = std::exp(between(log_ratio[0], log_ratio[1], words.word[1]));
     const double w = std::nearbyint(std::sqrt(size * ratio)), h = std::nearbyint(std::sqrt(size / ratio));
@@ -295,7 +296,7 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
   const uint64_t index = a.offset + uint64_t(i);
   double* row = a.out + i * kParamColumns;
   PhiloxWords words[5];
-  for (uint32_t draw = 0; draw < 5; ++draw) words[draw] = philox_group(a.seed, index, draw, Purpose::kAugment);
+  for (uint32_t draw = 0; draw < 5; ++draw) words[draw] = philox_group(a.seed.get(), index, draw, Purpose::kAugment);
   const auto word = [&](int column) { return words[column / 4].word[column % 4]; };
   row[kHFlip] = uniform_of(word(kHFlip)) < a.hflip;
   row[kVFlip] = uniform_of(word(kVFlip)) < a.vflip;

@@ -5,7 +5,7 @@
 #include <new>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/backend.h"
 #include "augment_math.h"
 
 namespace fastreg {
@@ -259,7 +259,7 @@ Tensor augment_sample(Tensor seed, int64_t offset, int64_t batch, std::vector<do
             erase_box.size() == 4 && sizes.size() == 4 && batch >= 0,
         "augment_sample: unexpected lengths of its lists");
   SampleArgs a{};
-  a.seed = seed_of("augment", seed);
+  a.seed = seed_of("augment", seed, seed);
   a.offset = uint64_t(offset);
   a.batch = batch;
   a.in_height = sizes[0];
@@ -299,7 +299,7 @@ Tensor augment_matrices(Tensor params, int64_t in_height, int64_t in_width, int6
 }  // namespace
 }  // namespace fastreg
 
-STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FR_LIBRARY_IMPL(m) {
   m.impl("augment", TORCH_BOX(&fastreg::augment));
   m.impl("augment_backward", TORCH_BOX(&fastreg::augment_backward));
   m.impl("augment_sample", TORCH_BOX(&fastreg::augment_sample));

@@ -67,12 +67,16 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
+        " must be on the device of ", like_name, "; move it with .to(", like_name, ".device)");
+}
+
 // Text is built only for a check that fails: an optimiser comes here for every tensor of a step.
 inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
   check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name, "; convert it with .to(",
         like_name, ".dtype)");
-  check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
-        " must be on the device of ", like_name, "; move it with .to(", like_name, ".device)");
+  check_device(op, name, t, like_name, like);
   if (!same_shape(t, like))
     fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_text(like), ", got ", shape_text(t));
 }
@@ -155,14 +159,6 @@ inline bool same_dense_order(const Layout& a, const Layout& b) {
     reach += a.stride[i] * (a.size[i] - 1);
   }
   return reach == a.numel && !overlaps_itself(a);
-}
-
-// The one int64 in a seed tensor.
-inline uint64_t seed_of(const char* op, const Tensor& seed) {
-  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ", seed.scalar_type(),
-        " of shape ", shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
-  check(seed.is_cpu(), op, ": seed must be on the device of input; move it with .to(input.device)");
-  return static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
 }
 
 // Splits [0, n) at multiples of `grain` over torch's threads; a loop that fits in one grain stays on this thread.

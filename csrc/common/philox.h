@@ -14,6 +14,14 @@ constexpr int kPhiloxRounds = 10;
 // Two uses of one seed must not see the same bits, so each use has a number of its own.
 enum class Purpose : uint32_t { kDropout = 0, kStochasticRounding = 1, kAugment = 2 };
 
+// The seed of a call: a value, or where one lies in the memory of the device, so that a CUDA graph replays with the seed of the
+// day and no launch waits for the host.
+struct Seed {
+  uint64_t value;
+  const uint64_t* at;  // null: value
+  FR_HD uint64_t get() const { return at ? *at : value; }
+};
+
 struct PhiloxWords {
   uint32_t word[4];
 };

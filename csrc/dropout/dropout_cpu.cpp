@@ -14,7 +14,7 @@ void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* o
     memset(out, a.threshold ? 0xff : 0, size_t(count));
     return;
   }
-  const PhiloxKeys keys(a.seed);
+  const PhiloxKeys keys(a.seed.get());
   const bool exact = (a.threshold & 0xffff) == 0;  // 16 bits decide all
   for (int64_t g = 0; g < count; g += kGroupLanes) {
     const uint64_t at = group + uint64_t(g);
@@ -22,7 +22,7 @@ void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* o
     uint8_t bytes[8];
     memcpy(bytes, &c.less, 8);
     if (c.ties && !exact)
-      for (int j = 0; j < kGroupLanes; ++j) bytes[j] = dropout_bits(a.seed, at + uint64_t(j), a.threshold);
+      for (int j = 0; j < kGroupLanes; ++j) bytes[j] = dropout_bits(a.seed.get(), at + uint64_t(j), a.threshold);
     if (count - g >= kGroupLanes)
       memcpy(out + g, bytes, kGroupLanes);
     else

@@ -21,8 +21,9 @@ struct DropoutArgs {
   uint8_t* mask;
   Layout input_layout, output_layout;
   int64_t decisions, inner;  // numel == decisions * inner
-  uint64_t seed, offset;     // offset: global index of the first decision
-  uint64_t threshold;        // kept if 32 random bits are below it, 0 ... 2^32
+  Seed seed;
+  uint64_t offset;     // global index of the first decision
+  uint64_t threshold;  // kept if 32 random bits are below it, 0 ... 2^32
   double scale, shift, dropped;
 };
 
@@ -30,13 +31,18 @@ FR_HD uint64_t dropout_threshold(double p) { return uint64_t((1. - p) * 0x1p32 +
 
 // The mask byte of decisions [8 * group, 8 * group + 8), counted globally.
 FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
-  const PhiloxWords high = philox_group(seed, group, 0, Purpose::kDropout), low = philox_group(seed, group, 1, Purpose::kDropout);
-  uint8_t bits = 0;
+  const PhiloxWords high = philox_group(seed, group, 0, Purpose::kDropout);
+  const uint32_t upper = uint32_t(threshold >> 16), lower = uint32_t(threshold & 0xffff);
+  uint32_t bits = 0, ties = 0;
   for (int j = 0; j < 8; ++j) {
-    const uint64_t value = uint64_t(philox_half(high, j)) << 16 | philox_half(low, j);
-    bits = uint8_t(bits | uint8_t(value < threshold) << j);
+    bits |= uint32_t(philox_half(high, j) < upper) << j;
+    ties |= uint32_t(philox_half(high, j) == upper) << j;
   }
-  return bits;
+  if (ties && lower) {
+    const PhiloxWords low = philox_group(seed, group, 1, Purpose::kDropout);
+    for (int j = 0; j < 8; ++j) bits |= (ties >> j & 1u & uint32_t(philox_half(low, j) < lower)) << j;
+  }
+  return uint8_t(bits);
 }
 
 template <bool kShift, class V, class M>
@@ -51,5 +57,9 @@ struct DropoutKernels {
   void (*forward)(const DropoutArgs&, int64_t begin, int64_t end);  // both, for inner == 1; begin a multiple of 8
 };
 FR_DECLARE_KERNELS(DropoutKernels, dropout_kernels)
+
+// On a CUDA stream, in dropout_cuda.cu; each gives a cudaError_t.
+int dropout_forward_cuda(const DropoutArgs&, void* stream);  // draws the mask and applies it
+int dropout_apply_cuda(const DropoutArgs&, void* stream);    // applies a mask that is there
 
 }  // namespace fastreg

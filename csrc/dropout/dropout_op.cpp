@@ -1,14 +1,36 @@
-// torch.ops.fastreg.dropout and its relatives on the CPU: checks, allocation, threads. Schemas stand in fastreg/dropout.py.
+// torch.ops.fastreg.dropout and its relatives: checks, allocation, threads or launch. Schemas stand in fastreg/dropout.py.
 #include <cmath>
 #include <tuple>
 
-#include "../common/check.h"
+#include "../common/backend.h"
 #include "dropout_math.h"
 
 namespace fastreg {
 namespace {
 
+#ifdef FASTREG_CUDA
+void forward(const char* op, const Tensor& input, const DropoutArgs& a) {
+  on_stream(op, input, [&](void* stream) { return dropout_forward_cuda(a, stream); });
+}
+void apply(const char* op, const Tensor& input, const DropoutArgs& a) {
+  on_stream(op, input, [&](void* stream) { return dropout_apply_cuda(a, stream); });
+}
+#else
 constexpr int64_t kGrain = 1 << 15;  // elements per thread at least; a multiple of 8, so that no two threads share a mask byte
+
+void apply(const char*, const Tensor&, const DropoutArgs& a) {
+  const int64_t numel = a.input_layout.numel;
+  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, numel);
+  parallel(numel, kGrain, [&](int64_t begin, int64_t end) { kernels.apply(a, begin, end); });
+}
+void forward(const char* op, const Tensor& input, const DropoutArgs& a) {
+  const int64_t numel = a.input_layout.numel;
+  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, numel);
+  if (a.inner == 1) return parallel(numel, kGrain, [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
+  parallel((a.decisions + 7) / 8, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.draw(a, begin, end); });
+  apply(op, input, a);
+}
+#endif
 
 // The mask has one bit per run of `inner` elements.
 DropoutArgs arguments(const char* op, const Tensor& input, const Tensor& output, const Tensor& mask, int64_t inner, double scale,
@@ -40,19 +62,13 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
   check(offset >= 0, op, ": offset must be at least 0, got ", offset);
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
   dtype_of(op, "input", input);
-  const uint64_t seed_value = seed_of(op, seed);
+  const Seed seed_value = seed_of(op, seed, input);
   Tensor mask = allocate_bytes(input, bytes);
   DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
   a.seed = seed_value;
   a.offset = static_cast<uint64_t>(offset);
   a.threshold = dropout_threshold(p);
-  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, input.numel());
-  if (inner == 1) {
-    parallel(input.numel(), kGrain, [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
-  } else {
-    parallel(bytes, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.draw(a, begin, end); });
-    parallel(input.numel(), kGrain, [&](int64_t begin, int64_t end) { kernels.apply(a, begin, end); });
-  }
+  forward(op, input, a);
   return mask;
 }
 
@@ -77,19 +93,17 @@ Tensor dropout_apply(Tensor input, Tensor mask, int64_t inner, double scale, dou
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
   check(mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() && mask.numel() == bytes, op,
         ": mask must be contiguous uint8 of shape (", bytes, ",), got shape ", shape_text(mask));
-  check(mask.is_cpu(), op, ": mask must be on the device of input; move it with .to(input.device)");
+  check_device(op, "mask", mask, "input", input);
   dtype_of(op, "input", input);
   Tensor output = allocate_like(input);
-  const DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
-  parallel(input.numel(), kGrain,
-           [&](int64_t begin, int64_t end) { FR_KERNELS(dropout_kernels, input.numel()).apply(a, begin, end); });
+  apply(op, input, arguments(op, input, output, mask, inner, scale, shift, dropped));
   return output;
 }
 
 }  // namespace
 }  // namespace fastreg
 
-STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FR_LIBRARY_IMPL(m) {
   m.impl("dropout", TORCH_BOX(&fastreg::dropout));
   m.impl("dropout_", TORCH_BOX(&fastreg::dropout_inplace));
   m.impl("dropout_apply", TORCH_BOX(&fastreg::dropout_apply));

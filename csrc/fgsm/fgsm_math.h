@@ -47,4 +47,7 @@ struct FgsmKernels {
 };
 FR_DECLARE_KERNELS(FgsmKernels, fgsm_kernels)
 
+// On a CUDA stream, in fgsm_cuda.cu; gives a cudaError_t.
+int fgsm_step_cuda(const FgsmArgs&, void* stream);
+
 }  // namespace fastreg

@@ -1,11 +1,9 @@
-// torch.ops.fastreg.fgsm_step and pgd_step on the CPU: checks, allocation, threads. Schemas stand in fastreg/fgsm.py.
-#include "../common/check.h"
+// torch.ops.fastreg.fgsm_step and pgd_step: checks, allocation, threads or launch. Schemas stand in fastreg/fgsm.py.
+#include "../common/backend.h"
 #include "fgsm_math.h"
 
 namespace fastreg {
 namespace {
-
-constexpr int64_t kGrain = 1 << 15;  // elements per thread at least
 
 // A tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner, count); it is contiguous and has
 // the type of accumulation, which the Python side saw to.
@@ -14,7 +12,8 @@ FgsmNumber number(const char* op, const char* name, const Tensor& x, double valu
   if (!values) return result;
   const Tensor& t = *values;
   const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  check(t.scalar_type() == expected && t.is_contiguous() && t.is_cpu() && t.dim() <= x.dim(), op, ": ", name,
+  check_device(op, name, t, "x", x);
+  check(t.scalar_type() == expected && t.is_contiguous() && t.dim() <= x.dim(), op, ": ", name,
         " must be a contiguous tensor of the type of accumulation that broadcasts to x, got shape ", shape_text(t));
   int64_t d = 0;
   const int64_t lead = x.dim() - t.dim();
@@ -53,7 +52,12 @@ Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* o
   if (one_value && same_dense_order(a.x_layout, a.grad_layout) && same_dense_order(a.x_layout, a.output_layout) &&
       (!origin || same_dense_order(a.x_layout, a.origin_layout)))
     a.x_layout.contiguous = a.grad_layout.contiguous = a.origin_layout.contiguous = a.output_layout.contiguous = true;
+#ifdef FASTREG_CUDA
+  on_stream(op, x, [&](void* stream) { return fgsm_step_cuda(a, stream); });
+#else
+  constexpr int64_t kGrain = 1 << 15;  // elements per thread at least
   parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(fgsm_kernels, x.numel()).step(a, begin, end); });
+#endif
   return output;
 }
 
@@ -75,7 +79,7 @@ Tensor pgd_step(Tensor x, Tensor grad, Tensor origin, double alpha, double eps, 
 }  // namespace
 }  // namespace fastreg
 
-STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) {
+FR_LIBRARY_IMPL(m) {
   m.impl("fgsm_step", TORCH_BOX(&fastreg::fgsm_step));
   m.impl("pgd_step", TORCH_BOX(&fastreg::pgd_step));
 }

@@ -44,8 +44,8 @@ FR_INLINE void step_pairs(BFloat16* param, const BFloat16* grad, BFloat16* momen
   load_pairs(param, w_even, w_odd);
   load_pairs(grad, g_even, g_odd);
   if (kMomentum != SgdMomentum::kNone) load_pairs(momentum, v_even, v_odd);
-  sgd_element<kMomentum, kPenalty>(w_even, g_even, v_even, n);
-  sgd_element<kMomentum, kPenalty>(w_odd, g_odd, v_odd, n);
+  sgd_element(kMomentum, kPenalty, w_even, g_even, v_even, n);
+  sgd_element(kMomentum, kPenalty, w_odd, g_odd, v_odd, n);
   if (kMomentum != SgdMomentum::kNone) store_pairs(momentum, pack_pairs(v_even, v_odd));
   store_pairs(param, random ? pack_stochastic(w_even, w_odd, random) : pack_pairs(w_even, w_odd));
 }
@@ -65,7 +65,7 @@ __attribute__((noinline)) void step_vectors(T* param, const T* grad, T* momentum
     const int64_t i = done + j;
     V w = load(param + i, lanes), v(0);
     if (has_momentum) v = load(momentum + i, lanes);
-    sgd_element<kMomentum, kPenalty>(w, load(grad + i, lanes), v, n);
+    sgd_element(kMomentum, kPenalty, w, load(grad + i, lanes), v, n);
     if (has_momentum) store(momentum + i, v, lanes);
     if constexpr (std::is_same_v<T, BFloat16>) {
       if (random) return store_stochastic(param + i, w, lanes, random + i);
@@ -85,7 +85,7 @@ template <class T>
 void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
-  const SgdNumbers<V> numbers = sgd_numbers<V, A>(a, t.first_step);
+  const SgdNumbers<V> numbers = sgd_numbers<V>(SgdConstants<A>(a), t.started && *t.started == 0);
   const SgdPenalty penalty = sgd_penalty(a);
   const auto step_vectors = !t.momentum  ? choose_penalty<T, V, SgdMomentum::kNone>(penalty)
                             : a.nesterov ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
@@ -103,7 +103,7 @@ void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int
     if (t.momentum)
       momentum = const_cast<T*>(read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, next, momentum_buffer));
     if (stochastic)
-      philox_bulk(a.seed, uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
+      philox_bulk(a.seed.get(), uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
     step_vectors(param, grad, momentum, next - tile, stochastic ? random : nullptr, numbers);
     write_tile(t.param_layout, static_cast<T*>(t.param), tile, next, param);
     if (t.momentum) write_tile(t.momentum_layout, static_cast<T*>(t.momentum), tile, next, momentum);

@@ -20,8 +20,8 @@ struct SgdTensor {
   DType dtype;
   void *param, *momentum;  // momentum null: plain SGD
   const void* grad;
+  float* started;  // 0 before the first step; null without dampening: a fresh buffer of zeros needs no first step then
   Layout param_layout, grad_layout, momentum_layout;
-  bool first_step;  // with dampening only: a fresh buffer of zeros needs no first step otherwise
 };
 
 struct SgdArgs {
@@ -29,14 +29,33 @@ struct SgdArgs {
   double grad_scale;  // the gradient is divided by this
   bool nesterov, proximal, decoupled, maximize;
   bool stochastic_rounding;  // of bfloat16 parameters
-  uint64_t seed;
+  Seed seed;
+  // Numbers in a GPU's memory, which only the kernel may look at; null: the values above, and no overflow found.
+  const void* lr_at;  // float64 if lr_wide, else float32
+  bool lr_wide;
+  const float *grad_scale_at, *found_inf_at;
 };
 
-// What changes the instructions of an element, fixed at compile time: in the loop it would cost more than the arithmetic.
+// What changes the instructions of an element. The CPU fixes it at compile time, where it would cost more than the arithmetic; on
+// a GPU it costs less than the code of all cases.
 enum class SgdMomentum { kNone, kHeavyBall, kNesterov };
 enum class SgdPenalty { kNone, kInGradient, kDecoupled };  // of weight_decay and of l1 in the subgradient form
 
 // The numbers of a call in the type of the arithmetic.
+template <class A>
+struct SgdConstants {
+  A lr, grad_factor, momentum, take, weight_decay, l1;
+  bool proximal;
+  explicit SgdConstants(const SgdArgs& a)
+      : lr(A(a.lr)),
+        grad_factor(A((a.maximize ? -1 : 1) / a.grad_scale)),
+        momentum(A(a.momentum)),
+        take(A(1 - a.dampening)),
+        weight_decay(A(a.weight_decay)),
+        l1(A(a.l1)),
+        proximal(a.proximal && a.l1 != 0) {}
+};
+
 template <class V>
 struct SgdNumbers {
   V grad_factor, lr, momentum, keep, take, weight_decay, l1, threshold;
@@ -44,18 +63,17 @@ struct SgdNumbers {
 };
 
 template <class V, class A>
-FR_HD SgdNumbers<V> sgd_numbers(const SgdArgs& a, bool first_step) {
-  const A lr = A(a.lr), l1 = A(a.l1);
+FR_HD SgdNumbers<V> sgd_numbers(const SgdConstants<A>& c, bool first_step) {
   SgdNumbers<V> n;
-  n.grad_factor = V(A((a.maximize ? -1 : 1) / a.grad_scale));
-  n.lr = V(lr);
-  n.momentum = V(A(a.momentum));
-  n.keep = V(A(first_step ? 0 : a.momentum));  // the buffer of a first step holds zeros
-  n.take = V(A(first_step ? 1 : 1 - a.dampening));
-  n.weight_decay = V(A(a.weight_decay));
-  n.l1 = V(a.proximal ? A(0) : l1);
-  n.threshold = V(lr * l1);
-  n.proximal = a.proximal && a.l1 != 0;
+  n.grad_factor = V(c.grad_factor);
+  n.lr = V(c.lr);
+  n.momentum = V(c.momentum);
+  n.keep = V(first_step ? A(0) : c.momentum);  // the buffer of a first step holds zeros
+  n.take = V(first_step ? A(1) : c.take);
+  n.weight_decay = V(c.weight_decay);
+  n.l1 = V(c.proximal ? A(0) : c.l1);
+  n.threshold = V(c.lr * c.l1);
+  n.proximal = c.proximal;
   return n;
 }
 
@@ -80,16 +98,16 @@ FR_HD V soft_threshold(V w, V t) {
 }
 
 // Updates w, and v if there is momentum.
-template <SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
-FR_HD void sgd_element(V& w, V g, V& v, const SgdNumbers<V>& n) {
+template <class V>
+FR_HD void sgd_element(SgdMomentum momentum, SgdPenalty penalty, V& w, V g, V& v, const SgdNumbers<V>& n) {
   const V old = w;
   g = g * n.grad_factor;
-  if (kPenalty == SgdPenalty::kInGradient) g = plus_penalty(g, old, n);
-  if (kMomentum != SgdMomentum::kNone) {
+  if (penalty == SgdPenalty::kInGradient) g = plus_penalty(g, old, n);
+  if (momentum != SgdMomentum::kNone) {
     v = n.keep * v + n.take * g;
-    g = kMomentum == SgdMomentum::kNesterov ? g + n.momentum * v : v;
+    g = momentum == SgdMomentum::kNesterov ? g + n.momentum * v : v;
   }
-  if (kPenalty == SgdPenalty::kDecoupled) g = g + plus_penalty(V(0), old, n);
+  if (penalty == SgdPenalty::kDecoupled) g = g + plus_penalty(V(0), old, n);
   w = old - n.lr * g;
   if (n.proximal) w = soft_threshold(w, n.threshold);
 }
@@ -98,6 +116,9 @@ struct SgdKernels {
   void (*step)(const SgdArgs&, const SgdTensor&, uint32_t tensor_index, int64_t begin, int64_t end);  // elements [begin, end)
 };
 FR_DECLARE_KERNELS(SgdKernels, sgd_kernels)
+
+// On a CUDA stream, in sgd_cuda.cu; gives a cudaError_t. Sets `started` where it is there and the step was not skipped.
+int sgd_step_cuda(const SgdArgs&, const SgdTensor* tensors, size_t count, void* stream);
 
 // One step of all tensors over torch's threads, in sgd_op.cpp: nothing is checked any more.
 void sgd_step(const SgdArgs&, const SgdTensor* tensors, size_t count);

@@ -1,30 +1,36 @@
-// torch.ops.fastreg.sgd_ on the CPU: checks, threads over the tiles of all tensors. The schema stands in fastreg/optim.py.
+// torch.ops.fastreg.sgd_: checks, threads over the tiles of all tensors or launches. The schema stands in fastreg/optim.py.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
 
-#include "../common/check.h"
+#include "../common/backend.h"
 #include "sgd_math.h"
 
 namespace fastreg {
 namespace {
 
-constexpr int64_t kGrain = 1 << 15;  // elements per piece of work; a multiple of the tile
-
-double scalar_of(const char* name, const Tensor& t) {
-  check(t.numel() == 1 && t.is_cpu(), "SGD: ", name, " must be one number on the device of the parameters, got shape ",
-        shape_text(t));
-  const void* p = t.const_data_ptr();
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return *static_cast<const float*>(p);
-    case ScalarType::Double:
-      return *static_cast<const double*>(p);
-    default:
-      fail("SGD: ", name, " must be float32 or float64");
-  }
+void check_scalar(const char* name, const Tensor& t, const Tensor* param) {
+  check(t.numel() == 1, "SGD: ", name, " must be one number, got shape ", shape_text(t));
+  check(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, "SGD: ", name,
+        " must be float32 or float64, got ", t.scalar_type(), "; convert it with .float()");
+  if (param) check_device("SGD", name, t, "the parameters", *param);
 }
+
+#ifdef FASTREG_CUDA
+// A float32 number for the kernel, or null.
+const float* number_at(const char* name, const std::optional<Tensor>& t) {
+  if (!t) return nullptr;
+  check(t->scalar_type() == ScalarType::Float, "SGD: ", name, " must be float32, got ", t->scalar_type(),
+        "; convert it with .float()");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+#else
+double value_of(const Tensor& t) {
+  const void* p = t.const_data_ptr();
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(p) : double(*static_cast<const float*>(p));
+}
+#endif
 
 void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
          std::vector<Tensor> momentum_started, double lr, double momentum, double dampening, double weight_decay, double l1,
@@ -36,9 +42,22 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
             (momentum_started.empty() || momentum_started.size() == count),
         "SGD: expected one gradient and, with momentum, one buffer for each of ", count, " parameters, got ", grads.size(),
         " and ", momentum_buffers.size());
+  const Tensor* first = count ? &params[0] : nullptr;
+  if (lr_tensor) check_scalar("lr", *lr_tensor, first);
+  if (grad_scale) check_scalar("grad_scale", *grad_scale, first);
+  if (found_inf) check_scalar("found_inf", *found_inf, first);
   SgdArgs a{};
-  a.lr = lr_tensor ? scalar_of("lr", *lr_tensor) : lr;
-  a.grad_scale = grad_scale ? scalar_of("grad_scale", *grad_scale) : 1;
+  a.lr = lr;
+  a.grad_scale = 1;
+#ifdef FASTREG_CUDA
+  a.lr_at = lr_tensor ? lr_tensor->const_data_ptr() : nullptr;
+  a.lr_wide = lr_tensor && lr_tensor->scalar_type() == ScalarType::Double;
+  a.grad_scale_at = number_at("grad_scale", grad_scale);
+  a.found_inf_at = number_at("found_inf", found_inf);
+#else
+  if (lr_tensor) a.lr = value_of(*lr_tensor);
+  if (grad_scale) a.grad_scale = value_of(*grad_scale);
+#endif
   for (const double number : {a.lr, momentum, weight_decay, l1})
     check(std::isfinite(number) && number >= 0, "SGD: lr, momentum, weight_decay and l1 must be finite and at least 0, got ",
           number);
@@ -52,7 +71,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   a.decoupled = decoupled;
   a.maximize = maximize;
   a.stochastic_rounding = seed.has_value();
-  if (seed) a.seed = seed_of(op, *seed);
+  if (seed) a.seed = seed_of(op, *seed, first ? *first : *seed);
 
   const auto tensors = std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads
   for (size_t i = 0; i < count; ++i) {
@@ -66,7 +85,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
     t.param = params[i].mutable_data_ptr();
     t.grad = grads[i].const_data_ptr();
     t.momentum = nullptr;
-    t.first_step = false;
+    t.started = nullptr;
     if (momentum != 0) {
       check_same(op, "a momentum buffer", momentum_buffers[i], "its parameter", params[i]);
       t.momentum_layout = layout_of(op, momentum_buffers[i]);
@@ -75,21 +94,28 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
       t.momentum = momentum_buffers[i].mutable_data_ptr();
       if (!momentum_started.empty()) {
         const Tensor& flag = momentum_started[i];
-        check(flag.scalar_type() == ScalarType::Float && flag.numel() == 1 && flag.is_cpu(),
-              "SGD: momentum_started must be one float32 on the device of the parameters; convert it with .float()");
-        t.first_step = *static_cast<const float*>(flag.const_data_ptr()) == 0;
+        check(flag.scalar_type() == ScalarType::Float && flag.numel() == 1,
+              "SGD: momentum_started must be one float32; convert it with .float()");
+        check_device(op, "momentum_started", flag, "its parameter", params[i]);
+        t.started = static_cast<float*>(flag.mutable_data_ptr());
       }
     }
     if (flat) t.param_layout.contiguous = t.grad_layout.contiguous = t.momentum_layout.contiguous = true;
   }
-  if (found_inf && scalar_of("found_inf", *found_inf) != 0) return;  // the step is skipped: nothing changes, momentum included
-
-  for (const Tensor& flag : momentum_started) *static_cast<float*>(flag.mutable_data_ptr()) = 1;
-
+#ifdef FASTREG_CUDA
+  if (count) on_stream(op, params[0], [&](void* stream) { return sgd_step_cuda(a, tensors.get(), count, stream); });
+#else
+  if (found_inf && value_of(*found_inf) != 0) return;  // the step is skipped: nothing changes, momentum included
   sgd_step(a, tensors.get(), count);
+  for (size_t i = 0; i < count; ++i)
+    if (tensors[i].started) *tensors[i].started = 1;
+#endif
 }
 
 }  // namespace
+
+#ifndef FASTREG_CUDA
+constexpr int64_t kGrain = 1 << 15;  // elements per piece of work; a multiple of the tile
 
 void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
   std::vector<int64_t> first_piece(count + 1, 0);
@@ -116,7 +142,8 @@ void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
     torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, pieces * kGrain / elements), work);
   }
 }
+#endif
 
 }  // namespace fastreg
 
-STABLE_TORCH_LIBRARY_IMPL(fastreg, CPU, m) { m.impl("sgd_", TORCH_BOX(&fastreg::sgd)); }
+FR_LIBRARY_IMPL(m) { m.impl("sgd_", TORCH_BOX(&fastreg::sgd)); }

@@ -45,16 +45,46 @@ def collect():
 
 
 def _cuda():
-    built = importlib.util.find_spec("fastreg._C_cuda12") or importlib.util.find_spec("fastreg._C_cuda13")
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
-    elif not torch.cuda.is_available():
+    kernels, reason = fastreg._library.cuda, fastreg._library.why_no_cuda
+    built = [major for major in (12, 13) if importlib.util.find_spec(f"fastreg._C_cuda{major}")]
+    info = kernels.build_info() if kernels else {}
+    gpus = []
+    if torch.version.cuda and torch.cuda.is_available():
+        gpus = [
+            f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+            for i in range(torch.cuda.device_count())
+        ]
+        old = [
+            f"{name} is older than {info['architectures']}, which fastreg was built for; rebuild it with FASTREG_CUDA_ARCHS"
+            for i, name in enumerate(gpus)
+            if info and not _runs(torch.cuda.get_device_capability(i), info["architectures"])
+        ]
+        reason = reason or next(iter(old), None)
+    elif kernels:
         reason = "torch sees no GPU on this machine; look at nvidia-smi"
-    elif not built:
-        reason = "fastreg was built without CUDA kernels, this version has none yet"
-    else:
-        reason = None
-    return {"built": bool(built), "loaded": False, "usable": False, "torch_cuda": torch.version.cuda, "why_not": reason}
+    return {
+        "built": bool(built),
+        "loaded": kernels is not None,
+        "usable": reason is None,
+        "torch_cuda": torch.version.cuda,
+        "nvcc": info.get("nvcc"),
+        "architectures": info.get("architectures", "").split(),
+        "gpus": gpus,
+        "why_not": reason,
+    }
+
+
+def _runs(capability, architectures):
+    """Whether code for these architectures runs there: real code within a generation upward, PTX on everything newer."""
+    for architecture in architectures.split():
+        number = int("".join(filter(str.isdigit, architecture)))
+        major, minor = divmod(number, 10)
+        if architecture.endswith("-real"):
+            if capability[0] == major and capability[1] >= minor:
+                return True
+        elif tuple(capability) >= (major, minor):
+            return True
+    return False
 
 
 def _lines(info):
@@ -73,6 +103,10 @@ def _lines(info):
         yield "autograd", "Python in use: same results, slower for small tensors"
         yield "", autograd["why_not"]
     yield "cuda", f"built: {yes[cuda['built']]}, loaded: {yes[cuda['loaded']]}, usable: {yes[cuda['usable']]}"
+    if cuda["loaded"]:
+        yield "", f"nvcc {cuda['nvcc']}, for {' '.join(cuda['architectures'])}"
+    for gpu in cuda["gpus"]:
+        yield "", gpu
     if cuda["why_not"]:
         yield "", cuda["why_not"]
     yield "demo", "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; pip install 'fastreg[demo]'"

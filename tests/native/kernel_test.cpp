@@ -355,7 +355,7 @@ void dropout_case(const DropoutCase& c, Digest& digest) {
   a.output_layout = y.layout;
   a.decisions = decisions;
   a.inner = c.inner;
-  a.seed = c.seed;
+  a.seed = {c.seed, nullptr};
   a.offset = c.offset;
   a.threshold = c.threshold;
   a.scale = 1 / 0.7;
@@ -450,6 +450,7 @@ void dropout() {
 struct SgdCase {
   SgdArgs args;
   bool has_momentum, first_step;
+  uint64_t seed;
   uint32_t tensor_index;
   Layout param, grad, momentum;
 };
@@ -463,7 +464,8 @@ void run_sgd(const SgdCase& c, DType dtype, Array& w, Array& g, Array& v) {
   t.param_layout = w.layout;
   t.grad_layout = g.layout;
   t.momentum_layout = v.layout;
-  t.first_step = c.first_step;
+  float started = c.first_step ? 0 : 1;
+  t.started = &started;
   const int64_t n = w.numel(), middle = n > kernels::kTile ? kernels::kTile : 0;
   kernels::sgd_kernels.step(c.args, t, c.tensor_index, middle, n);
   if (middle) kernels::sgd_kernels.step(c.args, t, c.tensor_index, 0, middle);
@@ -530,7 +532,7 @@ void sgd_case(const SgdCase& c, DType dtype, Digest& digest) {
   expect_sgd_near(c, wide, w0, g0, v0, wide_w, wide_v);
 
   // A 16-bit tensor holds what float32 arithmetic gives, rounded once.
-  Halves halves{c.args.seed, c.tensor_index, 1};
+  Halves halves{c.seed, c.tensor_index, 1};
   for (int64_t i = 0; i < n; ++i) {
     const double exact = wide_w.get(i);
     if (dtype == DType::kBFloat16 && c.args.stochastic_rounding && std::isfinite(exact))
@@ -568,8 +570,9 @@ void sgd() {
           c.args.nesterov = momentum == 2;
           c.args.decoupled = penalty == 2;
           c.args.maximize = variant % 7 == 3;
+          c.seed = 0xfedcba9876543210u + unsigned(count);
           c.args.stochastic_rounding = variant / 4 % 2;
-          c.args.seed = 0xfedcba9876543210u + unsigned(count);
+          c.args.seed = {c.seed, nullptr};
           c.has_momentum = momentum != 0;
           c.first_step = momentum && c.args.dampening != 0 && variant % 8 == 5;
           c.tensor_index = uint32_t(count);

@@ -1,0 +1,171 @@
+// What the *_cuda.cu files share: launching, 16-byte words, conversions by the hardware, positions in strided tensors. No torch
+// header, so that kernels and launches can be executed without a GPU: their PTX by an interpreter, their source by the host's
+// compiler (FASTREG_CUDAHOST).
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "device.h"
+
+namespace fastreg {
+
+constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Blocks enough for `work` items of which a block does `per_block` at a time; beyond 2^20 blocks each does several.
+inline unsigned blocks_for(int64_t work, int64_t per_block) {
+  const int64_t blocks = (work + per_block - 1) / per_block, most = int64_t(1) << 20;
+  return unsigned(blocks < most ? blocks : most);
+}
+
+// Launches and gives a cudaError_t. No blocks, no launch.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, void* stream,
+           Arguments... arguments) {
+  if (blocks == 0) return cudaSuccess;
+#ifdef FASTREG_CUDAHOST
+  (void)shared, (void)stream;
+  cudahost::launch(kernel, dim3(blocks), dim3(threads), Parameters(arguments)...);
+#else
+  // clang-format off
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  // clang-format on
+#endif
+  return int(cudaGetLastError());
+}
+
+// ---- storage types, converted in one instruction
+
+__device__ __forceinline__ float load_float(float x) { return x; }
+__device__ __forceinline__ double load_float(double x) { return x; }
+__device__ __forceinline__ float load_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float load_float(Half x) {
+  __half h;
+  memcpy(&h, &x, 2);
+  return __half2float(h);
+}
+__device__ __forceinline__ void store_float(float x, float* out) { *out = x; }
+__device__ __forceinline__ void store_float(double x, double* out) { *out = x; }
+__device__ __forceinline__ void store_float(float x, BFloat16* out) {
+  const __nv_bfloat16 b = __float2bfloat16_rn(x);
+  memcpy(out, &b, 2);
+}
+__device__ __forceinline__ void store_float(float x, Half* out) {
+  const __half h = __float2half_rn(x);
+  memcpy(out, &h, 2);
+}
+
+// ---- words
+
+// 16 bytes: what a lane reads or writes at once. Neighbouring lanes take neighbouring words.
+template <class T>
+struct Word {
+  static constexpr int kSize = 16 / sizeof(T);
+  T value[kSize];
+};
+
+// Put together by hand and stored by an intrinsic: of an assignment the compiler made four stores, here and there.
+template <class T>
+__device__ __forceinline__ Word<T> load_word(const T* p) {
+  const uint4 four = *reinterpret_cast<const uint4*>(p);
+  const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
+  Word<T> word;
+#pragma unroll
+  for (int i = 0; i < Word<T>::kSize; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      word.value[i].bits = uint16_t(bits[i / 2] >> (16 * (i % 2)));
+    } else if constexpr (sizeof(T) == 4) {
+      word.value[i] = bits_float(bits[i]);
+    } else {
+      const uint64_t both = uint64_t(bits[2 * i + 1]) << 32 | bits[2 * i];
+      memcpy(&word.value[i], &both, 8);
+    }
+  }
+  return word;
+}
+template <class T>
+__device__ __forceinline__ void store_word(T* p, const Word<T>& word) {
+  uint32_t bits[4] = {};
+#pragma unroll
+  for (int i = 0; i < Word<T>::kSize; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      bits[i / 2] |= uint32_t(word.value[i].bits) << (16 * (i % 2));
+    } else if constexpr (sizeof(T) == 4) {
+      bits[i] = float_bits(word.value[i]);
+    } else {
+      uint64_t both;
+      memcpy(&both, &word.value[i], 8);
+      bits[2 * i] = uint32_t(both);
+      bits[2 * i + 1] = uint32_t(both >> 32);
+    }
+  }
+  __stcg(reinterpret_cast<uint4*>(p), uint4{bits[0], bits[1], bits[2], bits[3]});
+}
+
+// Whether words can be read and written there; every address a multiple of 16.
+template <class... Pointers>
+bool word_aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+// ---- positions
+
+// n / d for 0 <= n < 2^63 by a multiplication (Granlund and Montgomery 1994): the GPU divides 64-bit integers in some 70
+// instructions.
+struct Divider {
+  uint64_t divisor = 1, factor = 0;
+  int shift = 0;
+
+  Divider() = default;
+  explicit Divider(int64_t d) : divisor(uint64_t(d)) {
+    while (shift < 63 && (uint64_t(1) << shift) < divisor) ++shift;
+    factor = uint64_t((static_cast<unsigned __int128>((uint64_t(1) << shift) - divisor) << 64) / divisor) + 1;
+  }
+  __device__ __forceinline__ int64_t divide(int64_t n) const {
+    const uint64_t high = __umul64hi(uint64_t(n), factor);
+    return int64_t((high + uint64_t(n)) >> shift);
+  }
+};
+
+// Memory offset, in elements, of a logical element.
+struct Positions {
+  int dims = 0;  // 0: contiguous
+  Divider size[kMaxDims];
+  int64_t stride[kMaxDims];
+
+  Positions() = default;
+  explicit Positions(const Layout& layout) : dims(layout.contiguous ? 0 : layout.dims) {
+    for (int d = 0; d < dims; ++d) {
+      size[d] = Divider(layout.size[d]);
+      stride[d] = layout.stride[d];
+    }
+  }
+  __device__ __forceinline__ int64_t operator[](int64_t i) const {
+    if (dims == 0) return i;
+    int64_t offset = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      const int64_t rest = size[d].divide(i);
+      offset += (i - rest * int64_t(size[d].divisor)) * stride[d];
+      i = rest;
+    }
+    return offset + i * stride[0];
+  }
+};
+
+// Calls f(T*) with a null pointer of the storage type.
+template <class F>
+int with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    default:
+      return f(static_cast<BFloat16*>(nullptr));
+  }
+}
+
+}  // namespace fastreg

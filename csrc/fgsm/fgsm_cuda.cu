@@ -1,0 +1,114 @@
+// The FGSM and PGD steps on CUDA, formulas in fgsm_math.h.
+// Bytes per float32 element: FGSM reads x and g, writes x': 12, the floor; PGD reads the origin too: 16.
+#include <type_traits>
+
+#include "../common/cuda.h"
+#include "fgsm_math.h"
+
+namespace fastreg {
+namespace {
+
+// One value, or value (i / inner) % count of element i.
+template <class A>
+struct Number {
+  A value;
+  const A* values;
+  bool per_element;  // inner == 1
+  Divider inner, count;
+
+  explicit Number(const FgsmNumber& n) : value(A(n.value)), values(static_cast<const A*>(n.values)), per_element(n.inner == 1) {
+    if (!values) return;
+    inner = Divider(n.inner);
+    count = Divider(n.count);
+  }
+
+  __device__ __forceinline__ A operator()(int64_t i) const {
+    if (!values) return value;
+    const int64_t group = per_element ? i : inner.divide(i);
+    return values[group - count.divide(group) * int64_t(count.divisor)];
+  }
+};
+
+template <class A>
+struct Numbers {
+  Number<A> step, radius, lower, upper;
+};
+
+template <class T, bool kProject, class A>
+__device__ __forceinline__ T element(T x, T grad, T origin, A step, A radius, A lower, A upper) {
+  const A vx = load_float(x), vg = load_float(grad);
+  T result;
+  store_float(kProject ? pgd_element(vx, vg, A(load_float(origin)), step, radius, lower, upper)
+                       : fgsm_element(vx, vg, step, lower, upper),
+              &result);
+  return result;
+}
+
+// Contiguous; the elements of a word see one value of each number.
+template <class T, bool kProject>
+__global__ void __launch_bounds__(kThreads) fgsm_words(const T* x, const T* grad, const T* origin, T* output, int64_t numel,
+                                                       const Numbers<typename Accumulate<T>::type> numbers) {
+  constexpr int kSize = Word<T>::kSize;
+  const int64_t words = numel / kSize, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t word = thread; word < words; word += int64_t(gridDim.x) * kThreads) {
+    const int64_t i = word * kSize;
+    Word<T> vx = load_word(x + i), vo{};
+    const Word<T> vg = load_word(grad + i);
+    if (kProject) vo = load_word(origin + i);
+    const auto step = numbers.step(i), lower = numbers.lower(i), upper = numbers.upper(i);
+    const auto radius = kProject ? numbers.radius(i) : step;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      vx.value[j] = element<T, kProject>(vx.value[j], vg.value[j], vo.value[j], step, radius, lower, upper);
+    store_word(output + i, vx);
+  }
+  const int64_t i = words * kSize + thread;  // fewer than a word are left
+  if (thread < kSize && i < numel)
+    output[i] = element<T, kProject>(x[i], grad[i], kProject ? origin[i] : x[i], numbers.step(i), numbers.radius(i),
+                                     numbers.lower(i), numbers.upper(i));
+}
+
+struct FgsmPositions {
+  Positions x, grad, origin, output;
+};
+
+template <class T, bool kProject>
+__global__ void __launch_bounds__(kThreads)
+    fgsm_elements(const T* x, const T* grad, const T* origin, T* output, int64_t numel,
+                  const Numbers<typename Accumulate<T>::type> numbers, const FgsmPositions at) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel; i += int64_t(gridDim.x) * kThreads)
+    output[at.output[i]] = element<T, kProject>(x[at.x[i]], grad[at.grad[i]], kProject ? origin[at.origin[i]] : T{},
+                                                numbers.step(i), numbers.radius(i), numbers.lower(i), numbers.upper(i));
+}
+
+template <class T, bool kProject>
+int step(const FgsmArgs& a, void* stream) {
+  using A = typename Accumulate<T>::type;
+  constexpr int kSize = Word<T>::kSize;
+  const auto *x = static_cast<const T*>(a.x), *grad = static_cast<const T*>(a.grad), *origin = static_cast<const T*>(a.origin);
+  auto* output = static_cast<T*>(a.output);
+  const Numbers<A> numbers{Number<A>(a.step), Number<A>(a.radius), Number<A>(a.lower), Number<A>(a.upper)};
+  bool words = a.x_layout.contiguous && a.grad_layout.contiguous && a.output_layout.contiguous &&
+               (!kProject || a.origin_layout.contiguous) && word_aligned(x, grad, origin, output);
+  for (const FgsmNumber* number : {&a.step, &a.radius, &a.lower, &a.upper})
+    words = words && (!number->values || number->inner % kSize == 0 || number->inner > a.x_layout.numel);
+  const int64_t numel = a.x_layout.numel;
+  if (words)
+    return launch(fgsm_words<T, kProject>, blocks_for(numel, kThreads * kSize), kThreads, 0, stream, x, grad, origin, output,
+                  numel, numbers);
+  const FgsmPositions at{Positions(a.x_layout), Positions(a.grad_layout), kProject ? Positions(a.origin_layout) : Positions(),
+                         Positions(a.output_layout)};
+  return launch(fgsm_elements<T, kProject>, blocks_for(numel, kThreads), kThreads, 0, stream, x, grad, origin, output, numel,
+                numbers, at);
+}
+
+}  // namespace
+
+int fgsm_step_cuda(const FgsmArgs& a, void* stream) {
+  return with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return a.origin ? step<T, true>(a, stream) : step<T, false>(a, stream);
+  });
+}
+
+}  // namespace fastreg

@@ -1,0 +1,226 @@
+"""Semi-supervised learning by representation: learn to encode unlabelled data, then classify from the code.
+
+    min over encoder f, decoder g of the mean of |g(f(corrupt(x))) - x|^2,    corrupt: dropout on the inputs
+
+Denoising autoencoder: Vincent, Larochelle, Bengio, Manzagol 2008; Goodfellow, Bengio, Courville 2016, sections 14.5 and 15.1.
+"""
+
+import contextlib
+import copy
+import math
+import numbers
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ._library import check_number
+from .dropout import dropout
+
+
+class TiedDecoder(torch.nn.Module):
+    """The decoder that mirrors an encoder of Linear layers with their own weights transposed, and biases of its own.
+
+    For an encoder x -> a2(W2 a1(W1 x + b1) + b2) it computes code -> W1^T a1(W2^T code + c2) + c1: half the weights to learn, and
+    none that could grow without its mirror (Vincent et al. 2010, section 3.1).
+
+    Args:
+        encoder: Sequential, nested or not, of Linear layers, activations without parameters, dropout, Identity, and Flatten.
+
+    Shape: (..., features of the code) -> (..., features of the input), flat where the encoder begins with Flatten.
+
+    Raises:
+        ValueError: a layer that has no such mirror; it is named.
+    """
+
+    def __init__(self, encoder):
+        super().__init__()
+        between, layers = [], []  # activations since the last Linear
+        for name, module in _chain(encoder):
+            if isinstance(module, torch.nn.Linear):
+                layers.insert(0, (module, torch.nn.Sequential(*between) if layers else torch.nn.Identity()))
+                between = []
+            elif type(module).__module__ == torch.nn.modules.activation.__name__ and not list(module.parameters()):
+                between.append(module)
+            elif not isinstance(module, (torch.nn.modules.dropout._DropoutNd, torch.nn.Identity, torch.nn.Flatten)):
+                raise ValueError(
+                    f"TiedDecoder: expected Linear layers, activations, dropout and Flatten, got {type(module).__name__} at "
+                    f"{name or 'the top'!r}; give pretrain_autoencoder a decoder of your own"
+                )
+        if not layers:
+            raise ValueError("TiedDecoder: expected an encoder with Linear layers, got none; give a decoder of your own")
+        self.layers = torch.nn.ModuleList(layer for layer, _ in layers)
+        self.activations = torch.nn.ModuleList(activation for _, activation in layers)
+        self.biases = torch.nn.ParameterList(layer.weight.new_zeros(layer.in_features) for layer, _ in layers)
+
+    def forward(self, code):
+        """Reconstruct the input."""
+        for layer, activation, bias in zip(self.layers, self.activations, self.biases, strict=True):
+            code = activation(torch.nn.functional.linear(code, layer.weight.t(), bias))
+        return code
+
+
+def _chain(module, name=""):
+    if not isinstance(module, torch.nn.Sequential):
+        return [(name, module)]
+    return [pair for key, child in module.named_children() for pair in _chain(child, f"{name}.{key}".lstrip("."))]
+
+
+@torch.inference_mode(False)  # whatever the caller has switched off
+@torch.enable_grad()
+def pretrain_autoencoder(
+    encoder,
+    data,
+    decoder=None,
+    *,
+    epochs=20,
+    batch_size=100,
+    corruption=0.5,
+    loss=None,
+    optimizer=None,
+    generator=None,
+    seed=None,
+):
+    """Train an encoder on unlabelled data to keep what is needed to restore its input; a classifier then starts from its code.
+
+    ::
+
+        encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU())
+        encoder, history = fr.pretrain_autoencoder(encoder, unlabelled)
+        model = nn.Sequential(encoder, nn.Linear(128, 10))  # train it on the labelled data
+
+    Args:
+        encoder: Module, called as encoder(x); trained in place. Frozen parameters stay as they are.
+        data: what to learn from: a tensor [N, ...], a Dataset or a DataLoader, whose items are x or tuples that begin with x
+            (labels are not looked at); floating point. Batches go to the device of the encoder's first parameter.
+        decoder: Module from the code to the reconstruction, with as many elements per sample as x, in whatever shape; trained in
+            place with the encoder. None: `TiedDecoder(encoder)`; make that yourself to keep it.
+        epochs: passes over the data, at least 1.
+        batch_size: samples per step, for a tensor or a Dataset, shuffled anew in each epoch; a DataLoader has its own.
+        corruption: probability p of zeroing an element of the encoder's input, by `fastreg.dropout` (which scales the others by
+            1 / (1 - p)); 0 is the plain autoencoder, which needs a code smaller than its input.
+        loss: callable(reconstruction, x) -> mean over the batch, both [B, elements]; `torch.nn.functional.mse_loss` if None.
+            `binary_cross_entropy_with_logits` suits pixels in [0, 1].
+        optimizer: callable(parameters) -> optimiser; `torch.optim.Adam` with its defaults if None.
+        generator: torch.Generator on the CPU that the seed is drawn from.
+        seed: int. With neither, what is random starts from the state that torch's generators are in.
+
+    Returns:
+        (encoder, history): the encoder itself, and a list of the mean loss of each epoch (floats).
+
+    Nothing else changes: training or evaluation mode of each submodule, `.grad`, and torch's generators, CPU and CUDA, are put
+    back. Works under no_grad. Where training fails the parameters and buffers are put back, too.
+
+    Raises:
+        ValueError: no data, a reconstruction of another size, numbers out of range, generator and seed together, nothing to
+            train, a loss that is not finite, an encoder that `TiedDecoder` does not take.
+        TypeError: an argument of the wrong kind, data that are not floating point.
+
+    Source: Vincent et al. 2008, Extracting and composing robust features with denoising autoencoders; Hinton and Salakhutdinov
+    2006.
+    """
+    op = "pretrain_autoencoder"
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+        if not isinstance(module, torch.nn.Module) and not (module is None and name == "decoder"):
+            raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(module).__name__}")
+    integers = (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", 0 if seed is None else seed, -math.inf))
+    for name, value, least in integers:
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        check_number(op, name, value, least)
+    check_number(op, "corruption", corruption, 0, 1)
+    if generator is not None and seed is not None:
+        raise ValueError(f"{op}: give generator or seed, not both")
+    batches = _batches(op, data, batch_size)
+    if any(torch.nn.parameter.is_lazy(p) for module in (encoder, decoder) if module is not None for p in module.parameters()):
+        raise ValueError(f"{op}: a lazy layer has no shape yet; run encoder and decoder once first")
+    decoder = TiedDecoder(encoder) if decoder is None else decoder
+    both = torch.nn.ModuleList([encoder, decoder])
+    parameters = [p for p in both.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"{op}: encoder and decoder have no parameter that requires a gradient; unfreeze them")
+    loss = torch.nn.functional.mse_loss if loss is None else loss
+    device, history = next(both.parameters()).device, []
+
+    with _restored(both), _seeded(generator, seed):
+        both.train()
+        steps = (torch.optim.Adam if optimizer is None else optimizer)(parameters)
+        for _ in range(epochs):
+            total = count = 0
+            for batch in batches():
+                x = _inputs(op, batch, device)
+                reconstruction = decoder(encoder(dropout(x, corruption)))
+                if reconstruction.numel() != x.numel():
+                    raise ValueError(
+                        f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
+                    )
+                value = loss(reconstruction.reshape(len(x), -1), x.reshape(len(x), -1))
+                steps.zero_grad()
+                value.backward()
+                steps.step()
+                total, count = total + value.detach() * len(x), count + len(x)
+            history.append(float(total) / count if count else math.nan)
+            if not math.isfinite(history[-1]):
+                what = f"the loss is {history[-1]}" if count else "there are no data"
+                raise ValueError(f"{op}: {what} in epoch {len(history) - 1}; look for NaN in the data or lower the learning rate")
+    return encoder, history
+
+
+def _batches(op, data, batch_size):
+    """A function that gives the batches of one epoch."""
+    if isinstance(data, DataLoader):
+        return lambda: data
+    if not isinstance(data, (torch.Tensor, Dataset)):
+        raise TypeError(f"{op}: data must be a tensor, a Dataset or a DataLoader, got {type(data).__name__}")
+    if isinstance(data, IterableDataset):
+        return lambda: DataLoader(data, batch_size)
+    if (isinstance(data, torch.Tensor) and data.dim() < 2) or len(data) == 0:
+        raise ValueError(f"{op}: data must be at least one sample, [N, ...], got {tuple(getattr(data, 'shape', [0]))}")
+    if isinstance(data, torch.Tensor):
+        return lambda: (data[i.to(data.device)] for i in torch.randperm(len(data)).split(batch_size))
+    return lambda: DataLoader(data, batch_size, shuffle=True)
+
+
+def _inputs(op, batch, device):
+    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(
+            f"{op}: data must be floating-point tensors, or tuples that begin with one, got {got}; convert with .float()"
+        )
+    x = x.detach().to(device)
+    return x.clone() if x.is_inference() else x  # one that was born in inference_mode cannot be saved for backward
+
+
+@contextlib.contextmanager
+def _seeded(generator, seed):
+    """torch's generators start from the seed, if there is one, and are put back at the end."""
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator))
+    # Only where CUDA is up: to read a device's state would start it.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def _restored(model):
+    """Modes and gradients are put back at the end; parameters and buffers, too, after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    before = copy.deepcopy(model.state_dict())
+    for p, _ in gradients:
+        p.grad = None
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(before)
+        raise
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p, grad in gradients:
+            p.grad = grad

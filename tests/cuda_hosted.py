@@ -1,0 +1,118 @@
+"""The CUDA kernels, launches and glue of every op under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
+
+Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY CASES`, with the
+sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which take CPU tensors; each case
+compares them with those of the CPU.
+"""
+
+import itertools
+import sys
+
+import torch
+
+import fastreg
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+CPU = torch.ops.fastreg
+
+
+def load(path):
+    """Declare the operators again, in the namespace of the library, and load it."""
+    declared = torch.library.Library("fastreg_cudahost", "DEF")
+    for name in (*fastreg._library.declared(),):
+        schema = str(getattr(CPU, name).default._schema)
+        declared.define(schema.replace("fastreg::", "", 1))
+    torch.ops.load_library(path)
+    return declared, torch.ops.fastreg_cudahost
+
+
+def numbers(shape, dtype, seed=0):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if x.numel() > 40:
+        x.view(-1)[[3, 17, 31]] = torch.tensor([float("nan"), float("inf"), -0.0], dtype=torch.float64)
+    return x.to(dtype)
+
+
+def same(a, b, what):
+    assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride(), what
+    assert torch.equal(a.isnan(), b.isnan()), what
+    assert torch.equal(torch.nan_to_num(a.double(), 123.0), torch.nan_to_num(b.double(), 123.0)), what
+
+
+def views(x):
+    """The same numbers in several layouts: contiguous, off alignment by an element, transposed, in steps."""
+    yield x
+    room = torch.empty(x.numel() + 1, dtype=x.dtype)
+    yield room[1:].view(x.shape).copy_(x)
+    if x.dim() == 2:
+        yield x.t().contiguous().t()
+        yield torch.empty(x.shape[0], 2 * x.shape[1], dtype=x.dtype)[:, ::2].copy_(x)
+
+
+def dropout(cuda):
+    seed = torch.tensor([77])
+    for dtype, shape in itertools.product(DTYPES, ((0,), (1,), (7, 37), (33, 64))):
+        for x in views(numbers(shape, dtype)):
+            for p, offset in ((0.4, 0), (0.0, 5), (1.0, 3)):
+                ours, mask = cuda.dropout(x, p, seed, offset, 1, 1 / 0.6, 0.0, 0.0)
+                theirs, their_mask = CPU.dropout(x, p, seed, offset, 1, 1 / 0.6, 0.0, 0.0)
+                same(ours, theirs, (dtype, shape, p, offset))
+                same(mask, their_mask, (dtype, shape, p, offset))
+            same(cuda.dropout_apply(x, mask, 1, 2.0), CPU.dropout_apply(x, mask, 1, 2.0), (dtype, shape))
+            if x.dim() == 2:
+                inner = x.shape[1]
+                args = (x, 0.5, seed, 0, inner, 0.9, 0.1, -1.0)
+                for ours, theirs in zip(cuda.dropout(*args), CPU.dropout(*args), strict=True):
+                    same(ours, theirs, (dtype, shape, "inner"))
+            ours, theirs = x.clone(), x.clone()
+            same(cuda.dropout_(ours, 0.3, seed), CPU.dropout_(theirs, 0.3, seed), (dtype, shape, "in place"))
+            same(ours, theirs, (dtype, shape, "in place"))
+
+
+def sgd(cuda):
+    modes = (  # momentum, dampening, weight_decay, l1, nesterov, proximal, decoupled, maximize
+        (0.0, 0.0, 0.0, 0.0, False, False, False, False),
+        (0.9, 0.0, 0.1, 0.1, True, False, False, True),
+        (0.9, 0.5, 0.1, 0.1, False, True, True, False),
+    )
+    shapes = ((0,), (1,), (7, 37), (33, 64))
+    for dtype, (momentum, dampening, *mode) in itertools.product(DTYPES, modes):
+        parts = [[view for shape in shapes for view in views(numbers(shape, dtype, k))] for k in range(3)]
+        states = []
+        for ops in (cuda, CPU):
+            params, grads, buffers = ([t.clone() for t in part] for part in parts)
+            buffers = buffers if momentum else []
+            started = [torch.tensor(float(i % 2)) for i in range(len(params))] if dampening else []
+            lr, scale, overflow = torch.tensor(0.25), torch.tensor(64.0), torch.tensor(0.0)
+            seed = torch.tensor([5]) if dtype == torch.bfloat16 else None
+            ops.sgd_(params, grads, buffers, started, 0.0, momentum, dampening, *mode, lr, scale, overflow, seed)
+            states.append(params + buffers + started)
+        for ours, theirs in zip(*states, strict=True):
+            same(ours, theirs, (dtype, momentum, mode))
+
+
+def fgsm(cuda):
+    for dtype, shape in itertools.product(DTYPES, ((0,), (1,), (7, 37), (33, 64), (2, 3, 5, 8))):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for x, grad in zip(views(numbers(shape, dtype)), views(numbers(shape, dtype, 1)), strict=True):
+            bounds = [None]
+            if x.dim() > 1:
+                bounds.append(torch.rand(shape[-1:], dtype=wide))
+                bounds.append(torch.rand((shape[-2], 1), dtype=wide))
+            for upper in bounds:
+                args = (0.1, -1.0, 0.7, None, None, upper)
+                same(cuda.fgsm_step(x, grad, *args), CPU.fgsm_step(x, grad, *args), (dtype, shape, upper))
+                args = (x.neg(), 0.1, 0.2, -1.0, 0.7, None, upper, None, None)
+                same(cuda.pgd_step(x, grad, *args), CPU.pgd_step(x, grad, *args), (dtype, shape, upper))
+
+
+def main(library, cases):
+    keep, cuda = load(library)
+    for case in cases.split(","):
+        globals()[case](cuda)
+        print("done:", case)
+    del keep
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,262 @@
+"""CUDA kernels without a GPU: the compiled kernels and their own launch code, executed on the CPU, for tests/test_cuda_*.py.
+
+Two ways, both from the very `csrc/*/*_cuda.cu`:
+
+- `interpreted(...)`: nvcc compiles them to PTX, an interpreter executes it, watches every access and counts the traffic.
+- `hosted_library(...)`: the host's compiler compiles them, every CUDA thread a fiber, and the glue of `csrc/*/*_op.cpp` beside
+  them, with sanitizers; the operators come out as `torch.ops.fastreg_cudahost`, which take CPU tensors.
+
+The interpreter and the fibers come with the machine (`../shared/cudacheck` beside the checkout, or FASTREG_CUDACHECK); without
+them, or without nvcc, these tests are skipped and say so.
+"""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+CUDACHECK = Path(os.environ.get("FASTREG_CUDACHECK", ROOT.parent / "shared" / "cudacheck"))
+SCHEDULES = ("min-pc", "serial", "serial-reverse", "random")  # a missing barrier shows in one of them
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+CACHE = Path(tempfile.gettempdir()) / f"fastreg-cuda-tests-{os.getuid()}"
+
+needs_cudacheck = pytest.mark.skipif(not CUDACHECK.is_dir(), reason=f"no CUDA interpreter at {CUDACHECK}; set FASTREG_CUDACHECK")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+
+
+# ---- the arguments of the launchers, as in csrc/common/device.h and csrc/<op>/<op>_math.h
+
+
+class Layout(ctypes.Structure):
+    _fields_ = [
+        ("numel", ctypes.c_int64),
+        ("dims", ctypes.c_int),
+        ("contiguous", ctypes.c_bool),
+        ("size", ctypes.c_int64 * 16),
+        ("stride", ctypes.c_int64 * 16),
+    ]
+
+    @classmethod
+    def of(cls, tensor):
+        return cls(
+            tensor.numel(),
+            tensor.dim(),
+            tensor.is_contiguous() or tensor.numel() == 0,
+            (ctypes.c_int64 * 16)(*tensor.shape),
+            (ctypes.c_int64 * 16)(*tensor.stride()),
+        )
+
+
+class Seed(ctypes.Structure):
+    _fields_ = (("value", ctypes.c_uint64), ("at", ctypes.c_void_p))
+
+
+def seed_at(machine, tensor):
+    """A seed in the memory of the machine."""
+    return Seed(0, machine.put(tensor, "seed").at)
+
+
+def structure(name, fields, **more_types):
+    """A ctypes structure from lines of "type name, name, ..." ."""
+    types = {
+        "double": ctypes.c_double,
+        "int64": ctypes.c_int64,
+        "uint64": ctypes.c_uint64,
+        "int": ctypes.c_int,
+        "bool": ctypes.c_bool,
+        "pointer": ctypes.c_void_p,
+        "Layout": Layout,
+        "Seed": Seed,
+        **more_types,
+    }
+    pairs = []
+    for line in fields.strip().splitlines():
+        kind, names = line.strip().split(" ", 1)
+        pairs += [(field.strip(), types[kind]) for field in names.split(",")]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+
+
+def dtype_number(dtype):
+    return DTYPES.index(dtype)
+
+
+# ---- built once, whatever test process asks first
+
+
+def _built(name, inputs, build):
+    """The file `name`, made by build(path) where no earlier test run made it of the same inputs."""
+    digest = hashlib.sha256()
+    for path in sorted(inputs):
+        digest.update(path.name.encode() + path.read_bytes())
+    CACHE.mkdir(mode=0o700, exist_ok=True)
+    target = CACHE / f"{digest.hexdigest()[:16]}-{name}"
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            build(partial)
+            partial.rename(target)
+    return target
+
+
+def sources(*ops):
+    return [path for op in (*ops, "common") for path in (CSRC / op).glob("*") if path.suffix in (".h", ".cu")]
+
+
+# ---- the PTX
+
+
+@functools.cache
+def _runtime():
+    sys.path.insert(0, str(CUDACHECK))
+    import hostrun
+
+    return hostrun, hostrun.Runtime(str(_shim()))
+
+
+def _shim():
+    """The interpreter's CUDA runtime, under a name of its own: torch may have loaded the real one."""
+    source = CUDACHECK / "cudart_shim.c"
+    flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-Bsymbolic,-soname,libfastreg_test_cudart.so"]
+    return _built(
+        "libfastreg_test_cudart.so", [source], lambda path: subprocess.run(["gcc", *flags, source, "-o", path], check=True)
+    )
+
+
+def compile_ptx(source, out):
+    """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime."""
+    hostrun, _ = _runtime()
+    hostrun.build_library([source], out, flags=("--fmad=false", "-Xlinker", str(_shim())))
+
+
+class Interpreted:
+    """The kernels and launchers of one op."""
+
+    def __init__(self, library):
+        self.hostrun, self.runtime = _runtime()
+        self.runtime.modules.clear()
+        self.library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+        self.modules = list(self.runtime.modules)
+
+    def run(self, launcher, arguments, structure, **options):
+        """Call a launcher of csrc, `name(const Arguments&, stream)`; `arguments(machine)` makes the structure."""
+        symbol = f"_ZN7fastreg{len(launcher)}{launcher}ERKNS_{len(structure.__name__)}{structure.__name__}EPv"
+        return self.call(symbol, lambda machine: (ctypes.byref(arguments(machine)),), **options)
+
+    def call(self, symbol, arguments, schedule="min-pc", **options):
+        """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine whose memory is
+        empty but for what that puts there. Gives the reports of its kernels, of which none may hold an error."""
+        import ptxrun
+
+        runtime = self.runtime
+        runtime.modules[:], runtime.reports[:], runtime.error = self.modules, [], None
+        runtime.device, runtime.options = ptxrun.Device(), {"schedule": schedule, **options}
+        error = getattr(self.library, symbol)(*arguments(Machine(runtime.device)), None)
+        if runtime.error:
+            raise runtime.error
+        assert error == 0, f"{symbol} gives CUDA error {error}"
+        for report in runtime.reports:
+            assert not report.errors(), report
+        return list(runtime.reports)
+
+
+class Machine:
+    """The memory of the interpreted GPU."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def put(self, tensor, name, offset=0, readonly=True):
+        """A tensor with its storage, `offset` bytes off alignment; writing to it is a fault if `readonly`."""
+        storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+        return Slot(self.device.put(storage.numpy().copy(), name, offset=offset, readonly=readonly), tensor)
+
+    def room(self, like, name, offset=0):
+        """Memory for a tensor of that form; reading it before it is written is a fault."""
+        return Slot(self.device.empty(max(like.untyped_storage().nbytes(), 1), np.uint8, name, offset=offset), like)
+
+
+class Slot:
+    """A tensor in the interpreted memory."""
+
+    def __init__(self, buffer, like):
+        self.buffer, self.like = buffer, like
+        self.at = buffer.addr + like.storage_offset() * like.element_size()
+
+    def _view(self, storage, dtype):
+        like, nbytes = self.like, self.like.untyped_storage().nbytes()
+        if not like.numel():
+            return like.to(dtype)
+        flat = torch.from_numpy(np.ascontiguousarray(storage).reshape(-1)[:nbytes].copy())
+        return flat.view(dtype).as_strided(like.shape, like.stride(), like.storage_offset())
+
+    def result(self):
+        """The tensor as the kernel left it; every element must have been written by the kernel or before."""
+        size = self.like.element_size()
+        nbytes = self.like.untyped_storage().nbytes() // size * size
+        written = np.repeat(self.buffer.written()[:nbytes].reshape(-1, size).all(1), size)
+        missing = (self._view(written.view(np.uint8), torch.uint8 if size == 1 else _UNSIGNED[size]) == 0).sum()
+        assert missing == 0, f"{missing} of {self.like.numel()} elements of {self.buffer.name} were never written"
+        return self._view(self.buffer.numpy(), self.like.dtype)
+
+
+_UNSIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def traffic(reports):
+    """Bytes that the launches move in sectors of 32 bytes, before any cache."""
+    rows = [row for report in reports for (name, _), row in report.traffic.rows.items() if name != "(params)"]
+    return 32 * sum(row["sectors"] for row in rows)
+
+
+@functools.cache
+def interpreted(op):
+    source = CSRC / op / f"{op}_cuda.cu"
+    return Interpreted(_built(f"{op}-ptx.so", sources(op), lambda path: compile_ptx(source, path)))
+
+
+# ---- the host's compiler
+
+
+def hosted_library(ops):
+    """The CUDA kernels, launches and glue of `ops`, compiled with sanitizers for the CPU: torch.ops.fastreg_cudahost."""
+    inputs = [path for op in (*ops, "common") for path in (CSRC / op).glob("*.*")] + [CUDACHECK / "cudahost" / "cudahost.h"]
+    torch_root = Path(torch.__file__).parent
+    compiler = [
+        "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
+        "-ffp-contract=off", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem", torch_root / "include", "-I", CUDACHECK / "cudahost" / "shim",
+    ]  # fmt: skip
+
+    def build(path):
+        with tempfile.TemporaryDirectory() as folder:
+            objects = []
+            for op in ops:
+                for source in (CSRC / op / f"{op}_cuda.cu", CSRC / op / f"{op}_op.cpp"):
+                    objects.append(Path(folder) / f"{source.name}.o")
+                    subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
+            libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
+            subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
+
+    return _built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
+
+
+def sanitizers():
+    """The environment in which a Python process loads such a library."""
+    preload = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}

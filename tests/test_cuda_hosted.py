@@ -1,0 +1,26 @@
+"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; cases are in cuda_hosted.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_machine import hosted_library, needs_cudacheck, sanitizers
+
+pytestmark = needs_cudacheck
+OPS = ("dropout", "sgd", "fgsm")
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
+@pytest.mark.parametrize("op", OPS)
+def test_the_results_of_the_cpu_and_no_fault(op, order):
+    """`order`: in which the threads of a block go on, where a missing barrier would show."""
+    result = subprocess.run(
+        [sys.executable, Path(__file__).with_name("cuda_hosted.py"), hosted_library(OPS), op],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **sanitizers(), "CUDAHOST_ORDER": order},
+    )
+    assert result.returncode == 0 and f"done: {op}" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]
+    assert "runtime error" not in result.stderr and "cudahost:" not in result.stderr, result.stderr[-6000:]
