@@ -532,7 +532,8 @@ Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
   const bool straight = m[1] == 0 && m[3] == 0;
   for (int axis = 0; axis < 2; ++axis) {
     const double across = m[3 * axis], down = m[3 * axis + 1], shrinks = std::sqrt(across * across + down * down);
-    s.on = s.on || shrinks > (straight ? 1 : 2);
+    // torch's cubic is another one with antialiasing, whether it shrinks or not.
+    s.on = s.on || shrinks > (straight ? (a.interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
     if (straight) {
       s.size[axis] = out[axis];
       s.step[axis] = m[4 * axis];

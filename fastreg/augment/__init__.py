@@ -3,9 +3,10 @@
     aug = fastreg.augment.Augment(hflip=0.5, rotate=15, size=(224, 224), brightness=0.3, blur=(3, (0.1, 2.0)))
     images = aug(images)
 
-Steps and their order: horizontal and vertical flip, vertical stretch, then scale, rotation, translation and shear as torchvision's
-affine, then crop to size, all of them one matrix and one resampling; brightness, contrast about the mean of the image as it is by
-then, saturation, hue; Gaussian blur; erase; normalise. What a sample draws depends on the seed and its global index alone.
+Steps and their order: horizontal and vertical flip, vertical stretch, then shear, rotation, scale and translation as
+torchvision's affine, then crop to size, all of them one matrix and one resampling; brightness, contrast about the mean of the
+image as it is by then, saturation, hue; Gaussian blur; normalise; erase. What a sample draws depends on the seed and its global
+index alone.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ class Params:
     """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that is off.
 
     Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height, width): `crop`, in the
-    input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise; `hue` in turns; `hflip`, `vflip` are 0 or 1.
+    input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise; `hue` in turns; `hflip` and `vflip` 0 or 1.
     """
 
     hflip: torch.Tensor | None = None
@@ -70,7 +71,9 @@ class Params:
         if some is None and size == (height, width):
             return None
         if some is None:
-            some = next(f for f in (self.brightness, self.contrast, self.saturation, self.hue, self.sigma, self.erase) if f is not None)
+            some = next(
+                f for f in (self.brightness, self.contrast, self.saturation, self.hue, self.sigma, self.erase) if f is not None
+            )
         batch = len(some)
 
         def columns(field, *neutral):
@@ -99,8 +102,8 @@ def apply(images, params):
         rounds as torchvision's.
 
     Raises:
-        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue with other than 1 or 3
-            channels, a matrix that is not finite or leads further than 2^30 pixels away.
+        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue with other than 1 or
+            3 channels, a matrix that is not finite or leads further than 2^30 pixels away.
         TypeError: another dtype.
     """
     op = "augment"
@@ -276,10 +279,18 @@ class Augment(nn.Module):
         constants = {"erase_value": erase_value, "mean": mean, "std": std, "fill": fill}
         for name, value in constants.items():  # tensors and lists as tuples: the settings are compared and hashed
             if value is not None:
-                values = _op.per_channel(op, name, value, 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1)))
+                values = _op.per_channel(
+                    op, name, value, 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
+                )
                 constants[name] = values[0] if len(values) == 1 else tuple(values)
         self.settings = Settings(
-            size=self.size, kernel=kernel, interpolation=interpolation, padding=padding, antialias=antialias, dtype=dtype, **constants
+            size=self.size,
+            kernel=kernel,
+            interpolation=interpolation,
+            padding=padding,
+            antialias=antialias,
+            dtype=dtype,
+            **constants,
         )
 
     @classmethod
@@ -297,8 +308,8 @@ class Augment(nn.Module):
 
     @classmethod
     def imagenet(cls, **changes):
-        """A box of 8 to 100 % of the image resized to 224 × 224 (Szegedy et al. 2015), mirrored half the time, its colours jittered,
-        normalised with ImageNet's statistics; `changes` are arguments of `Augment`."""
+        """A box of 8 to 100 % of the image resized to 224 × 224 (Szegedy et al. 2015), mirrored half the time, its colours
+        jittered, normalised with ImageNet's statistics; `changes` are arguments of `Augment`."""
         usual = {
             "hflip": 0.5,
             "size": 224,
@@ -385,5 +396,7 @@ class Augment(nn.Module):
         shown = {name: value for name, value in self.chances.items() if value} | self.ranges
         shown |= {name: getattr(self, name) for name in ("translate", "crop") if getattr(self, name) is not None}
         default = Settings()
-        shown |= {f.name: v for f in dataclasses.fields(Settings) if (v := getattr(self.settings, f.name)) != getattr(default, f.name)}
+        shown |= {
+            f.name: v for f in dataclasses.fields(Settings) if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
+        }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

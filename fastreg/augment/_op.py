@@ -1,7 +1,7 @@
 """The operators behind `fastreg.augment`: schemas, fake kernels, autograd, and one function that calls them.
 
-Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an output pixel to its place in the source, pixel centres at
-whole numbers; `constants` are fill, erased value, scale and shift of each channel, in this order.
+Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an output pixel to its place in the source, pixel centres
+at whole numbers; `constants` are fill, erased value, scale and shift of each channel, in this order.
 """
 
 import torch
@@ -16,8 +16,8 @@ _ARGUMENTS = (
 define(f"augment({_ARGUMENTS}) -> Tensor")
 define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor")
 define(
-    "augment_sample(Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, float[] crop_box, "
-    "float[] erase_box, SymInt[] sizes) -> Tensor"
+    "augment_sample(Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
+    "float[] crop_box, float[] erase_box, SymInt[] sizes) -> Tensor"
 )
 define("augment_matrices(Tensor params, SymInt in_height, SymInt in_width, SymInt out_height, SymInt out_width) -> Tensor")
 

@@ -1,8 +1,8 @@
 """The single steps of augmentation under torchvision's functional names and argument order; every number may be one per sample.
 
-Images are (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1], on the layout they have. Where an argument says "number",
-a tensor of shape (B,) gives one value to each sample of (B, C, H, W). The results equal torchvision.transforms.v2.functional's
-within 1e-5 (geometry, blur, brightness) and 1e-4 (contrast, saturation, hue) of an image in [0, 1]; uint8 images are rounded as there.
+Images are (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1]. Where an argument says "number", a tensor of shape (B,)
+gives one value to each sample of (B, C, H, W). The results equal torchvision.transforms.v2.functional's within 1e-5 (geometry,
+blur, brightness) and 1e-4 (contrast, saturation, hue) of an image in [0, 1]; uint8 images are rounded as there.
 All but `adjust_hue` are differentiable with respect to the images.
 """
 
@@ -251,8 +251,8 @@ def gaussian_blur(inpt, kernel_size, sigma=None):
 
     Args:
         kernel_size: odd number of pixels, or a pair (along x, along y).
-        sigma: number, or pair of numbers (along x, along y); None for 0.15 kernel_size + 0.35. A sigma of 0 leaves the image as it
-            is. A tensor has shape (B,), or (B, 2).
+        sigma: number, or pair of numbers (along x, along y); None for 0.15 kernel_size + 0.35. A sigma of 0 leaves the image as
+            it is. A tensor has shape (B,), or (B, 2).
     """
     op = "gaussian_blur"
     batched(op, inpt)

@@ -19,7 +19,8 @@ def _draw(op, images, targets, alpha, num_classes, generator):
         raise ValueError(f"{op}: alpha must be finite and greater than 0, got {alpha}")
     if images.dim() != 4 or len(targets) != len(images):
         raise ValueError(
-            f"{op}: images must be (B, C, H, W) and targets (B,) or (B, classes), got {tuple(images.shape)} and {tuple(targets.shape)}"
+            f"{op}: images must be (B, C, H, W) and targets (B,) or (B, classes), "
+            f"got {tuple(images.shape)} and {tuple(targets.shape)}"
         )
     if targets.is_floating_point():
         if targets.dim() != 2:
