@@ -503,7 +503,8 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch
         x = torch.rand(5, 3, 39, 45)
         x = (x * 255).to(dtype) if dtype == torch.uint8 else x.to(dtype)
         aug = fr.augment.Augment(rotate=40, scale=(.3, 1.4), hflip=.5, brightness=.3, contrast=.3, saturation=.3, hue=.2,
-                                 blur=(5, (.1, 2)), interpolation=interpolation, padding=padding, fill=.5, antialias=True, size=(20, 37))
+                                 blur=(5, (.1, 2)), interpolation=interpolation, padding=padding, fill=.5, antialias=True,
+                                 size=(20, 37))
         y = fr.augment.apply(x, aug.sample(x, seed=1))
         print(hashlib.sha1(y.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest())
 """
@@ -884,3 +885,18 @@ def test_wrong_input():
         cutmix(x, torch.tensor([0, 1]), 0.0, 2)
     with pytest.raises(ValueError, match="targets"):
         mixup(x, torch.tensor([0, 1, 2]), num_classes=3)
+
+
+def test_gallery():
+    """One image under each step, of its size; a batch under a policy, in [0, 1]."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from fastreg.augment import gallery
+
+    for image in (pictures(1, 3, 40, 50, torch.uint8)[0], pictures(1, 1, 16, 16)[0]):
+        shown = gallery.steps(image)
+        assert all(pixels.shape == image.shape for _, pixels in shown) and torch.equal(shown[0][1], image)
+        assert len({title for title, _ in shown}) == len(shown) == (14 if len(image) == 3 else 12)
+        for title, pixels in shown[1:]:
+            assert not torch.equal(pixels, image), title
+    figure = gallery.figure(pictures(1, 3, 40, 50)[0], Augment.cifar(), columns=4)
+    assert sum(len(axes.images) for axes in figure.axes) == 14 + 8

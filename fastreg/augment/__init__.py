@@ -43,7 +43,7 @@ class Params:
     """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that is off.
 
     Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height, width): `crop`, in the
-    input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise; `hue` in turns; `hflip` and `vflip` 0 or 1.
+    input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise; `hue` in turns; flips 0 or 1.
     """
 
     hflip: torch.Tensor | None = None
