@@ -66,6 +66,7 @@ string(REPLACE ";" " " archs_text "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_definitions(${module} PRIVATE
   FASTREG_CUDA_MODULE=${module} FASTREG_BUILT_WITH_TORCH="${torch_version}"
   FASTREG_NVCC="${CMAKE_CUDA_COMPILER_VERSION}" FASTREG_CUDA_ARCHS="${archs_text}")
+target_include_directories(${module} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(${module} PRIVATE "${TORCH_CPU_LIBRARY}" "${TORCH_CUDA_LIBRARY}")
 set_target_properties(${module} PROPERTIES SKIP_BUILD_RPATH ON LINKER_LANGUAGE CXX CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
 install(TARGETS ${module} LIBRARY DESTINATION fastreg)

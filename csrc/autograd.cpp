@@ -1,10 +1,10 @@
 // The fast path of autograd: of a small tensor's time most is spent between Python and the kernel, and this is that part in C++.
 // An optimiser's step over many small tensors is such a time too.
 //
-// The formulas are those of the torch.autograd.Functions in fastreg/dropout.py and fastreg/cross_entropy.py, over the same raw
-// operators, and give the same bits. A function here takes the usual case, plain tensors on the CPU or a GPU and arguments that
-// pass every check, or gives None before it has done anything; the Python code is then the one that knows transforms, subclasses
-// and errors.
+// The formulas are those of the torch.autograd.Functions in fastreg/dropout.py, dropout_add.py and cross_entropy.py, over the
+// same raw operators, and give the same bits. A function here takes the usual case, plain tensors on one device and arguments
+// that pass every check, or gives None before it has done anything; the Python code is then the one that knows transforms,
+// subclasses and errors.
 //
 // The one file that sees torch's C++ headers, which change with each minor version: so is it built and named,
 // fastreg._autograd_<major>_<minor>, and fastreg works without.
@@ -83,6 +83,14 @@ Tensor dropout_apply_op(const Tensor& input, const Tensor& mask, int64_t inner, 
   return call(op, input, mask, c10::SymInt(inner), scale, 0., 0.);
 }
 
+std::tuple<Tensor, Tensor> dropout_add_op(const Tensor& input, const Tensor& residual, const std::optional<Tensor>& bias,
+                                          double p, const Tensor& seed, double scale) {
+  static const auto op =
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, double, const Tensor&, double)>(
+          "fastreg::dropout_add");
+  return call(op, input, residual, bias, p, seed, scale);
+}
+
 struct LossOptions {
   int64_t reduction, ignore_index;
   double label_smoothing;
@@ -141,6 +149,25 @@ struct Dropout : Function<Dropout> {
   }
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     return {backward_of(ctx, grads[0]), {}, {}, {}};
+  }
+};
+
+// Nothing is saved where all is kept.
+struct DropoutAdd : Function<DropoutAdd> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual, const std::optional<Tensor>& bias,
+                        double p, const Tensor& seed, double scale) {
+    auto [output, mask] = dropout_add_op(input, residual, bias, p, seed, scale);
+    ctx->saved_data["has_bias"] = bias.has_value();
+    if (p != 0) keep(ctx, mask, 1, scale);
+    return output;
+  }
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const bool wants_bias = ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    Tensor grad_input, grad_bias;
+    if (ctx->needs_input_grad(0) || wants_bias)
+      grad_input = ctx->saved_data.count("form") ? backward_of(ctx, grads[0]) : grads[0];
+    if (wants_bias) grad_bias = grad_input.sum_to_size(grads[0].sizes().slice(size_t(grads[0].dim() - 1)));
+    return {ctx->needs_input_grad(0) ? grad_input : Tensor(), grads[0], grad_bias, {}, {}, {}};
   }
 };
 
@@ -315,6 +342,11 @@ PyObject* run(Work work) {
 
 // ---- what Python calls
 
+double inverted_scale(double p) {
+  const uint64_t threshold = dropout_threshold(p);
+  return threshold ? 0x1p32 / double(threshold) : 0;
+}
+
 // (input, p, training, inplace), or further (seed or None, inner, scale, shift, dropped) -> output or None
 PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor* input = plain(args[0]);
@@ -326,8 +358,7 @@ PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!has_kernel(input->scalar_type()) || (inplace && (derive || input->is_inference()))) Py_RETURN_NONE;
   Tensor seed;
   if (count == 4) {
-    const uint64_t threshold = dropout_threshold(p);
-    form.scale = threshold ? 0x1p32 / double(threshold) : 0;
+    form.scale = inverted_scale(p);
   } else {
     if (args[4] != Py_None) {
       const Tensor* given = plain(args[4]);
@@ -346,6 +377,31 @@ PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
       return *input;
     }
     return derive ? Dropout::apply(*input, p, seed, form) : std::get<0>(dropout_op(*input, p, seed, form));
+  });
+}
+
+// (input, residual, p, bias or None, training) -> output or None
+PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const Tensor *input = plain(args[0]), *residual = plain(args[1]), *given = args[3] == Py_None ? nullptr : plain(args[3]);
+  double p = 0;
+  if (!input || !residual || !number(args[2], 0, 1, &p) || (args[3] != Py_None && !given) || !is_bool(args[4]) ||
+      is_transformed())
+    Py_RETURN_NONE;
+  const ScalarType dtype = input->scalar_type();
+  if (!has_kernel(dtype) || residual->scalar_type() != dtype || residual->sizes() != input->sizes()) Py_RETURN_NONE;
+  if (given && (given->scalar_type() != dtype || given->dim() != 1 || input->dim() == 0 || given->size(0) != input->size(-1) ||
+                !given->is_contiguous()))
+    Py_RETURN_NONE;
+  if (args[4] == Py_False || input->numel() == 0) p = 0;
+  if (p != 0 && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
+  return run([&] {
+    if (p == 0 && !given) return at::add(*input, *residual);
+    const std::optional<Tensor> bias = given ? std::optional<Tensor>(*given) : std::nullopt;
+    const Tensor seed = p == 0 ? at::zeros({1}, ScalarType::Long) : draw_seed(*input);
+    const double scale = inverted_scale(p);
+    if (wants_grad(*input) || wants_grad(*residual) || (given && wants_grad(*given)))
+      return DropoutAdd::apply(*input, *residual, bias, p, seed, scale);
+    return std::get<0>(dropout_add_op(*input, *residual, bias, p, seed, scale));
   });
 }
 
@@ -488,6 +544,12 @@ PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
+// (seed, offset) -> the seed that they stand for
+PyObject* mix(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const uint64_t seed = PyLong_AsUnsignedLongLong(args[0]), offset = PyLong_AsUnsignedLongLong(args[1]);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(int64_t(mix_seed(seed, offset)));
+}
+
 // Counts are checked here once, so that the functions may read their arguments.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
@@ -500,7 +562,12 @@ PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)), METH_FASTCALL, nullptr};
 }
 
-PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"), method<cross_entropy, 12>("cross_entropy"), method<sgd, 2>("sgd"), {}};
+PyMethodDef methods[] = {method<dropout, 4, 9>("dropout"),
+                         method<dropout_add, 5>("dropout_add"),
+                         method<cross_entropy, 12>("cross_entropy"),
+                         method<sgd, 2>("sgd"),
+                         method<mix, 2>("mix_seed"),
+                         {}};
 
 }  // namespace
 }  // namespace fastreg

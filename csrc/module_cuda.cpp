@@ -1,6 +1,8 @@
 // The CUDA extension module: importing it registers the CUDA ops that are linked beside it. No torch header here.
 #include <pybind11/pybind11.h>
 
+#include "common/cuda_error.h"
+
 namespace py = pybind11;
 
 PYBIND11_MODULE(FASTREG_CUDA_MODULE, m) {
@@ -11,4 +13,7 @@ PYBIND11_MODULE(FASTREG_CUDA_MODULE, m) {
     info["architectures"] = FASTREG_CUDA_ARCHS;
     return info;
   });
+  m.def(
+      "launch_error", [](const char* op, int error) { return fastreg::launch_error(op, static_cast<cudaError_t>(error)); },
+      py::arg("op"), py::arg("error"), "What is said of an error of the CUDA runtime.");
 }

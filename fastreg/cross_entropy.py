@@ -20,6 +20,8 @@ define(
     "float label_smoothing=0.0, bool others=False, float z_loss=0.0, bool all_ignored_zero=False, "
     "ScalarType? loss_dtype=None, bool with_grad=False) -> (Tensor loss, Tensor grad, Tensor lse)"
 )
+# values *= factor; CUDA only, where the kernel looks at the factor and moves nothing if it is 1.
+define("cross_entropy_scale_(Tensor(a!) values, Tensor factor) -> ()")
 
 
 @torch.library.register_fake("fastreg::cross_entropy")
@@ -50,7 +52,13 @@ def _(
     return loss, grad, input.new_empty((numel,), dtype=_statistics_dtype(input))
 
 
+@torch.library.register_fake("fastreg::cross_entropy_scale_")
+def _(values, factor):
+    return None
+
+
 _cross_entropy = torch.ops.fastreg.cross_entropy.default
+_cross_entropy_scale_ = torch.ops.fastreg.cross_entropy_scale_.default
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -80,19 +88,24 @@ class _CrossEntropy(torch.autograd.Function):
         grad, lse, target, weight = ctx.saved_tensors
         result = None
         if g_loss is not None:
-            if _is_one(g_loss) and not torch.is_grad_enabled() and not _keeps_graph():
-                result = grad.detach()  # nobody else will read it: the usual loss.backward() costs no pass over memory
-            else:
-                result = grad * (g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss).to(grad.dtype)
+            result = _scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss)
         if g_grad is not None or g_lse is not None:
             second = _second_order(g_grad, g_lse, grad, lse, target, weight, *ctx.options)
             result = second if result is None else result + second
         return (None if result is None else result.to(ctx.dtype)), *(None,) * (2 + len(ctx.options))
 
 
-def _is_one(g):
-    # A look at the value is free on the CPU and impossible while tracing or without waiting for a GPU.
-    return type(g) is torch.Tensor and g.device.type == "cpu" and g.numel() == 1 and not is_compiling() and g == 1
+def _scaled(gradient, g):
+    """gradient * g. Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs no pass over it."""
+    if type(g) is torch.Tensor and g.numel() == 1 and not is_compiling() and not torch.is_grad_enabled() and not _keeps_graph():
+        if g.device.type == "cpu":
+            if g == 1:
+                return gradient.detach()
+        elif g.device.type == "cuda":  # to look at the value here would be to wait for the GPU
+            gradient = gradient.detach()
+            _cross_entropy_scale_(gradient, g)
+            return gradient
+    return gradient * g.to(gradient.dtype)
 
 
 def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
@@ -107,7 +120,7 @@ def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps,
         one_hot, keep, count = target.to(dtype), torch.ones(rows, dtype=dtype, device=grad.device), rows_of(grad)
     else:
         kept = (target != ignore_index).unsqueeze(1)
-        index = target.unsqueeze(1).where(kept, 0)
+        index = target.clamp(0, k - 1).unsqueeze(1)
         one_hot = torch.zeros_like(grad).scatter_(1, index, 1.0)
         keep = kept.to(dtype)
         count = (keep if weight is None else keep * weight.to(dtype)[index]).sum()
@@ -252,7 +265,8 @@ def cross_entropy(
         loss. Saved for backward: the gradient, one tensor like `input` (float32 for float16). Twice differentiable in `input`.
 
     Raises:
-        ValueError: class index out of range, shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown
+        ValueError: class index out of range (on CUDA, where to look at it would be to wait for the GPU, the loss and the gradient
+            of its row are NaN instead), shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown
             `reduction`, `smoothing` or `all_ignored`, `ignore_index` >= 0 with probabilities, a weight that requires a gradient,
             a dtype without kernels.
         TypeError: `input`, `target` or `weight` is no tensor, `target` is bool or complex, `weight` is not floating point, an

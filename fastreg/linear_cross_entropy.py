@@ -8,7 +8,7 @@ Gradients in the forward pass, by chunks: Hsu et al. 2024, Liger kernel: efficie
 import torch
 
 from ._library import check_tensor, define, define_kernel
-from .cross_entropy import _is_one, _keeps_graph, _statistics_dtype, check_classes, check_options, cross_entropy
+from .cross_entropy import _scaled, _statistics_dtype, check_classes, check_options, cross_entropy
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
@@ -145,10 +145,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             g = g.to(factor.dtype).contiguous()
             gradients = _linear_cross_entropy(hidden, weight, bias, target, g, class_weight, ctx.wants, *ctx.options)[1:]
             results = [d.to(hidden.dtype) for d in gradients]
-        elif _is_one(g) and not _keeps_graph():
-            results = [d.detach().to(hidden.dtype) for d in gradients]
         else:
-            results = [(d * g.to(d.dtype)).to(hidden.dtype) for d in gradients]
+            results = [_scaled(d, g).to(hidden.dtype) for d in gradients]
         wanted = (d if name in ctx.wants else None for name, d in zip("hwb", results, strict=True))
         return *wanted, *(None,) * (4 + len(ctx.options))
 
@@ -213,7 +211,7 @@ def linear_cross_entropy(
     else rounded for each of the chunks, about thirteen.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a class index out of range, and as `cross_entropy`.
+        ValueError: shapes, dtypes or devices that do not fit, a class index out of range (on CUDA: NaN), and as `cross_entropy`.
         TypeError: `hidden`, `weight`, `target` or `bias` is no tensor, and as `cross_entropy`.
 
     Source: Hsu et al. 2024, Liger kernel (gradients in the forward pass, by chunks); the loss as in `cross_entropy`.
@@ -271,7 +269,7 @@ def linear_cross_entropy(
             if class_weight is None:
                 normaliser = counted.sum()
             else:
-                normaliser = class_weight[target.where(counted, 0)].where(counted, 0).sum(dtype=torch.float64)
+                normaliser = class_weight[target.clamp(0, classes - 1)].where(counted, 0).sum(dtype=torch.float64)
         inverse = 1 / normaliser.double()
         if all_ignored == "zero":
             inverse = torch.where(normaliser == 0, 0.0, inverse)

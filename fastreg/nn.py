@@ -5,6 +5,7 @@ import torch
 from ._library import check_choice, check_number
 from .cross_entropy import cross_entropy
 from .dropout import alpha_dropout, drop_path, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from .dropout_add import dropout_add
 
 __all__ = [
     "AlphaDropout",
@@ -14,6 +15,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutAdd",
     "FeatureAlphaDropout",
     "fold_dropout",
 ]
@@ -118,6 +120,30 @@ class DropPath(torch.nn.Module):
     def extra_repr(self):
         """The arguments."""
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}"
+
+
+class DropoutAdd(torch.nn.Module):
+    """The end of a residual block, dropout(input + bias) + residual in one pass, on `fastreg.dropout_add`.
+
+    Args:
+        p: probability of dropping an element of input + bias while training, in [0, 1].
+
+    Shape: input (*, C), residual (*, C) and bias (C,) or None -> (*, C). The bias is the one that the linear layer before leaves
+    out; it stays that layer's parameter.
+    """
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        check_number("DropoutAdd", "p", p, 0, 1)
+        self.p = p
+
+    def forward(self, input, residual, bias=None):
+        """Apply it; (*, C), (*, C) and (C,) -> (*, C)."""
+        return dropout_add(input, residual, self.p, bias, self.training)
+
+    def extra_repr(self):
+        """The arguments."""
+        return f"p={self.p}"
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

@@ -1,8 +1,8 @@
 """The CUDA kernels, launches and glue of every op under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
 
-Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY CASES`, with the
+Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY CASE`, with the
 sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which take CPU tensors; each case
-compares them with those of the CPU.
+compares operators with those of the CPU. tests/test_cuda_device.py runs the same cases on a GPU.
 """
 
 import itertools
@@ -69,6 +69,17 @@ def dropout(cuda):
             same(ours, theirs, (dtype, shape, "in place"))
 
 
+def dropout_add(cuda):
+    seed = torch.tensor([77])
+    for dtype, shape in itertools.product(DTYPES, ((0, 3), (1, 1), (7, 37), (33, 64))):
+        bias = numbers(shape[-1:], dtype, 2)
+        for x, residual in zip(views(numbers(shape, dtype)), views(numbers(shape, dtype, 1)), strict=True):
+            for given in (None, bias):
+                args = (x, residual, given, 0.4, seed, 1 / 0.6)
+                for ours, theirs in zip(cuda.dropout_add(*args), CPU.dropout_add(*args), strict=True):
+                    same(ours, theirs, (dtype, shape, given is None))
+
+
 def sgd(cuda):
     modes = (  # momentum, dampening, weight_decay, l1, nesterov, proximal, decoupled, maximize
         (0.0, 0.0, 0.0, 0.0, False, False, False, False),
@@ -106,11 +117,15 @@ def fgsm(cuda):
                 same(cuda.pgd_step(x, grad, *args), CPU.pgd_step(x, grad, *args), (dtype, shape, upper))
 
 
-def main(library, cases):
+CASES = (dropout, dropout_add, sgd, fgsm)
+
+
+def main(library, name):
     keep, cuda = load(library)
-    for case in cases.split(","):
-        globals()[case](cuda)
-        print("done:", case)
+    for case in CASES:
+        if case.__name__ == name:
+            case(cuda)
+            print("done:", name)
     del keep
 
 

@@ -95,7 +95,7 @@ def dtype_number(dtype):
 # ---- built once, whatever test process asks first
 
 
-def _built(name, inputs, build):
+def built(name, inputs, build):
     """The file `name`, made by build(path) where no earlier test run made it of the same inputs."""
     digest = hashlib.sha256()
     for path in sorted(inputs):
@@ -130,15 +130,16 @@ def _shim():
     """The interpreter's CUDA runtime, under a name of its own: torch may have loaded the real one."""
     source = CUDACHECK / "cudart_shim.c"
     flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-Bsymbolic,-soname,libfastreg_test_cudart.so"]
-    return _built(
+    return built(
         "libfastreg_test_cudart.so", [source], lambda path: subprocess.run(["gcc", *flags, source, "-o", path], check=True)
     )
 
 
-def compile_ptx(source, out):
+def compile_ptx(source, out, debug=False):
     """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime."""
     hostrun, _ = _runtime()
-    hostrun.build_library([source], out, flags=("--fmad=false", "-Xlinker", str(_shim())))
+    flags = ("--fmad=false", "-Xlinker", str(_shim()), *(() if debug else ("-DNDEBUG",)))
+    hostrun.build_library([source], out, flags=flags)
 
 
 class Interpreted:
@@ -222,9 +223,10 @@ def traffic(reports):
 
 
 @functools.cache
-def interpreted(op):
-    source = CSRC / op / f"{op}_cuda.cu"
-    return Interpreted(_built(f"{op}-ptx.so", sources(op), lambda path: compile_ptx(source, path)))
+def interpreted(op, debug=False):
+    """The kernels and launchers of an op; with their assertions if `debug`."""
+    source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'ptx'}.so"
+    return Interpreted(built(name, sources(op), lambda path: compile_ptx(source, path, debug)))
 
 
 # ---- the host's compiler
@@ -236,7 +238,7 @@ def hosted_library(ops):
     torch_root = Path(torch.__file__).parent
     compiler = [
         "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
-        "-ffp-contract=off", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-isystem", torch_root / "include", "-I", CUDACHECK / "cudahost" / "shim",
     ]  # fmt: skip
 
@@ -250,7 +252,7 @@ def hosted_library(ops):
             libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
             subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
 
-    return _built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
+    return built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
 
 
 def sanitizers():

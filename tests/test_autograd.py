@@ -16,7 +16,7 @@ import fastreg as fr
 from fastreg import _library
 from fastreg.cli import doctor
 
-OPS = [sys.modules[name] for name in ("fastreg.dropout", "fastreg.cross_entropy")]
+OPS = [sys.modules[name] for name in ("fastreg.dropout", "fastreg.dropout_add", "fastreg.cross_entropy")]
 FAST = _library.fast
 needs_cpp = pytest.mark.skipif(FAST is None, reason=f"no C++ autograd: {_library.why_not_fast}")
 
@@ -157,10 +157,58 @@ def test_dropout_of_channels_has_the_same_bits(both, name, dtype):
     both(lambda: CHANNELS[name](x), taken=True)
 
 
+def random(shape, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+ADDED = {
+    "bias": lambda x, r, b: fr.dropout_add(x, r, 0.3, b),
+    "no bias": lambda x, r, b: fr.dropout_add(x, r, 0.3),
+    "p=0": lambda x, r, b: fr.dropout_add(x, r, 0, b),
+    "p=1": lambda x, r, b: fr.dropout_add(x, r, 1, b),
+    "evaluation": lambda x, r, b: fr.dropout_add(x, r, 0.3, b, False),
+    "evaluation, no bias": lambda x, r, b: fr.dropout_add(x, r, 0.3, training=False),
+    "module": lambda x, r, b: fr.nn.DropoutAdd(0.7)(x, r, b),
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ADDED)
+def test_dropout_add_has_the_same_bits(both, name, dtype):
+    """With a gradient wanted of each of the three, and of all."""
+    for make in INPUTS.values():
+        x = make().to(dtype)
+        r, b = random(x.shape).to(dtype), random(x.shape[-1:], seed=4).to(dtype)
+        b = b if x.dim() else None
+        for function in (
+            lambda t, r=r, b=b: ADDED[name](t, r, b),
+            lambda t, x=x, b=b: ADDED[name](x, t, b),
+            lambda t, r=r, b=b: ADDED[name](t, t * 2, None if b is None else b + t.sum()),
+        ):
+            both(lambda function=function, x=x: derivatives(function, x), taken=True)
+        if b is not None:
+            both(lambda r=r, b=b, x=x: derivatives(lambda t: ADDED[name](x, r, t), b), taken=True)
+        both(lambda r=r, b=b, x=x: ADDED[name](x, r, b), taken=True)
+
+
 @needs_cpp
 def test_the_mask_is_saved_and_nothing_else(both):
     x = torch.randn(1001, requires_grad=True)
     assert both(lambda: saved(lambda: fr.dropout(x, 0.5)), taken=True) == [(torch.uint8, 126)]
+    assert both(lambda: saved(lambda: fr.dropout_add(x, x, 0.5, x)), taken=True) == [(torch.uint8, 126)]
+    assert both(lambda: saved(lambda: fr.dropout_add(x, x, 0.0, x)), taken=True) == []
+
+
+@needs_cpp
+def test_dropout_add_converts_what_python_converts(both):
+    x, strided = torch.randn(4, 5, requires_grad=True), torch.randn(10)[::2]
+    both(lambda: fr.dropout_add(x, x.detach(), 0.5, strided), taken=False)
+    both(lambda: fr.dropout_add(x, x, 0.5, generator=torch.Generator().manual_seed(3)), taken=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        both(lambda: fr.dropout_add(x.bfloat16(), x, 0.5, x[0]), taken=False)
+        both(lambda: fr.dropout_add(x, x, 0.5, x[0]), taken=True)
+    with torch.inference_mode():
+        both(lambda: fr.dropout_add(torch.ones(3), torch.ones(3)), taken=True)
 
 
 @needs_cpp
@@ -300,6 +348,14 @@ WRONG = {
     "expanded in place": lambda: fr.dropout(torch.randn(1, 3).expand(2, 3), 0.5, inplace=True),
     "dimensions": lambda: fr.dropout(STRANGE, 0.5),
     "dimensions of the gradient": lambda: fr.dropout(torch.zeros_like(STRANGE).requires_grad_(), 0.5).backward(STRANGE),
+    "residual": lambda: fr.dropout_add(X, X[0]),
+    "residual of another dtype": lambda: fr.dropout_add(X, X.double()),
+    "bias": lambda: fr.dropout_add(X, X, 0.5, X[:, 0]),
+    "bias is text": lambda: fr.dropout_add(X, X, 0.5, "none"),
+    "p of dropout_add": lambda: fr.dropout_add(X, X, 1.5),
+    "dropout_add of integers": lambda: fr.dropout_add(Y, Y),
+    "dropout_add of dimensions": lambda: fr.dropout_add(STRANGE, STRANGE),
+    "dropout_add twice": lambda: twice(fr.dropout_add(X, X, 0.5, X[0])),
     "meta": lambda: fr.cross_entropy(X, Y.to("meta")),
     "class": lambda: fr.cross_entropy(X, Y + 5),
     "shape": lambda: fr.cross_entropy(X, Y[:3]),
@@ -351,6 +407,8 @@ def test_the_unusual_is_left_to_python():
     def ask(x=x, y=y):
         state = torch.get_rng_state()
         results.append(FAST.dropout(x, 0.5, True, False))
+        results.append(FAST.dropout_add(x, x, 0.5, x, True))
+        results.append(FAST.dropout_add(torch.ones(4, 5), x, 0.5, None, True))
         results.append(FAST.cross_entropy(x, y, None, None, -100, None, "mean", 0.1, "uniform", 0.0, "nan", None))
         assert torch.equal(state, torch.get_rng_state())
         return x

@@ -4,9 +4,10 @@
 #pragma once
 #if defined(FASTREG_CUDA) && !defined(FASTREG_CUDAHOST)
 #define USE_CUDA 1
-#include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+
+#include "cuda_error.h"
 #endif
 
 #include <stdexcept>
@@ -47,14 +48,7 @@ void on_stream(const char* op, const Tensor& like, F launch) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
   const auto error = static_cast<cudaError_t>(launch(stream));
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
-    throw std::runtime_error(std::string(op) +
-                             ": fastreg was not built for this GPU; see `fastreg doctor`, and rebuild it with " +
-                             "FASTREG_CUDA_ARCHS naming the GPU's architecture");
-  if (error == cudaErrorInsufficientDriver)
-    throw std::runtime_error(std::string(op) + ": the NVIDIA driver is older than the CUDA that fastreg was built with; " +
-                             "update the driver, or rebuild fastreg with an older CUDA");
-  if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess) throw std::runtime_error(launch_error(op, error));
 #endif
 }
 #endif

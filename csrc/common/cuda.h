@@ -19,6 +19,19 @@ inline unsigned blocks_for(int64_t work, int64_t per_block) {
   return unsigned(blocks < most ? blocks : most);
 }
 
+// Dynamic shared memory, and the bytes of it that a block may have.
+#ifdef FASTREG_CUDAHOST
+inline thread_local uint4 dynamic_shared[(227 << 10) / 16];
+inline size_t most_shared() { return sizeof dynamic_shared; }
+#else
+extern __shared__ uint4 dynamic_shared[];
+inline size_t most_shared() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return 48 << 10;
+  return size_t(bytes);
+}
+#endif
+
 // Launches and gives a cudaError_t. No blocks, no launch.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, size_t shared, void* stream,
@@ -28,12 +41,19 @@ int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, siz
   (void)shared, (void)stream;
   cudahost::launch(kernel, dim3(blocks), dim3(threads), Parameters(arguments)...);
 #else
+  if (shared > 48 << 10) {  // more than every GPU has is to be asked for
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error) return int(error);
+  }
   // clang-format off
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
   // clang-format on
 #endif
   return int(cudaGetLastError());
 }
+
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
 // ---- storage types, converted in one instruction
 
@@ -67,8 +87,7 @@ struct Word {
 
 // Put together by hand and stored by an intrinsic: of an assignment the compiler made four stores, here and there.
 template <class T>
-__device__ __forceinline__ Word<T> load_word(const T* p) {
-  const uint4 four = *reinterpret_cast<const uint4*>(p);
+__device__ __forceinline__ Word<T> unpack_word(uint4 four) {
   const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
   Word<T> word;
 #pragma unroll
@@ -83,6 +102,10 @@ __device__ __forceinline__ Word<T> load_word(const T* p) {
     }
   }
   return word;
+}
+template <class T>
+__device__ __forceinline__ Word<T> load_word(const T* p) {
+  return unpack_word<T>(*reinterpret_cast<const uint4*>(p));
 }
 template <class T>
 __device__ __forceinline__ void store_word(T* p, const Word<T>& word) {

@@ -320,11 +320,11 @@ FR_INLINE Pairs pack_pairs(const Vec<float>& even, const Vec<float>& odd) {
   }
   return pairs;
 }
-// Neighbour j where bit j is set, `other` elsewhere.
-FR_INLINE Pairs select_pairs(uint32_t bits, const Pairs& pairs, BFloat16 other) {
+// Neighbour j of `yes` where bit j is set, of `no` elsewhere.
+FR_INLINE Pairs select_pairs(uint32_t bits, const Pairs& yes, const Pairs& no) {
   Pairs result;
 #if FR_VECTOR_BYTES == 64
-  result.part[0] = (U32Part)_mm512_mask_mov_epi16(_mm512_set1_epi16(int16_t(other.bits)), bits, (__m512i)pairs.part[0]);
+  result.part[0] = (U32Part)_mm512_mask_mov_epi16((__m512i)no.part[0], bits, (__m512i)yes.part[0]);
 #else
   typedef uint16_t Halves __attribute__((vector_size(FR_VECTOR_BYTES)));
   constexpr int kHalves = FR_VECTOR_BYTES / 2;
@@ -332,10 +332,20 @@ FR_INLINE Pairs select_pairs(uint32_t bits, const Pairs& pairs, BFloat16 other) 
   for (int j = 0; j < kHalves; ++j) lane_bit[j] = uint16_t(1u << (j % 16));
   for (int i = 0; i < Vec<float>::kParts; ++i) {
     const Halves spread = uint16_t(bits >> (i * kHalves)) - Halves{};
-    result.part[i] = (U32Part)((spread & lane_bit) == lane_bit ? (Halves)pairs.part[i] : other.bits - Halves{});
+    result.part[i] = (U32Part)((spread & lane_bit) == lane_bit ? (Halves)yes.part[i] : (Halves)no.part[i]);
   }
 #endif
   return result;
+}
+FR_INLINE Pairs all_pairs(BFloat16 x) {
+  Pairs pairs;
+  for (U32Part& part : pairs.part) part = x.bits * 0x10001u - U32Part{};
+  return pairs;
+}
+FR_INLINE Pairs load_pairs(const BFloat16* p) {  // as they are
+  Pairs pairs;
+  memcpy(&pairs, p, sizeof pairs);
+  return pairs;
 }
 FR_INLINE void store_pairs(BFloat16* p, const Pairs& pairs) { memcpy(p, &pairs, sizeof pairs); }
 

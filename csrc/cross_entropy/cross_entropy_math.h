@@ -47,6 +47,29 @@ FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) 
   return multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
 }
 
+// What CUDA does in one go: the normaliser of a mean, the rows, and the sum of their losses, all on the device.
+struct CrossEntropyLaunch {
+  CrossEntropyArgs rows;  // row_loss, row_lse and grad_factor unused
+  int64_t reduction;      // 0 none, 1 mean, 2 sum
+  bool all_ignored_zero;
+  DType loss_dtype;
+  void* loss;     // one, or one for each row if reduction is none
+  void* lse;      // one for each row, of the accumulation type; null: unwanted
+  void* scratch;  // cross_entropy_scratch() numbers of the accumulation type
+};
+constexpr int kSumBlocks = 256;
+inline int64_t cross_entropy_scratch(int64_t rows, int64_t reduction) { return reduction == 0 ? 0 : 2 + 2 * kSumBlocks + rows; }
+int cross_entropy_forward_cuda(const CrossEntropyLaunch&, void* stream);  // gives a cudaError_t
+
+// values *= *factor, read on the device, where a factor of 1, the usual one, ends it at once.
+struct CrossEntropyScale {
+  DType dtype, factor_dtype;
+  void* values;  // without gaps
+  int64_t numel;
+  const void* factor;
+};
+int cross_entropy_scale_cuda(const CrossEntropyScale&, void* stream);
+
 struct CrossEntropyKernels {
   // Blocks of rows [begin, end), in the numbering of cross_entropy_blocks.
   void (*forward)(const CrossEntropyArgs&, int64_t begin, int64_t end);

@@ -1,6 +1,6 @@
 // Dropout on CUDA, formula in dropout_math.h.
-// Bytes per 16-bit element: forward reads 2, writes 2 and 1/8 of mask; backward reads 2 1/8, writes 2: the floor. float32: 4
-// for 2.
+// Bytes per 16-bit element: forward reads 2, writes 2 and 1/8 of mask; backward reads 2 1/8, writes 2: the floor. With a residual
+// added forward reads 2 more; the bias comes from the cache. float32: 4 for 2.
 //
 // A warp takes tiles of 256 elements, a group of 8 decisions for each lane, which draws them with one call of Philox and holds
 // them as its mask byte. Memory is not read in that order: lane after lane takes 16-byte word after word, and a lane asks the one
@@ -56,21 +56,69 @@ struct DropoutWork {
   }
 };
 
+// What is added in the same pass: to the element the bias, to what is left of it the residual. Its words are held as x's are.
+template <class T>
+struct Addends {
+  static constexpr bool kAdd = true;
+  using A = typename Accumulate<T>::type;
+  const T* residual;
+  const T* bias;  // or null
+  Divider columns;
+  bool bias_words;  // a word of elements has a word of bias
+  Positions position;
+
+  explicit Addends(const DropoutAddArgs& a)
+      : residual(static_cast<const T*>(a.residual)),
+        bias(static_cast<const T*>(a.bias)),
+        columns(a.columns),
+        bias_words(a.columns % Word<T>::kSize == 0 && word_aligned(a.bias)),
+        position(a.residual_layout) {}
+
+  __device__ __forceinline__ int64_t column(int64_t i) const { return i - columns.divide(i) * int64_t(columns.divisor); }
+  __device__ __forceinline__ void bias_word(int64_t i, Word<T>* word) const {
+    int64_t at = column(i);
+    if (bias_words) {
+      *word = load_word(bias + at);
+    } else {
+#pragma unroll
+      for (int j = 0; j < Word<T>::kSize; ++j) {
+        word->value[j] = bias[at];
+        if (++at == int64_t(columns.divisor)) at = 0;
+      }
+    }
+  }
+  __device__ __forceinline__ T add(const DropoutWork<T>& w, T x, T bias_value, bool kept, T residual_value) const {
+    A value = load_float(x);
+    if (bias) value = value + A(load_float(bias_value));
+    T result;
+    store_float(dropout_add_element(value, kept, w.scale, A(load_float(residual_value))), &result);
+    return result;
+  }
+};
+struct NoAddends {
+  static constexpr bool kAdd = false;
+};
+
 // Every element has its own decision.
-template <class T, bool kDraw, bool kWords>
+template <class T, bool kDraw, bool kWords, class Add>
 __global__ void __launch_bounds__(kThreads)
-    dropout_elements(const DropoutWork<T> w, const Positions input, const Positions output) {
+    dropout_elements(const DropoutWork<T> w, const Positions input, const Positions output, const Add addends) {
   constexpr int kSize = Word<T>::kSize, kCount = 8 / kSize;  // words per lane
+  constexpr bool kHeld = Add::kAdd && sizeof(T) < 8;         // with four words of doubles more it were 76 registers
   const int lane = threadIdx.x % kLanes;
   const uint64_t seed = kDraw ? w.seed.get() : 0;
   const int64_t tiles = (w.numel + kTile - 1) / kTile, bytes = (w.numel + 7) / 8;
   for (int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; tile < tiles; tile += int64_t(gridDim.x) * kWarps) {
     const int64_t base = tile * kTile, byte = tile * kLanes + lane;
     const bool words = kWords && base + kTile <= w.numel;
-    Word<T> x[kCount];
+    Word<T> x[kCount], residual[kHeld ? kCount : 1];
     if (words) {  // asked for before the draw, which fills the wait
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) x[j] = load_word(w.input + base + (j * kLanes + lane) * kSize);
+      for (int j = 0; j < kCount; ++j) {
+        const int64_t i = base + (j * kLanes + lane) * kSize;
+        x[j] = load_word(w.input + i);
+        if constexpr (kHeld) residual[j] = load_word(addends.residual + i);
+      }
     }
     uint32_t bits = 0;
     if (byte < bytes) {
@@ -82,8 +130,17 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kCount; ++j) {
         const int word = j * kLanes + lane;
         const uint32_t mine = __shfl_sync(kAllLanes, bits, word / kCount) >> (word % kCount * kSize);
+        if constexpr (Add::kAdd) {
+          if constexpr (!kHeld) residual[0] = load_word(addends.residual + base + word * kSize);
+          Word<T> bias{};
+          if (addends.bias) addends.bias_word(base + word * kSize, &bias);
 #pragma unroll
-        for (int i = 0; i < kSize; ++i) x[j].value[i] = w.apply(x[j].value[i], mine >> i & 1u);
+          for (int i = 0; i < kSize; ++i)
+            x[j].value[i] = addends.add(w, x[j].value[i], bias.value[i], mine >> i & 1u, residual[kHeld ? j : 0].value[i]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) x[j].value[i] = w.apply(x[j].value[i], mine >> i & 1u);
+        }
         store_word(w.output + base + word * kSize, x[j]);
       }
     } else {
@@ -91,7 +148,16 @@ __global__ void __launch_bounds__(kThreads)
         const int element = j * kLanes + lane;
         const uint32_t mine = __shfl_sync(kAllLanes, bits, element / 8);
         const int64_t i = base + element;
-        if (i < w.numel) w.output[kWords ? i : output[i]] = w.apply(w.input[kWords ? i : input[i]], mine >> (element % 8) & 1u);
+        if (i >= w.numel) continue;
+        const bool kept = mine >> (element % 8) & 1u;
+        const T x = w.input[kWords ? i : input[i]];
+        T result;
+        if constexpr (Add::kAdd)
+          result = addends.add(w, x, addends.bias ? addends.bias[addends.column(i)] : T{}, kept,
+                               addends.residual[kWords ? i : addends.position[i]]);
+        else
+          result = w.apply(x, kept);
+        w.output[kWords ? i : output[i]] = result;
       }
     }
   }
@@ -125,16 +191,25 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class T, bool kDraw>
-int run(const DropoutArgs& a, void* stream) {
+template <class T, bool kDraw, class Add>
+int run_elements(const DropoutArgs& a, bool flat, const Add& addends, void* stream) {
   const DropoutWork<T> w(a);
   const Positions input(a.input_layout), output(a.output_layout);
-  const bool flat = a.input_layout.contiguous && a.output_layout.contiguous && word_aligned(a.input, a.output);
-  if (a.inner == 1) {
-    const unsigned blocks = blocks_for(w.numel, kTile * kWarps);
-    return flat ? launch(dropout_elements<T, kDraw, true>, blocks, kThreads, 0, stream, w, input, output)
-                : launch(dropout_elements<T, kDraw, false>, blocks, kThreads, 0, stream, w, input, output);
-  }
+  const unsigned blocks = blocks_for(w.numel, kTile * kWarps);
+  return flat ? launch(dropout_elements<T, kDraw, true, Add>, blocks, kThreads, 0, stream, w, input, output, addends)
+              : launch(dropout_elements<T, kDraw, false, Add>, blocks, kThreads, 0, stream, w, input, output, addends);
+}
+
+bool is_flat(const DropoutArgs& a) {
+  return a.input_layout.contiguous && a.output_layout.contiguous && word_aligned(a.input, a.output);
+}
+
+template <class T, bool kDraw>
+int run(const DropoutArgs& a, void* stream) {
+  const bool flat = is_flat(a);
+  if (a.inner == 1) return run_elements<T, kDraw>(a, flat, NoAddends(), stream);
+  const DropoutWork<T> w(a);
+  const Positions input(a.input_layout), output(a.output_layout);
   if (kDraw) {
     const int error = launch(dropout_draw<T>, blocks_for((a.decisions + 7) / 8, kThreads), kThreads, 0, stream, w);
     if (error) return error;
@@ -153,6 +228,14 @@ int dropout_forward_cuda(const DropoutArgs& a, void* stream) {
 }
 int dropout_apply_cuda(const DropoutArgs& a, void* stream) {
   return with_type(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, false>(a, stream); });
+}
+
+int dropout_add_cuda(const DropoutAddArgs& a, void* stream) {
+  return with_type(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const bool flat = is_flat(a) && a.residual_layout.contiguous && word_aligned(a.residual);
+    return run_elements<T, true>(a, flat, Addends<T>(a), stream);
+  });
 }
 
 }  // namespace fastreg

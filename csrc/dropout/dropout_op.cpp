@@ -15,6 +15,9 @@ void forward(const char* op, const Tensor& input, const DropoutArgs& a) {
 void apply(const char* op, const Tensor& input, const DropoutArgs& a) {
   on_stream(op, input, [&](void* stream) { return dropout_apply_cuda(a, stream); });
 }
+void add(const char* op, const Tensor& input, const DropoutAddArgs& a) {
+  on_stream(op, input, [&](void* stream) { return dropout_add_cuda(a, stream); });
+}
 #else
 constexpr int64_t kGrain = 1 << 15;  // elements per thread at least; a multiple of 8, so that no two threads share a mask byte
 
@@ -29,6 +32,11 @@ void forward(const char* op, const Tensor& input, const DropoutArgs& a) {
   if (a.inner == 1) return parallel(numel, kGrain, [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
   parallel((a.decisions + 7) / 8, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.draw(a, begin, end); });
   apply(op, input, a);
+}
+void add(const char*, const Tensor&, const DropoutAddArgs& a) {
+  const int64_t numel = a.input_layout.numel;
+  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, numel);
+  parallel(numel, kGrain, [&](int64_t begin, int64_t end) { kernels.add(a, begin, end); });
 }
 #endif
 
@@ -56,9 +64,14 @@ int64_t decisions_of(const char* op, const Tensor& input, int64_t inner) {
   return input.numel() / inner;
 }
 
+uint64_t threshold_of(const char* op, double p) {
+  check(p >= 0 && p <= 1, op, ": p must be in [0, 1], got ", p);
+  return dropout_threshold(p);
+}
+
 Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output, double p, const Tensor& seed, int64_t offset,
                       int64_t inner, double scale, double shift, double dropped) {
-  check(p >= 0 && p <= 1, op, ": p must be in [0, 1], got ", p);
+  const uint64_t threshold = threshold_of(op, p);
   check(offset >= 0, op, ": offset must be at least 0, got ", offset);
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
   dtype_of(op, "input", input);
@@ -67,7 +80,7 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
   DropoutArgs a = arguments(op, input, output, mask, inner, scale, shift, dropped);
   a.seed = seed_value;
   a.offset = static_cast<uint64_t>(offset);
-  a.threshold = dropout_threshold(p);
+  a.threshold = threshold;
   forward(op, input, a);
   return mask;
 }
@@ -100,6 +113,36 @@ Tensor dropout_apply(Tensor input, Tensor mask, int64_t inner, double scale, dou
   return output;
 }
 
+std::tuple<Tensor, Tensor> dropout_add(Tensor input, Tensor residual, std::optional<Tensor> bias, double p, Tensor seed,
+                                       double scale) {
+  const char* op = "dropout_add";
+  const uint64_t threshold = threshold_of(op, p);
+  dtype_of(op, "input", input);
+  check_same(op, "residual", residual, "input", input);
+  const int64_t columns = input.dim() ? input.size(-1) : 1;
+  if (bias) {
+    check(bias->scalar_type() == input.scalar_type(), op,
+          ": bias must have the dtype of input; convert it with .to(input.dtype)");
+    check_device(op, "bias", *bias, "input", input);
+    check(input.dim() && bias->dim() == 1 && bias->size(0) == columns, op,
+          ": bias must have the size of input's last dimension, ", "got ", shape_text(*bias), " for ",
+          shape_text(input));  // (columns,)
+    check(bias->is_contiguous(), op, ": bias must be contiguous; call .contiguous()");
+  }
+  const Seed seed_value = seed_of(op, seed, input);
+  Tensor output = allocate_like(input), mask = allocate_bytes(input, (input.numel() + 7) / 8);
+  DropoutAddArgs a{};
+  static_cast<DropoutArgs&>(a) = arguments(op, input, output, mask, 1, scale, 0, 0);
+  a.seed = seed_value;
+  a.threshold = threshold;
+  a.residual = residual.const_data_ptr();
+  a.residual_layout = layout_of(op, residual);
+  a.bias = bias ? bias->const_data_ptr() : nullptr;
+  a.columns = columns ? columns : 1;  // it divides, be there an element or not
+  add(op, input, a);
+  return {output, mask};
+}
+
 }  // namespace
 }  // namespace fastreg
 
@@ -107,4 +150,5 @@ FR_LIBRARY_IMPL(m) {
   m.impl("dropout", TORCH_BOX(&fastreg::dropout));
   m.impl("dropout_", TORCH_BOX(&fastreg::dropout_inplace));
   m.impl("dropout_apply", TORCH_BOX(&fastreg::dropout_apply));
+  m.impl("dropout_add", TORCH_BOX(&fastreg::dropout_add));
 }

@@ -447,6 +447,88 @@ void dropout() {
   }
 }
 
+// ---- dropout with bias and residual
+
+struct DropoutAddCase {
+  DType dtype;
+  Layout in, residual, out;
+  int64_t columns;  // of the bias; 0 for none
+  uint64_t seed, threshold;
+};
+
+void dropout_add_case(const DropoutAddCase& c, Digest& digest) {
+  const int64_t n = c.in.numel, bytes = (n + 7) / 8;
+  current_case = std::string("dropout_add/") + name_of(c.dtype) + " n " + std::to_string(n) + " columns " +
+                 std::to_string(c.columns) + " threshold " + std::to_string(c.threshold);
+  const DType type = accumulation(c.dtype);
+  Random random{uint64_t(n) + c.threshold};
+  Array x(c.dtype, c.in), residual(c.dtype, c.residual), y(c.dtype, c.out), mask(1, contiguous(bytes));
+  Array bias(c.dtype, contiguous(c.columns ? c.columns : 1));
+  for (Array* array : {&x, &residual, &bias}) {
+    for (int64_t i = 0; i < array->numel(); ++i) array->set(i, random.signed_value());
+    for (const double special : {0., -0., kInfinity, -kInfinity, kNaN}) array->set(random.below(array->numel()), special);
+  }
+
+  DropoutAddArgs a{};
+  a.dtype = c.dtype;
+  a.input = x.data();
+  a.output = y.data();
+  a.mask = mask.data<uint8_t>();
+  a.input_layout = x.layout;
+  a.output_layout = y.layout;
+  a.decisions = n;
+  a.inner = 1;
+  a.seed = {c.seed, nullptr};
+  a.threshold = c.threshold;
+  a.scale = 1 / 0.7;
+  a.residual = residual.data();
+  a.residual_layout = residual.layout;
+  a.bias = c.columns ? bias.data() : nullptr;
+  a.columns = c.columns ? c.columns : 1;
+  const int64_t middle = n / 3 / 8 * 8;  // in two pieces, as two threads would
+  if (middle) kernels::dropout_kernels.add(a, 0, middle);
+  kernels::dropout_kernels.add(a, middle, n);
+
+  Halves high{c.seed, 0, 0}, low{c.seed, 1, 0};
+  const double scale = round_to(type, a.scale);
+  for (int64_t i = 0; i < 8 * bytes; ++i) {
+    const uint64_t number = uint64_t(high.at(uint64_t(i))) << 16 | low.at(uint64_t(i));
+    const bool kept = number < c.threshold && i < n;
+    if ((mask.raw(i / 8) >> (i % 8) & 1) != kept) fail("decision %lld of %lld is wrong", (long long)i, (long long)n);
+    if (i >= n) continue;
+    double value = x.get(i);
+    if (c.columns) value = round_to(type, value + bias.get(i % c.columns));
+    value = round_to(type, round_to(type, value * scale) + residual.get(i));
+    y.expect(i, round_to(c.dtype, kept ? value : residual.get(i)));
+  }
+  mask.expect_guards("mask");
+  y.expect_guards("output");
+  mask.add_to(digest);
+  y.add_to(digest);
+}
+
+void dropout_add() {
+  int count = 0;
+  for (const DType dtype : kDTypes) {
+    Digest& digest = digests[std::string("dropout_add/") + name_of(dtype)];
+    for (const int64_t n : kSizes) {
+      const Layout layouts[][3] = {{contiguous(n), contiguous(n), contiguous(n)},
+                                   {transposed(n), contiguous(n), every_third(n)},
+                                   {contiguous(n), expanded(n), contiguous(n)},
+                                   {every_third(n), transposed(n), transposed(n)}};
+      // Of kSizes one at most divides n, which a kernel does not ask for: rows end anywhere in a vector and in a tile.
+      for (const int64_t columns :
+           {int64_t(0), int64_t(1), int64_t(3), int64_t(16), int64_t(100), int64_t(1023), int64_t(1024), int64_t(1029), n}) {
+        const auto& l = layouts[count % 4];
+        DropoutAddCase c{dtype, l[0], l[1], l[2], columns, 0x123456789abcdefu * uint64_t(count + 1), 0xb3333333u};
+        if (count % 7 == 0) c.threshold = count % 14 ? 0 : uint64_t(1) << 32;
+        dropout_add_case(c, digest);
+        ++count;
+      }
+    }
+  }
+}
+
 // ---- SGD
 
 struct SgdCase {
@@ -1253,6 +1335,7 @@ int main(int argc, char** argv) {
   pairs();
   philox();
   dropout();
+  dropout_add();
   sgd();
   fgsm();
   cross_entropy();

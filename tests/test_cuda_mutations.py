@@ -1,0 +1,45 @@
+"""That the tests of the CUDA kernels catch what goes wrong in CUDA kernels: here each is broken in one way, and a test fails."""
+
+import shutil
+
+import pytest
+import test_cuda_dropout
+import torch
+from cuda_machine import CSRC, Interpreted, compile_ptx, needs_cudacheck, needs_nvcc
+
+pytestmark = [needs_cudacheck, needs_nvcc]
+
+
+def dropout_tail():
+    test_cuda_dropout.test_the_same_bits_as_on_the_cpu(5003, torch.float32, "min-pc")
+
+
+def dropout_unaligned():
+    test_cuda_dropout.test_unaligned(torch.float32, 8)
+
+
+def dropout_large():
+    test_cuda_dropout.test_more_than_2_31_elements()
+
+
+MUTATIONS = {
+    "tail off by one": ("dropout", "if (i < w.numel)", "if (i <= w.numel)", dropout_tail, "out-of-bounds"),
+    "misaligned vector load": ("dropout", "word_aligned(a.input, a.output)", "true", dropout_unaligned, "misaligned"),
+    "int32 index": ("dropout", "base = tile * kTile,", "base = int32_t(tile * kTile),", dropout_large, ""),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_caught(name, tmp_path, monkeypatch):
+    op, old, new, check, message = MUTATIONS[name]
+    shutil.copytree(CSRC, tmp_path / "csrc")
+    source = tmp_path / "csrc" / op / f"{op}_cuda.cu"
+    text = source.read_text()
+    assert text.count(old) == 1, f"{source.name} no longer says {old!r} once: choose another place to break"
+    source.write_text(text.replace(old, new))
+    compile_ptx(source, tmp_path / "mutant.so")
+    mutant = Interpreted(tmp_path / "mutant.so")
+    monkeypatch.setattr(f"test_cuda_{op}.interpreted", lambda _: mutant)
+    with pytest.raises(AssertionError) as caught:
+        check()
+    assert message in str(caught.value)
