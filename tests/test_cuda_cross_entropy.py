@@ -61,7 +61,11 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
     def arguments(machine):
         slots["x"] = machine.put(x, "x", offset=misaligned, readonly=not in_place)
         if with_grad:
-            slots["grad"] = slots["x"] if in_place else machine.room(like, "grad", offset=misaligned * like.element_size() // x.element_size())
+            slots["grad"] = (
+                slots["x"]
+                if in_place
+                else machine.room(like, "grad", offset=misaligned * like.element_size() // x.element_size())
+            )
         slots["target"] = machine.put(target, "target")
         for name, tensor in (("weight", weight), ("row_factor", row_factor)):
             if tensor is not None:
@@ -80,9 +84,7 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
             ignore_index, mix, base, z_loss, 1.0, at.get("row_factor"),
         )  # fmt: skip
         number = ("none", "mean", "sum").index(reduction)
-        return CrossEntropyLaunch(
-            args, number, zero, dtype_number(loss_dtype), at["loss"], at["lse"], at.get("scratch")
-        )
+        return CrossEntropyLaunch(args, number, zero, dtype_number(loss_dtype), at["loss"], at["lse"], at.get("scratch"))
 
     kernels = interpreted("cross_entropy", debug=True) if debug else interpreted("cross_entropy")
     reports = kernels.run("cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, **options)
@@ -477,7 +479,9 @@ def test_more_than_2_31_elements(layout):
         return CrossEntropyLaunch(args, 0, False, 0, loss.addr, lse.addr, None)
 
     last = (n - 1) // threads
-    interpreted("cross_entropy").run("cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, blocks=sorted({0, last % 2**20}))
+    interpreted("cross_entropy").run(
+        "cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, blocks=sorted({0, last % 2**20})
+    )
     rows, loss = written["loss"].writes(np.float32)
     at, grad = written["grad"].writes(np.float32)
     assert rows.max() == n - 1 and at.max() == n * k - 1 and len(at) == len(rows) * k == len(set(at.tolist()))

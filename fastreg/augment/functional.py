@@ -25,6 +25,8 @@ def batched(op, images):
         )
     if images.dim() < 3:
         raise ValueError(f"{op}: images must be (..., channels, height, width), got {tuple(images.shape)}")
+    if images.device.type not in ("cpu", "meta"):
+        raise RuntimeError(f"{op}: augmentation runs on the CPU so far, got images on {images.device}; move them with .cpu()")
     lead = images.shape[:-3]
     return images if images.dim() == 4 else images.reshape(lead.numel(), *images.shape[-3:]), lead
 
