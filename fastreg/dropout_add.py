@@ -133,7 +133,10 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
     if type(input) is not torch.Tensor and hasattr(input, "device_mesh"):
         input = input if bias is None else input + bias
         return (_run(op, input, p, False, generator, 1, "inverted") if p else input) + residual
-    seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64, device=input.device)
+    if p:
+        seed = draw_seed(input.device, generator)
+    else:  # for the form: on the CPU it costs a GPU nothing
+        seed = torch.zeros(1, dtype=torch.int64, device=input.device if is_compiling() else "cpu")
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
         return torch.ops.fastreg.dropout_add_traced(input, residual, bias, p, seed)

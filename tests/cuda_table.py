@@ -1,6 +1,7 @@
 """The table of CUDA kernels in docs/cuda.md: `python tests/cuda_table.py` executes each and writes it anew.
 
-Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, registers are what ptxas says for sm_80, and the
+Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, but for the bias of dropout_add, which comes from
+the cache; registers are what ptxas says for sm_80, and the
 share of the memory's bandwidth is predicted: the time of the floor's bytes over that of the bytes moved or, if longer, of the
 instructions, for an H100 (3.35 TB/s; 132 SMs, 128 lanes, 1.76 GHz). The interpreter counts instructions of PTX, of which about a
 quarter are moves and conversions that cost nothing in machine code.
@@ -54,9 +55,9 @@ def rows():
     yield "|---|---|---|---|---|---|---|"
     for what, dtype, elements, floor, reports, op in measured():
         used = test_cuda_build.resources(op)
-        registers = sorted({used[report.kernel][0] for report in reports})
-        shared = max(used[report.kernel][2] for report in reports)
-        moved, instructions = traffic(reports), sum(report.instructions for report in reports)
+        registers = sorted({used[test_cuda_build.kernel(report.kernel)][0] for report in reports})
+        shared = max(used[test_cuda_build.kernel(report.kernel)][2] for report in reports)
+        moved, instructions = traffic(reports, without=("bias",)), sum(report.instructions for report in reports)
         share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)
         name = str(dtype).removeprefix("torch.")
         yield (

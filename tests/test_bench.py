@@ -22,7 +22,7 @@ from fastreg import benchmarks  # noqa: E402
 from fastreg.cli import bench  # noqa: E402
 from fastreg.cli.bench import table  # noqa: E402
 
-OPS = {"cross_entropy", "dropout", "fgsm", "linear_cross_entropy", "sgd", "training"}
+OPS = {"cross_entropy", "dropout", "dropout_add", "fgsm", "linear_cross_entropy", "sgd", "training"}
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +85,12 @@ def test_results(ran):
 
 def test_dropout_keeps_a_bit_per_element(ran):
     for row in read(ran[0])["rows"]:
-        if row["op"] == "dropout":
+        if row["op"] in ("dropout", "dropout_add"):
             size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
             assert row["saved_bytes"]["fastreg"] == row["elements"] // 8
             assert row["saved_bytes"]["torch"] == row["elements"] * size
-            assert row["moved_bytes"] == 4 * row["elements"] * size + row["elements"] // 4
+            moved = {"dropout": 4, "dropout_add": 5}[row["op"]]
+            assert row["moved_bytes"] == moved * row["elements"] * size + row["elements"] // 4
 
 
 def test_training_has_the_losses_of_both_sides(ran):
@@ -142,6 +143,9 @@ def test_resnet50_has_the_parameters_that_torchvision_counts():
 # A wrong op is not timed
 
 
+_REAL_DROPOUT = fr.dropout
+
+
 def _never_drops(x, p):
     return x / (1 - p)
 
@@ -161,6 +165,9 @@ def _wrong_gradient(x, p):
         ("dropout", "dropout", _never_drops),
         ("dropout", "dropout", _without_scale),
         ("dropout", "dropout", _wrong_gradient),
+        ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _never_drops(x + bias, p)),
+        ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _REAL_DROPOUT(x, p) + bias),
+        ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _wrong_gradient(x + bias, p)),
         ("fgsm", "fgsm_step", lambda x, g, eps, low, high: (x + eps * g).clamp(low, high)),
         ("fgsm", "fgsm_step", lambda x, g, eps, low, high: x + eps * g.sign()),
         ("cross_entropy", "cross_entropy", lambda z, y, label_smoothing: torch.nn.functional.cross_entropy(z, y)),

@@ -1,5 +1,5 @@
-"""dropout_add: the mask is dropout's for the same seed, the values are one rounding of (x + bias) * scale + residual where kept
-and the residual elsewhere, whatever layout, threads or instruction set; the derivatives read one bit per element; and all of it
+"""dropout_add: the mask is dropout's for the same seed, the values are one rounding of (x + bias) * scale + residual where kept,
+the residual elsewhere, whatever the layout or the threads; the derivatives read one bit per element; and all of it
 holds through every door of torch. References are plain torch and take nothing from the op but the mask of `fr.dropout`."""
 
 import copy

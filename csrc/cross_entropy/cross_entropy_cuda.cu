@@ -669,8 +669,9 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   // Words of the logits must be words of the gradient, in every row.
   constexpr int kPhase = Word<G>::kSize;
   const auto phase = [](const void* p, size_t size) { return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase); };
-  const bool in_phase = !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
-                                    (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
+  const bool in_phase =
+      !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
+                  (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
   const bool words = !w.general && x.cls == 1 && in_phase;
   const int64_t work = words ? k / kSize : k / 4;  // a lane has about 4 to 16 words
   const int threads = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : kMostRowThreads<T>;
@@ -679,7 +680,8 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   const size_t reserved = 2048;  // of_warp, and what the driver takes
   const bool cached = a.grad && size_t(k) <= most && room + reserved <= most;
   const auto kernel = words ? cross_entropy_rows<T, G, true> : cross_entropy_rows<T, G, false>;
-  return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream, w, threads, cached);
+  return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream, w, threads,
+                cached);
 }
 
 template <class T, class G>

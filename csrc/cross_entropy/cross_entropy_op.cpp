@@ -147,7 +147,8 @@ double normaliser_of(const char* op, const CrossEntropyArgs& a) {
           i);
     ++counted;
     if (!a.weight) continue;
-    weights += a.dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t] : double(static_cast<const float*>(a.weight)[t]);
+    weights +=
+        a.dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t] : double(static_cast<const float*>(a.weight)[t]);
   }
   return a.weight && counted ? weights : double(counted);
 }
