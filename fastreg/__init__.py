@@ -1,6 +1,6 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _library, nn, optim
+from . import _library, augment, nn, optim
 from .adversarial import FreeAdversarial, adversarial_backward, adversarial_loss, robust_accuracy
 from .autoencoder import TiedDecoder, pretrain_autoencoder
 from .calibration import calibration_curve, calibration_error
@@ -34,6 +34,7 @@ __all__ = [
     "adversarial_backward",
     "adversarial_loss",
     "alpha_dropout",
+    "augment",
     "calibration_curve",
     "calibration_error",
     "convert",
