@@ -19,7 +19,7 @@ from fastreg.benchmarks._timing import Case, Targets, Work  # noqa: E402
 
 import fastreg as fr  # noqa: E402
 from fastreg import benchmarks  # noqa: E402
-from fastreg.cli import bench  # noqa: E402
+from fastreg.cli import bench, doctor  # noqa: E402
 from fastreg.cli.bench import table  # noqa: E402
 
 OPS = {"cross_entropy", "dropout", "dropout_add", "fgsm", "linear_cross_entropy", "sgd", "training"}
