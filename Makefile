@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
 venv := .venv/bin
-sources := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
+sources := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 .PHONY: build demo test lint bench clean
 
@@ -17,7 +17,7 @@ test: .venv/.test
 lint: .venv/.lint
 	$(venv)/ruff check .
 	$(venv)/ruff format --check .
-	$(venv)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp')
+	$(venv)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 bench: .venv/.bench
 	$(venv)/fastreg bench $(ARGS)

@@ -53,6 +53,8 @@ set(module "_C_cuda${torch_cuda_major}")
 find_library(TORCH_CUDA_LIBRARY torch_cuda PATHS "${torch_dir}/lib" NO_DEFAULT_PATH REQUIRED)
 add_library(cuda_kernels OBJECT)
 add_library(cuda_glue OBJECT)
+set(cuda_ops ${ops})
+list(REMOVE_ITEM cuda_ops augment)  # on the CPU only so far
 foreach(op IN LISTS cuda_ops)
   target_sources(cuda_kernels PRIVATE csrc/${op}/${op}_cuda.cu)
   target_sources(cuda_glue PRIVATE csrc/${op}/${op}_op.cpp)

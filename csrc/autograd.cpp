@@ -110,6 +110,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& input, const T
               o.loss_dtype, with_grad);
 }
 
+void cross_entropy_scale_op(const Tensor& values, const Tensor& factor) {
+  static const auto op = find<void(const Tensor&, const Tensor&)>("fastreg::cross_entropy_scale_");
+  call(op, values, factor);
+}
+
 // ---- dropout
 
 Tensor apply_mask(const Tensor& grad, const Tensor& mask, int64_t inner, double scale);
@@ -204,9 +209,6 @@ Tensor draw_seed(const Tensor& input) {
 
 bool is_plain(const Tensor& t);
 
-// A look at the value: the usual loss.backward() starts with a 1.
-bool is_one(const Tensor& g) { return is_plain(g) && g.is_cpu() && g.numel() == 1 && g.item().toDouble() == 1; }
-
 // d (<v, G> + <u, lse>) / d input, wanted too rarely to be written twice: the function of that name in Python.
 Tensor second_order(const Tensor& v, const Tensor& u, const variable_list& saved, AutogradContext* ctx) {
   const pybind11::gil_scoped_acquire gil;
@@ -239,10 +241,18 @@ struct CrossEntropy : Function<CrossEntropy> {
     const Tensor& grad = saved[0];
     Tensor g = grads[0], result;
     if (g.defined()) {
-      if (!at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() && is_one(g))
-        result = grad.detach();  // nobody else will read it: the usual loss.backward() costs no pass over memory
-      else
+      // Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs no pass over it. A GPU's g is
+      // looked at by the kernel: to look at it here would be to wait.
+      const bool ours =
+          !at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) && g.numel() == 1;
+      if (ours && g.is_cuda()) {
+        result = grad.detach();
+        cross_entropy_scale_op(result, g);
+      } else if (ours && g.item().toDouble() == 1) {
+        result = grad.detach();
+      } else {
         result = grad * (g.dim() ? g.unsqueeze(1) : g).to(grad.scalar_type());
+      }
     }
     if (grads[1].defined() || grads[2].defined()) {
       const Tensor second = second_order(grads[1], grads[2], saved, ctx);

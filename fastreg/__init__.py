@@ -1,7 +1,9 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _library, nn, optim
+from . import _library, augment, nn, optim
+from .adversarial import FreeAdversarial, adversarial_backward, adversarial_loss, robust_accuracy
 from .autoencoder import TiedDecoder, pretrain_autoencoder
+from .calibration import calibration_curve, calibration_error
 from .cross_entropy import cross_entropy
 from .dropout import (
     alpha_dropout,
@@ -17,7 +19,7 @@ from .dropout import (
 )
 from .dropout_add import dropout_add
 from .early_stopping import EarlyStopping, retrain
-from .fgsm import adversarial_loss, fgsm, fgsm_step, pgd
+from .fgsm import fgsm, fgsm_step, pgd
 from .linear_cross_entropy import linear_cross_entropy
 from .multi_task import MultiTaskLoss
 from .parameter_sharing import share_parameters, unshare_parameters
@@ -26,10 +28,15 @@ from .pseudo_label import pseudo_label_loss
 
 __all__ = [
     "EarlyStopping",
+    "FreeAdversarial",
     "MultiTaskLoss",
     "TiedDecoder",
+    "adversarial_backward",
     "adversarial_loss",
     "alpha_dropout",
+    "augment",
+    "calibration_curve",
+    "calibration_error",
     "convert",
     "cross_entropy",
     "drop_path",
@@ -52,6 +59,7 @@ __all__ = [
     "pretrain_autoencoder",
     "pseudo_label_loss",
     "retrain",
+    "robust_accuracy",
     "share_parameters",
     "unpack_mask",
     "unpatch",

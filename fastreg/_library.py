@@ -181,6 +181,14 @@ def check_number(op, name, value, low=-math.inf, high=math.inf):
         raise ValueError(f"{op}: {name} must be {interval}, got {value}")
 
 
+def check_count(op, name, value):
+    """Raise unless `value` is an integer of at least 1."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+
+
 def check_choice(op, name, value, choices):
     """Raise unless `value` is one of `choices`."""
     if value not in choices:

@@ -102,8 +102,9 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
         generator: torch.Generator on the input's device to draw the seed from; the default generator if None.
 
     Returns:
-        A new tensor like `input`, memory format kept. A dropped inf or NaN does not show. Saved for backward: one bit per element.
-        Twice differentiable in the three tensors. Under autocast they may differ in dtype: the widest is computed in and returned.
+        A new tensor like `input`, memory format kept. A dropped inf or NaN does not show. Saved for backward: one bit per
+        element. Twice differentiable in the three tensors. Under autocast they may differ in dtype: the widest is computed in
+        and returned.
 
     Raises:
         ValueError: p outside [0, 1] or NaN; a residual or bias of another shape, dtype or device; a dtype without kernels.
@@ -132,7 +133,10 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
     if type(input) is not torch.Tensor and hasattr(input, "device_mesh"):
         input = input if bias is None else input + bias
         return (_run(op, input, p, False, generator, 1, "inverted") if p else input) + residual
-    seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64, device=input.device)
+    if p:
+        seed = draw_seed(input.device, generator)
+    else:  # for the form: on the CPU it costs a GPU nothing
+        seed = torch.zeros(1, dtype=torch.int64, device=input.device if is_compiling() else "cpu")
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
         return torch.ops.fastreg.dropout_add_traced(input, residual, bias, p, seed)

@@ -5,7 +5,7 @@
 Algorithm 7.1 of Goodfellow, Bengio, Courville, "Deep Learning" (2016), section 7.8, counted in epochs (one per score);
 `retrain` is algorithm 7.2. Algorithm 7.3 needs no code: `restore()`, then go on with all data under a second stopper
 whose `target` is the training error of the best epoch (its patience ends it where that is out of reach).
-Beyond the book: a least gain, a warm-up, a target, a divergence bound, scores that are not finite, several ranks.
+Beyond the book: a least gain, a warm-up, a target, bounds for divergence and collapse, scores that are not finite, several ranks.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class EarlyStopping:
         warmup: first epochs that use up no patience. The best is kept among them too, and the other rules hold.
         target: stop at the first score this good; that epoch becomes the best even by a gain below min_delta.
         diverged: stop at the first score worse than this.
+        collapse: stop at the first score worse than `best` by more than this, whatever the patience: robust accuracy
+            falls so in one epoch when training with `fgsm` overfits catastrophically (Wong, Rice, Kolter 2020).
         nan: what NaN does: "skip" counts an epoch without improvement, "stop" stops, "raise" raises ValueError. An
             infinity in the improving direction (an overflow, the log of 0) is no achievement and goes the same way;
             in the other direction it is just a very bad score. Neither is ever the best.
@@ -73,6 +75,7 @@ class EarlyStopping:
         warmup: int = 0,
         target: float | None = None,
         diverged: float | None = None,
+        collapse: float | None = None,
         nan: Literal["skip", "stop", "raise"] = "skip",
         group: dist.ProcessGroup | None = None,
     ):
@@ -96,6 +99,8 @@ class EarlyStopping:
         for name, value in {"target": target, "diverged": diverged}.items():
             if value is not None:
                 _number("EarlyStopping", name, value, "a finite number or None")
+        if collapse is not None:
+            _number("EarlyStopping", "collapse", collapse, "a finite number >= 0 or None", least=0)
         self._sign = 1 if mode == "min" else -1
         if target is not None and diverged is not None and self._sign * target > self._sign * diverged:
             raise ValueError(
@@ -104,7 +109,7 @@ class EarlyStopping:
             )
         self.tracked, self.mode, self.nan, self.group = tracked, mode, nan, group
         self.patience, self.warmup, self.min_delta, self.relative = patience, warmup, min_delta, relative
-        self.target, self.diverged = target, diverged
+        self.target, self.diverged, self.collapse = target, diverged, collapse
         self.best: float | None = None
         self.best_epoch: int | None = None
         self.epoch = self.bad_epochs = 0
@@ -147,6 +152,8 @@ class EarlyStopping:
             self.reason = f"score {score:g} reached target={self.target:g} at epoch {epoch}"
         elif self.diverged is not None and sign * score > sign * self.diverged:
             self.reason = f"score {score:g} is worse than diverged={self.diverged:g} at epoch {epoch}"
+        elif self.collapse is not None and self.best is not None and sign * (score - self.best) > self.collapse:
+            self.reason = f"score {score:g} is worse than the best, {self.best:g}, by over {self.collapse:g} at epoch {epoch}"
         elif self.bad_epochs >= max(self.patience, 1):
             best = "no finite score yet" if self.best is None else f"best {self.best:g} at epoch {self.best_epoch}"
             self.reason = f"no improvement in {self.bad_epochs} epochs up to epoch {epoch}: {best}"

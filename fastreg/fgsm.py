@@ -1,7 +1,7 @@
-"""Adversarial examples and training on them.
+"""Adversarial examples; `adversarial.py` trains on them.
 
-The fast gradient sign method, x' = clamp(x + eps sign(dJ/dx)) (Goodfellow, Shlens, Szegedy 2015), its iterated form with
-projection, PGD (Kurakin et al. 2017; Madry et al. 2018), and the training objective over clean and adversarial examples.
+The fast gradient sign method, x' = clamp(x + eps sign(dJ/dx)) (Goodfellow, Shlens, Szegedy 2015), from x or from a random start
+(Wong, Rice, Kolter 2020), and its iterated form with projection, PGD (Kurakin et al. 2017; Madry et al. 2018).
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from ._library import check_choice, check_number, check_tensor, define
+from ._library import check_choice, check_count, check_number, check_tensor, define
 from .cross_entropy import cross_entropy
 
 # Each number of the formula is one value, or a tensor of values that broadcasts over neighbouring dimensions.
@@ -285,7 +285,19 @@ def _times(number, sign):
     return number[0] * sign, None if number[1] is None else number[1] * sign
 
 
-def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm="linf"):
+def fgsm(
+    model,
+    x,
+    y,
+    eps,
+    *,
+    loss=None,
+    bounds=(0.0, 1.0),
+    targeted=False,
+    norm="linf",
+    random_start=False,
+    generator=None,
+):
     """Adversarial examples by one step along the gradient of the loss.
 
     linf: clamp(x + eps * sign(g)); l2: clamp(x + eps * g / |g|_2 per sample), with g = d loss / d x.
@@ -296,11 +308,14 @@ def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm
         x: inputs, (B, ...), floating point, in the units of `bounds`.
         y: what `loss` compares with: class indices (B,) or probabilities; with `targeted` the class to be mistaken for.
         eps: size of the step, at least 0: a number, or a tensor with one value per channel (C,), per sample (B,) or of any shape
-            that broadcasts to x.
+            that broadcasts to x. For normalised inputs divide by their standard deviation: 8 / 255 / std.
         loss: callable(model(x), y) -> tensor, summed; cross-entropy if None.
         bounds: (lower, upper) of valid inputs, each like `eps`; None for none.
         targeted: step down the loss of y instead of up.
         norm: "linf" or "l2".
+        random_start: take the gradient at a uniform random point of the eps-ball and step 1.25 * eps from there, back into the
+            ball: the examples of fast adversarial training.
+        generator: torch.Generator on x's device for that point.
 
     Returns:
         Tensor like x, detached. Nothing else changes: neither modes, buffers such as BatchNorm's statistics, nor `.grad` of
@@ -312,14 +327,21 @@ def fgsm(model, x, y, eps, *, loss=None, bounds=(0.0, 1.0), targeted=False, norm
             on x.
         TypeError: x is no floating-point tensor.
 
-    Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017.
+    Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017; random_start: Wong, Rice, Kolter 2020, Fast is
+    better than free.
     """
-    eps, lower, upper = _prepare("fgsm", x, eps, bounds, norm)
-    sign = -1.0 if targeted else 1.0
+    eps, *bounds = _prepare("fgsm", x, eps, bounds, norm)
+    return _one_step("fgsm", model, x, y, eps, bounds, loss, -1.0 if targeted else 1.0, norm, random_start, generator)
+
+
+def _one_step(op, model, x, y, eps, bounds, loss, sign, norm, random_start, generator):
+    if random_start:
+        start = _random_start(x, eps, *bounds, norm, generator)
+        return _iterate(op, model, x, y, start, eps, _times(eps, 1.25 * sign), 1, bounds, loss, norm)
     with _autograd():
-        grad = _input_gradient("fgsm", model, x, y, loss)
+        grad = _input_gradient(op, model, x, y, loss)
     with torch.no_grad():
-        return _attack_step("fgsm", x.detach(), grad, None, _times(eps, sign), eps, lower, upper, norm)
+        return _attack_step(op, x.detach(), grad, None, _times(eps, sign), eps, *bounds, norm)
 
 
 def pgd(
@@ -331,6 +353,7 @@ def pgd(
     steps,
     *,
     random_start=True,
+    restarts=1,
     loss=None,
     bounds=(0.0, 1.0),
     targeted=False,
@@ -343,30 +366,62 @@ def pgd(
         alpha: size of one step, like `eps`.
         steps: number of steps, at least 1.
         random_start: begin at a uniform random point of the ball instead of at x.
-        generator: torch.Generator on x's device for that point.
+        restarts: number of random starts, of which each sample keeps the one with the highest loss (with `targeted` the lowest).
+            A loss of one's own must then give one value per sample, (B, ...).
+        generator: torch.Generator on x's device for these points.
 
     Other arguments, result and errors as in `fgsm`. In the "linf" norm step and projection are one pass over memory.
     Source: Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards deep learning models resistant to adversarial attacks.
     """
-    eps, lower, upper = _prepare("pgd", x, eps, bounds, norm)
-    alpha = _times(_number("pgd", "alpha", alpha, x, low=0), -1.0 if targeted else 1.0)
-    if not isinstance(steps, int) or isinstance(steps, bool):
-        raise TypeError(f"pgd: steps must be an int, got {type(steps).__name__}")
-    if steps < 1:
-        raise ValueError(f"pgd: steps must be at least 1, got {steps}")
-    origin = x.detach()
-    adversarial = origin
-    if random_start:
-        with torch.no_grad():
-            adversarial = _random_start(origin, eps, lower, upper, norm, generator)
+    op = "pgd"
+    eps, *bounds = _prepare(op, x, eps, bounds, norm)
+    sign = -1.0 if targeted else 1.0
+    alpha = _times(_number(op, "alpha", alpha, x, low=0), sign)
+    check_count(op, "steps", steps)
+    check_count(op, "restarts", restarts)
+    if restarts > 1 and not random_start:
+        raise ValueError(f"{op}: {restarts} restarts from the same point find the same; use random_start=True or restarts=1")
+    best = highest = None
+    for _ in range(restarts):
+        start = _random_start(x, eps, *bounds, norm, generator) if random_start else x.detach()
+        found = _iterate(op, model, x, y, start, eps, alpha, steps, bounds, loss, norm)
+        if restarts == 1:
+            return found
+        value = sign * _losses(op, model, found, y, loss)
+        if best is None:
+            best, highest = found, value
+        else:
+            better = (value > highest) | highest.isnan()
+            best, highest = torch.where(_per_sample(better, x), found, best), torch.where(better, value, highest)
+    return best
+
+
+def _iterate(op, model, x, y, start, eps, alpha, steps, bounds, loss, norm):
+    """`steps` projected steps from `start` in the eps-ball around x."""
+    origin, adversarial = x.detach(), start
     for _ in range(steps):
         with _autograd():
-            grad = _input_gradient("pgd", model, adversarial, y, loss)
+            grad = _input_gradient(op, model, adversarial, y, loss)
         with torch.no_grad():
-            adversarial = _attack_step("pgd", adversarial, grad, origin, alpha, eps, lower, upper, norm)
+            adversarial = _attack_step(op, adversarial, grad, origin, alpha, eps, *bounds, norm)
     return adversarial
 
 
+@torch.no_grad()
+def _losses(op, model, x, y, loss):
+    """The loss of every sample, (B,)."""
+    with _shielded(model):
+        output = model(x)
+    value = cross_entropy(output, y, reduction="none") if loss is None else loss(output, y)
+    if value.dim() == 0 or len(value) != len(x):
+        raise ValueError(
+            f"{op}: with restarts the loss must give one value per sample, ({len(x)}, ...), got shape {tuple(value.shape)}; "
+            "use reduction='none'"
+        )
+    return _samples(value).sum(1)
+
+
+@torch.no_grad()
 def _random_start(x, eps, lower, upper, norm, generator):
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     if norm == "linf":
@@ -377,73 +432,3 @@ def _random_start(x, eps, lower, upper, norm, generator):
         radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator)
         noise = direction * radius ** (1 / max(math.prod(x.shape[1:]), 1))
     return _clamp(x.to(work) + _value(eps) * noise, lower, upper).to(x.dtype)
-
-
-def adversarial_loss(
-    model,
-    x,
-    y,
-    eps,
-    *,
-    weight=0.5,
-    loss=None,
-    bounds=(0.0, 1.0),
-    norm="linf",
-):
-    """The objective of adversarial training, (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x).
-
-    The clean forward pass serves the clean loss and the attack both, so that the price over plain training is one extra forward
-    and backward pass (and the gradient's way to the input).
-
-    Args:
-        model: Module or callable, called twice in the mode it is in; its statistics move as in any two training passes.
-        weight: share of the adversarial examples, in [0, 1]; with 0 or 1 the other kind is not evaluated.
-        loss: callable(model(x), y) -> loss of one number; mean cross-entropy if None.
-
-    Other arguments as in `fgsm`.
-
-    Returns:
-        The loss, (), attached to the model's parameters, not to x.
-
-    Raises:
-        ValueError, TypeError: as `fgsm`; weight outside [0, 1].
-
-    Source: Goodfellow, Shlens, Szegedy 2015, section 6.
-    """
-    op = "adversarial_loss"
-    eps, lower, upper = _prepare(op, x, eps, bounds, norm)
-    check_number(op, "weight", weight, 0, 1)
-    x = x.detach()
-
-    def evaluate(x):
-        value = cross_entropy(model(x), y) if loss is None else loss(model(x), y)
-        if value.numel() != 1:
-            raise ValueError(f"{op}: loss must give one number, got shape {tuple(value.shape)}; reduce it with .mean()")
-        return value
-
-    def attack():
-        with _autograd():
-            grad = _input_gradient(op, model, x, y, loss)
-        with torch.no_grad():
-            return _attack_step(op, x, grad, None, eps, eps, lower, upper, norm)
-
-    if weight == 0:
-        return evaluate(x)
-    if weight == 1:
-        return evaluate(attack())
-    if not torch.is_grad_enabled() or _computes_in_float16(model, x):
-        return (1 - weight) * evaluate(x) + weight * evaluate(attack())
-    leaf = x.clone().requires_grad_()
-    clean = evaluate(leaf)
-    try:
-        grad = _gradient(op, clean, leaf, retain_graph=True)
-    except RuntimeError as error:
-        # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it begins: that pass
-        # belongs to the caller, so that the attack needs a forward pass of its own.
-        if "donated buffer" not in str(error):
-            raise
-        adversarial = attack()
-    else:
-        with torch.no_grad():
-            adversarial = _attack_step(op, x, grad, None, eps, eps, lower, upper, norm)
-    return (1 - weight) * clean + weight * evaluate(adversarial)

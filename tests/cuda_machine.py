@@ -216,9 +216,10 @@ class Slot:
 _UNSIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def traffic(reports):
-    """Bytes that the launches move in sectors of 32 bytes, before any cache."""
-    rows = [row for report in reports for (name, _), row in report.traffic.rows.items() if name != "(params)"]
+def traffic(reports, without=()):
+    """Bytes that the launches move in sectors of 32 bytes, before any cache, but for the buffers named in `without`."""
+    skipped = ("(params)", *without)
+    rows = [row for report in reports for (name, _), row in report.traffic.rows.items() if name not in skipped]
     return 32 * sum(row["sectors"] for row in rows)
 
 

@@ -19,10 +19,10 @@ from fastreg.benchmarks._timing import Case, Targets, Work  # noqa: E402
 
 import fastreg as fr  # noqa: E402
 from fastreg import benchmarks  # noqa: E402
-from fastreg.cli import bench  # noqa: E402
+from fastreg.cli import bench, doctor  # noqa: E402
 from fastreg.cli.bench import table  # noqa: E402
 
-OPS = {"cross_entropy", "dropout", "fgsm", "linear_cross_entropy", "sgd", "training"}
+OPS = {"cross_entropy", "dropout", "dropout_add", "fgsm", "linear_cross_entropy", "sgd", "training"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,9 +67,14 @@ def test_results(ran):
     assert machine["build"] == fr._C.build_info() and machine["torch"] == torch.__version__
     assert machine["autograd"]["path"] in ("Python", "C++") and machine["cores"] == os.cpu_count() and machine["cpu"]
     assert results["copy_bandwidth"] > 0 and results["settings"]["scale"] == "tiny"
-    assert {row["op"] for row in results["rows"]} == OPS
+    assert {row["op"] for row in results["rows"]} - {"augment"} == OPS  # augment: where torchvision is installed
     for row in results["rows"]:
-        assert row["dtype"] in ("float32", "bfloat16") and row["elements"] > 0 and row["threads"] == 1 and row["rounds"] >= 2
+        assert (
+            row["dtype"] in ("float32", "bfloat16", "uint8")
+            and row["elements"] > 0
+            and row["threads"] == 1
+            and row["rounds"] >= 2
+        )
         assert set(row["seconds"]) >= {"fastreg", "torch"} and all(seconds > 0 for seconds in row["seconds"].values())
         for name in ("against_eager", "times_floor"):
             assert row[name] is None or 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
@@ -80,11 +85,12 @@ def test_results(ran):
 
 def test_dropout_keeps_a_bit_per_element(ran):
     for row in read(ran[0])["rows"]:
-        if row["op"] == "dropout":
+        if row["op"] in ("dropout", "dropout_add"):
             size = {"float32": 4, "bfloat16": 2}[row["dtype"]]
             assert row["saved_bytes"]["fastreg"] == row["elements"] // 8
             assert row["saved_bytes"]["torch"] == row["elements"] * size
-            assert row["moved_bytes"] == 4 * row["elements"] * size + row["elements"] // 4
+            moved = {"dropout": 4, "dropout_add": 5}[row["op"]]
+            assert row["moved_bytes"] == moved * row["elements"] * size + row["elements"] // 4
 
 
 def test_training_has_the_losses_of_both_sides(ran):
@@ -137,6 +143,9 @@ def test_resnet50_has_the_parameters_that_torchvision_counts():
 # A wrong op is not timed
 
 
+_REAL_DROPOUT = fr.dropout
+
+
 def _never_drops(x, p):
     return x / (1 - p)
 
@@ -156,6 +165,9 @@ def _wrong_gradient(x, p):
         ("dropout", "dropout", _never_drops),
         ("dropout", "dropout", _without_scale),
         ("dropout", "dropout", _wrong_gradient),
+        ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _never_drops(x + bias, p)),
+        ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _REAL_DROPOUT(x, p) + bias),
+        ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _wrong_gradient(x + bias, p)),
         ("fgsm", "fgsm_step", lambda x, g, eps, low, high: (x + eps * g).clamp(low, high)),
         ("fgsm", "fgsm_step", lambda x, g, eps, low, high: x + eps * g.sign()),
         ("cross_entropy", "cross_entropy", lambda z, y, label_smoothing: torch.nn.functional.cross_entropy(z, y)),
@@ -363,7 +375,7 @@ def test_sizes(count, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ops", "dropout,foo"], "--ops: expected some of cross_entropy, dropout, .* got foo$"),
+        (["--ops", "dropout,foo"], "--ops: expected some of augment, cross_entropy, dropout, .* got foo$"),
         (["--ops", ","], "got nothing$"),
         (["--out", "/dev/null/x"], "--out: /dev/null/x is no folder .* --out$"),
         (["--markdown", "/nonexistent.json"], "--markdown: .* cannot be read .* results.json"),
@@ -386,7 +398,7 @@ def test_results_of_another_kind_are_not_results(tmp_path, capsys):
 def test_without_a_gpu_it_says_so(capsys):
     assert bench.main(["--device", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fastreg bench: --device cuda: torch ") and error.endswith("; or run with --device cpu\n")
+    assert error == f"fastreg bench: --device cuda: {doctor.collect()['cuda']['why_not']}; or run with --device cpu\n"
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "two"])

@@ -40,7 +40,8 @@ def coefficients(k, eps, others):
 
 
 def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, others=False, z_loss=0.0, zero=False,
-        loss_dtype=None, with_grad=True, row_factor=None, in_place=False, like=None, misaligned=0, debug=False, **options):  # fmt: skip
+        loss_dtype=None, with_grad=True, row_factor=None, in_place=False, like=None, misaligned=0, debug=False,
+        **options):  # fmt: skip
     """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, positions); like: the form of the gradient."""
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     n, k = x.shape[:2]
@@ -188,6 +189,7 @@ WAYS = {
     "narrow columns": (1, 330, 37),
     "direct columns": (1, 1310, 16),
 }
+SLOW = ("narrow columns", "direct columns")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -215,7 +217,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("way", "options"),
-    [(way, options) for way in WAYS for options in OPTIONS if options in ("all", "in place") or way[-8:] != " columns"],
+    [(way, options) for way in WAYS for options in OPTIONS if way not in SLOW or options in ("all", "in place")],
 )
 def test_options(way, options):
     shape = WAYS[way]
@@ -482,8 +484,8 @@ def test_more_than_2_31_elements(layout):
         written.update(grad=grad, loss=loss, lse=lse)
         strides = Strides(0, 1, n) if layout == "columns" else Strides(0, k, 1)
         args = CrossEntropyArgs(
-            0, 0, x.addr, grad.addr, target.addr, None, None, None, None, 1, n, k, strides, strides, Strides(), -100, 1.0, 0.0, 0.0,
-            1.0, None,
+            0, 0, x.addr, grad.addr, target.addr, None, None, None, None, 1, n, k, strides, strides, Strides(), -100,
+            1.0, 0.0, 0.0, 1.0, None,
         )  # fmt: skip
         return CrossEntropyLaunch(args, 0, False, 0, loss.addr, lse.addr, None)
 
@@ -519,3 +521,18 @@ def test_scale(dtype, factor):
             assert torch.equal(slots["x"].result(), x * factor)
             if factor == 1 and n:
                 assert traffic(reports) < 3000  # the factor alone, by each warp
+
+
+def for_the_table(dtype):
+    """What tests/cuda_table.py takes: (what, dtype, elements, floor in bytes, reports, op)."""
+    for what, shape in {
+        "a row per block": (8, 32_000),
+        "a row per warp": (256, 1000),
+        "a row per thread": (16_384, 10),
+        "pixels": (1, 24, 8192),
+        "rows beyond shared memory": (2, 131_072),
+    }.items():
+        x, target = numbers(*shape, dtype=dtype), classes(shape[0], *shape[2:], k=shape[1], ignored=0)
+        _, grad, _, reports = run(x, target, reduction="none", eps=0.1)
+        floor = x.numel() * (dtype.itemsize + grad.element_size()) + target.numel() * 16
+        yield f"cross-entropy with gradient, {what} {shape}", dtype, x.numel(), floor, reports, "cross_entropy"

@@ -58,7 +58,7 @@ def check(x, residual, bias, **options):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (5, 48), (17, 64), (9, 129)])
+@pytest.mark.parametrize("shape", [(5, 48), (9, 129)])
 def test_the_same_bits_as_on_the_cpu(shape, dtype, schedule):
     x, residual, bias = three(shape, dtype)
     check(x, residual, bias, schedule=schedule)
@@ -66,10 +66,10 @@ def test_the_same_bits_as_on_the_cpu(shape, dtype, schedule):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [1, 2, 3, 7, 16, 260, 1031])
+@pytest.mark.parametrize("columns", [1, 3, 7, 260, 1031])
 def test_bias_of_any_length(columns, dtype):
     """Shorter than a word, no multiple of one, of a tile and longer."""
-    check(*three((1500 // columns + 1, columns), dtype))
+    check(*three((700 // columns + 1, columns), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +119,7 @@ def test_bytes_moved(dtype):
 
 
 def test_more_than_2_31_elements():
-    n, columns = 2**31 + 8 * 256 + 72, 8
+    n, columns = 2**31 + 8 * 256 + 76, 20  # no power of two, of which 2^32 would be a multiple
     written = []
 
     def arguments(machine):
@@ -127,7 +127,7 @@ def test_more_than_2_31_elements():
         residual = machine.device.virtual(4 * n, "residual", lambda offsets, width: (offsets // 4 % 127).astype(np.float32))
         written.append(machine.device.virtual(4 * n, "y"))
         mask = machine.device.virtual((n + 7) // 8, "mask")
-        bias, seed = machine.put(torch.arange(8.0) * 1000, "bias").at, seed_at(machine, torch.tensor([5]))
+        bias, seed = machine.put(torch.arange(20.0) * 1000, "bias").at, seed_at(machine, torch.tensor([5]))
         layout = Layout(n, 1, True)
         return DropoutAddArgs(
             0, x.addr, written[0].addr, mask.addr, layout, layout, n, 1, seed, 0, 2**31, 2.0, 0.0, 0.0,

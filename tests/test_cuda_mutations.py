@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import test_cuda_cross_entropy
 import test_cuda_dropout
 import torch
 from cuda_machine import CSRC, Interpreted, compile_ptx, needs_cudacheck, needs_nvcc
@@ -22,9 +23,20 @@ def dropout_large():
     test_cuda_dropout.test_more_than_2_31_elements()
 
 
+def sums():
+    test_cuda_cross_entropy.test_sums_of_many_rows()
+
+
 MUTATIONS = {
-    "tail off by one": ("dropout", "if (i < w.numel)", "if (i <= w.numel)", dropout_tail, "out-of-bounds"),
+    "tail off by one": ("dropout", "if (i >= w.numel) continue;", "if (i > w.numel) continue;", dropout_tail, "out-of-bounds"),
     "misaligned vector load": ("dropout", "word_aligned(a.input, a.output)", "true", dropout_unaligned, "misaligned"),
+    "missing barrier": (
+        "cross_entropy",
+        "  __syncthreads();\n  if (threadIdx.x >= kLanes) return;",
+        "  if (threadIdx.x >= kLanes) return;",
+        sums,
+        "race",
+    ),
     "int32 index": ("dropout", "base = tile * kTile,", "base = int32_t(tile * kTile),", dropout_large, ""),
 }
 

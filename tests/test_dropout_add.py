@@ -1,5 +1,5 @@
-"""dropout_add: the mask is dropout's for the same seed, the values are one rounding of (x + bias) * scale + residual where kept and
-the residual elsewhere, whatever layout, threads or instruction set; the derivatives read one bit per element; and all of it
+"""dropout_add: the mask is dropout's for the same seed, the values are one rounding of (x + bias) * scale + residual where kept,
+the residual elsewhere, whatever the layout or the threads; the derivatives read one bit per element; and all of it
 holds through every door of torch. References are plain torch and take nothing from the op but the mask of `fr.dropout`."""
 
 import copy
@@ -330,7 +330,7 @@ def test_autocast_brings_the_three_together():
         assert leaf.grad.dtype == torch.bfloat16 and leaf.grad.any()
         narrow = with_seed(1, fr.dropout_add, hidden, residual.bfloat16(), 0.3)
         assert narrow.dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="residual must be torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"residual must be torch\.bfloat16"):
         fr.dropout_add(hidden, residual)
 
 

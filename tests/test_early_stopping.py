@@ -103,6 +103,14 @@ def disturb(module):
         ([5, NAN, -INF], dict(diverged=10), None, 0),
         ([0.5, 0.1, 0.0], dict(mode="max", diverged=0.1), 2, 0),
         ([0.5, -INF], dict(mode="max", diverged=0.1), 1, 0),
+        # collapse: worse than the best by more than that
+        ([0.5, 0.7, 0.55, 0.6, 0.49], dict(mode="max", collapse=0.2), 4, 1),
+        ([4, 3, 5, 5.5], dict(collapse=2), 3, 1),
+        ([9, 3, 4, 1, 3, 3.5], dict(collapse=2), 5, 3),
+        ([5, NAN, 6], dict(collapse=2), None, 0),
+        ([5, INF], dict(collapse=2), 1, 0),
+        ([NAN, 5, 8], dict(warmup=9, collapse=2), 2, 1),
+        ([5, 5.5], dict(collapse=0), 1, 0),
         # not finite
         ([NAN, 5, NAN, 4, NAN, NAN], dict(patience=2), 5, 3),
         ([NAN, NAN], dict(patience=2), 1, None),
@@ -168,6 +176,12 @@ def test_reason_says_why(scores, options, words):
     run(stopper, scores)
     for word in words:
         assert word in stopper.reason
+
+
+def test_reason_of_a_collapse():
+    stopper = EarlyStopping(mode="max", collapse=0.2)
+    assert run(stopper, [0.5, 0.25]) == 1
+    assert stopper.reason == "score 0.25 is worse than the best, 0.5, by over 0.2 at epoch 1"
 
 
 def test_going_on_after_the_stop():
@@ -269,6 +283,9 @@ def test_scores_refused(score):
         (dict(target="0"), TypeError),
         (dict(diverged=NAN), ValueError),
         (dict(diverged=INF), ValueError),
+        (dict(collapse=-1), ValueError),
+        (dict(collapse=NAN), ValueError),
+        (dict(collapse="1"), TypeError),
         (dict(target=5, diverged=4), ValueError),
         (dict(target=4, diverged=5, mode="max"), ValueError),
     ],
@@ -819,6 +836,63 @@ def test_every_rank_takes_the_same_decision(tmp_path):
     assert [log["mean"][4] for log in logs] == [[20.0, 20.0], [21.0, 21.0]]
     assert logs[0]["alone"] == (False, 1.0) and "expected a rank of group" in logs[1]["alone"]
     assert [log["dtensor"] for log in logs] == [(True, True, True)] * 2
+
+
+def uneven_scores(rank):
+    """An overfitting curve per rank: each has its lowest point elsewhere, so that alone each would stop at another epoch."""
+    generator = random.Random(rank)
+    return [abs(i - 4 - 3 * rank) + generator.random() for i in range(40)]
+
+
+FOUR = {  # options, rank -> scores
+    "uneven": (dict(patience=3), uneven_scores),
+    "nan in the middle": (
+        dict(patience=3),
+        lambda rank: [NAN if rank == 2 and i in (1, 5, 9) else s for i, s in enumerate(uneven_scores(rank))],
+    ),
+    "nan from the start": (dict(patience=3), lambda rank: [NAN] * 40 if rank == 3 else uneven_scores(rank)),
+    "nan stops": (
+        dict(patience=3, nan="stop"),
+        lambda rank: [NAN if rank == 1 and i >= 4 else s for i, s in enumerate(uneven_scores(rank))],
+    ),
+}
+
+
+def _one_of_four(rank, file, out):
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4, timeout=limit)
+    log = {}
+    for name, (options, scores) in FOUR.items():
+        model = nn.Linear(1, 1)
+        stopper = EarlyStopping(model, **options)
+        for epoch, score in enumerate(scores(rank)):
+            with torch.no_grad():
+                model.weight.fill_(epoch)
+            if stopper.step(score):
+                break
+        if stopper.best is not None:
+            stopper.restore()
+        log[name] = epoch, stopper.best_epoch, stopper.best, model.weight.item()
+    torch.save(log, f"{out}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_four_ranks_with_losses_of_their_own_stop_in_the_same_epoch(tmp_path):
+    mp.spawn(_one_of_four, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=4)
+    logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(4)]
+    for name, (options, scores) in FOUR.items():
+        alone = {run(EarlyStopping(**options), scores(rank)) for rank in range(4)}
+        assert len(alone) > 1, name  # else the agreement would be no news
+        one = EarlyStopping(**options)  # one process that sees the mean
+        stop = run(one, [sum(column) / 4 for column in zip(*map(scores, range(4)), strict=True)])
+        for log in logs:
+            epoch, best_epoch, best, weight = log[name]
+            assert (epoch, best_epoch) == (stop, one.best_epoch), name
+            assert best == logs[0][name][2] == (None if one.best is None else pytest.approx(one.best, rel=1e-12))
+            assert weight == (stop if one.best is None else one.best_epoch)
 
 
 # ---------------------------------------------------------------------------------------------- retraining

@@ -1,8 +1,8 @@
-"""FGSM, PGD and the adversarial objective against their formulas in float64.
+"""FGSM and PGD against their formulas in float64; test_adversarial.py has the training.
 
 Proven: the fused steps for every dtype, layout and shape of eps and bounds; that an attack leaves no trace on the model; that
-signs survive float16; that examples stay in ball and box; that the objective and its gradients are those computed by hand; the
-same bits for any thread count and instruction set; that wrong arguments are errors.
+signs survive float16; that examples stay in ball and box; the same bits for any thread count and instruction set; that wrong
+arguments are errors.
 """
 
 import copy
@@ -635,135 +635,6 @@ def test_float16_cross_entropy_of_a_small_network():
     mean = lambda z, y: F.cross_entropy(z.float(), y)  # noqa: E731
     naive = input_gradient(model, x.half(), y, mean).sign().double()
     assert agree > 0.99 and agree > (naive == exact.sign()).float().mean()
-
-
-# ---------------------------------------------------------------- adversarial training
-
-
-def by_hand(model, x, y, eps, weight, loss=F.cross_entropy):
-    leaf = x.detach().clone().requires_grad_()
-    clean = loss(model(leaf), y)
-    (grad,) = torch.autograd.grad(clean, leaf, retain_graph=True)
-    adversarial = (x.detach() + eps * grad.sign()).clamp(0, 1)
-    return (1 - weight) * clean + weight * loss(model(adversarial), y)
-
-
-@pytest.mark.parametrize("weight", (0.25, 0.5, 0.9))
-@pytest.mark.parametrize("norm", (False, True), ids=("", "BatchNorm"))
-def test_adversarial_loss_is_the_formula(weight, norm):
-    model, (x, y) = net(norm), batch()
-    twin = copy.deepcopy(model)
-    x.requires_grad_()
-    loss = fr.adversarial_loss(model, x, y, 0.1, weight=weight)
-    want = by_hand(twin, x, y, 0.1, weight)
-    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-    loss.backward()
-    want.backward()
-    assert x.grad is None
-    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-    for (name, a), b in zip(model.named_buffers(), twin.buffers(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_adversarial_loss_at_the_ends():
-    model, (x, y) = net(), batch()
-    x.requires_grad_()
-    assert fr.adversarial_loss(model, x, y, 0.1, weight=0) == fr.cross_entropy(model(x), y)
-    adversarial = fr.fgsm(model, x, y, 0.1)
-    torch.testing.assert_close(fr.adversarial_loss(model, x, y, 0.1, weight=1), F.cross_entropy(model(adversarial), y))
-    for weight in (0, 0.5, 1):
-        x.grad = None
-        fr.adversarial_loss(model, x, y, 0.1, weight=weight).backward()
-        assert x.grad is None
-
-
-def test_weight_one_lets_no_nan_of_the_clean_loss_in():
-    loss = lambda z, y: (z - 0.5).log().mean()  # noqa: E731  NaN at x = 0.25, finite at 0.75
-    x = torch.tensor([[0.5]])
-    model = nn.Linear(1, 1)
-    with torch.no_grad():
-        model.weight.fill_(1), model.bias.fill_(0.25)
-    assert fr.adversarial_loss(model, x, None, 0.1, weight=1, loss=loss).isfinite()
-
-
-@pytest.mark.parametrize("narrow", (torch.float16, torch.bfloat16), ids=str)
-def test_adversarial_loss_gives_no_gradient_to_x_in_low_precision(narrow):
-    model, (x, y) = net().to(narrow), batch(dtype=narrow)
-    x.requires_grad_()
-    loss = fr.adversarial_loss(model, x, y, 0.1)
-    loss.backward()
-    assert x.grad is None and all(p.grad is not None for p in model.parameters())
-    want = by_hand(copy.deepcopy(model).float(), x.detach().float(), y, 0.1, 0.5)
-    assert abs(loss.item() - want.item()) < 0.05
-
-
-def test_adversarial_loss_of_ones_own_l2_and_no_grad():
-    model, (x, y) = net(), batch()
-    margin = lambda logits, y: F.multi_margin_loss(logits, y)  # noqa: E731
-    torch.testing.assert_close(
-        fr.adversarial_loss(model, x, y, 0.1, loss=margin, weight=0.3),
-        by_hand(model, x, y, 0.1, 0.3, margin),
-        rtol=1e-5,
-        atol=1e-6,
-    )
-    per_channel = torch.tensor([0.0, 0.1, 0.2])
-    with torch.no_grad():
-        inside = fr.adversarial_loss(model, x, y, per_channel, norm="linf")
-    outside = fr.adversarial_loss(model, x, y, per_channel, norm="linf")
-    assert not inside.requires_grad and outside.requires_grad
-    torch.testing.assert_close(inside, outside.detach())
-    out = fr.adversarial_loss(model, x, y, 0.5, norm="l2")
-    want = 0.5 * F.cross_entropy(model(x), y) + 0.5 * F.cross_entropy(model(fr.fgsm(model, x, y, 0.5, norm="l2")), y)
-    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
-
-
-def test_adversarial_loss_under_autocast():
-    model, (x, y) = net(norm=True), batch()
-    twin = copy.deepcopy(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = fr.adversarial_loss(model, x, y, 0.1)
-    loss.backward()
-    assert loss.dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        want = by_hand(twin, x, y, 0.1, 0.5, lambda z, y: F.cross_entropy(z.float(), y))
-    want.backward()
-    torch.testing.assert_close(loss, want, rtol=0.01, atol=0.01)
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-def test_adversarial_loss_through_distributed_data_parallel(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, (x, y) = net(norm=True), batch()
-        twin = copy.deepcopy(model)
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        for _ in range(2):
-            fr.fgsm(wrapped, x, y, 0.1)
-            loss, want = fr.adversarial_loss(wrapped, x, y, 0.1), by_hand(twin, x, y, 0.1, 0.5)
-            loss.backward()
-            want.backward()
-            torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
-        for a, b in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_adversarial_training_makes_the_model_harder_to_fool():
-    centres = torch.rand(5, 3, 6, 6)
-    y = torch.randint(5, (100,))
-    x = (centres[y] + torch.randn(100, 3, 6, 6) * 0.15).clamp(0, 1)
-    errors = {}
-    for weight in (0, 0.5):
-        model = net(norm=False)
-        optimiser = torch.optim.Adam(model.parameters(), 1e-2)
-        for _ in range(40):
-            optimiser.zero_grad()
-            fr.adversarial_loss(model, x, y, 0.1, weight=weight).backward()
-            optimiser.step()
-        errors[weight] = F.cross_entropy(model(fr.fgsm(model, x, y, 0.1)), y).item()
-    assert errors[0.5] < errors[0] / 2
 
 
 # ---------------------------------------------------------------- wrong arguments

@@ -30,7 +30,7 @@ for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE):
     FLAGS[name] = flags.strip('" ').split()
 FLAGS = {name: flags for name, flags in FLAGS.items() if X86 or name == "baseline"}
 OPS = re.search(r"set\(ops ([^)]*)\)", CMAKE)[1].split()
-COMMON = ["-std=c++20", *(f for f in re.search(r"add_compile_options\(([^)]*)\)", CMAKE)[1].split() if "$" not in f)]
+COMMON = ["-std=c++20", *(f for f in re.search(r"set\(cxx_flags ([^)]*)\)", CMAKE)[1].split() if "$" not in f)]
 # Ops that fuse multiplication and addition have bits of their own where there is no such instruction: in x86-64's baseline.
 FUSED = ("exp/float32", "cross_entropy")
 # Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer watches as well; its

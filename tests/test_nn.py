@@ -3,6 +3,7 @@ factor 1 - p into weights where that is exact, and refuses where it is not."""
 
 import copy
 import inspect
+import itertools
 import math
 import pickle
 
@@ -314,3 +315,72 @@ def test_a_model_without_textbook_dropout_comes_back_as_a_copy():
     x = torch.randn(2, 3)
     assert folded is not model and not folded.training and torch.equal(folded(x), model.eval()(x))
     assert folded[0].weight is not model[0].weight
+
+
+# ------------------------------------------------------------------------- the folded network is the mean over the masks
+def all_masks(n, p):
+    """Every 0/1 mask of n elements, (2^n, n), and its probability."""
+    masks = torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)), dtype=torch.float64)
+    return masks, (1 - p) ** masks.sum(1) * p ** (n - masks.sum(1))
+
+
+@pytest.mark.parametrize("p", (0.2, 0.5, 0.9))
+def test_folded_linear_models_are_the_exact_mean_over_all_masks(p):
+    """Linear, Conv and Embedding, on inputs of 6 elements: 64 masks, each with its probability."""
+    masks, probability = all_masks(6, p)
+    x = torch.randn(6, dtype=torch.float64)
+    linear = nn.Sequential(textbook(p), nn.Linear(6, 4)).double()
+    conv = nn.Sequential(textbook(p), nn.Conv2d(2, 3, (1, 2))).double()
+    for model, shape in ((linear, (6,)), (conv, (2, 1, 3))):
+        outputs = model[1]((masks * x).view(-1, *shape))
+        mean = torch.einsum("m,m...->...", probability, outputs)
+        torch.testing.assert_close(fr.nn.fold_dropout(model)(x.view(1, *shape))[0], mean, rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(model[1](x.view(1, *shape))[0], mean)
+    embed = nn.Sequential(nn.Embedding(5, 6), textbook(p), nn.Linear(6, 4)).double()
+    token = torch.tensor([3])
+    mean = probability @ embed[2](masks * embed[0](token))
+    torch.testing.assert_close(fr.nn.fold_dropout(embed)(token)[0], mean, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", (0.2, 0.5))
+def test_a_folded_softmax_regression_is_the_geometric_mean_of_all_subnetworks(p):
+    """Goodfellow et al. 2016, equations 7.56 to 7.66, for any p: the weighted geometric mean, normalised, is the folded one."""
+    masks, probability = all_masks(8, p)
+    model, x = nn.Sequential(textbook(p), nn.Linear(8, 3)).double(), torch.randn(8, dtype=torch.float64)
+    geometric = (probability @ model[1](masks * x).log_softmax(1)).exp()
+    torch.testing.assert_close(fr.nn.fold_dropout(model)(x).softmax(0), geometric / geometric.sum(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_sampled_mean_of_a_perceptron_is_the_folded_one_within_its_error():
+    """Dropout before the last layer: the output is linear in the mask, so the mean has no other error than sampling's."""
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), textbook(0.4), nn.Linear(32, 5))
+    x, n = torch.randn(8, 20), 4000
+    with torch.no_grad():
+        outputs = model(x.expand(n, 8, 20)).double()
+        folded, whole = fr.nn.fold_dropout(model)(x).double(), model[3](model[1](model[0](x))).double()
+    error = outputs.std(0) / n**0.5
+    assert ((outputs.mean(0) - folded).abs() < 4.5 * error).all()
+    assert ((outputs.mean(0) - whole).abs() > 10 * error).double().mean() > 0.5  # without the factor it would be far off
+
+
+def test_dropout_of_inputs_and_units_on_the_digits(digits):
+    """The folded network decides as the mean of its subnetworks does, and better than one of them."""
+    x, y = digits
+    drops = textbook(0.2), textbook(0.5)
+    model = nn.Sequential(drops[0], nn.Linear(784, 128), nn.ReLU(), drops[1], nn.Linear(128, 10))
+    optimizer = fr.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for batch in (b for _ in range(8) for b in torch.randperm(2000).split(100)):
+        optimizer.zero_grad()
+        fr.cross_entropy(model(x[batch]), y[batch]).backward()
+        optimizer.step()
+    x, y = x[4000:], y[4000:]
+    with torch.no_grad():
+        samples = torch.stack([model(x).softmax(1) for _ in range(40)])
+        folded = fr.nn.fold_dropout(model)(x).argmax(1)
+        whole = nn.Sequential(*(m for m in model if m not in drops))(x)
+    mean = samples.mean(0).argmax(1)
+    accuracy = (folded == y).double().mean()
+    assert (folded == mean).double().mean() > 0.97 and accuracy > 0.88
+    assert accuracy > (samples[0].argmax(1) == y).double().mean() + 0.02
+    # Without the factor the logits are too large: the network is as right, but too sure of it.
+    assert fr.cross_entropy(fr.nn.fold_dropout(model)(x), y) < fr.cross_entropy(whole, y)

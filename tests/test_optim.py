@@ -414,3 +414,102 @@ class TestSparsity:
                 optimizer.step()
             shares.append(sparsity(model))
         assert shares[0] == 0.9 and shares[1] == 0.0
+
+
+@pytest.fixture(scope="module")
+def diabetes():
+    """442 patients: ten measurements, standardised (442, 10), and the progress of their disease (442,)."""
+    datasets = pytest.importorskip("sklearn.datasets", reason='needs pip install "fastreg[test]"')
+    x, y = datasets.load_diabetes(return_X_y=True)
+    return torch.tensor((x - x.mean(0)) / x.std(0)), torch.tensor(y)
+
+
+class TestLasso:
+    """A linear model with least squares and L1 against scikit-learn's coordinate descent, on its diabetes data."""
+
+    @pytest.mark.parametrize("momentum", (0.0, 0.9))
+    @pytest.mark.parametrize("l1", (0.1, 1.0, 3.0, 10.0, 30.0, 50.0))
+    def test_the_solution_is_scikit_learns(self, l1, momentum, diabetes):
+        from sklearn.linear_model import Lasso
+
+        x, y = diabetes
+        lasso = Lasso(alpha=l1, tol=1e-12, max_iter=100_000).fit(x.numpy(), y.numpy())
+        model = nn.Linear(10, 1, dtype=torch.float64)
+        # With momentum the steps grow by 1 / (1 - momentum) and the threshold does not, as SGD's docstring says.
+        groups = fr.optim.penalty_groups(model, l1=l1 / (1 - momentum))
+        optimizer = fr.optim.SGD(groups, lr=0.24 if momentum == 0 else 0.1, momentum=momentum, l1_mode="proximal")
+
+        def error():
+            return 0.5 * (model(x).squeeze(1) - y).square().mean()
+
+        for _ in range(5000 if momentum == 0 else 1500):
+            optimizer.zero_grad()
+            error().backward()
+            optimizer.step()
+        w, want = model.weight.detach().squeeze(0), torch.tensor(lasso.coef_)
+        assert (w - want).abs().max() < 1e-3 and abs(model.bias.item() - lasso.intercept_) < 1e-3
+        assert torch.equal(w != 0, want != 0)
+        objective = error() + penalty(model.weight, l1=l1)
+        best = 0.5 * (y - x @ want - lasso.intercept_).square().mean() + l1 * want.abs().sum()
+        assert abs(objective.item() / best.item() - 1) < 1e-8
+        # And by itself: -dE/dw is l1 sign(w) where w is not 0, and at most l1 where it is.
+        gradient = -(x.T @ (model(x).squeeze(1) - y)).detach() / len(y)
+        assert ((gradient - l1 * w.sign()).abs()[w != 0] < 1e-3).all() and (gradient.abs() <= l1 + 1e-3).all()
+
+    def test_the_path_loses_coefficients(self, diabetes):
+        """From the least squares on, more and more coefficients are 0; at max |x^T y| / n all are."""
+        x, y = diabetes
+        limit = (x.T @ (y - y.mean())).abs().max().item() / len(y)
+        counts = []
+        for l1 in (0.0, 0.1 * limit, 0.5 * limit, 0.99 * limit, 1.01 * limit):
+            model = nn.Linear(10, 1, dtype=torch.float64)
+            optimizer = fr.optim.SGD(fr.optim.penalty_groups(model, l1=l1), lr=0.24, l1_mode="proximal")
+            for _ in range(600):
+                optimizer.zero_grad()
+                (0.5 * (model(x).squeeze(1) - y).square().mean()).backward()
+                optimizer.step()
+            counts.append(int((model.weight != 0).sum()))
+        assert counts[0] == 10 and counts[-2:] == [1, 0] and counts == sorted(counts, reverse=True)
+
+
+def test_prior_scale_of_a_gaussian_likelihood():
+    """Ridge regression with torch's mse_loss: the posterior mode of noise s and the prior that the docstring names."""
+    torch.manual_seed(0)
+    n, noise, factor = 50, 0.3, 0.02
+    x, y = torch.randn(n, 4, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
+    sigma = prior_scale(factor / (2 * noise**2), num_samples=n)
+    # log p(w | data) = -|y - x w|^2 / (2 s^2) - |w|^2 / (2 sigma^2) + const, whose mode solves a linear system.
+    mode = torch.linalg.solve(x.T @ x / noise**2 + torch.eye(4, dtype=torch.float64) / sigma**2, x.T @ y / noise**2)
+    w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = fr.optim.SGD([w], lr=0.1, weight_decay=factor)
+    for _ in range(500):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(x @ w, y).backward()
+        optimizer.step()
+    torch.testing.assert_close(w.detach(), mode, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(mode, torch.linalg.lstsq(x, y[:, None]).solution[:, 0], rtol=1e-3)
+    back = prior_scale(sigma, num_samples=n, inverse=True) * 2 * noise**2
+    assert math.isclose(back, factor, rel_tol=1e-12)
+
+
+def test_l1_against_l2_on_the_digits(digits):
+    """The weights of two networks that are right equally often: under L1 more are 0, and those that are left are larger."""
+    x, y = digits
+    found = {}
+    for name, options in (("l2", dict(l2=3e-3)), ("l1", dict(l1=5e-4))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
+        optimizer = fr.optim.SGD(fr.optim.penalty_groups(model, **options), lr=0.1, momentum=0.9, l1_mode="proximal")
+        for batch in (b for _ in range(8) for b in torch.randperm(4000).split(100)):
+            optimizer.zero_grad()
+            fr.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
+        accuracy = (model(x[4000:]).argmax(1) == y[4000:]).double().mean().item()
+        found[name] = model[0].weight.detach(), accuracy
+    (w2, accuracy2), (w1, accuracy1) = found["l2"], found["l1"]
+    assert abs(accuracy1 - accuracy2) < 0.03 and min(accuracy1, accuracy2) > 0.88
+    assert sparsity(w1) > 0.1 and sparsity(w2) < 0.01
+    for small in (1e-4, 1e-3):
+        assert (w1.abs() < small).double().mean() > 1.5 * (w2.abs() < small).double().mean()
+    assert w1[w1 != 0].abs().mean() > 1.2 * w2[w2 != 0].abs().mean()
+    assert w1.abs().max() > w2.abs().max()

@@ -12,7 +12,7 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 =
 constexpr int kPhiloxRounds = 10;
 
 // Two uses of one seed must not see the same bits, so each use has a number of its own.
-enum class Purpose : uint32_t { kDropout = 0, kStochasticRounding = 1 };
+enum class Purpose : uint32_t { kDropout = 0, kStochasticRounding = 1, kAugment = 2 };
 
 // The seed of a call: a value, or where one lies in the memory of the device, so that a CUDA graph replays with the seed of the
 // day and no launch waits for the host.

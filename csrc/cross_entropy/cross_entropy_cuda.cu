@@ -619,7 +619,7 @@ struct SumWork {
   }
 };
 
-// kLast: of the blocks' sums, in one block.
+// kLast: of the blocks' sums, in one block. Where one block took all rows, it is the last one too.
 template <Sum kSum, bool kLast, class A>
 __global__ void __launch_bounds__(kThreads) sum_rows(const SumWork<A> w, int blocks) {
   __shared__ Pair<A> of_warp[kWarps];
@@ -642,7 +642,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const SumWork<A> w, int blo
   sum = int(threadIdx.x) < kWarps ? of_warp[threadIdx.x] : Pair<A>{};
   add_lanes();
   if (threadIdx.x) return;
-  if (kLast)
+  if (kLast || blocks == 1)
     w.template finish<kSum>(sum.value());
   else
     w.partial[blockIdx.x] = sum;
@@ -654,7 +654,7 @@ int launch_sum(const SumWork<A>& w, void* stream) {
   const int64_t wanted = (w.rows + 8 * kThreads - 1) / (8 * kThreads);
   const int blocks = int(wanted < kSumBlocks ? wanted : kSumBlocks);
   const int error = launch(sum_rows<kSum, false, A>, unsigned(blocks), kThreads, 0, stream, w, blocks);
-  return error ? error : launch(sum_rows<kSum, true, A>, 1, kThreads, 0, stream, w, blocks);
+  return error || blocks == 1 ? error : launch(sum_rows<kSum, true, A>, 1, kThreads, 0, stream, w, blocks);
 }
 
 // ---- launches

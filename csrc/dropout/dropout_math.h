@@ -41,16 +41,19 @@ FR_HD uint64_t dropout_threshold(double p) { return uint64_t((1. - p) * 0x1p32 +
 
 // The mask byte of decisions [8 * group, 8 * group + 8), counted globally.
 FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
+  if (threshold >> 32) return 0xff;
   const PhiloxWords high = philox_group(seed, group, 0, Purpose::kDropout);
-  const uint32_t upper = uint32_t(threshold >> 16), lower = uint32_t(threshold & 0xffff);
-  uint32_t bits = 0, ties = 0;
-  for (int j = 0; j < 8; ++j) {
-    bits |= uint32_t(philox_half(high, j) < upper) << j;
-    ties |= uint32_t(philox_half(high, j) == upper) << j;
+  const uint32_t upper = uint32_t(threshold >> 16), lower = uint32_t(threshold & 0xffff), both = upper << 16 | upper;
+  uint32_t bits = 0, ties = 0;  // ties: not zero where one of the eight is `upper`, by the search for a zero in a word
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t two = high.word[w], difference = two ^ both;
+    bits |= uint32_t(two << 16 < upper << 16) << (2 * w);
+    bits |= uint32_t(two < upper << 16) << (2 * w + 1);
+    ties |= (difference - 0x00010001u) & ~difference & 0x80008000u;
   }
   if (ties && lower) {
     const PhiloxWords low = philox_group(seed, group, 1, Purpose::kDropout);
-    for (int j = 0; j < 8; ++j) bits |= (ties >> j & 1u & uint32_t(philox_half(low, j) < lower)) << j;
+    for (int j = 0; j < 8; ++j) bits |= uint32_t(philox_half(high, j) == upper && philox_half(low, j) < lower) << j;
   }
   return uint8_t(bits);
 }

@@ -1,7 +1,27 @@
-"""How the pictures look: the colours of the report, and matplotlib's settings."""
+"""How the pictures look: the colours of the report, on white and on black, and matplotlib's settings."""
 
-INK, MUTED, GRID, PAPER = "#1c2733", "#667382", "#e3e7ec", "#ffffff"
-BLUE, RUST, SAND = "#1f5fa8", "#c2521b", "#b9c2cc"  # the method in question, its opposite, the background
+PALETTE = {  # name: (on white, on black); methods take theirs by name
+    "ink": ("#1c2733", "#e8edf2"),
+    "muted": ("#5f6c7b", "#9aa7b4"),
+    "line": ("#e3e7ec", "#2c3641"),
+    "paper": ("#ffffff", "#12181f"),
+    "wash": ("#f5f7f9", "#1a222b"),
+    "sand": ("#b9c2cc", "#55616e"),
+    "grey": ("#7d8995", "#93a0ac"),
+    "blue": ("#1f5fa8", "#6ba6e8"),
+    "violet": ("#7d46a8", "#bd92e0"),
+    "ochre": ("#a86400", "#dca040"),
+    "teal": ("#0b7a80", "#45bcc2"),
+    "leaf": ("#4a7f1f", "#93c763"),
+    "rust": ("#c2521b", "#ee8a58"),
+    "rose": ("#b8336f", "#ec7fae"),
+    "pine": ("#1b7a50", "#58c294"),
+    "indigo": ("#4a51bd", "#979df0"),
+    "umber": ("#7f5f2a", "#c4a36a"),
+}
+LIGHT = {name: white for name, (white, _) in PALETTE.items()}
+INK, MUTED, GRID, PAPER = (LIGHT[name] for name in ("ink", "muted", "line", "paper"))
+BLUE, RUST, SAND = (LIGHT[name] for name in ("blue", "rust", "sand"))  # the method in question, its opposite, the background
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,

@@ -13,38 +13,44 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from .data import Data
+from .results import NotMeasured, Results
+from .section import Section
 from .train import Recipe, Run
 
 USUAL_EXAMPLES = 1000  # training examples of the packaged digits, for which the promised times hold
 
 
 class Progress:
-    """A context manager around the training; `epoch` and `finished` report from inside, `summary` after it."""
+    """A context manager around the work; the methods that say what is done report from inside, `summary` after it."""
 
-    def __init__(self, data: Data, recipes: tuple[Recipe, ...], seeds: int, epochs: int):
+    def __init__(self, found: Results, sections: tuple[Section, ...]):
         self.console = Console(highlight=False)
-        self.seeds, self.epochs = seeds, epochs
-        plural = "s" if seeds > 1 else ""
+        self.found, self.sections, data = found, sections, found.data
+        self.seeds, self.epochs = found.settings["seeds"], found.settings["epochs"]
+        plural = "s" if self.seeds > 1 else ""
         self.console.print(
             f"[bold]fastreg demo[/]  {escape(data.name)}\n"
             f"{len(data.y_train):,} to train, {len(data.y_validation):,} to validate, {len(data.y_test):,} to test · "
-            f"{len(recipes)} methods × {seeds} seed{plural} × {{torch, fastreg}} · {epochs} epochs"
+            f"{len(sections)} section{'s' if len(sections) > 1 else ''} × {self.seeds} seed{plural} · {self.epochs} epochs"
         )
         times = len(data.y_train) / USUAL_EXAMPLES
         if times >= 2:
             self.console.print(f"This is {times:.0f} times the usual number of images and takes as much longer.")
         self.console.print()
         self.bars = Bars(
-            TextColumn("{task.description:<20}"),
-            BarColumn(bar_width=28, complete_style="blue", finished_style="blue"),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("[bright_black]{task.fields[note]}"),
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=14, complete_style="blue", finished_style="blue"),
+            TextColumn("[bright_black]{task.fields[note]:<30}"),
             TimeElapsedColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.tasks = {r: self.bars.add_task(r.title, total=seeds * epochs, note="", start=False) for r in recipes}
+        self.tasks, trained = {}, set()
+        for section in sections:
+            work = len({r.key for r in section.trained} - trained) * self.epochs
+            work += self.epochs * (len(section.variants) or 1) if section.measure else 0
+            trained |= {r.key for r in section.trained}
+            self.tasks[section] = self.bars.add_task(section.title, total=max(1, self.seeds * work), note="", start=False)
 
     def __enter__(self):
         self.bars.start()
@@ -55,50 +61,63 @@ class Progress:
             self.bars.stop_task(task)
         self.bars.stop()
 
-    def epoch(self, recipe: Recipe, pair: list[Run]) -> None:
+    def _show(self, section: Section, note: str, advance: float) -> None:
+        self.bars.start_task(self.tasks[section])
+        self.bars.update(self.tasks[section], advance=advance, note=note)
+
+    def epoch(self, section: Section, seed: int, recipe: Recipe, pair: list[Run]) -> None:
         """One more epoch of both sides."""
         errors = " / ".join(f"{run.curves['validation_error'][-1]:.1f}" for run in pair)
-        task = self.tasks[recipe]
-        self.bars.start_task(task)
-        completed = pair[0].seed * self.epochs + max(len(run.epoch_ms) for run in pair)
-        self.bars.update(task, completed=completed, note=f"validation error {errors} %")
+        self._show(section, f"validation error {errors} %", 1)
 
-    def finished(self, recipe: Recipe, pair: list[Run]) -> None:
+    def trained(self, section: Section, seed: int, recipe: Recipe, pair: list[Run]) -> None:
         """Both sides of a method and a seed are done."""
-        task, done = self.tasks[recipe], pair[0].seed + 1
         errors = " / ".join(f"{run.measured['test_error']:.1f}" for run in pair)
-        self.bars.update(task, completed=done * self.epochs, note=f"test error {errors} %")
-        if done == self.seeds:
-            self.bars.stop_task(task)
+        self._show(section, f"test error {errors} %", 0)
         if not self.console.is_terminal:
-            self.console.print(f"seed {done}/{self.seeds}  {recipe.title:<20}  test error torch / fastreg {errors} %")
+            self.console.print(f"seed {seed + 1}/{self.seeds}  {recipe.title:<24}  test error torch / fastreg {errors} %")
 
-    def summary(self, results: dict, page: Path) -> None:
+    def measured(self, section: Section, seed: int, record: dict) -> None:
+        """One more record of a section's own measurements."""
+        title = self.found.titles.get(record["variant"], record["variant"])
+        self._show(section, title, self.epochs)
+
+    def finished(self, section: Section, seed: int) -> None:
+        """A section is done with this seed."""
+        total = self.bars.tasks[self.tasks[section]].total
+        self.bars.update(self.tasks[section], completed=(seed + 1) / self.seeds * total)
+        if seed + 1 == self.seeds:
+            self.bars.update(self.tasks[section], note="")
+            self.bars.stop_task(self.tasks[section])
+        if not self.console.is_terminal and section.measure is not None:
+            self.console.print(f"seed {seed + 1}/{self.seeds}  {section.title}: measured")
+
+    def summary(self, claims: dict, page: Path) -> None:
         """The table, the claims and where the page is."""
         console = self.console if self.console.is_terminal else Console(highlight=False, width=120)
         table = Table(box=box.SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-        table.add_column("")
-        for name in ("train", "valid.", "test", "(torch)", "gap", "zeros", "attacked", "torch", "fastreg", "ratio"):
-            table.add_column(name, justify="right", style="bold" if name in ("test", "ratio") else None)
-        keys = ("train_error", "validation_error", "test_error", None, "gap_error", "zero_weights", "attacked_accuracy")
-        for row in results["summary"]:
-            ours, theirs = row.get("fastreg"), row.get("torch")
-            if ours and theirs:
-                cells = [f"{ours[key]:.1f}" if key else f"{theirs['test_error']:.1f}" for key in keys]
-                cells += [f"{theirs['epoch_ms']:.0f} ms", f"{ours['epoch_ms']:.0f} ms", f"{row['time_ratio']:.2f}"]
-                table.add_row(row["title"], *cells)
-        if results["runs"]:
+        table.add_column("", no_wrap=True)
+        for name in ("test", "(torch)", "gap", "zeros", "attacked", "time"):
+            table.add_column(name, justify="right", style="bold" if name in ("test", "time") else None)
+        keys = ("test_error", None, "gap_error", "zero_weights", "attacked_accuracy")
+        for variant in dict.fromkeys(recipe.key for section in self.sections for recipe in section.trained):
+            found = self.found
+            try:
+                cells = [f"{found.mean(variant, key or 'test_error', 'fastreg' if key else 'torch'):.1f}" for key in keys]
+                table.add_row(found.titles[variant], *cells, f"{found.time_ratio(variant):.2f}")
+            except NotMeasured:
+                continue
+        if table.row_count:
             console.print(table)
             console.print(
                 "[bright_black]Errors, zero weights and accuracy under attack in percent, means over the seeds, with fastreg; "
-                "then the median time of an epoch.[/]\n"
+                "then its time per epoch as a share of torch's.[/]\n"
             )
         marks = {True: ("✓", "blue"), False: ("✗", "red"), None: ("–", "bright_black")}
-        for claim in results["claims"]:
-            mark, style = marks[claim["holds"]]
-            line = Text(f"{mark} {claim['title']}", style=style)
-            console.print(line)
-            console.print(Text(f"  {claim['evidence']}", style="bright_black"))
-        if results["partial"]:
-            console.print(f"\nInterrupted after {results['runs_finished']} of {results['runs_planned']} trainings.")
+        for claim in (claim for judged in claims.values() for claim in judged):
+            mark, style = marks[claim.holds]
+            console.print(Text(f"{mark} {claim.title}", style=style))
+            console.print(Text(f"  {claim.evidence}", style="bright_black"))
+        if self.found.finished < self.found.planned:
+            console.print(f"\nInterrupted after {self.found.finished} of {self.found.planned} trainings and measurements.")
         console.print(f"\nReport: {page.resolve()}", soft_wrap=True, markup=False)

@@ -1,89 +1,134 @@
-"""Everything measured, as plain data: what `results.json` holds and the page shows."""
+"""Everything measured, as plain data: what `results.json` holds, and what the page, its tables and claims read.
+
+A record is one network, trained and measured:
+{"variant": "l1", "side": "fastreg", "seed": 0, "test_error": 9.7, ...}.
+"""
 
 import math
 import os
 import platform
 import statistics
-from dataclasses import asdict
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 import fastreg as fr
 
-from . import claims
-from .data import Data
-from .train import BATCH, EPS, HIDDEN, LR, MOMENTUM, RECIPES, Run, calibration
-
-TITLES = {recipe.key: recipe.title for recipe in RECIPES}
-SHOWN = (
-    *("train_error", "validation_error", "test_error", "gap_error", "train_loss", "test_loss", "gap_loss"),
-    *("zero_weights", "attacked_accuracy", "confidence", "calibration_error"),
-)
-
-
-def assemble(data: Data, runs: list[Run], settings: dict, planned: int) -> dict:
-    """The results of all finished runs; `planned` runs would have made it complete."""
-    records = [_record(run) for run in runs]
-    return {
-        "partial": len(runs) < planned,
-        "runs_finished": len(runs),
-        "runs_planned": planned,
-        "settings": settings | {"lr": LR, "momentum": MOMENTUM, "hidden": HIDDEN, "batch": BATCH, "attack_eps": EPS},
-        "recipes": [asdict(recipe) for recipe in RECIPES],
-        "data": {
-            "name": data.name,
-            "classes": data.classes,
-            "inputs": data.x_train.shape[1],
-            "train": len(data.y_train),
-            "validation": len(data.y_validation),
-            "test": len(data.y_test),
-        },
-        "machine": machine(),
-        "claims": [asdict(claim) for claim in claims.check(records, len(data.y_test), TITLES)],
-        "summary": summary(records),
-        "runs": records,
-    }
+MEASURES = {  # key: (name, unit, format)
+    "train_error": ("training error", "%", ".2f"),
+    "validation_error": ("validation error", "%", ".2f"),
+    "test_error": ("test error", "%", ".2f"),
+    "gap_error": ("gap in error", "pp", ".2f"),
+    "gap_loss": ("gap in cross-entropy", "nats", ".3f"),
+    "test_loss": ("test cross-entropy", "nats", ".3f"),
+    "zero_weights": ("zero weights", "%", ".1f"),
+    "weight_size": ("mean |weight|", "", ".4f"),
+    "attacked_accuracy": ("accuracy under FGSM", "%", ".1f"),
+    "robust_accuracy": ("accuracy under PGD", "%", ".1f"),
+    "confidence": ("mean confidence", "%", ".1f"),
+    "calibration_error": ("calibration error", "%", ".1f"),
+    "epoch_ms": ("time per epoch", "ms", ".1f"),
+    "time_ratio": ("time, fastreg / torch", "", ".2f"),
+}
 
 
-def _record(run: Run) -> dict:
-    return {
-        "recipe": run.recipe.key,
-        "side": run.side.name,
-        "seed": run.seed,
-        **run.measured,
-        "best_epoch": None if run.best_epoch is None else run.best_epoch + 1,
-        "stop_epoch": None if run.stop_epoch is None else run.stop_epoch + 1,
-        "epochs_ms": run.epoch_ms,
-        "curves": run.curves,
-        "reliability": calibration(run.confidence, run.correct)["bins"],
-    }
+class NotMeasured(Exception):
+    """A number or a network that this run does not have: what needs it is left out of the report, and says so."""
 
 
-def summary(records: list[dict]) -> list[dict]:
-    """One row per method: mean and standard deviation over the seeds for each side, and the ratio of their times.
+@dataclass
+class Results:
+    """The records of a run, and the networks of its first seed for the pictures."""
 
-    The ratio is the median over all epochs of fastreg's time divided by that of the torch epoch beside it."""
-    rows = []
-    for recipe, title in TITLES.items():
-        row = {"recipe": recipe, "title": title}
-        both = {side: [r for r in records if r["recipe"] == recipe and r["side"] == side] for side in ("torch", "fastreg")}
-        for side, own in both.items():
-            if own:
-                values = {key: [r[key] for r in own] for key in SHOWN}
-                row[side] = {key: statistics.fmean(v) for key, v in values.items()}
-                row[side]["test_error_sd"] = float(np.std(values["test_error"], ddof=1)) if len(own) > 1 else None
-                row[side]["epoch_ms"] = statistics.median(ms for r in own for ms in r["epochs_ms"])
-        times = {(r["side"], r["seed"]): r["epochs_ms"] for own in both.values() for r in own}
+    data: Any
+    settings: dict
+    titles: dict[str, str]  # of the variants
+    planned: int = 0  # trainings and measurements that would make it complete
+    finished: int = 0
+    records: list[dict] = field(default_factory=list)
+    runs: dict[str, Any] = field(default_factory=dict)  # variant: fastreg's training of the first seed
+    kept: dict[str, Any] = field(default_factory=dict)  # what sections keep for their pictures, by section
+
+    def add(self, record: dict) -> None:
+        """A new record, or further numbers of a network that has one."""
+        key = ("variant", "side", "seed")
+        for old in self.records:
+            if all(old[k] == record[k] for k in key):
+                old.update(record)
+                return
+        self.records.append(record)
+
+    def of(self, variant: str, side: str = "fastreg") -> list[dict]:
+        """The records of a variant, one per seed."""
+        found = [r for r in self.records if (r["variant"], r["side"]) == (variant, side)]
+        if not found:
+            raise NotMeasured(variant)
+        return found
+
+    def values(self, variant: str, key: str, side: str = "fastreg") -> dict[int, float]:
+        """{seed: value}"""
+        found = {r["seed"]: r[key] for r in self.of(variant, side) if key in r}
+        if not found:
+            raise NotMeasured(f"{key} of {variant}")
+        return found
+
+    def mean(self, variant: str, key: str, side: str = "fastreg") -> float:
+        return statistics.fmean(self.values(variant, key, side).values())
+
+    def run(self, variant: str):
+        """fastreg's training of the first seed: the one the pictures show."""
+        if variant not in self.runs:
+            raise NotMeasured(variant)
+        return self.runs[variant]
+
+    def keep(self, section: str):
+        if section not in self.kept:
+            raise NotMeasured(section)
+        return self.kept[section]
+
+    def time_ratio(self, variant: str) -> float:
+        """The median over all epochs of fastreg's time divided by that of the torch epoch beside it."""
+        torch_times = self.values(variant, "epochs_ms", "torch")
         ratios = [
             ours / theirs
-            for (side, seed), epochs in times.items()
-            if side == "fastreg" and ("torch", seed) in times
-            for ours, theirs in zip(epochs, times["torch", seed], strict=False)  # either may have stopped earlier
+            for seed, epochs in self.values(variant, "epochs_ms").items()
+            for ours, theirs in zip(epochs, torch_times.get(seed, ()), strict=False)  # either may have stopped earlier
         ]
-        row["time_ratio"] = statistics.median(ratios) if ratios else None
-        rows.append(row)
-    return rows
+        if not ratios:
+            raise NotMeasured(f"times of {variant}")
+        return statistics.median(ratios)
+
+    def jsonable(self, claims: list[dict], summary: list[dict]) -> dict:
+        """All of it without NaN, which JSON lacks."""
+        data = self.data
+        return jsonable(
+            {
+                "partial": self.finished < self.planned,
+                "steps_finished": self.finished,
+                "steps_planned": self.planned,
+                "settings": self.settings,
+                "data": {
+                    "name": data.name,
+                    "classes": data.classes,
+                    "inputs": data.x_train.shape[1],
+                    "train": len(data.y_train),
+                    "validation": len(data.y_validation),
+                    "test": len(data.y_test),
+                },
+                "machine": machine(),
+                "claims": claims,
+                "summary": summary,
+                "records": self.records,
+            }
+        )
+
+
+def standard_error(values) -> float | None:
+    """Of the mean; one value has none."""
+    values = list(values)
+    return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def machine() -> dict:

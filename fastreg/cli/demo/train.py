@@ -1,12 +1,11 @@
 """One network, trained with every method twice: in plain PyTorch (`Torch`) and with fastreg (`Fastreg`).
 
-The two classes hold the same six functions. Reading them side by side shows what a user changes in a training
+The two classes hold the same functions. Reading them side by side shows what a user changes in a training
 script to switch; everything below them is common to both. Both start from the same weights, see the same batches
 and train epoch by epoch in turn, so that whatever else the machine is doing slows both alike.
 """
 
 import copy
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -26,32 +25,27 @@ BATCH = 100
 LENGTH = 9.0  # of an average input of the first layer
 EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
 BINS = 10  # of the reliability diagram
+SETTINGS = {"lr": LR, "momentum": MOMENTUM, "hidden": HIDDEN, "batch": BATCH, "attack_eps": EPS}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row of the table: which methods are on, and how strongly: enough that its effect shows on the digits."""
+    """One training: which methods are on, and how strongly: enough that its effect shows on the digits."""
 
     key: str
     title: str
+    colour: str = "grey"  # in every picture
     l2: float = 0.0
     l1: float = 0.0
     dropout: float = 0.0  # of the hidden units; 0.4 times as much of the inputs
+    rescale: str = "train"  # "inference": dropout in the textbook form
     smoothing: float = 0.0
+    convention: str = "uniform"  # "others": no smoothing mass on the class itself
     eps: float = 0.0  # of the adversarial examples in the loss
     patience: int = 0
 
 
-RECIPES = (
-    Recipe("none", "No regularisation"),
-    Recipe("l2", "L2 penalty", l2=3e-3),
-    Recipe("l1", "L1 penalty", l1=1e-3),
-    Recipe("dropout", "Dropout", dropout=0.5),
-    Recipe("smoothing", "Label smoothing", smoothing=0.02),
-    Recipe("adversarial", "Adversarial training", eps=EPS),
-    Recipe("early", "Early stopping", patience=8),
-    Recipe("all", "All together", l2=1e-3, l1=3e-4, dropout=0.2, smoothing=0.02, eps=EPS, patience=8),
-)
+PLAIN = Recipe("none", "No regularisation")
 
 
 class Torch:
@@ -60,8 +54,8 @@ class Torch:
     name = "torch"
 
     @staticmethod
-    def dropout(p):
-        return nn.Dropout(p)
+    def dropout(p, rescale="train"):
+        return nn.Dropout(p) if rescale == "train" else TextbookDropout(p)
 
     @staticmethod
     def optimizer(model, recipe):
@@ -79,12 +73,20 @@ class Torch:
                     w.copy_(F.softshrink(w, group["lr"] * group["l1"]))
 
     @staticmethod
+    def smoothed(logits, y, recipe):
+        if recipe.convention == "uniform":
+            return F.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
+        k = logits.shape[1]
+        q = torch.full_like(logits, recipe.smoothing / (k - 1))
+        return F.cross_entropy(logits, q.scatter(1, y[:, None], 1 - recipe.smoothing))
+
+    @staticmethod
     def loss(model, x, y, recipe):
-        clean = F.cross_entropy(model(x), y, label_smoothing=recipe.smoothing)
+        clean = Torch.smoothed(model(x), y, recipe)
         if not recipe.eps:
             return clean
         x_adv = Torch.attack(model, x, y, recipe.eps, recipe.smoothing)
-        return 0.5 * clean + 0.5 * F.cross_entropy(model(x_adv), y, label_smoothing=recipe.smoothing)
+        return 0.5 * clean + 0.5 * Torch.smoothed(model(x_adv), y, recipe)
 
     @staticmethod
     def attack(model, x, y, eps, smoothing=0.0):
@@ -108,14 +110,25 @@ class Torch:
             self.model.load_state_dict(self.state)
 
 
+class TextbookDropout(nn.Module):
+    """Training zeroes, evaluation scales."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x * (torch.rand_like(x) >= self.p) if self.training else x * (1 - self.p)
+
+
 class Fastreg:
     """The same methods with fastreg."""
 
     name = "fastreg"
 
     @staticmethod
-    def dropout(p):
-        return fr.nn.Dropout(p)
+    def dropout(p, rescale="train"):
+        return fr.nn.Dropout(p, rescale=rescale)
 
     @staticmethod
     def optimizer(model, recipe):
@@ -127,9 +140,13 @@ class Fastreg:
         optimizer.step()
 
     @staticmethod
+    def smoothed(logits, y, recipe):
+        return fr.cross_entropy(logits, y, label_smoothing=recipe.smoothing, smoothing=recipe.convention)
+
+    @staticmethod
     def loss(model, x, y, recipe):
         def loss(logits, y):
-            return fr.cross_entropy(logits, y, label_smoothing=recipe.smoothing)
+            return Fastreg.smoothed(logits, y, recipe)
 
         if not recipe.eps:
             return loss(model(x), y)
@@ -162,10 +179,10 @@ def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
     """A perceptron with two hidden layers. A layer that drops nothing is left out, weights keep their names."""
 
     def dropout(p):
-        return side.dropout(p) if p else nn.Identity()
+        return side.dropout(p, recipe.rescale) if p else nn.Identity()
 
     first, second = HIDDEN
-    return nn.Sequential(
+    model = nn.Sequential(
         Centre(data.x_train),
         dropout(0.4 * recipe.dropout),
         nn.Linear(data.x_train.shape[1], first),
@@ -176,6 +193,11 @@ def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
         dropout(recipe.dropout),
         nn.Linear(second, len(data.classes)),
     )
+    if recipe.rescale == "inference":  # its units are smaller by 1 - p: begin where the inverted form does
+        with torch.no_grad():
+            for drop, layer in zip(model[1::3], model[2::3], strict=True):
+                layer.weight /= 1 - getattr(drop, "p", 0.0)
+    return model
 
 
 @dataclass
@@ -191,9 +213,7 @@ class Run:
     epoch_ms: list[float] = field(default_factory=list)
     stop_epoch: int | None = None  # the epochs count from 0 here and from 1 in the report
     best_epoch: int | None = None
-    confidence: torch.Tensor | None = None  # of every test image
-    correct: torch.Tensor | None = None
-    measured: dict[str, float] = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.optimizer = self.side.optimizer(self.model, self.recipe)
@@ -219,9 +239,8 @@ class Run:
             self.side.step(self.optimizer)
         self.epoch_ms.append(1e3 * (time.perf_counter() - start))
         for part in ("train", "validation"):
-            _, error, entropy = self._evaluate(part)
-            self.curves.setdefault(f"{part}_error", []).append(error)
-            self.curves.setdefault(f"{part}_loss", []).append(entropy)
+            for key, value in evaluate(self.model, data, part).items():
+                self.curves.setdefault(key, []).append(value)
         if self.stopper is not None and self.stopper.step(self.curves["validation_error"][-1]):
             self.stop_epoch = len(self.epoch_ms) - 1
 
@@ -230,51 +249,69 @@ class Run:
         if self.stopper is not None:
             self.stopper.restore()
             self.best_epoch = self.stopper.best_epoch
-        parts = {part: self._evaluate(part) for part in ("train", "validation", "test")}
-        probabilities = parts["test"][0]
-        confidence, predicted = probabilities.max(1)
-        self.confidence, self.correct = confidence, predicted == self.data.y_test
-        attacked = self.side.attack(self.model, self.data.x_test, self.data.y_test, EPS)
+        measured = self.measured
+        for part in ("train", "validation", "test"):
+            measured |= evaluate(self.model, self.data, part)
         with torch.no_grad():
-            robust = (self.model(attacked).argmax(1) == self.data.y_test).double().mean().item()
+            logits = self.model(self.data.x_test)
         weights = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.ndim > 1])
-        self.optimizer = self.stopper = None  # the run is kept for the pictures, these would only hold memory
-        for part, (_, error, entropy) in parts.items():
-            self.measured |= {f"{part}_error": error, f"{part}_loss": entropy}
-        self.measured |= {
-            "gap_error": parts["test"][1] - parts["train"][1],
-            "gap_loss": parts["test"][2] - parts["train"][2],
+        count, accuracy, confidence = fr.calibration_curve(logits, self.data.y_test, BINS)
+        measured |= {
+            "gap_error": measured["test_error"] - measured["train_error"],
+            "gap_loss": measured["test_loss"] - measured["train_loss"],
             "zero_weights": 100 * (weights == 0).double().mean().item(),
-            "attacked_accuracy": 100 * robust,
-            "confidence": 100 * confidence.double().mean().item(),
-            "calibration_error": calibration(confidence, self.correct)["error"],
+            "weight_size": weights[weights != 0].abs().double().mean().item(),
+            "attacked_accuracy": attacked_accuracy(self.side, self.model, self.data),
+            "confidence": 100 * logits.softmax(1).amax(1).double().mean().item(),
+            "calibration_error": 100 * fr.calibration_error(logits, self.data.y_test, BINS).item(),
+            "reliability": [
+                {"bin": i, "count": int(count[i]), "accuracy": accuracy[i].item(), "confidence": confidence[i].item()}
+                for i in range(BINS)
+                if count[i]
+            ],
             "epoch_ms": statistics.median(self.epoch_ms),
         }
+        self.optimizer = self.stopper = None  # the run is kept for the pictures, these would only hold memory
 
-    @torch.no_grad()
-    def _evaluate(self, part: str) -> tuple[torch.Tensor, float, float]:
-        """Class probabilities, error in percent and plain cross-entropy in nats, without dropout or smoothing."""
-        x, y = getattr(self.data, f"x_{part}"), getattr(self.data, f"y_{part}")
-        self.model.eval()
-        logits = self.model(x)
-        error = 100 * (logits.argmax(1) != y).double().mean().item()
-        return logits.softmax(1), error, F.cross_entropy(logits, y).item()
+    def record(self) -> dict:
+        """What `results.json` holds of this training."""
+        return {
+            "variant": self.recipe.key,
+            "side": self.side.name,
+            "seed": self.seed,
+            **self.measured,
+            "best_epoch": None if self.best_epoch is None else self.best_epoch + 1,
+            "stop_epoch": None if self.stop_epoch is None else self.stop_epoch + 1,
+            "epochs_ms": self.epoch_ms,
+            "curves": self.curves,
+        }
 
 
-def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> dict:
-    """Expected calibration error (Guo et al. 2017): |accuracy - confidence| per bin of confidence, averaged over
-    the examples, in percent; with the bins themselves for the diagram."""
-    index = (confidence * BINS).long().clamp(max=BINS - 1)
-    bins = []
-    for i in range(BINS):
-        inside = index == i
-        if inside.any():
-            accuracy, mean = correct[inside].double().mean().item(), confidence[inside].double().mean().item()
-            bins.append({"bin": i, "count": int(inside.sum()), "accuracy": accuracy, "confidence": mean})
-    if not bins:  # a diverged network is confident of nothing
-        return {"error": math.nan, "bins": []}
-    error = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(confidence)
-    return {"error": 100 * error, "bins": bins}
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, part: str) -> dict[str, float]:
+    """Error in percent and plain cross-entropy in nats on a part of the data, without dropout or smoothing."""
+    y = getattr(data, f"y_{part}")
+    logits = model.eval()(getattr(data, f"x_{part}"))
+    error = 100 * (logits.argmax(1) != y).double().mean().item()
+    return {f"{part}_error": error, f"{part}_loss": F.cross_entropy(logits, y).item()}
+
+
+def attacked_accuracy(side, model: nn.Module, data: Data) -> float:
+    """Accuracy in percent on test images after one step of EPS along the sign of the network's own gradient."""
+    attacked = side.attack(model.eval(), data.x_test, data.y_test, EPS)
+    with torch.no_grad():
+        return 100 * (model(attacked).argmax(1) == data.y_test).double().mean().item()
+
+
+def batch_size(examples: int) -> int:
+    """Few examples: still several steps, but no gradient of one image."""
+    return min(BATCH, max(16, examples // 10))
+
+
+def batches(examples: int, epochs: int) -> Iterator[torch.Tensor]:
+    """The indices of the batches of some epochs, each epoch shuffled anew."""
+    for _ in range(epochs):
+        yield from torch.randperm(examples).split(batch_size(examples))
 
 
 def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:
@@ -288,7 +325,7 @@ def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[R
         model.load_state_dict(start)
         runs.append(Run(side, recipe, seed, data, model))
     examples = len(data.x_train)
-    batch = min(BATCH, max(16, examples // 10))  # few examples: still several steps, but no gradient of one image
+    batch = batch_size(examples)
     shuffle = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
         batches = torch.randperm(examples, generator=shuffle).split(batch)

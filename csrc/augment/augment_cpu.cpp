@@ -1,0 +1,1200 @@
+// Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
+// whose pixels all lie inside the image gather neighbours in pairs, without a look at the border), coloured, blurred from a ring
+// of rows, normalised, and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
+// Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
+// Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
+#include <type_traits>
+
+#include "../common/simd.h"
+#include "augment_math.h"
+
+namespace fastreg::FASTREG_ISA {
+
+typedef int32_t I32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef int64_t I64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef uint8_t BytePart __attribute__((vector_size(FR_VECTOR_BYTES / 4)));
+
+FR_INLINE Vec<float> load(const uint8_t* p) {
+  Vec<float> v;
+  for (int i = 0; i < v.kParts; ++i) {
+    BytePart raw;
+    memcpy(&raw, p + i * v.kPartLanes, sizeof raw);
+#if defined(__AVX512F__)
+    v.part[i] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32((__m128i)raw));
+#elif defined(__AVX2__)
+    v.part[i] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)raw)));
+#else
+    v.part[i] = __builtin_convertvector(__builtin_convertvector(raw, I32Part), Vec<float>::Part);
+#endif
+  }
+  return v;
+}
+FR_INLINE void store(uint8_t* p, const Vec<float>& v) {  // whole numbers in [0, 255]
+  for (int i = 0; i < v.kParts; ++i) {
+    const BytePart raw = __builtin_convertvector(__builtin_convertvector(v.part[i], I32Part), BytePart);
+    memcpy(p + i * v.kPartLanes, &raw, sizeof raw);
+  }
+}
+namespace {
+
+template <class F>
+FR_INLINE void with_pixels(PixelType type, F f) {
+  if (type == PixelType::kUInt8) return f(static_cast<uint8_t*>(nullptr));
+  with_dtype(DType(int(type)), f);
+}
+
+// Not std's: what the compiler does not inline of those would be one function for all instruction sets.
+template <class I>
+FR_INLINE I least(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+FR_INLINE I most(I a, I b) {
+  return a < b ? b : a;
+}
+template <class I>
+FR_INLINE I clamped(I x, I low, I high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+constexpr int kPad = 16;  // rows in buffers are whole vectors, of float32 or of float64
+FR_INLINE int64_t padded_width(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+template <class V>
+FR_INLINE V reversed(const V& v) {
+  typename V::Scalar lane[V::kLanes], turned[V::kLanes];
+  store(lane, v);
+  for (int j = 0; j < V::kLanes; ++j) turned[j] = lane[V::kLanes - 1 - j];
+  return load(turned);
+}
+
+// ---- a whole number for each lane of a Vec<A>
+
+template <class A>
+struct Ints {
+  using V = Vec<A>;
+  static constexpr int kParts = V::kParts, kPartLanes = V::kPartLanes;
+  typedef int32_t Part __attribute__((vector_size(4 * V::kPartLanes)));
+  Part part[kParts];
+
+  Ints() = default;
+  FR_INLINE Ints(int32_t x) {
+    for (int i = 0; i < kParts; ++i) part[i] = x - Part{};
+  }
+#define FR_EACH(name, expression)                            \
+  friend FR_INLINE Ints name(const Ints& a, const Ints& b) { \
+    Ints c;                                                  \
+    for (int i = 0; i < kParts; ++i) c.part[i] = expression; \
+    return c;                                                \
+  }
+  // clang-format off
+  FR_EACH(operator+, a.part[i] + b.part[i]) FR_EACH(operator-, a.part[i] - b.part[i]) FR_EACH(operator*, a.part[i] * b.part[i])
+  FR_EACH(least, a.part[i] < b.part[i] ? a.part[i] : b.part[i]) FR_EACH(most, a.part[i] < b.part[i] ? b.part[i] : a.part[i])
+  // clang-format on
+#undef FR_EACH
+          friend FR_INLINE typename V::Mask operator==(const Ints& a, const Ints& b) {
+    typename V::Mask m;
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4)
+      m.part[0] = _mm512_cmpeq_epi32_mask((__m512i)a.part[0], (__m512i)b.part[0]);
+    else
+      m.part[0] = _mm256_cmpeq_epi32_mask((__m256i)a.part[0], (__m256i)b.part[0]);
+#else
+    for (int i = 0; i < kParts; ++i) m.part[i] = __builtin_convertvector(a.part[i] == b.part[i], typename V::IntPart);
+#endif
+    return m;
+  }
+  template <class F>
+  FR_INLINE Ints each(F f) const {  // lane by lane
+    int32_t lane[V::kLanes];
+    memcpy(lane, part, sizeof lane);
+    for (int32_t& x : lane) x = f(x);
+    Ints c;
+    memcpy(c.part, lane, sizeof lane);
+    return c;
+  }
+};
+template <class V>
+FR_INLINE typename V::Mask both(const typename V::Mask& a, const typename V::Mask& b) {
+  typename V::Mask c;
+  for (int i = 0; i < V::kParts; ++i) c.part[i] = a.part[i] & b.part[i];
+  return c;
+}
+
+// Positions base + j * step of neighbouring output pixels j, taken apart.
+template <class A>
+struct Positions {
+  static constexpr int kLanes = Vec<A>::kLanes, kParts = Vec<A>::kParts, kI64Lanes = FR_VECTOR_BYTES / 8;
+  typedef uint32_t Low __attribute__((vector_size(4 * Vec<A>::kPartLanes)));
+  Ints<A> whole;
+  Low low[kParts];
+
+  FR_INLINE Positions(const int64_t* steps, int64_t base) {  // steps[j] = j * step
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (sizeof(A) == 4) {
+        I64Part a, b;
+        memcpy(&a, steps + 2 * i * kI64Lanes, sizeof a);
+        memcpy(&b, steps + (2 * i + 1) * kI64Lanes, sizeof b);
+        const I32Part x = (I32Part)(a + base), y = (I32Part)(b + base);
+#if FR_VECTOR_BYTES == 64
+        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif FR_VECTOR_BYTES == 32
+        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
+        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6);
+        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7);
+#endif
+      } else {
+        I64Part a;
+        memcpy(&a, steps + i * kI64Lanes, sizeof a);
+        a += base;
+        low[i] = (Low) __builtin_convertvector(a & 0xffffffff, typename Ints<A>::Part);
+        whole.part[i] = __builtin_convertvector(a >> 32, typename Ints<A>::Part);
+      }
+    }
+  }
+  FR_INLINE Vec<A> fraction() const {
+    Vec<A> t;
+    for (int i = 0; i < kParts; ++i) {
+      if constexpr (sizeof(A) == 4)
+        t.part[i] = __builtin_convertvector((typename Ints<A>::Part)(low[i] >> 8), typename Vec<A>::Part) * A(0x1p-24);
+      else
+        for (int j = 0; j < Vec<A>::kPartLanes; ++j) t.part[i][j] = A(low[i][j]) * A(0x1p-32);
+    }
+    return t;
+  }
+  FR_INLINE Ints<A> nearest() const {  // ties to even: up where the fraction is more than a half, or a half and the whole is odd
+    Ints<A> n;
+    for (int i = 0; i < kParts; ++i)
+      n.part[i] = whole.part[i] - (typename Ints<A>::Part)(low[i] > 0x80000000u - ((Low)whole.part[i] & 1u));
+    return n;
+  }
+};
+
+// ---- gathers. The planes hold `count` elements; index + 1 lies inside for pairs.
+
+template <class T, class A>
+FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left, Vec<A>& right) {
+  [[maybe_unused]] typedef typename Vec<A>::Part Part;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m512i at = (__m512i)index.part[0];
+    if constexpr (std::is_same_v<T, float>) {
+      const __m512i low = _mm512_i32gather_epi64(_mm512_castsi512_si256(at), plane, 4);
+      const __m512i high = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(at, 1), plane, 4);
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      left.part[0] = (Part)_mm512_permutex2var_epi32(low, even, high);
+      right.part[0] = (Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+      return;
+    }
+    if constexpr (sizeof(T) <= 2) {
+      if (count * int64_t(sizeof(T)) >= 4) {
+        if constexpr (sizeof(T) == 1) {  // four neighbours, from further left where the plane ends
+          const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4))), byte = _mm512_set1_epi32(255);
+          const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
+          const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
+          left.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
+          right.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8), byte));
+        } else {
+          const __m512i words = _mm512_i32gather_epi32(at, plane, 2);
+          if constexpr (std::is_same_v<T, BFloat16>) {
+            left.part[0] = (Part)_mm512_slli_epi32(words, 16);
+            right.part[0] = (Part)_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000u)));
+          } else {
+            left.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
+            right.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+          }
+        }
+        return;
+      }
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    for (int i = 0; i < 2; ++i) {
+      const __m256i at = (__m256i)index.part[i];
+      const auto pairs = [&](__m128i four) {
+        return _mm256_castpd_ps(_mm256_i32gather_pd(reinterpret_cast<const double*>(plane), four, 4));
+      };
+      const __m256 low = pairs(_mm256_castsi256_si128(at)), high = pairs(_mm256_extracti128_si256(at, 1));
+      const auto in_order = [](__m256 x) { return (Part)_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8); };
+      left.part[i] = in_order(_mm256_shuffle_ps(low, high, 0x88));
+      right.part[i] = in_order(_mm256_shuffle_ps(low, high, 0xdd));
+    }
+    return;
+  }
+  if constexpr (sizeof(T) == 1 || std::is_same_v<T, BFloat16>) {
+    if (count * int64_t(sizeof(T)) >= 4) {
+      for (int i = 0; i < 2; ++i) {
+        const __m256i at = (__m256i)index.part[i];
+        const int* base = reinterpret_cast<const int*>(plane);
+        if constexpr (sizeof(T) == 1) {
+          const __m256i start = _mm256_min_epi32(at, _mm256_set1_epi32(int32_t(count - 4)));
+          const __m256i shift = _mm256_slli_epi32(_mm256_sub_epi32(at, start), 3), byte = _mm256_set1_epi32(255);
+          const __m256i words = _mm256_srlv_epi32(_mm256_i32gather_epi32(base, start, 1), shift);
+          left.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(words, byte));
+          right.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, 8), byte));
+        } else {
+          const __m256i words = _mm256_i32gather_epi32(base, at, 2);
+          left.part[i] = (Part)_mm256_slli_epi32(words, 16);
+          right.part[i] = (Part)_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000u)));
+        }
+      }
+      return;
+    }
+  }
+#endif
+  (void)count;
+  int32_t at_lane[Vec<A>::kLanes];
+  memcpy(at_lane, index.part, sizeof at_lane);
+  T lane[2][Vec<A>::kLanes];
+  for (int j = 0; j < Vec<A>::kLanes; ++j) {
+    lane[0][j] = plane[at_lane[j]];
+    lane[1][j] = plane[at_lane[j] + 1];
+  }
+  left = load(lane[0]);
+  right = load(lane[1]);
+}
+
+template <class T, class A>
+FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m512i at = (__m512i)index.part[0];
+    Vec<A> v;
+    if constexpr (std::is_same_v<T, float>) {
+      v.part[0] = (typename Vec<A>::Part)_mm512_i32gather_ps(at, plane, 4);
+      return v;
+    }
+    if constexpr (sizeof(T) == 1) {
+      if (count >= 4) {
+        const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
+        const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
+        const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
+        v.part[0] = (typename Vec<A>::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+        return v;
+      }
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    Vec<A> v;
+    for (int i = 0; i < 2; ++i) v.part[i] = _mm256_i32gather_ps(plane, (__m256i)index.part[i], 4);
+    return v;
+  }
+#endif
+  (void)count;
+  int32_t at_lane[Vec<A>::kLanes];
+  memcpy(at_lane, index.part, sizeof at_lane);
+  T lane[Vec<A>::kLanes];
+  for (int j = 0; j < Vec<A>::kLanes; ++j) lane[j] = plane[at_lane[j]];
+  return load(lane);
+}
+
+// ---- geometry
+
+// A sample's source: planes of rows whose pixels are neighbours in memory.
+template <class T>
+struct Source {
+  const T* data;
+  int64_t plane_stride, row_stride, height, width, channels;
+  const T* plane(int64_t c) const { return data + c * plane_stride; }
+  int64_t count() const { return (height - 1) * row_stride + width; }
+};
+
+template <class A>
+struct Filler {  // what lies outside
+  Padding padding;
+  const double* fill;  // of each channel
+  A value(int64_t c) const { return padding == Padding::kFill ? A(fill[c]) : A(0); }
+};
+
+template <class T, class A>
+struct Warp {
+  using V = Vec<A>;
+  static constexpr int kLanes = V::kLanes;
+  Source<T> source;
+  Interpolation interpolation;
+  Padding padding;
+  Filler<A> filler;
+  FixedMatrix matrix;
+  bool straight;  // output pixels are source pixels, in rows from left to right or back
+  alignas(64) int64_t step_u[kLanes], step_v[kLanes];
+
+  Warp(const AugmentArgs& a, const Source<T>& source, const FixedMatrix& matrix)
+      : source(source), interpolation(a.interpolation), padding(a.padding), filler{a.padding, a.constants}, matrix(matrix) {
+    const int64_t one = int64_t(1) << kFractionBits;
+    const int64_t* m = matrix.m;
+    straight = (m[0] == one || m[0] == -one) && m[1] == 0 && m[3] == 0 && (m[4] == one || m[4] == -one) && m[2] % one == 0 &&
+               m[5] % one == 0;
+    for (int j = 0; j < kLanes; ++j) {
+      step_u[j] = m[0] * j;
+      step_v[j] = m[3] * j;
+    }
+  }
+
+  // Output row y, n pixels of each channel, to out + c * pitch; whole vectors are written.
+  void row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    if (straight) return straight_row(y, n, out, pitch);
+    if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
+    if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
+    bicubic_row(y, n, out, pitch);
+  }
+
+  void straight_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    const Position first = matrix.at(0, y);
+    const int64_t u = first.u >> kFractionBits, direction = matrix.m[0] > 0 ? 1 : -1;
+    const int32_t v = padded(whole_part(first.v), int32_t(source.height), padding);
+    // Output pixels [begin, end) lie inside.
+    int64_t begin = direction > 0 ? -u : u - (source.width - 1), end = direction > 0 ? source.width - u : u + 1;
+    begin = clamped(v < 0 ? n : begin, int64_t(0), n);
+    end = clamped(v < 0 ? n : end, begin, n);
+    for (int64_t c = 0; c < source.channels; ++c, out += pitch) {
+      const T* line = source.plane(c) + (v < 0 ? 0 : v) * source.row_stride;
+      const auto outside = [&](int64_t x) {
+        const int32_t pixel = v < 0 ? -1 : padded(int32_t(u + direction * x), int32_t(source.width), padding);
+        out[x] = pixel < 0 ? filler.value(c) : A(to_float(line[pixel]));
+      };
+      for (int64_t x = 0; x < begin; ++x) outside(x);
+      int64_t x = begin;
+      if (direction > 0)
+        for (; x + kLanes <= end; x += kLanes) store(out + x, load(line + u + x));
+      else
+        for (; x + kLanes <= end; x += kLanes) store(out + x, reversed(load(line + u - x - (kLanes - 1))));
+      for (; x < end; ++x) out[x] = A(to_float(line[u + direction * x]));
+      for (; x < n; ++x) outside(x);
+    }
+  }
+
+  FR_INLINE void bilinear_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    const int64_t one = int64_t(1) << kFractionBits;
+    // A pixel whose position lies in [0, limit) has all its neighbours inside; a negative one is beyond any limit as unsigned.
+    const uint64_t limit_u = uint64_t(source.width - 1) * uint64_t(one), limit_v = uint64_t(source.height - 1) * uint64_t(one);
+    const int64_t count = source.count(), row_stride = source.row_stride;
+    const bool vanishes = padding == Padding::kZeros || padding == Padding::kFill;
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
+      const bool inside =
+          (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
+      if (!inside) {
+        const bool far = least(at.u, last_u) >= int64_t(limit_u) + one || most(at.u, last_u) < -one ||
+                         least(at.v, last_v) >= int64_t(limit_v) + one || most(at.v, last_v) < -one;
+        if (far && vanishes)
+          for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
+        else
+          bilinear_edge(at, x, out, pitch);
+        continue;
+      }
+      const Positions<A> u(step_u, at.u), v(step_v, at.v);
+      const Ints<A> index = v.whole * Ints<A>(int32_t(row_stride)) + u.whole;
+      const V t = u.fraction(), s = v.fraction();
+      for (int64_t c = 0; c < source.channels; ++c) {
+        const T* plane = source.plane(c);
+        V top_left, top_right, bottom_left, bottom_right;
+        gather_pairs(plane, index, count, top_left, top_right);
+        gather_pairs(plane + row_stride, index, count - row_stride, bottom_left, bottom_right);
+        store(out + c * pitch + x, lerp(lerp(top_left, bottom_left, s), lerp(top_right, bottom_right, s), t));
+      }
+    }
+  }
+
+  // Pixel numbers along one axis: those that stand for them, and which of them are there at all.
+  struct Found {
+    Ints<A> pixel;
+    typename V::Mask there;
+  };
+  FR_INLINE Found find(const Ints<A>& wanted, int32_t n) const {
+    const Padding rule = padding;
+    const Ints<A> i =
+        rule == Padding::kReflect ? wanted.each([=](int32_t x) { return padded(x, n, Padding::kReflect); }) : wanted;
+    const Ints<A> pixel = most(Ints<A>(0), least(i, Ints<A>(n - 1)));
+    return {pixel, rule == Padding::kZeros || rule == Padding::kFill ? pixel == i : pixel == pixel};
+  }
+
+  // Near the border: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one pair is gathered,
+  // from which each takes its own.
+  FR_INLINE void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+    const int32_t height = int32_t(source.height), width = int32_t(source.width);
+    const Positions<A> u(step_u, at.u), v(step_v, at.v);
+    const Ints<A> one(1), stride(int32_t(source.row_stride));
+    const Found left = find(u.whole, width), right = find(u.whole + one, width);
+    const Found top = find(v.whole, height), bottom = find(v.whole + one, height);
+    const Ints<A> pair = most(Ints<A>(0), least(least(left.pixel, right.pixel), Ints<A>(width - 2)));
+    const auto left_is_first = left.pixel == pair, right_is_first = right.pixel == pair;
+    const Ints<A> upper = top.pixel * stride + pair, lower = bottom.pixel * stride + pair;
+    const auto there_ul = both<V>(top.there, left.there), there_ur = both<V>(top.there, right.there),
+               there_ll = both<V>(bottom.there, left.there), there_lr = both<V>(bottom.there, right.there);
+    const V zero(0), full(1), t = u.fraction(), s = v.fraction();
+    const auto blend = [&](const V& ul, const V& ur, const V& ll, const V& lr) __attribute__((always_inline)) {
+      return lerp(lerp(select(there_ul, ul, zero), select(there_ll, ll, zero), s),
+                  lerp(select(there_ur, ur, zero), select(there_lr, lr, zero), s), t);
+    };
+    const V inside = padding == Padding::kFill ? blend(full, full, full, full) : full;
+    const int64_t count = source.count();
+    for (int64_t c = 0; c < source.channels; ++c) {
+      const T* plane = source.plane(c);
+      V first, second, below_first, below_second;
+      if (width > 1) {
+        gather_pairs(plane, upper, count, first, second);
+        gather_pairs(plane, lower, count, below_first, below_second);
+      } else {
+        first = second = gather(plane, upper, count);
+        below_first = below_second = gather(plane, lower, count);
+      }
+      V value = blend(select(left_is_first, first, second), select(right_is_first, first, second),
+                      select(left_is_first, below_first, below_second), select(right_is_first, below_first, below_second));
+      if (padding == Padding::kFill) value = filled(value, inside, V(filler.value(c)));
+      store(out + c * pitch + x, value);
+    }
+  }
+
+  void nearest_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      const Found column = find(Positions<A>(step_u, at.u).nearest(), int32_t(source.width));
+      const Found line = find(Positions<A>(step_v, at.v).nearest(), int32_t(source.height));
+      const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
+      const auto there = both<V>(line.there, column.there);
+      for (int64_t c = 0; c < source.channels; ++c)
+        store(out + c * pitch + x, select(there, gather(source.plane(c), index, source.count()), V(filler.value(c))));
+    }
+  }
+
+  void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; ++x, at.u += matrix.m[0], at.v += matrix.m[3]) {
+      const Taps<A> columns = taps_at<A>(at.u, int32_t(source.width), interpolation, padding);
+      const Taps<A> lines = taps_at<A>(at.v, int32_t(source.height), interpolation, padding);
+      A inside = 0;
+      for (int i = 0; i < lines.count; ++i)
+        for (int k = 0; k < columns.count; ++k)
+          if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) inside += lines.weight[i] * columns.weight[k];
+      for (int64_t c = 0; c < source.channels; ++c) {
+        A value = 0;
+        for (int i = 0; i < lines.count; ++i) {
+          if (lines.pixel[i] < 0) continue;
+          const T* line = source.plane(c) + lines.pixel[i] * source.row_stride;
+          A sum = 0;
+          for (int k = 0; k < columns.count; ++k)
+            if (columns.pixel[k] >= 0) sum += columns.weight[k] * A(to_float(line[columns.pixel[k]]));
+          value += lines.weight[i] * sum;
+        }
+        out[c * pitch + x] = padding == Padding::kFill ? filled(value, inside, filler.value(c)) : value;
+      }
+    }
+  }
+};
+
+template <class T>
+Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
+  Source<T> source = {static_cast<const T*>(a.images) + sample * a.in_stride[0],
+                      a.in_stride[1],
+                      a.in_stride[2],
+                      a.in_height,
+                      a.in_width,
+                      a.channels};
+  if (copied && a.in_stride[3] != 1)
+    source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
+  if (a.windows) {
+    const int64_t* window = a.windows + 4 * sample;
+    source.data += window[0] * source.row_stride + window[1];
+    source.height = window[2];
+    source.width = window[3];
+  }
+  return source;
+}
+
+FixedMatrix matrix_of_sample(const double* matrix, const AugmentArgs& a) {
+  FixedMatrix fixed = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
+  if (matrix) fixed_matrix(matrix, a.out_height, a.out_width, &fixed);
+  return fixed;
+}
+
+// ---- antialiasing: first the image on a coarser grid, every pixel of which is a weighted mean, then the warp from there
+
+// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and
+// nothing is left to warp.
+struct Shrink {
+  bool on = false;
+  int64_t size[2];           // width, height
+  double start[2], step[2];  // along x, along y
+  double rest[6];            // the matrix from there
+};
+Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
+  Shrink s;
+  if (!a.antialias || !a.matrices || a.interpolation == Interpolation::kNearest) return s;
+  const double* m = a.matrices + 6 * sample;
+  const int64_t in[2] = {a.windows ? a.windows[4 * sample + 3] : a.in_width, a.windows ? a.windows[4 * sample + 2] : a.in_height};
+  const int64_t out[2] = {a.out_width, a.out_height};
+  const bool straight = m[1] == 0 && m[3] == 0;
+  for (int axis = 0; axis < 2; ++axis) {
+    const double across = m[3 * axis], down = m[3 * axis + 1], shrinks = std::sqrt(across * across + down * down);
+    // torch's cubic is another one with antialiasing, whether it shrinks or not.
+    s.on = s.on || shrinks > (straight ? (a.interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
+    if (straight) {
+      s.size[axis] = out[axis];
+      s.step[axis] = m[4 * axis];
+      s.start[axis] = m[3 * axis + 2];
+      for (int i = 0; i < 3; ++i) s.rest[3 * axis + i] = i == axis ? 1 : 0;
+    } else {
+      s.size[axis] = shrinks > 2 ? int64_t(std::ceil(double(in[axis]) / shrinks)) : in[axis];
+      s.step[axis] = double(in[axis]) / double(s.size[axis]);
+      s.start[axis] = 0.5 * s.step[axis] - 0.5;
+      for (int i = 0; i < 3; ++i)
+        s.rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / s.step[axis] - (i == 2 ? 0.5 : 0);
+    }
+  }
+  return s;
+}
+
+// The weights along one axis, as torch's interpolate(antialias=True) has them: a triangle, or Keys' cubic with a = -0.5, as wide
+// as the step, cut off at the image's edges and brought to sum 1.
+template <class A>
+struct Filter {
+  int64_t taps;    // at most
+  int32_t* range;  // [first, last) of each grid pixel; empty outside of the image, where the padding fills
+  A* weight;
+
+  static int64_t most_taps(double step, Interpolation interpolation) {
+    const double support = (interpolation == Interpolation::kBicubic ? 2 : 1) * most(1.0, std::fabs(step));
+    return 2 * int64_t(std::ceil(support)) + 1;
+  }
+  static int64_t bytes(int64_t size, double step, Interpolation interpolation) {
+    return (size * int64_t(2 * sizeof(int32_t) + size_t(most_taps(step, interpolation)) * sizeof(A)) + 63) / 64 * 64;
+  }
+
+  Filter(void* memory, int64_t size, int64_t n, double start, double step, const AugmentArgs& a)
+      : taps(most_taps(step, a.interpolation)),
+        range(static_cast<int32_t*>(memory)),
+        weight(reinterpret_cast<A*>(range + 2 * size)) {
+    const bool cubic = a.interpolation == Interpolation::kBicubic;
+    const double scale = most(1.0, std::fabs(step)), support = (cubic ? 2 : 1) * scale, length = double(n);
+    for (int64_t i = 0; i < size; ++i) {
+      double centre = start + step * double(i) + 0.5;  // from the left edge of the first pixel
+      range[2 * i] = range[2 * i + 1] = 0;
+      if (centre < 0 || centre > length) {
+        if (a.padding == Padding::kZeros || a.padding == Padding::kFill) continue;
+        if (a.padding == Padding::kReflect) {
+          centre = std::fmod(std::fabs(centre), 2 * length);
+          centre = centre > length ? 2 * length - centre : centre;
+        }
+        centre = clamped(centre, 0.0, length);
+      }
+      const int64_t first = most(int64_t(centre - support + 0.5), int64_t(0)), last = least(int64_t(centre + support + 0.5), n);
+      A* w = weight + i * taps;
+      double sum = 0;
+      for (int64_t j = first; j < last; ++j) {
+        const double x = std::fabs((double(j) - centre + 0.5) / scale);
+        double value = x < 1 ? 1 - x : 0;
+        if (cubic) value = x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
+        w[j - first] = A(value);
+        sum += value;
+      }
+      for (int64_t j = first; j < last; ++j) w[j - first] = A(double(w[j - first]) / sum);
+      range[2 * i] = int32_t(first);
+      range[2 * i + 1] = int32_t(last);
+    }
+  }
+};
+
+int64_t accumulated(const AugmentArgs& a) { return a.in_type == PixelType::kFloat64 ? 8 : 4; }
+template <class A>
+int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
+  return Filter<A>::bytes(s.size[0], s.step[0], a.interpolation) + Filter<A>::bytes(s.size[1], s.step[1], a.interpolation);
+}
+int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
+  return accumulated(a) == 8 ? filters_bytes<double>(a, s) : filters_bytes<float>(a, s);
+}
+
+template <class T, class A>
+struct Resampler {
+  const AugmentArgs& a;
+  const Shrink& s;
+  Source<T> source;
+  int64_t pixel_stride;
+  Filter<A> columns, rows;
+
+  Resampler(const AugmentArgs& a, const Shrink& s, int64_t sample, void* memory)
+      : a(a),
+        s(s),
+        source(source_of<T>(a, nullptr, sample)),
+        pixel_stride(a.in_stride[3]),
+        columns(memory, s.size[0], source.width, s.start[0], s.step[0], a),
+        rows(static_cast<char*>(memory) + Filter<A>::bytes(s.size[0], s.step[0], a.interpolation), s.size[1], source.height,
+             s.start[1], s.step[1], a) {
+    if (a.windows) source.data += a.windows[4 * sample + 1] * (pixel_stride - 1);
+  }
+
+  // Rows [begin, end) of the grid, planes of size[1] * size[0]; `line` has room for a row of the source.
+  void run(int64_t begin, int64_t end, A* out, A* line) const {
+    const int64_t width = s.size[0];
+    for (int64_t c = 0; c < a.channels; ++c)
+      for (int64_t y = begin; y < end; ++y) {
+        A* to = out + (c * s.size[1] + y) * width;
+        const int32_t first = rows.range[2 * y], last = rows.range[2 * y + 1];
+        const A fill = a.padding == Padding::kFill ? A(a.constants[c]) : A(0);
+        if (last > first) column_sums(source.plane(c), first, last, rows.weight + y * rows.taps, line);
+        for (int64_t x = 0; x < width; ++x) {
+          const int32_t left = columns.range[2 * x], right = columns.range[2 * x + 1];
+          const A* weight = columns.weight + x * columns.taps;
+          A sum = 0;
+          for (int32_t j = left; j < right; ++j) sum += weight[j - left] * line[j];
+          to[x] = last > first && right > left ? sum : fill;
+        }
+      }
+  }
+  void column_sums(const T* plane, int32_t first, int32_t last, const A* weight, A* line) const {
+    for (int32_t i = first; i < last; ++i) {
+      const T* from = plane + i * source.row_stride;
+      const A w = weight[i - first];
+      int64_t x = 0;
+      if (pixel_stride == 1)
+        for (; x + Vec<A>::kLanes <= source.width; x += Vec<A>::kLanes) {
+          const Vec<A> part = load(from + x) * Vec<A>(w);
+          store(line + x, i == first ? part : load(line + x) + part);
+        }
+      for (; x < source.width; ++x) {
+        const A part = A(to_float(from[x * pixel_stride])) * w;
+        line[x] = i == first ? part : line[x] + part;
+      }
+    }
+  }
+  // Adds the grid's gradient to that of the source's window, whose rows are in_width apart.
+  void transposed(const A* grad, A* in_grad, A* line) const {
+    for (int64_t y = 0; y < s.size[1]; ++y) {
+      for (int64_t x = 0; x < source.width; ++x) line[x] = 0;
+      for (int64_t x = 0; x < s.size[0]; ++x) {
+        const int32_t left = columns.range[2 * x], right = columns.range[2 * x + 1];
+        for (int32_t j = left; j < right; ++j) line[j] += columns.weight[x * columns.taps + j - left] * grad[y * s.size[0] + x];
+      }
+      for (int32_t i = rows.range[2 * y]; i < rows.range[2 * y + 1]; ++i)
+        for (int64_t x = 0; x < source.width; ++x)
+          in_grad[i * a.in_width + x] += rows.weight[y * rows.taps + i - rows.range[2 * y]] * line[x];
+    }
+  }
+};
+
+// ---- a sample's rows, made by the warp that its type asks for
+
+template <class A>
+struct RowMaker {
+  const void* warp;
+  void (*make)(const void* warp, int64_t y, int64_t n, A* out, int64_t pitch);
+  void operator()(int64_t y, int64_t n, A* out, int64_t pitch) const { make(warp, y, n, out, pitch); }
+};
+template <class T, class A>
+RowMaker<A> maker_of(const Warp<T, A>& warp) {
+  return {&warp, [](const void* w, int64_t y, int64_t n, A* out, int64_t pitch) {
+            static_cast<const Warp<T, A>*>(w)->row(y, n, out, pitch);
+          }};
+}
+
+// f(row maker) with the sample's warp alive.
+template <class A, class F>
+void with_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, F f) {
+  const Shrink shrink = shrink_of(a, sample);
+  if (shrink.on) {
+    const int64_t width = shrink.size[0], height = shrink.size[1];
+    const Source<A> grid = {static_cast<const A*>(scratch.source), width * height, width, height, width, a.channels};
+    const Warp<A, A> warp(a, grid, matrix_of_sample(shrink.rest, a));
+    return f(maker_of(warp));
+  }
+  const double* matrix = a.matrices ? a.matrices + 6 * sample : nullptr;
+  with_pixels(a.in_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<typename Accumulate<T>::type, A>) {
+      const Warp<T, A> warp(a, source_of<T>(a, scratch.source, sample), matrix_of_sample(matrix, a));
+      f(maker_of(warp));
+    }
+  });
+}
+
+// ---- colour
+
+template <class A>
+struct Colour {
+  using V = Vec<A>;
+  int steps;
+  V bound, brightness, contrast, contrast_rest, saturation, saturation_rest, hue;
+  int64_t channels;
+
+  Colour(const AugmentArgs& a, int64_t sample, double mean)
+      : steps(a.colour_steps), bound(a.in_type == PixelType::kUInt8 ? A(255) : A(1)), channels(a.channels) {
+    if (!steps) return;
+    const double* factor = a.colour + kColourColumns * sample;
+    brightness = V(A(factor[kBrightnessColumn]));
+    contrast = V(A(factor[kContrastColumn]));
+    contrast_rest = V(A((1 - factor[kContrastColumn]) * mean));
+    saturation = V(A(factor[kSaturationColumn]));
+    saturation_rest = V(A(1 - factor[kSaturationColumn]));
+    hue = V(A(6 * factor[kHueColumn]));
+  }
+
+  // The chosen steps of n pixels, from one row buffer to another.
+  template <bool kQuantise>
+  FR_INLINE void row(int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch, int64_t n) const {
+    if (channels != 3) {  // saturation and hue of one channel are what they were
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t x = 0; x < n; x += V::kLanes) {
+          V p = load(in + c * in_pitch + x);
+          if (chosen & kBrightness) p = brightness_element<kQuantise>(p, brightness, bound);
+          if (chosen & kContrast) p = blend_element<kQuantise>(p, contrast_rest, contrast, bound);
+          store(out + c * out_pitch + x, p);
+        }
+      return;
+    }
+    for (int64_t x = 0; x < n; x += V::kLanes) {
+      V r = load(in + x), g = load(in + in_pitch + x), b = load(in + 2 * in_pitch + x);
+      if (chosen & kBrightness) {
+        r = brightness_element<kQuantise>(r, brightness, bound);
+        g = brightness_element<kQuantise>(g, brightness, bound);
+        b = brightness_element<kQuantise>(b, brightness, bound);
+      }
+      if (chosen & kContrast) {
+        r = blend_element<kQuantise>(r, contrast_rest, contrast, bound);
+        g = blend_element<kQuantise>(g, contrast_rest, contrast, bound);
+        b = blend_element<kQuantise>(b, contrast_rest, contrast, bound);
+      }
+      if (chosen & kSaturation) {
+        const V rest = saturation_rest * grey_of<kQuantise>(r, g, b);
+        r = blend_element<kQuantise>(r, rest, saturation, bound);
+        g = blend_element<kQuantise>(g, rest, saturation, bound);
+        b = blend_element<kQuantise>(b, rest, saturation, bound);
+      }
+      if (chosen & kHue) hue_element<kQuantise>(r, g, b, hue);
+      store(out + x, r);
+      store(out + out_pitch + x, g);
+      store(out + 2 * out_pitch + x, b);
+    }
+  }
+  void row(bool quantise, int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch, int64_t n) const {
+    quantise ? row<true>(chosen, in, in_pitch, out, out_pitch, n) : row<false>(chosen, in, in_pitch, out, out_pitch, n);
+  }
+};
+
+template <class A>
+double grey_sum(const A* in, int64_t pitch, int64_t channels, int64_t n, bool quantise) {
+  using V = Vec<A>;
+  V sum(0);
+  for (int64_t x = 0; x < n; x += V::kLanes) {
+    V grey = load(in + x);
+    if (channels == 3) {
+      const V g = load(in + pitch + x), b = load(in + 2 * pitch + x);
+      grey = quantise ? grey_of<true>(grey, g, b) : grey_of<false>(grey, g, b);
+    }
+    sum = sum + (n - x < V::kLanes ? select(V::first(int(n - x)), grey, V(0)) : grey);
+  }
+  return double(sum.sum());
+}
+
+// ---- a sample, row by row
+
+bool quantises(const AugmentArgs& a) { return a.out_type == PixelType::kUInt8; }
+// A row's channels lie `pitch` apart, with room for the blur's reflected pixels between them, and before the first.
+int64_t pitch_of(const AugmentArgs& a) { return padded_width(a.out_width + (a.blur ? a.blur_width - 1 : 0)); }
+int64_t margin(const AugmentArgs& a) { return a.blur ? padded_width(a.blur_width / 2) : 0; }
+// Rows that are made before the first of them is blurred. A load that takes parts of two stores waits for both, so that narrow
+// rows must not be blurred sideways right after they were written.
+int64_t blur_batch(const AugmentArgs& a) { return most(int64_t(1), 256 / padded_width(a.out_width)); }
+int64_t blur_slots(const AugmentArgs& a) { return a.blur_height + blur_batch(a) - 1; }
+int64_t blur_lines_offset(const AugmentArgs& a) {  // in a thread's memory: margin, rows, the ring, the weights, then pointers
+  const int64_t rows = (blur_batch(a) + blur_slots(a)) * a.channels * pitch_of(a);
+  return (margin(a) + rows + kPad + a.blur_width + a.blur_height) * accumulated(a) / 8 * 8 + 8;
+}
+
+template <class A>
+void warped_row(const AugmentArgs& a, const RowMaker<A>& maker, int64_t y, A* out, int64_t pitch) {
+  maker(y, a.out_width, out, pitch);
+  if (!quantises(a) || !a.matrices) return;
+  const Vec<A> bound(A(255));
+  for (int64_t c = 0; c < a.channels; ++c)
+    for (int64_t x = 0; x < a.out_width; x += Vec<A>::kLanes)
+      store(out + c * pitch + x, quantised(load(out + c * pitch + x), bound));
+}
+
+template <class A>
+void prepare_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker, int64_t sample, int64_t begin,
+                  int64_t end) {
+  const int64_t width = padded_width(a.out_width), pitch = a.out_height * width;
+  const Colour<A> colour(a, sample, 0);
+  double* sums = static_cast<double*>(scratch.sums);
+  for (int64_t y = begin; y < end; ++y) {
+    A* row = static_cast<A*>(scratch.image) + y * width;
+    warped_row(a, maker, y, row, pitch);
+    if (a.colour_steps & kBrightness) colour.row(quantises(a), kBrightness, row, pitch, row, pitch, a.out_width);
+    sums[y] = grey_sum(row, pitch, a.channels, a.out_width, quantises(a));
+  }
+}
+
+template <class A, class T>
+void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t pitch, T* out) {
+  using V = Vec<A>;
+  const int64_t n = a.out_width;
+  int64_t box_begin = 0, box_end = 0;
+  if (a.boxes) {
+    const int64_t* box = a.boxes + 4 * sample;
+    if (y >= box[0] && y - box[0] < box[2]) {
+      box_begin = clamped(box[1], int64_t(0), n);
+      box_end = clamped(box[1] + least(box[3], n), box_begin, n);
+    }
+  }
+  for (int64_t c = 0; c < a.channels; ++c, row += pitch) {
+    T* line = out + sample * a.out_stride[0] + c * a.out_stride[1] + y * a.out_stride[2];
+    const V scale(A(a.constants[2 * a.channels + c])), shift(A(a.constants[3 * a.channels + c]));
+    int64_t x = 0;
+    if (a.out_stride[3] == 1 && box_begin == box_end)
+      for (; x + V::kLanes <= n; x += V::kLanes) {
+        const V p = load(row + x);
+        store(line + x, a.normalise ? p * scale + shift : p);
+      }
+    if (a.normalise)
+      for (int64_t i = x; i < n; i += V::kLanes) store(row + i, load(row + i) * scale + shift);
+    for (int64_t i = box_begin; i < box_end; ++i) row[i] = A(a.constants[a.channels + c]);
+    for (; x < n; ++x) from_float(row[x], line + x * a.out_stride[3]);
+  }
+}
+
+// The weighted sum of `count` lines, kCount of them if that is not 0.
+template <int kCount, class A>
+void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t n, A* out) {
+  using V = Vec<A>;
+  if (kCount) count = kCount;
+  const A* held[kCount ? kCount : 1];
+  V held_weight[kCount ? kCount : 1];
+  for (int k = 0; k < kCount; ++k) {
+    held[k] = line[k];
+    held_weight[k] = V(weight[k]);
+  }
+  for (int64_t x = 0; x < n; x += V::kLanes) {
+    V sum(0);
+    for (int64_t k = 0; k < count; ++k)
+      sum = sum + (kCount ? held_weight[k] * load(held[k] + x) : V(weight[k]) * load(line[k] + x));
+    store(out + x, sum);
+  }
+}
+template <class A>
+void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t n, A* out) {
+  count == 3   ? weighted_sum<3>(line, weight, count, n, out)
+  : count == 5 ? weighted_sum<5>(line, weight, count, n, out)
+               : weighted_sum<0>(line, weight, count, n, out);
+}
+
+template <class A, class T>
+void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker, int64_t sample, int64_t begin,
+                 int64_t end, T* out) {
+  using V = Vec<A>;
+  const int64_t n = a.out_width, pitch = pitch_of(a), image_width = padded_width(n), image_pitch = a.out_height * image_width;
+  const bool has_image = scratch.image != nullptr, quantise = quantises(a);
+  double mean = 0;
+  if (has_image) {
+    for (int64_t y = 0; y < a.out_height; ++y) mean += static_cast<const double*>(scratch.sums)[y];
+    mean /= double(a.out_height * n);
+  }
+  const Colour<A> colour(a, sample, mean);
+  const int steps = has_image ? a.colour_steps & ~kBrightness : a.colour_steps;
+  const auto coloured_row = [&](int64_t y, A* row) {
+    const A* image = static_cast<const A*>(scratch.image) + y * image_width;
+    if (!has_image) warped_row(a, maker, y, row, pitch);
+    if (steps) colour.row(quantise, steps, has_image ? image : row, has_image ? image_pitch : pitch, row, pitch, n);
+  };
+  A* row = static_cast<A*>(scratch.rows) + margin(a);
+  if (!a.blur) {
+    for (int64_t y = begin; y < end; ++y) {
+      coloured_row(y, row);
+      emit_row(a, sample, y, row, pitch, out);
+    }
+    return;
+  }
+  // The ring holds the rows blurred sideways that the next output row may want, row y in slot y mod its size.
+  const int64_t width = a.blur_width, height = a.blur_height, radius = height / 2, row_values = a.channels * pitch;
+  const int64_t batch = blur_batch(a), slots = blur_slots(a), span = row_values - pitch + n;  // all channels at once
+  A *ring = row + batch * row_values, *weight = ring + slots * row_values + kPad;
+  for (int64_t k = 0; k < width + height; ++k) weight[k] = A(a.blur[(width + height) * sample + k]);
+  const A** line = reinterpret_cast<const A**>(reinterpret_cast<char*>(row - margin(a)) + blur_lines_offset(a));
+  int64_t next = most(int64_t(0), begin - radius);
+  for (int64_t y = begin; y < end; ++y) {
+    while (next <= least(y + radius, a.out_height - 1)) {
+      const int64_t first = next, last = least(least(next + batch, a.out_height), end + radius);
+      for (; next < last; ++next) coloured_row(next, row + (next - first) * row_values);
+      for (int64_t c = 0; c < (last - first) * a.channels; ++c) {
+        A* across = row + c * pitch;
+        for (int64_t d = 1; d <= width / 2; ++d) {
+          across[-d] = across[mirrored(-d, n)];
+          across[n - 1 + d] = across[mirrored(n - 1 + d, n)];
+        }
+      }
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t k = 0; k < width; ++k) line[k] = row + (i - first) * row_values + k - width / 2;
+        weighted_sum(line, weight, width, span, ring + i % slots * row_values);
+      }
+    }
+    for (int64_t k = 0; k < height; ++k) line[k] = ring + mirrored(y + k - radius, a.out_height) % slots * row_values;
+    weighted_sum(line, weight + width, height, span, row);
+    for (int64_t x = 0; x < (quantise ? span : 0); x += V::kLanes) store(row + x, quantised(load(row + x), V(A(255))));
+    emit_row(a, sample, y, row, pitch, out);
+  }
+}
+
+// ---- backward, a sample at a time
+
+// The gradient of clamp: where it changed nothing.
+template <class A>
+FR_INLINE A passed(A grad, A before, A bound) {
+  return before >= 0 && before <= bound ? grad : A(0);
+}
+
+template <class A>
+void colour_backward(const AugmentArgs& a, int64_t sample, const A* image, A* grad) {
+  const int64_t pixels = a.out_height * a.out_width, channels = a.channels;
+  const double* column = a.colour + kColourColumns * sample;
+  const A bound = 1, fb = A(column[kBrightnessColumn]), fc = A(column[kContrastColumn]), fs = A(column[kSaturationColumn]);
+  const bool three = channels == 3;
+  const A share[3] = {three ? A(0.2989) : A(1), A(0.587), A(0.114)};
+  const auto bright = [&](A x) { return a.colour_steps & kBrightness ? brightness_element<false>(x, fb, bound) : x; };
+  A rest = 0;
+  if (a.colour_steps & kContrast) {
+    double sum = 0;
+    for (int64_t i = 0; i < pixels; ++i) {
+      A grey = 0;
+      for (int64_t c = 0; c < channels; ++c) grey += share[c] * bright(image[c * pixels + i]);
+      sum += double(grey);
+    }
+    rest = A((1 - column[kContrastColumn]) * sum / double(pixels));
+  }
+  double through_mean = 0;
+  for (int64_t i = 0; i < pixels; ++i) {
+    if (a.colour_steps & kSaturation && three) {
+      A x[3], g[3], grey = 0, through_grey = 0;
+      for (int64_t c = 0; c < 3; ++c) {
+        x[c] = bright(image[c * pixels + i]);
+        if (a.colour_steps & kContrast) x[c] = blend_element<false>(x[c], rest, fc, bound);
+        grey += share[c] * x[c];
+      }
+      for (int64_t c = 0; c < 3; ++c) {
+        g[c] = passed(grad[c * pixels + i], fs * x[c] + (1 - fs) * grey, bound);
+        through_grey += (1 - fs) * g[c];
+      }
+      for (int64_t c = 0; c < 3; ++c) grad[c * pixels + i] = fs * g[c] + share[c] * through_grey;
+    }
+    if (a.colour_steps & kContrast)
+      for (int64_t c = 0; c < channels; ++c) {
+        A& g = grad[c * pixels + i];
+        g = passed(g, fc * bright(image[c * pixels + i]) + rest, bound);
+        through_mean += (1 - double(fc)) * double(g);
+        g *= fc;
+      }
+  }
+  const A mean_share = A(through_mean / double(pixels));
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < pixels; ++i) {
+      A& g = grad[c * pixels + i];
+      if (a.colour_steps & kContrast) g += share[c] * mean_share;
+      if (a.colour_steps & kBrightness) g = fb * passed(g, fb * image[c * pixels + i], bound);
+    }
+}
+
+template <class A>
+void blur_backward(const AugmentArgs& a, int64_t sample, A* plane, A* spare) {
+  const int64_t height = a.out_height, width = a.out_width;
+  const double *across = a.blur + (a.blur_width + a.blur_height) * sample, *down = across + a.blur_width;
+  for (int64_t i = 0; i < height * width; ++i) spare[i] = 0;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t k = 0; k < a.blur_height; ++k) {
+      A* to = spare + mirrored(y + k - a.blur_height / 2, height) * width;
+      for (int64_t x = 0; x < width; ++x) to[x] += A(down[k]) * plane[y * width + x];
+    }
+  for (int64_t i = 0; i < height * width; ++i) plane[i] = 0;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x)
+      for (int64_t k = 0; k < a.blur_width; ++k)
+        plane[y * width + mirrored(x + k - a.blur_width / 2, width)] += A(across[k]) * spare[y * width + x];
+}
+
+int64_t backward_bytes(const AugmentArgs& a) {
+  const int64_t pixels = a.out_height * a.out_width;
+  int64_t grid = a.in_height * a.in_width, filters = 0;
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) {
+      grid = most(grid, s.size[0] * s.size[1]);
+      filters = most(filters, filters_bytes(a, s));
+    }
+  const int64_t spare = most(most(pixels, a.channels * padded_width(a.out_width)), a.in_width);
+  const int64_t values = 2 * a.channels * pixels + a.channels * (a.in_height * a.in_width + grid) + spare;
+  return (values * accumulated(a) + 63) / 64 * 64 + filters;
+}
+
+template <class T, class G>
+void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
+  using A = typename Accumulate<T>::type;
+  const int64_t height = a.out_height, width = a.out_width, pixels = height * width, channels = a.channels;
+  const int64_t in_pixels = a.in_height * a.in_width;
+  const Shrink shrink = shrink_of(a, sample);
+  const Source<T> window = source_of<T>(a, nullptr, sample);
+  const int64_t grid_width = shrink.on ? shrink.size[0] : window.width, grid_height = shrink.on ? shrink.size[1] : window.height;
+  const int64_t grid_pixels = grid_width * grid_height;
+  // The image that is warped, the source's window or the grid, and later its gradient.
+  A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *grid = image + channels * pixels;
+  A *in_grad = grid + channels * grid_pixels, *row = in_grad + channels * in_pixels;  // row: also a plane for the blur
+  const FixedMatrix matrix = matrix_of_sample(shrink.on ? shrink.rest : a.matrices ? a.matrices + 6 * sample : nullptr, a);
+  char* filters = static_cast<char*>(scratch) + backward_bytes(a) - (shrink.on ? filters_bytes<A>(a, shrink) : 0);
+
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t y = 0; y < height; ++y)
+      for (int64_t x = 0; x < width; ++x) {
+        const G* from = static_cast<const G*>(a.grad) + sample * a.grad_stride[0] + c * a.grad_stride[1] + y * a.grad_stride[2];
+        bool erased = false;
+        if (a.boxes) {
+          const int64_t* box = a.boxes + 4 * sample;
+          erased = y >= box[0] && y - box[0] < box[2] && x >= box[1] && x - box[1] < box[3];
+        }
+        const A scale = a.normalise ? A(a.constants[2 * channels + c]) : A(1);
+        grad[(c * height + y) * width + x] = erased ? A(0) : scale * A(to_float(from[x * a.grad_stride[3]]));
+      }
+  if (a.blur)
+    for (int64_t c = 0; c < channels; ++c) blur_backward(a, sample, grad + c * pixels, row);
+
+  if (a.colour_steps) {
+    if (shrink.on) Resampler<T, A>(a, shrink, sample, filters).run(0, grid_height, grid, row);
+    const int64_t first = a.windows ? a.windows[4 * sample] * a.in_stride[2] + a.windows[4 * sample + 1] * a.in_stride[3] : 0;
+    const T* images = static_cast<const T*>(a.images) + sample * a.in_stride[0] + first;
+    for (int64_t c = 0; c < channels && !shrink.on; ++c)
+      for (int64_t y = 0; y < grid_height; ++y)
+        for (int64_t x = 0; x < grid_width; ++x)
+          grid[(c * grid_height + y) * grid_width + x] =
+              A(to_float(images[c * a.in_stride[1] + y * a.in_stride[2] + x * a.in_stride[3]]));
+    const Source<A> planes = {grid, grid_pixels, grid_width, grid_height, grid_width, channels};
+    const Warp<A, A> warp(a, planes, matrix);
+    const int64_t pitch = padded_width(width);
+    for (int64_t y = 0; y < height; ++y) {
+      warp.row(y, width, row, pitch);
+      for (int64_t c = 0; c < channels; ++c)
+        for (int64_t x = 0; x < width; ++x) image[(c * height + y) * width + x] = row[c * pitch + x];
+    }
+    colour_backward(a, sample, image, grad);
+  }
+
+  for (int64_t i = 0; i < channels * (grid_pixels + in_pixels); ++i) grid[i] = 0;  // and in_grad, which follows
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x) {
+      const Position at = matrix.at(x, y);
+      const Taps<A> columns = taps_at<A>(at.u, int32_t(grid_width), a.interpolation, a.padding);
+      const Taps<A> lines = taps_at<A>(at.v, int32_t(grid_height), a.interpolation, a.padding);
+      A inside = 1;
+      if (a.padding == Padding::kFill) {
+        inside = 0;
+        for (int i = 0; i < lines.count; ++i)
+          for (int k = 0; k < columns.count; ++k)
+            if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) inside += lines.weight[i] * columns.weight[k];
+      }
+      for (int i = 0; i < lines.count; ++i)
+        for (int k = 0; k < columns.count; ++k) {
+          const A weight = inside * lines.weight[i] * columns.weight[k];
+          if (lines.pixel[i] < 0 || columns.pixel[k] < 0 || weight == 0) continue;
+          for (int64_t c = 0; c < channels; ++c)
+            grid[c * grid_pixels + lines.pixel[i] * grid_width + columns.pixel[k]] += weight * grad[c * pixels + y * width + x];
+        }
+    }
+  const int64_t first = a.windows ? a.windows[4 * sample] * a.in_width + a.windows[4 * sample + 1] : 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    A* to = in_grad + c * in_pixels + first;
+    if (shrink.on) {
+      Resampler<T, A>(a, shrink, sample, filters).transposed(grid + c * grid_pixels, to, row);
+      continue;
+    }
+    for (int64_t y = 0; y < grid_height; ++y)
+      for (int64_t x = 0; x < grid_width; ++x) to[y * a.in_width + x] = grid[c * grid_pixels + y * grid_width + x];
+  }
+  T* out = static_cast<T*>(a.output) + sample * a.out_stride[0];
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t y = 0; y < a.in_height; ++y)
+      for (int64_t x = 0; x < a.in_width; ++x)
+        from_float(in_grad[c * in_pixels + y * a.in_width + x],
+                   out + c * a.out_stride[1] + y * a.out_stride[2] + x * a.out_stride[3]);
+}
+
+// ---- the table
+
+int64_t stored(PixelType type) {
+  const int64_t bytes[] = {4, 8, 2, 2, 1};
+  return bytes[int(type)];
+}
+int64_t source_bytes(const AugmentArgs& a) {
+  int64_t bytes = a.in_stride[3] == 1 || a.in_width == 1 ? 0 : a.channels * a.in_height * a.in_width * stored(a.in_type);
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, a.channels * s.size[0] * s.size[1] * accumulated(a));
+  return (bytes + 63) / 64 * 64;
+}
+int64_t source_rows(const AugmentArgs& a) {
+  int64_t rows = a.in_height;
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) rows = most(rows, s.size[1]);
+  return rows;
+}
+int64_t image_bytes(const AugmentArgs& a) {
+  return a.colour_steps & kContrast ? a.channels * a.out_height * padded_width(a.out_width) * accumulated(a) : 0;
+}
+int64_t rows_bytes(const AugmentArgs& a) {
+  int64_t bytes = a.blur ? blur_lines_offset(a) + most(a.blur_width, a.blur_height) * int64_t(sizeof(void*))
+                         : a.channels * pitch_of(a) * accumulated(a);
+  for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
+    if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, filters_bytes(a, s) + a.in_width * accumulated(a));
+  return bytes;
+}
+
+void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  const Shrink shrink = shrink_of(a, sample);
+  with_pixels(a.in_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = typename Accumulate<T>::type;
+    if (shrink.on) {
+      A* line = reinterpret_cast<A*>(static_cast<char*>(scratch.rows) + filters_bytes<A>(a, shrink));
+      Resampler<T, A>(a, shrink, sample, scratch.rows)
+          .run(begin, least(end, shrink.size[1]), static_cast<A*>(scratch.source), line);
+      return;
+    }
+    for (int64_t c = 0; c < (a.in_stride[3] == 1 ? 0 : a.channels); ++c)
+      for (int64_t y = begin; y < least(end, a.in_height); ++y) {
+        const T* from = static_cast<const T*>(a.images) + sample * a.in_stride[0] + c * a.in_stride[1] + y * a.in_stride[2];
+        T* to = static_cast<T*>(scratch.source) + (c * a.in_height + y) * a.in_width;
+        for (int64_t x = 0; x < a.in_width; ++x) to[x] = from[x * a.in_stride[3]];
+      }
+  });
+}
+template <class A>
+void prepare_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) { prepare_rows<A>(a, scratch, maker, sample, begin, end); });
+}
+void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  accumulated(a) == 8 ? prepare_sample<double>(a, scratch, sample, begin, end)
+                      : prepare_sample<float>(a, scratch, sample, begin, end);
+}
+void finish(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  with_pixels(a.out_type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = typename Accumulate<T>::type;
+    with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) {
+      finish_rows<A>(a, scratch, maker, sample, begin, end, static_cast<T*>(a.output));
+    });
+  });
+}
+void backward(const AugmentArgs& a, void* scratch, int64_t sample) {
+  with_dtype(DType(int(a.in_type)), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    with_dtype(DType(int(a.out_type)), [&](auto* grad_type) {
+      using G = std::remove_pointer_t<decltype(grad_type)>;
+      if constexpr (std::is_same_v<typename Accumulate<T>::type, typename Accumulate<G>::type>)
+        backward_sample<T, G>(a, scratch, sample);
+    });
+  });
+}
+
+}  // namespace
+
+extern const AugmentKernels augment_kernels;
+const AugmentKernels augment_kernels = {source_bytes, source_rows, image_bytes, rows_bytes, backward_bytes,
+                                        source,       prepare,     finish,      backward};
+
+}  // namespace fastreg::FASTREG_ISA

@@ -1,0 +1,385 @@
+// Augmentation of a batch of images in one pass. Of output pixel (x, y) of a sample:
+//
+//   position   (u, v) = M (x, y, 1), M the sample's inverse matrix, in pixels, the first pixel's centre at 0
+//   geometry   the image at (u, v): nearest, bilinear, or bicubic with a = -0.75 (Keys 1981), as in torch's grid_sample
+//   brightness p <- clamp(f p)
+//   contrast   p <- clamp(f p + (1 - f) mean of grey over the whole output image at this point)
+//   saturation p <- clamp(f p + (1 - f) grey), grey = 0.2989 r + 0.587 g + 0.114 b
+//   hue        p <- hsv^-1(h + f, s, v)
+//   blur       separable, the border reflected without repeating the edge
+//   normalise  (p - mean) / std, as a scale and a shift
+//   erase      a constant inside a box
+//
+// Each step is torchvision.transforms.v2.functional's of the same name. Pixels lie in [0, bound], bound = 1, or 255 for uint8. An
+// output of uint8 is rounded after each step as torchvision rounds it; every other one only once, at the end.
+//
+// Positions are 64-bit integers in units of 2^-32 pixels: exact under addition, so that they are the same on every device and far
+// finer than float32's, whose last bit at pixel 224 alone moves a result by 1e-5.
+#pragma once
+#include <cmath>
+
+#include "../common/device.h"
+#include "../common/isa.h"
+#include "../common/philox.h"
+
+namespace fastreg {
+
+enum class PixelType : int { kFloat32, kFloat64, kFloat16, kBFloat16, kUInt8 };
+enum class Interpolation : int { kNearest, kBilinear, kBicubic };
+enum class Padding : int { kZeros, kBorder, kReflect, kFill };
+enum ColourStep : int { kBrightness = 1, kContrast = 2, kSaturation = 4, kHue = 8 };
+enum ColourColumn { kBrightnessColumn, kContrastColumn, kSaturationColumn, kHueColumn, kColourColumns };
+
+FR_HD float to_float(uint8_t x) { return float(x); }
+FR_HD void from_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
+
+// A plane of pixels, strides in elements.
+struct Planes {
+  const void* data;
+  int64_t height, width, plane_stride, row_stride;  // neighbours in a row are neighbours in memory
+};
+
+struct AugmentArgs {
+  PixelType in_type, out_type;
+  int64_t batch, channels, in_height, in_width, out_height, out_width;
+  const void* images;
+  void* output;
+  int64_t in_stride[4], out_stride[4];  // of sample, channel, row, pixel
+  const double* matrices;               // (batch, 2, 3), or null: output and input have one shape and there is no geometry
+  const double* colour;                 // (batch, 4), or null
+  const double* blur;                   // (batch, blur_width + blur_height) weights, or null
+  const int64_t* boxes;                 // (batch, 4): top, left, height, width; or null
+  const int64_t* windows;               // (batch, 4), the part of a sample's image that is the image; or null
+  const double* constants;              // (4, channels): fill, erased value, scale, shift
+  int64_t blur_width, blur_height;
+  int colour_steps;  // of ColourStep
+  Interpolation interpolation;
+  Padding padding;
+  bool antialias, normalise;
+  // backward: output is the images' gradient, images are what they were
+  const void* grad;
+  int64_t grad_stride[4];
+};
+
+// ---- rounding, for values below 2^22
+
+template <class V>
+FR_HD V round_even(V x) {
+  const V magic(12582912.f);
+  return (x + magic) - magic;
+}
+template <class V>
+FR_HD V floor_small(V x) {
+  const V rounded = round_even(x);
+  return rounded - select(rounded > x, V(1.f), V(0.f));
+}
+template <class V>
+FR_HD V clamp(V x, V bound) {  // a NaN stays
+  return maximum(V(0.f), minimum(bound, x));
+}
+
+// ---- geometry
+
+constexpr int kFractionBits = 32;
+constexpr double kFarthest = 0x1p30;  // pixels: positions beyond are an error
+
+FR_HD int64_t to_fixed(double x) { return int64_t(x * 4294967296.0 + (x < 0 ? -0.5 : 0.5)); }
+
+struct Position {
+  int64_t u, v;
+};
+struct FixedMatrix {
+  int64_t m[6];
+  FR_HD Position at(int64_t x, int64_t y) const { return {m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]}; }
+};
+// False where some output pixel lies too far away, or nowhere at all.
+FR_HD bool fixed_matrix(const double* matrix, int64_t out_height, int64_t out_width, FixedMatrix* fixed) {
+  bool fits = true;
+  for (int axis = 0; axis < 2; ++axis) {
+    const double a = matrix[3 * axis], b = matrix[3 * axis + 1], c = matrix[3 * axis + 2];
+    const double reach = std::fabs(a) * double(out_width) + std::fabs(b) * double(out_height) + std::fabs(c);
+    fits = fits && reach < kFarthest;
+    for (int i = 0; i < 3; ++i) fixed->m[3 * axis + i] = fits ? to_fixed(matrix[3 * axis + i]) : 0;
+  }
+  return fits;
+}
+FR_HD int32_t whole_part(int64_t position) { return int32_t(position >> kFractionBits); }
+// The 24 leading bits for float32.
+FR_HD void fraction_of(int64_t position, float* out) { *out = float(int32_t(uint32_t(position) >> 8)) * 0x1p-24f; }
+FR_HD void fraction_of(int64_t position, double* out) { *out = double(uint32_t(position)) * 0x1p-32; }
+FR_HD int32_t nearest_pixel(int64_t position) {  // ties to even, as nearbyint
+  const int64_t half = int64_t(1) << (kFractionBits - 1), whole = position >> kFractionBits;
+  return int32_t((position + half - 1 + (whole & 1)) >> kFractionBits);
+}
+
+template <class V>
+FR_HD V lerp(V from, V to, V t) {
+  return from + t * (to - from);
+}
+// Keys' cubic with a = -0.75, at a distance of at most 1, and of 1 to 2.
+template <class V>
+FR_HD V cubic_near(V x) {
+  return (V(1.25) * x - V(2.25)) * x * x + V(1);
+}
+template <class V>
+FR_HD V cubic_far(V x) {
+  return ((V(-0.75) * x + V(3.75)) * x - V(6)) * x + V(3);
+}
+// The pixel that stands for pixel i of a line of n; -1 for none.
+FR_HD int32_t padded(int32_t i, int32_t n, Padding padding) {
+  if (i >= 0 && i < n) return i;
+  if (padding == Padding::kBorder) return i < 0 ? 0 : n - 1;
+  if (padding != Padding::kReflect) return -1;
+  const int64_t period = 2 * int64_t(n);
+  const int64_t in_period = (int64_t(i) % period + period) % period;
+  return int32_t(in_period < n ? in_period : period - 1 - in_period);
+}
+// The pixels along one axis that a position takes its value from, and their shares.
+template <class A>
+struct Taps {
+  int count;
+  int32_t pixel[4];
+  A weight[4];
+};
+template <class A>
+FR_HD Taps<A> taps_at(int64_t position, int32_t n, Interpolation interpolation, Padding padding) {
+  Taps<A> taps;
+  int32_t first;
+  A t;
+  fraction_of(position, &t);
+  if (interpolation == Interpolation::kNearest) {
+    taps.count = 1;
+    taps.weight[0] = A(1);
+    first = nearest_pixel(position);
+  } else if (interpolation == Interpolation::kBilinear) {
+    taps.count = 2;
+    taps.weight[0] = A(1) - t;
+    taps.weight[1] = t;
+    first = whole_part(position);
+  } else {
+    taps.count = 4;
+    taps.weight[0] = cubic_far(t + A(1));
+    taps.weight[1] = cubic_near(t);
+    taps.weight[2] = cubic_near(A(1) - t);
+    taps.weight[3] = cubic_far(A(2) - t);
+    first = whole_part(position) - 1;
+  }
+  for (int i = 0; i < taps.count; ++i) taps.pixel[i] = padded(first + i, n, padding);
+  return taps;
+}
+// torchvision weighs a fill value so: the part of a pixel that lies inside the image counts for the image twice.
+template <class V>
+FR_HD V filled(V value, V inside, V fill) {
+  return inside * (value - fill) + fill;
+}
+
+// ---- colour
+
+template <class V>
+FR_HD V quantised(V x, V bound) {  // as torchvision after a warp and after a blur
+  return clamp(round_even(x), bound);
+}
+template <bool kQuantise, class V>
+FR_HD V grey_of(V r, V g, V b) {
+  const V grey = r * V(0.2989) + g * V(0.587) + b * V(0.114);
+  return kQuantise ? floor_small(grey) : grey;
+}
+template <bool kQuantise, class V>
+FR_HD V brightness_element(V x, V factor, V bound) {
+  const V y = clamp(x * factor, bound);
+  return kQuantise ? floor_small(y) : y;
+}
+template <bool kQuantise, class V>
+FR_HD V blend_element(V x, V rest, V factor, V bound) {  // rest: (1 - factor) times what is blended in
+  const V y = clamp(x * factor + rest, bound);
+  return kQuantise ? floor_small(y) : y;
+}
+template <class V>
+FR_HD V wrap_six(V x) {  // from [-6, 12) to [0, 6)
+  x = select(x < V(0.f), x + V(6.f), x);
+  return select(x < V(6.f), x, x - V(6.f));
+}
+// The colour wheel in units of a sixth. Of a channel n sixths away (5 for red, 3 for green, 1 for blue), with k = n + h mod 6:
+// v - (v - min) max(0, min(k, 4 - k, 1)), which is hsv_to_rgb without its six cases.
+template <class V>
+FR_HD V hue_channel(V n, V h, V largest, V range) {
+  const V k = wrap_six(n + h);
+  return largest - range * maximum(V(0.f), minimum(V(1.f), minimum(V(4.f) - k, k)));
+}
+template <bool kQuantise, class V>
+FR_HD void hue_element(V& r, V& g, V& b, V sixths) {
+  const V zero(0.f), largest = maximum(r, maximum(g, b)), smallest = minimum(r, minimum(g, b)), range = largest - smallest;
+  const V reciprocal = V(1.f) / select(range > zero, range, V(1.f));
+  V h = select(largest == r, g - b, select(largest == g, b - r, r - g)) * reciprocal;
+  h = h + select(largest == r, zero, select(largest == g, V(2.f), V(4.f)));
+  h = wrap_six(h + sixths);
+  r = hue_channel(V(5.f), h, largest, range);
+  g = hue_channel(V(3.f), h, largest, range);
+  b = hue_channel(V(1.f), h, largest, range);
+  if (kQuantise) {  // by way of [0, 1], of which the last 256th is 255
+    const V stretch(255.999f / 255.f);
+    r = floor_small(r * stretch);
+    g = floor_small(g * stretch);
+    b = floor_small(b * stretch);
+  }
+}
+
+// ---- blur
+
+// Pixel i of a line of n, reflected about the edge pixels' centres; lines shorter than the kernel are reflected again.
+FR_HD int64_t mirrored(int64_t i, int64_t n) {
+  i = i < 0 ? -i : i;
+  i = i < n ? i : 2 * (n - 1) - i;
+  if (i >= 0) return i;
+  if (n == 1) return 0;
+  const int64_t period = 2 * (n - 1), in_period = (i % period + period) % period;
+  return in_period < n ? in_period : period - in_period;
+}
+
+// ---- what a sample draws: a row of these columns
+
+enum ParamColumn {
+  kHFlip,
+  kVFlip,
+  kStretch,
+  kScale,
+  kAngle,
+  kTranslateX,
+  kTranslateY,
+  kShearX,
+  kShearY,  // clang-format off
+  kCropTop, kCropLeft, kCropHeight, kCropWidth,
+  kGeometryColumns,
+  kBrightnessParam = kGeometryColumns, kContrastParam, kSaturationParam, kHueParam, kSigma,
+  kEraseTop, kEraseLeft, kEraseHeight, kEraseWidth, kParamColumns
+};  // clang-format on
+
+struct SampleArgs {
+  Seed seed;
+  uint64_t offset;
+  int64_t batch;
+  int64_t in_height, in_width, out_height, out_width;
+  double hflip, vflip, erase;                       // probabilities
+  double low[kParamColumns], high[kParamColumns];   // of what is uniform in an interval
+  int crop;                                         // 0: the whole image, 1: by area, 2: a window
+  double crop_area[2], crop_log_ratio[2], padding;  // the window's: pixels around the image
+  double erase_area[2], erase_log_ratio[2];
+  double* out;  // (batch, kParamColumns)
+};
+
+// Uniform in (0, 1), never an end.
+FR_HD double uniform_of(uint32_t word) { return (double(word) + 0.5) * 0x1p-32; }
+FR_HD double between(double low, double high, uint32_t word) { return low + (high - low) * uniform_of(word); }
+FR_HD double whole_below(double n, uint32_t word) { return std::floor(n * uniform_of(word)); }  // 0 .. n - 1
+
+// A box of some share of the area and some ratio of width to height, as torchvision's RandomResizedCrop and RandomErasing draw
+// it: ten attempts, each with four words of its own. False if none fits.
+FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area, const double* log_ratio,
+                    double height, double width, bool inside, double* box) {
+  for (uint32_t attempt = 0; attempt < 10; ++attempt) {
+    const PhiloxWords words = philox_group(a.seed.get(), index, draw + attempt, Purpose::kAugment);
+    const double size = height * width * between(area[0], area[1], words.word[0]);
+    const double ratio = std::exp(between(log_ratio[0], log_ratio[1], words.word[1]));
+    const double w = std::nearbyint(std::sqrt(size * ratio)), h = std::nearbyint(std::sqrt(size / ratio));
+    if (w < 1 || h < 1 || (inside ? w > width || h > height : w >= width || h >= height)) continue;
+    box[0] = whole_below(height - h + 1, words.word[2]);
+    box[1] = whole_below(width - w + 1, words.word[3]);
+    box[2] = h;
+    box[3] = w;
+    return true;
+  }
+  return false;
+}
+
+// Row `i` of the table: each column depends on (seed, global index of the sample) alone, whichever other steps are on.
+FR_HD void sample_row(const SampleArgs& a, int64_t i) {
+  const uint64_t index = a.offset + uint64_t(i);
+  double* row = a.out + i * kParamColumns;
+  PhiloxWords words[5];
+  for (uint32_t draw = 0; draw < 5; ++draw) words[draw] = philox_group(a.seed.get(), index, draw, Purpose::kAugment);
+  const auto word = [&](int column) { return words[column / 4].word[column % 4]; };
+  row[kHFlip] = uniform_of(word(kHFlip)) < a.hflip;
+  row[kVFlip] = uniform_of(word(kVFlip)) < a.vflip;
+  for (int column = kStretch; column <= kShearY; ++column) row[column] = between(a.low[column], a.high[column], word(column));
+  for (int column = kBrightnessParam; column <= kSigma; ++column)  // those of the crop's columns are drawn for the crop below
+    row[column] = between(a.low[column], a.high[column], word(column));
+  row[kTranslateX] = std::nearbyint(row[kTranslateX]);  // whole pixels, as torchvision's RandomAffine
+  row[kTranslateY] = std::nearbyint(row[kTranslateY]);
+  const double height = double(a.in_height), width = double(a.in_width);
+  double* crop = row + kCropTop;
+  crop[0] = crop[1] = 0;
+  crop[2] = height;
+  crop[3] = width;
+  if (a.crop == 1 && !draw_box(a, index, 16, a.crop_area, a.crop_log_ratio, height, width, true, crop)) {
+    // torchvision's way out: the largest box in the middle whose ratio is allowed
+    const double ratio = width / height, least = std::exp(a.crop_log_ratio[0]), most = std::exp(a.crop_log_ratio[1]);
+    if (ratio < least) crop[2] = std::nearbyint(width / least);
+    if (ratio > most) crop[3] = std::nearbyint(height * most);
+    crop[0] = std::floor((height - crop[2]) / 2);
+    crop[1] = std::floor((width - crop[3]) / 2);
+  }
+  if (a.crop == 2) {
+    crop[2] = double(a.out_height);
+    crop[3] = double(a.out_width);
+    crop[0] = whole_below(height + 2 * a.padding - crop[2] + 1, word(kCropTop)) - a.padding;
+    crop[1] = whole_below(width + 2 * a.padding - crop[3] + 1, word(kCropLeft)) - a.padding;
+  }
+  double* erased = row + kEraseTop;
+  erased[0] = erased[1] = erased[2] = erased[3] = 0;
+  if (uniform_of(word(kCropHeight)) < a.erase)
+    draw_box(a, index, 32, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width), false, erased);
+}
+
+// The inverse matrix of a row of parameters: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the
+// image (torchvision's affine), then stretch and flips, to the source.
+FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width,
+                     double* matrix) {
+  const double degree = 0.017453292519943295;
+  const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree, scale = p[kScale];
+  double a = 1, b = 0, c = 0, d = 1;
+  if (angle != 0 || shear_x != 0 || shear_y != 0) {
+    a = std::cos(angle - shear_y) / std::cos(shear_y);
+    b = -(a * std::tan(shear_x) + std::sin(angle));
+    c = std::sin(angle - shear_y) / std::cos(shear_y);
+    d = std::cos(angle) - c * std::tan(shear_x);
+  }
+  const double sign_x = p[kHFlip] != 0 ? -1 : 1, sign_y = p[kVFlip] != 0 ? -1 : 1;
+  const double m00 = d / scale * sign_x, m01 = -b / scale * sign_x;
+  const double m10 = -c / scale / p[kStretch] * sign_y, m11 = a / scale / p[kStretch] * sign_y;
+  const double centre_x = 0.5 * double(in_width - 1), centre_y = 0.5 * double(in_height - 1);
+  // Output pixel x lies at step_x x + start_x of the image before it was cropped.
+  const double step_x = p[kCropWidth] / double(out_width), step_y = p[kCropHeight] / double(out_height);
+  const double start_x = p[kCropLeft] + 0.5 * step_x - 0.5 - centre_x - p[kTranslateX];
+  const double start_y = p[kCropTop] + 0.5 * step_y - 0.5 - centre_y - p[kTranslateY];
+  matrix[0] = m00 * step_x;
+  matrix[1] = m01 * step_y;
+  matrix[2] = m00 * start_x + m01 * start_y + centre_x;
+  matrix[3] = m10 * step_x;
+  matrix[4] = m11 * step_y;
+  matrix[5] = m10 * start_x + m11 * start_y + centre_y;
+}
+
+// ---- kernels on rows [begin, end) of one sample
+
+// Memory that a sample, or a thread, works in. Sizes by the functions of the table.
+struct AugmentScratch {
+  void* source;  // the images' planes, where they cannot be read as they are
+  void* image;   // warped and brightened, where contrast needs their mean first
+  void* sums;    // of grey, by row
+  void* rows;    // of one thread
+};
+
+struct AugmentKernels {
+  int64_t (*source_bytes)(const AugmentArgs&);  // 0 where there is no such stage
+  int64_t (*source_rows)(const AugmentArgs&);
+  int64_t (*image_bytes)(const AugmentArgs&);
+  int64_t (*rows_bytes)(const AugmentArgs&);
+  int64_t (*backward_bytes)(const AugmentArgs&);
+  void (*source)(const AugmentArgs&, const AugmentScratch&, int64_t sample, int64_t begin, int64_t end);  // rows of the source
+  void (*prepare)(const AugmentArgs&, const AugmentScratch&, int64_t sample, int64_t begin, int64_t end);
+  void (*finish)(const AugmentArgs&, const AugmentScratch&, int64_t sample, int64_t begin, int64_t end);
+  void (*backward)(const AugmentArgs&, void* scratch, int64_t sample);
+};
+FR_DECLARE_KERNELS(AugmentKernels, augment_kernels)
+
+}  // namespace fastreg

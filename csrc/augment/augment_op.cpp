@@ -1,0 +1,307 @@
+// torch.ops.fastreg.augment and its companions on the CPU: checks, allocation, threads. Schemas stand in fastreg/augment/.
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "../common/backend.h"
+#include "augment_math.h"
+
+namespace fastreg {
+namespace {
+
+constexpr int64_t kGrain = 1 << 14;  // values per thread at least
+constexpr int64_t kSmallBatch = 16;  // fewer samples are divided between threads by rows, more by samples
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, Free>;
+Buffer buffer(int64_t bytes) {
+  if (bytes == 0) return {};
+  Buffer result(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
+  if (!result) throw std::bad_alloc();
+  return result;
+}
+
+PixelType pixel_type(const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return PixelType::kFloat32;
+    case ScalarType::Double:
+      return PixelType::kFloat64;
+    case ScalarType::Half:
+      return PixelType::kFloat16;
+    case ScalarType::BFloat16:
+      return PixelType::kBFloat16;
+    case ScalarType::Byte:
+      return PixelType::kUInt8;
+    default:
+      fail("augment: ", name, " must be uint8, float32, float64, float16 or bfloat16, got ", type, "; convert it with .float()");
+  }
+}
+
+// A table of doubles with a row for each sample.
+const double* table(const char* name, const std::optional<Tensor>& t, int64_t batch, int64_t columns) {
+  if (!t) return nullptr;
+  check(t->scalar_type() == ScalarType::Double && t->is_cpu() && t->is_contiguous() && t->numel() == batch * columns,
+        "augment: ", name, " must be a contiguous float64 tensor of (", batch, ", ", columns, ") on the device of images, got ",
+        t->scalar_type(), " of shape ", shape_text(*t), "; use .to(images.device).contiguous()");
+  return static_cast<const double*>(t->const_data_ptr());
+}
+
+const int64_t* box_table(const char* name, const std::optional<Tensor>& t, int64_t batch) {
+  if (!t) return nullptr;
+  check(t->scalar_type() == ScalarType::Long && t->is_cpu() && t->is_contiguous() && t->numel() == 4 * batch, "augment: ", name,
+        " must be a contiguous int64 tensor of (", batch, ", 4) on the device of images, got ", t->scalar_type(), " of shape ",
+        shape_text(*t), "; use .to(images.device).contiguous()");
+  return static_cast<const int64_t*>(t->const_data_ptr());
+}
+
+// As torch's, dimensions of size 1 having any stride.
+bool is_channels_last(const Tensor& t) {
+  int64_t expected = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 1) continue;
+    if (t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+void set_strides(int64_t* stride, const Tensor& t) {
+  for (int64_t d = 0; d < 4; ++d) stride[d] = t.stride(d);
+}
+
+Tensor allocate_images(const Tensor& like, int64_t channels, int64_t height, int64_t width, ScalarType dtype) {
+  const int64_t plane = height * width, last = !like.is_contiguous() && is_channels_last(like);
+  const std::array<int64_t, 4> sizes = {like.size(0), channels, height, width};
+  const std::array<int64_t, 4> strides = last ? std::array<int64_t, 4>{channels * plane, 1, channels * width, channels}
+                                              : std::array<int64_t, 4>{channels * plane, plane, width, 1};
+  return allocate(like, sizes, strides, dtype);
+}
+
+struct Call {
+  AugmentArgs args{};
+  ScalarType out_dtype;
+
+  Call(const Tensor& images, const std::optional<Tensor>& matrices, const std::optional<Tensor>& colour,
+       const std::optional<Tensor>& blur, const std::optional<Tensor>& boxes, const std::optional<Tensor>& windows,
+       const std::vector<double>& constants, int64_t height, int64_t width, int64_t blur_width, int64_t blur_height,
+       int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise, ScalarType dtype)
+      : out_dtype(dtype) {
+    const char* op = "augment";
+    AugmentArgs& a = args;
+    check(images.dim() == 4, op, ": images must be (batch, channels, height, width), got ", shape_text(images),
+          "; add a dimension with .unsqueeze(0)");
+    a.in_type = pixel_type("images", images.scalar_type());
+    a.out_type = pixel_type("the output", dtype);
+    check((a.in_type == PixelType::kFloat64) == (a.out_type == PixelType::kFloat64) &&
+              (a.out_type != PixelType::kUInt8 || (a.in_type == PixelType::kUInt8 && !normalise)),
+          op, ": images of ", images.scalar_type(), " cannot become ", dtype, "; convert them first");
+    a.batch = images.size(0);      // B
+    a.channels = images.size(1);   // C
+    a.in_height = images.size(2);  // H
+    a.in_width = images.size(3);   // W
+    a.out_height = height;         // H'
+    a.out_width = width;           // W'
+    check(height >= 0 && width >= 0, op, ": size must not be negative, got (", height, ", ", width, ")");
+    check(matrices || (height == a.in_height && width == a.in_width), op, ": without matrices the size is that of images");
+    a.images = images.const_data_ptr();
+    set_strides(a.in_stride, images);
+    a.matrices = table("matrices", matrices, a.batch, 6);
+    a.colour = table("colour", colour, a.batch, kColourColumns);
+    a.blur = table("blur", blur, a.batch, blur_width + blur_height);
+    a.boxes = box_table("boxes", boxes, a.batch);
+    a.windows = box_table("windows", windows, a.batch);
+    if (a.windows)
+      for (int64_t i = 0; i < a.batch; ++i) {
+        const int64_t* w = a.windows + 4 * i;
+        check(w[0] >= 0 && w[1] >= 0 && w[2] > 0 && w[3] > 0 && w[2] <= a.in_height - w[0] && w[3] <= a.in_width - w[1], op,
+              ": the window of sample ", i, " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w[0],
+              ", left ", w[1], ", height ", w[2], ", width ", w[3]);
+      }
+    check(int64_t(constants.size()) == 4 * a.channels, op, ": constants must be four per channel, ", 4 * a.channels, ", got ",
+          constants.size());
+    a.constants = constants.data();
+    check(!blur || (blur_width > 0 && blur_height > 0 && blur_width % 2 && blur_height % 2), op,
+          ": the blur's kernel must be odd and positive, got (", blur_width, ", ", blur_height, ")");
+    a.blur_width = blur_width;
+    a.blur_height = blur_height;
+    check(colour_steps >= 0 && colour_steps < 16 && (colour || !colour_steps), op, ": colour_steps needs colour");
+    check(!(colour_steps & ~kBrightness) || a.channels == 1 || a.channels == 3, op,
+          ": contrast, saturation and hue take images of 1 or 3 channels, got ", a.channels);
+    check(interpolation >= 0 && interpolation <= 2 && padding >= 0 && padding <= 3, op, ": unknown interpolation or padding");
+    a.colour_steps = int(colour_steps);
+    a.interpolation = Interpolation(interpolation);
+    a.padding = Padding(padding);
+    a.antialias = antialias;
+    a.normalise = normalise;
+    const int64_t most = INT32_MAX;
+    check(a.in_height < most && a.in_width < most && height < most && width < most &&
+              (a.in_height == 0 || std::max(a.in_stride[2], a.in_width) <= most / a.in_height),
+          op, ": a plane may have 2^31 pixels at most, got ", shape_text(images), "; take a part of it");
+    if (a.matrices && height && width)
+      for (int64_t i = 0; i < a.batch; ++i) {
+        FixedMatrix unused;
+        check(fixed_matrix(a.matrices + 6 * i, height, width, &unused), op, ": the matrix of sample ", i,
+              " is not finite or leads further than 2^30 pixels away from the image; is its scale zero?");
+      }
+  }
+
+  bool empty() const { return args.batch * args.channels * args.out_height * args.out_width == 0; }
+};
+
+// Rows [begin, end) of all samples in one numbering, as rows of one sample after another.
+template <class F>
+void by_sample(int64_t begin, int64_t end, int64_t rows, F f) {
+  for (int64_t i = begin; i < end;) {
+    const int64_t sample = i / rows, stop = std::min(end, (sample + 1) * rows);
+    f(sample, i - sample * rows, stop - sample * rows);
+    i = stop;
+  }
+}
+
+void run(const AugmentArgs& a) {
+  const int64_t values = a.channels * a.out_height * a.out_width;
+  const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
+  const int64_t source_bytes = kernels.source_bytes(a), image_bytes = kernels.image_bytes(a);
+  const int64_t source_rows = kernels.source_rows(a);
+  const int64_t sums_bytes = image_bytes ? a.out_height * int64_t(sizeof(double)) : 0;
+  const bool staged = source_bytes || image_bytes;
+  if (staged && a.batch >= kSmallBatch) {
+    parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
+      const Buffer source = buffer(source_bytes), image = buffer(image_bytes), sums = buffer(sums_bytes);
+      const Buffer rows = buffer(kernels.rows_bytes(a));
+      const AugmentScratch scratch = {source.get(), image.get(), sums.get(), rows.get()};
+      for (int64_t i = begin; i < end; ++i) {
+        if (source) kernels.source(a, scratch, i, 0, source_rows);
+        if (image) kernels.prepare(a, scratch, i, 0, a.out_height);
+        kernels.finish(a, scratch, i, 0, a.out_height);
+      }
+    });
+    return;
+  }
+  const int64_t samples = staged ? a.batch : 0;
+  const Buffer source = buffer(source_bytes * samples), image = buffer(image_bytes * samples),
+               sums = buffer(sums_bytes * samples);
+  const auto scratch_of = [&](int64_t sample, void* rows) {
+    const auto part = [&](const Buffer& all, int64_t bytes) {
+      return all ? static_cast<void*>(static_cast<char*>(all.get()) + sample * bytes) : nullptr;
+    };
+    return AugmentScratch{part(source, source_bytes), part(image, image_bytes), part(sums, sums_bytes), rows};
+  };
+  const auto stage = [&](auto kernel, int64_t rows, int64_t row_values) {
+    parallel(a.batch * rows, std::max<int64_t>(1, kGrain / row_values), [&](int64_t begin, int64_t end) {
+      const Buffer of_thread = buffer(kernels.rows_bytes(a));
+      by_sample(begin, end, rows, [&](int64_t sample, int64_t first, int64_t last) {
+        kernel(a, scratch_of(sample, of_thread.get()), sample, first, last);
+      });
+    });
+  };
+  if (source) stage(kernels.source, source_rows, a.channels * a.in_width);
+  if (image) stage(kernels.prepare, a.out_height, a.channels * a.out_width);
+  stage(kernels.finish, a.out_height, a.channels * a.out_width);
+}
+
+Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour, std::optional<Tensor> blur,
+               std::optional<Tensor> boxes, std::optional<Tensor> windows, std::vector<double> constants, int64_t height,
+               int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
+               int64_t padding, bool antialias, bool normalise, ScalarType dtype) {
+  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps,
+            interpolation, padding, antialias, normalise, dtype);
+  Tensor output = allocate_images(images, call.args.channels, height, width, dtype);
+  if (call.empty()) return output;
+  check(call.args.in_height > 0 && call.args.in_width > 0, "augment: images have no pixels, got ", shape_text(images));
+  call.args.output = output.mutable_data_ptr();
+  set_strides(call.args.out_stride, output);
+  run(call.args);
+  return output;
+}
+
+Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour,
+                        std::optional<Tensor> blur, std::optional<Tensor> boxes, std::optional<Tensor> windows,
+                        std::vector<double> constants, int64_t height, int64_t width, int64_t blur_width, int64_t blur_height,
+                        int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise,
+                        ScalarType dtype) {
+  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps,
+            interpolation, padding, antialias, normalise, dtype);
+  AugmentArgs& a = call.args;
+  check(a.in_type != PixelType::kUInt8, "augment: images of uint8 have no gradient");
+  check(!(colour_steps & kHue) || a.channels == 1,
+        "augment: hue has no gradient; leave hue out, or call it under torch.no_grad()");
+  check(grad.scalar_type() == dtype && grad.is_cpu() && grad.dim() == 4 && grad.size(0) == a.batch &&
+            grad.size(1) == a.channels && grad.size(2) == height && grad.size(3) == width,
+        "augment: the gradient must be like the output, (", a.batch, ", ", a.channels, ", ", height, ", ", width, "), got ",
+        shape_text(grad));
+  Tensor output = allocate_images(images, a.channels, a.in_height, a.in_width, images.scalar_type());
+  if (output.numel() == 0) return output;
+  a.output = output.mutable_data_ptr();
+  set_strides(a.out_stride, output);
+  a.grad = grad.const_data_ptr();
+  set_strides(a.grad_stride, grad);
+  const int64_t values = a.channels * (height * width + a.in_height * a.in_width);
+  const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
+  parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = buffer(kernels.backward_bytes(a));
+    for (int64_t i = begin; i < end; ++i) kernels.backward(a, scratch.get(), i);
+  });
+  return output;
+}
+
+// ---- parameters
+
+Tensor augment_sample(Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances, std::vector<double> low,
+                      std::vector<double> high, int64_t crop, std::vector<double> crop_box, std::vector<double> erase_box,
+                      std::vector<int64_t> sizes) {
+  check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 && crop_box.size() == 5 &&
+            erase_box.size() == 4 && sizes.size() == 4 && batch >= 0,
+        "augment_sample: unexpected lengths of its lists");
+  SampleArgs a{};
+  a.seed = seed_of("augment", seed, seed);
+  a.offset = uint64_t(offset);
+  a.batch = batch;
+  a.in_height = sizes[0];
+  a.in_width = sizes[1];
+  a.out_height = sizes[2];
+  a.out_width = sizes[3];
+  a.hflip = chances[0];
+  a.vflip = chances[1];
+  a.erase = chances[2];
+  std::copy(low.begin(), low.end(), a.low);
+  std::copy(high.begin(), high.end(), a.high);
+  a.crop = int(crop);
+  std::copy_n(crop_box.begin(), 2, a.crop_area);
+  std::copy_n(crop_box.begin() + 2, 2, a.crop_log_ratio);
+  a.padding = crop_box[4];
+  std::copy_n(erase_box.begin(), 2, a.erase_area);
+  std::copy_n(erase_box.begin() + 2, 2, a.erase_log_ratio);
+  Tensor out =
+      allocate(seed, std::array<int64_t, 2>{batch, kParamColumns}, std::array<int64_t, 2>{kParamColumns, 1}, ScalarType::Double);
+  a.out = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < batch; ++i) sample_row(a, i);
+  return out;
+}
+
+Tensor augment_matrices(Tensor params, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width) {
+  check(params.dim() == 2 && params.size(1) == kGeometryColumns, "augment: params must be (batch, ", int(kGeometryColumns),
+        "), got ", shape_text(params));
+  const int64_t batch = params.size(0);
+  const double* rows = table("params", params, batch, kGeometryColumns);
+  Tensor out = allocate(params, std::array<int64_t, 3>{batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1}, ScalarType::Double);
+  double* matrices = static_cast<double*>(out.mutable_data_ptr());
+  for (int64_t i = 0; i < batch; ++i)
+    matrix_of(rows + i * kGeometryColumns, in_height, in_width, out_height, out_width, matrices + 6 * i);
+  return out;
+}
+
+}  // namespace
+}  // namespace fastreg
+
+FR_LIBRARY_IMPL(m) {
+  m.impl("augment", TORCH_BOX(&fastreg::augment));
+  m.impl("augment_backward", TORCH_BOX(&fastreg::augment_backward));
+  m.impl("augment_sample", TORCH_BOX(&fastreg::augment_sample));
+  m.impl("augment_matrices", TORCH_BOX(&fastreg::augment_matrices));
+}

@@ -1,0 +1,295 @@
+"""Training on adversarial examples, at three prices, and the accuracy that it is for.
+
+J~(x, y) = (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x) (Goodfellow, Shlens, Szegedy 2015, section 6). A pass
+is one forward and one backward through the model; plain training costs one per batch:
+
+- `adversarial_loss`: two forward passes, three backward (one of them to the input alone); an expression like any other loss;
+- `adversarial_backward`: the same gradients by two of each, for it takes that of the input along with those of the weights;
+- `FreeAdversarial`: as many as plain training (Shafahi et al. 2019).
+"""
+
+import contextlib
+
+import torch
+
+from ._library import check_choice, check_count, check_number, check_tensor
+from .cross_entropy import cross_entropy
+from .fgsm import (
+    _attack_step,
+    _clamp,
+    _computes_in_float16,
+    _fgsm_step,
+    _gradient,
+    _iterate,
+    _number,
+    _one_step,
+    _prepare,
+    _random_start,
+    _shielded,
+    _times,
+)
+
+
+def adversarial_loss(
+    model,
+    x,
+    y,
+    eps,
+    *,
+    weight=0.5,
+    loss=None,
+    bounds=(0.0, 1.0),
+    norm="linf",
+    random_start=False,
+    generator=None,
+):
+    """The objective of adversarial training, (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x).
+
+    The clean forward pass serves the clean loss and the attack both, so that the price over plain training is one extra forward
+    and backward pass and the gradient's way to the input; `adversarial_backward` saves the latter. With `random_start` the
+    attack needs a forward pass of its own. Fast adversarial training (Wong, Rice, Kolter 2020) is weight=1, random_start=True.
+
+    Args:
+        model: Module or callable, called twice in the mode it is in; its statistics move as in any two training passes.
+        weight: share of the adversarial examples, in [0, 1]; with 0 or 1 the other kind is not evaluated.
+        loss: callable(model(x), y) -> loss of one number; mean cross-entropy if None.
+
+    Other arguments as in `fgsm`.
+
+    Returns:
+        The loss, (), attached to the model's parameters, not to x.
+
+    Raises:
+        ValueError, TypeError: as `fgsm`; weight outside [0, 1].
+    """
+    op = "adversarial_loss"
+    eps, *bounds = _prepare(op, x, eps, bounds, norm)
+    check_number(op, "weight", weight, 0, 1)
+    x = x.detach()
+
+    def evaluate(x):
+        return _one_number(op, model, x, y, loss)
+
+    def attack():
+        return _one_step(op, model, x, y, eps, bounds, loss, 1.0, norm, random_start, generator)
+
+    if weight == 0:
+        return evaluate(x)
+    if weight == 1:
+        return evaluate(attack())
+    if random_start or not torch.is_grad_enabled() or _computes_in_float16(model, x):
+        return (1 - weight) * evaluate(x) + weight * evaluate(attack())
+    leaf = x.clone().requires_grad_()
+    clean = evaluate(leaf)
+    try:
+        grad = _gradient(op, clean, leaf, retain_graph=True)
+    except RuntimeError as error:
+        # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it begins: that pass
+        # belongs to the caller, so that the attack needs a forward pass of its own.
+        if "donated buffer" not in str(error):
+            raise
+        adversarial = attack()
+    else:
+        with torch.no_grad():
+            adversarial = _attack_step(op, x, grad, None, eps, eps, *bounds, norm)
+    return (1 - weight) * clean + weight * evaluate(adversarial)
+
+
+def adversarial_backward(model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0, 1.0), norm="linf", scale=None):
+    """Add the gradient of `adversarial_loss` to the parameters' `.grad`, by two forward and two backward passes.
+
+    The backward pass of the clean loss gives the gradients of the weights and of the input at once, and its graph is gone before
+    that of the adversarial loss is built, so that half the activations are held.
+
+    ::
+
+        optimizer.zero_grad()
+        loss = fr.adversarial_backward(model, x, y, eps=8 / 255)
+        optimizer.step()
+
+    Args:
+        weight: share of the adversarial examples, inside (0, 1).
+        scale: callable(loss) -> loss before each backward pass, `scaler.scale` of a GradScaler for one. In float16 it keeps the
+            signs of small gradients, too.
+
+    Other arguments as in `adversarial_loss`; under DistributedDataParallel gradients are averaged twice, once per backward pass.
+
+    Returns:
+        The loss, (), detached and unscaled.
+
+    Raises:
+        ValueError, TypeError: as `adversarial_loss`; weight 0 or 1, where one of the passes would be for nothing.
+    """
+    op = "adversarial_backward"
+    eps, *bounds = _prepare(op, x, eps, bounds, norm)
+    check_number(op, "weight", weight, 0, 1)
+    if weight in (0, 1):
+        raise ValueError(f"{op}: weight must be between 0 and 1, got {weight}; use adversarial_loss(...).backward()")
+    scale = scale or (lambda value: value)
+    x = x.detach()
+    leaf = x.clone().requires_grad_()
+    clean = _one_number(op, model, leaf, y, loss)
+    scale((1 - weight) * clean).backward()
+    if leaf.grad is None:
+        raise ValueError(f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x")
+    with torch.no_grad():
+        adversarial = _attack_step(op, x, leaf.grad, None, eps, eps, *bounds, norm)
+    attacked = _one_number(op, model, adversarial, y, loss)
+    scale(weight * attacked).backward()
+    return ((1 - weight) * clean + weight * attacked).detach()
+
+
+def _one_number(op, model, x, y, loss):
+    value = cross_entropy(model(x), y) if loss is None else loss(model(x), y)
+    if value.numel() != 1:
+        raise ValueError(f"{op}: loss must give one number, got shape {tuple(value.shape)}; reduce it with .mean()")
+    return value
+
+
+class FreeAdversarial:
+    """Adversarial training for free: each batch is trained on `replays` times, and every backward pass serves weights and attack.
+
+    delta <- clamp(delta + eps * sign(dJ/dx), -eps, eps) after each pass; the next sees clamp(x + delta, bounds). delta outlives
+    the batch. Train for 1 / replays of the usual epochs, and it costs what plain training does::
+
+        free = fr.FreeAdversarial(eps=8 / 255, replays=4)
+        for x, y in loader:
+            for x_adv in free(x):
+                loss = F.cross_entropy(model(x_adv), y)
+                optimizer.zero_grad()
+                loss.backward()  # also gives x_adv.grad, which the next pass starts from
+                optimizer.step()
+
+    Args:
+        eps: radius of the linf ball, as in `fgsm`.
+        replays: passes over each batch, at least 1; the paper's m, 4 to 10.
+        bounds: (lower, upper) of valid inputs, as in `fgsm`.
+
+    Calling it with x, (B, ...), gives an iterator of `replays` tensors like x that require a gradient. delta begins at 0 with the
+    first batch and whenever the shape of a sample, the dtype or the device changes; a shorter batch uses its first rows.
+
+    Raises:
+        ValueError: arguments as in `fgsm`; no gradient arrived between two passes. TypeError: as in `fgsm`.
+
+    Source: Shafahi, Najibi, Ghiasi, Xu, Dickerson, Studer, Davis, Taylor, Goldstein 2019, Adversarial training for free! Unlike
+    there, a pixel at its bound moves too: the gradient is taken behind the clamp.
+    """
+
+    def __init__(self, eps, *, replays=4, bounds=(0.0, 1.0)):
+        if not isinstance(eps, torch.Tensor):
+            check_number("FreeAdversarial", "eps", eps, 0)
+        check_count("FreeAdversarial", "replays", replays)
+        self.eps, self.replays, self.bounds = eps, replays, bounds
+        self._delta = None
+
+    def __call__(self, x):
+        """Yield x + delta `replays` times; call backward on a loss of it before asking for the next."""
+        op = "FreeAdversarial"
+        eps, lower, upper = _prepare(op, x, self.eps, self.bounds, "linf")
+        x = x.detach()
+        old = self._delta
+        if old is None or old.shape[1:] != x.shape[1:] or old.dtype != x.dtype or old.device != x.device:
+            self._delta = torch.zeros_like(x)
+        elif len(old) < len(x):
+            self._delta = torch.cat([old, torch.zeros_like(x[len(old) :])])
+        for _ in range(self.replays):
+            delta = self._delta[: len(x)]
+            adversarial = _clamp(x + delta, lower, upper).requires_grad_()
+            yield adversarial
+            if adversarial.grad is None:
+                raise ValueError(f"{op}: expected a gradient of the input, got none; call loss.backward() inside the loop")
+            down = _times(eps, -1.0)
+            delta.copy_(_fgsm_step(delta, adversarial.grad, eps[0], down[0], eps[0], eps[1], down[1], eps[1]))
+
+
+def robust_accuracy(
+    model,
+    data,
+    eps,
+    *,
+    alpha=None,
+    steps=20,
+    restarts=1,
+    loss=None,
+    bounds=(0.0, 1.0),
+    norm="linf",
+    batch_size=500,
+    generator=None,
+):
+    """Share of examples that are classified right, and stay so under `restarts` runs of PGD from random starts.
+
+    An upper bound of the accuracy against the worst case: more steps and restarts can only lower it.
+
+    Args:
+        model: Module or callable that gives logits (B, k). A Module is put into evaluation mode meanwhile; nothing else of it
+            changes, as in `fgsm`.
+        data: a pair of tensors x, (N, ...), and y, (N,) class indices; or an iterable of such pairs, a DataLoader for one.
+            Batches go to the device of the model's first parameter.
+        eps: radius of the ball: a number, or a tensor with one value per channel (C,).
+        alpha: step of the attack, like eps; 2.5 * eps / steps if None (Madry et al. 2018).
+        steps, restarts: of the attack; restarts=0 gives the clean accuracy.
+        loss: callable(model(x), y) -> tensor, summed, which the attack climbs; cross-entropy if None.
+        bounds, norm, generator: as in `pgd`; bounds one value per channel at most.
+        batch_size: of a pair of tensors.
+
+    Returns:
+        float in [0, 1].
+
+    Raises:
+        ValueError, TypeError: as `pgd`; no data.
+
+    Source: Madry et al. 2018; Carlini et al. 2019, On evaluating adversarial robustness.
+    """
+    op = "robust_accuracy"
+    check_count(op, "steps", steps)
+    if restarts != 0:
+        check_count(op, "restarts", restarts)
+    check_choice(op, "norm", norm, ("linf", "l2"))
+    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
+        check_count(op, "batch_size", batch_size)
+        if len(data[0]) != len(data[1]):
+            raise ValueError(f"{op}: x and y must have the same length, got {len(data[0])} and {len(data[1])}")
+        data = zip(*(part.split(batch_size) for part in data), strict=True)
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+
+    def right(x, y):
+        with torch.no_grad(), _shielded(model):
+            return model(x).argmax(1) == y
+
+    def broadcast(value, x):  # before samples are picked, so that one value per channel cannot be taken for one per sample
+        channels = isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) > 1
+        return value.view(-1, *(1,) * (x.dim() - 2)) if channels else value
+
+    total = robust = 0
+    with _evaluating(model):
+        for x, y in data:
+            check_tensor(op, "x", x)
+            if parameter is not None:
+                x, y = x.to(parameter.device), y.to(parameter.device)
+            box = bounds if bounds is None else [broadcast(bound, x) for bound in bounds]
+            radius, *box = _prepare(op, x, broadcast(eps, x), box, norm)
+            step = _times(radius, 2.5 / steps) if alpha is None else _number(op, "alpha", broadcast(alpha, x), x, low=0)
+            standing = right(x, y).nonzero()[:, 0]
+            for _ in range(restarts):
+                if not len(standing):
+                    break
+                some, labels = x[standing], y[standing]
+                start = _random_start(some, radius, *box, norm, generator)
+                found = _iterate(op, model, some, labels, start, radius, step, steps, box, loss, norm)
+                standing = standing[right(found, labels)]
+            total, robust = total + len(x), robust + len(standing)
+    if not total:
+        raise ValueError(f"{op}: expected examples, got none; a DataLoader's iterator is empty after its first use")
+    return robust / total
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    training = [m for m in model.modules() if m.training] if isinstance(model, torch.nn.Module) else []
+    try:
+        if training:
+            model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True

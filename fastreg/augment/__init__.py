@@ -1,0 +1,402 @@
+"""Augmentation of batches of images in one pass, each sample with its own parameters.
+
+    aug = fastreg.augment.Augment(hflip=0.5, rotate=15, size=(224, 224), brightness=0.3, blur=(3, (0.1, 2.0)))
+    images = aug(images)
+
+Steps and their order: horizontal and vertical flip, vertical stretch, then shear, rotation, scale and translation as
+torchvision's affine, then crop to size, all of them one matrix and one resampling; brightness, contrast about the mean of the
+image as it is by then, saturation, hue; Gaussian blur; normalise; erase. What a sample draws depends on the seed and its global
+index alone.
+"""
+
+import dataclasses
+import math
+
+import torch
+from torch import nn
+
+from .._library import check_choice, check_number, check_tensor, draw_seed
+from . import _op, functional
+from .mix import cutmix, mixup
+
+__all__ = ["Augment", "Params", "Settings", "apply", "cutmix", "functional", "mixup"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all samples of a batch share."""
+
+    size: tuple | None = None  # (height, width) of the result; None for the images'
+    kernel: tuple = (1, 1)  # of the blur, along x and y
+    erase_value: float | tuple | None = None  # in the images' units; None for what becomes 0
+    mean: float | tuple | None = None
+    std: float | tuple | None = None
+    interpolation: str = "bilinear"
+    padding: str = "zeros"
+    fill: float | tuple = 0.0
+    antialias: bool = False
+    dtype: torch.dtype | None = None  # of the result; None for the images', or float32 where uint8 is normalised
+
+
+@dataclasses.dataclass
+class Params:
+    """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that is off.
+
+    Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height, width): `crop`, in the
+    input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise; `hue` in turns; flips 0 or 1.
+    """
+
+    hflip: torch.Tensor | None = None
+    vflip: torch.Tensor | None = None
+    stretch: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    angle: torch.Tensor | None = None
+    translate: torch.Tensor | None = None  # (B, 2)
+    shear: torch.Tensor | None = None  # (B, 2)
+    crop: torch.Tensor | None = None  # (B, 4)
+    brightness: torch.Tensor | None = None
+    contrast: torch.Tensor | None = None
+    saturation: torch.Tensor | None = None
+    hue: torch.Tensor | None = None
+    sigma: torch.Tensor | None = None
+    erase: torch.Tensor | None = None  # (B, 4)
+    settings: Settings = Settings()
+
+    def matrices(self, height, width):
+        """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height, width); None if there is
+        nothing to warp."""
+        geometry = (self.hflip, self.vflip, self.stretch, self.scale, self.angle, self.translate, self.shear, self.crop)
+        size = self.settings.size or (height, width)
+        some = next((field for field in geometry if field is not None), None)
+        if some is None and size == (height, width):
+            return None
+        if some is None:
+            some = next(
+                f for f in (self.brightness, self.contrast, self.saturation, self.hue, self.sigma, self.erase) if f is not None
+            )
+        batch = len(some)
+
+        def columns(field, *neutral):
+            if field is None:
+                return torch.tensor([neutral], dtype=torch.float64, device=some.device).expand(batch, len(neutral))
+            return field.to(torch.float64).reshape(batch, len(neutral))
+
+        neutral = ((0.0,), (0.0,), (1.0,), (1.0,), (0.0,), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0, height, width))
+        table = torch.cat([columns(field, *values) for field, values in zip(geometry, neutral, strict=True)], 1)
+        return _op.augment_matrices(table, height, width, *size)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
+
+
+def apply(images, params):
+    """Augment images with given parameters; pure, and differentiable with respect to the images (but for hue, which is an error).
+
+    Args:
+        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8, float32, float64, float16 or bfloat16.
+        params: `Params`, of `Augment.sample` or made by hand.
+
+    Returns:
+        (B, C, *size), in the images' memory format. float32 for uint8 images that are normalised, else of the images' dtype, or
+        `settings.dtype`. Arithmetic is float32 (float64 for float64) and rounded once; only where uint8 stays uint8 each step
+        rounds as torchvision's.
+
+    Raises:
+        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue with other than 1 or
+            3 channels, a matrix that is not finite or leads further than 2^30 pixels away.
+        TypeError: another dtype.
+    """
+    op = "augment"
+    batch, lead = functional.batched(op, images)
+    if len(lead) > 1:
+        raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
+    count, settings = len(batch), params.settings
+    for name in _FIELDS:
+        value = getattr(params, name)
+        if value is not None and len(value) != count:
+            raise ValueError(f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew")
+    colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
+    blur = None
+    if params.sigma is not None:
+        across, down = settings.kernel
+        weights = _op.gaussian(params.sigma, across)
+        blur = torch.cat([weights, weights if across == down else _op.gaussian(params.sigma, down)], 1)
+    output = _op.run(
+        op,
+        batch,
+        matrices=params.matrices(*batch.shape[2:]),
+        size=settings.size,
+        colour=colour,
+        blur=blur,
+        kernel=settings.kernel,
+        boxes=params.erase,
+        erase_value=settings.erase_value,
+        mean=settings.mean,
+        std=settings.std,
+        interpolation=settings.interpolation,
+        padding=settings.padding,
+        fill=settings.fill,
+        antialias=settings.antialias,
+        dtype=settings.dtype,
+    )
+    return output if lead else output.squeeze(0)
+
+
+def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
+    """(lo, hi) of a pair, or of a number that is the distance to both sides of `centre`, cut at `low` and `high`."""
+    op = "Augment"
+    if isinstance(value, (int, float)) and centre is not None:
+        check_number(op, name, value, 0)
+        value = (max(centre - value, low), min(centre + value, high)) if math.isfinite(value) else (-math.inf, math.inf)
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{op}: {name} must be {'a number or ' if centre is not None else ''}a pair (lo, hi), got {value!r}")
+    for end in value:
+        check_number(op, name, end, low, high)
+        if not math.isfinite(end):
+            raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if value[0] > value[1]:
+        raise ValueError(f"{op}: {name} must be (lo, hi) with lo <= hi, got {value}")
+    return float(value[0]), float(value[1])
+
+
+class Augment(nn.Module):
+    """Augments batches of images, each sample with its own parameters, in one pass. Everything left out is off.
+
+    Args:
+        hflip, vflip: probability of mirroring left and right, top and bottom.
+        rotate: degrees to either side, or (lo, hi), clockwise.
+        stretch: (lo, hi), factor along the height.
+        scale: (lo, hi), factor along both.
+        translate: (fx, fy), the largest shift to either side as a share of width and height; whole pixels.
+        shear: degrees to either side, or (lo, hi), along x; or (lo_x, hi_x, lo_y, hi_y).
+        size: (height, width) of the result, or one for both; None for that of the images.
+        crop: (lo, hi): a box of that share of the image's area, of ratio 3/4 to 4/3, is resized to `size`, as torchvision's
+            RandomResizedCrop; a whole number p: a window of `size` of the image with p pixels of padding around, as RandomCrop.
+            None: the whole image is resized to `size`.
+        brightness, contrast, saturation: factors within that distance of 1, but not negative, or (lo, hi).
+        hue: turns to either side, at most 0.5, or (lo, hi).
+        blur: (kernel, (lo, hi)): kernel size, odd, and range of sigma.
+        erase: probability of erasing a box of 2 to 33 % of the result, of ratio 0.3 to 3.3.
+        erase_value: what it is filled with, in the images' units, one or per channel; None for what becomes 0.
+        mean, std: normalise, one or per channel, for images in [0, 1]; uint8 images are divided by 255 first.
+        interpolation: "nearest", "bilinear" or "bicubic".
+        padding: what lies outside: "zeros", "border", "reflect" or "fill".
+        fill: for padding="fill", in the images' units, one or per channel.
+        antialias: where the image shrinks, widen the interpolation's filter by as much, as torch's interpolate does; with a
+            rotation or shear where it shrinks by more than 2.
+        dtype: of the result; None for the images', or float32 where uint8 is normalised.
+
+    Numbers are uniform in their ranges; the crop's and box's ratio is uniform in its logarithm. In eval mode nothing is random:
+    images are only brought to `size` (a window from the middle for crop=p) and normalised.
+
+    Raises:
+        ValueError, TypeError: a probability outside [0, 1], ranges that are no ranges, unknown names.
+    """
+
+    def __init__(
+        self,
+        *,
+        hflip=0.0,
+        vflip=0.0,
+        rotate=None,
+        stretch=None,
+        scale=None,
+        translate=None,
+        shear=None,
+        size=None,
+        crop=None,
+        brightness=None,
+        contrast=None,
+        saturation=None,
+        hue=None,
+        blur=None,
+        erase=0.0,
+        erase_value=None,
+        mean=None,
+        std=None,
+        interpolation="bilinear",
+        padding="zeros",
+        fill=0.0,
+        antialias=False,
+        dtype=None,
+    ):
+        super().__init__()
+        op = "Augment"
+        for name, value in (("hflip", hflip), ("vflip", vflip), ("erase", erase)):
+            check_number(op, name, value, 0, 1)
+        check_choice(op, "interpolation", interpolation, _op.INTERPOLATIONS)
+        check_choice(op, "padding", padding, _op.PADDINGS)
+        self.chances = {"hflip": float(hflip), "vflip": float(vflip), "erase": float(erase)}
+        self.ranges = {}
+        optional = {
+            "angle": ("rotate", rotate, 0, -math.inf, math.inf),
+            "stretch": ("stretch", stretch, None, 0, math.inf),
+            "scale": ("scale", scale, None, 0, math.inf),
+            "brightness": ("brightness", brightness, 1, 0, math.inf),
+            "contrast": ("contrast", contrast, 1, 0, math.inf),
+            "saturation": ("saturation", saturation, 1, 0, math.inf),
+            "hue": ("hue", hue, 0, -0.5, 0.5),
+        }
+        for column, (name, value, centre, low, high) in optional.items():
+            if value is not None:
+                self.ranges[column] = _interval(name, value, centre, low, high)
+        for name in ("stretch", "scale"):
+            if self.ranges.get(name, (1, 1))[0] <= 0:
+                raise ValueError(f"{op}: {name} must be greater than 0, got {self.ranges[name]}")
+        if isinstance(hue, (int, float)) and hue > 0.5:
+            raise ValueError(f"{op}: hue must be at most 0.5, got {hue}")
+        self.translate = None
+        if translate is not None:
+            if not isinstance(translate, (tuple, list)) or len(translate) != 2:
+                raise ValueError(f"{op}: translate must be a pair (fx, fy), got {translate!r}")
+            for value in translate:
+                check_number(op, "translate", value, 0, 1)
+            self.translate = tuple(map(float, translate))
+        if shear is not None:
+            four = isinstance(shear, (tuple, list)) and len(shear) == 4
+            self.ranges["shear_x"] = _interval("shear", shear[:2] if four else shear, 0)
+            self.ranges["shear_y"] = _interval("shear", shear[2:], 0) if four else (0.0, 0.0)
+        self.size = None
+        if size is not None:
+            self.size = tuple(functional.pair(size))
+            if len(self.size) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in self.size):
+                raise ValueError(f"{op}: size must be whole numbers of at least 1, (height, width), got {size!r}")
+        self.crop = crop
+        if isinstance(crop, int) and not isinstance(crop, bool):
+            check_number(op, "crop", crop, 0, 2**20)
+        elif crop is not None:
+            self.crop = _interval("crop", crop, None, 0, 1)
+            if not self.crop[0] > 0:
+                raise ValueError(f"{op}: crop must be shares of the area greater than 0, got {crop}")
+        kernel = (1, 1)
+        if blur is not None:
+            if not isinstance(blur, (tuple, list)) or len(blur) != 2:
+                raise ValueError(f"{op}: blur must be (kernel, (lo, hi)), got {blur!r}")
+            kernel = functional.check_kernel(op, blur[0])
+            self.ranges["sigma"] = _interval("blur", blur[1], None, 0)
+        if dtype is not None and dtype not in functional.DTYPES:
+            raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
+        constants = {"erase_value": erase_value, "mean": mean, "std": std, "fill": fill}
+        for name, value in constants.items():  # tensors and lists as tuples: the settings are compared and hashed
+            if value is not None:
+                values = _op.per_channel(
+                    op, name, value, 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
+                )
+                constants[name] = values[0] if len(values) == 1 else tuple(values)
+        self.settings = Settings(
+            size=self.size,
+            kernel=kernel,
+            interpolation=interpolation,
+            padding=padding,
+            antialias=antialias,
+            dtype=dtype,
+            **constants,
+        )
+
+    @classmethod
+    def cifar(cls, **changes):
+        """A window of 32 × 32 from 4 pixels of padding around, mirrored half the time, normalised with CIFAR-10's statistics
+        (He, Zhang, Ren, Sun 2016); `changes` are arguments of `Augment`."""
+        usual = {
+            "hflip": 0.5,
+            "size": 32,
+            "crop": 4,
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2470, 0.2435, 0.2616),
+        }
+        return cls(**usual | changes)
+
+    @classmethod
+    def imagenet(cls, **changes):
+        """A box of 8 to 100 % of the image resized to 224 × 224 (Szegedy et al. 2015), mirrored half the time, its colours
+        jittered, normalised with ImageNet's statistics; `changes` are arguments of `Augment`."""
+        usual = {
+            "hflip": 0.5,
+            "size": 224,
+            "crop": (0.08, 1.0),
+            "brightness": 0.4,
+            "contrast": 0.4,
+            "saturation": 0.4,
+            "hue": 0.1,
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "padding": "border",
+            "antialias": True,
+        }
+        return cls(**usual | changes)
+
+    def sample(self, batch, *, generator=None, seed=None, offset=0):
+        """Draw `Params` for a batch.
+
+        Args:
+            batch: the images, (B, C, H, W) or (C, H, W); only their shape and device count.
+            generator: torch.Generator on their device that the seed is drawn from; None for the default one.
+            seed: whole number, or int64 tensor of one element; drawn if None.
+            offset: global index of the first sample: sample i draws what it would as number offset + i of one large batch.
+        """
+        op = "Augment.sample"
+        check_tensor(op, "batch", batch)
+        if batch.dim() not in (3, 4):
+            raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
+        count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
+        size = self.size or (height, width)
+        is_window = isinstance(self.crop, int)
+        if is_window and (size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop):
+            raise ValueError(f"{op}: a window of {size} does not fit into ({height}, {width}) with {self.crop} pixels around")
+        if not self.training:
+            params = Params(settings=self.settings)
+            if self.size is not None:
+                box = ((height - size[0]) // 2, (width - size[1]) // 2, *size) if is_window else (0, 0, height, width)
+                params.crop = torch.tensor([box], dtype=torch.float64, device=batch.device).expand(count, 4)
+            return params
+        if seed is None:
+            seed = draw_seed(batch.device, generator)
+        elif not isinstance(seed, torch.Tensor):
+            seed = torch.tensor([seed], dtype=torch.int64, device=batch.device)
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
+        ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
+        if self.translate is not None:
+            for axis, share, extent in zip("xy", self.translate, (width, height), strict=True):
+                ranges[f"translate_{axis}"] = (-share * extent, share * extent)
+        low, high = ([ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1))
+        crop_box = [*(self.crop if self.crop and not is_window else (1.0, 1.0)), math.log(3 / 4), math.log(4 / 3)]
+        crop_box.append(float(self.crop) if is_window else 0.0)
+        table = _op.augment_sample(
+            seed, offset, count, [self.chances[name] for name in ("hflip", "vflip", "erase")], low, high,
+            0 if self.crop is None else 2 if is_window else 1, crop_box, [0.02, 0.33, math.log(0.3), math.log(3.3)],
+            [height, width, *size],
+        )  # fmt: skip
+        column = {name: i for i, name in enumerate(_op.COLUMNS)}
+        fields = {name: table[:, column[name]] for name in self.ranges if not name.startswith("shear")}
+        fields |= {name: table[:, column[name]] for name in ("hflip", "vflip") if self.chances[name]}
+        if self.translate is not None:
+            fields["translate"] = table[:, column["translate_x"] : column["translate_y"] + 1]
+        if "shear_x" in self.ranges:
+            fields["shear"] = table[:, column["shear_x"] : column["shear_y"] + 1]
+        if self.crop is not None or self.size is not None:
+            fields["crop"] = table[:, column["crop_top"] : column["crop_width"] + 1]
+        if self.chances["erase"]:
+            fields["erase"] = table[:, column["erase_top"] :].long()
+        return Params(**fields, settings=self.settings)
+
+    def forward(self, batch, generator=None):
+        """The augmented batch, of shape (B, C, *size); see `apply`."""
+        return apply(batch, self.sample(batch, generator=generator))
+
+    def collate(self, samples):
+        """For DataLoader(collate_fn=...): torch's default collation, then augmentation of the first part of each sample."""
+        parts = torch.utils.data.default_collate(samples)
+        if isinstance(parts, torch.Tensor):
+            return self(parts)
+        return [self(parts[0]), *parts[1:]]
+
+    def extra_repr(self):
+        """The steps that are on."""
+        shown = {name: value for name, value in self.chances.items() if value} | self.ranges
+        shown |= {name: getattr(self, name) for name in ("translate", "crop") if getattr(self, name) is not None}
+        default = Settings()
+        shown |= {
+            f.name: v for f in dataclasses.fields(Settings) if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -1,0 +1,167 @@
+"""The operators behind `fastreg.augment`: schemas, fake kernels, autograd, and one function that calls them.
+
+Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an output pixel to its place in the source, pixel centres
+at whole numbers; `constants` are fill, erased value, scale and shift of each channel, in this order.
+"""
+
+import torch
+
+from .._library import define
+
+_ARGUMENTS = (
+    "Tensor images, Tensor? matrices, Tensor? colour, Tensor? blur, Tensor? boxes, Tensor? windows, float[] constants, "
+    "SymInt height, SymInt width, int blur_width, int blur_height, int colour_steps, int interpolation, int padding, "
+    "bool antialias, bool normalise, ScalarType dtype"
+)
+define(f"augment({_ARGUMENTS}) -> Tensor")
+define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor")
+define(
+    "augment_sample(Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
+    "float[] crop_box, float[] erase_box, SymInt[] sizes) -> Tensor"
+)
+define("augment_matrices(Tensor params, SymInt in_height, SymInt in_width, SymInt out_height, SymInt out_width) -> Tensor")
+
+# Columns of the table of parameters, as ParamColumn in augment_math.h.
+COLUMNS = (
+    "hflip", "vflip", "stretch", "scale", "angle", "translate_x", "translate_y", "shear_x", "shear_y",
+    "crop_top", "crop_left", "crop_height", "crop_width",
+    "brightness", "contrast", "saturation", "hue", "sigma",
+    "erase_top", "erase_left", "erase_height", "erase_width",
+)  # fmt: skip
+GEOMETRY = COLUMNS.index("brightness")  # columns that make the matrix
+STEPS = {"brightness": 1, "contrast": 2, "saturation": 4, "hue": 8}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+PADDINGS = ("zeros", "border", "reflect", "fill")
+
+
+def _like(images, height, width, dtype):
+    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return images.new_empty((*images.shape[:2], height, width), dtype=dtype).contiguous(memory_format=layout)
+
+
+@torch.library.register_fake("fastreg::augment")
+def _(images, matrices, colour, blur, boxes, windows, constants, height, width, *static):
+    return _like(images, height, width, static[-1])
+
+
+@torch.library.register_fake("fastreg::augment_backward")
+def _(grad, images, *rest):
+    return _like(images, images.shape[2], images.shape[3], images.dtype)
+
+
+@torch.library.register_fake("fastreg::augment_sample")
+def _(seed, offset, batch, *rest):
+    return seed.new_empty((batch, len(COLUMNS)), dtype=torch.float64)
+
+
+@torch.library.register_fake("fastreg::augment_matrices")
+def _(params, in_height, in_width, out_height, out_width):
+    return params.new_empty((params.shape[0], 2, 3))
+
+
+_augment = torch.ops.fastreg.augment.default
+_augment_backward = torch.ops.fastreg.augment_backward.default
+augment_sample = torch.ops.fastreg.augment_sample.default
+augment_matrices = torch.ops.fastreg.augment_matrices.default
+
+
+class _Augment(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, matrices, colour, blur, boxes, windows, *static):
+        ctx.save_for_backward(images, matrices, colour, blur, boxes, windows)
+        ctx.static = static
+        return _augment(images, matrices, colour, blur, boxes, windows, *static)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return _augment_backward(grad, *ctx.saved_tensors, *ctx.static), *(None,) * (5 + len(ctx.static))
+
+
+def gaussian(sigma, size):
+    """Weights (B, size) of exp(-x^2 / (2 sigma^2)), of sum 1; all on the middle where sigma is 0."""
+    x = torch.arange(size, dtype=torch.float64, device=sigma.device) - (size - 1) / 2
+    weights = torch.softmax(-0.5 * (x / sigma.clamp(min=1e-8)[:, None]).square(), 1)
+    return torch.where(sigma[:, None] > 0, weights, (x == 0).double())
+
+
+def run(
+    op,
+    images,
+    *,
+    matrices=None,
+    size=None,
+    windows=None,
+    colour=None,
+    blur=None,
+    kernel=(1, 1),
+    boxes=None,
+    erase_value=None,
+    mean=None,
+    std=None,
+    interpolation="bilinear",
+    padding="zeros",
+    fill=0.0,
+    antialias=False,
+    dtype=None,
+):
+    """The operator on images (B, C, H, W), through autograd only where a derivative is needed.
+
+    `colour` is a dict of (B,) tensors by the step's name; `mean`, `std`, `fill`, `erase_value` are sequences of one number per
+    channel, or one number. Everything else was checked by the caller.
+    """
+    channels = images.shape[1]
+    is_byte = images.dtype == torch.uint8
+    normalise = mean is not None or std is not None
+    if dtype is None:
+        dtype = torch.float32 if is_byte and normalise else images.dtype
+    means = per_channel(op, "mean", 0.0 if mean is None else mean, channels)
+    stds = per_channel(op, "std", 1.0 if std is None else std, channels)
+    if not all(stds):
+        raise ValueError(f"{op}: std must not be 0, got {std}")
+    top = 255.0 if is_byte and dtype != torch.uint8 else 1.0
+    scale = [1 / (top * s) for s in stds]
+    shift = [-m / s for m, s in zip(means, stds, strict=True)]
+    fills = per_channel(op, "fill", fill, channels)
+    if erase_value is None:  # what becomes 0
+        erased = [0.0] * channels
+    else:
+        values = per_channel(op, "erase_value", erase_value, channels)
+        erased = [v * a + b for v, a, b in zip(values, scale, shift, strict=True)]
+    if dtype == torch.uint8:
+        erased = [float(min(max(round(v), 0), 255)) for v in erased]
+    table, steps = None, 0
+    if colour:
+        one = next(iter(colour.values()))
+        table = torch.stack([colour.get(name, one) for name in STEPS], 1)
+        steps = sum(STEPS[name] for name in colour)
+    height, width = images.shape[2:] if size is None else size
+    arguments = (
+        images, matrices, table, blur, boxes, windows, fills + erased + scale + shift, height, width, *kernel, steps,
+        INTERPOLATIONS.index(interpolation), PADDINGS.index(padding), antialias, normalise or top != 1.0, dtype,
+    )  # fmt: skip
+    if images.requires_grad and torch.is_grad_enabled():
+        if steps & STEPS["hue"] and channels == 3:
+            raise ValueError(
+                f"{op}: hue has no gradient with respect to the images; leave hue out, detach the images, or use torch.no_grad()"
+            )
+        return _Augment.apply(*arguments)
+    return _augment(*arguments)
+
+
+def per_channel(op, name, value, channels):
+    """One number per channel, as a list of floats."""
+    if isinstance(value, torch.Tensor):
+        value = value.reshape(-1).tolist() if value.numel() > 1 else value.item()
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        values = [float(value)] * channels
+    else:
+        values = [float(v) for v in value]
+        if len(values) == 1:
+            values = values * channels
+    if len(values) != channels:
+        raise ValueError(f"{op}: {name} must be one number, or one for each of {channels} channels, got {len(values)}")
+    if any(v != v or v in (float("inf"), float("-inf")) for v in values):
+        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    return values

@@ -1,0 +1,83 @@
+"""Mixtures of two samples of a batch and of their labels: mixup and CutMix.
+
+x = lambda x_i + (1 - lambda) x_j (Zhang, Cissé, Dauphin, Lopez-Paz 2018), or x_j inside a box of x_i (Yun, Han, Oh, Chun, Choe,
+Yoo 2019); y = lambda y_i + (1 - lambda) y_j. Each sample draws its own lambda and its own partner.
+"""
+
+import torch
+
+from .._library import check_number, check_tensor
+from .functional import batched
+
+
+def _draw(op, images, targets, alpha, num_classes, generator):
+    """(soft targets, partners, lambda ~ Beta(alpha, alpha))."""
+    batched(op, images)
+    check_tensor(op, "targets", targets)
+    check_number(op, "alpha", alpha, 0)
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"{op}: alpha must be finite and greater than 0, got {alpha}")
+    if images.dim() != 4 or len(targets) != len(images):
+        raise ValueError(
+            f"{op}: images must be (B, C, H, W) and targets (B,) or (B, classes), "
+            f"got {tuple(images.shape)} and {tuple(targets.shape)}"
+        )
+    if targets.is_floating_point():
+        if targets.dim() != 2:
+            raise ValueError(f"{op}: targets of probabilities must be (B, classes), got {tuple(targets.shape)}")
+    else:
+        if num_classes is None:
+            raise ValueError(f"{op}: targets of class indices need num_classes")
+        targets = torch.nn.functional.one_hot(targets.long(), num_classes).float()
+    partner = torch.randperm(len(images), device=images.device, generator=generator)
+    gamma = torch._standard_gamma(torch.full((2, len(images)), float(alpha), device=images.device), generator=generator)
+    share = gamma[0] / gamma.sum(0).clamp(min=torch.finfo(torch.float32).tiny)  # Beta(alpha, alpha)
+    return targets, partner, share
+
+
+def _mixed_targets(targets, partner, share):
+    return torch.lerp(targets[partner], targets, share[:, None].to(targets.dtype))
+
+
+def mixup(images, targets, alpha=0.2, num_classes=None, *, generator=None):
+    """Mix each sample with another of the batch, and their labels.
+
+    Args:
+        images: (B, C, H, W), uint8 (rounded) or floating point.
+        targets: (B,) class indices, which need `num_classes`, or (B, classes) probabilities.
+        alpha: of Beta(alpha, alpha), greater than 0; small values mix little.
+        generator: torch.Generator on the images' device.
+
+    Returns:
+        (images, targets (B, classes)) as `fastreg.cross_entropy` takes them.
+
+    Raises:
+        ValueError: shapes that do not fit, alpha not greater than 0, class indices without num_classes.
+    """
+    targets, partner, share = _draw("mixup", images, targets, alpha, num_classes, generator)
+    weight = share.view(-1, 1, 1, 1)
+    if images.dtype == torch.uint8:
+        mixed = torch.lerp(images[partner].float(), images.float(), weight).round_().to(torch.uint8)
+    else:
+        mixed = torch.lerp(images[partner], images, weight.to(images.dtype))
+    return mixed, _mixed_targets(targets, partner, share)
+
+
+def cutmix(images, targets, alpha=1.0, num_classes=None, *, generator=None):
+    """Replace a box of each sample by that of another, and mix the labels by area.
+
+    The box has a share 1 - lambda of the area and the image's ratio, its centre is uniform, and what lies outside is cut off;
+    labels are mixed by the area that is left. Arguments, result and errors as in `mixup`.
+    """
+    targets, partner, share = _draw("cutmix", images, targets, alpha, num_classes, generator)
+    height, width = images.shape[2:]
+    centre = torch.rand(2, len(images), device=images.device, generator=generator)
+    inside = []
+    for extent, at in zip((height, width), centre, strict=True):
+        half = 0.5 * extent * (1 - share).sqrt()
+        low, high = ((at * extent + sign * half).round().clamp(0, extent) for sign in (-1, 1))
+        pixel = torch.arange(extent, device=images.device)
+        inside.append((pixel >= low[:, None]) & (pixel < high[:, None]))
+    box = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    left = 1 - box.sum((1, 2, 3)).float() / max(height * width, 1)
+    return torch.where(box, images[partner], images), _mixed_targets(targets, partner, left)

@@ -1,0 +1,78 @@
+"""Calibration of a classifier: whether it is right as often as its confidence, max_k softmax(logits)_k, says.
+
+Label smoothing and early stopping make networks less overconfident; the expected calibration error measures it.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ._library import check_count, check_tensor
+
+
+class CalibrationCurve(NamedTuple):
+    """What `calibration_curve` gives, one value per bin."""
+
+    count: torch.Tensor
+    accuracy: torch.Tensor
+    confidence: torch.Tensor
+
+
+def calibration_curve(logits, target, bins=15):
+    """Accuracy and mean confidence of the predictions in each of `bins` intervals of confidence, (m / bins, (m + 1) / bins].
+
+    Args:
+        logits: (N, k), floating point; log-probabilities are logits too.
+        target: class indices, (N,), int64.
+        bins: number of intervals, at least 1.
+
+    Returns:
+        CalibrationCurve(count, accuracy, confidence), float64 tensors (bins,); accuracy and confidence of an empty bin are NaN.
+        Predictions of NaN are counted in no bin.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit, bins below 1.
+
+    Source: the reliability diagram of Niculescu-Mizil and Caruana 2005, as in Guo et al. 2017.
+    """
+    op = "calibration_curve"
+    count, accuracy, confidence = _sums(op, logits, target, bins)
+    return CalibrationCurve(count, accuracy / count, confidence / count)
+
+
+def calibration_error(logits, target, bins=15):
+    """Expected calibration error: sum over bins of count / N * |accuracy - confidence|.
+
+    Args as in `calibration_curve`.
+
+    Returns:
+        Tensor of shape (), float64, in [0, 1]; NaN if a prediction is or N is 0.
+
+    Source: Naeini, Cooper, Hauskrecht 2015; Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern neural networks.
+    """
+    count, accuracy, confidence = _sums("calibration_error", logits, target, bins)
+    gap = (accuracy - confidence).abs().sum() / len(logits)
+    return gap.where(count.sum() == len(logits), torch.nan)
+
+
+@torch.no_grad()
+def _sums(op, logits, target, bins):
+    """Per bin: how many predictions, how many of them right, the sum of their confidences."""
+    check_tensor(op, "logits", logits)
+    check_tensor(op, "target", target)
+    check_count(op, "bins", bins)
+    if not logits.is_floating_point():
+        raise TypeError(f"{op}: logits must be floating point, got {logits.dtype}; give the model's outputs before argmax")
+    if logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"{op}: logits must be (N, k), got {tuple(logits.shape)}; move other dimensions into the first")
+    if target.shape != logits.shape[:1] or target.dtype.is_floating_point or target.dtype == torch.bool:
+        raise ValueError(
+            f"{op}: target must be class indices ({len(logits)},), got {target.dtype} {tuple(target.shape)}; "
+            "of probabilities take .argmax(1)"
+        )
+    confidence, predicted = logits.double().softmax(1).max(1)
+    known = (~confidence.isnan()).double()
+    confidence = confidence.nan_to_num()
+    which = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    right = (predicted == target).double()
+    return [confidence.new_zeros(bins).index_add(0, which, known * v) for v in (known, right, confidence)]
