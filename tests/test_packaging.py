@@ -66,7 +66,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """The wheel, built once, from the source distribution, with this environment's torch; for one kind of GPU, to save minutes."""
+    """The wheel, built once, from the source distribution, with this environment's torch; for one kind of GPU, to save time."""
     folder = tmp_path_factory.mktemp("wheel")
     env = {**os.environ, "FASTREG_CUDA_ARCHS": "80-real"}
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, sdist, env=env)
