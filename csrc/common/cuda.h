@@ -176,19 +176,4 @@ struct Positions {
   }
 };
 
-// Calls f(T*) with a null pointer of the storage type.
-template <class F>
-int with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Half*>(nullptr));
-    default:
-      return f(static_cast<BFloat16*>(nullptr));
-  }
-}
-
 }  // namespace fastreg

@@ -21,6 +21,22 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Gives f(a null pointer of the storage type): how a kernel meets the dtype of its tensors. Always inlined, for what it calls is
+// compiled once per instruction set.
+template <class F>
+inline __attribute__((always_inline)) auto with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    default:
+      return f(static_cast<BFloat16*>(nullptr));
+  }
+}
+
 // The type in which a storage type is computed: float64 for float64, float32 for everything else.
 template <class T>
 struct Accumulate {

@@ -659,19 +659,4 @@ FR_INLINE Comparison compare_groups(const GroupHalves& halves, uint16_t threshol
 #endif
 }
 
-// Calls f with a null pointer of the storage type: how a kernel meets the dtype of its tensors.
-template <class F>
-FR_INLINE void with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(static_cast<float*>(nullptr));
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-  }
-}
-
 }  // namespace fastreg::FASTREG_ISA

@@ -781,7 +781,7 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 int cross_entropy_forward_cuda(const CrossEntropyLaunch& l, void* stream) {
-  return with_type(l.rows.dtype, [&](auto* type) {
+  return with_dtype(l.rows.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift them.
     using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
@@ -790,7 +790,7 @@ int cross_entropy_forward_cuda(const CrossEntropyLaunch& l, void* stream) {
 }
 
 int cross_entropy_scale_cuda(const CrossEntropyScale& a, void* stream) {
-  return with_type(a.dtype, [&](auto* type) {
+  return with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool aligned = word_aligned(a.values);
     // Few blocks, each with several words for a thread: mostly they only look at the factor.

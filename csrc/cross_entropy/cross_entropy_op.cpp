@@ -113,25 +113,16 @@ void run(const char* op, const Tensor& input, const CrossEntropyArgs& a, Reducti
 #else
 // Rounds `values` to the elements of a contiguous floating tensor, once each.
 void put(const Tensor& t, const double* values, int64_t count) {
-  const auto write = [&](auto* out) {
+  void* p = t.mutable_data_ptr();
+  with_dtype(dtype_of("cross_entropy", "loss", t), [&](auto* type) {
+    auto* out = static_cast<decltype(type)>(p);
     for (int64_t i = 0; i < count; ++i) {
-      if constexpr (std::is_same_v<decltype(out), double*>)
+      if constexpr (std::is_same_v<decltype(type), double*>)
         out[i] = values[i];
       else
         from_float(float(values[i]), out + i);
     }
-  };
-  void* p = t.mutable_data_ptr();
-  switch (dtype_of("cross_entropy", "loss", t)) {
-    case DType::kFloat64:
-      return write(static_cast<double*>(p));
-    case DType::kFloat32:
-      return write(static_cast<float*>(p));
-    case DType::kFloat16:
-      return write(static_cast<Half*>(p));
-    case DType::kBFloat16:
-      return write(static_cast<BFloat16*>(p));
-  }
+  });
 }
 
 // What divides a mean: the number of counted rows, or the sum of their targets' weights.

@@ -224,14 +224,14 @@ int run(const DropoutArgs& a, void* stream) {
 }  // namespace
 
 int dropout_forward_cuda(const DropoutArgs& a, void* stream) {
-  return with_type(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, true>(a, stream); });
+  return with_dtype(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, true>(a, stream); });
 }
 int dropout_apply_cuda(const DropoutArgs& a, void* stream) {
-  return with_type(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, false>(a, stream); });
+  return with_dtype(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, false>(a, stream); });
 }
 
 int dropout_add_cuda(const DropoutAddArgs& a, void* stream) {
-  return with_type(a.dtype, [&](auto* type) {
+  return with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool flat = is_flat(a) && a.residual_layout.contiguous && word_aligned(a.residual);
     return run_elements<T, true>(a, flat, Addends<T>(a), stream);

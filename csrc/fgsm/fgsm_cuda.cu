@@ -105,7 +105,7 @@ int step(const FgsmArgs& a, void* stream) {
 }  // namespace
 
 int fgsm_step_cuda(const FgsmArgs& a, void* stream) {
-  return with_type(a.dtype, [&](auto* type) {
+  return with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     return a.origin ? step<T, true>(a, stream) : step<T, false>(a, stream);
   });

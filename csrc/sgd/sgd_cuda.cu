@@ -28,11 +28,7 @@ struct SgdWork {
   SgdConstants<A> constants;
   SgdMomentum momentum;
   SgdPenalty penalty;
-  bool maximize, lr_wide;
-  const void* lr_at;
-  const float *grad_scale_at, *found_inf_at;
-  bool stochastic;
-  Seed seed;
+  SgdArgs args;
 
   explicit SgdWork(const SgdArgs& a)
       : constants(a),
@@ -40,20 +36,14 @@ struct SgdWork {
                  : a.nesterov    ? SgdMomentum::kNesterov
                                  : SgdMomentum::kHeavyBall),
         penalty(sgd_penalty(a)),
-        maximize(a.maximize),
-        lr_wide(a.lr_wide),
-        lr_at(a.lr_at),
-        grad_scale_at(a.grad_scale_at),
-        found_inf_at(a.found_inf_at),
-        stochastic(a.stochastic_rounding),
-        seed(a.seed) {}
+        args(a) {}
 
-  __device__ __forceinline__ bool skipped() const { return found_inf_at && *found_inf_at != 0; }
+  __device__ __forceinline__ bool skipped() const { return args.found_inf_at && *args.found_inf_at != 0; }
 
   __device__ __forceinline__ SgdNumbers<A> numbers(bool first_step) const {
     SgdConstants<A> c = constants;
-    if (lr_at) c.lr = lr_wide ? A(*static_cast<const double*>(lr_at)) : A(*static_cast<const float*>(lr_at));
-    if (grad_scale_at) c.grad_factor = A(maximize ? -1 : 1) / A(*grad_scale_at);
+    if (const void* lr = args.lr_at) c.lr = args.lr_wide ? A(*static_cast<const double*>(lr)) : A(*static_cast<const float*>(lr));
+    if (args.grad_scale_at) c.grad_factor = A(args.maximize ? -1 : 1) / A(*args.grad_scale_at);
     return sgd_numbers<A>(c, first_step);
   }
 };
@@ -102,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) sgd_tensors(const SgdBatch<typename 
   constexpr int kSize = Word<T>::kSize;
   const SgdWork<A>& work = batch.work;
   if (work.skipped()) return;
-  const bool stochastic = std::is_same_v<T, BFloat16> && work.stochastic;
-  const uint64_t seed = stochastic ? work.seed.get() : 0;
+  const bool stochastic = std::is_same_v<T, BFloat16> && work.args.stochastic_rounding;
+  const uint64_t seed = stochastic ? work.args.seed.get() : 0;
   const uint32_t tiles = batch.first_tile[batch.count];
   for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     int low = 0, high = batch.count;  // the tensor of this tile: first_tile[low] <= tile < first_tile[high]
@@ -160,8 +150,8 @@ __global__ void __launch_bounds__(kThreads)
                 const Positions param_at, const Positions grad_at, const Positions momentum_at) {
   using A = typename Accumulate<T>::type;
   if (work.skipped()) return;
-  const bool stochastic = std::is_same_v<T, BFloat16> && work.stochastic;
-  const uint64_t seed = stochastic ? work.seed.get() : 0;
+  const bool stochastic = std::is_same_v<T, BFloat16> && work.args.stochastic_rounding;
+  const uint64_t seed = stochastic ? work.args.seed.get() : 0;
   const SgdNumbers<A> n = work.numbers(t.started && *t.started == 0);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < t.numel; i += int64_t(gridDim.x) * kThreads) {
     T* const param = static_cast<T*>(t.param) + param_at[i];
@@ -226,7 +216,7 @@ int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t en
 int sgd_step_cuda(const SgdArgs& a, const SgdTensor* tensors, size_t count, void* stream) {
   for (size_t begin = 0, end = 0; begin < count; begin = end) {
     while (end < count && tensors[end].dtype == tensors[begin].dtype) ++end;
-    const int error = with_type(tensors[begin].dtype, [&](auto* type) {
+    const int error = with_dtype(tensors[begin].dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       return a.momentum == 0 ? step_run<T, false>(a, tensors, begin, end, stream)
                              : step_run<T, true>(a, tensors, begin, end, stream);
