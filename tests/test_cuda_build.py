@@ -143,7 +143,7 @@ class _Generator:
 
 def test_a_gpus_seed_is_its_generators_count(monkeypatch):
     generator, capturing, drawn = _Generator(2**63 + 5), [False], []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,))

@@ -11,6 +11,7 @@ from cuda_machine import (
     interpreted,
     needs_cudacheck,
     needs_nvcc,
+    same,
     seed_at,
     structure,
     traffic,
@@ -68,10 +69,6 @@ def numbers(shape, dtype):
         if flat.numel() > 40:
             flat[7 * i + 3] = value
     return x.to(dtype)
-
-
-def same(a, b):
-    return torch.equal(torch.nan_to_num(a, 123.0), torch.nan_to_num(b, 123.0)) and torch.equal(a.isnan(), b.isnan())
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -5,8 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, Layout, dtype_number, interpreted, needs_cudacheck, needs_nvcc, seed_at, traffic
-from test_cuda_dropout import DropoutArgs, numbers, same
+from cuda_machine import DTYPES, SCHEDULES, Layout, dtype_number, interpreted, needs_cudacheck, needs_nvcc, same, seed_at, traffic
+from test_cuda_dropout import DropoutArgs, numbers
 
 import fastreg  # noqa: F401
 

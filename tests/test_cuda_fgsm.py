@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, Layout, dtype_number, interpreted, needs_cudacheck, needs_nvcc, structure, traffic
+from cuda_machine import (
+    DTYPES,
+    SCHEDULES,
+    Layout,
+    dtype_number,
+    interpreted,
+    needs_cudacheck,
+    needs_nvcc,
+    same,
+    structure,
+    traffic,
+)
 
 import fastreg  # noqa: F401
 
@@ -64,10 +75,6 @@ def images(shape, dtype, seed=0):
         x.view(-1)[[1, 30]] = torch.tensor([float("nan"), float("inf")], dtype=torch.float64)
         grad.view(-1)[[5, 31, 44, 50]] = torch.tensor([float("nan"), -float("inf"), 0.0, -0.0], dtype=torch.float64)
     return x.to(dtype), grad.to(dtype), origin.to(dtype)
-
-
-def same(a, b):
-    return torch.equal(torch.nan_to_num(a, 123.0), torch.nan_to_num(b, 123.0)) and torch.equal(a.isnan(), b.isnan())
 
 
 @pytest.mark.parametrize("project", [False, True], ids=["fgsm", "pgd"])
