@@ -146,7 +146,7 @@ def draw_seed(device, generator=None):
 
 
 def _count_seed(device, generator):
-    if not torch.cuda.is_available():  # a fake GPU
+    if not torch.cuda.is_initialized():  # a fake GPU
         return None
     index = torch.cuda.current_device()
     if device.index not in (index, None) or torch.cuda.is_current_stream_capturing():
@@ -170,6 +170,12 @@ def mix_seed(seed, offset):
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     z ^= z >> 31
     return z - 2**64 if z >= 2**63 else z
+
+
+def forked_generators():
+    """A context at whose end torch's generators, the CPU's and those of GPUs in use, are as they were."""
+    # Only where CUDA is up: to read a device's state would start it.
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
 
 
 def check_number(op, name, value, low=-math.inf, high=math.inf):

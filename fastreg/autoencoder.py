@@ -13,7 +13,7 @@ import numbers
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ._library import check_number
+from ._library import check_count, check_number, forked_generators
 from .dropout import dropout
 
 
@@ -122,11 +122,10 @@ def pretrain_autoencoder(
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         if not isinstance(module, torch.nn.Module) and not (module is None and name == "decoder"):
             raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(module).__name__}")
-    integers = (("epochs", epochs, 1), ("batch_size", batch_size, 1), ("seed", 0 if seed is None else seed, -math.inf))
-    for name, value, least in integers:
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-        check_number(op, name, value, least)
+    check_count(op, "epochs", epochs)
+    check_count(op, "batch_size", batch_size)
+    if seed is not None and (not isinstance(seed, numbers.Integral) or isinstance(seed, bool)):
+        raise TypeError(f"{op}: seed must be an int, got {type(seed).__name__}")
     check_number(op, "corruption", corruption, 0, 1)
     if generator is not None and seed is not None:
         raise ValueError(f"{op}: give generator or seed, not both")
@@ -196,13 +195,10 @@ def _seeded(generator, seed):
     """torch's generators start from the seed, if there is one, and are put back at the end."""
     if generator is not None:
         seed = int(torch.randint(2**62, (), generator=generator))
-    # Only where CUDA is up: to read a device's state would start it.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with forked_generators():
         if seed is not None:
-            torch.default_generator.manual_seed(seed)
-            for device in devices:
-                torch.cuda.default_generators[device].manual_seed(seed)
+            for each in (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())):
+                each.manual_seed(seed)
         yield
 
 

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
+from ._library import forked_generators
+
 __all__ = ["EarlyStopping", "retrain"]
 
 
@@ -279,9 +281,7 @@ def retrain(
     data = ConcatDataset([_dataset("train_data", train_data), _dataset("val_data", val_data)])
     loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle, **loader_kwargs)
 
-    # Only where CUDA is up: to read a device's state would start it.
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with forked_generators():
         torch.manual_seed(seed)
         made = make()
         parts = made if isinstance(made, tuple) else (made,)

@@ -110,7 +110,7 @@ def apply(images, params):
     batch, lead = functional.batched(op, images)
     if len(lead) > 1:
         raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
-    count, settings = len(batch), params.settings
+    count = len(batch)
     for name in _FIELDS:
         value = getattr(params, name)
         if value is not None and len(value) != count:
@@ -118,26 +118,17 @@ def apply(images, params):
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
     blur = None
     if params.sigma is not None:
-        across, down = settings.kernel
+        across, down = params.settings.kernel
         weights = _op.gaussian(params.sigma, across)
         blur = torch.cat([weights, weights if across == down else _op.gaussian(params.sigma, down)], 1)
     output = _op.run(
         op,
         batch,
         matrices=params.matrices(*batch.shape[2:]),
-        size=settings.size,
         colour=colour,
         blur=blur,
-        kernel=settings.kernel,
         boxes=params.erase,
-        erase_value=settings.erase_value,
-        mean=settings.mean,
-        std=settings.std,
-        interpolation=settings.interpolation,
-        padding=settings.padding,
-        fill=settings.fill,
-        antialias=settings.antialias,
-        dtype=settings.dtype,
+        **vars(params.settings),
     )
     return output if lead else output.squeeze(0)
 
