@@ -17,6 +17,7 @@
 // finer than float32's, whose last bit at pixel 224 alone moves a result by 1e-5.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 #include "../common/device.h"
 #include "../common/isa.h"
@@ -32,12 +33,6 @@ enum ColourColumn { kBrightnessColumn, kContrastColumn, kSaturationColumn, kHueC
 
 FR_HD float to_float(uint8_t x) { return float(x); }
 FR_HD void from_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
-
-// A plane of pixels, strides in elements.
-struct Planes {
-  const void* data;
-  int64_t height, width, plane_stride, row_stride;  // neighbours in a row are neighbours in memory
-};
 
 struct AugmentArgs {
   PixelType in_type, out_type;
@@ -59,6 +54,7 @@ struct AugmentArgs {
   // backward: output is the images' gradient, images are what they were
   const void* grad;
   int64_t grad_stride[4];
+  void* scratch;  // on CUDA, of as many bytes as the launcher asks for
 };
 
 // ---- rounding, for values below 2^22
@@ -89,8 +85,11 @@ FR_HD uint64_t double_bits(double x) {
   memcpy(&u, &x, 8);
   return u;
 }
-// Whether |x| < 2^30; false for a NaN.
-FR_HD bool fits_fixed(double x) { return int(double_bits(x) >> 52 & 0x7ff) < 1023 + kFarthest; }
+// Whether |x| < 2^kBits; false for a NaN.
+template <int kBits = kFarthest>
+FR_HD bool fits_fixed(double x) {
+  return int(double_bits(x) >> 52 & 0x7ff) < 1023 + kBits;
+}
 // In units of 2^-kBits, to the nearest, halves away from zero; |x| < 2^(62 - kBits). From the bits, for GPUs compute little in
 // float64.
 template <int kBits = kFractionBits>
@@ -108,25 +107,27 @@ struct FixedMatrix {
   int64_t m[6];
   FR_HD Position at(int64_t x, int64_t y) const { return {m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]}; }
 };
+// One coefficient of a matrix; one that does not fit is too far away for within_reach.
+FR_HD int64_t fixed_coefficient(double x) { return fits_fixed(x) ? to_fixed(x) : INT64_MAX; }
 // False where some output pixel lies too far away, or nowhere at all.
-FR_HD bool fixed_matrix(const double* matrix, int64_t out_height, int64_t out_width, FixedMatrix* fixed) {
+FR_HD bool within_reach(const FixedMatrix& matrix, int64_t out_height, int64_t out_width) {
   bool fits = true;
-  for (int i = 0; i < 6; ++i) {
-    fits = fits && fits_fixed(matrix[i]);
-    fixed->m[i] = fits ? to_fixed(matrix[i]) : 0;
-  }
   for (int axis = 0; axis < 2; ++axis) {
-    const int64_t* m = fixed->m + 3 * axis;
+    const int64_t* m = matrix.m + 3 * axis;
     const auto size = [](int64_t x) { return float(x < 0 ? -x : x) * 0x1p-32f; };
     fits = fits && size(m[0]) * float(out_width) + size(m[1]) * float(out_height) + size(m[2]) < float(1 << kFarthest);
   }
   return fits;
 }
+FR_HD bool fixed_matrix(const double* matrix, int64_t out_height, int64_t out_width, FixedMatrix* fixed) {
+  for (int i = 0; i < 6; ++i) fixed->m[i] = fixed_coefficient(matrix[i]);
+  return within_reach(*fixed, out_height, out_width);
+}
 // Whether output pixels are source pixels, in rows from left to right or back.
 FR_HD bool is_straight(const FixedMatrix& matrix) {
   const int64_t* m = matrix.m;
-  return (m[0] == kOne || m[0] == -kOne) && m[1] == 0 && m[3] == 0 && (m[4] == kOne || m[4] == -kOne) && m[2] % kOne == 0 &&
-         m[5] % kOne == 0;
+  return (m[0] == kOne || m[0] == -kOne) && m[1] == 0 && m[3] == 0 && (m[4] == kOne || m[4] == -kOne) && uint32_t(m[2]) == 0 &&
+         uint32_t(m[5]) == 0;
 }
 FR_HD int32_t whole_part(int64_t position) { return int32_t(position >> kFractionBits); }
 // The 24 leading bits for float32.
@@ -148,6 +149,10 @@ FR_HD V cubic_near(V x) {
 template <class V>
 FR_HD V cubic_far(V x) {
   return ((V(-0.75) * x + V(3.75)) * x - V(6)) * x + V(3);
+}
+template <class V>
+FR_HD V cubic_weight(int tap, V t) {  // of taps -1, 0, 1, 2 at a distance of t from tap 0
+  return tap == 0 ? cubic_far(t + V(1)) : tap == 1 ? cubic_near(t) : tap == 2 ? cubic_near(V(1) - t) : cubic_far(V(2) - t);
 }
 // The pixel that stands for pixel i of a line of n; -1 for none.
 FR_HD int32_t padded(int32_t i, int32_t n, Padding padding) {
@@ -181,10 +186,7 @@ FR_HD Taps<A> taps_at(int64_t position, int32_t n, Interpolation interpolation, 
     first = whole_part(position);
   } else {
     taps.count = 4;
-    taps.weight[0] = cubic_far(t + A(1));
-    taps.weight[1] = cubic_near(t);
-    taps.weight[2] = cubic_near(A(1) - t);
-    taps.weight[3] = cubic_far(A(2) - t);
+    for (int i = 0; i < 4; ++i) taps.weight[i] = cubic_weight(i, t);
     first = whole_part(position) - 1;
   }
   for (int i = 0; i < taps.count; ++i) taps.pixel[i] = padded(first + i, n, padding);
@@ -283,7 +285,9 @@ struct Filter {
     if (centre < 0 || centre > length) {
       if (padding == Padding::kZeros || padding == Padding::kFill) return {0, 0, 0};
       if (padding == Padding::kReflect) {
-        centre = (centre < 0 ? -centre : centre) % (2 * length);
+        centre = centre < 0 ? -centre : centre;
+        const uint32_t whole = uint32_t(centre >> kFractionBits) % (2 * uint32_t(n));
+        centre = int64_t(whole) << kFractionBits | (centre & (kOne - 1));
         centre = centre > length ? 2 * length - centre : centre;
       }
       centre = centre < 0 ? 0 : centre > length ? length : centre;
@@ -359,7 +363,7 @@ FR_HD void hue_element(V& r, V& g, V& b, V sixths) {
 // 1 - x rounded once: torchvision has it from Python's float64.
 FR_HD double one_minus(double x, double) { return 1 - x; }
 FR_HD float one_minus(double x, float) {
-  if (!(x > -512 && x < 512)) return 1 - float(x);
+  if (!fits_fixed<9>(x)) return 1 - float(x);
   return float((int64_t(1) << 52) - to_fixed<52>(x)) * 0x1p-52f;
 }
 // The factors of a sample, in A or in vectors of A; `bound` is what an image's values are clamped at.
@@ -454,8 +458,8 @@ FR_HD int64_t mirrored(int64_t i, int64_t n) {
   i = i < n ? i : 2 * (n - 1) - i;
   if (i >= 0) return i;
   if (n == 1) return 0;
-  const int64_t period = 2 * (n - 1), in_period = (i % period + period) % period;
-  return in_period < n ? in_period : period - in_period;
+  const uint32_t period = 2 * uint32_t(n - 1), in_period = uint32_t(-i) % period;
+  return in_period < uint32_t(n) ? in_period : period - in_period;
 }
 
 // ---- what a sample draws: a row of these columns
@@ -552,10 +556,23 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
     draw_box(a, index, 32, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width), false, erased);
 }
 
-// The inverse matrix of a row of parameters: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the
-// image (torchvision's affine), then stretch and flips, to the source.
-FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width,
-                     double* matrix) {
+// The parameters that make the matrices, by column; a column that is not there is neutral.
+struct MatrixArgs {
+  int64_t batch, in_height, in_width, out_height, out_width;
+  const double* column[kGeometryColumns];
+  int64_t stride[kGeometryColumns];  // from sample to sample
+  double* out;                       // (batch, 2, 3)
+};
+
+// The inverse matrix of sample i: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the image
+// (torchvision's affine), then stretch and flips, to the source.
+FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
+  const double height = double(args.in_height), width = double(args.in_width);
+  double p[kGeometryColumns];
+  for (int column = 0; column < kGeometryColumns; ++column) {
+    p[column] = column == kStretch || column == kScale ? 1 : column == kCropHeight ? height : column == kCropWidth ? width : 0;
+    if (args.column[column]) p[column] = args.column[column][i * args.stride[column]];
+  }
   const double degree = 0.017453292519943295;
   const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree, scale = p[kScale];
   double a = 1, b = 0, c = 0, d = 1;
@@ -568,11 +585,12 @@ FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64
   const double sign_x = p[kHFlip] != 0 ? -1 : 1, sign_y = p[kVFlip] != 0 ? -1 : 1;
   const double m00 = d / scale * sign_x, m01 = -b / scale * sign_x;
   const double m10 = -c / scale / p[kStretch] * sign_y, m11 = a / scale / p[kStretch] * sign_y;
-  const double centre_x = 0.5 * double(in_width - 1), centre_y = 0.5 * double(in_height - 1);
+  const double centre_x = 0.5 * (width - 1), centre_y = 0.5 * (height - 1);
   // Output pixel x lies at step_x x + start_x of the image before it was cropped.
-  const double step_x = p[kCropWidth] / double(out_width), step_y = p[kCropHeight] / double(out_height);
+  const double step_x = p[kCropWidth] / double(args.out_width), step_y = p[kCropHeight] / double(args.out_height);
   const double start_x = p[kCropLeft] + 0.5 * step_x - 0.5 - centre_x - p[kTranslateX];
   const double start_y = p[kCropTop] + 0.5 * step_y - 0.5 - centre_y - p[kTranslateY];
+  double* matrix = args.out + 6 * i;
   matrix[0] = m00 * step_x;
   matrix[1] = m01 * step_y;
   matrix[2] = m00 * start_x + m01 * start_y + centre_x;
@@ -603,5 +621,14 @@ struct AugmentKernels {
   void (*backward)(const AugmentArgs&, void* scratch, int64_t sample);
 };
 FR_DECLARE_KERNELS(AugmentKernels, augment_kernels)
+
+// ---- launches, each of which gives a cudaError_t
+
+int64_t augment_cuda_bytes(const AugmentArgs& args);  // of scratch; negative where the blur's kernel is too large
+int augment_cuda(const AugmentArgs& args, void* stream);
+int64_t augment_backward_cuda_bytes(const AugmentArgs& args);
+int augment_backward_cuda(const AugmentArgs& args, void* stream);
+int augment_sample_cuda(const SampleArgs& args, void* stream);
+int augment_matrices_cuda(const MatrixArgs& args, void* stream);
 
 }  // namespace fastreg
