@@ -21,9 +21,6 @@ constexpr int64_t kTileBytes = 96 << 10;
 template <class A>
 constexpr int kSumLanes = 64 / sizeof(A);  // that share a row of grey: the sums of the CPU's vectors
 
-__device__ __forceinline__ float load_float(uint8_t x) { return float(x); }
-__device__ __forceinline__ void store_float(float x, uint8_t* out) { from_float(x, out); }
-
 // ---- what a launch is given
 
 template <class A>
@@ -257,10 +254,12 @@ __device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A
                                              int32_t y, A (&p)[C]) {
   const Padding padding = pass.a.padding;
   const A* fill = pass.fill + channel - pass.first_channel;
-  const Position at = s.matrix.at(x, y);
   if (!s.valid) {
     for (int c = 0; c < C; ++c) p[c] = A(NAN);
-  } else if (s.one_pixel) {
+    return;
+  }
+  const Position at = s.matrix.at(x, y);
+  if (s.one_pixel) {
     const int32_t line = padded(nearest_pixel(at.v), s.height, padding), column = padded(nearest_pixel(at.u), s.width, padding);
     if (line >= 0 && column >= 0) return pixels.get(line, column, p);
     for (int c = 0; c < C; ++c) p[c] = fill[c];
