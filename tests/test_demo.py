@@ -420,7 +420,7 @@ def test_page_in_a_browser(whole, tmp_path, width):
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
     assert found["width"] == width and found["scroll"] <= width, found["outside"]
     assert found["outside"] == [] and found["missing"] == found["unresolved"] == 0
-    assert found["images"] >= 18 and len(found["formulas"]) == sum(len(section.formulas) for section in SECTIONS)
+    assert found["images"] >= 50 and len(found["formulas"]) == sum(len(section.formulas) for section in SECTIONS)
     assert len(found["charts"]) >= len(SECTIONS) and min(found["charts"]) > 50 and min(found["formulas"]) > 20
 
 

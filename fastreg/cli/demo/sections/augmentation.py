@@ -179,8 +179,8 @@ SECTION = Section(
     text="<p>More images are the best regulariser, and some can be made from those there are: transformed so that the class "
     "stays, drawn anew for each image in each step. The network then minimises its expected error under the transformations. "
     f"Here they are turns and shears by up to {POLICY['rotate'][1]}°, a vertical stretch of {POLICY['stretch'][0]} to "
-    f"{POLICY['stretch'][1]}, and shifts by up to {100 * POLICY['translate'][0]:g} % of the side, on photographs also mirror "
-    "images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a pagoda, but a 6 upside down is "
+    f"{POLICY['stretch'][1]}, and shifts by up to {100 * POLICY['translate'][0]:g}&nbsp;% of the side, on photographs also "
+    "mirror images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a pagoda, but a 6 upside down is "
     "nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from such digits too. fastreg makes one matrix "
     "M of all geometric steps and resamples once; the colours follow in the same pass.</p>",
     recipes=(RECIPE,),
@@ -189,7 +189,7 @@ SECTION = Section(
     columns=("test_error", "gap_error", "epoch_ms", "augment_ms"),
     measures={"augment_ms": ("of it augmenting", "ms", ".1f")},
     table_note=f"The networks of a tenth of the images learn from as many images of each class, {STEPS} steps of {BATCH} images "
-    f"({QUICK_STEPS} with --quick).",
+    f"({QUICK_STEPS} with <code>--quick</code>).",
     claims=(
         changed("Augmentation lowers the test error", "augmentation", "none", "test_error", -1),
         changed("Augmentation narrows the gap between test and training error", "augmentation", "none", "gap_error", -1),
