@@ -180,9 +180,9 @@ SECTION = Section(
     "stays, drawn anew for each image in each step. The network then minimises its expected error under the transformations. "
     f"Here they are turns and shears by up to {POLICY['rotate'][1]}°, a vertical stretch of {POLICY['stretch'][0]} to "
     f"{POLICY['stretch'][1]}, and shifts by up to {100 * POLICY['translate'][0]:g}&nbsp;% of the side, on photographs also "
-    "mirror images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a pagoda, but a 6 upside down is "
-    "nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from such digits too. fastreg makes one matrix "
-    "M of all geometric steps and resamples once; the colours follow in the same pass.</p>",
+    "mirror images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a pagoda, but a 6 "
+    "upside down is nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from such digits too. fastreg "
+    "makes one matrix M of all geometric steps and resamples once; the colours follow in the same pass.</p>",
     recipes=(RECIPE,),
     measure=measure,
     variants=VARIANTS,
