@@ -1,8 +1,8 @@
 """Augmentation against torchvision's steps one after another, where torchvision is installed; the floor is a copy of the batch.
 
 Ours draws parameters for every sample, which counts; torchvision's are drawn before, one set for the whole batch. With all steps
-two further sides do as ours does and give each sample its own: torchvision in a loop over the samples, their parameters drawn
-before, and kornia where it is installed. All give float32, from float32 or uint8.
+two further sides draw for every sample too: torchvision's random transforms in a loop over the samples, and kornia where it is
+installed. All give float32, from float32 or uint8.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from fastreg.benchmarks._timing import Case, Targets, Work
 import fastreg as fr
 
 try:
-    import torchvision
+    import torchvision.transforms.v2 as transforms
     import torchvision.transforms.v2.functional as vision
 except ImportError:  # not made for every torch
     vision = None
@@ -54,7 +54,7 @@ def cases(scale):
 def by_torchvision(x, p):
     """The steps that are on, for a batch with the parameters `p` of one sample; float32."""
     x = vision.horizontal_flip(x) if p["hflip"] else x
-    bilinear = torchvision.transforms.InterpolationMode.BILINEAR
+    bilinear = transforms.InterpolationMode.BILINEAR
     x = vision.affine(x, p["angle"], p["translate"], p["scale"], p["shear"], bilinear)
     for name in COLOUR:
         if name in p:
@@ -65,8 +65,23 @@ def by_torchvision(x, p):
     return vision.normalize(x, p["mean"], p["std"]) if p["mean"] else x
 
 
-def by_kornia(steps):
-    """The same steps, each sample with its own parameters; from images in [0, 1]."""
+def random_torchvision(steps):
+    """The same steps with parameters drawn by torchvision, one set for each call."""
+    bilinear = transforms.InterpolationMode.BILINEAR
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(steps["hflip"]),
+            transforms.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"], bilinear),
+            transforms.ColorJitter(**{name: steps[name] for name in COLOUR}),
+            transforms.GaussianBlur(*steps["blur"]),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(steps["mean"], steps["std"]),
+        ]
+    )
+
+
+def random_kornia(steps):
+    """The same steps with parameters drawn by kornia, for each sample its own; from images in [0, 1]."""
     return torch.nn.Sequential(
         kornia.RandomHorizontalFlip(p=steps["hflip"]),
         kornia.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"], p=1.0),
@@ -91,13 +106,11 @@ def _build(steps, batch, side, dtype, everything, device):
     aug = fr.augment.Augment(**steps, dtype=torch.float32)
     drawn = per_sample(aug.sample(x, seed=1))
 
-    def loop(x):
-        return torch.cat([by_torchvision(one, p) for one, p in zip(x.split(1), drawn, strict=False)])
-
     def check():
         images = x[:2].double() / (255 if dtype == torch.uint8 else 1)  # without the roundings that uint8 takes on its way
         got = fr.augment.apply(x[:2], aug.sample(x[:2], seed=1)).double()
-        torch.testing.assert_close(got, loop(images), rtol=0, atol=1e-3)
+        want = torch.cat([by_torchvision(image, p) for image, p in zip(images.split(1), drawn, strict=False)])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
 
     source = x.float()
     target = torch.empty_like(source)
@@ -107,9 +120,10 @@ def _build(steps, batch, side, dtype, everything, device):
         "floor": lambda: target.copy_(source),
     }
     if everything:
-        sides["loop"] = lambda: loop(x)
+        one = random_torchvision(steps)
+        sides["loop"] = lambda: torch.stack([one(image) for image in x])
     if everything and kornia:
-        chain = by_kornia(steps)
+        chain = random_kornia(steps)
         sides["kornia"] = lambda: chain(x if dtype == torch.float32 else x.float() / 255)
     return Work(sides, check, moved=x.numel() * (x.element_size() + 4))
 
