@@ -81,9 +81,25 @@ FR_HD V clamp(V x, V bound) {  // a NaN stays
 // ---- geometry
 
 constexpr int kFractionBits = 32;
-constexpr double kFarthest = 0x1p30;  // pixels: positions beyond are an error
+constexpr int64_t kOne = int64_t(1) << kFractionBits, kHalf = kOne / 2;
+constexpr int kFarthest = 30;  // positions of 2^30 pixels and more are an error
 
-FR_HD int64_t to_fixed(double x) { return int64_t(x * 4294967296.0 + (x < 0 ? -0.5 : 0.5)); }
+FR_HD uint64_t double_bits(double x) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
+  return u;
+}
+// Whether |x| < 2^30; false for a NaN.
+FR_HD bool fits_fixed(double x) { return int(double_bits(x) >> 52 & 0x7ff) < 1023 + kFarthest; }
+// In units of 2^-kBits, to the nearest, halves away from zero; |x| < 2^(62 - kBits). From the bits, for GPUs compute little in
+// float64.
+template <int kBits = kFractionBits>
+FR_HD int64_t to_fixed(double x) {
+  const uint64_t bits = double_bits(x), mantissa = (bits & ((uint64_t(1) << 52) - 1)) | uint64_t(1) << 52;
+  const int shift = int(bits >> 52 & 0x7ff) - (1023 + 52 - kBits);  // x is the mantissa times 2^shift
+  const uint64_t magnitude = shift >= 0 ? mantissa << shift : shift > -54 ? ((mantissa >> (-shift - 1)) + 1) >> 1 : 0;
+  return bits >> 63 ? -int64_t(magnitude) : int64_t(magnitude);
+}
 
 struct Position {
   int64_t u, v;
@@ -95,21 +111,29 @@ struct FixedMatrix {
 // False where some output pixel lies too far away, or nowhere at all.
 FR_HD bool fixed_matrix(const double* matrix, int64_t out_height, int64_t out_width, FixedMatrix* fixed) {
   bool fits = true;
+  for (int i = 0; i < 6; ++i) {
+    fits = fits && fits_fixed(matrix[i]);
+    fixed->m[i] = fits ? to_fixed(matrix[i]) : 0;
+  }
   for (int axis = 0; axis < 2; ++axis) {
-    const double a = matrix[3 * axis], b = matrix[3 * axis + 1], c = matrix[3 * axis + 2];
-    const double reach = std::fabs(a) * double(out_width) + std::fabs(b) * double(out_height) + std::fabs(c);
-    fits = fits && reach < kFarthest;
-    for (int i = 0; i < 3; ++i) fixed->m[3 * axis + i] = fits ? to_fixed(matrix[3 * axis + i]) : 0;
+    const int64_t* m = fixed->m + 3 * axis;
+    const auto size = [](int64_t x) { return float(x < 0 ? -x : x) * 0x1p-32f; };
+    fits = fits && size(m[0]) * float(out_width) + size(m[1]) * float(out_height) + size(m[2]) < float(1 << kFarthest);
   }
   return fits;
+}
+// Whether output pixels are source pixels, in rows from left to right or back.
+FR_HD bool is_straight(const FixedMatrix& matrix) {
+  const int64_t* m = matrix.m;
+  return (m[0] == kOne || m[0] == -kOne) && m[1] == 0 && m[3] == 0 && (m[4] == kOne || m[4] == -kOne) && m[2] % kOne == 0 &&
+         m[5] % kOne == 0;
 }
 FR_HD int32_t whole_part(int64_t position) { return int32_t(position >> kFractionBits); }
 // The 24 leading bits for float32.
 FR_HD void fraction_of(int64_t position, float* out) { *out = float(int32_t(uint32_t(position) >> 8)) * 0x1p-24f; }
 FR_HD void fraction_of(int64_t position, double* out) { *out = double(uint32_t(position)) * 0x1p-32; }
 FR_HD int32_t nearest_pixel(int64_t position) {  // ties to even, as nearbyint
-  const int64_t half = int64_t(1) << (kFractionBits - 1), whole = position >> kFractionBits;
-  return int32_t((position + half - 1 + (whole & 1)) >> kFractionBits);
+  return int32_t((position + kHalf - 1 + (position >> kFractionBits & 1)) >> kFractionBits);
 }
 
 template <class V>
@@ -130,9 +154,8 @@ FR_HD int32_t padded(int32_t i, int32_t n, Padding padding) {
   if (i >= 0 && i < n) return i;
   if (padding == Padding::kBorder) return i < 0 ? 0 : n - 1;
   if (padding != Padding::kReflect) return -1;
-  const int64_t period = 2 * int64_t(n);
-  const int64_t in_period = (int64_t(i) % period + period) % period;
-  return int32_t(in_period < n ? in_period : period - 1 - in_period);
+  const uint32_t period = 2 * uint32_t(n), in_period = uint32_t(i < 0 ? -1 - i : i) % period;
+  return int32_t(in_period < uint32_t(n) ? in_period : period - 1 - in_period);
 }
 // The pixels along one axis that a position takes its value from, and their shares.
 template <class A>
@@ -167,11 +190,120 @@ FR_HD Taps<A> taps_at(int64_t position, int32_t n, Interpolation interpolation, 
   for (int i = 0; i < taps.count; ++i) taps.pixel[i] = padded(first + i, n, padding);
   return taps;
 }
+// f(i, k, weight) for each pair of taps, line i and column k, that lies inside.
+template <class A, class F>
+FR_HD void for_each_tap(const Taps<A>& lines, const Taps<A>& columns, F f) {
+  for (int i = 0; i < lines.count; ++i)
+    for (int k = 0; k < columns.count; ++k)
+      if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) f(i, k, lines.weight[i] * columns.weight[k]);
+}
+// The part of a pixel that lies inside the image; 1 where all of it does.
+template <class A>
+FR_HD A inside_share(const Taps<A>& lines, const Taps<A>& columns) {
+  A inside = 0;
+  int count = 0;
+  for_each_tap(lines, columns, [&](int, int, A weight) {
+    inside += weight;
+    ++count;
+  });
+  return count == lines.count * columns.count ? A(1) : inside;
+}
 // torchvision weighs a fill value so: the part of a pixel that lies inside the image counts for the image twice.
 template <class V>
 FR_HD V filled(V value, V inside, V fill) {
   return inside * (value - fill) + fill;
 }
+
+// ---- antialiasing: first the image on a coarser grid, every pixel of which is a weighted mean, then the warp from there
+
+// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and
+// nothing is left to warp.
+struct Shrink {
+  bool on;
+  int64_t size[2];  // width, height
+  int64_t start[2], step[2];
+  FixedMatrix rest;  // from there
+};
+// Of a matrix that fits. float64, once a sample.
+FR_HD Shrink shrink_of(const double* m, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width,
+                       Interpolation interpolation) {
+  Shrink s = {};
+  if (interpolation == Interpolation::kNearest) return s;
+  const int64_t in[2] = {in_width, in_height}, out[2] = {out_width, out_height};
+  const bool straight = m[1] == 0 && m[3] == 0;
+  double rest[6];
+  for (int axis = 0; axis < 2; ++axis) {
+    const double across = m[3 * axis], down = m[3 * axis + 1], shrinks = std::sqrt(across * across + down * down);
+    // torch's cubic is another one with antialiasing, whether it shrinks or not.
+    s.on = s.on || shrinks > (straight ? (interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
+    double step, start;
+    if (straight) {
+      s.size[axis] = out[axis];
+      step = m[4 * axis];
+      start = m[3 * axis + 2];
+      for (int i = 0; i < 3; ++i) rest[3 * axis + i] = i == axis ? 1 : 0;
+    } else {
+      s.size[axis] = shrinks > 2 ? int64_t(std::ceil(double(in[axis]) / shrinks)) : in[axis];
+      step = double(in[axis]) / double(s.size[axis]);
+      start = 0.5 * step - 0.5;
+      for (int i = 0; i < 3; ++i) rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / step - (i == 2 ? 0.5 : 0);
+    }
+    s.start[axis] = to_fixed(start);
+    s.step[axis] = to_fixed(step);
+  }
+  s.on = s.on && fixed_matrix(rest, out_height, out_width, &s.rest);
+  return s;
+}
+
+// Along one axis, as torch's interpolate(antialias=True) has it: a triangle, or Keys' cubic with a = -0.5, as wide as the step,
+// cut off at the image's edges and brought to sum 1.
+template <class A>
+struct Filter {
+  int64_t n, start, step, support;
+  A per_unit;  // of the filter's own width, 2^-32 source pixels
+  bool cubic;
+  Padding padding;
+
+  Filter() = default;
+  FR_HD Filter(const Shrink& s, int axis, int64_t n, Interpolation interpolation, Padding padding)
+      : n(n), start(s.start[axis]), step(s.step[axis]), cubic(interpolation == Interpolation::kBicubic), padding(padding) {
+    const int64_t widest = int64_t(1) << 60, size = step < 0 ? -step : step;
+    const int64_t scale = size < kOne ? kOne : size < widest ? size : widest;
+    support = cubic ? 2 * scale : scale;
+    per_unit = A(1) / A(scale);
+  }
+  // Source pixels [first, last) that make up pixel i of the grid; none outside of the image, where the padding fills.
+  struct Span {
+    int32_t first, last;
+    int64_t centre;  // from the left edge of the first pixel
+  };
+  FR_HD Span span(int64_t i) const {
+    int64_t centre = start + step * i + kHalf;
+    const int64_t length = n << kFractionBits;
+    if (centre < 0 || centre > length) {
+      if (padding == Padding::kZeros || padding == Padding::kFill) return {0, 0, 0};
+      if (padding == Padding::kReflect) {
+        centre = (centre < 0 ? -centre : centre) % (2 * length);
+        centre = centre > length ? 2 * length - centre : centre;
+      }
+      centre = centre < 0 ? 0 : centre > length ? length : centre;
+    }
+    const int64_t first = (centre - support + kHalf) >> kFractionBits, last = (centre + support + kHalf) >> kFractionBits;
+    return {int32_t(first < 0 ? 0 : first), int32_t(last < n ? last : n), centre};
+  }
+  // Of source pixel j, before the sum is brought to 1.
+  FR_HD A weight(const Span& span, int64_t j) const {
+    const int64_t distance = (j << kFractionBits) - span.centre + kHalf;
+    const A x = A(distance < 0 ? -distance : distance) * per_unit;
+    if (!cubic) return x < A(1) ? A(1) - x : A(0);
+    return x < A(1) ? (A(1.5) * x - A(2.5)) * x * x + A(1) : x < A(2) ? ((A(-0.5) * x + A(2.5)) * x - A(4)) * x + A(2) : A(0);
+  }
+  FR_HD A total(const Span& span) const {
+    A sum = 0;
+    for (int32_t j = span.first; j < span.last; ++j) sum += weight(span, j);
+    return sum;
+  }
+};
 
 // ---- colour
 
@@ -221,6 +353,96 @@ FR_HD void hue_element(V& r, V& g, V& b, V sixths) {
     r = floor_small(r * stretch);
     g = floor_small(g * stretch);
     b = floor_small(b * stretch);
+  }
+}
+
+// 1 - x rounded once: torchvision has it from Python's float64.
+FR_HD double one_minus(double x, double) { return 1 - x; }
+FR_HD float one_minus(double x, float) {
+  if (!(x > -512 && x < 512)) return 1 - float(x);
+  return float((int64_t(1) << 52) - to_fixed<52>(x)) * 0x1p-52f;
+}
+// The factors of a sample, in A or in vectors of A; `bound` is what an image's values are clamped at.
+template <class V>
+struct ColourFactors {
+  V bound, brightness, contrast, contrast_rest, saturation, saturation_rest, hue;
+
+  ColourFactors() = default;
+  template <class A>
+  FR_HD ColourFactors(const double* factor, A bound, A mean)  // of a row of the table, and the mean of grey
+      : bound(bound),
+        brightness(A(factor[kBrightnessColumn])),
+        contrast(A(factor[kContrastColumn])),
+        contrast_rest(one_minus(factor[kContrastColumn], A()) * mean),
+        saturation(A(factor[kSaturationColumn])),
+        saturation_rest(one_minus(factor[kSaturationColumn], A())),
+        hue(A(6) * A(factor[kHueColumn])) {}
+};
+// The chosen steps of one pixel. Saturation and hue of one channel are what they were.
+template <bool kQuantise, class V>
+FR_HD void colour_pixel(const ColourFactors<V>& f, int steps, V& p) {
+  if (steps & kBrightness) p = brightness_element<kQuantise>(p, f.brightness, f.bound);
+  if (steps & kContrast) p = blend_element<kQuantise>(p, f.contrast_rest, f.contrast, f.bound);
+}
+template <bool kQuantise, class V>
+FR_HD void colour_pixel(const ColourFactors<V>& f, int steps, V& r, V& g, V& b) {
+  colour_pixel<kQuantise>(f, steps, r);
+  colour_pixel<kQuantise>(f, steps, g);
+  colour_pixel<kQuantise>(f, steps, b);
+  if (steps & kSaturation) {
+    const V rest = f.saturation_rest * grey_of<kQuantise>(r, g, b);
+    r = blend_element<kQuantise>(r, rest, f.saturation, f.bound);
+    g = blend_element<kQuantise>(g, rest, f.saturation, f.bound);
+    b = blend_element<kQuantise>(b, rest, f.saturation, f.bound);
+  }
+  if (steps & kHue) hue_element<kQuantise>(r, g, b, f.hue);
+}
+// The mean of `count` values whose sum is high + low; low is no number where the sum is infinite.
+template <class A>
+FR_HD A mean_of(A high, A low, A count) {
+  return low == low ? high / count + low / count : high / count;
+}
+
+// The gradient of clamp: where it changed nothing.
+template <class A>
+FR_HD A passed(A grad, A before, A bound) {
+  return before >= A(0) && before <= bound ? grad : A(0);
+}
+// The gradient of a pixel of 1 or 3 channels back through saturation and contrast; `image` is what it was before brightness.
+// Gives what this pixel adds to the gradient of the mean, but for the factor 1 - contrast.
+template <int kChannels, class A>
+FR_HD A blends_backward(const ColourFactors<A>& f, int steps, const A* image, A* grad) {
+  const A share[3] = {A(0.2989), A(0.587), A(0.114)};
+  A bright[kChannels];
+  for (int c = 0; c < kChannels; ++c)
+    bright[c] = steps & kBrightness ? brightness_element<false>(image[c], f.brightness, f.bound) : image[c];
+  if (kChannels == 3 && steps & kSaturation) {
+    A x[kChannels], grey = 0, through_grey = 0;
+    for (int c = 0; c < kChannels; ++c) {
+      x[c] = steps & kContrast ? blend_element<false>(bright[c], f.contrast_rest, f.contrast, f.bound) : bright[c];
+      grey += share[c] * x[c];
+    }
+    for (int c = 0; c < kChannels; ++c) {
+      grad[c] = passed(grad[c], f.saturation * x[c] + f.saturation_rest * grey, f.bound);
+      through_grey += f.saturation_rest * grad[c];
+    }
+    for (int c = 0; c < kChannels; ++c) grad[c] = f.saturation * grad[c] + share[c] * through_grey;
+  }
+  A through_mean = 0;
+  for (int c = 0; c < (steps & kContrast ? kChannels : 0); ++c) {
+    grad[c] = passed(grad[c], f.contrast * bright[c] + f.contrast_rest, f.bound);
+    through_mean += grad[c];
+    grad[c] = f.contrast * grad[c];
+  }
+  return through_mean;
+}
+// The rest of the way, given the gradient of the mean over the number of pixels.
+template <int kChannels, class A>
+FR_HD void brightness_backward(const ColourFactors<A>& f, int steps, const A* image, A through_mean, A* grad) {
+  const A share[3] = {kChannels == 3 ? A(0.2989) : A(1), A(0.587), A(0.114)};
+  for (int c = 0; c < kChannels; ++c) {
+    if (steps & kContrast) grad[c] += share[c] * through_mean;
+    if (steps & kBrightness) grad[c] = f.brightness * passed(grad[c], f.brightness * image[c], f.bound);
   }
 }
 
