@@ -215,7 +215,9 @@ def augment(cuda):
                 grad = torch.rand(5, channels, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
                 args = (grad, x, *tables, *size, *args, out)
                 tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2**-6 if dtype == torch.bfloat16 else 2**-9)
-                near(cuda.augment_backward(*args), CPU.augment_backward(*args), (dtype, channels, layout, static, size), tolerance)
+                near(
+                    cuda.augment_backward(*args), CPU.augment_backward(*args), (dtype, channels, layout, static, size), tolerance
+                )
     bad = torch.eye(2, 3, dtype=torch.float64).repeat(4, 1, 1)
     bad[1, 0, 0], bad[2, 1, 2] = float("nan"), 1e300
     windows = torch.tensor([[0, 0, 11, 13]] * 3 + [[5, 0, 7, 13]])
@@ -227,7 +229,19 @@ def augment(cuda):
     seed = torch.tensor([5])
     low, high = [0.5] * 22, [1.5] * 22
     for crop in (0, 1, 2):
-        args = (x, seed, 7, 9, [0.5, 0.5, 0.5], low, high, crop, [0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0], [11, 13, 8, 9])
+        args = (
+            x,
+            seed,
+            7,
+            9,
+            [0.5, 0.5, 0.5],
+            low,
+            high,
+            crop,
+            [0.1, 1.0, -0.3, 0.3, 2.0],
+            [0.1, 0.3, -1.0, 1.0],
+            [11, 13, 8, 9],
+        )
         table = CPU.augment_sample(*args)
         near(cuda.augment_sample(*args), table, crop, 1e-14)
         one = table[:, 2]

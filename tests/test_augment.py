@@ -904,3 +904,60 @@ def test_gallery():
             assert not torch.equal(pixels, image), title
     figure = gallery.figure(pictures(1, 3, 40, 50)[0], Augment.cifar(), columns=4)
     assert sum(len(axes.images) for axes in figure.axes) == 14 + 8
+
+
+def calls(x):
+    """Every function of fastreg.augment, with numbers and with tensors of one value per sample."""
+    each, labels = torch.full((len(x),), 0.3, device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    size = tuple(x.shape[2:])
+    return (
+        Augment.cifar(size=size)(x),
+        Augment.imagenet(size=8)(x),
+        Augment.imagenet(size=8).eval()(x),
+        everything(size=None, translate=(0.1, 0.2), shear=(1, 2, 3, 4))(x),
+        apply(x, Augment(hflip=0.5).sample(x, seed=3, offset=5)),
+        apply(x, Params(settings=Settings(size=(4, 5)))),
+        AF.rotate(x, each, "bilinear", center=(3.0, 2.0)),
+        AF.rotate(x, 30.0, expand=True),
+        AF.affine(x, 3, (each, 3), 1.1, (each, 2.0), fill=0.5),
+        AF.resized_crop(x, 1, 2, 3, 4, 8),
+        AF.resized_crop(x, each, 2, 3, 4, (8, 9), "nearest"),
+        AF.adjust_brightness(x, each),
+        AF.adjust_contrast(x, 0.5),
+        AF.adjust_saturation(x, each),
+        AF.adjust_hue(x, 0.1),
+        AF.gaussian_blur(x, 3),
+        AF.gaussian_blur(x, [3, 5], each),
+        AF.erase(x, 1, each, 3, 4, 0.5),
+        AF.normalize(x, [0.5] * 3, 0.5),
+        AF.vertical_stretch(x, each),
+        AF.horizontal_flip(x),
+        *mixup(x, labels, num_classes=10),
+        *cutmix(x, labels, num_classes=10),
+    )
+
+
+def test_nothing_is_made_on_another_device():
+    """On a GPU that is only pretended: every tensor is made on the images' device, and none is copied to or from it."""
+    from torch._subclasses import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoCopies(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            result = f(*args, **kwargs)
+            devices = {t.device.type for t in (*args, result) if isinstance(t, torch.Tensor)}
+            assert "_local_scalar_dense" not in str(f) and not ("copy" in str(f) and len(devices) > 1), (f, args, kwargs)
+            return result
+
+    with FakeTensorMode(allow_non_fake_inputs=True), NoCopies():
+        for result in calls(torch.empty(4, 3, 12, 13, device="cuda")):
+            assert result.device.type == "cuda"
+    assert all(result.device.type == "cpu" for result in calls(pictures(4, 3, 12, 13)))
+
+
+def test_a_box_outside_of_the_image():
+    x = pictures(1, 3, 8, 9)
+    for box in ((-1, 0, 3, 3), (0, 7, 3, 3), (6, 0, 3, 3), (0, 0, 0, 3), (0, 0, 3, -1)):
+        with pytest.raises(ValueError, match=r"resized_crop: the box must lie inside the image of \(8, 9\), got top"):
+            AF.resized_crop(x, *box, 4)

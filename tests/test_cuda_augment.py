@@ -55,6 +55,10 @@ MatrixArgs = structure(
     int64s=ctypes.c_int64 * 13,
 )
 
+GaussianArgs = structure(
+    "GaussianArgs", "int64 batch, width, height\npointer sigma_x, sigma_y\nint64 stride_x, stride_y\npointer out"
+)
+
 
 def arguments(machine, x, tables, size, static, out_dtype, output, grad=None, misaligned=0):
     """(AugmentArgs, what must stay alive) with all but the scratch."""
@@ -144,13 +148,14 @@ def test_blur(blur, dtype):
         assert same(run(x, tables, shape[2:], static, dtype)[0], CPU.augment(x, *tables, *shape[2:], *static, dtype))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.uint8, torch.float64))
+@pytest.mark.parametrize(
+    ("dtype", "padding"), zip((torch.float32, torch.bfloat16, torch.uint8, torch.float64), range(4), strict=True)
+)
 @pytest.mark.parametrize("interpolation", (1, 2))
-def test_antialias(interpolation, dtype):
-    for padding in range(4):
-        x = pictures(2, 3, 13, 17, dtype)
-        tables, static = augmentations(2, 13, 17, 3, padding, interpolation, antialias=True)
-        assert_same(run(x, tables, (5, 6), static, wide(dtype))[0], CPU.augment(x, *tables, 5, 6, *static, wide(dtype)))
+def test_antialias(interpolation, dtype, padding):
+    x = pictures(2, 3, 13, 17, dtype)
+    tables, static = augmentations(2, 13, 17, 3, padding, interpolation, antialias=True)
+    assert_same(run(x, tables, (5, 6), static, wide(dtype))[0], CPU.augment(x, *tables, 5, 6, *static, wide(dtype)))
 
 
 def test_bytes_stay_bytes():
@@ -186,23 +191,39 @@ def test_a_sample_that_is_no_good_is_nan():
     assert bytes_[0].max() > 0 and bytes_[1:].max() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+GRADIENTS = (  # interpolation, padding, blur, antialias
+    (0, 0, None, False),
+    (1, 3, (3, 5), False),
+    (2, 2, None, False),
+    (1, 1, (7, 1), True),
+)
+
+
+def assert_gradient(x, given, schedules=SCHEDULES[:1]):
+    interpolation, padding, blur, antialias = given
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(x.dtype, 2**-6 if x.dtype == torch.bfloat16 else 2**-9)
+    steps = 15 if x.shape[1] == 1 else 7
+    tables, static = augmentations(len(x), *x.shape[2:], x.shape[1], padding, interpolation, antialias, blur, steps)
+    grad = pictures(*x.shape[:2], 5, 8, x.dtype, seed=1)
+    want = CPU.augment_backward(grad, x, *tables, 5, 8, *static, x.dtype)
+    for schedule in schedules:
+        got, _ = run(x, tables, (5, 8), static, x.dtype, grad, schedule=schedule)
+        torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("given", GRADIENTS)
 @pytest.mark.parametrize("channels", (1, 3, 4))
-def test_gradient(channels, dtype):
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2**-6 if dtype == torch.bfloat16 else 2**-9)
-    for interpolation, padding, blur, antialias in (
-        (0, 0, None, False),
-        (1, 3, (3, 5), False),
-        (2, 2, None, False),
-        (1, 1, (7, 1), True),
-    ):
-        x = pictures(3, channels, 9, 8, dtype)
-        tables, static = augmentations(3, 9, 8, channels, padding, interpolation, antialias, blur, 15 if channels == 1 else 7)
-        grad = pictures(3, channels, 7, 10, dtype, seed=1)
-        want = CPU.augment_backward(grad, x, *tables, 7, 10, *static, dtype)
-        for schedule in SCHEDULES if interpolation == 1 else ("min-pc",):
-            got, _ = run(x, tables, (7, 10), static, dtype, grad, schedule=schedule)
-            torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+def test_gradient(channels, given):
+    assert_gradient(pictures(2, channels, 7, 6, torch.float32), given)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.bfloat16))
+def test_gradient_of_other_dtypes(dtype):
+    assert_gradient(pictures(2, 3, 7, 6, dtype), GRADIENTS[1])
+
+
+def test_gradient_in_any_order():
+    assert_gradient(pictures(2, 3, 7, 6, torch.float32), GRADIENTS[1], SCHEDULES[1:])
 
 
 # ---- traffic
@@ -319,38 +340,46 @@ def test_more_than_2_31_values():
 # ---- parameters
 
 
-def test_parameters_are_the_cpus():
-    seed, low, high = torch.tensor([-5]), [0.25] * 22, [1.75] * 22
-    for crop in range(3):
-        shared = (7, 300, [0.5, 0.25, 0.75], low, high, crop, [0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0], [11, 13, 8, 9])
-        want = CPU.augment_sample(torch.empty(0), seed, *shared)
-        offset, batch, chances, low, high, crop, crop_box, erase_box, sizes = shared
-        kept = []
+@pytest.mark.parametrize("crop", range(3))
+def test_parameters_are_the_cpus(crop):
+    seed, low, high, batch = torch.tensor([-5]), [0.25] * 22, [1.75] * 22, 300
+    chances, crop_box, erase_box, sizes = [0.5, 0.25, 0.75], [0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0], [11, 13, 8, 9]
+    want = CPU.augment_sample(torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes)
+    kept = []
 
-        def make(
-            machine, offset=offset, batch=batch, chances=chances, crop=crop, crop_box=crop_box, erase_box=erase_box, want=want
-        ):
-            two, columns = ctypes.c_double * 2, ctypes.c_double * 22
-            kept[:] = [machine.room(want, "out")]
-            return SampleArgs(
-                seed_at(machine, seed) if crop else Seed(2**64 - 5, None), offset, batch, *sizes, *chances, columns(*low),
-                columns(*high), crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4], two(*erase_box[:2]),
-                two(*erase_box[2:]), kept[0].at,
-            )  # fmt: skip
+    def sample(machine):
+        two, columns = ctypes.c_double * 2, ctypes.c_double * 22
+        kept[:] = [machine.room(want, "out")]
+        return SampleArgs(
+            seed_at(machine, seed) if crop else Seed(2**64 - 5, None), 7, batch, *sizes, *chances, columns(*low), columns(*high),
+            crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4], two(*erase_box[:2]), two(*erase_box[2:]), kept[0].at,
+        )  # fmt: skip
 
-        interpreted("augment").run("augment_sample_cuda", make, SampleArgs)
-        torch.testing.assert_close(kept[0].result(), want, rtol=1e-14, atol=0)
+    interpreted("augment").run("augment_sample_cuda", sample, SampleArgs)
+    torch.testing.assert_close(kept[0].result(), want, rtol=1e-14, atol=0)
 
-        def make_matrices(machine, want=want):
-            given = [2, 3, 4, *range(7, 13)]  # the flips and the translation are neutral
-            place = machine.put(want, "params")
-            columns, strides = (ctypes.c_void_p * 13)(), (ctypes.c_int64 * 13)()
-            for i in given:
-                columns[i], strides[i] = place.at + 8 * i, 22
-            kept[:] = [machine.room(torch.empty(len(want), 2, 3, dtype=torch.float64), "out")]
-            return MatrixArgs(len(want), 11, 13, 8, 9, columns, strides, kept[0].at)
+    def matrices(machine):
+        place = machine.put(want, "params")
+        columns, strides = (ctypes.c_void_p * 13)(), (ctypes.c_int64 * 13)()
+        for i in (2, 3, 4, *range(7, 13)):  # the flips and the translation are neutral
+            columns[i], strides[i] = place.at + 8 * i, 22
+        kept[:] = [machine.room(torch.empty(batch, 2, 3, dtype=torch.float64), "out")]
+        return MatrixArgs(batch, 11, 13, 8, 9, columns, strides, kept[0].at)
 
-        interpreted("augment").run("augment_matrices_cuda", make_matrices, MatrixArgs)
-        fields = (None, None, want[:, 2], want[:, 3], want[:, 4], None, want[:, 7:9], want[:, 9:13])
-        matrices = CPU.augment_matrices(want[:, 2], *fields, 11, 13, 8, 9)
-        torch.testing.assert_close(kept[0].result(), matrices, rtol=1e-13, atol=1e-13)
+    interpreted("augment").run("augment_matrices_cuda", matrices, MatrixArgs)
+    fields = (None, None, want[:, 2], want[:, 3], want[:, 4], None, want[:, 7:9], want[:, 9:13])
+    expected = CPU.augment_matrices(want[:, 2], *fields, 11, 13, 8, 9)
+    torch.testing.assert_close(kept[0].result(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_weights_of_the_blur_are_the_cpus():
+    sigma = torch.tensor([0.0, 1e-12, 0.3, 2.0, 1e9], dtype=torch.float64)
+    kept = []
+
+    def gaussian(machine):
+        place = machine.put(sigma, "sigma").at
+        kept[:] = [machine.room(torch.empty(5, 8, dtype=torch.float64), "out")]
+        return GaussianArgs(5, 3, 5, place, place, 1, 1, kept[0].at)
+
+    interpreted("augment").run("augment_gaussian_cuda", gaussian, GaussianArgs)
+    torch.testing.assert_close(kept[0].result(), CPU.augment_gaussian(sigma, sigma, 3, 5), rtol=1e-14, atol=0)

@@ -140,6 +140,52 @@ def test_a_graph_replays_with_new_masks_and_new_numbers():
     assert not torch.equal(*masks) and all(0.45 < (m > 0).float().mean() < 0.55 for m in masks)
 
 
+AUGMENT = {"hflip": 0.5, "rotate": 15, "crop": (0.5, 1.0), "size": 24, "brightness": 0.3, "contrast": 0.3, "saturation": 0.3,
+           "blur": (3, (0.1, 2.0)), "erase": 0.5, "mean": 0.5, "std": 0.25, "antialias": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.uint8])
+def test_augmentation_is_the_cpus(dtype):
+    x = (torch.rand(9, 3, 30, 33) * (255 if dtype == torch.uint8 else 1)).to(dtype)
+    aug = fr.augment.Augment(**AUGMENT)
+    ours, theirs = (fr.augment.apply(x.to(d), aug.sample(x.to(d), seed=4)).cpu().float() for d in ("cuda", "cpu"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2 if dtype == torch.float16 else 1e-5)
+    if dtype == torch.float32:
+        grads = []
+        for device in ("cuda", "cpu"):
+            leaf = x.to(device).requires_grad_()
+            fr.augment.apply(leaf, aug.sample(leaf, seed=4)).square().sum().backward()
+            grads.append(leaf.grad.cpu())
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_replays_augmentation_with_new_parameters():
+    x, aug = torch.rand(4, 3, 32, 32, device="cuda"), fr.augment.Augment(**AUGMENT)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        aug(x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = aug(x)
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append(y.clone())
+    assert not torch.equal(*results) and all(r.isfinite().all() for r in results)
+
+
+def test_augmentations_gradient_says_that_it_is_not_deterministic():
+    x = torch.rand(2, 3, 8, 8, device="cuda", requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match="augment: .* no fixed order.*warn_only"):
+            fr.augment.Augment(rotate=15)(x).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_work_goes_to_the_current_stream():
     stream = torch.cuda.Stream()
     x = torch.randn(2**22, device="cuda")
@@ -166,12 +212,14 @@ def test_nothing_waits_for_the_gpu():
     x = torch.randn(64, 100, device="cuda", requires_grad=True)
     target = torch.randint(0, 100, (64,), device="cuda")
     optimizer = fr.optim.SGD([x], lr=0.1, momentum=0.9)
+    images, aug = torch.rand(4, 3, 32, 32, device="cuda", requires_grad=True), fr.augment.Augment(**AUGMENT)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             optimizer.zero_grad()
             fr.cross_entropy(fr.dropout(x, 0.2), target, label_smoothing=0.1, z_loss=1e-4).backward()
             optimizer.step()
+            aug(images).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

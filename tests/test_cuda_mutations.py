@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import test_cuda_augment
 import test_cuda_cross_entropy
 import test_cuda_dropout
 import torch
@@ -27,6 +28,14 @@ def sums():
     test_cuda_cross_entropy.test_sums_of_many_rows()
 
 
+def blur():
+    test_cuda_augment.test_blur((3, 3), torch.float32)
+
+
+def two_samples():
+    test_cuda_augment.test_more_items_than_blocks()
+
+
 MUTATIONS = {
     "tail off by one": ("dropout", "if (i >= w.numel) continue;", "if (i > w.numel) continue;", dropout_tail, "out-of-bounds"),
     "misaligned vector load": ("dropout", "word_aligned(a.input, a.output)", "true", dropout_unaligned, "misaligned"),
@@ -35,6 +44,20 @@ MUTATIONS = {
         "  __syncthreads();\n  if (threadIdx.x >= kLanes) return;",
         "  if (threadIdx.x >= kLanes) return;",
         sums,
+        "race",
+    ),
+    "missing barrier in shared memory": (
+        "augment",
+        "    __syncthreads();\n    for_each_in(made_height, width,",
+        "    for_each_in(made_height, width,",
+        blur,
+        "race",
+    ),
+    "no barrier between two samples": (
+        "augment",
+        "  __syncthreads();  // no thread is at work on the last item\n  A mean = 0;",
+        "  A mean = 0;",
+        two_samples,
         "race",
     ),
     "int32 index": ("dropout", "base = tile * kTile,", "base = int32_t(tile * kTile),", dropout_large, ""),

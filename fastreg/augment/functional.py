@@ -198,6 +198,13 @@ def resized_crop(inpt, top, left, height, width, size, interpolation="bilinear",
     size = tuple(int(v) for v in pair(size))
     if min(size) < 1:
         raise ValueError(f"{op}: size must be at least 1, got {size}")
+    if not any(isinstance(v, torch.Tensor) for v in (top, left, height, width)):  # a GPU's tensors are not looked at
+        rows, columns = inpt.shape[-2:]
+        if not (0 <= top <= top + height <= rows and 0 <= left <= left + width <= columns and height >= 1 and width >= 1):
+            raise ValueError(
+                f"{op}: the box must lie inside the image of ({rows}, {columns}), got top {top}, left {left}, height {height}, "
+                f"width {width}"
+            )
     box = [numbers(op, name, v, inpt) for name, v in (("top", top), ("left", left), ("height", height), ("width", width))]
     windows = torch.stack(box, 1).long()
     m = torch.zeros(len(windows), 2, 3, dtype=torch.float64, device=inpt.device)
