@@ -175,6 +175,22 @@ struct Positions {
 
 // ---- gathers. The planes hold `count` elements; index + 1 lies inside for pairs.
 
+#ifdef __AVX512F__
+template <class T>
+FR_INLINE void split_pairs(__m512i pairs, Vec<float>& left, Vec<float>& right) {  // of 16-bit values
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    left.part[0] = (Vec<float>::Part)_mm512_slli_epi32(pairs, 16);
+    right.part[0] = (Vec<float>::Part)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u)));
+  } else if constexpr (std::is_same_v<T, Half>) {
+    left.part[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    right.part[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+  } else {
+    left.part[0] = _mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff)));
+    right.part[0] = _mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 16));
+  }
+}
+#endif
+
 template <class T, class A>
 FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left, Vec<A>& right) {
   [[maybe_unused]] typedef typename Vec<A>::Part Part;
@@ -198,14 +214,7 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
           left.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
           right.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8), byte));
         } else {
-          const __m512i words = _mm512_i32gather_epi32(at, plane, 2);
-          if constexpr (std::is_same_v<T, BFloat16>) {
-            left.part[0] = (Part)_mm512_slli_epi32(words, 16);
-            right.part[0] = (Part)_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000u)));
-          } else {
-            left.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
-            right.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
-          }
+          split_pairs<T>(_mm512_i32gather_epi32(at, plane, 2), left, right);
         }
         return;
       }
@@ -293,6 +302,59 @@ FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
   return load(lane);
 }
 
+// ---- lookups. A vector of neighbouring output pixels lies in few rows of the source, unless it is turned far. 32 pixels of such a row
+// are held in registers, and lanes take their neighbours from there, row after row: one permutation where a gather loads lane by
+// lane.
+
+#ifdef __AVX512F__
+constexpr int32_t kLookupColumns = 32, kLookupRows = 6;
+
+template <class T>
+struct Lookup {  // 16-bit pixels, and bytes as such: one register holds the row, 32-bit lanes hold left and right
+  struct Row {
+    __m512i pixels;
+    FR_INLINE Row() : pixels(_mm512_setzero_si512()) {}
+    FR_INLINE Row(const T* p, uint32_t inside) {
+      if constexpr (sizeof(T) == 1)
+        pixels = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(inside, p));
+      else
+        pixels = _mm512_maskz_loadu_epi16(inside, p);
+    }
+  };
+  __m512i index, pairs;
+  FR_INLINE void start(__m512i left) {
+    index = _mm512_or_si512(left, _mm512_slli_epi32(_mm512_add_epi32(left, _mm512_set1_epi32(1)), 16));
+    pairs = _mm512_setzero_si512();
+  }
+  FR_INLINE void take(__mmask16 lanes, const Row& row) {
+    pairs = _mm512_mask_mov_epi32(pairs, lanes, _mm512_permutexvar_epi16(index, row.pixels));
+  }
+  FR_INLINE void result(Vec<float>& left, Vec<float>& right) const { split_pairs<T>(pairs, left, right); }
+};
+template <>
+struct Lookup<float> {
+  struct Row {
+    __m512 low, high;
+    FR_INLINE Row() : low(_mm512_setzero_ps()), high(_mm512_setzero_ps()) {}
+    FR_INLINE Row(const float* p, uint32_t inside)
+        : low(_mm512_maskz_loadu_ps(__mmask16(inside), p)), high(_mm512_maskz_loadu_ps(__mmask16(inside >> 16), p + 16)) {}
+  };
+  __m512 left, right;  // of lanes that have not taken theirs: the index
+  FR_INLINE void start(__m512i index) {
+    left = (__m512)index;
+    right = (__m512)_mm512_add_epi32(index, _mm512_set1_epi32(1));
+  }
+  FR_INLINE void take(__mmask16 lanes, const Row& row) {
+    left = _mm512_mask2_permutex2var_ps(row.low, (__m512i)left, lanes, row.high);
+    right = _mm512_mask2_permutex2var_ps(row.low, (__m512i)right, lanes, row.high);
+  }
+  FR_INLINE void result(Vec<float>& l, Vec<float>& r) const {
+    l.part[0] = left;
+    r.part[0] = right;
+  }
+};
+#endif
+
 // ---- geometry
 
 // A sample's source: planes of rows whose pixels are neighbours in memory.
@@ -320,6 +382,7 @@ struct Warp {
   Padding padding;
   Filler<A> filler;
   FixedMatrix matrix;
+  int32_t lookup_rows = 0;  // of how many rows a vector's upper neighbours are, if few
   bool straight;  // output pixels are source pixels, in rows from left to right or back
   alignas(64) int64_t step_u[kLanes], step_v[kLanes];
 
@@ -333,11 +396,24 @@ struct Warp {
       step_u[j] = m[0] * j;
       step_v[j] = m[3] * j;
     }
+#ifdef __AVX512F__
+    const auto reach = [&](int64_t step) { return ((kLanes - 1) * (step < 0 ? -step : step) + one - 1) >> kFractionBits; };
+    if (sizeof(A) == 4 && interpolation == Interpolation::kBilinear && padding == Padding::kZeros && reach(m[0]) < kLookupColumns - 1 && reach(m[3]) < kLookupRows) lookup_rows = int32_t(reach(m[3])) + 1;
+#endif
   }
 
   // Output row y, n pixels of each channel, to out + c * pitch; whole vectors are written.
   void row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     if (straight) return straight_row(y, n, out, pitch);
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4)
+      if (lookup_rows) {
+        int64_t c = 0;
+        for (; c + 3 <= source.channels; c += 3) lookup_row<3>(y, n, c, out + c * pitch, pitch);
+        for (; c < source.channels; ++c) lookup_row<1>(y, n, c, out + c * pitch, pitch);
+        return;
+      }
+#endif
     if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
     if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
     bicubic_row(y, n, out, pitch);
@@ -400,6 +476,66 @@ struct Warp {
       }
     }
   }
+
+#ifdef __AVX512F__
+  template <int kCount>
+  void lookup_row(int64_t y, int64_t n, int64_t c, A* out, int64_t pitch) const {
+    const int64_t row_stride = source.row_stride, height = source.height, width = source.width, rows = lookup_rows;
+    const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]), low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
+    const T* plane[kCount];
+    for (int k = 0; k < kCount; ++k) plane[k] = source.plane(c + k);
+    Position at = matrix.at(0, y);
+    at.u += low_u;
+    at.v += low_v;
+    for (int64_t x = 0; x < n; x += kLanes, out += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      const int64_t column = at.u >> kFractionBits;
+      int64_t line = at.v >> kFractionBits;
+      if ((column < -kLookupColumns) | (column >= width) | (line < -rows) | (line >= height)) {
+        for (int k = 0; k < kCount; ++k) store(out + k * pitch, V(0));
+        continue;
+      }
+      const int64_t begin = most(-column, int64_t(0)), end = least(width - column, int64_t(kLookupColumns));
+      const uint32_t inside = uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
+      const Positions<A> u(step_u, at.u - low_u), v(step_v, at.v - low_v);
+      const __m512i index = (__m512i)(u.whole - Ints<A>(int32_t(column))).part[0];
+      Ints<A> row = v.whole - Ints<A>(int32_t(line));
+      Lookup<T> top[kCount], bottom[kCount];
+      typename Lookup<T>::Row above[kCount];
+      int64_t offset = line * row_stride + column;
+      const bool there = line >= 0;
+#pragma GCC unroll 3
+      for (int k = 0; k < kCount; ++k) {
+        top[k].start(index);
+        bottom[k].start(index);
+        if (there) above[k] = typename Lookup<T>::Row(plane[k] + offset, inside);
+      }
+      const int64_t last = line + rows;
+      do {
+        offset += row_stride;
+        const __mmask16 lanes = _mm512_testn_epi32_mask((__m512i)row.part[0], (__m512i)row.part[0]);
+        row = row - Ints<A>(1);
+        ++line;
+        const bool there = uint64_t(line) < uint64_t(height);
+#pragma GCC unroll 3
+        for (int k = 0; k < kCount; ++k) {
+          typename Lookup<T>::Row below;
+          if (there) below = typename Lookup<T>::Row(plane[k] + offset, inside);
+          top[k].take(lanes, above[k]);
+          bottom[k].take(lanes, below);
+          above[k] = below;
+        }
+      } while (line < last);
+      const V t = u.fraction(), s = v.fraction();
+#pragma GCC unroll 3
+      for (int k = 0; k < kCount; ++k) {
+        V top_left, top_right, bottom_left, bottom_right;
+        top[k].result(top_left, top_right);
+        bottom[k].result(bottom_left, bottom_right);
+        store(out + k * pitch, lerp(lerp(top_left, bottom_left, s), lerp(top_right, bottom_right, s), t));
+      }
+    }
+  }
+#endif
 
   // Pixel numbers along one axis: those that stand for them, and which of them are there at all.
   struct Found {
@@ -902,6 +1038,11 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
   };
   A* row = static_cast<A*>(scratch.rows) + margin(a);
   if (!a.blur) {
+    if constexpr (std::is_same_v<T, A>)
+      if (!steps && !has_image && !a.normalise && !a.boxes && a.out_stride[3] == 1 && n % V::kLanes == 0) {
+        for (int64_t y = begin; y < end; ++y) maker(y, n, out + sample * a.out_stride[0] + y * a.out_stride[2], a.out_stride[1]);
+        return;
+      }
     for (int64_t y = begin; y < end; ++y) {
       coloured_row(y, row);
       emit_row(a, sample, y, row, pitch, out);
