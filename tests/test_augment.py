@@ -660,10 +660,12 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.fastreg.augment.default, (images, *tensors, *static))
         static = (constants, 7, 8, 3, 3, 7, 1, 0, True, True, torch.float32)
         torch.library.opcheck(torch.ops.fastreg.augment_backward.default, (torch.rand(2, 3, 7, 8), images, *tensors, *static))
-    table = torch.rand(4, _op.GEOMETRY, dtype=torch.float64)
-    torch.library.opcheck(_op.augment_matrices, (table, 5, 6, 7, 8))
+    one, two, four = torch.rand(4).double(), torch.rand(4, 2).double(), torch.rand(4, 4).double()
+    for parameters in ((one, one, one, one, one, two, two, four), (None, None, one, None, four[:, 1], None, four[:, 1:3], None)):
+        torch.library.opcheck(torch.ops.fastreg.augment_matrices.default, (one, *parameters, 5, 6, 7, 8))
     bounds = [1.0] * len(_op.COLUMNS)
     sample = (
+        x,
         torch.tensor([3]),
         5,
         4,

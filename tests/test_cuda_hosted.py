@@ -10,7 +10,7 @@ import pytest
 from cuda_machine import hosted_library, needs_cudacheck, sanitizers
 
 pytestmark = needs_cudacheck
-OPS = ("dropout", "sgd", "cross_entropy", "fgsm")
+OPS = ("dropout", "sgd", "cross_entropy", "fgsm", "augment")
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])

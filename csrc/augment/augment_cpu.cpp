@@ -604,10 +604,7 @@ struct Warp {
     for (int64_t x = 0; x < n; ++x, at.u += matrix.m[0], at.v += matrix.m[3]) {
       const Taps<A> columns = taps_at<A>(at.u, int32_t(source.width), interpolation, padding);
       const Taps<A> lines = taps_at<A>(at.v, int32_t(source.height), interpolation, padding);
-      A inside = 0;
-      for (int i = 0; i < lines.count; ++i)
-        for (int k = 0; k < columns.count; ++k)
-          if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) inside += lines.weight[i] * columns.weight[k];
+      const A inside = padding == Padding::kFill ? inside_share(lines, columns) : A(1);
       for (int64_t c = 0; c < source.channels; ++c) {
         A value = 0;
         for (int i = 0; i < lines.count; ++i) {
@@ -618,7 +615,7 @@ struct Warp {
             if (columns.pixel[k] >= 0) sum += columns.weight[k] * A(to_float(line[columns.pixel[k]]));
           value += lines.weight[i] * sum;
         }
-        out[c * pitch + x] = padding == Padding::kFill ? filled(value, inside, filler.value(c)) : value;
+        out[c * pitch + x] = inside == A(1) ? value : filled(value, inside, filler.value(c));
       }
     }
   }
@@ -644,102 +641,56 @@ Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
 }
 
 FixedMatrix matrix_of_sample(const double* matrix, const AugmentArgs& a) {
-  FixedMatrix fixed = {{int64_t(1) << kFractionBits, 0, 0, 0, int64_t(1) << kFractionBits, 0}};
+  FixedMatrix fixed = {{kOne, 0, 0, 0, kOne, 0}};
   if (matrix) fixed_matrix(matrix, a.out_height, a.out_width, &fixed);
   return fixed;
 }
 
-// ---- antialiasing: first the image on a coarser grid, every pixel of which is a weighted mean, then the warp from there
+// ---- antialiasing
 
-// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and
-// nothing is left to warp.
-struct Shrink {
-  bool on = false;
-  int64_t size[2];           // width, height
-  double start[2], step[2];  // along x, along y
-  double rest[6];            // the matrix from there
-};
 Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
-  Shrink s;
-  if (!a.antialias || !a.matrices || a.interpolation == Interpolation::kNearest) return s;
-  const double* m = a.matrices + 6 * sample;
-  const int64_t in[2] = {a.windows ? a.windows[4 * sample + 3] : a.in_width, a.windows ? a.windows[4 * sample + 2] : a.in_height};
-  const int64_t out[2] = {a.out_width, a.out_height};
-  const bool straight = m[1] == 0 && m[3] == 0;
-  for (int axis = 0; axis < 2; ++axis) {
-    const double across = m[3 * axis], down = m[3 * axis + 1], shrinks = std::sqrt(across * across + down * down);
-    // torch's cubic is another one with antialiasing, whether it shrinks or not.
-    s.on = s.on || shrinks > (straight ? (a.interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
-    if (straight) {
-      s.size[axis] = out[axis];
-      s.step[axis] = m[4 * axis];
-      s.start[axis] = m[3 * axis + 2];
-      for (int i = 0; i < 3; ++i) s.rest[3 * axis + i] = i == axis ? 1 : 0;
-    } else {
-      s.size[axis] = shrinks > 2 ? int64_t(std::ceil(double(in[axis]) / shrinks)) : in[axis];
-      s.step[axis] = double(in[axis]) / double(s.size[axis]);
-      s.start[axis] = 0.5 * s.step[axis] - 0.5;
-      for (int i = 0; i < 3; ++i)
-        s.rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / s.step[axis] - (i == 2 ? 0.5 : 0);
-    }
-  }
-  return s;
+  if (!a.antialias || !a.matrices) return {};
+  const int64_t* window = a.windows ? a.windows + 4 * sample : nullptr;
+  return shrink_of(a.matrices + 6 * sample, window ? window[2] : a.in_height, window ? window[3] : a.in_width, a.out_height,
+                   a.out_width, a.interpolation);
 }
 
-// The weights along one axis, as torch's interpolate(antialias=True) has them: a triangle, or Keys' cubic with a = -0.5, as wide
-// as the step, cut off at the image's edges and brought to sum 1.
+// The filter of every grid pixel along one axis.
 template <class A>
-struct Filter {
+struct Filters {
   int64_t taps;    // at most
-  int32_t* range;  // [first, last) of each grid pixel; empty outside of the image, where the padding fills
-  A* weight;
+  int32_t* range;  // [first, last) of the source's pixels
+  A* weight;       // before their sum is brought to 1
+  A* total;        // that sum
 
-  static int64_t most_taps(double step, Interpolation interpolation) {
-    const double support = (interpolation == Interpolation::kBicubic ? 2 : 1) * most(1.0, std::fabs(step));
-    return 2 * int64_t(std::ceil(support)) + 1;
-  }
-  static int64_t bytes(int64_t size, double step, Interpolation interpolation) {
-    return (size * int64_t(2 * sizeof(int32_t) + size_t(most_taps(step, interpolation)) * sizeof(A)) + 63) / 64 * 64;
+  static int64_t most_taps(const Filter<A>& filter) { return 2 * ((filter.support + kOne - 1) >> kFractionBits) + 1; }
+  static int64_t bytes(const Filter<A>& filter, int64_t size) {
+    return (size * (2 * int64_t(sizeof(int32_t)) + (most_taps(filter) + 1) * int64_t(sizeof(A))) + 63) / 64 * 64;
   }
 
-  Filter(void* memory, int64_t size, int64_t n, double start, double step, const AugmentArgs& a)
-      : taps(most_taps(step, a.interpolation)),
+  Filters(void* memory, const Filter<A>& filter, int64_t size)
+      : taps(most_taps(filter)),
         range(static_cast<int32_t*>(memory)),
-        weight(reinterpret_cast<A*>(range + 2 * size)) {
-    const bool cubic = a.interpolation == Interpolation::kBicubic;
-    const double scale = most(1.0, std::fabs(step)), support = (cubic ? 2 : 1) * scale, length = double(n);
+        weight(reinterpret_cast<A*>(range + 2 * size)),
+        total(weight + size * taps) {
     for (int64_t i = 0; i < size; ++i) {
-      double centre = start + step * double(i) + 0.5;  // from the left edge of the first pixel
-      range[2 * i] = range[2 * i + 1] = 0;
-      if (centre < 0 || centre > length) {
-        if (a.padding == Padding::kZeros || a.padding == Padding::kFill) continue;
-        if (a.padding == Padding::kReflect) {
-          centre = std::fmod(std::fabs(centre), 2 * length);
-          centre = centre > length ? 2 * length - centre : centre;
-        }
-        centre = clamped(centre, 0.0, length);
-      }
-      const int64_t first = most(int64_t(centre - support + 0.5), int64_t(0)), last = least(int64_t(centre + support + 0.5), n);
-      A* w = weight + i * taps;
-      double sum = 0;
-      for (int64_t j = first; j < last; ++j) {
-        const double x = std::fabs((double(j) - centre + 0.5) / scale);
-        double value = x < 1 ? 1 - x : 0;
-        if (cubic) value = x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
-        w[j - first] = A(value);
-        sum += value;
-      }
-      for (int64_t j = first; j < last; ++j) w[j - first] = A(double(w[j - first]) / sum);
-      range[2 * i] = int32_t(first);
-      range[2 * i + 1] = int32_t(last);
+      const auto span = filter.span(i);
+      for (int32_t j = span.first; j < span.last; ++j) weight[i * taps + j - span.first] = filter.weight(span, j);
+      range[2 * i] = span.first;
+      range[2 * i + 1] = span.last;
+      total[i] = filter.total(span);
     }
   }
 };
 
 int64_t accumulated(const AugmentArgs& a) { return a.in_type == PixelType::kFloat64 ? 8 : 4; }
 template <class A>
+Filter<A> filter_of(const AugmentArgs& a, const Shrink& s, int axis, int64_t n) {
+  return Filter<A>(s, axis, n, a.interpolation, a.padding);
+}
+template <class A>
 int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
-  return Filter<A>::bytes(s.size[0], s.step[0], a.interpolation) + Filter<A>::bytes(s.size[1], s.step[1], a.interpolation);
+  return Filters<A>::bytes(filter_of<A>(a, s, 0, 1), s.size[0]) + Filters<A>::bytes(filter_of<A>(a, s, 1, 1), s.size[1]);
 }
 int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
   return accumulated(a) == 8 ? filters_bytes<double>(a, s) : filters_bytes<float>(a, s);
@@ -751,16 +702,16 @@ struct Resampler {
   const Shrink& s;
   Source<T> source;
   int64_t pixel_stride;
-  Filter<A> columns, rows;
+  Filters<A> columns, rows;
 
   Resampler(const AugmentArgs& a, const Shrink& s, int64_t sample, void* memory)
       : a(a),
         s(s),
         source(source_of<T>(a, nullptr, sample)),
         pixel_stride(a.in_stride[3]),
-        columns(memory, s.size[0], source.width, s.start[0], s.step[0], a),
-        rows(static_cast<char*>(memory) + Filter<A>::bytes(s.size[0], s.step[0], a.interpolation), s.size[1], source.height,
-             s.start[1], s.step[1], a) {
+        columns(memory, filter_of<A>(a, s, 0, source.width), s.size[0]),
+        rows(static_cast<char*>(memory) + Filters<A>::bytes(filter_of<A>(a, s, 0, 1), s.size[0]),
+             filter_of<A>(a, s, 1, source.height), s.size[1]) {
     if (a.windows) source.data += a.windows[4 * sample + 1] * (pixel_stride - 1);
   }
 
@@ -778,7 +729,7 @@ struct Resampler {
           const A* weight = columns.weight + x * columns.taps;
           A sum = 0;
           for (int32_t j = left; j < right; ++j) sum += weight[j - left] * line[j];
-          to[x] = last > first && right > left ? sum : fill;
+          to[x] = last > first && right > left ? sum / (rows.total[y] * columns.total[x]) : fill;
         }
       }
   }
@@ -801,10 +752,12 @@ struct Resampler {
   // Adds the grid's gradient to that of the source's window, whose rows are in_width apart.
   void transposed(const A* grad, A* in_grad, A* line) const {
     for (int64_t y = 0; y < s.size[1]; ++y) {
+      if (rows.range[2 * y] == rows.range[2 * y + 1]) continue;
       for (int64_t x = 0; x < source.width; ++x) line[x] = 0;
       for (int64_t x = 0; x < s.size[0]; ++x) {
         const int32_t left = columns.range[2 * x], right = columns.range[2 * x + 1];
-        for (int32_t j = left; j < right; ++j) line[j] += columns.weight[x * columns.taps + j - left] * grad[y * s.size[0] + x];
+        const A share = grad[y * s.size[0] + x] / (rows.total[y] * columns.total[x]);
+        for (int32_t j = left; j < right; ++j) line[j] += columns.weight[x * columns.taps + j - left] * share;
       }
       for (int32_t i = rows.range[2 * y]; i < rows.range[2 * y + 1]; ++i)
         for (int64_t x = 0; x < source.width; ++x)
@@ -835,7 +788,7 @@ void with_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t samp
   if (shrink.on) {
     const int64_t width = shrink.size[0], height = shrink.size[1];
     const Source<A> grid = {static_cast<const A*>(scratch.source), width * height, width, height, width, a.channels};
-    const Warp<A, A> warp(a, grid, matrix_of_sample(shrink.rest, a));
+    const Warp<A, A> warp(a, grid, shrink.rest);
     return f(maker_of(warp));
   }
   const double* matrix = a.matrices ? a.matrices + 6 * sample : nullptr;
@@ -851,56 +804,37 @@ void with_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t samp
 // ---- colour
 
 template <class A>
+A bound_of(const AugmentArgs& a) {
+  return a.in_type == PixelType::kUInt8 ? A(255) : A(1);
+}
+template <class V, class A>
+ColourFactors<V> factors_of(const AugmentArgs& a, int64_t sample, A mean) {
+  if (!a.colour_steps) return {};
+  return {a.colour + kColourColumns * sample, bound_of<A>(a), mean};
+}
+
+template <class A>
 struct Colour {
   using V = Vec<A>;
   int steps;
-  V bound, brightness, contrast, contrast_rest, saturation, saturation_rest, hue;
   int64_t channels;
+  ColourFactors<V> factors;
 
-  Colour(const AugmentArgs& a, int64_t sample, double mean)
-      : steps(a.colour_steps), bound(a.in_type == PixelType::kUInt8 ? A(255) : A(1)), channels(a.channels) {
-    if (!steps) return;
-    const double* factor = a.colour + kColourColumns * sample;
-    brightness = V(A(factor[kBrightnessColumn]));
-    contrast = V(A(factor[kContrastColumn]));
-    contrast_rest = V(A((1 - factor[kContrastColumn]) * mean));
-    saturation = V(A(factor[kSaturationColumn]));
-    saturation_rest = V(A(1 - factor[kSaturationColumn]));
-    hue = V(A(6 * factor[kHueColumn]));
-  }
+  Colour(const AugmentArgs& a, int64_t sample, A mean)
+      : steps(a.colour_steps), channels(a.channels), factors(factors_of<V>(a, sample, mean)) {}
 
   // The chosen steps of n pixels, from one row buffer to another.
   template <bool kQuantise>
   FR_INLINE void row(int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch, int64_t n) const {
-    if (channels != 3) {  // saturation and hue of one channel are what they were
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t x = 0; x < n; x += V::kLanes) {
-          V p = load(in + c * in_pitch + x);
-          if (chosen & kBrightness) p = brightness_element<kQuantise>(p, brightness, bound);
-          if (chosen & kContrast) p = blend_element<kQuantise>(p, contrast_rest, contrast, bound);
-          store(out + c * out_pitch + x, p);
-        }
-      return;
-    }
-    for (int64_t x = 0; x < n; x += V::kLanes) {
+    for (int64_t c = 0; c < (channels == 3 ? 0 : channels); ++c)
+      for (int64_t x = 0; x < n; x += V::kLanes) {
+        V p = load(in + c * in_pitch + x);
+        colour_pixel<kQuantise>(factors, chosen, p);
+        store(out + c * out_pitch + x, p);
+      }
+    for (int64_t x = 0; x < (channels == 3 ? n : 0); x += V::kLanes) {
       V r = load(in + x), g = load(in + in_pitch + x), b = load(in + 2 * in_pitch + x);
-      if (chosen & kBrightness) {
-        r = brightness_element<kQuantise>(r, brightness, bound);
-        g = brightness_element<kQuantise>(g, brightness, bound);
-        b = brightness_element<kQuantise>(b, brightness, bound);
-      }
-      if (chosen & kContrast) {
-        r = blend_element<kQuantise>(r, contrast_rest, contrast, bound);
-        g = blend_element<kQuantise>(g, contrast_rest, contrast, bound);
-        b = blend_element<kQuantise>(b, contrast_rest, contrast, bound);
-      }
-      if (chosen & kSaturation) {
-        const V rest = saturation_rest * grey_of<kQuantise>(r, g, b);
-        r = blend_element<kQuantise>(r, rest, saturation, bound);
-        g = blend_element<kQuantise>(g, rest, saturation, bound);
-        b = blend_element<kQuantise>(b, rest, saturation, bound);
-      }
-      if (chosen & kHue) hue_element<kQuantise>(r, g, b, hue);
+      colour_pixel<kQuantise>(factors, chosen, r, g, b);
       store(out + x, r);
       store(out + out_pitch + x, g);
       store(out + 2 * out_pitch + x, b);
@@ -911,6 +845,11 @@ struct Colour {
   }
 };
 
+template <class A>
+A mean_of_sum(double sum, int64_t count) {
+  const A high = A(sum);
+  return mean_of(high, A(sum - double(high)), A(count));
+}
 template <class A>
 double grey_sum(const A* in, int64_t pitch, int64_t channels, int64_t n, bool quantise) {
   using V = Vec<A>;
@@ -1024,12 +963,11 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
   using V = Vec<A>;
   const int64_t n = a.out_width, pitch = pitch_of(a), image_width = padded_width(n), image_pitch = a.out_height * image_width;
   const bool has_image = scratch.image != nullptr, quantise = quantises(a);
-  double mean = 0;
+  double sum = 0;
   if (has_image) {
-    for (int64_t y = 0; y < a.out_height; ++y) mean += static_cast<const double*>(scratch.sums)[y];
-    mean /= double(a.out_height * n);
+    for (int64_t y = 0; y < a.out_height; ++y) sum += static_cast<const double*>(scratch.sums)[y];
   }
-  const Colour<A> colour(a, sample, mean);
+  const Colour<A> colour(a, sample, mean_of_sum<A>(sum, a.out_height * n));
   const int steps = has_image ? a.colour_steps & ~kBrightness : a.colour_steps;
   const auto coloured_row = [&](int64_t y, A* row) {
     const A* image = static_cast<const A*>(scratch.image) + y * image_width;
@@ -1081,60 +1019,42 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
 
 // ---- backward, a sample at a time
 
-// The gradient of clamp: where it changed nothing.
-template <class A>
-FR_INLINE A passed(A grad, A before, A bound) {
-  return before >= 0 && before <= bound ? grad : A(0);
-}
-
-template <class A>
+template <int kChannels, class A>
 void colour_backward(const AugmentArgs& a, int64_t sample, const A* image, A* grad) {
-  const int64_t pixels = a.out_height * a.out_width, channels = a.channels;
-  const double* column = a.colour + kColourColumns * sample;
-  const A bound = 1, fb = A(column[kBrightnessColumn]), fc = A(column[kContrastColumn]), fs = A(column[kSaturationColumn]);
-  const bool three = channels == 3;
-  const A share[3] = {three ? A(0.2989) : A(1), A(0.587), A(0.114)};
-  const auto bright = [&](A x) { return a.colour_steps & kBrightness ? brightness_element<false>(x, fb, bound) : x; };
-  A rest = 0;
+  const int64_t pixels = a.out_height * a.out_width, planes = a.channels / kChannels;
+  A mean = 0;
   if (a.colour_steps & kContrast) {
     double sum = 0;
+    const ColourFactors<A> factors = factors_of<A>(a, sample, A(0));
     for (int64_t i = 0; i < pixels; ++i) {
-      A grey = 0;
-      for (int64_t c = 0; c < channels; ++c) grey += share[c] * bright(image[c * pixels + i]);
-      sum += double(grey);
+      A p[kChannels];
+      for (int c = 0; c < kChannels; ++c) {
+        p[c] = image[c * pixels + i];
+        colour_pixel<false>(factors, a.colour_steps & kBrightness, p[c]);
+      }
+      sum += double(kChannels == 3 ? grey_of<false>(p[0], p[kChannels / 2], p[kChannels - 1]) : p[0]);
     }
-    rest = A((1 - column[kContrastColumn]) * sum / double(pixels));
+    mean = mean_of_sum<A>(sum, pixels);
   }
+  const ColourFactors<A> factors = factors_of<A>(a, sample, mean);
   double through_mean = 0;
-  for (int64_t i = 0; i < pixels; ++i) {
-    if (a.colour_steps & kSaturation && three) {
-      A x[3], g[3], grey = 0, through_grey = 0;
-      for (int64_t c = 0; c < 3; ++c) {
-        x[c] = bright(image[c * pixels + i]);
-        if (a.colour_steps & kContrast) x[c] = blend_element<false>(x[c], rest, fc, bound);
-        grey += share[c] * x[c];
-      }
-      for (int64_t c = 0; c < 3; ++c) {
-        g[c] = passed(grad[c * pixels + i], fs * x[c] + (1 - fs) * grey, bound);
-        through_grey += (1 - fs) * g[c];
-      }
-      for (int64_t c = 0; c < 3; ++c) grad[c * pixels + i] = fs * g[c] + share[c] * through_grey;
-    }
-    if (a.colour_steps & kContrast)
-      for (int64_t c = 0; c < channels; ++c) {
-        A& g = grad[c * pixels + i];
-        g = passed(g, fc * bright(image[c * pixels + i]) + rest, bound);
-        through_mean += (1 - double(fc)) * double(g);
-        g *= fc;
+  // Planes that are coloured alone, unless they are red, green and blue; with contrast there is but one.
+  for (int last = 0; last < 2; ++last) {
+    const A mean_share = A((1 - a.colour[kColourColumns * sample + kContrastColumn]) * through_mean / double(pixels));
+    for (int64_t plane = 0; plane < planes; ++plane)
+      for (int64_t i = plane * pixels; i < (plane + 1) * pixels; ++i) {
+        A p[kChannels], g[kChannels];
+        for (int c = 0; c < kChannels; ++c) {
+          p[c] = image[c * pixels + i];
+          g[c] = grad[c * pixels + i];
+        }
+        if (last)
+          brightness_backward<kChannels>(factors, a.colour_steps, p, mean_share, g);
+        else
+          through_mean += double(blends_backward<kChannels>(factors, a.colour_steps, p, g));
+        for (int c = 0; c < kChannels; ++c) grad[c * pixels + i] = g[c];
       }
   }
-  const A mean_share = A(through_mean / double(pixels));
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t i = 0; i < pixels; ++i) {
-      A& g = grad[c * pixels + i];
-      if (a.colour_steps & kContrast) g += share[c] * mean_share;
-      if (a.colour_steps & kBrightness) g = fb * passed(g, fb * image[c * pixels + i], bound);
-    }
 }
 
 template <class A>
@@ -1179,7 +1099,7 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   // The image that is warped, the source's window or the grid, and later its gradient.
   A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *grid = image + channels * pixels;
   A *in_grad = grid + channels * grid_pixels, *row = in_grad + channels * in_pixels;  // row: also a plane for the blur
-  const FixedMatrix matrix = matrix_of_sample(shrink.on ? shrink.rest : a.matrices ? a.matrices + 6 * sample : nullptr, a);
+  const FixedMatrix matrix = shrink.on ? shrink.rest : matrix_of_sample(a.matrices ? a.matrices + 6 * sample : nullptr, a);
   char* filters = static_cast<char*>(scratch) + backward_bytes(a) - (shrink.on ? filters_bytes<A>(a, shrink) : 0);
 
   for (int64_t c = 0; c < channels; ++c)
@@ -1214,7 +1134,7 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
       for (int64_t c = 0; c < channels; ++c)
         for (int64_t x = 0; x < width; ++x) image[(c * height + y) * width + x] = row[c * pitch + x];
     }
-    colour_backward(a, sample, image, grad);
+    channels == 3 ? colour_backward<3>(a, sample, image, grad) : colour_backward<1>(a, sample, image, grad);
   }
 
   for (int64_t i = 0; i < channels * (grid_pixels + in_pixels); ++i) grid[i] = 0;  // and in_grad, which follows
@@ -1223,20 +1143,13 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
       const Position at = matrix.at(x, y);
       const Taps<A> columns = taps_at<A>(at.u, int32_t(grid_width), a.interpolation, a.padding);
       const Taps<A> lines = taps_at<A>(at.v, int32_t(grid_height), a.interpolation, a.padding);
-      A inside = 1;
-      if (a.padding == Padding::kFill) {
-        inside = 0;
-        for (int i = 0; i < lines.count; ++i)
-          for (int k = 0; k < columns.count; ++k)
-            if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) inside += lines.weight[i] * columns.weight[k];
-      }
-      for (int i = 0; i < lines.count; ++i)
-        for (int k = 0; k < columns.count; ++k) {
-          const A weight = inside * lines.weight[i] * columns.weight[k];
-          if (lines.pixel[i] < 0 || columns.pixel[k] < 0 || weight == 0) continue;
-          for (int64_t c = 0; c < channels; ++c)
-            grid[c * grid_pixels + lines.pixel[i] * grid_width + columns.pixel[k]] += weight * grad[c * pixels + y * width + x];
-        }
+      const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);
+      for_each_tap(lines, columns, [&](int i, int k, A weight) {
+        if (weight == A(0)) return;
+        for (int64_t c = 0; c < channels; ++c)
+          grid[c * grid_pixels + lines.pixel[i] * grid_width + columns.pixel[k]] +=
+              inside * weight * grad[c * pixels + y * width + x];
+      });
     }
   const int64_t first = a.windows ? a.windows[4 * sample] * a.in_width + a.windows[4 * sample + 1] : 0;
   for (int64_t c = 0; c < channels; ++c) {

@@ -17,6 +17,7 @@
 // finer than float32's, whose last bit at pixel 224 alone moves a result by 1e-5.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 #include "../common/device.h"
 #include "../common/isa.h"
@@ -32,12 +33,6 @@ enum ColourColumn { kBrightnessColumn, kContrastColumn, kSaturationColumn, kHueC
 
 FR_HD float to_float(uint8_t x) { return float(x); }
 FR_HD void from_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
-
-// A plane of pixels, strides in elements.
-struct Planes {
-  const void* data;
-  int64_t height, width, plane_stride, row_stride;  // neighbours in a row are neighbours in memory
-};
 
 struct AugmentArgs {
   PixelType in_type, out_type;
@@ -59,6 +54,7 @@ struct AugmentArgs {
   // backward: output is the images' gradient, images are what they were
   const void* grad;
   int64_t grad_stride[4];
+  void* scratch;  // on CUDA, of as many bytes as the launcher asks for
 };
 
 // ---- rounding, for values below 2^22
@@ -81,9 +77,28 @@ FR_HD V clamp(V x, V bound) {  // a NaN stays
 // ---- geometry
 
 constexpr int kFractionBits = 32;
-constexpr double kFarthest = 0x1p30;  // pixels: positions beyond are an error
+constexpr int64_t kOne = int64_t(1) << kFractionBits, kHalf = kOne / 2;
+constexpr int kFarthest = 30;  // positions of 2^30 pixels and more are an error
 
-FR_HD int64_t to_fixed(double x) { return int64_t(x * 4294967296.0 + (x < 0 ? -0.5 : 0.5)); }
+FR_HD uint64_t double_bits(double x) {
+  uint64_t u;
+  memcpy(&u, &x, 8);
+  return u;
+}
+// Whether |x| < 2^kBits; false for a NaN.
+template <int kBits = kFarthest>
+FR_HD bool fits_fixed(double x) {
+  return int(double_bits(x) >> 52 & 0x7ff) < 1023 + kBits;
+}
+// In units of 2^-kBits, to the nearest, halves away from zero; |x| < 2^(62 - kBits). From the bits, for GPUs compute little in
+// float64.
+template <int kBits = kFractionBits>
+FR_HD int64_t to_fixed(double x) {
+  const uint64_t bits = double_bits(x), mantissa = (bits & ((uint64_t(1) << 52) - 1)) | uint64_t(1) << 52;
+  const int shift = int(bits >> 52 & 0x7ff) - (1023 + 52 - kBits);  // x is the mantissa times 2^shift
+  const uint64_t magnitude = shift >= 0 ? mantissa << shift : shift > -54 ? ((mantissa >> (-shift - 1)) + 1) >> 1 : 0;
+  return bits >> 63 ? -int64_t(magnitude) : int64_t(magnitude);
+}
 
 struct Position {
   int64_t u, v;
@@ -92,24 +107,34 @@ struct FixedMatrix {
   int64_t m[6];
   FR_HD Position at(int64_t x, int64_t y) const { return {m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]}; }
 };
+// One coefficient of a matrix; one that does not fit is too far away for within_reach.
+FR_HD int64_t fixed_coefficient(double x) { return fits_fixed(x) ? to_fixed(x) : INT64_MAX; }
 // False where some output pixel lies too far away, or nowhere at all.
-FR_HD bool fixed_matrix(const double* matrix, int64_t out_height, int64_t out_width, FixedMatrix* fixed) {
+FR_HD bool within_reach(const FixedMatrix& matrix, int64_t out_height, int64_t out_width) {
   bool fits = true;
   for (int axis = 0; axis < 2; ++axis) {
-    const double a = matrix[3 * axis], b = matrix[3 * axis + 1], c = matrix[3 * axis + 2];
-    const double reach = std::fabs(a) * double(out_width) + std::fabs(b) * double(out_height) + std::fabs(c);
-    fits = fits && reach < kFarthest;
-    for (int i = 0; i < 3; ++i) fixed->m[3 * axis + i] = fits ? to_fixed(matrix[3 * axis + i]) : 0;
+    const int64_t* m = matrix.m + 3 * axis;
+    const auto size = [](int64_t x) { return float(x < 0 ? -x : x) * 0x1p-32f; };
+    fits = fits && size(m[0]) * float(out_width) + size(m[1]) * float(out_height) + size(m[2]) < float(1 << kFarthest);
   }
   return fits;
+}
+FR_HD bool fixed_matrix(const double* matrix, int64_t out_height, int64_t out_width, FixedMatrix* fixed) {
+  for (int i = 0; i < 6; ++i) fixed->m[i] = fixed_coefficient(matrix[i]);
+  return within_reach(*fixed, out_height, out_width);
+}
+// Whether output pixels are source pixels, in rows from left to right or back.
+FR_HD bool is_straight(const FixedMatrix& matrix) {
+  const int64_t* m = matrix.m;
+  return (m[0] == kOne || m[0] == -kOne) && m[1] == 0 && m[3] == 0 && (m[4] == kOne || m[4] == -kOne) && uint32_t(m[2]) == 0 &&
+         uint32_t(m[5]) == 0;
 }
 FR_HD int32_t whole_part(int64_t position) { return int32_t(position >> kFractionBits); }
 // The 24 leading bits for float32.
 FR_HD void fraction_of(int64_t position, float* out) { *out = float(int32_t(uint32_t(position) >> 8)) * 0x1p-24f; }
 FR_HD void fraction_of(int64_t position, double* out) { *out = double(uint32_t(position)) * 0x1p-32; }
 FR_HD int32_t nearest_pixel(int64_t position) {  // ties to even, as nearbyint
-  const int64_t half = int64_t(1) << (kFractionBits - 1), whole = position >> kFractionBits;
-  return int32_t((position + half - 1 + (whole & 1)) >> kFractionBits);
+  return int32_t((position + kHalf - 1 + (position >> kFractionBits & 1)) >> kFractionBits);
 }
 
 template <class V>
@@ -125,14 +150,17 @@ template <class V>
 FR_HD V cubic_far(V x) {
   return ((V(-0.75) * x + V(3.75)) * x - V(6)) * x + V(3);
 }
+template <class V>
+FR_HD V cubic_weight(int tap, V t) {  // of taps -1, 0, 1, 2 at a distance of t from tap 0
+  return tap == 0 ? cubic_far(t + V(1)) : tap == 1 ? cubic_near(t) : tap == 2 ? cubic_near(V(1) - t) : cubic_far(V(2) - t);
+}
 // The pixel that stands for pixel i of a line of n; -1 for none.
 FR_HD int32_t padded(int32_t i, int32_t n, Padding padding) {
   if (i >= 0 && i < n) return i;
   if (padding == Padding::kBorder) return i < 0 ? 0 : n - 1;
   if (padding != Padding::kReflect) return -1;
-  const int64_t period = 2 * int64_t(n);
-  const int64_t in_period = (int64_t(i) % period + period) % period;
-  return int32_t(in_period < n ? in_period : period - 1 - in_period);
+  const uint32_t period = 2 * uint32_t(n), in_period = uint32_t(i < 0 ? -1 - i : i) % period;
+  return int32_t(in_period < uint32_t(n) ? in_period : period - 1 - in_period);
 }
 // The pixels along one axis that a position takes its value from, and their shares.
 template <class A>
@@ -158,20 +186,128 @@ FR_HD Taps<A> taps_at(int64_t position, int32_t n, Interpolation interpolation, 
     first = whole_part(position);
   } else {
     taps.count = 4;
-    taps.weight[0] = cubic_far(t + A(1));
-    taps.weight[1] = cubic_near(t);
-    taps.weight[2] = cubic_near(A(1) - t);
-    taps.weight[3] = cubic_far(A(2) - t);
+    for (int i = 0; i < 4; ++i) taps.weight[i] = cubic_weight(i, t);
     first = whole_part(position) - 1;
   }
   for (int i = 0; i < taps.count; ++i) taps.pixel[i] = padded(first + i, n, padding);
   return taps;
+}
+// f(i, k, weight) for each pair of taps, line i and column k, that lies inside.
+template <class A, class F>
+FR_HD void for_each_tap(const Taps<A>& lines, const Taps<A>& columns, F f) {
+  for (int i = 0; i < lines.count; ++i)
+    for (int k = 0; k < columns.count; ++k)
+      if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) f(i, k, lines.weight[i] * columns.weight[k]);
+}
+// The part of a pixel that lies inside the image; 1 where all of it does.
+template <class A>
+FR_HD A inside_share(const Taps<A>& lines, const Taps<A>& columns) {
+  A inside = 0;
+  int count = 0;
+  for_each_tap(lines, columns, [&](int, int, A weight) {
+    inside += weight;
+    ++count;
+  });
+  return count == lines.count * columns.count ? A(1) : inside;
 }
 // torchvision weighs a fill value so: the part of a pixel that lies inside the image counts for the image twice.
 template <class V>
 FR_HD V filled(V value, V inside, V fill) {
   return inside * (value - fill) + fill;
 }
+
+// ---- antialiasing: first the image on a coarser grid, every pixel of which is a weighted mean, then the warp from there
+
+// Pixel i of a grid lies at start + step * i of the source. Where the warp is but a shrinking, the grid is the output's and
+// nothing is left to warp.
+struct Shrink {
+  bool on;
+  int64_t size[2];  // width, height
+  int64_t start[2], step[2];
+  FixedMatrix rest;  // from there
+};
+// Of a matrix that fits. float64, once a sample.
+FR_HD Shrink shrink_of(const double* m, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width,
+                       Interpolation interpolation) {
+  Shrink s = {};
+  if (interpolation == Interpolation::kNearest) return s;
+  const int64_t in[2] = {in_width, in_height}, out[2] = {out_width, out_height};
+  const bool straight = m[1] == 0 && m[3] == 0;
+  double rest[6];
+  for (int axis = 0; axis < 2; ++axis) {
+    const double across = m[3 * axis], down = m[3 * axis + 1], shrinks = std::sqrt(across * across + down * down);
+    // torch's cubic is another one with antialiasing, whether it shrinks or not.
+    s.on = s.on || shrinks > (straight ? (interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
+    double step, start;
+    if (straight) {
+      s.size[axis] = out[axis];
+      step = m[4 * axis];
+      start = m[3 * axis + 2];
+      for (int i = 0; i < 3; ++i) rest[3 * axis + i] = i == axis ? 1 : 0;
+    } else {
+      s.size[axis] = shrinks > 2 ? int64_t(std::ceil(double(in[axis]) / shrinks)) : in[axis];
+      step = double(in[axis]) / double(s.size[axis]);
+      start = 0.5 * step - 0.5;
+      for (int i = 0; i < 3; ++i) rest[3 * axis + i] = (m[3 * axis + i] + (i == 2 ? 0.5 : 0)) / step - (i == 2 ? 0.5 : 0);
+    }
+    s.start[axis] = to_fixed(start);
+    s.step[axis] = to_fixed(step);
+  }
+  s.on = s.on && fixed_matrix(rest, out_height, out_width, &s.rest);
+  return s;
+}
+
+// Along one axis, as torch's interpolate(antialias=True) has it: a triangle, or Keys' cubic with a = -0.5, as wide as the step,
+// cut off at the image's edges and brought to sum 1.
+template <class A>
+struct Filter {
+  int64_t n, start, step, support;
+  A per_unit;  // of the filter's own width, 2^-32 source pixels
+  bool cubic;
+  Padding padding;
+
+  Filter() = default;
+  FR_HD Filter(const Shrink& s, int axis, int64_t n, Interpolation interpolation, Padding padding)
+      : n(n), start(s.start[axis]), step(s.step[axis]), cubic(interpolation == Interpolation::kBicubic), padding(padding) {
+    const int64_t widest = int64_t(1) << 60, size = step < 0 ? -step : step;
+    const int64_t scale = size < kOne ? kOne : size < widest ? size : widest;
+    support = cubic ? 2 * scale : scale;
+    per_unit = A(1) / A(scale);
+  }
+  // Source pixels [first, last) that make up pixel i of the grid; none outside of the image, where the padding fills.
+  struct Span {
+    int32_t first, last;
+    int64_t centre;  // from the left edge of the first pixel
+  };
+  FR_HD Span span(int64_t i) const {
+    int64_t centre = start + step * i + kHalf;
+    const int64_t length = n << kFractionBits;
+    if (centre < 0 || centre > length) {
+      if (padding == Padding::kZeros || padding == Padding::kFill) return {0, 0, 0};
+      if (padding == Padding::kReflect) {
+        centre = centre < 0 ? -centre : centre;
+        const uint32_t whole = uint32_t(centre >> kFractionBits) % (2 * uint32_t(n));
+        centre = int64_t(whole) << kFractionBits | (centre & (kOne - 1));
+        centre = centre > length ? 2 * length - centre : centre;
+      }
+      centre = centre < 0 ? 0 : centre > length ? length : centre;
+    }
+    const int64_t first = (centre - support + kHalf) >> kFractionBits, last = (centre + support + kHalf) >> kFractionBits;
+    return {int32_t(first < 0 ? 0 : first), int32_t(last < n ? last : n), centre};
+  }
+  // Of source pixel j, before the sum is brought to 1.
+  FR_HD A weight(const Span& span, int64_t j) const {
+    const int64_t distance = (j << kFractionBits) - span.centre + kHalf;
+    const A x = A(distance < 0 ? -distance : distance) * per_unit;
+    if (!cubic) return x < A(1) ? A(1) - x : A(0);
+    return x < A(1) ? (A(1.5) * x - A(2.5)) * x * x + A(1) : x < A(2) ? ((A(-0.5) * x + A(2.5)) * x - A(4)) * x + A(2) : A(0);
+  }
+  FR_HD A total(const Span& span) const {
+    A sum = 0;
+    for (int32_t j = span.first; j < span.last; ++j) sum += weight(span, j);
+    return sum;
+  }
+};
 
 // ---- colour
 
@@ -224,6 +360,96 @@ FR_HD void hue_element(V& r, V& g, V& b, V sixths) {
   }
 }
 
+// 1 - x rounded once: torchvision has it from Python's float64.
+FR_HD double one_minus(double x, double) { return 1 - x; }
+FR_HD float one_minus(double x, float) {
+  if (!fits_fixed<9>(x)) return 1 - float(x);
+  return float((int64_t(1) << 52) - to_fixed<52>(x)) * 0x1p-52f;
+}
+// The factors of a sample, in A or in vectors of A; `bound` is what an image's values are clamped at.
+template <class V>
+struct ColourFactors {
+  V bound, brightness, contrast, contrast_rest, saturation, saturation_rest, hue;
+
+  ColourFactors() = default;
+  template <class A>
+  FR_HD ColourFactors(const double* factor, A bound, A mean)  // of a row of the table, and the mean of grey
+      : bound(bound),
+        brightness(A(factor[kBrightnessColumn])),
+        contrast(A(factor[kContrastColumn])),
+        contrast_rest(one_minus(factor[kContrastColumn], A()) * mean),
+        saturation(A(factor[kSaturationColumn])),
+        saturation_rest(one_minus(factor[kSaturationColumn], A())),
+        hue(A(6) * A(factor[kHueColumn])) {}
+};
+// The chosen steps of one pixel. Saturation and hue of one channel are what they were.
+template <bool kQuantise, class V>
+FR_HD void colour_pixel(const ColourFactors<V>& f, int steps, V& p) {
+  if (steps & kBrightness) p = brightness_element<kQuantise>(p, f.brightness, f.bound);
+  if (steps & kContrast) p = blend_element<kQuantise>(p, f.contrast_rest, f.contrast, f.bound);
+}
+template <bool kQuantise, class V>
+FR_HD void colour_pixel(const ColourFactors<V>& f, int steps, V& r, V& g, V& b) {
+  colour_pixel<kQuantise>(f, steps, r);
+  colour_pixel<kQuantise>(f, steps, g);
+  colour_pixel<kQuantise>(f, steps, b);
+  if (steps & kSaturation) {
+    const V rest = f.saturation_rest * grey_of<kQuantise>(r, g, b);
+    r = blend_element<kQuantise>(r, rest, f.saturation, f.bound);
+    g = blend_element<kQuantise>(g, rest, f.saturation, f.bound);
+    b = blend_element<kQuantise>(b, rest, f.saturation, f.bound);
+  }
+  if (steps & kHue) hue_element<kQuantise>(r, g, b, f.hue);
+}
+// The mean of `count` values whose sum is high + low; low is no number where the sum is infinite.
+template <class A>
+FR_HD A mean_of(A high, A low, A count) {
+  return low == low ? high / count + low / count : high / count;
+}
+
+// The gradient of clamp: where it changed nothing.
+template <class A>
+FR_HD A passed(A grad, A before, A bound) {
+  return before >= A(0) && before <= bound ? grad : A(0);
+}
+// The gradient of a pixel of 1 or 3 channels back through saturation and contrast; `image` is what it was before brightness.
+// Gives what this pixel adds to the gradient of the mean, but for the factor 1 - contrast.
+template <int kChannels, class A>
+FR_HD A blends_backward(const ColourFactors<A>& f, int steps, const A* image, A* grad) {
+  const A share[3] = {A(0.2989), A(0.587), A(0.114)};
+  A bright[kChannels];
+  for (int c = 0; c < kChannels; ++c)
+    bright[c] = steps & kBrightness ? brightness_element<false>(image[c], f.brightness, f.bound) : image[c];
+  if (kChannels == 3 && steps & kSaturation) {
+    A x[kChannels], grey = 0, through_grey = 0;
+    for (int c = 0; c < kChannels; ++c) {
+      x[c] = steps & kContrast ? blend_element<false>(bright[c], f.contrast_rest, f.contrast, f.bound) : bright[c];
+      grey += share[c] * x[c];
+    }
+    for (int c = 0; c < kChannels; ++c) {
+      grad[c] = passed(grad[c], f.saturation * x[c] + f.saturation_rest * grey, f.bound);
+      through_grey += f.saturation_rest * grad[c];
+    }
+    for (int c = 0; c < kChannels; ++c) grad[c] = f.saturation * grad[c] + share[c] * through_grey;
+  }
+  A through_mean = 0;
+  for (int c = 0; c < (steps & kContrast ? kChannels : 0); ++c) {
+    grad[c] = passed(grad[c], f.contrast * bright[c] + f.contrast_rest, f.bound);
+    through_mean += grad[c];
+    grad[c] = f.contrast * grad[c];
+  }
+  return through_mean;
+}
+// The rest of the way, given the gradient of the mean over the number of pixels.
+template <int kChannels, class A>
+FR_HD void brightness_backward(const ColourFactors<A>& f, int steps, const A* image, A through_mean, A* grad) {
+  const A share[3] = {kChannels == 3 ? A(0.2989) : A(1), A(0.587), A(0.114)};
+  for (int c = 0; c < kChannels; ++c) {
+    if (steps & kContrast) grad[c] += share[c] * through_mean;
+    if (steps & kBrightness) grad[c] = f.brightness * passed(grad[c], f.brightness * image[c], f.bound);
+  }
+}
+
 // ---- blur
 
 // Pixel i of a line of n, reflected about the edge pixels' centres; lines shorter than the kernel are reflected again.
@@ -232,8 +458,8 @@ FR_HD int64_t mirrored(int64_t i, int64_t n) {
   i = i < n ? i : 2 * (n - 1) - i;
   if (i >= 0) return i;
   if (n == 1) return 0;
-  const int64_t period = 2 * (n - 1), in_period = (i % period + period) % period;
-  return in_period < n ? in_period : period - in_period;
+  const uint32_t period = 2 * uint32_t(n - 1), in_period = uint32_t(-i) % period;
+  return in_period < uint32_t(n) ? in_period : period - in_period;
 }
 
 // ---- what a sample draws: a row of these columns
@@ -330,10 +556,23 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
     draw_box(a, index, 32, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width), false, erased);
 }
 
-// The inverse matrix of a row of parameters: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the
-// image (torchvision's affine), then stretch and flips, to the source.
-FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width,
-                     double* matrix) {
+// The parameters that make the matrices, by column; a column that is not there is neutral.
+struct MatrixArgs {
+  int64_t batch, in_height, in_width, out_height, out_width;
+  const double* column[kGeometryColumns];
+  int64_t stride[kGeometryColumns];  // from sample to sample
+  double* out;                       // (batch, 2, 3)
+};
+
+// The inverse matrix of sample i: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the image
+// (torchvision's affine), then stretch and flips, to the source.
+FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
+  const double height = double(args.in_height), width = double(args.in_width);
+  double p[kGeometryColumns];
+  for (int column = 0; column < kGeometryColumns; ++column) {
+    p[column] = column == kStretch || column == kScale ? 1 : column == kCropHeight ? height : column == kCropWidth ? width : 0;
+    if (args.column[column]) p[column] = args.column[column][i * args.stride[column]];
+  }
   const double degree = 0.017453292519943295;
   const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree, scale = p[kScale];
   double a = 1, b = 0, c = 0, d = 1;
@@ -346,11 +585,12 @@ FR_HD void matrix_of(const double* p, int64_t in_height, int64_t in_width, int64
   const double sign_x = p[kHFlip] != 0 ? -1 : 1, sign_y = p[kVFlip] != 0 ? -1 : 1;
   const double m00 = d / scale * sign_x, m01 = -b / scale * sign_x;
   const double m10 = -c / scale / p[kStretch] * sign_y, m11 = a / scale / p[kStretch] * sign_y;
-  const double centre_x = 0.5 * double(in_width - 1), centre_y = 0.5 * double(in_height - 1);
+  const double centre_x = 0.5 * (width - 1), centre_y = 0.5 * (height - 1);
   // Output pixel x lies at step_x x + start_x of the image before it was cropped.
-  const double step_x = p[kCropWidth] / double(out_width), step_y = p[kCropHeight] / double(out_height);
+  const double step_x = p[kCropWidth] / double(args.out_width), step_y = p[kCropHeight] / double(args.out_height);
   const double start_x = p[kCropLeft] + 0.5 * step_x - 0.5 - centre_x - p[kTranslateX];
   const double start_y = p[kCropTop] + 0.5 * step_y - 0.5 - centre_y - p[kTranslateY];
+  double* matrix = args.out + 6 * i;
   matrix[0] = m00 * step_x;
   matrix[1] = m01 * step_y;
   matrix[2] = m00 * start_x + m01 * start_y + centre_x;
@@ -381,5 +621,14 @@ struct AugmentKernels {
   void (*backward)(const AugmentArgs&, void* scratch, int64_t sample);
 };
 FR_DECLARE_KERNELS(AugmentKernels, augment_kernels)
+
+// ---- launches, each of which gives a cudaError_t
+
+int64_t augment_cuda_bytes(const AugmentArgs& args);  // of scratch; negative where the blur's kernel is too large
+int augment_cuda(const AugmentArgs& args, void* stream);
+int64_t augment_backward_cuda_bytes(const AugmentArgs& args);
+int augment_backward_cuda(const AugmentArgs& args, void* stream);
+int augment_sample_cuda(const SampleArgs& args, void* stream);
+int augment_matrices_cuda(const MatrixArgs& args, void* stream);
 
 }  // namespace fastreg

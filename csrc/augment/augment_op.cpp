@@ -1,4 +1,4 @@
-// torch.ops.fastreg.augment and its companions on the CPU: checks, allocation, threads. Schemas stand in fastreg/augment/.
+// torch.ops.fastreg.augment and its companions: checks, allocation, threads or launch. Schemas stand in fastreg/augment/_op.py.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -42,21 +42,17 @@ PixelType pixel_type(const char* name, ScalarType type) {
   }
 }
 
-// A table of doubles with a row for each sample.
-const double* table(const char* name, const std::optional<Tensor>& t, int64_t batch, int64_t columns) {
+// A table with a row for each sample, on the device of the images.
+template <class T>
+const T* table(const char* name, const std::optional<Tensor>& t, const Tensor& images, int64_t columns) {
   if (!t) return nullptr;
-  check(t->scalar_type() == ScalarType::Double && t->is_cpu() && t->is_contiguous() && t->numel() == batch * columns,
-        "augment: ", name, " must be a contiguous float64 tensor of (", batch, ", ", columns, ") on the device of images, got ",
-        t->scalar_type(), " of shape ", shape_text(*t), "; use .to(images.device).contiguous()");
-  return static_cast<const double*>(t->const_data_ptr());
-}
-
-const int64_t* box_table(const char* name, const std::optional<Tensor>& t, int64_t batch) {
-  if (!t) return nullptr;
-  check(t->scalar_type() == ScalarType::Long && t->is_cpu() && t->is_contiguous() && t->numel() == 4 * batch, "augment: ", name,
-        " must be a contiguous int64 tensor of (", batch, ", 4) on the device of images, got ", t->scalar_type(), " of shape ",
-        shape_text(*t), "; use .to(images.device).contiguous()");
-  return static_cast<const int64_t*>(t->const_data_ptr());
+  const bool is_double = std::is_same_v<T, double>;
+  check_device("augment", name, *t, "images", images);
+  check(t->scalar_type() == (is_double ? ScalarType::Double : ScalarType::Long) && t->is_contiguous() &&
+            t->numel() == images.size(0) * columns,
+        "augment: ", name, " must be a contiguous ", is_double ? "float64" : "int64", " tensor of (", images.size(0), ", ",
+        columns, "), got ", t->scalar_type(), " of shape ", shape_text(*t), "; use .contiguous()");
+  return static_cast<const T*>(t->const_data_ptr());
 }
 
 // As torch's, dimensions of size 1 having any stride.
@@ -110,18 +106,11 @@ struct Call {
     check(matrices || (height == a.in_height && width == a.in_width), op, ": without matrices the size is that of images");
     a.images = images.const_data_ptr();
     set_strides(a.in_stride, images);
-    a.matrices = table("matrices", matrices, a.batch, 6);
-    a.colour = table("colour", colour, a.batch, kColourColumns);
-    a.blur = table("blur", blur, a.batch, blur_width + blur_height);
-    a.boxes = box_table("boxes", boxes, a.batch);
-    a.windows = box_table("windows", windows, a.batch);
-    if (a.windows)
-      for (int64_t i = 0; i < a.batch; ++i) {
-        const int64_t* w = a.windows + 4 * i;
-        check(w[0] >= 0 && w[1] >= 0 && w[2] > 0 && w[3] > 0 && w[2] <= a.in_height - w[0] && w[3] <= a.in_width - w[1], op,
-              ": the window of sample ", i, " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w[0],
-              ", left ", w[1], ", height ", w[2], ", width ", w[3]);
-      }
+    a.matrices = table<double>("matrices", matrices, images, 6);
+    a.colour = table<double>("colour", colour, images, kColourColumns);
+    a.blur = table<double>("blur", blur, images, blur_width + blur_height);
+    a.boxes = table<int64_t>("boxes", boxes, images, 4);
+    a.windows = table<int64_t>("windows", windows, images, 4);
     check(int64_t(constants.size()) == 4 * a.channels, op, ": constants must be four per channel, ", 4 * a.channels, ", got ",
           constants.size());
     a.constants = constants.data();
@@ -142,16 +131,50 @@ struct Call {
     check(a.in_height < most && a.in_width < most && height < most && width < most &&
               (a.in_height == 0 || std::max(a.in_stride[2], a.in_width) <= most / a.in_height),
           op, ": a plane may have 2^31 pixels at most, got ", shape_text(images), "; take a part of it");
-    if (a.matrices && height && width)
-      for (int64_t i = 0; i < a.batch; ++i) {
-        FixedMatrix unused;
-        check(fixed_matrix(a.matrices + 6 * i, height, width, &unused), op, ": the matrix of sample ", i,
-              " is not finite or leads further than 2^30 pixels away from the image; is its scale zero?");
-      }
+    check_values();
   }
 
   bool empty() const { return args.batch * args.channels * args.out_height * args.out_width == 0; }
+
+  // On a GPU this would wait for it: a sample whose matrix or window is no good becomes NaN there (0 in uint8).
+  void check_values() {
+#ifndef FASTREG_CUDA
+    const char* op = "augment";
+    const AugmentArgs& a = args;
+    if (a.windows)
+      for (int64_t i = 0; i < a.batch; ++i) {
+        const int64_t* w = a.windows + 4 * i;
+        check(w[0] >= 0 && w[1] >= 0 && w[2] > 0 && w[3] > 0 && w[2] <= a.in_height - w[0] && w[3] <= a.in_width - w[1], op,
+              ": the window of sample ", i, " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w[0],
+              ", left ", w[1], ", height ", w[2], ", width ", w[3]);
+      }
+    if (a.matrices && !empty())
+      for (int64_t i = 0; i < a.batch; ++i) {
+        FixedMatrix unused;
+        check(fixed_matrix(a.matrices + 6 * i, a.out_height, a.out_width, &unused), op, ": the matrix of sample ", i,
+              " is not finite or leads further than 2^30 pixels away from the image; is its scale zero?");
+      }
+#endif
+  }
 };
+
+#ifdef FASTREG_CUDA
+
+void run(AugmentArgs& a, const Tensor& images) {
+  const int64_t bytes = augment_cuda_bytes(a);
+  check(bytes >= 0, "augment: the blur's kernel of (", a.blur_width, ", ", a.blur_height,
+        ") pixels is too large for this GPU's shared memory; use a smaller one, or .cpu()");
+  const Tensor scratch = allocate_bytes(images, bytes);
+  a.scratch = scratch.mutable_data_ptr();
+  on_stream("augment", images, [&](void* stream) { return augment_cuda(a, stream); });
+}
+void run_backward(AugmentArgs& a, const Tensor& images) {
+  const Tensor scratch = allocate_bytes(images, augment_backward_cuda_bytes(a));
+  a.scratch = scratch.mutable_data_ptr();
+  on_stream("augment", images, [&](void* stream) { return augment_backward_cuda(a, stream); });
+}
+
+#else
 
 // Rows [begin, end) of all samples in one numbering, as rows of one sample after another.
 template <class F>
@@ -163,7 +186,7 @@ void by_sample(int64_t begin, int64_t end, int64_t rows, F f) {
   }
 }
 
-void run(const AugmentArgs& a) {
+void run(const AugmentArgs& a, const Tensor&) {
   const int64_t values = a.channels * a.out_height * a.out_width;
   const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
   const int64_t source_bytes = kernels.source_bytes(a), image_bytes = kernels.image_bytes(a);
@@ -205,6 +228,17 @@ void run(const AugmentArgs& a) {
   stage(kernels.finish, a.out_height, a.channels * a.out_width);
 }
 
+void run_backward(const AugmentArgs& a, const Tensor&) {
+  const int64_t values = a.channels * (a.out_height * a.out_width + a.in_height * a.in_width);
+  const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
+  parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
+    const Buffer scratch = buffer(kernels.backward_bytes(a));
+    for (int64_t i = begin; i < end; ++i) kernels.backward(a, scratch.get(), i);
+  });
+}
+
+#endif
+
 Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour, std::optional<Tensor> blur,
                std::optional<Tensor> boxes, std::optional<Tensor> windows, std::vector<double> constants, int64_t height,
                int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
@@ -216,7 +250,7 @@ Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tens
   check(call.args.in_height > 0 && call.args.in_width > 0, "augment: images have no pixels, got ", shape_text(images));
   call.args.output = output.mutable_data_ptr();
   set_strides(call.args.out_stride, output);
-  run(call.args);
+  run(call.args, images);
   return output;
 }
 
@@ -231,8 +265,9 @@ Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matric
   check(a.in_type != PixelType::kUInt8, "augment: images of uint8 have no gradient");
   check(!(colour_steps & kHue) || a.channels == 1,
         "augment: hue has no gradient; leave hue out, or call it under torch.no_grad()");
-  check(grad.scalar_type() == dtype && grad.is_cpu() && grad.dim() == 4 && grad.size(0) == a.batch &&
-            grad.size(1) == a.channels && grad.size(2) == height && grad.size(3) == width,
+  check_device("augment", "the gradient", grad, "images", images);
+  check(grad.scalar_type() == dtype && grad.dim() == 4 && grad.size(0) == a.batch && grad.size(1) == a.channels &&
+            grad.size(2) == height && grad.size(3) == width,
         "augment: the gradient must be like the output, (", a.batch, ", ", a.channels, ", ", height, ", ", width, "), got ",
         shape_text(grad));
   Tensor output = allocate_images(images, a.channels, a.in_height, a.in_width, images.scalar_type());
@@ -241,25 +276,20 @@ Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matric
   set_strides(a.out_stride, output);
   a.grad = grad.const_data_ptr();
   set_strides(a.grad_stride, grad);
-  const int64_t values = a.channels * (height * width + a.in_height * a.in_width);
-  const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
-  parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
-    const Buffer scratch = buffer(kernels.backward_bytes(a));
-    for (int64_t i = begin; i < end; ++i) kernels.backward(a, scratch.get(), i);
-  });
+  run_backward(a, images);
   return output;
 }
 
 // ---- parameters
 
-Tensor augment_sample(Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances, std::vector<double> low,
-                      std::vector<double> high, int64_t crop, std::vector<double> crop_box, std::vector<double> erase_box,
-                      std::vector<int64_t> sizes) {
+Tensor augment_sample(Tensor images, Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances,
+                      std::vector<double> low, std::vector<double> high, int64_t crop, std::vector<double> crop_box,
+                      std::vector<double> erase_box, std::vector<int64_t> sizes) {
   check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 && crop_box.size() == 5 &&
             erase_box.size() == 4 && sizes.size() == 4 && batch >= 0,
         "augment_sample: unexpected lengths of its lists");
   SampleArgs a{};
-  a.seed = seed_of("augment", seed, seed);
+  a.seed = seed_of("augment", seed, images);
   a.offset = uint64_t(offset);
   a.batch = batch;
   a.in_height = sizes[0];
@@ -277,22 +307,54 @@ Tensor augment_sample(Tensor seed, int64_t offset, int64_t batch, std::vector<do
   a.padding = crop_box[4];
   std::copy_n(erase_box.begin(), 2, a.erase_area);
   std::copy_n(erase_box.begin() + 2, 2, a.erase_log_ratio);
-  Tensor out =
-      allocate(seed, std::array<int64_t, 2>{batch, kParamColumns}, std::array<int64_t, 2>{kParamColumns, 1}, ScalarType::Double);
+  Tensor out = allocate(images, std::array<int64_t, 2>{batch, kParamColumns}, std::array<int64_t, 2>{kParamColumns, 1},
+                        ScalarType::Double);
   a.out = static_cast<double*>(out.mutable_data_ptr());
+#ifdef FASTREG_CUDA
+  on_stream("augment", images, [&](void* stream) { return augment_sample_cuda(a, stream); });
+#else
   for (int64_t i = 0; i < batch; ++i) sample_row(a, i);
+#endif
   return out;
 }
 
-Tensor augment_matrices(Tensor params, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width) {
-  check(params.dim() == 2 && params.size(1) == kGeometryColumns, "augment: params must be (batch, ", int(kGeometryColumns),
-        "), got ", shape_text(params));
-  const int64_t batch = params.size(0);
-  const double* rows = table("params", params, batch, kGeometryColumns);
-  Tensor out = allocate(params, std::array<int64_t, 3>{batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1}, ScalarType::Double);
-  double* matrices = static_cast<double*>(out.mutable_data_ptr());
-  for (int64_t i = 0; i < batch; ++i)
-    matrix_of(rows + i * kGeometryColumns, in_height, in_width, out_height, out_width, matrices + 6 * i);
+Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<Tensor> vflip, std::optional<Tensor> stretch,
+                        std::optional<Tensor> scale, std::optional<Tensor> angle, std::optional<Tensor> translate,
+                        std::optional<Tensor> shear, std::optional<Tensor> crop, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width) {
+  MatrixArgs a{};
+  a.batch = like.size(0);
+  a.in_height = in_height;
+  a.in_width = in_width;
+  a.out_height = out_height;
+  a.out_width = out_width;
+  // `width` columns from the given one on: of (batch,), or of (batch, width).
+  const auto columns = [&](const char* name, const std::optional<Tensor>& t, int first, int64_t width) {
+    if (!t) return;
+    check_device("augment", name, *t, "the other parameters", like);
+    check(t->scalar_type() == ScalarType::Double && t->dim() == (width > 1 ? 2 : 1) && t->size(0) == a.batch &&
+              (width == 1 || t->size(1) == width),
+          "augment: ", name, " must be float64 of ", a.batch, width > 1 ? " rows, got " : " numbers, got ", t->scalar_type(),
+          " of shape ", shape_text(*t));
+    for (int64_t k = 0; k < width; ++k) {
+      a.column[first + k] = static_cast<const double*>(t->const_data_ptr()) + (width > 1 ? k * t->stride(1) : 0);
+      a.stride[first + k] = t->stride(0);
+    }
+  };
+  columns("hflip", hflip, kHFlip, 1);
+  columns("vflip", vflip, kVFlip, 1);
+  columns("stretch", stretch, kStretch, 1);
+  columns("scale", scale, kScale, 1);
+  columns("angle", angle, kAngle, 1);
+  columns("translate", translate, kTranslateX, 2);
+  columns("shear", shear, kShearX, 2);
+  columns("crop", crop, kCropTop, 4);
+  Tensor out = allocate(like, std::array<int64_t, 3>{a.batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1}, ScalarType::Double);
+  a.out = static_cast<double*>(out.mutable_data_ptr());
+#ifdef FASTREG_CUDA
+  on_stream("augment", like, [&](void* stream) { return augment_matrices_cuda(a, stream); });
+#else
+  for (int64_t i = 0; i < a.batch; ++i) matrix_row(a, i);
+#endif
   return out;
 }
 

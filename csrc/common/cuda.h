@@ -52,6 +52,18 @@ int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, siz
   return int(cudaGetLastError());
 }
 
+// Sets memory to zero.
+template <class T>
+int zero(T* p, int64_t count, void* stream) {
+#ifdef FASTREG_CUDAHOST
+  (void)stream;
+  memset(p, 0, size_t(count) * sizeof(T));
+  return 0;
+#else
+  return int(cudaMemsetAsync(p, 0, size_t(count) * sizeof(T), static_cast<cudaStream_t>(stream)));
+#endif
+}
+
 __device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
@@ -69,11 +81,15 @@ __device__ __forceinline__ void store_float(float x, float* out) { *out = x; }
 __device__ __forceinline__ void store_float(double x, double* out) { *out = x; }
 __device__ __forceinline__ void store_float(float x, BFloat16* out) {
   const __nv_bfloat16 b = __float2bfloat16_rn(x);
-  memcpy(out, &b, 2);
+  uint16_t bits;  // a copy to *out would be made byte by byte
+  memcpy(&bits, &b, 2);
+  out->bits = bits;
 }
 __device__ __forceinline__ void store_float(float x, Half* out) {
   const __half h = __float2half_rn(x);
-  memcpy(out, &h, 2);
+  uint16_t bits;
+  memcpy(&bits, &h, 2);
+  out->bits = bits;
 }
 
 // ---- words

@@ -64,26 +64,14 @@ class Params:
 
     def matrices(self, height, width):
         """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height, width); None if there is
-        nothing to warp."""
-        geometry = (self.hflip, self.vflip, self.stretch, self.scale, self.angle, self.translate, self.shear, self.crop)
+        nothing to warp, and one row where no parameter tells how many samples there are."""
+        names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
+        geometry = {name: value.to(torch.float64) for name in names if (value := getattr(self, name)) is not None}
         size = self.settings.size or (height, width)
-        some = next((field for field in geometry if field is not None), None)
-        if some is None and size == (height, width):
+        if not geometry and size == (height, width):
             return None
-        if some is None:
-            some = next(
-                f for f in (self.brightness, self.contrast, self.saturation, self.hue, self.sigma, self.erase) if f is not None
-            )
-        batch = len(some)
-
-        def columns(field, *neutral):
-            if field is None:
-                return torch.tensor([neutral], dtype=torch.float64, device=some.device).expand(batch, len(neutral))
-            return field.to(torch.float64).reshape(batch, len(neutral))
-
-        neutral = ((0.0,), (0.0,), (1.0,), (1.0,), (0.0,), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0, height, width))
-        table = torch.cat([columns(field, *values) for field, values in zip(geometry, neutral, strict=True)], 1)
-        return _op.augment_matrices(table, height, width, *size)
+        some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), torch.zeros(1))
+        return _op.augment_matrices(some, (height, width), size, **geometry)
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
@@ -121,10 +109,13 @@ def apply(images, params):
         across, down = params.settings.kernel
         weights = _op.gaussian(params.sigma, across)
         blur = torch.cat([weights, weights if across == down else _op.gaussian(params.sigma, down)], 1)
+    matrices = params.matrices(*batch.shape[2:])
+    if matrices is not None and len(matrices) != count:
+        matrices = matrices.to(batch.device).expand(count, 2, 3).contiguous()
     output = _op.run(
         op,
         batch,
-        matrices=params.matrices(*batch.shape[2:]),
+        matrices=matrices,
         colour=colour,
         blur=blur,
         boxes=params.erase,
@@ -338,12 +329,13 @@ class Augment(nn.Module):
             params = Params(settings=self.settings)
             if self.size is not None:
                 box = ((height - size[0]) // 2, (width - size[1]) // 2, *size) if is_window else (0, 0, height, width)
-                params.crop = torch.tensor([box], dtype=torch.float64, device=batch.device).expand(count, 4)
+                columns = [torch.full((count,), float(side), dtype=torch.float64, device=batch.device) for side in box]
+                params.crop = torch.stack(columns, 1)  # and not from a list, whose copy to a GPU would wait for it
             return params
         if seed is None:
             seed = draw_seed(batch.device, generator)
         elif not isinstance(seed, torch.Tensor):
-            seed = torch.tensor([seed], dtype=torch.int64, device=batch.device)
+            seed = torch.tensor([seed], dtype=torch.int64)
         if not isinstance(offset, int) or isinstance(offset, bool):
             raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
         ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
@@ -354,7 +346,7 @@ class Augment(nn.Module):
         crop_box = [*(self.crop if self.crop and not is_window else (1.0, 1.0)), math.log(3 / 4), math.log(4 / 3)]
         crop_box.append(float(self.crop) if is_window else 0.0)
         table = _op.augment_sample(
-            seed, offset, count, [self.chances[name] for name in ("hflip", "vflip", "erase")], low, high,
+            batch.detach(), seed, offset, count, [self.chances[name] for name in ("hflip", "vflip", "erase")], low, high,
             0 if self.crop is None else 2 if is_window else 1, crop_box, [0.02, 0.33, math.log(0.3), math.log(3.3)],
             [height, width, *size],
         )  # fmt: skip

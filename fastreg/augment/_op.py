@@ -16,10 +16,14 @@ _ARGUMENTS = (
 define(f"augment({_ARGUMENTS}) -> Tensor")
 define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor")
 define(
-    "augment_sample(Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
+    "augment_sample(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
     "float[] crop_box, float[] erase_box, SymInt[] sizes) -> Tensor"
 )
-define("augment_matrices(Tensor params, SymInt in_height, SymInt in_width, SymInt out_height, SymInt out_width) -> Tensor")
+define(
+    "augment_matrices(Tensor like, Tensor? hflip, Tensor? vflip, Tensor? stretch, Tensor? scale, Tensor? angle, "
+    "Tensor? translate, Tensor? shear, Tensor? crop, SymInt in_height, SymInt in_width, "
+    "SymInt out_height, SymInt out_width) -> Tensor"
+)
 
 # Columns of the table of parameters, as ParamColumn in augment_math.h.
 COLUMNS = (
@@ -28,7 +32,6 @@ COLUMNS = (
     "brightness", "contrast", "saturation", "hue", "sigma",
     "erase_top", "erase_left", "erase_height", "erase_width",
 )  # fmt: skip
-GEOMETRY = COLUMNS.index("brightness")  # columns that make the matrix
 STEPS = {"brightness": 1, "contrast": 2, "saturation": 4, "hue": 8}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 PADDINGS = ("zeros", "border", "reflect", "fill")
@@ -51,19 +54,25 @@ def _(grad, images, *rest):
 
 
 @torch.library.register_fake("fastreg::augment_sample")
-def _(seed, offset, batch, *rest):
-    return seed.new_empty((batch, len(COLUMNS)), dtype=torch.float64)
+def _(images, seed, offset, batch, *rest):
+    return images.new_empty((batch, len(COLUMNS)), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastreg::augment_matrices")
-def _(params, in_height, in_width, out_height, out_width):
-    return params.new_empty((params.shape[0], 2, 3))
+def _(like, *rest):
+    return like.new_empty((like.shape[0], 2, 3), dtype=torch.float64)
 
 
 _augment = torch.ops.fastreg.augment.default
 _augment_backward = torch.ops.fastreg.augment_backward.default
 augment_sample = torch.ops.fastreg.augment_sample.default
-augment_matrices = torch.ops.fastreg.augment_matrices.default
+
+
+def augment_matrices(like, in_size, out_size, *, hflip=None, vflip=None, stretch=None, scale=None, angle=None, translate=None,
+                     shear=None, crop=None):  # fmt: skip
+    """(B, 2, 3) float64 matrices of float64 parameters on the device of `like`, of which there are B; None is neutral."""
+    parameters = (hflip, vflip, stretch, scale, angle, translate, shear, crop)
+    return torch.ops.fastreg.augment_matrices.default(like, *parameters, *in_size, *out_size)
 
 
 class _Augment(torch.autograd.Function):

@@ -25,8 +25,6 @@ def batched(op, images):
         )
     if images.dim() < 3:
         raise ValueError(f"{op}: images must be (..., channels, height, width), got {tuple(images.shape)}")
-    if images.device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"{op}: augmentation runs on the CPU so far, got images on {images.device}; move them with .cpu()")
     lead = images.shape[:-3]
     return images if images.dim() == 4 else images.reshape(lead.numel(), *images.shape[-3:]), lead
 
@@ -69,14 +67,9 @@ def pair(value):
     return value, value
 
 
-def matrices(op, images, size=None, **fields):
-    """(B, 2, 3) inverse matrices of the named columns of parameters, the rest neutral."""
-    height, width = images.shape[-2:]
-    neutral = {"stretch": 1.0, "scale": 1.0, "crop_height": height, "crop_width": width}
-    table = torch.zeros(images.shape[:-3].numel(), _op.GEOMETRY, dtype=torch.float64, device=images.device)
-    for name, value in (neutral | fields).items():
-        table[:, _op.COLUMNS.index(name)] = value
-    return _op.augment_matrices(table, height, width, *(size or (height, width)))
+def _matrices(images, size=None, **fields):
+    """(B, 2, 3) inverse matrices of the named parameters, float64 of (B,) or (B, columns); the rest neutral."""
+    return _op.augment_matrices(next(iter(fields.values())), images.shape[-2:], size or images.shape[-2:], **fields)
 
 
 def _check_interpolation(op, interpolation):
@@ -128,20 +121,21 @@ def _affine(op, inpt, angle, translate, scale, shear, interpolation, fill, cente
         shear = (shear, 0.0)
     fields = {
         "angle": numbers(op, "angle", angle, inpt),
+        "translate": torch.stack([numbers(op, "translate", v, inpt) for v in pair(translate)], 1),
         "scale": numbers(op, "scale", scale, inpt, above=0),
-        **{f"translate_{axis}": numbers(op, "translate", v, inpt) for axis, v in zip("xy", pair(translate), strict=True)},
-        **{f"shear_{axis}": numbers(op, "shear", v, inpt) for axis, v in zip("xy", pair(shear), strict=True)},
+        "shear": torch.stack([numbers(op, "shear", v, inpt) for v in pair(shear)], 1),
     }
-    size = size or tuple(inpt.shape[-2:])
     height, width = inpt.shape[-2:]
-    # A larger frame about the same centre is a crop that begins outside.
-    crop = {"crop_top": (height - size[0]) / 2, "crop_left": (width - size[1]) / 2, "crop_height": size[0], "crop_width": size[1]}
-    m = matrices(op, inpt, size, **fields, **crop)
+    if size is not None:  # a larger frame about the same centre is a crop that begins outside
+        crop = ((height - size[0]) / 2, (width - size[1]) / 2, *size)
+        fields["crop"] = torch.stack([numbers(op, "size", v, inpt) for v in crop], 1)
+    m = _matrices(inpt, size, **fields)
     if center is not None:  # M (x - d) + d instead of M x
         check_number(op, "center", center[0])
         check_number(op, "center", center[1])
-        d = torch.tensor([center[0] - width / 2, center[1] - height / 2], dtype=torch.float64, device=m.device)
-        m[:, :, 2] += d - m[:, :, :2] @ d
+        dx, dy = center[0] - width / 2, center[1] - height / 2
+        for row, d in ((0, dx), (1, dy)):
+            m[:, row, 2] += d - m[:, row, 0] * dx - m[:, row, 1] * dy
     padding, fill = _outside(fill)
     return _run(op, inpt, matrices=m, size=size, interpolation=interpolation, padding=padding, fill=fill)
 
@@ -181,7 +175,7 @@ def vertical_stretch(inpt, factor, interpolation="bilinear", fill=None):
     """
     op = "vertical_stretch"
     batched(op, inpt)
-    m = matrices(op, inpt, stretch=numbers(op, "factor", factor, inpt, above=0))
+    m = _matrices(inpt, stretch=numbers(op, "factor", factor, inpt, above=0))
     padding, fill = _outside(fill)
     return _run(op, inpt, matrices=m, interpolation=_check_interpolation(op, interpolation), padding=padding, fill=fill)
 

@@ -1,0 +1,966 @@
+// Augmentation on CUDA, formulas in augment_math.h: a thread makes an output pixel of all its channels, or of one channel where
+// there are other than three. Neighbouring lanes make neighbouring pixels, so that a warp's loads and stores are whole sectors.
+// Launches: one; with contrast one before it, which sums the rows of grey; with blur the pixels of a tile and its surroundings
+// are made in shared memory, and a kernel of more than 13 pixels takes two launches with a float32 image between; with antialias
+// one that looks at the matrices, a sample each. Bytes per value: the source's, once from memory (the four neighbours of bilinear
+// pixels come from the cache), twice with contrast, and the output's, written once.
+#include <type_traits>
+
+#include "../common/cuda.h"
+#include "augment_math.h"
+
+namespace fastreg {
+namespace {
+
+constexpr int kPixels = 4;         // of a thread
+constexpr int kMostChannels = 32;  // of a launch, where channels are made alone
+constexpr int kTile = 32;          // pixels along both sides
+constexpr int kWideTile = 128;     // where only rows are blurred
+constexpr int kTileBlur = 13;      // larger kernels would make most pixels of a tile for its neighbours' sake
+constexpr int64_t kTileBytes = 96 << 10;
+template <class A>
+constexpr int kSumLanes = 64 / sizeof(A);  // that share a row of grey: the sums of the CPU's vectors
+
+__device__ __forceinline__ float load_float(uint8_t x) { return float(x); }
+__device__ __forceinline__ void store_float(float x, uint8_t* out) { from_float(x, out); }
+
+// ---- what a launch is given
+
+template <class A>
+struct Pass {
+  AugmentArgs a;
+  int first_channel;  // of those of this launch
+  int64_t items;      // samples times planes times tiles, which the blocks take in turn
+  Divider tiles, planes, across, width;
+  const Shrink* shrinks;
+  A *sums, *blurred;
+  A fill[kMostChannels], erased[kMostChannels], scale[kMostChannels], shift[kMostChannels];
+
+  struct Place {
+    int64_t sample, tile;
+    int plane;  // of those of this launch
+  };
+  __device__ __forceinline__ Place place(int64_t item) const {
+    const int64_t plane = tiles.divide(item), sample = planes.divide(plane);
+    return {sample, item - plane * int64_t(tiles.divisor), int(plane - sample * int64_t(planes.divisor))};
+  }
+};
+
+// ---- what the threads of a block share of a sample
+
+template <class A>
+struct Sample {
+  FixedMatrix matrix;
+  int64_t offset;         // of the image's first pixel, from the first sample's
+  int32_t height, width;  // of what is warped: the image, or the grid
+  bool valid;             // false: the matrix or the window is no good, which the host cannot see
+  bool one_pixel;         // an output pixel is a pixel of the image
+  bool shrinks;
+  int32_t box[4];  // top, left, bottom, right of what is erased
+  ColourFactors<A> factors;
+  Filter<A> columns, rows;
+};
+
+// By the first warp: a lane for each coefficient of the matrix, whose loads would wait for each other, one for the rest.
+template <bool kShrinks, class A>
+__device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, Sample<A>& s) {
+  const AugmentArgs& a = pass.a;
+  const int lane = threadIdx.x;
+  if (lane < 6) s.matrix.m[lane] = a.matrices ? fixed_coefficient(a.matrices[6 * i + lane]) : lane % 4 == 0 ? kOne : 0;
+  __syncwarp();
+  if (lane != 0) return;
+  int64_t window[4] = {0, 0, a.in_height, a.in_width}, box[4] = {};
+  for (int k = 0; k < (a.windows ? 4 : 0); ++k) window[k] = a.windows[4 * i + k];
+  for (int k = 0; k < (a.boxes ? 4 : 0); ++k) box[k] = a.boxes[4 * i + k];
+  s.valid = window[0] >= 0 && window[1] >= 0 && window[2] > 0 && window[3] > 0 && window[2] <= a.in_height - window[0] &&
+            window[3] <= a.in_width - window[1] && within_reach(s.matrix, a.out_height, a.out_width);
+  s.offset = i * a.in_stride[0] + window[0] * a.in_stride[2] + window[1] * a.in_stride[3];
+  s.height = int32_t(window[2]);
+  s.width = int32_t(window[3]);
+  s.shrinks = kShrinks && pass.shrinks && s.valid && pass.shrinks[i].on;
+  if (kShrinks && s.shrinks) {
+    const Shrink& shrink = pass.shrinks[i];
+    s.columns = Filter<A>(shrink, 0, window[3], a.interpolation, a.padding);
+    s.rows = Filter<A>(shrink, 1, window[2], a.interpolation, a.padding);
+    s.width = int32_t(shrink.size[0]);
+    s.height = int32_t(shrink.size[1]);
+    s.matrix = shrink.rest;
+  }
+  s.one_pixel = a.interpolation == Interpolation::kNearest || is_straight(s.matrix);
+  if (a.colour_steps)
+    s.factors = ColourFactors<A>(a.colour + kColourColumns * i, A(a.in_type == PixelType::kUInt8 ? 255 : 1), mean);
+  for (int axis = 0; axis < 2; ++axis) {
+    const int64_t length = axis ? a.out_width : a.out_height, first = box[axis] < length ? box[axis] : length;
+    const int64_t last = box[2 + axis] < length - first ? first + box[2 + axis] : length;
+    s.box[axis] = int32_t(first < 0 ? 0 : first);
+    s.box[2 + axis] = int32_t(last < 0 ? 0 : last);
+  }
+}
+
+// ---- geometry
+
+// The pixels that are warped: of an image of T ...
+template <class T>
+struct Image {
+  using A = typename Accumulate<T>::type;
+  static constexpr bool kBytes = std::is_same_v<T, uint8_t>, kShrinks = false;
+  static constexpr int kBlocks = sizeof(A) == 8 ? 2 : 4;  // at once on a multiprocessor, for which registers must do
+  const T* data;
+  int64_t plane, row, pixel;  // strides
+
+  __device__ Image(const Pass<A>& pass, const Sample<A>& s, int channel)
+      : data(static_cast<const T*>(pass.a.images) + s.offset + channel * pass.a.in_stride[1]),
+        plane(pass.a.in_stride[1]),
+        row(pass.a.in_stride[2]),
+        pixel(pass.a.in_stride[3]) {}
+
+  // The C channels of the pixel in line y, column x.
+  template <int C>
+  __device__ __forceinline__ void get(int32_t y, int32_t x, A (&p)[C]) const {
+    const T* at = data + y * row + x * pixel;
+#pragma unroll
+    for (int c = 0; c < C; ++c) p[c] = load_float(at[c * plane]);
+  }
+};
+
+// ... or, for antialiasing, of the grid where the sample shrinks, made of an image of whatever type anew each time.
+template <class Accumulated>
+struct Grid {
+  using A = Accumulated;
+  static constexpr bool kBytes = std::is_same_v<A, float>, kShrinks = true;
+  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2;
+  const Pass<A>& pass;
+  const Sample<A>& s;
+  int channel;
+
+  __device__ Grid(const Pass<A>& pass, const Sample<A>& s, int channel) : pass(pass), s(s), channel(channel) {}
+
+  template <int C>
+  __device__ __forceinline__ void image(int32_t y, int32_t x, A (&p)[C]) const {
+    const AugmentArgs& a = pass.a;
+    const int64_t at = s.offset + channel * a.in_stride[1] + y * a.in_stride[2] + x * a.in_stride[3];
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      const int64_t i = at + c * a.in_stride[1];
+      if constexpr (std::is_same_v<A, double>)
+        p[c] = static_cast<const double*>(a.images)[i];
+      else
+        p[c] = a.in_type == PixelType::kFloat32    ? static_cast<const float*>(a.images)[i]
+               : a.in_type == PixelType::kFloat16  ? load_float(static_cast<const Half*>(a.images)[i])
+               : a.in_type == PixelType::kBFloat16 ? load_float(static_cast<const BFloat16*>(a.images)[i])
+                                                   : load_float(static_cast<const uint8_t*>(a.images)[i]);
+    }
+  }
+
+  template <int C>
+  __device__ __forceinline__ void get(int32_t y, int32_t x, A (&p)[C]) const {
+    auto columns = s.columns.span(x), lines = s.rows.span(y);
+    if (!s.shrinks) {
+      columns = {x, x + 1, 0};
+      lines = {y, y + 1, 0};
+    }
+    const bool there = columns.last > columns.first && lines.last > lines.first;
+    A across = 0, down = 0, sum[C] = {};
+#pragma unroll 1
+    for (int32_t j = columns.first; j < (there ? columns.last : columns.first); ++j) {
+      A column[C] = {};
+      down = 0;
+#pragma unroll 1
+      for (int32_t i = lines.first; i < lines.last; ++i) {
+        A pixel[C];
+        image(i, j, pixel);
+        const A weight = s.shrinks ? s.rows.weight(lines, i) : A(1);
+        down += weight;
+#pragma unroll
+        for (int c = 0; c < C; ++c) column[c] += weight * pixel[c];
+      }
+      const A weight = s.shrinks ? s.columns.weight(columns, j) : A(1);
+      across += weight;
+#pragma unroll
+      for (int c = 0; c < C; ++c) sum[c] += weight * column[c];
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) p[c] = there ? sum[c] / (down * across) : pass.fill[channel - pass.first_channel + c];
+  }
+};
+
+template <int C, class P, class A>
+__device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixels, Padding padding, const A* fill, Position at,
+                                               A (&p)[C]) {
+  A t, from_top, upper[C], left[C];
+  fraction_of(at.u, &t);
+  fraction_of(at.v, &from_top);
+  int there = 0;
+#pragma unroll(P::kShrinks ? 1 : 4)
+  for (int tap = 0; tap < 4; ++tap) {  // column by column
+    const int32_t line = padded(whole_part(at.v) + (tap & 1), s.height, padding);
+    const int32_t column = padded(whole_part(at.u) + (tap >> 1), s.width, padding);
+    A pixel[C] = {};
+    if (line >= 0 && column >= 0) {
+      pixels.get(line, column, pixel);
+      there |= 1 << tap;
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) {
+      if ((tap & 1) == 0)
+        upper[c] = pixel[c];
+      else if (tap == 1)
+        left[c] = lerp(upper[c], pixel[c], from_top);
+      else
+        p[c] = lerp(left[c], lerp(upper[c], pixel[c], from_top), t);
+    }
+  }
+  if (padding != Padding::kFill || there == 15) return;
+  const auto is_there = [&](int tap) { return A(there >> tap & 1); };
+  const A inside = lerp(lerp(is_there(0), is_there(1), from_top), lerp(is_there(2), is_there(3), from_top), t);
+#pragma unroll
+  for (int c = 0; c < C; ++c) p[c] = filled(p[c], inside, fill[c]);
+}
+
+template <int C, class P, class A>
+__device__ __forceinline__ void bicubic_pixel(const Sample<A>& s, const P& pixels, Padding padding, const A* fill, Position at,
+                                              A (&p)[C]) {
+  A t, from_top, inside = 0;
+  fraction_of(at.u, &t);
+  fraction_of(at.v, &from_top);
+  int there = 0;
+#pragma unroll
+  for (int c = 0; c < C; ++c) p[c] = 0;
+#pragma unroll 1
+  for (int i = 0; i < 4; ++i) {
+    const int32_t line = padded(whole_part(at.v) - 1 + i, s.height, padding);
+    const A down = cubic_weight(i, from_top);
+    A sum[C] = {};
+#pragma unroll(P::kShrinks ? 1 : 4)
+    for (int k = 0; k < 4; ++k) {
+      const int32_t column = padded(whole_part(at.u) - 1 + k, s.width, padding);
+      if (line < 0 || column < 0) continue;
+      A pixel[C];
+      pixels.get(line, column, pixel);
+      const A across = cubic_weight(k, t);
+      inside += down * across;
+      ++there;
+#pragma unroll
+      for (int c = 0; c < C; ++c) sum[c] += across * pixel[c];
+    }
+#pragma unroll
+    for (int c = 0; c < C; ++c) p[c] += down * sum[c];
+  }
+  if (padding != Padding::kFill || there == 16) return;
+#pragma unroll
+  for (int c = 0; c < C; ++c) p[c] = filled(p[c], inside, fill[c]);
+}
+
+// Output pixel (x, y) after the warp; a NaN where the sample is no good.
+template <int C, class P, class A>
+__device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels, int channel, int32_t x,
+                                             int32_t y, A (&p)[C]) {
+  const Padding padding = pass.a.padding;
+  const A* fill = pass.fill + channel - pass.first_channel;
+  const Position at = s.matrix.at(x, y);
+  if (!s.valid) {
+    for (int c = 0; c < C; ++c) p[c] = A(NAN);
+  } else if (s.one_pixel) {
+    const int32_t line = padded(nearest_pixel(at.v), s.height, padding), column = padded(nearest_pixel(at.u), s.width, padding);
+    if (line >= 0 && column >= 0) return pixels.get(line, column, p);
+    for (int c = 0; c < C; ++c) p[c] = fill[c];
+  } else if (pass.a.interpolation == Interpolation::kBilinear) {
+    bilinear_pixel(s, pixels, padding, fill, at, p);
+  } else {
+    bicubic_pixel(s, pixels, padding, fill, at, p);
+  }
+}
+
+// ---- colour
+
+template <class P, class A>
+__device__ __forceinline__ bool quantises(const Pass<A>& pass) {
+  return P::kBytes && pass.a.out_type == PixelType::kUInt8;
+}
+
+template <int C, class P, class A>
+__device__ __forceinline__ void coloured_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels, int channel, int32_t x,
+                                               int32_t y, int steps, A (&p)[C]) {
+  warped_pixel(pass, s, pixels, channel, x, y, p);
+  if (quantises<P>(pass)) {
+    for (int c = 0; c < (pass.a.matrices ? C : 0); ++c) p[c] = quantised(p[c], A(255));
+    if constexpr (C == 3)
+      colour_pixel<P::kBytes>(s.factors, steps, p[0], p[1], p[2]);
+    else
+      colour_pixel<P::kBytes>(s.factors, steps, p[0]);
+  } else {
+    if constexpr (C == 3)
+      colour_pixel<false>(s.factors, steps, p[0], p[1], p[2]);
+    else
+      colour_pixel<false>(s.factors, steps, p[0]);
+  }
+}
+
+// Normalises, erases and stores the C channels of an output pixel.
+template <int C, class A>
+__device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, int64_t sample, int channel, int32_t x, int32_t y,
+                                     const A (&p)[C]) {
+  const AugmentArgs& a = pass.a;
+  const bool erased = y >= s.box[0] && y < s.box[2] && x >= s.box[1] && x < s.box[3];
+  const int64_t at = sample * a.out_stride[0] + channel * a.out_stride[1] + y * a.out_stride[2] + x * a.out_stride[3];
+#pragma unroll
+  for (int c = 0; c < C; ++c) {
+    const int k = channel - pass.first_channel + c;
+    const A value = erased ? pass.erased[k] : a.normalise ? p[c] * pass.scale[k] + pass.shift[k] : p[c];
+    const int64_t i = at + c * a.out_stride[1];
+    if constexpr (std::is_same_v<A, double>) {
+      static_cast<double*>(a.output)[i] = value;
+    } else {
+      switch (a.out_type) {
+        case PixelType::kFloat32:
+          static_cast<float*>(a.output)[i] = value;
+          break;
+        case PixelType::kFloat16:
+          store_float(value, static_cast<Half*>(a.output) + i);
+          break;
+        case PixelType::kBFloat16:
+          store_float(value, static_cast<BFloat16*>(a.output) + i);
+          break;
+        default:
+          store_float(value, static_cast<uint8_t*>(a.output) + i);
+      }
+    }
+  }
+}
+
+// ---- sums of a sample
+
+// The exact sum of two numbers as high + low (Knuth), added to what there is.
+template <class A>
+__device__ __forceinline__ void add_exactly(A& high, A& low, A more_high, A more_low) {
+  const A sum = high + more_high, part = sum - high;
+  low += (high - (sum - part)) + (more_high - part) + more_low;
+  high = sum;
+}
+
+// The sum of a sample's rows over `count`, given to every thread of the block.
+template <class A>
+__device__ __forceinline__ A block_mean(const A* rows, int64_t number, A count) {
+  __shared__ A highs[kWarps], lows[kWarps], mean;
+  A high = 0, low = 0;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < number; i += kThreads) add_exactly(high, low, rows[i], A(0));
+#pragma unroll 1
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+    const A other_high = __shfl_xor_sync(kAllLanes, high, distance), other_low = __shfl_xor_sync(kAllLanes, low, distance);
+    add_exactly(high, low, other_high, other_low);
+  }
+  if (threadIdx.x % kLanes == 0) {
+    highs[threadIdx.x / kLanes] = high;
+    lows[threadIdx.x / kLanes] = low;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+#pragma unroll 1
+    for (int i = 1; i < kWarps; ++i) add_exactly(high, low, highs[i], lows[i]);
+    const A sum = high + low;
+    mean = mean_of(sum, low - (sum - high), count);
+  }
+  __syncthreads();
+  return mean;
+}
+
+// What every kernel begins with: the sample of an item, with the mean of its grey where contrast wants it.
+template <class P, class A>
+__device__ __forceinline__ void begin_item(const Pass<A>& pass, int64_t sample, bool with_mean, Sample<A>& s) {
+  const AugmentArgs& a = pass.a;
+  __syncthreads();  // no thread is at work on the last item
+  A mean = 0;
+  if (with_mean && a.colour_steps & kContrast)
+    mean = block_mean(pass.sums + sample * a.out_height, a.out_height, A(a.out_height * a.out_width));
+  if (threadIdx.x < kLanes) set_up<P::kShrinks>(pass, sample, mean, s);
+  __syncthreads();
+}
+
+template <class A>
+__device__ __forceinline__ A sum_of_row(A sum) {  // of the lanes that share it
+#pragma unroll
+  for (int distance = kSumLanes<A> / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  return sum;
+}
+
+// Items: as many rows as a block has groups of lanes.
+template <class P, int C, class A = typename P::A>
+__global__ void __launch_bounds__(kThreads, P::kBlocks < 3 ? P::kBlocks : 3) grey_sums(const Pass<A> pass) {
+  __shared__ Sample<A> s;
+  const AugmentArgs& a = pass.a;
+  const int lane = threadIdx.x % kSumLanes<A>;
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    begin_item<P>(pass, place.sample, false, s);
+    const P pixels(pass, s, 0);
+    const int64_t y = place.tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
+    A sum = 0;
+#pragma unroll 1
+    for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>) {
+      A p[C];
+      coloured_pixel(pass, s, pixels, 0, int32_t(x), int32_t(y), a.colour_steps & kBrightness, p);
+      if constexpr (C == 3) {
+        sum += quantises<P>(pass) ? grey_of<P::kBytes>(p[0], p[1], p[2]) : grey_of<false>(p[0], p[1], p[2]);
+      } else {
+        sum += p[0];
+      }
+    }
+    sum = sum_of_row(sum);
+    if (lane == 0 && y < a.out_height) pass.sums[place.sample * a.out_height + y] = sum;
+  }
+}
+
+// ---- without blur
+
+// Calls f(x, y) for the pixels of an item that are this thread's.
+template <class A, class F>
+__device__ __forceinline__ void for_each_pixel(const Pass<A>& pass, int64_t tile, F f) {
+  const int64_t pixels = pass.a.out_height * pass.a.out_width;
+#pragma unroll 1
+  for (int k = 0; k < kPixels; ++k) {
+    const int64_t i = (tile * kPixels + k) * kThreads + threadIdx.x;
+    if (i >= pixels) return;
+    const int64_t y = pass.width.divide(i);
+    f(int32_t(i - y * pass.a.out_width), int32_t(y));
+  }
+}
+
+template <class P, int C, class A = typename P::A>
+__global__ void __launch_bounds__(kThreads, P::kBlocks) augment_pixels(const Pass<A> pass) {
+  __shared__ Sample<A> s;
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    const int channel = pass.first_channel + place.plane;
+    begin_item<P>(pass, place.sample, true, s);
+    const P pixels(pass, s, channel);
+    for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
+      A p[C];
+      coloured_pixel(pass, s, pixels, channel, x, y, pass.a.colour_steps, p);
+      emit(pass, s, place.sample, channel, x, y, p);
+    });
+  }
+}
+
+// ---- with blur
+
+// Calls f(row, column) for the pixels of a rectangle that are this thread's.
+template <class F>
+__device__ __forceinline__ void for_each_in(int rows, int columns, F f) {
+  for (int i = threadIdx.x; i < rows * columns; i += kThreads) f(i / columns, i % columns);
+}
+
+struct Tile {
+  int width, height;
+  bool down;  // blur along y too
+};
+template <class A>
+int64_t tile_bytes(const Tile& tile, int64_t blur_width, int64_t blur_height, int channels) {
+  const int64_t columns = tile.width + blur_width - 1, rows = tile.height + (tile.down ? blur_height - 1 : 0);
+  return (channels * rows * (columns + (tile.down ? tile.width : 0)) + blur_width + blur_height) * int64_t(sizeof(A));
+}
+
+// Pixels of a tile and of what surrounds it by half a kernel, blurred along x, then along y; or along x only, to pass.blurred.
+template <class P, int C, class A = typename P::A>
+__global__ void __launch_bounds__(kThreads, P::kBlocks) augment_tiles(const Pass<A> pass, const Tile tile) {
+  __shared__ Sample<A> s;
+  const AugmentArgs& a = pass.a;
+  const int blur_width = int(a.blur_width), blur_height = tile.down ? int(a.blur_height) : 1;
+  const int pitch = tile.width + blur_width - 1, lines = tile.height + blur_height - 1;
+  A* weight = reinterpret_cast<A*>(dynamic_shared);
+  A *made = weight + a.blur_width + a.blur_height, *across = made + C * lines * pitch;
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    const int channel = pass.first_channel + place.plane;
+    begin_item<P>(pass, place.sample, true, s);
+    const P pixels(pass, s, channel);
+    const int64_t tile_row = pass.across.divide(place.tile), tile_column = place.tile - tile_row * int64_t(pass.across.divisor);
+    const int64_t top = tile_row * tile.height, left = tile_column * tile.width;
+    const int height = int(a.out_height - top < tile.height ? a.out_height - top : tile.height);
+    const int width = int(a.out_width - left < tile.width ? a.out_width - left : tile.width);
+    const int made_height = height + blur_height - 1;
+    for (int k = threadIdx.x; k < a.blur_width + a.blur_height; k += kThreads)
+      weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + k]);
+    for_each_in(made_height, width + blur_width - 1, [&](int row, int column) {
+      A p[C];
+      const int64_t y = mirrored(top + row - blur_height / 2, a.out_height);
+      const int64_t x = mirrored(left + column - blur_width / 2, a.out_width);
+      coloured_pixel(pass, s, pixels, channel, int32_t(x), int32_t(y), a.colour_steps, p);
+      for (int c = 0; c < C; ++c) made[(c * lines + row) * pitch + column] = p[c];
+    });
+    __syncthreads();
+    for_each_in(made_height, width, [&](int row, int column) {
+      for (int c = 0; c < C; ++c) {
+        const A* from = made + (c * lines + row) * pitch + column;
+        A sum = 0;
+        for (int k = 0; k < blur_width; ++k) sum += weight[k] * from[k];
+        if (tile.down)
+          across[(c * lines + row) * tile.width + column] = sum;
+        else
+          pass.blurred[((place.sample * a.channels + channel + c) * a.out_height + top + row) * a.out_width + left + column] =
+              sum;
+      }
+    });
+    if (!tile.down) continue;
+    __syncthreads();
+    for_each_in(height, width, [&](int row, int column) {
+      A p[C];
+      for (int c = 0; c < C; ++c) {
+        const A* from = across + (c * lines + row) * tile.width + column;
+        A sum = 0;
+        for (int k = 0; k < blur_height; ++k) sum += weight[blur_width + k] * from[k * tile.width];
+        p[c] = quantises<P>(pass) ? quantised(sum, A(255)) : sum;
+      }
+      emit(pass, s, place.sample, channel, int32_t(left + column), int32_t(top + row), p);
+    });
+  }
+}
+
+// The second half of a large kernel's blur.
+template <class A>
+__global__ void __launch_bounds__(kThreads) blur_down(const Pass<A> pass) {
+  __shared__ Sample<A> s;
+  const AugmentArgs& a = pass.a;
+  A* weight = reinterpret_cast<A*>(dynamic_shared);
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    const int channel = pass.first_channel + place.plane;
+    begin_item<Image<A>>(pass, place.sample, false, s);
+    for (int64_t k = threadIdx.x; k < a.blur_height; k += kThreads)
+      weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + a.blur_width + k]);
+    __syncthreads();
+    const A* plane = pass.blurred + (place.sample * a.channels + channel) * a.out_height * a.out_width;
+    for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
+      A p[1] = {0};
+      for (int64_t k = 0; k < a.blur_height; ++k)
+        p[0] += weight[k] * plane[mirrored(y + k - a.blur_height / 2, a.out_height) * a.out_width + x];
+      if (a.out_type == PixelType::kUInt8) p[0] = quantised(p[0], A(255));
+      emit(pass, s, place.sample, channel, x, y, p);
+    });
+  }
+}
+
+// ---- backward
+
+// The gradient as it comes in, before normalisation; 0 where the output was erased. Items: pixels of one channel.
+template <class A>
+__global__ void __launch_bounds__(kThreads) incoming_gradient(const Pass<A> pass, A* out) {
+  __shared__ Sample<A> s;
+  const AugmentArgs& a = pass.a;
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    const int channel = pass.first_channel + place.plane;
+    begin_item<Image<A>>(pass, place.sample, false, s);
+    for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
+      const int64_t i =
+          place.sample * a.grad_stride[0] + channel * a.grad_stride[1] + y * a.grad_stride[2] + x * a.grad_stride[3];
+      A grad;
+      if constexpr (std::is_same_v<A, double>)
+        grad = static_cast<const double*>(a.grad)[i];
+      else
+        grad = a.out_type == PixelType::kFloat32   ? static_cast<const float*>(a.grad)[i]
+               : a.out_type == PixelType::kFloat16 ? load_float(static_cast<const Half*>(a.grad)[i])
+                                                   : load_float(static_cast<const BFloat16*>(a.grad)[i]);
+      const bool erased = y >= s.box[0] && y < s.box[2] && x >= s.box[1] && x < s.box[3];
+      const A scale = a.normalise ? pass.scale[place.plane] : A(1);
+      out[((place.sample * a.channels + channel) * a.out_height + y) * a.out_width + x] = erased ? A(0) : scale * grad;
+    });
+  }
+}
+
+// The transposed blur along one axis: each pixel collects from those that took from it. Items: pixels of one channel.
+template <class A>
+__global__ void __launch_bounds__(kThreads) blur_backward(const Pass<A> pass, const A* in, A* out, bool down) {
+  const AugmentArgs& a = pass.a;
+  const int64_t size = down ? a.blur_height : a.blur_width, length = down ? a.out_height : a.out_width, radius = size / 2;
+  const int64_t step = down ? a.out_width : 1;
+  A* weight = reinterpret_cast<A*>(dynamic_shared);
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    __syncthreads();  // no thread is at work on the last item
+    for (int64_t k = threadIdx.x; k < size; k += kThreads)
+      weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + (down ? a.blur_width : 0) + k]);
+    __syncthreads();
+    const int64_t plane = (place.sample * a.channels + pass.first_channel + place.plane) * a.out_height * a.out_width;
+    for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
+      const int64_t own = down ? y : x;
+      const A* line = in + plane + (down ? x : y * a.out_width);
+      A sum = 0;
+      for (int64_t i = own < radius ? 0 : own - radius; i < length && i <= own + radius; ++i)
+        if (i >= radius && i + radius < length)
+          sum += weight[own - i + radius] * line[i * step];
+        else  // took from reflected pixels too
+          for (int64_t k = 0; k < size; ++k)
+            if (mirrored(i + k - radius, length) == own) sum += weight[k] * line[i * step];
+      out[plane + y * a.out_width + x] = sum;
+    });
+  }
+}
+
+// Where the gradient of the output's pixel is: (batch, channels, height, width).
+template <class A>
+__device__ __forceinline__ int64_t grad_index(const AugmentArgs& a, int64_t sample, int channel, int32_t x, int32_t y) {
+  return ((sample * a.channels + channel) * a.out_height + y) * a.out_width + x;
+}
+
+// Back through saturation and contrast, in place; of each row what it adds to the gradient of the mean. Items as of grey_sums.
+template <class A, int C>
+__global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks) blends_backward_rows(const Pass<A> pass, A* grad, A* through_mean) {
+  __shared__ Sample<A> s;
+  const AugmentArgs& a = pass.a;
+  const int lane = threadIdx.x % kSumLanes<A>;
+  const int64_t plane = a.out_height * a.out_width;
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    begin_item<Grid<A>>(pass, place.sample, true, s);
+    const Grid<A> pixels(pass, s, 0);
+    const int64_t y = place.tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
+    A sum = 0;
+#pragma unroll 1
+    for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>) {
+      A p[C], g[C], *at = grad + grad_index<A>(a, place.sample, 0, int32_t(x), int32_t(y));
+      warped_pixel(pass, s, pixels, 0, int32_t(x), int32_t(y), p);
+      for (int c = 0; c < C; ++c) g[c] = at[c * plane];
+      sum += blends_backward<C>(s.factors, a.colour_steps, p, g);
+      for (int c = 0; c < C; ++c) at[c * plane] = g[c];
+    }
+    sum = sum_of_row(sum);
+    if (lane == 0 && y < a.out_height) through_mean[place.sample * a.out_height + y] = sum;
+  }
+}
+
+// taps_at, a tap at a time: arrays that are not indexed by constants lie in memory.
+template <class A>
+struct Tap {
+  int count;
+  int32_t first, n;
+  Padding padding;
+  A t;
+
+  __device__ Tap(int64_t position, Interpolation interpolation, int32_t n, Padding padding) : n(n), padding(padding) {
+    count = interpolation == Interpolation::kNearest ? 1 : interpolation == Interpolation::kBilinear ? 2 : 4;
+    first = count == 1 ? nearest_pixel(position) : whole_part(position) - (count == 4);
+    fraction_of(position, &t);
+  }
+  __device__ int32_t pixel(int i) const { return padded(first + i, n, padding); }
+  __device__ A weight(int i) const { return count == 1 ? A(1) : count == 2 ? (i ? t : A(1) - t) : cubic_weight(i, t); }
+};
+
+// Where the gradient of the images is summed: floating point of any strides.
+template <class A>
+struct Sums {
+  A* data;
+  int64_t stride[4];
+};
+
+// Back through brightness and the warp: every pixel adds its share to the pixels that it was made of.
+template <class A, int C>
+__global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks)
+    warp_backward(const Pass<A> pass, const A* grad, const A* through_mean, const Sums<A> sums) {
+  __shared__ Sample<A> s;
+  const AugmentArgs& a = pass.a;
+  const int64_t plane = a.out_height * a.out_width;
+  for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
+    const auto place = pass.place(item);
+    const int channel = pass.first_channel + place.plane;
+    begin_item<Grid<A>>(pass, place.sample, false, s);
+    if (!s.valid) continue;
+    A mean_share = 0;
+    if (a.colour_steps & kContrast)
+      mean_share = one_minus(a.colour[kColourColumns * place.sample + kContrastColumn], A()) *
+                   block_mean(through_mean + place.sample * a.out_height, a.out_height, A(plane));
+    const Grid<A> pixels(pass, s, channel);
+    A* to = sums.data + place.sample * sums.stride[0] + channel * sums.stride[1];
+    if (a.windows) to += a.windows[4 * place.sample] * sums.stride[2] + a.windows[4 * place.sample + 1] * sums.stride[3];
+    const auto add = [&](int32_t line, int32_t column, A weight, const A(&g)[C]) {
+      A* at = to + line * sums.stride[2] + column * sums.stride[3];
+      for (int c = 0; c < C; ++c) atomicAdd(at + c * sums.stride[1], weight * g[c]);
+    };
+    for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
+      A g[C];
+      for (int c = 0; c < C; ++c) g[c] = grad[grad_index<A>(a, place.sample, channel + c, x, y)];
+      if (a.colour_steps) {
+        A p[C];
+        warped_pixel(pass, s, pixels, channel, x, y, p);
+        brightness_backward<C>(s.factors, a.colour_steps, p, mean_share, g);
+      }
+      const Position at = s.matrix.at(x, y);
+      const Tap<A> lines(at.v, s.one_pixel ? Interpolation::kNearest : a.interpolation, s.height, a.padding);
+      const Tap<A> columns(at.u, s.one_pixel ? Interpolation::kNearest : a.interpolation, s.width, a.padding);
+      A inside = 1;
+      if (a.padding == Padding::kFill) {
+        int there = 0;
+        inside = 0;
+#pragma unroll 1
+        for (int tap = 0; tap < lines.count * columns.count; ++tap) {
+          const int i = tap / columns.count, k = tap % columns.count;
+          if (lines.pixel(i) < 0 || columns.pixel(k) < 0) continue;
+          inside += lines.weight(i) * columns.weight(k);
+          ++there;
+        }
+        if (there == lines.count * columns.count) inside = 1;
+      }
+#pragma unroll 1
+      for (int tap = 0; tap < lines.count * columns.count; ++tap) {
+        const int i = tap / columns.count, k = tap % columns.count;
+        const int32_t line = lines.pixel(i), column = columns.pixel(k);
+        A weight = lines.weight(i) * columns.weight(k);
+        if (line < 0 || column < 0 || weight == A(0)) continue;
+        weight *= inside;
+        if (!s.shrinks) {
+          add(line, column, weight, g);
+          continue;
+        }
+        const auto across = s.columns.span(column), down = s.rows.span(line);
+        weight = weight / (s.rows.total(down) * s.columns.total(across));
+        for (int32_t v = down.first; v < (across.last > across.first ? down.last : down.first); ++v)
+          for (int32_t u = across.first; u < across.last; ++u)
+            add(v, u, weight * s.columns.weight(across, u) * s.rows.weight(down, v), g);
+      }
+    });
+  }
+}
+
+// The sums, (batch, channels, height, width), rounded to the images' dtype.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    round_gradient(const AugmentArgs a, const float* sums, Divider width, Divider height, Divider channels, int64_t numel) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel; i += int64_t(gridDim.x) * kThreads) {
+    const int64_t line = width.divide(i), plane = height.divide(line), sample = channels.divide(plane);
+    store_float(sums[i], static_cast<T*>(a.output) + sample * a.out_stride[0] + (plane - sample * a.channels) * a.out_stride[1] +
+                             (line - plane * a.in_height) * a.out_stride[2] + (i - line * a.in_width) * a.out_stride[3]);
+  }
+}
+
+// ---- a row of a table for each sample, in float64
+
+__global__ void sample_rows(const SampleArgs args) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
+    sample_row(args, i);
+}
+__global__ void matrix_rows(const MatrixArgs args) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
+    matrix_row(args, i);
+}
+__global__ void shrink_rows(const AugmentArgs a, Shrink* shrinks) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.batch; i += int64_t(gridDim.x) * kThreads) {
+    const double* matrix = a.matrices + 6 * i;
+    const int64_t* window = a.windows ? a.windows + 4 * i : nullptr;
+    FixedMatrix unused;
+    Shrink shrink = {};
+    if (fixed_matrix(matrix, a.out_height, a.out_width, &unused))
+      shrink = shrink_of(matrix, window ? window[2] : a.in_height, window ? window[3] : a.in_width, a.out_height, a.out_width,
+                         a.interpolation);
+    shrinks[i] = shrink;
+  }
+}
+
+// ---- launches
+
+// Scratch, one part after another; `base` null only counts.
+struct Parts {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* part = reinterpret_cast<T*>(base + used);
+    used += (count * int64_t(sizeof(T)) + 255) / 256 * 256;
+    return count ? part : nullptr;
+  }
+};
+
+bool antialiases(const AugmentArgs& a) { return a.antialias && a.matrices && a.interpolation != Interpolation::kNearest; }
+int together(const AugmentArgs& a) { return a.channels == 3 ? 3 : 1; }
+Tile tile_of(const AugmentArgs& a, int64_t value_bytes) {
+  const auto bytes = [&](const Tile& t) {
+    return value_bytes == 8 ? tile_bytes<double>(t, a.blur_width, a.blur_height, together(a))
+                            : tile_bytes<float>(t, a.blur_width, a.blur_height, together(a));
+  };
+  const int64_t most = int64_t(most_shared()) - 4096 < kTileBytes ? int64_t(most_shared()) - 4096 : kTileBytes;
+  Tile tile = {kTile, kTile, true};
+  if (a.blur_width <= kTileBlur && a.blur_height <= kTileBlur && bytes(tile) <= most) return tile;
+  for (tile = {kWideTile, kTile, false}; tile.height && bytes(tile) > most; tile.height /= 2) {
+  }
+  return tile;
+}
+
+template <class A>
+struct Scratch {
+  Shrink* shrinks;
+  A *sums, *blurred, *grad, *spare, *through_mean, *in_grad;
+  int64_t bytes;
+
+  Scratch(const AugmentArgs& a, bool backward) {
+    Parts parts{static_cast<char*>(a.scratch)};
+    const int64_t values = a.batch * a.channels * a.out_height * a.out_width;
+    const int64_t rows = a.colour_steps & kContrast ? a.batch * a.out_height : 0;
+    const bool blends = backward && a.colour_steps & (kContrast | kSaturation);
+    shrinks = parts.take<Shrink>(antialiases(a) ? a.batch : 0);
+    sums = parts.take<A>(rows);
+    blurred = parts.take<A>(a.blur && !backward && !tile_of(a, sizeof(A)).down ? values : 0);
+    grad = parts.take<A>(backward ? values : 0);
+    spare = parts.take<A>(backward && a.blur ? values : 0);
+    through_mean = parts.take<A>(blends ? a.batch * a.out_height : 0);
+    in_grad = parts.take<A>(backward && (a.in_type == PixelType::kFloat16 || a.in_type == PixelType::kBFloat16)
+                                ? a.batch * a.channels * a.in_height * a.in_width
+                                : 0);
+    bytes = parts.used;
+  }
+};
+
+// The pass over `planes` groups of channels from `first` on, with `tiles` tiles each.
+template <class A>
+Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int channels, int planes, int64_t tiles) {
+  Pass<A> pass;
+  pass.a = a;
+  pass.first_channel = first;
+  pass.items = a.batch * planes * tiles;
+  pass.tiles = Divider(tiles);
+  pass.planes = Divider(planes);
+  pass.width = Divider(a.out_width);
+  pass.shrinks = scratch.shrinks;
+  pass.sums = scratch.sums;
+  pass.blurred = scratch.blurred;
+  for (int i = 0; i < kMostChannels; ++i) {
+    const bool there = i < channels;
+    const double* constant = a.constants + first + i;
+    pass.fill[i] = there && a.padding == Padding::kFill ? A(constant[0]) : A(0);
+    pass.erased[i] = there ? A(constant[a.channels]) : A(0);
+    pass.scale[i] = there ? A(constant[2 * a.channels]) : A(0);
+    pass.shift[i] = there ? A(constant[3 * a.channels]) : A(0);
+  }
+  return pass;
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t pixel_tiles(const AugmentArgs& a) { return divide_up(a.out_height * a.out_width, kThreads * kPixels); }
+template <class A>
+int64_t row_tiles(const AugmentArgs& a) {
+  return divide_up(a.out_height, kThreads / kSumLanes<A>);
+}
+
+template <class A>
+int launch_pass(void (*kernel)(Pass<A>), const Pass<A>& pass, void* stream) {
+  return launch(kernel, blocks_for(pass.items, 1), kThreads, 0, stream, pass);
+}
+
+// f(first channel, channels) for as many channels as a launch takes, until one gives an error.
+template <class F>
+int for_each_group(const AugmentArgs& a, F f) {
+  int error = 0;
+  for (int64_t first = 0; first < a.channels && !error; first += kMostChannels)
+    error = f(int(first), int(a.channels - first < kMostChannels ? a.channels - first : kMostChannels));
+  return error;
+}
+
+template <class A>
+int find_shrinks(const AugmentArgs& a, const Scratch<A>& scratch, void* stream) {
+  return scratch.shrinks ? launch(shrink_rows, blocks_for(a.batch, kThreads), kThreads, 0, stream, a, scratch.shrinks) : 0;
+}
+
+template <class P, int C>
+int sum_grey(const AugmentArgs& a, const Scratch<typename P::A>& scratch, void* stream) {
+  using A = typename P::A;
+  if (!scratch.sums) return 0;
+  return launch_pass(grey_sums<P, C>, pass_of(a, scratch, 0, C, 1, row_tiles<A>(a)), stream);
+}
+
+template <class P, int C>
+int forward(const AugmentArgs& a, void* stream) {
+  using A = typename P::A;
+  const Scratch<A> scratch(a, false);
+  if (const int error = find_shrinks(a, scratch, stream)) return error;
+  if (const int error = sum_grey<P, C>(a, scratch, stream)) return error;
+  return for_each_group(a, [&](int first, int channels) {
+    const int planes = channels / C;
+    if (!a.blur) return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, planes, pixel_tiles(a)), stream);
+    const Tile tile = tile_of(a, sizeof(A));
+    const int64_t across = divide_up(a.out_width, tile.width);
+    Pass<A> pass = pass_of(a, scratch, first, channels, planes, across * divide_up(a.out_height, tile.height));
+    pass.across = Divider(across);
+    const size_t shared = size_t(tile_bytes<A>(tile, a.blur_width, a.blur_height, C));
+    const int error = launch(augment_tiles<P, C>, blocks_for(pass.items, 1), kThreads, shared, stream, pass, tile);
+    if (error || tile.down) return error;
+    pass = pass_of(a, scratch, first, channels, channels, pixel_tiles(a));
+    return launch(blur_down<A>, blocks_for(pass.items, 1), kThreads, size_t(a.blur_height) * sizeof(A), stream, pass);
+  });
+}
+
+template <class T, int C>
+int backward(const AugmentArgs& a, void* stream) {
+  using A = typename Accumulate<T>::type;
+  constexpr bool kConverted = !std::is_same_v<T, A>;
+  const Scratch<A> scratch(a, true);
+  const int64_t values = a.batch * a.channels * a.in_height * a.in_width;
+  Sums<A> sums = {scratch.in_grad, {a.channels * a.in_height * a.in_width, a.in_height * a.in_width, a.in_width, 1}};
+  if (!kConverted) sums = {static_cast<A*>(a.output), {a.out_stride[0], a.out_stride[1], a.out_stride[2], a.out_stride[3]}};
+  if (const int error = zero(sums.data, values, stream)) return error;
+  if (const int error = find_shrinks(a, scratch, stream)) return error;
+  if (const int error = sum_grey<Grid<A>, C>(a, scratch, stream)) return error;
+  const int error = for_each_group(a, [&](int first, int channels) {
+    const Pass<A> by_channel = pass_of(a, scratch, first, channels, channels, pixel_tiles(a));
+    const unsigned blocks = blocks_for(by_channel.items, 1);
+    int error = launch(incoming_gradient<A>, blocks, kThreads, 0, stream, by_channel, scratch.grad);
+    if (a.blur) {
+      const auto blur = [&](const A* from, A* to, int64_t size, bool down) {
+        if (!error)
+          error = launch(blur_backward<A>, blocks, kThreads, size_t(size) * sizeof(A), stream, by_channel, from, to, down);
+      };
+      blur(scratch.grad, scratch.spare, a.blur_height, true);
+      blur(scratch.spare, scratch.grad, a.blur_width, false);
+    }
+    if (!error && scratch.through_mean) {
+      const Pass<A> rows = pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a));
+      error = launch(blends_backward_rows<A, C>, blocks_for(rows.items, 1), kThreads, 0, stream, rows, scratch.grad,
+                     scratch.through_mean);
+    }
+    if (error) return error;
+    const Pass<A> pass = pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a));
+    return launch(warp_backward<A, C>, blocks_for(pass.items, 1), kThreads, 0, stream, pass, scratch.grad, scratch.through_mean,
+                  sums);
+  });
+  if constexpr (kConverted)
+    if (!error)
+      return launch(round_gradient<T>, blocks_for(values, kThreads), kThreads, 0, stream, a, scratch.in_grad, Divider(a.in_width),
+                    Divider(a.in_height), Divider(a.channels), values);
+  return error;
+}
+
+int64_t scratch_bytes(const AugmentArgs& a, bool backward) {
+  return a.in_type == PixelType::kFloat64 ? Scratch<double>(a, backward).bytes : Scratch<float>(a, backward).bytes;
+}
+
+}  // namespace
+
+int64_t augment_cuda_bytes(const AugmentArgs& a) {
+  return a.blur && !tile_of(a, a.in_type == PixelType::kFloat64 ? 8 : 4).height ? -1 : scratch_bytes(a, false);
+}
+int64_t augment_backward_cuda_bytes(const AugmentArgs& a) { return scratch_bytes(a, true); }
+
+int augment_cuda(const AugmentArgs& a, void* stream) {
+  const auto run = [&](auto* pixels) {
+    using P = std::remove_pointer_t<decltype(pixels)>;
+    return together(a) == 3 ? forward<P, 3>(a, stream) : forward<P, 1>(a, stream);
+  };
+  if (antialiases(a))
+    return a.in_type == PixelType::kFloat64 ? run(static_cast<Grid<double>*>(nullptr)) : run(static_cast<Grid<float>*>(nullptr));
+  if (a.in_type == PixelType::kUInt8) return run(static_cast<Image<uint8_t>*>(nullptr));
+  return with_dtype(DType(int(a.in_type)),
+                    [&](auto* type) { return run(static_cast<Image<std::remove_pointer_t<decltype(type)>>*>(nullptr)); });
+}
+
+int augment_backward_cuda(const AugmentArgs& a, void* stream) {
+  return with_dtype(DType(int(a.in_type)), [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return together(a) == 3 ? backward<T, 3>(a, stream) : backward<T, 1>(a, stream);
+  });
+}
+
+int augment_sample_cuda(const SampleArgs& args, void* stream) {
+  return launch(sample_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);
+}
+int augment_matrices_cuda(const MatrixArgs& args, void* stream) {
+  return launch(matrix_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);
+}
+
+}  // namespace fastreg
