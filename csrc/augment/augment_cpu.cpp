@@ -302,12 +302,12 @@ FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
   return load(lane);
 }
 
-// ---- lookups. A vector of neighbouring output pixels lies in few rows of the source, unless it is turned far. 32 pixels of such a row
-// are held in registers, and lanes take their neighbours from there, row after row: one permutation where a gather loads lane by
-// lane.
+// ---- lookups, instead of gathers where they pay. Neighbouring output pixels lie in few rows of the source, unless the image is
+// turned far. 32 pixels of such a row are held in registers, and the lanes that lie in it take theirs by one permutation, where a
+// gather would load for each lane. What a mask leaves out is not read and counts as 0, which is a border of zeros for nothing.
 
 #ifdef __AVX512F__
-constexpr int32_t kLookupColumns = 32, kLookupRows = 6;
+constexpr int32_t kLookupColumns = 32, kLookupRows = 5;
 
 template <class T>
 struct Lookup {  // 16-bit pixels, and bytes as such: one register holds the row, 32-bit lanes hold left and right
@@ -382,8 +382,8 @@ struct Warp {
   Padding padding;
   Filler<A> filler;
   FixedMatrix matrix;
-  int32_t lookup_rows = 0;  // of how many rows a vector's upper neighbours are, if few
-  bool straight;  // output pixels are source pixels, in rows from left to right or back
+  int32_t lookup_rows = 0;  // the rows in which a vector's upper neighbours lie, if they are few
+  bool straight;            // output pixels are source pixels, in rows from left to right or back
   alignas(64) int64_t step_u[kLanes], step_v[kLanes];
 
   Warp(const AugmentArgs& a, const Source<T>& source, const FixedMatrix& matrix)
@@ -398,7 +398,9 @@ struct Warp {
     }
 #ifdef __AVX512F__
     const auto reach = [&](int64_t step) { return ((kLanes - 1) * (step < 0 ? -step : step) + one - 1) >> kFractionBits; };
-    if (sizeof(A) == 4 && interpolation == Interpolation::kBilinear && padding == Padding::kZeros && reach(m[0]) < kLookupColumns - 1 && reach(m[3]) < kLookupRows) lookup_rows = int32_t(reach(m[3])) + 1;
+    const bool few = reach(m[0]) < kLookupColumns - 1 && reach(m[3]) < kLookupRows;
+    if (few && sizeof(A) == 4 && interpolation == Interpolation::kBilinear && (source.channels == 1 || source.channels == 3))
+      lookup_rows = int32_t(reach(m[3])) + 1;
 #endif
   }
 
@@ -407,12 +409,7 @@ struct Warp {
     if (straight) return straight_row(y, n, out, pitch);
 #ifdef __AVX512F__
     if constexpr (sizeof(A) == 4)
-      if (lookup_rows) {
-        int64_t c = 0;
-        for (; c + 3 <= source.channels; c += 3) lookup_row<3>(y, n, c, out + c * pitch, pitch);
-        for (; c < source.channels; ++c) lookup_row<1>(y, n, c, out + c * pitch, pitch);
-        return;
-      }
+      if (lookup_rows) return source.channels == 3 ? lookup_row<3>(y, n, out, pitch) : lookup_row<1>(y, n, out, pitch);
 #endif
     if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
     if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
@@ -444,24 +441,19 @@ struct Warp {
     }
   }
 
+  // Whether all neighbours of the vector that starts here lie inside. A negative position is beyond any limit as unsigned.
+  FR_INLINE bool is_inside(Position at) const {
+    const uint64_t limit_u = uint64_t(source.width - 1) << kFractionBits, limit_v = uint64_t(source.height - 1) << kFractionBits;
+    const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
+    return (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
+  }
+
   FR_INLINE void bilinear_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    const int64_t one = int64_t(1) << kFractionBits;
-    // A pixel whose position lies in [0, limit) has all its neighbours inside; a negative one is beyond any limit as unsigned.
-    const uint64_t limit_u = uint64_t(source.width - 1) * uint64_t(one), limit_v = uint64_t(source.height - 1) * uint64_t(one);
     const int64_t count = source.count(), row_stride = source.row_stride;
-    const bool vanishes = padding == Padding::kZeros || padding == Padding::kFill;
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
-      const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
-      const bool inside =
-          (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
-      if (!inside) {
-        const bool far = least(at.u, last_u) >= int64_t(limit_u) + one || most(at.u, last_u) < -one ||
-                         least(at.v, last_v) >= int64_t(limit_v) + one || most(at.v, last_v) < -one;
-        if (far && vanishes)
-          for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
-        else
-          bilinear_edge(at, x, out, pitch);
+      if (!is_inside(at)) {
+        bilinear_edge(at, x, out, pitch);
         continue;
       }
       const Positions<A> u(step_u, at.u), v(step_v, at.v);
@@ -478,60 +470,60 @@ struct Warp {
   }
 
 #ifdef __AVX512F__
-  template <int kCount>
-  void lookup_row(int64_t y, int64_t n, int64_t c, A* out, int64_t pitch) const {
+  template <int kChannels>
+  void lookup_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     const int64_t row_stride = source.row_stride, height = source.height, width = source.width, rows = lookup_rows;
+    const T* plane[kChannels];
+    for (int c = 0; c < kChannels; ++c) plane[c] = source.plane(c);
+    const bool zeros = padding == Padding::kZeros;
     const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]), low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
-    const T* plane[kCount];
-    for (int k = 0; k < kCount; ++k) plane[k] = source.plane(c + k);
     Position at = matrix.at(0, y);
-    at.u += low_u;
-    at.v += low_v;
-    for (int64_t x = 0; x < n; x += kLanes, out += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
-      const int64_t column = at.u >> kFractionBits;
-      int64_t line = at.v >> kFractionBits;
-      if ((column < -kLookupColumns) | (column >= width) | (line < -rows) | (line >= height)) {
-        for (int k = 0; k < kCount; ++k) store(out + k * pitch, V(0));
+    for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      // All left upper neighbours lie in `rows` rows from `line` on, in columns from `column` on.
+      const int64_t column = (at.u + low_u) >> kFractionBits;
+      int64_t line = (at.v + low_v) >> kFractionBits;
+      const bool far = (column < -kLookupColumns) | (column >= width) | (line < -rows) | (line >= height);
+      if (far || (!zeros && !is_inside(at))) {
+        bilinear_edge(at, x, out, pitch);
         continue;
       }
       const int64_t begin = most(-column, int64_t(0)), end = least(width - column, int64_t(kLookupColumns));
       const uint32_t inside = uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
-      const Positions<A> u(step_u, at.u - low_u), v(step_v, at.v - low_v);
+      const Positions<A> u(step_u, at.u), v(step_v, at.v);
       const __m512i index = (__m512i)(u.whole - Ints<A>(int32_t(column))).part[0];
-      Ints<A> row = v.whole - Ints<A>(int32_t(line));
-      Lookup<T> top[kCount], bottom[kCount];
-      typename Lookup<T>::Row above[kCount];
+      __m512i row = (__m512i)(v.whole - Ints<A>(int32_t(line))).part[0];
+      Lookup<T> top[kChannels], bottom[kChannels];
+      typename Lookup<T>::Row above[kChannels];
       int64_t offset = line * row_stride + column;
-      const bool there = line >= 0;
+      bool there = line >= 0;
 #pragma GCC unroll 3
-      for (int k = 0; k < kCount; ++k) {
-        top[k].start(index);
-        bottom[k].start(index);
-        if (there) above[k] = typename Lookup<T>::Row(plane[k] + offset, inside);
+      for (int c = 0; c < kChannels; ++c) {
+        top[c].start(index);
+        bottom[c].start(index);
+        if (there) above[c] = typename Lookup<T>::Row(plane[c] + offset, inside);
       }
       const int64_t last = line + rows;
       do {
+        const __mmask16 lanes = _mm512_testn_epi32_mask(row, row);
+        row = _mm512_sub_epi32(row, _mm512_set1_epi32(1));
         offset += row_stride;
-        const __mmask16 lanes = _mm512_testn_epi32_mask((__m512i)row.part[0], (__m512i)row.part[0]);
-        row = row - Ints<A>(1);
-        ++line;
-        const bool there = uint64_t(line) < uint64_t(height);
+        there = uint64_t(++line) < uint64_t(height);
 #pragma GCC unroll 3
-        for (int k = 0; k < kCount; ++k) {
+        for (int c = 0; c < kChannels; ++c) {
           typename Lookup<T>::Row below;
-          if (there) below = typename Lookup<T>::Row(plane[k] + offset, inside);
-          top[k].take(lanes, above[k]);
-          bottom[k].take(lanes, below);
-          above[k] = below;
+          if (there) below = typename Lookup<T>::Row(plane[c] + offset, inside);
+          top[c].take(lanes, above[c]);
+          bottom[c].take(lanes, below);
+          above[c] = below;
         }
       } while (line < last);
       const V t = u.fraction(), s = v.fraction();
 #pragma GCC unroll 3
-      for (int k = 0; k < kCount; ++k) {
+      for (int c = 0; c < kChannels; ++c) {
         V top_left, top_right, bottom_left, bottom_right;
-        top[k].result(top_left, top_right);
-        bottom[k].result(bottom_left, bottom_right);
-        store(out + k * pitch, lerp(lerp(top_left, bottom_left, s), lerp(top_right, bottom_right, s), t));
+        top[c].result(top_left, top_right);
+        bottom[c].result(bottom_left, bottom_right);
+        store(out + c * pitch + x, lerp(lerp(top_left, bottom_left, s), lerp(top_right, bottom_right, s), t));
       }
     }
   }
@@ -550,9 +542,17 @@ struct Warp {
     return {pixel, rule == Padding::kZeros || rule == Padding::kFill ? pixel == i : pixel == pixel};
   }
 
-  // Near the border: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one pair is gathered,
-  // from which each takes its own.
-  FR_INLINE void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+  // A vector at the border, or beyond: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one
+  // pair is gathered, from which each takes its own.
+  __attribute__((noinline)) void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+    const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
+    const bool far = most(at.u, last_u) < -(int64_t(1) << kFractionBits) ||
+                     least(at.u, last_u) >> kFractionBits >= source.width ||
+                     most(at.v, last_v) < -(int64_t(1) << kFractionBits) || least(at.v, last_v) >> kFractionBits >= source.height;
+    if (far && (padding == Padding::kZeros || padding == Padding::kFill)) {
+      for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
+      return;
+    }
     const int32_t height = int32_t(source.height), width = int32_t(source.width);
     const Positions<A> u(step_u, at.u), v(step_v, at.v);
     const Ints<A> one(1), stride(int32_t(source.row_stride));
@@ -563,6 +563,7 @@ struct Warp {
     const Ints<A> upper = top.pixel * stride + pair, lower = bottom.pixel * stride + pair;
     const auto there_ul = both<V>(top.there, left.there), there_ur = both<V>(top.there, right.there),
                there_ll = both<V>(bottom.there, left.there), there_lr = both<V>(bottom.there, right.there);
+    const auto there = both<V>(there_ul, there_lr);  // all four
     const V zero(0), full(1), t = u.fraction(), s = v.fraction();
     const auto blend = [&](const V& ul, const V& ur, const V& ll, const V& lr) __attribute__((always_inline)) {
       return lerp(lerp(select(there_ul, ul, zero), select(there_ll, ll, zero), s),
@@ -582,7 +583,7 @@ struct Warp {
       }
       V value = blend(select(left_is_first, first, second), select(right_is_first, first, second),
                       select(left_is_first, below_first, below_second), select(right_is_first, below_first, below_second));
-      if (padding == Padding::kFill) value = filled(value, inside, V(filler.value(c)));
+      if (padding == Padding::kFill) value = select(there, value, filled(value, inside, V(filler.value(c))));
       store(out + c * pitch + x, value);
     }
   }
@@ -916,15 +917,17 @@ void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t p
       box_end = clamped(box[1] + least(box[3], n), box_begin, n);
     }
   }
-  for (int64_t c = 0; c < a.channels; ++c, row += pitch) {
-    T* line = out + sample * a.out_stride[0] + c * a.out_stride[1] + y * a.out_stride[2];
+  const bool normalise = a.normalise, whole = a.out_stride[3] == 1 && box_begin == box_end;
+  T* line = out + sample * a.out_stride[0] + y * a.out_stride[2];
+  for (int64_t c = 0; c < a.channels; ++c, row += pitch, line += a.out_stride[1]) {
     const V scale(A(a.constants[2 * a.channels + c])), shift(A(a.constants[3 * a.channels + c]));
     int64_t x = 0;
-    if (a.out_stride[3] == 1 && box_begin == box_end)
+    if (whole)
       for (; x + V::kLanes <= n; x += V::kLanes) {
         const V p = load(row + x);
-        store(line + x, a.normalise ? p * scale + shift : p);
+        store(line + x, normalise ? p * scale + shift : p);
       }
+    if (x == n) continue;
     if (a.normalise)
       for (int64_t i = x; i < n; i += V::kLanes) store(row + i, load(row + i) * scale + shift);
     for (int64_t i = box_begin; i < box_end; ++i) row[i] = A(a.constants[a.channels + c]);
