@@ -176,7 +176,7 @@ def test_warp(interpolation, padding):
 @pytest.mark.parametrize("padding", ("zeros", "border", "reflect", "fill"))
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_turned_a_little(dtype, padding):
-    """Neighbouring pixels of few rows have a way of their own, for 1 and 3 channels, that must not show: same bits as among five."""
+    """Neighbouring pixels of few rows have a way of their own for 1 and 3 channels, which must not show: same bits as among 5."""
     for height, width in (*SIZES, (70, 90)):
         angle = torch.tensor([0.0, 0.02, -0.11, 0.19, 0.25, 0.31, 3.1])  # of 1 to 7 rows for 16 pixels
         scale = torch.tensor([0.3, 1.0, 1.9, -1.1, 1.0, 0.9, 1.3])
@@ -195,7 +195,7 @@ def test_turned_a_little(dtype, padding):
 
 
 def test_fill_does_not_touch_what_lies_inside():
-    """A pixel whose four neighbours all lie inside is what it is without the fill value, however far its own neighbours are."""
+    """A pixel whose four neighbours all lie inside is what it is without the fill value, whatever pixels are computed beside it."""
     for height, width in ((9, 33), (45, 37)):
         x, m = pictures(5, 3, height, width), some_matrices(5, height, width)
         inside = by_matrix(torch.ones_like(x, dtype=torch.float64), m) == 1

@@ -1,8 +1,9 @@
 // Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
-// whose pixels all lie inside the image gather neighbours in pairs, without a look at the border), coloured, blurred from a ring
-// of rows, normalised, and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
-// Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
-// Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
+// whose pixels all lie inside the image take neighbours in pairs, by gathers or from rows held in registers, without a look at
+// the border), coloured, blurred from a ring of rows, normalised, and written once. Only contrast, which needs the mean of the
+// image as it is by then, keeps a whole sample. Neither multiply_add nor a reduction in another order: the bits are the same on
+// every instruction set. Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written
+// once.
 #include <type_traits>
 
 #include "../common/simd.h"
@@ -307,7 +308,7 @@ FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
 // gather would load for each lane. What a mask leaves out is not read and counts as 0, which is a border of zeros for nothing.
 
 #ifdef __AVX512F__
-constexpr int32_t kLookupColumns = 32, kLookupRows = 5;
+constexpr int32_t kLookupColumns = 32, kLookupRows = 5;  // for more rows gathers are faster
 
 template <class T>
 struct Lookup {  // 16-bit pixels, and bytes as such: one register holds the row, 32-bit lanes hold left and right
@@ -397,7 +398,10 @@ struct Warp {
       step_v[j] = m[3] * j;
     }
 #ifdef __AVX512F__
-    const auto reach = [&](int64_t step) { return ((kLanes - 1) * (step < 0 ? -step : step) + one - 1) >> kFractionBits; };
+    const auto reach = [&](int64_t step) {  // pixels from the first lane to the last, rounded up
+      const int64_t size = least(step < 0 ? -step : step, kLookupColumns * one);
+      return ((kLanes - 1) * size + one - 1) >> kFractionBits;
+    };
     const bool few = reach(m[0]) < kLookupColumns - 1 && reach(m[3]) < kLookupRows;
     if (few && sizeof(A) == 4 && interpolation == Interpolation::kBilinear && (source.channels == 1 || source.channels == 3))
       lookup_rows = int32_t(reach(m[3])) + 1;
@@ -917,12 +921,12 @@ void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t p
       box_end = clamped(box[1] + least(box[3], n), box_begin, n);
     }
   }
-  const bool normalise = a.normalise, whole = a.out_stride[3] == 1 && box_begin == box_end;
+  const bool normalise = a.normalise, plain = a.out_stride[3] == 1 && box_begin == box_end;
   T* line = out + sample * a.out_stride[0] + y * a.out_stride[2];
   for (int64_t c = 0; c < a.channels; ++c, row += pitch, line += a.out_stride[1]) {
     const V scale(A(a.constants[2 * a.channels + c])), shift(A(a.constants[3 * a.channels + c]));
     int64_t x = 0;
-    if (whole)
+    if (plain)
       for (; x + V::kLanes <= n; x += V::kLanes) {
         const V p = load(row + x);
         store(line + x, normalise ? p * scale + shift : p);
@@ -979,7 +983,7 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
   };
   A* row = static_cast<A*>(scratch.rows) + margin(a);
   if (!a.blur) {
-    if constexpr (std::is_same_v<T, A>)
+    if constexpr (std::is_same_v<T, A>)  // nothing but geometry: no detour through a buffer
       if (!steps && !has_image && !a.normalise && !a.boxes && a.out_stride[3] == 1 && n % V::kLanes == 0) {
         for (int64_t y = begin; y < end; ++y) maker(y, n, out + sample * a.out_stride[0] + y * a.out_stride[2], a.out_stride[1]);
         return;
