@@ -1,7 +1,8 @@
 """Augmentation against torchvision's steps one after another, where torchvision is installed; the floor is a copy of the batch.
 
-Ours draws parameters for every sample, which counts; torchvision's are drawn before, one set for the whole batch. Both give
-float32, from float32 or uint8.
+Ours draws parameters for every sample, which counts; torchvision's are drawn before, one set for the whole batch. With all steps
+two further sides draw for every sample too: torchvision's random transforms in a loop over the samples, and kornia where it is
+installed. All give float32, from float32 or uint8.
 """
 
 import dataclasses
@@ -14,10 +15,14 @@ from fastreg.benchmarks._timing import Case, Targets, Work
 import fastreg as fr
 
 try:
-    import torchvision
+    import torchvision.transforms.v2 as transforms
     import torchvision.transforms.v2.functional as vision
 except ImportError:  # not made for every torch
     vision = None
+try:
+    import kornia.augmentation as kornia
+except ImportError:
+    kornia = None
 
 GEOMETRY = {"hflip": 0.5, "rotate": 15, "scale": (0.9, 1.1), "translate": (0.1, 0.1), "shear": 5}
 COLOUR = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -28,6 +33,7 @@ CHAINS = {
     "without blur": (GEOMETRY | COLOUR | NORMALISE, Targets(floor=8)),
     "geometry": (GEOMETRY, Targets(eager=2.5)),
 }
+OTHERS = {224: {"kornia": 12, "loop": 12}, 32: {"kornia": 12, "loop": 100}}  # targets, by the side of the images
 SHAPES = {"full": ((256, 32), (32, 224)), "quick": ((256, 32), (32, 224)), "tiny": ((2, 9),)}
 
 
@@ -37,17 +43,18 @@ def cases(scale):
         for batch, side in SHAPES[scale]:
             for name, (steps, targets) in CHAINS.items():
                 size = f"{batch} × 3 × {side} × {side}"
-                build = partial(_build, steps, batch, side, dtype)
+                everything = name == "all steps"
+                if everything:
+                    targets = dataclasses.replace(targets, others=OTHERS.get(side, {}))
+                build = partial(_build, steps, batch, side, dtype, everything)
                 work = f"augmentation, {name}"
                 yield Case("augment", work, size, 3 * batch * side**2, dtype, build, "a copy of the batch", targets, scales=False)
 
 
-def by_torchvision(x, params):
-    """The steps that are on, for a batch with the parameters of its first sample; float32."""
-    fields = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
-    p = {name: value[0].tolist() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+def by_torchvision(x, p):
+    """The steps that are on, for a batch with the parameters `p` of one sample; float32."""
     x = vision.horizontal_flip(x) if p["hflip"] else x
-    bilinear = torchvision.transforms.InterpolationMode.BILINEAR
+    bilinear = transforms.InterpolationMode.BILINEAR
     x = vision.affine(x, p["angle"], p["translate"], p["scale"], p["shear"], bilinear)
     for name in COLOUR:
         if name in p:
@@ -55,28 +62,69 @@ def by_torchvision(x, params):
     if "sigma" in p:
         x = vision.gaussian_blur(x, [3, 3], p["sigma"])
     x = x if x.is_floating_point() else vision.to_dtype(x, torch.float32, scale=True)
-    return vision.normalize(x, NORMALISE["mean"], NORMALISE["std"]) if params.settings.mean else x
+    return vision.normalize(x, p["mean"], p["std"]) if p["mean"] else x
 
 
-def _build(steps, batch, side, dtype, device):
+def random_torchvision(steps):
+    """The same steps with parameters drawn by torchvision, one set for each call."""
+    bilinear = transforms.InterpolationMode.BILINEAR
+    return transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(steps["hflip"]),
+            transforms.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"], bilinear),
+            transforms.ColorJitter(**{name: steps[name] for name in COLOUR}),
+            transforms.GaussianBlur(*steps["blur"]),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(steps["mean"], steps["std"]),
+        ]
+    )
+
+
+def random_kornia(steps):
+    """The same steps with parameters drawn by kornia, for each sample its own; from images in [0, 1]."""
+    return torch.nn.Sequential(
+        kornia.RandomHorizontalFlip(p=steps["hflip"]),
+        kornia.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"], p=1.0),
+        kornia.ColorJitter(**{name: steps[name] for name in COLOUR}, p=1.0),
+        kornia.RandomGaussianBlur((3, 3), steps["blur"][1], p=1.0),
+        kornia.Normalize(steps["mean"], steps["std"]),
+    )
+
+
+def per_sample(params):
+    """A dict of Python numbers for each sample."""
+    fields = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
+    fields = {name: value.tolist() for name, value in fields.items() if isinstance(value, torch.Tensor)}
+    shared = {"mean": params.settings.mean, "std": params.settings.std}
+    return [dict(zip(fields, values, strict=True)) | shared for values in zip(*fields.values(), strict=True)]
+
+
+def _build(steps, batch, side, dtype, everything, device):
     x = torch.rand(batch, 3, side, side, device=device)
     if dtype == torch.uint8:
         x = (x * 255).to(torch.uint8)
     aug = fr.augment.Augment(**steps, dtype=torch.float32)
-    drawn = aug.sample(x, seed=1)
+    drawn = per_sample(aug.sample(x, seed=1))
 
     def check():
-        images = x[:1].double() / (255 if dtype == torch.uint8 else 1)  # without the roundings that uint8 takes on its way
-        want = by_torchvision(images, aug.sample(x[:1], seed=1))
-        torch.testing.assert_close(fr.augment.apply(x[:1], aug.sample(x[:1], seed=1)).double(), want, rtol=0, atol=1e-3)
+        images = x[:2].double() / (255 if dtype == torch.uint8 else 1)  # without the roundings that uint8 takes on its way
+        got = fr.augment.apply(x[:2], aug.sample(x[:2], seed=1)).double()
+        want = torch.cat([by_torchvision(image, p) for image, p in zip(images.split(1), drawn, strict=False)])
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-3)
 
     source = x.float()
     target = torch.empty_like(source)
     sides = {
         "fastreg": lambda: aug(x),
-        "torch": lambda: by_torchvision(x, drawn),
+        "torch": lambda: by_torchvision(x, drawn[0]),
         "floor": lambda: target.copy_(source),
     }
+    if everything:
+        one = random_torchvision(steps)
+        sides["loop"] = lambda: torch.stack([one(image) for image in x])
+    if everything and kornia:
+        chain = random_kornia(steps)
+        sides["kornia"] = lambda: chain(x if dtype == torch.float32 else x.float() / 255)
     return Work(sides, check, moved=x.numel() * (x.element_size() + 4))
 
 

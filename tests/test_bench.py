@@ -79,7 +79,12 @@ def test_results(ran):
         for name in ("against_eager", "times_floor"):
             assert row[name] is None or 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
         assert row["against_compile"] is None
-        assert set(row["met"]) == set(row["targets"]) == {"eager", "compile", "floor", "peak"}
+        assert set(row["targets"]) == {"eager", "compile", "floor", "peak", "others"}
+        assert set(row["met"]) - set(row["against_others"]) == {"eager", "compile", "floor", "peak"}
+        if row["work"] == "augmentation, all steps":  # kornia: where it is installed
+            assert set(row["against_others"]) - {"kornia"} == {"loop"} and row["seconds"]["loop"] > 0
+        else:
+            assert row["against_others"] == {}
         assert row["peak_bytes"]["fastreg"] >= 0 and (row["times_floor"] is None) == (row["floor_is"] is None)
 
 
@@ -187,6 +192,24 @@ def test_a_wrong_op_is_refused(tmp_path, monkeypatch, capsys, op, name, wrong):
 
 
 _REAL_SGD = fr.optim.SGD
+
+
+@pytest.mark.parametrize("sample", [0, 1])
+def test_a_wrong_augmentation_is_refused(tmp_path, monkeypatch, sample):
+    """Whichever sample of the batch it is wrong for."""
+    pytest.importorskip("torchvision", reason="the benchmark of augmentation needs torchvision")
+    real = fr.augment.apply
+
+    def wrong(images, params):
+        result = real(images, params)
+        result[sample] = real(images[sample : sample + 1], fr.augment.Params(settings=params.settings, hue=torch.tensor([0.2])))[
+            0
+        ]
+        return result
+
+    monkeypatch.setattr(fr.augment, "apply", wrong)
+    assert main(tmp_path, "--ops", "augment") == 1
+    assert len(read(tmp_path)["failed"]) == read(tmp_path)["planned"] > 0
 
 
 def _all_logits(hidden, weight, target, bias=None, *, label_smoothing=0.0):
@@ -328,10 +351,12 @@ def test_targets(value, met):
         "against_compile": {"median": compiled},
         "times_floor": {"median": floor},
         "peak_share": {"fastreg": peak, "torch": 1.0},
-        "targets": vars(Targets(3, 2, 1, 0.1)),
+        "targets": vars(Targets(3, 2, 1, 0.1, {"loop": 5, "not measured": 5})),
+        "against_others": {"loop": {"median": 5.0 * eager / 3}, "no target": {"median": 1.0}},
     }
+    met += (met[0], None)
     assert tuple(_timing.verdicts(row).values()) == met
-    row |= {"against_compile": None, "times_floor": None, "peak_share": None}
+    row |= {"against_compile": None, "times_floor": None, "peak_share": None, "against_others": {}}
     assert list(_timing.verdicts(row).values())[1:] == [None] * 3
     row["targets"] = vars(Targets())
     assert set(_timing.verdicts(row).values()) == {None}
@@ -350,9 +375,12 @@ def test_cells():
         "peak_share": {"fastreg": 0.031, "torch": 1.0},
         "peak_of": {"what": "logits", "bytes": 4 * 2**20},
         "share_of_bandwidth": 0.876,
-        "targets": vars(Targets(12, 5, 1.8, 0.1)),
-        "met": {"eager": True, "compile": None, "floor": False, "peak": True},
+        "targets": vars(Targets(12, 5, 1.8, 0.1, {"loop": 100})),
+        "met": {"eager": True, "compile": None, "floor": False, "peak": True, "loop": False, "library": None},
     }
+    assert table.others(row) == ""
+    row["against_others"] = {"loop": {"median": 99.4}, "library": {"median": 5.0}}
+    assert table.others(row) == "loop 99.4× ✗ ≥ 100, library 5.00×"
     assert table.times(row, "eager") == "12.3× ✓" and table.times(row, "compile") == "–"
     assert table.floor(row) == "1.81 ✗ ≤ 1.8" and table.quartiles(row) == "9.87–123"
     assert table.saved(row) == "2 B : 64 B" and table.share(row) == "88 %"

@@ -26,7 +26,14 @@ from fastreg.cli import common, demo  # noqa: E402
 from fastreg.cli.demo import data, report, results, train  # noqa: E402
 from fastreg.cli.demo.formula import formula  # noqa: E402
 from fastreg.cli.demo.section import Section  # noqa: E402
-from fastreg.cli.demo.sections import SECTIONS, lasso, multi_task, parameter_sharing, semi_supervised  # noqa: E402
+from fastreg.cli.demo.sections import (  # noqa: E402
+    SECTIONS,
+    augmentation,
+    lasso,
+    multi_task,
+    parameter_sharing,
+    semi_supervised,
+)
 
 KEYS = [section.key for section in SECTIONS]
 RECIPES = {recipe.key: recipe for recipe in report.recipes(SECTIONS)}
@@ -63,7 +70,8 @@ def quick(monkeypatch):
 
 def _shorten(monkeypatch):
     monkeypatch.setattr(demo, "QUICK_EPOCHS", 5)
-    monkeypatch.setattr(semi_supervised, "QUICK_STEPS", 20)
+    for section in (augmentation, semi_supervised):
+        monkeypatch.setattr(section, "QUICK_STEPS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -366,6 +374,11 @@ def test_methods_measured_against_each_other(whole):
         for side in ("torch", "fastreg"):
             assert of["adversarial", side, seed]["robust_accuracy"] <= 100 - of["adversarial", side, seed]["test_error"] + 40
             assert of["early_retrained", side, seed]["best_epoch"] == of["early", side, seed]["best_epoch"]
+        for variant, counts in (("few_plain", [3, 18]), ("few", [3, 18]), ("mirrored", [3])):
+            record = of[f"augmentation_{variant}", "fastreg", seed]
+            assert [count for count, _ in record["test_error_by_images"]] == counts
+            assert record["test_error_by_images"][0][1] == record["test_error"] == record["train_error"] + record["gap_error"]
+        assert of["augmentation", "torch", seed]["augment_ms"] > 0 < of["augmentation", "fastreg", seed]["augment_ms"]
         assert of["semi_all", "fastreg", seed]["labels"] == 18 and of["semi_pseudo", "fastreg", seed]["labels"] == 3
 
 
@@ -407,7 +420,7 @@ def test_page_in_a_browser(whole, tmp_path, width):
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
     assert found["width"] == width and found["scroll"] <= width, found["outside"]
     assert found["outside"] == [] and found["missing"] == found["unresolved"] == 0
-    assert found["images"] >= 18 and len(found["formulas"]) == sum(len(section.formulas) for section in SECTIONS)
+    assert found["images"] >= 50 and len(found["formulas"]) == sum(len(section.formulas) for section in SECTIONS)
     assert len(found["charts"]) >= len(SECTIONS) and min(found["charts"]) > 50 and min(found["formulas"]) > 20
 
 
@@ -453,13 +466,13 @@ def test_unknown_sections_are_refused_with_a_list(only, message, capsys, tmp_pat
 def test_features_and_colour_images_run_too(tmp_path, quick, shape):
     x, y = blobs(shape=shape)
     np.savez(tmp_path / "x.npz", X=x, y=np.array(["<script>", "a&b", "c"])[y])
-    only = "l1,adversarial,semi-supervised,multi-task,parameter-sharing"
+    only = "l1,augmentation,adversarial,semi-supervised,multi-task,parameter-sharing"
     assert demo.main(["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), "--quick", "--only", only]) == 0
     _check_page(_read(tmp_path / "out")[0], only.split(","))
 
 
 def test_diverged_training_still_gives_a_report(tmp_path, npz, quick, monkeypatch):
-    for module in (train, multi_task, parameter_sharing):
+    for module in (train, augmentation, multi_task, parameter_sharing):
         monkeypatch.setattr(module, "LR", 1e30)
     only = [key for key in KEYS if key != "lasso"]
     assert demo.main(["--data", str(npz), "--out", str(tmp_path / "out"), "--quick", "--only", ",".join(only)]) == 0
@@ -541,6 +554,7 @@ def _records(**changes):
         "l1": dict(zero_weights=60.0, weight_size=0.04),
         "l2": dict(gap_loss=0.4, gap_error=9.0),
         "dropout": dict(gap_loss=0.4, gap_error=8.0),
+        "augmentation": dict(test_error=7.0, gap_error=7.0),
         "smoothing": dict(confidence=90.0, calibration_error=2.0),
         "adversarial": dict(attacked_accuracy=70.0, robust_accuracy=60.0),
     }
@@ -571,11 +585,14 @@ L2_LOSS, L2_ERROR, DROP_LOSS, DROP_ERROR = (
     for name in ("L2", "Dropout")
     for what in ("cross-entropy", "error")
 )
+AUGMENT_TEST = "Augmentation lowers the test error"
+AUGMENT_GAP = "Augmentation narrows the gap between test and training error"
 CONFIDENT, CALIBRATED = "Label smoothing makes the network less confident", "Label smoothing brings confidence closer to accuracy"
 FGSM, PGD = (f"Adversarial training raises accuracy under {attack}" for attack in ("FGSM", "PGD"))
 EARLY = "Early stopping is no worse on test images than training to the last epoch"
 SAME = "fastreg and torch reach the same test error with every method"
-JUDGED = {L1, L1_SIZE, L2_LOSS, L2_ERROR, DROP_LOSS, DROP_ERROR, CONFIDENT, CALIBRATED, FGSM, PGD, EARLY, SAME}
+JUDGED = {L1, L1_SIZE, L2_LOSS, L2_ERROR, DROP_LOSS, DROP_ERROR, AUGMENT_TEST, AUGMENT_GAP, CONFIDENT, CALIBRATED, FGSM, PGD}
+JUDGED |= {EARLY, SAME}
 
 
 def test_all_claims_hold_when_the_numbers_say_so():
@@ -592,6 +609,8 @@ def test_all_claims_hold_when_the_numbers_say_so():
         ({"l2": {"gap_error": [9.0, 12.0, 8.9]}}, {L2_ERROR}),  # lower on average, but within the noise
         ({"dropout": {"gap_loss": 0.61}}, {DROP_LOSS}),
         ({"dropout": {"gap_error": 10.0}}, {DROP_ERROR}),
+        ({"augmentation": {"test_error": [9.9, 10.2, 9.8]}}, {AUGMENT_TEST}),
+        ({"augmentation": {"gap_error": 10.1}}, {AUGMENT_GAP}),
         ({"smoothing": {"confidence": 98.0}}, {CONFIDENT}),
         ({"smoothing": {"calibration_error": 13.0}}, {CALIBRATED}),
         ({"adversarial": {"attacked_accuracy": [31.0, 29.0, 31.0]}}, {FGSM}),
@@ -660,6 +679,49 @@ def test_average_of_masks_comes_to_the_folded_network():
     folded = fr.nn.fold_dropout(model)
     one, many = dropout.distances(model, folded, examples.x_test, [1, 400])
     assert many == pytest.approx(one / 20, rel=0.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 28, 28), (3, 3, 9, 14)])
+@pytest.mark.parametrize(("turn", "slant", "factor"), [(12, 0, 1.0), (0, -9, 1.0), (0, 0, 1.3), (-20, 7, 0.8)])
+def test_augmentation_by_hand_is_fastregs(shape, turn, slant, factor):
+    """What torch's side writes by hand transforms as fastreg does, once nothing is left to chance."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    fixed = {"rotate": (turn, turn), "shear": (slant, slant), "stretch": (factor, factor), "translate": (0.0, 0.0)}
+    theirs, ours = (side.augmentation(**fixed)(images) for side in (train.Torch, train.Fastreg))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    assert not torch.allclose(ours, images, atol=0.05)
+
+
+@pytest.mark.parametrize("side", [train.Torch, train.Fastreg])
+def test_augmentation_shifts_by_whole_pixels_to_either_side(side):
+    """Along a ramp in x and y, far from the border, a shift shows as a constant; both sides reach the same ones."""
+    torch.manual_seed(0)
+    across = torch.arange(20.0).expand(20, 20)
+    ramp = torch.stack([across, across.mT]).repeat(400, 1, 1, 1)
+    still = {"rotate": (0, 0), "shear": (0, 0), "stretch": (1, 1)}
+    moved = side.augmentation(**still, translate=(0.1, 0.2))(ramp)[:, :, 10, 10]
+    torch.testing.assert_close(moved, moved.round(), rtol=0, atol=1e-4)
+    assert moved[:, 0].round().unique().tolist() == [8, 9, 10, 11, 12]
+    assert moved[:, 1].round().unique().tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 3), (10,)])
+def test_rows_of_pixels_are_augmented_as_images(shape):
+    examples = data.split(*blobs(shape=shape), "x")
+    x = examples.x_train
+    mirrored = train.augmented(x, examples, fr.augment.Augment(hflip=1.0))
+    want = x.view(len(x), *shape).flip(2).flatten(1) if len(shape) > 1 else x  # features are left as they are
+    torch.testing.assert_close(mirrored, want, rtol=0, atol=1e-6)
+
+
+def test_training_augments_the_training_images_alone():
+    recipe = train.Recipe("augmentation", "Augmentation", augment=True)
+    x, y = blobs(n=200)
+    before = data.split(x, y, "x")
+    plain, other = (_trained(x, y, each, epochs=2)[1] for each in (train.PLAIN, recipe))
+    assert not torch.equal(plain.model[2].weight, other.model[2].weight)
+    assert torch.equal(other.data.x_train, before.x_train) and torch.equal(other.data.x_test, before.x_test)
+    assert train.evaluate(other.model, before, "train")["train_error"] == other.measured["train_error"]
 
 
 def _trained(x, y, recipe, epochs):

@@ -21,9 +21,6 @@ constexpr int64_t kTileBytes = 96 << 10;
 template <class A>
 constexpr int kSumLanes = 64 / sizeof(A);  // that share a row of grey: the sums of the CPU's vectors
 
-__device__ __forceinline__ float load_float(uint8_t x) { return float(x); }
-__device__ __forceinline__ void store_float(float x, uint8_t* out) { from_float(x, out); }
-
 // ---- what a launch is given
 
 template <class A>
@@ -53,9 +50,10 @@ struct Sample {
   FixedMatrix matrix;
   int64_t offset;         // of the image's first pixel, from the first sample's
   int32_t height, width;  // of what is warped: the image, or the grid
-  bool valid;             // false: the matrix or the window is no good, which the host cannot see
-  bool one_pixel;         // an output pixel is a pixel of the image
-  bool shrinks;
+  // Not bool, which the compiler loads together with the bytes after them.
+  int32_t valid;      // 0: the matrix or the window is no good, which the host cannot see
+  int32_t one_pixel;  // an output pixel is a pixel of the image
+  int32_t shrinks;
   int32_t box[4];  // top, left, bottom, right of what is erased
   ColourFactors<A> factors;
   Filter<A> columns, rows;
@@ -78,6 +76,8 @@ __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, S
   s.height = int32_t(window[2]);
   s.width = int32_t(window[3]);
   s.shrinks = kShrinks && pass.shrinks && s.valid && pass.shrinks[i].on;
+  if (kShrinks) s.columns = Filter<A>{};  // read, and thrown away, before it is known whether the sample shrinks
+  if (kShrinks) s.rows = Filter<A>{};
   if (kShrinks && s.shrinks) {
     const Shrink& shrink = pass.shrinks[i];
     s.columns = Filter<A>(shrink, 0, window[3], a.interpolation, a.padding);
@@ -154,10 +154,10 @@ struct Grid {
 
   template <int C>
   __device__ __forceinline__ void get(int32_t y, int32_t x, A (&p)[C]) const {
-    auto columns = s.columns.span(x), lines = s.rows.span(y);
-    if (!s.shrinks) {
-      columns = {x, x + 1, 0};
-      lines = {y, y + 1, 0};
+    typename Filter<A>::Span columns = {x, x + 1, 0}, lines = {y, y + 1, 0};
+    if (s.shrinks) {
+      columns = s.columns.span(x);
+      lines = s.rows.span(y);
     }
     const bool there = columns.last > columns.first && lines.last > lines.first;
     A across = 0, down = 0, sum[C] = {};
@@ -257,10 +257,12 @@ __device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A
                                              int32_t y, A (&p)[C]) {
   const Padding padding = pass.a.padding;
   const A* fill = pass.fill + channel - pass.first_channel;
-  const Position at = s.matrix.at(x, y);
   if (!s.valid) {
     for (int c = 0; c < C; ++c) p[c] = A(NAN);
-  } else if (s.one_pixel) {
+    return;
+  }
+  const Position at = s.matrix.at(x, y);
+  if (s.one_pixel) {
     const int32_t line = padded(nearest_pixel(at.v), s.height, padding), column = padded(nearest_pixel(at.u), s.width, padding);
     if (line >= 0 && column >= 0) return pixels.get(line, column, p);
     for (int c = 0; c < C; ++c) p[c] = fill[c];

@@ -263,15 +263,15 @@ template <class A>
 struct Filter {
   int64_t n, start, step, support;
   A per_unit;  // of the filter's own width, 2^-32 source pixels
-  bool cubic;
+  Interpolation interpolation;
   Padding padding;
 
   Filter() = default;
   FR_HD Filter(const Shrink& s, int axis, int64_t n, Interpolation interpolation, Padding padding)
-      : n(n), start(s.start[axis]), step(s.step[axis]), cubic(interpolation == Interpolation::kBicubic), padding(padding) {
+      : n(n), start(s.start[axis]), step(s.step[axis]), interpolation(interpolation), padding(padding) {
     const int64_t widest = int64_t(1) << 60, size = step < 0 ? -step : step;
     const int64_t scale = size < kOne ? kOne : size < widest ? size : widest;
-    support = cubic ? 2 * scale : scale;
+    support = interpolation == Interpolation::kBicubic ? 2 * scale : scale;
     per_unit = A(1) / A(scale);
   }
   // Source pixels [first, last) that make up pixel i of the grid; none outside of the image, where the padding fills.
@@ -299,7 +299,7 @@ struct Filter {
   FR_HD A weight(const Span& span, int64_t j) const {
     const int64_t distance = (j << kFractionBits) - span.centre + kHalf;
     const A x = A(distance < 0 ? -distance : distance) * per_unit;
-    if (!cubic) return x < A(1) ? A(1) - x : A(0);
+    if (interpolation != Interpolation::kBicubic) return x < A(1) ? A(1) - x : A(0);
     return x < A(1) ? (A(1.5) * x - A(2.5)) * x * x + A(1) : x < A(2) ? ((A(-0.5) * x + A(2.5)) * x - A(4)) * x + A(2) : A(0);
   }
   FR_HD A total(const Span& span) const {

@@ -11,20 +11,6 @@
 namespace fastreg {
 namespace {
 
-constexpr int64_t kGrain = 1 << 14;  // values per thread at least
-constexpr int64_t kSmallBatch = 16;  // fewer samples are divided between threads by rows, more by samples
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-Buffer buffer(int64_t bytes) {
-  if (bytes == 0) return {};
-  Buffer result(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
-  if (!result) throw std::bad_alloc();
-  return result;
-}
-
 PixelType pixel_type(const char* name, ScalarType type) {
   switch (type) {
     case ScalarType::Float:
@@ -176,6 +162,20 @@ void run_backward(AugmentArgs& a, const Tensor& images) {
 
 #else
 
+constexpr int64_t kGrain = 1 << 14;  // values per thread at least
+constexpr int64_t kSmallBatch = 16;  // fewer samples are divided between threads by rows, more by samples
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<void, Free>;
+Buffer buffer(int64_t bytes) {
+  if (bytes == 0) return {};
+  Buffer result(std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64));
+  if (!result) throw std::bad_alloc();
+  return result;
+}
+
 // Rows [begin, end) of all samples in one numbering, as rows of one sample after another.
 template <class F>
 void by_sample(int64_t begin, int64_t end, int64_t rows, F f) {
@@ -320,7 +320,8 @@ Tensor augment_sample(Tensor images, Tensor seed, int64_t offset, int64_t batch,
 
 Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<Tensor> vflip, std::optional<Tensor> stretch,
                         std::optional<Tensor> scale, std::optional<Tensor> angle, std::optional<Tensor> translate,
-                        std::optional<Tensor> shear, std::optional<Tensor> crop, int64_t in_height, int64_t in_width, int64_t out_height, int64_t out_width) {
+                        std::optional<Tensor> shear, std::optional<Tensor> crop, int64_t in_height, int64_t in_width,
+                        int64_t out_height, int64_t out_width) {
   MatrixArgs a{};
   a.batch = like.size(0);
   a.in_height = in_height;

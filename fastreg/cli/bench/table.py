@@ -16,6 +16,15 @@ def times(row: dict, name: str) -> str:
     return f"{number(value['median'])}×{mark(row['met'][name], row['targets'][name], '≥')}"
 
 
+def others(row: dict) -> str:
+    """The ratios to further sides, such as another library, with their targets."""
+    targets = row["targets"].get("others", {})
+    return ", ".join(
+        f"{side} {number(value['median'])}×{mark(row['met'][side], targets.get(side), '≥')}"
+        for side, value in row.get("against_others", {}).items()
+    )
+
+
 def floor(row: dict) -> str:
     """Times the floor, with its target."""
     value = row["times_floor"]
@@ -138,6 +147,9 @@ def markdown(results: dict) -> str:
             f"{reached(results)} {spread(results)} Memory is ours : torch's. The floor is, for {'; '.join(floors)}.",
             "",
         ]
+    beside = [f"{name(row)}: {others(row)}" for row in ordered(results) if others(row)]
+    if beside:
+        lines += [f"Against others: {'; '.join(beside)}.", ""]
     lines += [f"Failed: {failure['error']}\n" for failure in results["failed"]]
     if results["partial"]:
         lines.append(f"Interrupted after {len(results['rows'])} of {results['planned']} cases.\n")

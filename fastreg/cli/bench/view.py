@@ -46,7 +46,8 @@ class Progress:
         self.bars.advance(self.task)
         if not self.console.is_terminal:
             compiled = f", torch.compile {table.times(row, 'compile')}" if row["against_compile"] else ""
-            self.console.print(Text(f"{table.name(row)}: torch {table.times(row, 'eager')}{compiled}"), soft_wrap=True)
+            others = f", {table.others(row)}" if row["against_others"] else ""
+            self.console.print(Text(f"{table.name(row)}: torch {table.times(row, 'eager')}{compiled}{others}"), soft_wrap=True)
 
     def failed(self, message: str) -> None:
         """A case has none."""
@@ -78,6 +79,9 @@ class Progress:
             console.print(grid)
             console.print(f"{table.reached(results)} {table.spread(results)}")
             console.print("[bright_black]Ratios are medians, quartiles are of the ratio to torch; memory is ours : torch's.[/]")
+        for row in table.ordered(results):
+            if row["against_others"]:
+                console.print(Text(f"{table.name(row)}: {table.others(row)}"), soft_wrap=True)
         for note in dict.fromkeys(note for row in results["rows"] for note in row["notes"]):
             console.print(Text(note, style="bright_black"), soft_wrap=True)
         if results["partial"]:

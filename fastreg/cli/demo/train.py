@@ -25,7 +25,8 @@ BATCH = 100
 LENGTH = 9.0  # of an average input of the first layer
 EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
 BINS = 10  # of the reliability diagram
-SETTINGS = {"lr": LR, "momentum": MOMENTUM, "hidden": HIDDEN, "batch": BATCH, "attack_eps": EPS}
+POLICY = {"rotate": (-15, 15), "shear": (-10, 10), "stretch": (0.8, 1.2), "translate": (0.04, 0.04)}  # what digits allow
+SETTINGS = {"lr": LR, "momentum": MOMENTUM, "hidden": HIDDEN, "batch": BATCH, "attack_eps": EPS, "augmentation": POLICY}
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Recipe:
     rescale: str = "train"  # "inference": dropout in the textbook form
     smoothing: float = 0.0
     convention: str = "uniform"  # "others": no smoothing mass on the class itself
+    augment: bool = False  # whether every step sees the images transformed anew, by POLICY
     eps: float = 0.0  # of the adversarial examples in the loss
     patience: int = 0
 
@@ -94,6 +96,22 @@ class Torch:
         (grad,) = torch.autograd.grad(F.cross_entropy(model(x), y, label_smoothing=smoothing), x)
         return (x + eps * grad.sign()).clamp(0, 1).detach()
 
+    class augmentation:
+        def __init__(self, rotate, shear, stretch, translate):
+            self.rotate, self.shear, self.stretch, self.translate = rotate, shear, stretch, translate
+
+        def __call__(self, images):
+            batch, _, height, width = images.shape
+            half = torch.tensor([width, height]) / 2
+            shift = [(side * draw(batch, -t, t)).round() for side, t in zip((width, height), self.translate, strict=True)]
+            turn, slant = draw(batch, *self.rotate).deg2rad(), draw(batch, *self.shear).deg2rad().tan()
+            cos, sin, factor = turn.cos(), turn.sin(), draw(batch, *self.stretch)
+            there = torch.stack([cos, -(cos * slant + sin) * factor, sin, (cos - sin * slant) * factor], 1).view(-1, 2, 2)
+            back = torch.linalg.inv(there)  # from a pixel of the result to its place in the image
+            theta = torch.cat([back * half, -back @ torch.stack(shift, 1)[..., None]], 2) / half[:, None]
+            grid = F.affine_grid(theta, images.shape, align_corners=False)
+            return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
     class early_stopping:
         def __init__(self, model, patience):
             self.model, self.patience, self.epoch = model, patience, -1
@@ -108,6 +126,10 @@ class Torch:
 
         def restore(self):
             self.model.load_state_dict(self.state)
+
+
+def draw(count, low, high):
+    return torch.empty(count).uniform_(low, high)
 
 
 class TextbookDropout(nn.Module):
@@ -155,6 +177,10 @@ class Fastreg:
     @staticmethod
     def attack(model, x, y, eps):
         return fr.fgsm(model, x, y, eps, bounds=(0.0, 1.0))
+
+    @staticmethod
+    def augmentation(**policy):
+        return fr.augment.Augment(**policy, padding="border")
 
     @staticmethod
     def early_stopping(model, patience):
@@ -217,6 +243,7 @@ class Run:
 
     def __post_init__(self):
         self.optimizer = self.side.optimizer(self.model, self.recipe)
+        self.augment = self.side.augmentation(**POLICY) if self.recipe.augment else None
         self.stopper = None
         if self.recipe.patience:
             self.stopper = self.side.early_stopping(self.model, patience=self.recipe.patience)
@@ -233,6 +260,8 @@ class Run:
         start = time.perf_counter()
         for batch in batches:
             x, y = data.x_train[batch], data.y_train[batch]
+            if self.augment is not None:
+                x = augmented(x, data, self.augment)
             loss = self.side.loss(self.model, x, y, self.recipe)
             self.optimizer.zero_grad()
             loss.backward()
@@ -285,6 +314,14 @@ class Run:
             "epochs_ms": self.epoch_ms,
             "curves": self.curves,
         }
+
+
+def augmented(x: torch.Tensor, data: Data, augment) -> torch.Tensor:
+    """Rows of pixels, [B, D], after `augment`, which takes images [B, C, H, W]. Features that are no images stay as they are."""
+    height, width = data.picture_shape[:2]
+    if height == 1:
+        return x
+    return augment(x.view(len(x), height, width, -1).movedim(3, 1)).movedim(1, 3).reshape(x.shape)
 
 
 @torch.no_grad()

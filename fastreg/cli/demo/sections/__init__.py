@@ -2,6 +2,7 @@
 
 from . import (
     adversarial,
+    augmentation,
     dropout,
     early_stopping,
     l1,
@@ -20,7 +21,7 @@ SECTIONS = (
     lasso.SECTION,
     early_stopping.SECTION,
     dropout.SECTION,
-    # Dataset augmentation belongs here.
+    augmentation.SECTION,
     adversarial.SECTION,
     label_smoothing.SECTION,
     semi_supervised.SECTION,

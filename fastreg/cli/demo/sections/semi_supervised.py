@@ -25,12 +25,12 @@ VARIANTS = (
 )
 
 
-def labelled_images(data):
-    """Indices of training images, as many of each class as LABELLED leaves, drawn at random."""
+def labelled_images(data, one_of=LABELLED):
+    """Indices of training images, one of `one_of` of each class, drawn at random."""
     chosen = []
     for y in data.y_train.unique():
         own = (data.y_train == y).nonzero()[:, 0]
-        chosen.append(own[torch.randperm(len(own))[: max(1, len(own) // LABELLED)]])
+        chosen.append(own[torch.randperm(len(own))[: max(1, len(own) // one_of)]])
     return torch.cat(chosen)
 
 

@@ -1,0 +1,347 @@
+"""The CUDA kernels of augmentation, executed without a GPU, against the CPU operators: the same bits, but for sums."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from cuda_hosted import augmentations, pictures
+from cuda_machine import DTYPES, SCHEDULES, Seed, interpreted, needs_cudacheck, needs_nvcc, same, seed_at, structure, traffic
+
+import fastreg
+from fastreg.augment import _op
+
+pytestmark = [needs_cudacheck, needs_nvcc]
+
+CPU = torch.ops.fastreg
+PIXELS = (*DTYPES, torch.uint8)
+AugmentArgs = structure(
+    "AugmentArgs",
+    """int in_type, out_type
+    int64 batch, channels, in_height, in_width, out_height, out_width
+    pointer images, output
+    four in_stride, out_stride
+    pointer matrices, colour, blur, boxes, windows, constants
+    int64 blur_width, blur_height
+    int colour_steps, interpolation, padding
+    bool antialias, normalise
+    pointer grad
+    four grad_stride
+    pointer scratch""",
+    four=ctypes.c_int64 * 4,
+)
+SampleArgs = structure(
+    "SampleArgs",
+    """Seed seed
+    uint64 offset
+    int64 batch, in_height, in_width, out_height, out_width
+    double hflip, vflip, erase
+    columns low, high
+    int crop
+    two crop_area, crop_log_ratio
+    double padding
+    two erase_area, erase_log_ratio
+    pointer out""",
+    columns=ctypes.c_double * 22,
+    two=ctypes.c_double * 2,
+)
+MatrixArgs = structure(
+    "MatrixArgs",
+    """int64 batch, in_height, in_width, out_height, out_width
+    pointers column
+    int64s stride
+    pointer out""",
+    pointers=ctypes.c_void_p * 13,
+    int64s=ctypes.c_int64 * 13,
+)
+
+
+def arguments(machine, x, tables, size, static, out_dtype, output, grad=None, misaligned=0):
+    """(AugmentArgs, what must stay alive) with all but the scratch."""
+    matrices, colour, blur, boxes, windows, constants = tables
+    blur_width, blur_height, steps, interpolation, padding, antialias, normalise = static
+    held = (ctypes.c_double * len(constants))(*constants)
+    at = {}
+    for name, table in (("matrices", matrices), ("colour", colour), ("blur", blur), ("boxes", boxes), ("windows", windows)):
+        at[name] = None if table is None else machine.put(table, name).at
+    four = ctypes.c_int64 * 4
+    return AugmentArgs(
+        PIXELS.index(x.dtype), PIXELS.index(out_dtype), *x.shape, *size, machine.put(x, "images", misaligned).at, output.at,
+        four(*x.stride()), four(*output.like.stride()), at["matrices"], at["colour"], at["blur"], at["boxes"], at["windows"],
+        ctypes.addressof(held), blur_width, blur_height, steps, interpolation, padding, antialias, normalise,
+        None if grad is None else machine.put(grad, "grad").at, four(*(grad.stride() if grad is not None else ())), None,
+    ), held  # fmt: skip
+
+
+def with_scratch(machine, args, backward=False):
+    name = "augment_backward_cuda_bytes" if backward else "augment_cuda_bytes"
+    count = getattr(interpreted("augment").library, f"_ZN7fastreg{len(name)}{name}ERKNS_11AugmentArgsE")
+    count.restype = ctypes.c_int64
+    nbytes = count(ctypes.byref(args))
+    assert nbytes >= 0
+    args.scratch = machine.device.empty(max(nbytes, 1), np.uint8, "scratch").addr
+    return args
+
+
+def run(x, tables, size, static, dtype, grad=None, misaligned=0, **options):
+    """(the operator's result, or with a gradient that of its backward, reports) of the CUDA launcher."""
+    like = _op._like(x, *size, dtype) if grad is None else _op._like(x, *x.shape[2:], x.dtype)
+    kept = []
+
+    def make(machine):
+        output = machine.room(like, "output", misaligned)
+        args, held = arguments(machine, x, tables, size, static, dtype, output, grad, misaligned)
+        kept[:] = [output, held]
+        return with_scratch(machine, args, grad is not None)
+
+    launcher = "augment_cuda" if grad is None else "augment_backward_cuda"
+    reports = interpreted("augment").run(launcher, make, AugmentArgs, **options)
+    return kept[0].result(), reports
+
+
+def wide(dtype):
+    """The dtype of the result of images of `dtype`."""
+    return torch.float32 if dtype == torch.uint8 else dtype
+
+
+def assert_same(got, want):
+    if want.dtype == torch.float64:  # whose mean is summed in another order
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-14, equal_nan=True)
+    else:
+        assert same(got, want)
+
+
+@pytest.mark.parametrize("dtype", PIXELS)
+@pytest.mark.parametrize("channels", (1, 3, 4))
+def test_the_same_bits_as_on_the_cpu(channels, dtype):
+    for (interpolation, padding), size in zip(
+        ((0, 3), (1, 0), (1, 2), (2, 1), (2, 3)), ((9, 7), (9, 14), (6, 7), (1, 30), (9, 7)), strict=True
+    ):
+        x = pictures(3, channels, 9, 7, dtype)
+        tables, static = augmentations(3, 9, 7, channels, padding, interpolation, seed=padding)
+        want = CPU.augment(x, *tables, *size, *static, wide(dtype))
+        assert_same(run(x, tables, size, static, wide(dtype))[0], want)
+    for schedule in SCHEDULES:
+        assert_same(run(x, tables, size, static, wide(dtype), schedule=schedule)[0], want)
+    assert_same(run(x, tables, size, static, wide(dtype), misaligned=wide(dtype).itemsize)[0], want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
+@pytest.mark.parametrize("blur", ((3, 3), (1, 5), (15, 3), (3, 29)))
+def test_blur(blur, dtype):
+    """In tiles, and with a large kernel by way of an image in memory; where tiles meet, and where the image is smaller than them."""
+    for shape in ((1, 3, 37, 40), (2, 1, 4, 150)):
+        x = pictures(*shape, dtype)
+        tables, static = augmentations(shape[0], *shape[2:], shape[1], 2, 1, blur=blur)
+        want = CPU.augment(x, *tables, *shape[2:], *static, torch.float32)
+        got, reports = run(x, tables, shape[2:], static, torch.float32)
+        assert_same(got, want)
+        assert len(reports) == 2 + (max(blur) > 13), "sums of grey, tiles, and the second half of a large blur"
+    for schedule in SCHEDULES[1:]:
+        assert_same(run(x, tables, shape[2:], static, torch.float32, schedule=schedule)[0], want)
+    if dtype == torch.uint8:
+        static = (*static[:-1], False)
+        assert same(run(x, tables, shape[2:], static, dtype)[0], CPU.augment(x, *tables, *shape[2:], *static, dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.uint8, torch.float64))
+@pytest.mark.parametrize("interpolation", (1, 2))
+def test_antialias(interpolation, dtype):
+    for padding in range(4):
+        x = pictures(2, 3, 13, 17, dtype)
+        tables, static = augmentations(2, 13, 17, 3, padding, interpolation, antialias=True)
+        assert_same(run(x, tables, (5, 6), static, wide(dtype))[0], CPU.augment(x, *tables, 5, 6, *static, wide(dtype)))
+
+
+def test_bytes_stay_bytes():
+    x = pictures(4, 3, 19, 23, torch.uint8)
+    tables, static = augmentations(4, 19, 23, 3, 1, 1, blur=(3, 3))
+    static = (*static[:-1], False)
+    got, _ = run(x, tables, (19, 23), static, torch.uint8)
+    assert same(got, CPU.augment(x, *tables, 19, 23, *static, torch.uint8))
+
+
+def test_strides():
+    x = pictures(3, 6, 21, 24, torch.float16)[:, ::2, 1::2, 3:].contiguous(memory_format=torch.channels_last)
+    tables, static = augmentations(3, *x.shape[2:], 3, 2, 1)
+    for images in (x, pictures(3, 6, 21, 24, torch.float16)[:, ::2, 1::2, 3:]):
+        want = CPU.augment(images, *tables, *images.shape[2:], *static, torch.float16)
+        got = run(images, tables, images.shape[2:], static, torch.float16)[0]
+        assert same(got, want) and got.stride() == want.stride()
+
+
+def test_a_sample_that_is_no_good_is_nan():
+    """On the CPU these are errors; here the host cannot look at them."""
+    matrices = torch.eye(2, 3, dtype=torch.float64).repeat(4, 1, 1)
+    matrices[1, 0, 0], matrices[2, 1, 2] = float("inf"), 2.0**30
+    windows = torch.tensor([[0, 0, 6, 5], [0, 0, 6, 5], [0, 0, 6, 5], [3, 0, 4, 5]])
+    x = pictures(4, 3, 6, 5, torch.float32)
+    tables = (matrices, torch.full((4, 4), 0.5).double(), None, None, windows, [0.0] * 6 + [1.0] * 3 + [0.0] * 3)
+    for steps in (0, 15):
+        got, _ = run(x, tables, (6, 5), (1, 1, steps, 1, 0, True, False), torch.float32)
+        assert got[0].isfinite().all() and got[1:].isnan().all()
+        grad, _ = run(x, tables, (6, 5), (1, 1, steps & 7, 1, 0, True, False), torch.float32, torch.ones_like(x))
+        assert grad[0].abs().max() > 0 and grad[1:].abs().max() == 0
+    bytes_, _ = run((x * 255).byte(), tables, (6, 5), (1, 1, 0, 1, 0, False, False), torch.uint8)
+    assert bytes_[0].max() > 0 and bytes_[1:].max() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", (1, 3, 4))
+def test_gradient(channels, dtype):
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2**-6 if dtype == torch.bfloat16 else 2**-9)
+    for interpolation, padding, blur, antialias in (
+        (0, 0, None, False),
+        (1, 3, (3, 5), False),
+        (2, 2, None, False),
+        (1, 1, (7, 1), True),
+    ):
+        x = pictures(3, channels, 9, 8, dtype)
+        tables, static = augmentations(3, 9, 8, channels, padding, interpolation, antialias, blur, 15 if channels == 1 else 7)
+        grad = pictures(3, channels, 7, 10, dtype, seed=1)
+        want = CPU.augment_backward(grad, x, *tables, 7, 10, *static, dtype)
+        for schedule in SCHEDULES if interpolation == 1 else ("min-pc",):
+            got, _ = run(x, tables, (7, 10), static, dtype, grad, schedule=schedule)
+            torch.testing.assert_close(got.double(), want.double(), rtol=tolerance, atol=tolerance)
+
+
+# ---- traffic
+
+
+def typical(batch, side, blur=None, steps=15):
+    """What training draws: a flip, a turn by up to 15 degrees, a scale by up to 10 %, and colours."""
+    generator = torch.Generator().manual_seed(0)
+    aug = fastreg.augment.Augment(hflip=0.5, rotate=15, scale=(0.9, 1.1), translate=(0.1, 0.1))
+    drawn = aug.sample(torch.empty(batch, 3, side, side), seed=1)
+    colour = torch.rand(batch, 4, generator=generator, dtype=torch.float64)
+    weights = torch.full((batch, 2 * blur), 1 / blur).double() if blur else None
+    tables = (drawn.matrices(side, side), colour if steps else None, weights, None, None, [0.0] * 6 + [2.0] * 3 + [-1.0] * 3)
+    return tables, (blur or 1, blur or 1, steps, 1, 0, False, True)
+
+
+def unique(reports, name, op):
+    """Bytes of a buffer that each launch moves at least, every sector of 32 bytes once."""
+    return [rows[name, op]["unique"] for report in reports if (name, op) in (rows := report.traffic.rows)]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
+@pytest.mark.parametrize(
+    ("blur", "steps", "launches"), [(None, 13, 1), (None, 15, 2), (3, 13, 1), (3, 15, 2), (17, 13, 2), (17, 15, 3)]
+)
+def test_launches_and_bytes(blur, steps, launches, dtype):
+    x = pictures(2, 3, 64, 64, dtype)
+    tables, static = typical(2, 64, blur, steps)
+    got, reports = run(x, tables, (64, 64), static, torch.float32)
+    assert same(got, CPU.augment(x, *tables, 64, 64, *static, torch.float32))
+    assert len(reports) == launches
+    source = unique(reports, "images", "ld")
+    assert len(source) == (2 if steps & 2 else 1), "read by the sums of grey, and by what makes the pixels"
+    assert all(nbytes <= x.numel() * x.element_size() for nbytes in source)
+    written = [report.traffic.rows["output", "st"] for report in reports if ("output", "st") in report.traffic.rows]
+    assert len(written) == 1 and 32 * written[0]["sectors"] == written[0]["bytes"] == got.numel() * 4, "whole sectors, each once"
+
+
+def test_neighbours_come_from_few_sectors():
+    """Of every bilinear value four neighbours are read, a warp's from sectors that lie side by side."""
+    x = pictures(2, 3, 64, 64, torch.float32)
+    tables, static = typical(2, 64, steps=0)
+    _, reports = run(x, tables, (64, 64), static, torch.float32)
+    row = reports[0].traffic.rows["images", "ld"]
+    assert row["bytes"] <= 4 * x.numel() * 4
+    assert 32 * row["sectors"] <= 4 * 3 * x.numel() * 4, "a turned row of 32 pixels crosses a few lines"
+    straight = (torch.eye(2, 3, dtype=torch.float64).repeat(2, 1, 1), *tables[1:])
+    _, reports = run(x, straight, (64, 64), static, torch.float32)
+    assert traffic(reports, without=("matrices",)) == 2 * x.numel() * 4
+
+
+# ---- large
+
+
+def test_more_items_than_blocks():
+    """2^20 blocks and three: the first blocks take a second sample, whose mean and factors are its own."""
+    batch, written = 2**20 + 3, []
+
+    def make(machine):
+        virtual = machine.device.virtual
+        images = virtual(4 * batch, "images", lambda offsets, width: (offsets // 4 % 7 / 7).astype(np.float32))
+        colour = virtual(32 * batch, "colour", lambda offsets, width: 0.5 + (offsets // 32 % 5) / 10.0)
+        output = virtual(4 * batch, "output", None)
+        held = (ctypes.c_double * 4)(0, 0, 1, 0)
+        written[:] = [output, held]
+        strides = (ctypes.c_int64 * 4)(1, 1, 1, 1)
+        return AugmentArgs(
+            0, 0, batch, 1, 1, 1, 1, 1, images.addr, output.addr, strides, strides, None, colour.addr, None, None, None,
+            ctypes.addressof(held), 1, 1, 1, 1, 0, False, False, None, strides, None,
+        )  # fmt: skip
+
+    interpreted("augment").run("augment_cuda", make, AugmentArgs, blocks=[0, 2, 5])
+    at, values = written[0].writes(np.float32)
+    assert sorted(at) == [0, 2, 5, 2**20, 2**20 + 2]
+    factor = (0.5 + (at % 5) / 10.0).astype(np.float32)
+    np.testing.assert_array_equal(values, np.minimum((at % 7 / 7).astype(np.float32) * factor, np.float32(1)))
+
+
+def test_more_than_2_31_values():
+    batch, side, written = 2800, 512, []
+    n = batch * 3 * side * side
+    assert n > 2**31
+
+    def value(i):
+        return (i % 8191 / 8192).astype(np.float32)
+
+    def make(machine):
+        images = machine.device.virtual(4 * n, "images", lambda offsets, width: value(offsets // 4))
+        output = machine.device.virtual(4 * n, "output", None)
+        held = (ctypes.c_double * 12)(*[0.0] * 6, *[2.0] * 3, *[0.0] * 3)
+        written[:] = [output, held]
+        strides = (ctypes.c_int64 * 4)(3 * side * side, side * side, side, 1)
+        return AugmentArgs(
+            0, 0, batch, 3, side, side, side, side, images.addr, output.addr, strides, strides, None, None, None, None, None,
+            ctypes.addressof(held), 1, 1, 0, 1, 0, False, True, None, strides, None,
+        )  # fmt: skip
+
+    last = batch * side * side // 1024 - 1
+    interpreted("augment").run("augment_cuda", make, AugmentArgs, blocks=[0, last])
+    at, values = written[0].writes(np.float32)
+    assert at.max() == n - 1 and len(set(at)) == len(at) == 2 * 3 * 1024
+    np.testing.assert_array_equal(values, 2 * value(at))
+
+
+# ---- parameters
+
+
+def test_parameters_are_the_cpus():
+    seed, low, high = torch.tensor([-5]), [0.25] * 22, [1.75] * 22
+    for crop in range(3):
+        shared = (7, 300, [0.5, 0.25, 0.75], low, high, crop, [0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0], [11, 13, 8, 9])
+        want = CPU.augment_sample(torch.empty(0), seed, *shared)
+        offset, batch, chances, low, high, crop, crop_box, erase_box, sizes = shared
+        kept = []
+
+        def make(
+            machine, offset=offset, batch=batch, chances=chances, crop=crop, crop_box=crop_box, erase_box=erase_box, want=want
+        ):
+            two, columns = ctypes.c_double * 2, ctypes.c_double * 22
+            kept[:] = [machine.room(want, "out")]
+            return SampleArgs(
+                seed_at(machine, seed) if crop else Seed(2**64 - 5, None), offset, batch, *sizes, *chances, columns(*low),
+                columns(*high), crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4], two(*erase_box[:2]),
+                two(*erase_box[2:]), kept[0].at,
+            )  # fmt: skip
+
+        interpreted("augment").run("augment_sample_cuda", make, SampleArgs)
+        torch.testing.assert_close(kept[0].result(), want, rtol=1e-14, atol=0)
+
+        def make_matrices(machine, want=want):
+            given = [2, 3, 4, *range(7, 13)]  # the flips and the translation are neutral
+            place = machine.put(want, "params")
+            columns, strides = (ctypes.c_void_p * 13)(), (ctypes.c_int64 * 13)()
+            for i in given:
+                columns[i], strides[i] = place.at + 8 * i, 22
+            kept[:] = [machine.room(torch.empty(len(want), 2, 3, dtype=torch.float64), "out")]
+            return MatrixArgs(len(want), 11, 13, 8, 9, columns, strides, kept[0].at)
+
+        interpreted("augment").run("augment_matrices_cuda", make_matrices, MatrixArgs)
+        fields = (None, None, want[:, 2], want[:, 3], want[:, 4], None, want[:, 7:9], want[:, 9:13])
+        matrices = CPU.augment_matrices(want[:, 2], *fields, 11, 13, 8, 9)
+        torch.testing.assert_close(kept[0].result(), matrices, rtol=1e-13, atol=1e-13)
