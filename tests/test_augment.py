@@ -195,7 +195,7 @@ def test_turned_a_little(dtype, padding):
 
 
 def test_fill_does_not_touch_what_lies_inside():
-    """A pixel whose four neighbours all lie inside is what it is without the fill value, whatever pixels are computed beside it."""
+    """A pixel whose four neighbours lie inside is what it is without a fill value, whatever pixels are computed beside it."""
     for height, width in ((9, 33), (45, 37)):
         x, m = pictures(5, 3, height, width), some_matrices(5, height, width)
         inside = by_matrix(torch.ones_like(x, dtype=torch.float64), m) == 1

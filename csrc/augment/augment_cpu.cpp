@@ -1,9 +1,9 @@
 // Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
 // whose pixels all lie inside the image take neighbours in pairs, by gathers or from rows held in registers, without a look at
 // the border), coloured, blurred from a ring of rows, normalised, and written once. Only contrast, which needs the mean of the
-// image as it is by then, keeps a whole sample. Neither multiply_add nor a reduction in another order: the bits are the same on
-// every instruction set. Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written
-// once.
+// image as it is by then, keeps a whole sample.
+// Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
+// Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
 #include <type_traits>
 
 #include "../common/simd.h"
