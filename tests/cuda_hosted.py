@@ -233,6 +233,9 @@ def augment(cuda):
         one = table[:, 2]
         args = (one, table[:, 0], None, one, table[:, 3], table[:, 4], table[:, 5:7], table[:, 7:9], table[:, 9:13], 11, 13, 8, 9)
         near(cuda.augment_matrices(*args), CPU.augment_matrices(*args), crop, 1e-13)
+    sigma = torch.tensor([0.0, 1e-12, 0.3, 2.0, 1e9], dtype=torch.float64)
+    for args in ((sigma, sigma, 3, 3), (sigma, sigma.repeat(2)[::2], 1, 25)):
+        near(cuda.augment_gaussian(*args), CPU.augment_gaussian(*args), args[2:], 1e-15)
 
 
 CASES = (dropout, dropout_add, sgd, cross_entropy, fgsm, augment)

@@ -223,7 +223,8 @@ def test_layouts_and_dtypes():
             want = (reference_blur(want, [0.8, 1.1], 5) - 0.4) / 0.3
             from fastreg.augment import _op
 
-            weights = _op.gaussian(torch.tensor([0.8, 1.1]).double(), 5).repeat(1, 2)
+            sigma = torch.tensor([0.8, 1.1]).double()
+            weights = _op.augment_gaussian(sigma, sigma, 5, 5)
             for y in layouts(x):
                 got = by_matrix(y, m, colour=colour, blur=weights, kernel=(5, 5), mean=0.4, std=0.3)
                 tall = dtype in (torch.float16, torch.bfloat16)
@@ -693,6 +694,7 @@ def test_opcheck():
     one, two, four = torch.rand(4).double(), torch.rand(4, 2).double(), torch.rand(4, 4).double()
     for parameters in ((one, one, one, one, one, two, two, four), (None, None, one, None, four[:, 1], None, four[:, 1:3], None)):
         torch.library.opcheck(torch.ops.fastreg.augment_matrices.default, (one, *parameters, 5, 6, 7, 8))
+    torch.library.opcheck(_op.augment_gaussian, (one, four[:, 2], 3, 5))
     bounds = [1.0] * len(_op.COLUMNS)
     sample = (
         x,

@@ -744,6 +744,10 @@ __global__ void matrix_rows(const MatrixArgs args) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
     matrix_row(args, i);
 }
+__global__ void gaussian_rows(const GaussianArgs args) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
+    gaussian_row(args, i);
+}
 __global__ void shrink_rows(const AugmentArgs a, Shrink* shrinks) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.batch; i += int64_t(gridDim.x) * kThreads) {
     const double* matrix = a.matrices + 6 * i;
@@ -963,6 +967,9 @@ int augment_sample_cuda(const SampleArgs& args, void* stream) {
 }
 int augment_matrices_cuda(const MatrixArgs& args, void* stream) {
   return launch(matrix_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);
+}
+int augment_gaussian_cuda(const GaussianArgs& args, void* stream) {
+  return launch(gaussian_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);
 }
 
 }  // namespace fastreg

@@ -599,6 +599,30 @@ FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
   matrix[5] = m10 * start_x + m11 * start_y + centre_y;
 }
 
+// The weights of a blur along one axis: exp(-x^2 / (2 sigma^2)) at `size` whole numbers around 0, brought to sum 1; all on the
+// middle where sigma is 0.
+FR_HD void gaussian(double sigma, int64_t size, double* weight) {
+  double sum = 0;
+  for (int64_t k = 0; k < size; ++k) {
+    const double x = double(k - size / 2) / (sigma < 1e-8 ? 1e-8 : sigma);
+    weight[k] = k == size / 2 ? 1 : sigma > 0 ? std::exp(-0.5 * x * x) : 0;
+    sum += weight[k];
+  }
+  for (int64_t k = 0; k < size; ++k) weight[k] /= sum;
+}
+
+struct GaussianArgs {
+  int64_t batch, width, height;
+  const double *sigma_x, *sigma_y;
+  int64_t stride_x, stride_y;
+  double* out;  // (batch, width + height)
+};
+FR_HD void gaussian_row(const GaussianArgs& args, int64_t i) {
+  double* row = args.out + i * (args.width + args.height);
+  gaussian(args.sigma_x[i * args.stride_x], args.width, row);
+  gaussian(args.sigma_y[i * args.stride_y], args.height, row + args.width);
+}
+
 // ---- kernels on rows [begin, end) of one sample
 
 // Memory that a sample, or a thread, works in. Sizes by the functions of the table.
@@ -630,5 +654,6 @@ int64_t augment_backward_cuda_bytes(const AugmentArgs& args);
 int augment_backward_cuda(const AugmentArgs& args, void* stream);
 int augment_sample_cuda(const SampleArgs& args, void* stream);
 int augment_matrices_cuda(const MatrixArgs& args, void* stream);
+int augment_gaussian_cuda(const GaussianArgs& args, void* stream);
 
 }  // namespace fastreg

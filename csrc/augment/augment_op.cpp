@@ -359,6 +359,32 @@ Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<
   return out;
 }
 
+Tensor augment_gaussian(Tensor sigma_x, Tensor sigma_y, int64_t width, int64_t height) {
+  GaussianArgs a{};
+  a.batch = sigma_x.size(0);
+  a.width = width;
+  a.height = height;
+  check_device("augment", "sigma", sigma_y, "the other sigma", sigma_x);
+  for (const Tensor* t : {&sigma_x, &sigma_y})
+    check(t->scalar_type() == ScalarType::Double && t->dim() == 1 && t->size(0) == a.batch, "augment: sigma must be float64 of ",
+          a.batch, " numbers, got ", t->scalar_type(), " of shape ", shape_text(*t));
+  check(width > 0 && height > 0, "augment: the blur's kernel must be positive, got (", width, ", ", height, ")");
+  a.sigma_x = static_cast<const double*>(sigma_x.const_data_ptr());
+  a.sigma_y = static_cast<const double*>(sigma_y.const_data_ptr());
+  a.stride_x = sigma_x.stride(0);
+  a.stride_y = sigma_y.stride(0);
+  const int64_t columns = width + height;
+  Tensor out =
+      allocate(sigma_x, std::array<int64_t, 2>{a.batch, columns}, std::array<int64_t, 2>{columns, 1}, ScalarType::Double);
+  a.out = static_cast<double*>(out.mutable_data_ptr());
+#ifdef FASTREG_CUDA
+  on_stream("augment", sigma_x, [&](void* stream) { return augment_gaussian_cuda(a, stream); });
+#else
+  for (int64_t i = 0; i < a.batch; ++i) gaussian_row(a, i);
+#endif
+  return out;
+}
+
 }  // namespace
 }  // namespace fastreg
 
@@ -367,4 +393,5 @@ FR_LIBRARY_IMPL(m) {
   m.impl("augment_backward", TORCH_BOX(&fastreg::augment_backward));
   m.impl("augment_sample", TORCH_BOX(&fastreg::augment_sample));
   m.impl("augment_matrices", TORCH_BOX(&fastreg::augment_matrices));
+  m.impl("augment_gaussian", TORCH_BOX(&fastreg::augment_gaussian));
 }

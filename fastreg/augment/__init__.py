@@ -70,10 +70,11 @@ class Params:
         size = self.settings.size or (height, width)
         if not geometry and size == (height, width):
             return None
-        some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), torch.zeros(1))
-        return _op.augment_matrices(some, (height, width), size, **geometry)
+        some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), None)
+        return _op.augment_matrices(torch.zeros(1) if some is None else some, (height, width), size, **geometry)
 
 
+_COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
 
 
@@ -104,11 +105,8 @@ def apply(images, params):
         if value is not None and len(value) != count:
             raise ValueError(f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew")
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
-    blur = None
-    if params.sigma is not None:
-        across, down = params.settings.kernel
-        weights = _op.gaussian(params.sigma, across)
-        blur = torch.cat([weights, weights if across == down else _op.gaussian(params.sigma, down)], 1)
+    sigma = params.sigma
+    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
     matrices = params.matrices(*batch.shape[2:])
     if matrices is not None and len(matrices) != count:
         matrices = matrices.to(batch.device).expand(count, 2, 3).contiguous()
@@ -265,6 +263,8 @@ class Augment(nn.Module):
                     op, name, value, 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
                 )
                 constants[name] = values[0] if len(values) == 1 else tuple(values)
+        ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
+        self._ends = [[ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1)]
         self.settings = Settings(
             size=self.size,
             kernel=kernel,
@@ -338,11 +338,12 @@ class Augment(nn.Module):
             seed = torch.tensor([seed], dtype=torch.int64)
         if not isinstance(offset, int) or isinstance(offset, bool):
             raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
-        ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
+        low, high = self._ends
         if self.translate is not None:
+            low, high = low.copy(), high.copy()
             for axis, share, extent in zip("xy", self.translate, (width, height), strict=True):
-                ranges[f"translate_{axis}"] = (-share * extent, share * extent)
-        low, high = ([ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1))
+                column = _COLUMN[f"translate_{axis}"]
+                low[column], high[column] = -share * extent, share * extent
         crop_box = [*(self.crop if self.crop and not is_window else (1.0, 1.0)), math.log(3 / 4), math.log(4 / 3)]
         crop_box.append(float(self.crop) if is_window else 0.0)
         table = _op.augment_sample(
@@ -350,17 +351,17 @@ class Augment(nn.Module):
             0 if self.crop is None else 2 if is_window else 1, crop_box, [0.02, 0.33, math.log(0.3), math.log(3.3)],
             [height, width, *size],
         )  # fmt: skip
-        column = {name: i for i, name in enumerate(_op.COLUMNS)}
-        fields = {name: table[:, column[name]] for name in self.ranges if not name.startswith("shear")}
-        fields |= {name: table[:, column[name]] for name in ("hflip", "vflip") if self.chances[name]}
+        columns = table.unbind(1)
+        fields = {name: columns[_COLUMN[name]] for name in self.ranges if not name.startswith("shear")}
+        fields |= {name: columns[_COLUMN[name]] for name in ("hflip", "vflip") if self.chances[name]}
         if self.translate is not None:
-            fields["translate"] = table[:, column["translate_x"] : column["translate_y"] + 1]
+            fields["translate"] = table[:, _COLUMN["translate_x"] : _COLUMN["translate_y"] + 1]
         if "shear_x" in self.ranges:
-            fields["shear"] = table[:, column["shear_x"] : column["shear_y"] + 1]
+            fields["shear"] = table[:, _COLUMN["shear_x"] : _COLUMN["shear_y"] + 1]
         if self.crop is not None or self.size is not None:
-            fields["crop"] = table[:, column["crop_top"] : column["crop_width"] + 1]
+            fields["crop"] = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
         if self.chances["erase"]:
-            fields["erase"] = table[:, column["erase_top"] :].long()
+            fields["erase"] = table[:, _COLUMN["erase_top"] :].long()
         return Params(**fields, settings=self.settings)
 
     def forward(self, batch, generator=None):

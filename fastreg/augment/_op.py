@@ -24,6 +24,7 @@ define(
     "Tensor? translate, Tensor? shear, Tensor? crop, SymInt in_height, SymInt in_width, "
     "SymInt out_height, SymInt out_width) -> Tensor"
 )
+define("augment_gaussian(Tensor sigma_x, Tensor sigma_y, int width, int height) -> Tensor")
 
 # Columns of the table of parameters, as ParamColumn in augment_math.h.
 COLUMNS = (
@@ -63,9 +64,15 @@ def _(like, *rest):
     return like.new_empty((like.shape[0], 2, 3), dtype=torch.float64)
 
 
+@torch.library.register_fake("fastreg::augment_gaussian")
+def _(sigma_x, sigma_y, width, height):
+    return sigma_x.new_empty((sigma_x.shape[0], width + height), dtype=torch.float64)
+
+
 _augment = torch.ops.fastreg.augment.default
 _augment_backward = torch.ops.fastreg.augment_backward.default
 augment_sample = torch.ops.fastreg.augment_sample.default
+augment_gaussian = torch.ops.fastreg.augment_gaussian.default  # weights along x, then along y, each of sum 1
 
 
 def augment_matrices(like, in_size, out_size, *, hflip=None, vflip=None, stretch=None, scale=None, angle=None, translate=None,
@@ -86,13 +93,6 @@ class _Augment(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return _augment_backward(grad, *ctx.saved_tensors, *ctx.static), *(None,) * (5 + len(ctx.static))
-
-
-def gaussian(sigma, size):
-    """Weights (B, size) of exp(-x^2 / (2 sigma^2)), of sum 1; all on the middle where sigma is 0."""
-    x = torch.arange(size, dtype=torch.float64, device=sigma.device) - (size - 1) / 2
-    weights = torch.softmax(-0.5 * (x / sigma.clamp(min=1e-8)[:, None]).square(), 1)
-    return torch.where(sigma[:, None] > 0, weights, (x == 0).double())
 
 
 def run(

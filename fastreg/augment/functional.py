@@ -255,8 +255,7 @@ def gaussian_blur(inpt, kernel_size, sigma=None):
     kernel = check_kernel(op, kernel_size)
     sigmas = [0.15 * k + 0.35 for k in kernel] if sigma is None else pair(sigma)
     sigmas = [numbers(op, "sigma", s, inpt, low=0) for s in sigmas]
-    weights = torch.cat([_op.gaussian(s, k) for s, k in zip(sigmas, kernel, strict=True)], 1)
-    return _run(op, inpt, blur=weights, kernel=kernel)
+    return _run(op, inpt, blur=_op.augment_gaussian(*sigmas, *kernel), kernel=kernel)
 
 
 def check_kernel(op, kernel_size):
