@@ -1,6 +1,7 @@
 """The table of CUDA kernels in docs/cuda.md: `python tests/cuda_table.py` executes each and writes it anew.
 
 Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, but for the bias of dropout_add, which comes from
+the cache, and the images that are augmented, of which each launch counts every sector once: the neighbours of a pixel come from
 the cache; registers are what ptxas says for sm_80, and the
 share of the memory's bandwidth is predicted: the time of the floor's bytes over that of the bytes moved or, if longer, of the
 instructions, for an H100 (3.35 TB/s; 132 SMs, 128 lanes, 1.76 GHz). The interpreter counts instructions of PTX, of which about a
@@ -11,6 +12,7 @@ import re
 import sys
 from pathlib import Path
 
+import test_cuda_augment
 import test_cuda_build
 import test_cuda_cross_entropy
 import test_cuda_dropout
@@ -48,6 +50,8 @@ def measured():
         yield "fgsm_step", dtype, N, 3 * N * size, test_cuda_fgsm.run(x, x)[1], "fgsm"
         yield "pgd_step", dtype, N, 4 * N * size, test_cuda_fgsm.run(x, x, x)[1], "fgsm"
         yield from test_cuda_cross_entropy.for_the_table(dtype)
+    for dtype in (torch.float32, torch.uint8):
+        yield from test_cuda_augment.for_the_table(dtype)
 
 
 def rows():
@@ -57,7 +61,8 @@ def rows():
         used = test_cuda_build.resources(op)
         registers = sorted({used[test_cuda_build.kernel(report.kernel)][0] for report in reports})
         shared = max(used[test_cuda_build.kernel(report.kernel)][2] for report in reports)
-        moved, instructions = traffic(reports, without=("bias",)), sum(report.instructions for report in reports)
+        moved, instructions = traffic(reports, without=("bias", "images")), sum(report.instructions for report in reports)
+        moved += sum(row["unique"] for report in reports for (name, _), row in report.traffic.rows.items() if name == "images")
         share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)
         name = str(dtype).removeprefix("torch.")
         yield (

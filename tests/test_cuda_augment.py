@@ -219,6 +219,15 @@ def typical(batch, side, blur=None, steps=15):
     return tables, (blur or 1, blur or 1, steps, 1, 0, False, True)
 
 
+def for_the_table(dtype):
+    """(what, dtype, values, floor in bytes, reports, op) of typical calls, as tests/cuda_table.py writes them down."""
+    x = pictures(4, 3, 128, 128, dtype)
+    values, floor = x.numel(), x.numel() * (dtype.itemsize + 4)
+    for what, blur, steps in (("geometry", None, 0), ("geometry and colour", None, 15), ("all steps, blur 3 × 3", 3, 15)):
+        tables, static = typical(4, 128, blur, steps)
+        yield f"augment, {what}", dtype, values, floor, run(x, tables, (128, 128), static, torch.float32)[1], "augment"
+
+
 def unique(reports, name, op):
     """Bytes of a buffer that each launch moves at least, every sector of 32 bytes once."""
     return [rows[name, op]["unique"] for report in reports if (name, op) in (rows := report.traffic.rows)]

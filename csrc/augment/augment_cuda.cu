@@ -26,20 +26,21 @@ constexpr int kSumLanes = 64 / sizeof(A);  // that share a row of grey: the sums
 template <class A>
 struct Pass {
   AugmentArgs a;
-  int first_channel;  // of those of this launch
-  int64_t items;      // samples times planes times tiles, which the blocks take in turn
-  Divider tiles, planes, across, width;
+  int64_t items;  // samples times groups of channels times tiles, which the blocks take in turn
+  Divider tiles, groups, across, width;
   const Shrink* shrinks;
   A *sums, *blurred;
   A fill[kMostChannels], erased[kMostChannels], scale[kMostChannels], shift[kMostChannels];
 
   struct Place {
     int64_t sample, tile;
-    int plane;  // of those of this launch
+    int channel;  // the first of the group
   };
+  // Groups of C channels; of three there is but one.
+  template <int C>
   __device__ __forceinline__ Place place(int64_t item) const {
-    const int64_t plane = tiles.divide(item), sample = planes.divide(plane);
-    return {sample, item - plane * int64_t(tiles.divisor), int(plane - sample * int64_t(planes.divisor))};
+    const int64_t group = tiles.divide(item), sample = C == 3 ? group : groups.divide(group);
+    return {sample, item - group * int64_t(tiles.divisor), C == 3 ? 0 : int(group - sample * int64_t(groups.divisor))};
   }
 };
 
@@ -119,7 +120,18 @@ struct Image {
   __device__ __forceinline__ void get(int32_t y, int32_t x, A (&p)[C]) const {
     const T* at = data + y * row + x * pixel;
 #pragma unroll
-    for (int c = 0; c < C; ++c) p[c] = load_float(at[c * plane]);
+    for (int c = 0; c < C; ++c, at += plane) p[c] = load_float(*at);
+  }
+
+  // Between this pixel and its neighbours to the right and below, all of which are there.
+  template <int C>
+  __device__ __forceinline__ void between(int32_t y, int32_t x, A from_top, A from_left, A (&p)[C]) const {
+    const T* upper = data + y * row + x * pixel;
+    const T* lower = upper + row;
+#pragma unroll
+    for (int c = 0; c < C; ++c, upper += plane, lower += plane)
+      p[c] = lerp(lerp(A(load_float(upper[0])), A(load_float(lower[0])), from_top),
+                  lerp(A(load_float(upper[pixel])), A(load_float(lower[pixel])), from_top), from_left);
   }
 };
 
@@ -180,7 +192,7 @@ struct Grid {
       for (int c = 0; c < C; ++c) sum[c] += weight * column[c];
     }
 #pragma unroll
-    for (int c = 0; c < C; ++c) p[c] = there ? sum[c] / (down * across) : pass.fill[channel - pass.first_channel + c];
+    for (int c = 0; c < C; ++c) p[c] = there ? sum[c] / (down * across) : pass.fill[channel + c];
   }
 };
 
@@ -190,8 +202,12 @@ __device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixe
   A t, from_top, upper[C], left[C];
   fraction_of(at.u, &t);
   fraction_of(at.v, &from_top);
+  if constexpr (!P::kShrinks) {
+    const int32_t x = whole_part(at.u), y = whole_part(at.v);
+    if (x >= 0 && x < s.width - 1 && y >= 0 && y < s.height - 1) return pixels.between(y, x, from_top, t, p);
+  }
   int there = 0;
-#pragma unroll(P::kShrinks ? 1 : 4)
+#pragma unroll 1
   for (int tap = 0; tap < 4; ++tap) {  // column by column
     const int32_t line = padded(whole_part(at.v) + (tap & 1), s.height, padding);
     const int32_t column = padded(whole_part(at.u) + (tap >> 1), s.width, padding);
@@ -256,7 +272,7 @@ template <int C, class P, class A>
 __device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels, int channel, int32_t x,
                                              int32_t y, A (&p)[C]) {
   const Padding padding = pass.a.padding;
-  const A* fill = pass.fill + channel - pass.first_channel;
+  const A* fill = pass.fill + channel;
   if (!s.valid) {
     for (int c = 0; c < C; ++c) p[c] = A(NAN);
     return;
@@ -298,36 +314,36 @@ __device__ __forceinline__ void coloured_pixel(const Pass<A>& pass, const Sample
   }
 }
 
+template <class T, int C, class A>
+__device__ __forceinline__ void store_pixel(void* output, int64_t at, int64_t plane, const A (&p)[C]) {
+  T* to = static_cast<T*>(output) + at;
+#pragma unroll
+  for (int c = 0; c < C; ++c, to += plane) store_float(p[c], to);
+}
+
 // Normalises, erases and stores the C channels of an output pixel.
 template <int C, class A>
 __device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, int64_t sample, int channel, int32_t x, int32_t y,
-                                     const A (&p)[C]) {
+                                     A (&p)[C]) {
   const AugmentArgs& a = pass.a;
   const bool erased = y >= s.box[0] && y < s.box[2] && x >= s.box[1] && x < s.box[3];
-  const int64_t at = sample * a.out_stride[0] + channel * a.out_stride[1] + y * a.out_stride[2] + x * a.out_stride[3];
 #pragma unroll
   for (int c = 0; c < C; ++c) {
-    const int k = channel - pass.first_channel + c;
-    const A value = erased ? pass.erased[k] : a.normalise ? p[c] * pass.scale[k] + pass.shift[k] : p[c];
-    const int64_t i = at + c * a.out_stride[1];
-    if constexpr (std::is_same_v<A, double>) {
-      static_cast<double*>(a.output)[i] = value;
-    } else {
-      switch (a.out_type) {
-        case PixelType::kFloat32:
-          static_cast<float*>(a.output)[i] = value;
-          break;
-        case PixelType::kFloat16:
-          store_float(value, static_cast<Half*>(a.output) + i);
-          break;
-        case PixelType::kBFloat16:
-          store_float(value, static_cast<BFloat16*>(a.output) + i);
-          break;
-        default:
-          store_float(value, static_cast<uint8_t*>(a.output) + i);
-      }
-    }
+    if (a.normalise) p[c] = p[c] * pass.scale[channel + c] + pass.shift[channel + c];
+    if (erased) p[c] = pass.erased[channel + c];
   }
+  const int64_t plane = a.out_stride[1];
+  const int64_t at = sample * a.out_stride[0] + channel * plane + y * a.out_stride[2] + x * a.out_stride[3];
+  if constexpr (std::is_same_v<A, double>)
+    store_pixel<double>(a.output, at, plane, p);
+  else if (a.out_type == PixelType::kFloat32)
+    store_pixel<float>(a.output, at, plane, p);
+  else if (a.out_type == PixelType::kFloat16)
+    store_pixel<Half>(a.output, at, plane, p);
+  else if (a.out_type == PixelType::kBFloat16)
+    store_pixel<BFloat16>(a.output, at, plane, p);
+  else
+    store_pixel<uint8_t>(a.output, at, plane, p);
 }
 
 // ---- sums of a sample
@@ -393,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, P::kBlocks < 3 ? P::kBlocks : 3) gre
   const AugmentArgs& a = pass.a;
   const int lane = threadIdx.x % kSumLanes<A>;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
+    const auto place = pass.template place<C>(item);
     begin_item<P>(pass, place.sample, false, s);
     const P pixels(pass, s, 0);
     const int64_t y = place.tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
@@ -432,8 +448,8 @@ template <class P, int C, class A = typename P::A>
 __global__ void __launch_bounds__(kThreads, P::kBlocks) augment_pixels(const Pass<A> pass) {
   __shared__ Sample<A> s;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
-    const int channel = pass.first_channel + place.plane;
+    const auto place = pass.template place<C>(item);
+    const int channel = place.channel;
     begin_item<P>(pass, place.sample, true, s);
     const P pixels(pass, s, channel);
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
@@ -449,7 +465,11 @@ __global__ void __launch_bounds__(kThreads, P::kBlocks) augment_pixels(const Pas
 // Calls f(row, column) for the pixels of a rectangle that are this thread's.
 template <class F>
 __device__ __forceinline__ void for_each_in(int rows, int columns, F f) {
-  for (int i = threadIdx.x; i < rows * columns; i += kThreads) f(i / columns, i % columns);
+  const unsigned factor = 0xffffffffu / unsigned(columns) + 1;  // i / columns without a division, exact below 2^32 / columns
+  for (int i = threadIdx.x; i < rows * columns; i += kThreads) {
+    const int row = columns == 1 ? i : int(__umulhi(unsigned(i), factor));
+    f(row, i - row * columns);
+  }
 }
 
 struct Tile {
@@ -472,8 +492,8 @@ __global__ void __launch_bounds__(kThreads, P::kBlocks) augment_tiles(const Pass
   A* weight = reinterpret_cast<A*>(dynamic_shared);
   A *made = weight + a.blur_width + a.blur_height, *across = made + C * lines * pitch;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
-    const int channel = pass.first_channel + place.plane;
+    const auto place = pass.template place<C>(item);
+    const int channel = place.channel;
     begin_item<P>(pass, place.sample, true, s);
     const P pixels(pass, s, channel);
     const int64_t tile_row = pass.across.divide(place.tile), tile_column = place.tile - tile_row * int64_t(pass.across.divisor);
@@ -525,8 +545,8 @@ __global__ void __launch_bounds__(kThreads) blur_down(const Pass<A> pass) {
   const AugmentArgs& a = pass.a;
   A* weight = reinterpret_cast<A*>(dynamic_shared);
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
-    const int channel = pass.first_channel + place.plane;
+    const auto place = pass.template place<1>(item);
+    const int channel = place.channel;
     begin_item<Image<A>>(pass, place.sample, false, s);
     for (int64_t k = threadIdx.x; k < a.blur_height; k += kThreads)
       weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + a.blur_width + k]);
@@ -550,8 +570,8 @@ __global__ void __launch_bounds__(kThreads) incoming_gradient(const Pass<A> pass
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
-    const int channel = pass.first_channel + place.plane;
+    const auto place = pass.template place<1>(item);
+    const int channel = place.channel;
     begin_item<Image<A>>(pass, place.sample, false, s);
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
       const int64_t i =
@@ -564,7 +584,7 @@ __global__ void __launch_bounds__(kThreads) incoming_gradient(const Pass<A> pass
                : a.out_type == PixelType::kFloat16 ? load_float(static_cast<const Half*>(a.grad)[i])
                                                    : load_float(static_cast<const BFloat16*>(a.grad)[i]);
       const bool erased = y >= s.box[0] && y < s.box[2] && x >= s.box[1] && x < s.box[3];
-      const A scale = a.normalise ? pass.scale[place.plane] : A(1);
+      const A scale = a.normalise ? pass.scale[channel] : A(1);
       out[((place.sample * a.channels + channel) * a.out_height + y) * a.out_width + x] = erased ? A(0) : scale * grad;
     });
   }
@@ -578,12 +598,12 @@ __global__ void __launch_bounds__(kThreads) blur_backward(const Pass<A> pass, co
   const int64_t step = down ? a.out_width : 1;
   A* weight = reinterpret_cast<A*>(dynamic_shared);
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
+    const auto place = pass.template place<1>(item);
     __syncthreads();  // no thread is at work on the last item
     for (int64_t k = threadIdx.x; k < size; k += kThreads)
       weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + (down ? a.blur_width : 0) + k]);
     __syncthreads();
-    const int64_t plane = (place.sample * a.channels + pass.first_channel + place.plane) * a.out_height * a.out_width;
+    const int64_t plane = (place.sample * a.channels + place.channel) * a.out_height * a.out_width;
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
       const int64_t own = down ? y : x;
       const A* line = in + plane + (down ? x : y * a.out_width);
@@ -613,7 +633,7 @@ __global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks) blends_backward_ro
   const int lane = threadIdx.x % kSumLanes<A>;
   const int64_t plane = a.out_height * a.out_width;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
+    const auto place = pass.template place<C>(item);
     begin_item<Grid<A>>(pass, place.sample, true, s);
     const Grid<A> pixels(pass, s, 0);
     const int64_t y = place.tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
@@ -663,8 +683,8 @@ __global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks)
   const AugmentArgs& a = pass.a;
   const int64_t plane = a.out_height * a.out_width;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
-    const auto place = pass.place(item);
-    const int channel = pass.first_channel + place.plane;
+    const auto place = pass.template place<C>(item);
+    const int channel = place.channel;
     begin_item<Grid<A>>(pass, place.sample, false, s);
     if (!s.valid) continue;
     A mean_share = 0;
@@ -814,19 +834,26 @@ struct Scratch {
   }
 };
 
-// The pass over `planes` groups of channels from `first` on, with `tiles` tiles each.
+int64_t size_of(PixelType type) {
+  const int64_t sizes[] = {4, 8, 2, 2, 1};
+  return sizes[int(type)];
+}
+
+// A pass over channels [first, first + channels) in `groups`, each with `tiles`. To its kernels the first of them is channel 0.
 template <class A>
-Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int channels, int planes, int64_t tiles) {
+Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int channels, int groups, int64_t tiles) {
   Pass<A> pass;
   pass.a = a;
-  pass.first_channel = first;
-  pass.items = a.batch * planes * tiles;
+  pass.a.images = static_cast<const char*>(a.images) + first * a.in_stride[1] * size_of(a.in_type);
+  pass.a.output = static_cast<char*>(a.output) + first * a.out_stride[1] * size_of(a.out_type);
+  pass.a.grad = static_cast<const char*>(a.grad) + first * a.grad_stride[1] * size_of(a.out_type);
+  pass.items = a.batch * groups * tiles;
   pass.tiles = Divider(tiles);
-  pass.planes = Divider(planes);
+  pass.groups = Divider(groups);
   pass.width = Divider(a.out_width);
   pass.shrinks = scratch.shrinks;
   pass.sums = scratch.sums;
-  pass.blurred = scratch.blurred;
+  pass.blurred = scratch.blurred + first * a.out_height * a.out_width;
   for (int i = 0; i < kMostChannels; ++i) {
     const bool there = i < channels;
     const double* constant = a.constants + first + i;
@@ -878,11 +905,11 @@ int forward(const AugmentArgs& a, void* stream) {
   if (const int error = find_shrinks(a, scratch, stream)) return error;
   if (const int error = sum_grey<P, C>(a, scratch, stream)) return error;
   return for_each_group(a, [&](int first, int channels) {
-    const int planes = channels / C;
-    if (!a.blur) return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, planes, pixel_tiles(a)), stream);
+    const int groups = channels / C;
+    if (!a.blur) return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, groups, pixel_tiles(a)), stream);
     const Tile tile = tile_of(a, sizeof(A));
     const int64_t across = divide_up(a.out_width, tile.width);
-    Pass<A> pass = pass_of(a, scratch, first, channels, planes, across * divide_up(a.out_height, tile.height));
+    Pass<A> pass = pass_of(a, scratch, first, channels, groups, across * divide_up(a.out_height, tile.height));
     pass.across = Divider(across);
     const size_t shared = size_t(tile_bytes<A>(tile, a.blur_width, a.blur_height, C));
     const int error = launch(augment_tiles<P, C>, blocks_for(pass.items, 1), kThreads, shared, stream, pass, tile);
@@ -904,26 +931,25 @@ int backward(const AugmentArgs& a, void* stream) {
   if (const int error = find_shrinks(a, scratch, stream)) return error;
   if (const int error = sum_grey<Grid<A>, C>(a, scratch, stream)) return error;
   const int error = for_each_group(a, [&](int first, int channels) {
+    const int64_t skipped = first * a.out_height * a.out_width;
+    A *grad = scratch.grad + skipped, *spare = scratch.spare + skipped;
     const Pass<A> by_channel = pass_of(a, scratch, first, channels, channels, pixel_tiles(a));
-    const unsigned blocks = blocks_for(by_channel.items, 1);
-    int error = launch(incoming_gradient<A>, blocks, kThreads, 0, stream, by_channel, scratch.grad);
-    if (a.blur) {
-      const auto blur = [&](const A* from, A* to, int64_t size, bool down) {
-        if (!error)
-          error = launch(blur_backward<A>, blocks, kThreads, size_t(size) * sizeof(A), stream, by_channel, from, to, down);
-      };
-      blur(scratch.grad, scratch.spare, a.blur_height, true);
-      blur(scratch.spare, scratch.grad, a.blur_width, false);
-    }
-    if (!error && scratch.through_mean) {
-      const Pass<A> rows = pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a));
-      error = launch(blends_backward_rows<A, C>, blocks_for(rows.items, 1), kThreads, 0, stream, rows, scratch.grad,
-                     scratch.through_mean);
-    }
+    const auto start = [&](const Pass<A>& pass, size_t shared, auto kernel, auto... arguments) {
+      return launch(kernel, blocks_for(pass.items, 1), kThreads, shared, stream, pass, arguments...);
+    };
+    int error = start(by_channel, 0, incoming_gradient<A>, grad);
+    if (a.blur && !error)
+      error = start(by_channel, size_t(a.blur_height) * sizeof(A), blur_backward<A>, static_cast<const A*>(grad), spare, true);
+    if (a.blur && !error)
+      error = start(by_channel, size_t(a.blur_width) * sizeof(A), blur_backward<A>, static_cast<const A*>(spare), grad, false);
+    if (!error && scratch.through_mean)
+      error = start(pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a)), 0, blends_backward_rows<A, C>, grad,
+                    scratch.through_mean);
     if (error) return error;
-    const Pass<A> pass = pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a));
-    return launch(warp_backward<A, C>, blocks_for(pass.items, 1), kThreads, 0, stream, pass, scratch.grad, scratch.through_mean,
-                  sums);
+    Sums<A> part = sums;
+    part.data += first * sums.stride[1];
+    return start(pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a)), 0, warp_backward<A, C>,
+                 static_cast<const A*>(grad), static_cast<const A*>(scratch.through_mean), part);
   });
   if constexpr (kConverted)
     if (!error)

@@ -4,6 +4,8 @@ Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an outpu
 at whole numbers; `constants` are fill, erased value, scale and shift of each channel, in this order.
 """
 
+import warnings
+
 import torch
 
 from .._library import define
@@ -92,6 +94,14 @@ class _Augment(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
+            message = (
+                "augment: on a GPU the images' gradient is added up in no fixed order, so that its last bits vary; "
+                "use torch.use_deterministic_algorithms(True, warn_only=True), or augment on the CPU"
+            )
+            if not torch.is_deterministic_algorithms_warn_only_enabled():
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=2)
         return _augment_backward(grad, *ctx.saved_tensors, *ctx.static), *(None,) * (5 + len(ctx.static))
 
 
