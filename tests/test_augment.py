@@ -173,6 +173,36 @@ def test_warp(interpolation, padding):
             assert_images(got, want, dtype, 5e-6 if dtype == torch.float32 else None)
 
 
+@pytest.mark.parametrize("padding", ("zeros", "border", "reflect", "fill"))
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_turned_a_little(dtype, padding):
+    """Neighbouring pixels of few rows have a way of their own for 1 and 3 channels, which must not show: same bits as among 5."""
+    for height, width in (*SIZES, (70, 90)):
+        angle = torch.tensor([0.0, 0.02, -0.11, 0.19, 0.25, 0.31, 3.1])  # of 1 to 7 rows for 16 pixels
+        scale = torch.tensor([0.3, 1.0, 1.9, -1.1, 1.0, 0.9, 1.3])
+        m = torch.zeros(len(angle), 2, 3, dtype=torch.float64)
+        m[:, 0, 0], m[:, 0, 1], m[:, 1, 0], m[:, 1, 1] = scale * angle.cos(), -angle.sin(), angle.sin(), angle.cos()
+        size = (height + 9, width + 21)
+        m[:, :, 2] = -(m[:, :, :2] @ torch.tensor([size[1], size[0]]).double() / 2) + torch.tensor([width, height]) / 2 - 0.513
+        x = pictures(len(m), 5, height, width, dtype)
+        fill = 0.25 * (255 if dtype == torch.uint8 else 1)
+        five = by_matrix(x, m, size, padding=padding, fill=fill)
+        want = reference_warp(wide(x), m, size, "bilinear", padding, 0.25)
+        assert_images(five, want.clamp(0, 1) if dtype == torch.uint8 else want, dtype, 5e-6 if dtype == torch.float32 else None)
+        for channels in (slice(3), slice(1)):
+            for part in layouts(x[:, channels]):
+                assert torch.equal(by_matrix(part, m, size, padding=padding, fill=fill), five[:, channels])
+
+
+def test_fill_does_not_touch_what_lies_inside():
+    """A pixel whose four neighbours lie inside is what it is without a fill value, whatever pixels are computed beside it."""
+    for height, width in ((9, 33), (45, 37)):
+        x, m = pictures(5, 3, height, width), some_matrices(5, height, width)
+        inside = by_matrix(torch.ones_like(x, dtype=torch.float64), m) == 1
+        zeros, filled = by_matrix(x, m), by_matrix(x, m, padding="fill", fill=0.3)
+        assert inside.any() and not inside.all() and torch.equal(filled[inside], zeros[inside])
+
+
 def test_warp_of_many_pixels_keeps_its_precision():
     """At pixel 5000 the last bit of a float32 position is 5e-4 of a pixel."""
     x = pictures(1, 1, 3, 5001)

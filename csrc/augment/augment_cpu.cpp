@@ -1,6 +1,7 @@
 // Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
-// whose pixels all lie inside the image gather neighbours in pairs, without a look at the border), coloured, blurred from a ring
-// of rows, normalised, and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
+// whose pixels all lie inside the image take neighbours in pairs, by gathers or from rows held in registers, without a look at
+// the border), coloured, blurred from a ring of rows, normalised, and written once. Only contrast, which needs the mean of the
+// image as it is by then, keeps a whole sample.
 // Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
 // Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
 #include <type_traits>
@@ -175,6 +176,22 @@ struct Positions {
 
 // ---- gathers. The planes hold `count` elements; index + 1 lies inside for pairs.
 
+#ifdef __AVX512F__
+template <class T>
+FR_INLINE void split_pairs(__m512i pairs, Vec<float>& left, Vec<float>& right) {  // of 16-bit values
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    left.part[0] = (Vec<float>::Part)_mm512_slli_epi32(pairs, 16);
+    right.part[0] = (Vec<float>::Part)_mm512_and_si512(pairs, _mm512_set1_epi32(int32_t(0xffff0000u)));
+  } else if constexpr (std::is_same_v<T, Half>) {
+    left.part[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    right.part[0] = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+  } else {
+    left.part[0] = _mm512_cvtepi32_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff)));
+    right.part[0] = _mm512_cvtepi32_ps(_mm512_srli_epi32(pairs, 16));
+  }
+}
+#endif
+
 template <class T, class A>
 FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left, Vec<A>& right) {
   [[maybe_unused]] typedef typename Vec<A>::Part Part;
@@ -198,14 +215,7 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
           left.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
           right.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(words, 8), byte));
         } else {
-          const __m512i words = _mm512_i32gather_epi32(at, plane, 2);
-          if constexpr (std::is_same_v<T, BFloat16>) {
-            left.part[0] = (Part)_mm512_slli_epi32(words, 16);
-            right.part[0] = (Part)_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000u)));
-          } else {
-            left.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(words));
-            right.part[0] = (Part)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
-          }
+          split_pairs<T>(_mm512_i32gather_epi32(at, plane, 2), left, right);
         }
         return;
       }
@@ -293,6 +303,59 @@ FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
   return load(lane);
 }
 
+// ---- lookups, instead of gathers where they pay. Neighbouring output pixels lie in few rows of the source, unless the image is
+// turned far. 32 pixels of such a row are held in registers, and the lanes that lie in it take theirs by one permutation, where a
+// gather would load for each lane. What a mask leaves out is not read and counts as 0, which is a border of zeros for nothing.
+
+#ifdef __AVX512F__
+constexpr int32_t kLookupColumns = 32, kLookupRows = 5;  // for more rows gathers are faster
+
+template <class T>
+struct Lookup {  // 16-bit pixels, and bytes as such: one register holds the row, 32-bit lanes hold left and right
+  struct Row {
+    __m512i pixels;
+    FR_INLINE Row() : pixels(_mm512_setzero_si512()) {}
+    FR_INLINE Row(const T* p, uint32_t inside) {
+      if constexpr (sizeof(T) == 1)
+        pixels = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(inside, p));
+      else
+        pixels = _mm512_maskz_loadu_epi16(inside, p);
+    }
+  };
+  __m512i index, pairs;
+  FR_INLINE void start(__m512i left) {
+    index = _mm512_or_si512(left, _mm512_slli_epi32(_mm512_add_epi32(left, _mm512_set1_epi32(1)), 16));
+    pairs = _mm512_setzero_si512();
+  }
+  FR_INLINE void take(__mmask16 lanes, const Row& row) {
+    pairs = _mm512_mask_mov_epi32(pairs, lanes, _mm512_permutexvar_epi16(index, row.pixels));
+  }
+  FR_INLINE void result(Vec<float>& left, Vec<float>& right) const { split_pairs<T>(pairs, left, right); }
+};
+template <>
+struct Lookup<float> {
+  struct Row {
+    __m512 low, high;
+    FR_INLINE Row() : low(_mm512_setzero_ps()), high(_mm512_setzero_ps()) {}
+    FR_INLINE Row(const float* p, uint32_t inside)
+        : low(_mm512_maskz_loadu_ps(__mmask16(inside), p)), high(_mm512_maskz_loadu_ps(__mmask16(inside >> 16), p + 16)) {}
+  };
+  __m512 left, right;  // of lanes that have not taken theirs: the index
+  FR_INLINE void start(__m512i index) {
+    left = (__m512)index;
+    right = (__m512)_mm512_add_epi32(index, _mm512_set1_epi32(1));
+  }
+  FR_INLINE void take(__mmask16 lanes, const Row& row) {
+    left = _mm512_mask2_permutex2var_ps(row.low, (__m512i)left, lanes, row.high);
+    right = _mm512_mask2_permutex2var_ps(row.low, (__m512i)right, lanes, row.high);
+  }
+  FR_INLINE void result(Vec<float>& l, Vec<float>& r) const {
+    l.part[0] = left;
+    r.part[0] = right;
+  }
+};
+#endif
+
 // ---- geometry
 
 // A sample's source: planes of rows whose pixels are neighbours in memory.
@@ -320,7 +383,8 @@ struct Warp {
   Padding padding;
   Filler<A> filler;
   FixedMatrix matrix;
-  bool straight;  // output pixels are source pixels, in rows from left to right or back
+  int32_t lookup_rows = 0;  // the rows in which a vector's upper neighbours lie, if they are few
+  bool straight;            // output pixels are source pixels, in rows from left to right or back
   alignas(64) int64_t step_u[kLanes], step_v[kLanes];
 
   Warp(const AugmentArgs& a, const Source<T>& source, const FixedMatrix& matrix)
@@ -333,11 +397,24 @@ struct Warp {
       step_u[j] = m[0] * j;
       step_v[j] = m[3] * j;
     }
+#ifdef __AVX512F__
+    const auto reach = [&](int64_t step) {  // pixels from the first lane to the last, rounded up
+      const int64_t size = least(step < 0 ? -step : step, kLookupColumns * one);
+      return ((kLanes - 1) * size + one - 1) >> kFractionBits;
+    };
+    const bool few = reach(m[0]) < kLookupColumns - 1 && reach(m[3]) < kLookupRows;
+    if (few && sizeof(A) == 4 && interpolation == Interpolation::kBilinear && (source.channels == 1 || source.channels == 3))
+      lookup_rows = int32_t(reach(m[3])) + 1;
+#endif
   }
 
   // Output row y, n pixels of each channel, to out + c * pitch; whole vectors are written.
   void row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     if (straight) return straight_row(y, n, out, pitch);
+#ifdef __AVX512F__
+    if constexpr (sizeof(A) == 4)
+      if (lookup_rows) return source.channels == 3 ? lookup_row<3>(y, n, out, pitch) : lookup_row<1>(y, n, out, pitch);
+#endif
     if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
     if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
     bicubic_row(y, n, out, pitch);
@@ -368,24 +445,19 @@ struct Warp {
     }
   }
 
+  // Whether all neighbours of the vector that starts here lie inside. A negative position is beyond any limit as unsigned.
+  FR_INLINE bool is_inside(Position at) const {
+    const uint64_t limit_u = uint64_t(source.width - 1) << kFractionBits, limit_v = uint64_t(source.height - 1) << kFractionBits;
+    const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
+    return (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
+  }
+
   FR_INLINE void bilinear_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    const int64_t one = int64_t(1) << kFractionBits;
-    // A pixel whose position lies in [0, limit) has all its neighbours inside; a negative one is beyond any limit as unsigned.
-    const uint64_t limit_u = uint64_t(source.width - 1) * uint64_t(one), limit_v = uint64_t(source.height - 1) * uint64_t(one);
     const int64_t count = source.count(), row_stride = source.row_stride;
-    const bool vanishes = padding == Padding::kZeros || padding == Padding::kFill;
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
-      const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
-      const bool inside =
-          (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
-      if (!inside) {
-        const bool far = least(at.u, last_u) >= int64_t(limit_u) + one || most(at.u, last_u) < -one ||
-                         least(at.v, last_v) >= int64_t(limit_v) + one || most(at.v, last_v) < -one;
-        if (far && vanishes)
-          for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
-        else
-          bilinear_edge(at, x, out, pitch);
+      if (!is_inside(at)) {
+        bilinear_edge(at, x, out, pitch);
         continue;
       }
       const Positions<A> u(step_u, at.u), v(step_v, at.v);
@@ -401,6 +473,66 @@ struct Warp {
     }
   }
 
+#ifdef __AVX512F__
+  template <int kChannels>
+  void lookup_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+    const int64_t row_stride = source.row_stride, height = source.height, width = source.width, rows = lookup_rows;
+    const T* plane[kChannels];
+    for (int c = 0; c < kChannels; ++c) plane[c] = source.plane(c);
+    const bool zeros = padding == Padding::kZeros;
+    const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]), low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
+    Position at = matrix.at(0, y);
+    for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
+      // All left upper neighbours lie in `rows` rows from `line` on, in columns from `column` on.
+      const int64_t column = (at.u + low_u) >> kFractionBits;
+      int64_t line = (at.v + low_v) >> kFractionBits;
+      const bool far = (column < -kLookupColumns) | (column >= width) | (line < -rows) | (line >= height);
+      if (far || (!zeros && !is_inside(at))) {
+        bilinear_edge(at, x, out, pitch);
+        continue;
+      }
+      const int64_t begin = most(-column, int64_t(0)), end = least(width - column, int64_t(kLookupColumns));
+      const uint32_t inside = uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
+      const Positions<A> u(step_u, at.u), v(step_v, at.v);
+      const __m512i index = (__m512i)(u.whole - Ints<A>(int32_t(column))).part[0];
+      __m512i row = (__m512i)(v.whole - Ints<A>(int32_t(line))).part[0];
+      Lookup<T> top[kChannels], bottom[kChannels];
+      typename Lookup<T>::Row above[kChannels];
+      int64_t offset = line * row_stride + column;
+      bool there = line >= 0;
+#pragma GCC unroll 3
+      for (int c = 0; c < kChannels; ++c) {
+        top[c].start(index);
+        bottom[c].start(index);
+        if (there) above[c] = typename Lookup<T>::Row(plane[c] + offset, inside);
+      }
+      const int64_t last = line + rows;
+      do {
+        const __mmask16 lanes = _mm512_testn_epi32_mask(row, row);
+        row = _mm512_sub_epi32(row, _mm512_set1_epi32(1));
+        offset += row_stride;
+        there = uint64_t(++line) < uint64_t(height);
+#pragma GCC unroll 3
+        for (int c = 0; c < kChannels; ++c) {
+          typename Lookup<T>::Row below;
+          if (there) below = typename Lookup<T>::Row(plane[c] + offset, inside);
+          top[c].take(lanes, above[c]);
+          bottom[c].take(lanes, below);
+          above[c] = below;
+        }
+      } while (line < last);
+      const V t = u.fraction(), s = v.fraction();
+#pragma GCC unroll 3
+      for (int c = 0; c < kChannels; ++c) {
+        V top_left, top_right, bottom_left, bottom_right;
+        top[c].result(top_left, top_right);
+        bottom[c].result(bottom_left, bottom_right);
+        store(out + c * pitch + x, lerp(lerp(top_left, bottom_left, s), lerp(top_right, bottom_right, s), t));
+      }
+    }
+  }
+#endif
+
   // Pixel numbers along one axis: those that stand for them, and which of them are there at all.
   struct Found {
     Ints<A> pixel;
@@ -414,9 +546,17 @@ struct Warp {
     return {pixel, rule == Padding::kZeros || rule == Padding::kFill ? pixel == i : pixel == pixel};
   }
 
-  // Near the border: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one pair is gathered,
-  // from which each takes its own.
-  FR_INLINE void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+  // A vector at the border, or beyond: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one
+  // pair is gathered, from which each takes its own.
+  __attribute__((noinline)) void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+    const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
+    const bool far = most(at.u, last_u) < -(int64_t(1) << kFractionBits) ||
+                     least(at.u, last_u) >> kFractionBits >= source.width ||
+                     most(at.v, last_v) < -(int64_t(1) << kFractionBits) || least(at.v, last_v) >> kFractionBits >= source.height;
+    if (far && (padding == Padding::kZeros || padding == Padding::kFill)) {
+      for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
+      return;
+    }
     const int32_t height = int32_t(source.height), width = int32_t(source.width);
     const Positions<A> u(step_u, at.u), v(step_v, at.v);
     const Ints<A> one(1), stride(int32_t(source.row_stride));
@@ -427,6 +567,7 @@ struct Warp {
     const Ints<A> upper = top.pixel * stride + pair, lower = bottom.pixel * stride + pair;
     const auto there_ul = both<V>(top.there, left.there), there_ur = both<V>(top.there, right.there),
                there_ll = both<V>(bottom.there, left.there), there_lr = both<V>(bottom.there, right.there);
+    const auto there = both<V>(there_ul, there_lr);  // all four
     const V zero(0), full(1), t = u.fraction(), s = v.fraction();
     const auto blend = [&](const V& ul, const V& ur, const V& ll, const V& lr) __attribute__((always_inline)) {
       return lerp(lerp(select(there_ul, ul, zero), select(there_ll, ll, zero), s),
@@ -446,7 +587,7 @@ struct Warp {
       }
       V value = blend(select(left_is_first, first, second), select(right_is_first, first, second),
                       select(left_is_first, below_first, below_second), select(right_is_first, below_first, below_second));
-      if (padding == Padding::kFill) value = filled(value, inside, V(filler.value(c)));
+      if (padding == Padding::kFill) value = select(there, value, filled(value, inside, V(filler.value(c))));
       store(out + c * pitch + x, value);
     }
   }
@@ -780,15 +921,17 @@ void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t p
       box_end = clamped(box[1] + least(box[3], n), box_begin, n);
     }
   }
-  for (int64_t c = 0; c < a.channels; ++c, row += pitch) {
-    T* line = out + sample * a.out_stride[0] + c * a.out_stride[1] + y * a.out_stride[2];
+  const bool normalise = a.normalise, plain = a.out_stride[3] == 1 && box_begin == box_end;
+  T* line = out + sample * a.out_stride[0] + y * a.out_stride[2];
+  for (int64_t c = 0; c < a.channels; ++c, row += pitch, line += a.out_stride[1]) {
     const V scale(A(a.constants[2 * a.channels + c])), shift(A(a.constants[3 * a.channels + c]));
     int64_t x = 0;
-    if (a.out_stride[3] == 1 && box_begin == box_end)
+    if (plain)
       for (; x + V::kLanes <= n; x += V::kLanes) {
         const V p = load(row + x);
-        store(line + x, a.normalise ? p * scale + shift : p);
+        store(line + x, normalise ? p * scale + shift : p);
       }
+    if (x == n) continue;
     if (a.normalise)
       for (int64_t i = x; i < n; i += V::kLanes) store(row + i, load(row + i) * scale + shift);
     for (int64_t i = box_begin; i < box_end; ++i) row[i] = A(a.constants[a.channels + c]);
@@ -840,6 +983,11 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
   };
   A* row = static_cast<A*>(scratch.rows) + margin(a);
   if (!a.blur) {
+    if constexpr (std::is_same_v<T, A>)  // nothing but geometry: no detour through a buffer
+      if (!steps && !has_image && !a.normalise && !a.boxes && a.out_stride[3] == 1 && n % V::kLanes == 0) {
+        for (int64_t y = begin; y < end; ++y) maker(y, n, out + sample * a.out_stride[0] + y * a.out_stride[2], a.out_stride[1]);
+        return;
+      }
     for (int64_t y = begin; y < end; ++y) {
       coloured_row(y, row);
       emit_row(a, sample, y, row, pitch, out);
