@@ -197,9 +197,14 @@ def augment(cuda):
         if layout == "part":
             x = pictures(5, channels, 11, 27, dtype)[:, :, :, 1::2]
         for padding, interpolation, antialias, blur, steps in (
-            (0, 1, False, None, 15), (1, 1, False, (3, 5), 13), (2, 2, False, None, 0), (3, 1, True, (1, 3), 2), (3, 2, True, None, 15),
+            (0, 1, False, None, 15),
+            (1, 1, False, (3, 5), 13),
+            (2, 2, False, None, 0),
+            (3, 1, False, None, 0),
+            (3, 1, True, (1, 3), 2),
+            (3, 2, True, None, 15),
             (2, 0, False, (15, 17), 7),
-        ):  # fmt: skip
+        ):
             tables, static = augmentations(len(x), 11, 13, channels, padding, interpolation, antialias, blur, steps)
             for size, out in (((11, 13), None), ((5, 37), torch.bfloat16)):
                 out = out or (torch.float32 if dtype == torch.uint8 else dtype)
@@ -229,21 +234,13 @@ def augment(cuda):
     seed = torch.tensor([5])
     low, high = [0.5] * 22, [1.5] * 22
     for crop in (0, 1, 2):
-        args = (
-            x,
-            seed,
-            7,
-            9,
-            [0.5, 0.5, 0.5],
-            low,
-            high,
-            crop,
-            [0.1, 1.0, -0.3, 0.3, 2.0],
-            [0.1, 0.3, -1.0, 1.0],
-            [11, 13, 8, 9],
-        )
-        table = CPU.augment_sample(*args)
-        near(cuda.augment_sample(*args), table, crop, 1e-14)
+        boxes = ([0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0])
+        args = (x, seed, 7, 9, [0.5, 0.5, 0.5], low, high, crop, *boxes, [11, 13, 8, 9])
+        for kernel in ((3, 5), (1, 1)):
+            drawn, expected = cuda.augment_draw(*args, *kernel), CPU.augment_draw(*args, *kernel)
+            for ours, theirs in zip(drawn, expected, strict=True):
+                near(ours, theirs, crop, 1e-13)
+        table = expected[0]
         one = table[:, 2]
         args = (one, table[:, 0], None, one, table[:, 3], table[:, 4], table[:, 5:7], table[:, 7:9], table[:, 9:13], 11, 13, 8, 9)
         near(cuda.augment_matrices(*args), CPU.augment_matrices(*args), crop, 1e-13)

@@ -226,7 +226,7 @@ def test_layouts_and_dtypes():
             sigma = torch.tensor([0.8, 1.1]).double()
             weights = _op.augment_gaussian(sigma, sigma, 5, 5)
             for y in layouts(x):
-                got = by_matrix(y, m, colour=colour, blur=weights, kernel=(5, 5), mean=0.4, std=0.3)
+                got = by_matrix(y, m, **_op.factors(colour), blur=weights, kernel=(5, 5), mean=0.4, std=0.3)
                 tall = dtype in (torch.float16, torch.bfloat16)
                 assert_images(got, want, torch.float32 if dtype == torch.uint8 else dtype, 8 * tolerance if tall else 1e-4)
                 last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
@@ -696,20 +696,8 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.fastreg.augment_matrices.default, (one, *parameters, 5, 6, 7, 8))
     torch.library.opcheck(_op.augment_gaussian, (one, four[:, 2], 3, 5))
     bounds = [1.0] * len(_op.COLUMNS)
-    sample = (
-        x,
-        torch.tensor([3]),
-        5,
-        4,
-        [0.5, 0.5, 0.5],
-        bounds,
-        bounds,
-        1,
-        [0.1, 1.0, -0.3, 0.3, 0.0],
-        [0.1, 0.3, -1.0, 1.0],
-        [9, 9, 8, 8],
-    )
-    torch.library.opcheck(_op.augment_sample, sample)
+    drawn = (x, torch.tensor([3]), 5, 4, [0.5] * 3, bounds, bounds, 1, [0.1, 1.0, -0.3, 0.3, 0.0], [0.1, 0.3, -1.0, 1.0])
+    torch.library.opcheck(_op.augment_draw, (*drawn, [9, 9, 8, 8], 3, 5))
 
 
 class _Digits(torch.utils.data.Dataset):
@@ -900,7 +888,7 @@ def test_wrong_input():
     with pytest.raises(ValueError, match="scale must be finite and greater than 0"):
         AF.affine(x, 0, (0, 0), 0.0, 0)
     with pytest.raises(ValueError, match="window of sample 0 must lie inside"):
-        AF.resized_crop(x, 0, 0, 7, 7, (3, 3))
+        AF.resized_crop(x, torch.zeros(2), 0, 7, 7, (3, 3))
     with pytest.raises(ValueError, match="one for each of 3 channels"):
         AF.normalize(x, (0.1, 0.2), 1.0)
     with pytest.raises(ValueError, match="std must not be 0"):

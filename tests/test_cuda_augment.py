@@ -55,6 +55,12 @@ MatrixArgs = structure(
     int64s=ctypes.c_int64 * 13,
 )
 
+DrawArgs = structure(
+    "DrawArgs",
+    "SampleArgs sample\nMatrixArgs matrix\npointer colour\nint64 blur_width, blur_height\npointer blur, boxes",
+    SampleArgs=SampleArgs,
+    MatrixArgs=MatrixArgs,
+)
 GaussianArgs = structure(
     "GaussianArgs", "int64 batch, width, height\npointer sigma_x, sigma_y\nint64 stride_x, stride_y\npointer out"
 )
@@ -119,7 +125,7 @@ def assert_same(got, want):
 @pytest.mark.parametrize("channels", (1, 3, 4))
 def test_the_same_bits_as_on_the_cpu(channels, dtype):
     for (interpolation, padding), size in zip(
-        ((0, 3), (1, 0), (1, 2), (2, 1), (2, 3)), ((9, 7), (9, 14), (6, 7), (1, 30), (9, 7)), strict=True
+        ((0, 3), (1, 0), (1, 3), (1, 2), (2, 1), (2, 3)), ((9, 7), (9, 14), (9, 7), (6, 7), (1, 30), (9, 7)), strict=True
     ):
         x = pictures(3, channels, 9, 7, dtype)
         tables, static = augmentations(3, 9, 7, channels, padding, interpolation, seed=padding)
@@ -133,7 +139,7 @@ def test_the_same_bits_as_on_the_cpu(channels, dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
 @pytest.mark.parametrize("blur", ((3, 3), (1, 5), (15, 3), (3, 29)))
 def test_blur(blur, dtype):
-    """In tiles, and with a large kernel by way of an image in memory; where tiles meet, and where the image is smaller than them."""
+    """In tiles, a large kernel by way of an image in memory; where tiles meet, and where the image is smaller than they are."""
     for shape in ((1, 3, 37, 40), (2, 1, 4, 150)):
         x = pictures(*shape, dtype)
         tables, static = augmentations(shape[0], *shape[2:], shape[1], 2, 1, blur=blur)
@@ -149,7 +155,7 @@ def test_blur(blur, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "padding"), zip((torch.float32, torch.bfloat16, torch.uint8, torch.float64), range(4), strict=True)
+    ("dtype", "padding"), list(zip((torch.float32, torch.bfloat16, torch.uint8, torch.float64), range(4), strict=True))
 )
 @pytest.mark.parametrize("interpolation", (1, 2))
 def test_antialias(interpolation, dtype, padding):
@@ -344,19 +350,25 @@ def test_more_than_2_31_values():
 def test_parameters_are_the_cpus(crop):
     seed, low, high, batch = torch.tensor([-5]), [0.25] * 22, [1.75] * 22, 300
     chances, crop_box, erase_box, sizes = [0.5, 0.25, 0.75], [0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0], [11, 13, 8, 9]
-    want = CPU.augment_sample(torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes)
-    kept = []
+    blur = (3, 5)
+    want = CPU.augment_draw(torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes, *blur)
+    table, kept = want[0], []
 
-    def sample(machine):
+    def draw(machine):
         two, columns = ctypes.c_double * 2, ctypes.c_double * 22
-        kept[:] = [machine.room(want, "out")]
-        return SampleArgs(
+        kept[:] = [machine.room(t, f"result {i}") for i, t in enumerate(want)]
+        sample = SampleArgs(
             seed_at(machine, seed) if crop else Seed(2**64 - 5, None), 7, batch, *sizes, *chances, columns(*low), columns(*high),
             crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4], two(*erase_box[:2]), two(*erase_box[2:]), kept[0].at,
         )  # fmt: skip
+        own = (ctypes.c_void_p * 13)(*[kept[0].at + 8 * i for i in range(13)])
+        matrix = MatrixArgs(batch, *sizes, own, (ctypes.c_int64 * 13)(*[22] * 13), kept[1].at)
+        return DrawArgs(sample, matrix, kept[2].at, *blur, kept[3].at, kept[4].at)
 
-    interpreted("augment").run("augment_sample_cuda", sample, SampleArgs)
-    torch.testing.assert_close(kept[0].result(), want, rtol=1e-14, atol=0)
+    interpreted("augment").run("augment_draw_cuda", draw, DrawArgs)
+    for got, expected in zip(kept, want, strict=True):
+        torch.testing.assert_close(got.result(), expected, rtol=1e-13, atol=1e-13)
+    want = table
 
     def matrices(machine):
         place = machine.put(want, "params")

@@ -180,7 +180,7 @@ def test_augmentations_gradient_says_that_it_is_not_deterministic():
     x = torch.rand(2, 3, 8, 8, device="cuda", requires_grad=True)
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(RuntimeError, match="augment: .* no fixed order.*warn_only"):
+        with pytest.raises(RuntimeError, match=r"augment: .* no fixed order.*warn_only"):
             fr.augment.Augment(rotate=15)(x).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)

@@ -756,9 +756,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- a row of a table for each sample, in float64
 
-__global__ void sample_rows(const SampleArgs args) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
-    sample_row(args, i);
+__global__ void draw_rows(const DrawArgs args) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.sample.batch; i += int64_t(gridDim.x) * kThreads)
+    draw_row(args, i);
 }
 __global__ void matrix_rows(const MatrixArgs args) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
@@ -988,8 +988,8 @@ int augment_backward_cuda(const AugmentArgs& a, void* stream) {
   });
 }
 
-int augment_sample_cuda(const SampleArgs& args, void* stream) {
-  return launch(sample_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);
+int augment_draw_cuda(const DrawArgs& args, void* stream) {
+  return launch(draw_rows, blocks_for(args.sample.batch, kThreads), kThreads, 0, stream, args);
 }
 int augment_matrices_cuda(const MatrixArgs& args, void* stream) {
   return launch(matrix_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);

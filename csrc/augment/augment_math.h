@@ -577,10 +577,12 @@ FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
   const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree, scale = p[kScale];
   double a = 1, b = 0, c = 0, d = 1;
   if (angle != 0 || shear_x != 0 || shear_y != 0) {
-    a = std::cos(angle - shear_y) / std::cos(shear_y);
-    b = -(a * std::tan(shear_x) + std::sin(angle));
-    c = std::sin(angle - shear_y) / std::cos(shear_y);
-    d = std::cos(angle) - c * std::tan(shear_x);
+    const double cosine = std::cos(angle), sine = std::sin(angle);
+    const double slant_x = shear_x != 0 ? std::tan(shear_x) : 0, slant_y = shear_y != 0 ? std::tan(shear_y) : 0;
+    a = cosine + sine * slant_y;  // cos(angle - shear_y) / cos(shear_y)
+    b = -(a * slant_x + sine);
+    c = sine - cosine * slant_y;  // sin(angle - shear_y) / cos(shear_y)
+    d = cosine - c * slant_x;
   }
   const double sign_x = p[kHFlip] != 0 ? -1 : 1, sign_y = p[kVFlip] != 0 ? -1 : 1;
   const double m00 = d / scale * sign_x, m01 = -b / scale * sign_x;
@@ -623,6 +625,29 @@ FR_HD void gaussian_row(const GaussianArgs& args, int64_t i) {
   gaussian(args.sigma_y[i * args.stride_y], args.height, row + args.width);
 }
 
+// All that a sample draws, and the tables that the operator takes of it.
+struct DrawArgs {
+  SampleArgs sample;
+  MatrixArgs matrix;  // of the sample's own columns
+  double* colour;     // (batch, 4)
+  int64_t blur_width, blur_height;
+  double* blur;    // (batch, blur_width + blur_height)
+  int64_t* boxes;  // (batch, 4)
+};
+FR_HD void draw_row(const DrawArgs& args, int64_t i) {
+  sample_row(args.sample, i);
+  matrix_row(args.matrix, i);
+  const double* row = args.sample.out + i * kParamColumns;
+  for (int k = 0; k < kColourColumns; ++k) args.colour[i * kColourColumns + k] = row[kBrightnessParam + k];
+  for (int k = 0; k < 4; ++k) args.boxes[4 * i + k] = int64_t(row[kEraseTop + k]);
+  double* weights = args.blur + i * (args.blur_width + args.blur_height);
+  gaussian(row[kSigma], args.blur_width, weights);
+  if (args.blur_height == args.blur_width)
+    for (int64_t k = 0; k < args.blur_width; ++k) weights[args.blur_width + k] = weights[k];
+  else
+    gaussian(row[kSigma], args.blur_height, weights + args.blur_width);
+}
+
 // ---- kernels on rows [begin, end) of one sample
 
 // Memory that a sample, or a thread, works in. Sizes by the functions of the table.
@@ -652,7 +677,7 @@ int64_t augment_cuda_bytes(const AugmentArgs& args);  // of scratch; negative wh
 int augment_cuda(const AugmentArgs& args, void* stream);
 int64_t augment_backward_cuda_bytes(const AugmentArgs& args);
 int augment_backward_cuda(const AugmentArgs& args, void* stream);
-int augment_sample_cuda(const SampleArgs& args, void* stream);
+int augment_draw_cuda(const DrawArgs& args, void* stream);
 int augment_matrices_cuda(const MatrixArgs& args, void* stream);
 int augment_gaussian_cuda(const GaussianArgs& args, void* stream);
 

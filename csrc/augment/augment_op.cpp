@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "../common/backend.h"
@@ -282,20 +283,30 @@ Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matric
 
 // ---- parameters
 
-Tensor augment_sample(Tensor images, Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances,
-                      std::vector<double> low, std::vector<double> high, int64_t crop, std::vector<double> crop_box,
-                      std::vector<double> erase_box, std::vector<int64_t> sizes) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(Tensor images, Tensor seed, int64_t offset, int64_t batch,
+                                                                std::vector<double> chances, std::vector<double> low,
+                                                                std::vector<double> high, int64_t crop,
+                                                                std::vector<double> crop_box, std::vector<double> erase_box,
+                                                                std::vector<int64_t> sizes, int64_t blur_width,
+                                                                int64_t blur_height) {
   check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 && crop_box.size() == 5 &&
-            erase_box.size() == 4 && sizes.size() == 4 && batch >= 0,
-        "augment_sample: unexpected lengths of its lists");
-  SampleArgs a{};
+            erase_box.size() == 4 && sizes.size() == 4 && batch >= 0 && blur_width > 0 && blur_height > 0,
+        "augment_draw: unexpected lengths of its lists");
+  const auto rows = [&](int64_t columns, ScalarType dtype) {
+    return allocate(images, std::array<int64_t, 2>{batch, columns}, std::array<int64_t, 2>{columns, 1}, dtype);
+  };
+  Tensor table = rows(kParamColumns, ScalarType::Double), colour = rows(kColourColumns, ScalarType::Double);
+  Tensor blur = rows(blur_width + blur_height, ScalarType::Double), boxes = rows(4, ScalarType::Long);
+  Tensor matrices = allocate(images, std::array<int64_t, 3>{batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1}, ScalarType::Double);
+  DrawArgs args{};
+  SampleArgs& a = args.sample;
   a.seed = seed_of("augment", seed, images);
   a.offset = uint64_t(offset);
-  a.batch = batch;
-  a.in_height = sizes[0];
-  a.in_width = sizes[1];
-  a.out_height = sizes[2];
-  a.out_width = sizes[3];
+  args.matrix.batch = a.batch = batch;
+  args.matrix.in_height = a.in_height = sizes[0];
+  args.matrix.in_width = a.in_width = sizes[1];
+  args.matrix.out_height = a.out_height = sizes[2];
+  args.matrix.out_width = a.out_width = sizes[3];
   a.hflip = chances[0];
   a.vflip = chances[1];
   a.erase = chances[2];
@@ -307,15 +318,23 @@ Tensor augment_sample(Tensor images, Tensor seed, int64_t offset, int64_t batch,
   a.padding = crop_box[4];
   std::copy_n(erase_box.begin(), 2, a.erase_area);
   std::copy_n(erase_box.begin() + 2, 2, a.erase_log_ratio);
-  Tensor out = allocate(images, std::array<int64_t, 2>{batch, kParamColumns}, std::array<int64_t, 2>{kParamColumns, 1},
-                        ScalarType::Double);
-  a.out = static_cast<double*>(out.mutable_data_ptr());
+  a.out = static_cast<double*>(table.mutable_data_ptr());
+  for (int column = 0; column < kGeometryColumns; ++column) {
+    args.matrix.column[column] = a.out + column;
+    args.matrix.stride[column] = kParamColumns;
+  }
+  args.matrix.out = static_cast<double*>(matrices.mutable_data_ptr());
+  args.colour = static_cast<double*>(colour.mutable_data_ptr());
+  args.blur_width = blur_width;
+  args.blur_height = blur_height;
+  args.blur = static_cast<double*>(blur.mutable_data_ptr());
+  args.boxes = static_cast<int64_t*>(boxes.mutable_data_ptr());
 #ifdef FASTREG_CUDA
-  on_stream("augment", images, [&](void* stream) { return augment_sample_cuda(a, stream); });
+  on_stream("augment", images, [&](void* stream) { return augment_draw_cuda(args, stream); });
 #else
-  for (int64_t i = 0; i < batch; ++i) sample_row(a, i);
+  for (int64_t i = 0; i < batch; ++i) draw_row(args, i);
 #endif
-  return out;
+  return {table, matrices, colour, blur, boxes};
 }
 
 Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<Tensor> vflip, std::optional<Tensor> stretch,
@@ -391,7 +410,7 @@ Tensor augment_gaussian(Tensor sigma_x, Tensor sigma_y, int64_t width, int64_t h
 FR_LIBRARY_IMPL(m) {
   m.impl("augment", TORCH_BOX(&fastreg::augment));
   m.impl("augment_backward", TORCH_BOX(&fastreg::augment_backward));
-  m.impl("augment_sample", TORCH_BOX(&fastreg::augment_sample));
+  m.impl("augment_draw", TORCH_BOX(&fastreg::augment_draw));
   m.impl("augment_matrices", TORCH_BOX(&fastreg::augment_matrices));
   m.impl("augment_gaussian", TORCH_BOX(&fastreg::augment_gaussian));
 }

@@ -74,6 +74,8 @@ class Params:
         return _op.augment_matrices(torch.zeros(1) if some is None else some, (height, width), size, **geometry)
 
 
+_CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
+_ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
 
@@ -114,7 +116,7 @@ def apply(images, params):
         op,
         batch,
         matrices=matrices,
-        colour=colour,
+        **_op.factors(colour),
         blur=blur,
         boxes=params.erase,
         **vars(params.settings),
@@ -264,6 +266,10 @@ class Augment(nn.Module):
                 )
                 constants[name] = values[0] if len(values) == 1 else tuple(values)
         ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
+        self._steps = sum(bit for name, bit in _op.STEPS.items() if name in self.ranges)
+        self._is_geometric = bool(
+            hflip or vflip or self.translate or self.size or crop is not None or self.ranges.keys() & _op.GEOMETRY
+        )
         self._ends = [[ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1)]
         self.settings = Settings(
             size=self.size,
@@ -316,44 +322,19 @@ class Augment(nn.Module):
             seed: whole number, or int64 tensor of one element; drawn if None.
             offset: global index of the first sample: sample i draws what it would as number offset + i of one large batch.
         """
-        op = "Augment.sample"
-        check_tensor(op, "batch", batch)
-        if batch.dim() not in (3, 4):
-            raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
-        count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
-        size = self.size or (height, width)
-        is_window = isinstance(self.crop, int)
-        if is_window and (size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop):
-            raise ValueError(f"{op}: a window of {size} does not fit into ({height}, {width}) with {self.crop} pixels around")
+        count, (height, width), size = self._shapes(batch)
         if not self.training:
             params = Params(settings=self.settings)
             if self.size is not None:
-                box = ((height - size[0]) // 2, (width - size[1]) // 2, *size) if is_window else (0, 0, height, width)
+                box = (0, 0, height, width)
+                if isinstance(self.crop, int):
+                    box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
                 columns = [torch.full((count,), float(side), dtype=torch.float64, device=batch.device) for side in box]
                 params.crop = torch.stack(columns, 1)  # and not from a list, whose copy to a GPU would wait for it
             return params
-        if seed is None:
-            seed = draw_seed(batch.device, generator)
-        elif not isinstance(seed, torch.Tensor):
-            seed = torch.tensor([seed], dtype=torch.int64)
-        if not isinstance(offset, int) or isinstance(offset, bool):
-            raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
-        low, high = self._ends
-        if self.translate is not None:
-            low, high = low.copy(), high.copy()
-            for axis, share, extent in zip("xy", self.translate, (width, height), strict=True):
-                column = _COLUMN[f"translate_{axis}"]
-                low[column], high[column] = -share * extent, share * extent
-        crop_box = [*(self.crop if self.crop and not is_window else (1.0, 1.0)), math.log(3 / 4), math.log(4 / 3)]
-        crop_box.append(float(self.crop) if is_window else 0.0)
-        table = _op.augment_sample(
-            batch.detach(), seed, offset, count, [self.chances[name] for name in ("hflip", "vflip", "erase")], low, high,
-            0 if self.crop is None else 2 if is_window else 1, crop_box, [0.02, 0.33, math.log(0.3), math.log(3.3)],
-            [height, width, *size],
-        )  # fmt: skip
-        columns = table.unbind(1)
-        fields = {name: columns[_COLUMN[name]] for name in self.ranges if not name.startswith("shear")}
-        fields |= {name: columns[_COLUMN[name]] for name in ("hflip", "vflip") if self.chances[name]}
+        table, _, _, _, boxes = self._draw(batch, generator, seed, offset)
+        fields = {name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")}
+        fields |= {name: table.select(1, _COLUMN[name]) for name in ("hflip", "vflip") if self.chances[name]}
         if self.translate is not None:
             fields["translate"] = table[:, _COLUMN["translate_x"] : _COLUMN["translate_y"] + 1]
         if "shear_x" in self.ranges:
@@ -361,12 +342,61 @@ class Augment(nn.Module):
         if self.crop is not None or self.size is not None:
             fields["crop"] = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
         if self.chances["erase"]:
-            fields["erase"] = table[:, _COLUMN["erase_top"] :].long()
+            fields["erase"] = boxes
         return Params(**fields, settings=self.settings)
+
+    def _shapes(self, batch):
+        """(number of samples, (height, width) of the images, of the result)."""
+        op = "Augment.sample"
+        check_tensor(op, "batch", batch)
+        if batch.dim() not in (3, 4):
+            raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
+        count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
+        size = self.size or (height, width)
+        if isinstance(self.crop, int) and (size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop):
+            raise ValueError(f"{op}: a window of {size} does not fit into ({height}, {width}) with {self.crop} pixels around")
+        return count, (height, width), size
+
+    def _draw(self, batch, generator=None, seed=None, offset=0):
+        """(table of all columns, matrices, colour, blur, boxes): what the samples draw, and what the operator takes of it."""
+        count, (height, width), size = self._shapes(batch)
+        if seed is None:
+            seed = draw_seed(batch.device, generator)
+        elif not isinstance(seed, torch.Tensor):
+            seed = torch.tensor([seed], dtype=torch.int64)
+        if not isinstance(offset, int) or isinstance(offset, bool):
+            raise TypeError(f"Augment.sample: offset must be an int, got {type(offset).__name__}")
+        low, high = self._ends
+        if self.translate is not None:
+            low, high = low.copy(), high.copy()
+            for axis, share, extent in zip("xy", self.translate, (width, height), strict=True):
+                column = _COLUMN[f"translate_{axis}"]
+                low[column], high[column] = -share * extent, share * extent
+        is_window = isinstance(self.crop, int)
+        crop_box = [*(self.crop if self.crop and not is_window else (1.0, 1.0)), *_CROP_RATIO, float(is_window and self.crop)]
+        return _op.augment_draw(
+            batch.detach(), seed, offset, count, list(self.chances.values()), low, high,
+            0 if self.crop is None else 2 if is_window else 1, crop_box, [*_ERASED_SHARE, *_ERASED_RATIO],
+            [height, width, *size], *self.settings.kernel,
+        )  # fmt: skip
 
     def forward(self, batch, generator=None):
         """The augmented batch, of shape (B, C, *size); see `apply`."""
-        return apply(batch, self.sample(batch, generator=generator))
+        if not self.training:
+            return apply(batch, self.sample(batch))
+        images, lead = functional.batched("augment", batch)
+        _, matrices, colour, blur, boxes = self._draw(batch, generator)
+        output = _op.run(
+            "augment",
+            images,
+            matrices=matrices if self._is_geometric else None,
+            colour=colour if self._steps else None,
+            steps=self._steps,
+            blur=blur if "sigma" in self.ranges else None,
+            boxes=boxes if self.chances["erase"] else None,
+            **vars(self.settings),
+        )
+        return output if lead else output.squeeze(0)
 
     def collate(self, samples):
         """For DataLoader(collate_fn=...): torch's default collation, then augmentation of the first part of each sample."""

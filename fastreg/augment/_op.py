@@ -18,8 +18,9 @@ _ARGUMENTS = (
 define(f"augment({_ARGUMENTS}) -> Tensor")
 define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor")
 define(
-    "augment_sample(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
-    "float[] crop_box, float[] erase_box, SymInt[] sizes) -> Tensor"
+    "augment_draw(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
+    "float[] crop_box, float[] erase_box, SymInt[] sizes, int blur_width, int blur_height) "
+    "-> (Tensor table, Tensor matrices, Tensor colour, Tensor blur, Tensor boxes)"
 )
 define(
     "augment_matrices(Tensor like, Tensor? hflip, Tensor? vflip, Tensor? stretch, Tensor? scale, Tensor? angle, "
@@ -35,6 +36,7 @@ COLUMNS = (
     "brightness", "contrast", "saturation", "hue", "sigma",
     "erase_top", "erase_left", "erase_height", "erase_width",
 )  # fmt: skip
+GEOMETRY = {"stretch", "scale", "angle", "shear_x"}
 STEPS = {"brightness": 1, "contrast": 2, "saturation": 4, "hue": 8}
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 PADDINGS = ("zeros", "border", "reflect", "fill")
@@ -56,9 +58,10 @@ def _(grad, images, *rest):
     return _like(images, images.shape[2], images.shape[3], images.dtype)
 
 
-@torch.library.register_fake("fastreg::augment_sample")
+@torch.library.register_fake("fastreg::augment_draw")
 def _(images, seed, offset, batch, *rest):
-    return images.new_empty((batch, len(COLUMNS)), dtype=torch.float64)
+    shapes = ((batch, len(COLUMNS)), (batch, 2, 3), (batch, len(STEPS)), (batch, rest[-2] + rest[-1]))
+    return *(images.new_empty(shape, dtype=torch.float64) for shape in shapes), images.new_empty((batch, 4), dtype=torch.int64)
 
 
 @torch.library.register_fake("fastreg::augment_matrices")
@@ -73,7 +76,7 @@ def _(sigma_x, sigma_y, width, height):
 
 _augment = torch.ops.fastreg.augment.default
 _augment_backward = torch.ops.fastreg.augment_backward.default
-augment_sample = torch.ops.fastreg.augment_sample.default
+augment_draw = torch.ops.fastreg.augment_draw.default
 augment_gaussian = torch.ops.fastreg.augment_gaussian.default  # weights along x, then along y, each of sum 1
 
 
@@ -113,6 +116,7 @@ def run(
     size=None,
     windows=None,
     colour=None,
+    steps=0,
     blur=None,
     kernel=(1, 1),
     boxes=None,
@@ -127,8 +131,8 @@ def run(
 ):
     """The operator on images (B, C, H, W), through autograd only where a derivative is needed.
 
-    `colour` is a dict of (B,) tensors by the step's name; `mean`, `std`, `fill`, `erase_value` are sequences of one number per
-    channel, or one number. Everything else was checked by the caller.
+    `colour` is a table (B, 4) of factors, of which `steps` says, as a sum of STEPS, which are used; `mean`, `std`, `fill`,
+    `erase_value` are sequences of one number per channel, or one number. Everything else was checked by the caller.
     """
     channels = images.shape[1]
     is_byte = images.dtype == torch.uint8
@@ -150,14 +154,9 @@ def run(
         erased = [v * a + b for v, a, b in zip(values, scale, shift, strict=True)]
     if dtype == torch.uint8:
         erased = [float(min(max(round(v), 0), 255)) for v in erased]
-    table, steps = None, 0
-    if colour:
-        one = next(iter(colour.values()))
-        table = torch.stack([colour.get(name, one) for name in STEPS], 1)
-        steps = sum(STEPS[name] for name in colour)
     height, width = images.shape[2:] if size is None else size
     arguments = (
-        images, matrices, table, blur, boxes, windows, fills + erased + scale + shift, height, width, *kernel, steps,
+        images, matrices, colour, blur, boxes, windows, fills + erased + scale + shift, height, width, *kernel, steps,
         INTERPOLATIONS.index(interpolation), PADDINGS.index(padding), antialias, normalise or top != 1.0, dtype,
     )  # fmt: skip
     if images.requires_grad and torch.is_grad_enabled():
@@ -167,6 +166,17 @@ def run(
             )
         return _Augment.apply(*arguments)
     return _augment(*arguments)
+
+
+def factors(named):
+    """`colour` and `steps` for run, of a dict of (B,) tensors by the step's name."""
+    if not named:
+        return {}
+    one = next(iter(named.values()))
+    return {
+        "colour": torch.stack([named.get(name, one) for name in STEPS], 1),
+        "steps": sum(STEPS[name] for name in named),
+    }
 
 
 def per_channel(op, name, value, channels):

@@ -226,7 +226,7 @@ def _adjust(step, inpt, factor, **limits):
     channels = inpt.shape[-3]
     if channels not in (1, 3):
         raise ValueError(f"{op}: images must have 1 or 3 channels, got {channels}")
-    return _run(op, inpt, colour={step: numbers(op, f"{step}_factor", factor, inpt, **limits)})
+    return _run(op, inpt, **_op.factors({step: numbers(op, f"{step}_factor", factor, inpt, **limits)}))
 
 
 def adjust_brightness(inpt, brightness_factor):
