@@ -64,14 +64,16 @@ class Params:
 
     def matrices(self, height, width):
         """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height, width); None if there is
-        nothing to warp, and one row where no parameter tells how many samples there are."""
+        nothing to warp."""
         names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
         geometry = {name: value.to(torch.float64) for name in names if (value := getattr(self, name)) is not None}
         size = self.settings.size or (height, width)
         if not geometry and size == (height, width):
             return None
         some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), None)
-        return _op.augment_matrices(torch.zeros(1) if some is None else some, (height, width), size, **geometry)
+        if some is None:
+            raise ValueError("Params.matrices: no parameter says how many samples there are; set crop to the whole image")
+        return _op.augment_matrices(some, (height, width), size, **geometry)
 
 
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
@@ -109,19 +111,24 @@ def apply(images, params):
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
     sigma = params.sigma
     blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
-    matrices = params.matrices(*batch.shape[2:])
-    if matrices is not None and len(matrices) != count:
-        matrices = matrices.to(batch.device).expand(count, 2, 3).contiguous()
+    height, width = batch.shape[2:]
+    if params.settings.size is not None and all(getattr(params, name) is None for name in _FIELDS):
+        params = dataclasses.replace(params, crop=_boxes((0, 0, height, width), count, batch.device))
     output = _op.run(
         op,
         batch,
-        matrices=matrices,
+        matrices=params.matrices(height, width),
         **_op.factors(colour),
         blur=blur,
         boxes=params.erase,
         **vars(params.settings),
     )
     return output if lead else output.squeeze(0)
+
+
+def _boxes(box, count, device):
+    """(count, 4) of one box; not from a list, whose copy to a GPU would wait for it."""
+    return torch.stack([torch.full((count,), float(side), dtype=torch.float64, device=device) for side in box], 1)
 
 
 def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
@@ -329,8 +336,7 @@ class Augment(nn.Module):
                 box = (0, 0, height, width)
                 if isinstance(self.crop, int):
                     box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
-                columns = [torch.full((count,), float(side), dtype=torch.float64, device=batch.device) for side in box]
-                params.crop = torch.stack(columns, 1)  # and not from a list, whose copy to a GPU would wait for it
+                params.crop = _boxes(box, count, batch.device)
             return params
         table, _, _, _, boxes = self._draw(batch, generator, seed, offset)
         fields = {name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")}
