@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -252,11 +253,14 @@ def hosted_library(ops):
 
     def build(path):
         with tempfile.TemporaryDirectory() as folder:
-            objects = []
-            for op in ops:
-                for source in (CSRC / op / f"{op}_cuda.cu", CSRC / op / f"{op}_op.cpp"):
-                    objects.append(Path(folder) / f"{source.name}.o")
-                    subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", objects[-1]], check=True)
+            pairs = [CSRC / op / f"{op}{kind}" for op in ops for kind in ("_cuda.cu", "_op.cpp")]
+            objects = [Path(folder) / f"{source.name}.o" for source in pairs]
+
+            def compile_one(source, target):
+                subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", target], check=True)
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, pairs, objects))
             libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
             subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
 
