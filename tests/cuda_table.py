@@ -64,6 +64,7 @@ def rows():
         moved, instructions = traffic(reports, without=("bias", "images")), sum(report.instructions for report in reports)
         moved += sum(row["unique"] for report in reports for (name, _), row in report.traffic.rows.items() if name == "images")
         share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)
+        share = min(share, 1.0)  # part of an image that is shifted is not looked at
         name = str(dtype).removeprefix("torch.")
         yield (
             f"| {what} | {name} | {floor / elements:.3g} | {moved / elements:.3g} | {', '.join(map(str, registers))} | "

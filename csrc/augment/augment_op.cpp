@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../common/backend.h"
-#include "augment_math.h"
+#include "augment_draw.h"
 
 namespace fastreg {
 namespace {

@@ -29,7 +29,7 @@ define(
 )
 define("augment_gaussian(Tensor sigma_x, Tensor sigma_y, int width, int height) -> Tensor")
 
-# Columns of the table of parameters, as ParamColumn in augment_math.h.
+# Columns of the table of parameters, as ParamColumn in augment_draw.h.
 COLUMNS = (
     "hflip", "vflip", "stretch", "scale", "angle", "translate_x", "translate_y", "shear_x", "shear_y",
     "crop_top", "crop_left", "crop_height", "crop_width",
