@@ -12,7 +12,7 @@ from fastreg import _library
 from fastreg.cli import doctor
 
 # A row of float64 parameters for each sample of a batch: a few threads, once; cosines have a stack.
-ROWS = ("sample_rows", "matrix_rows", "gaussian_rows", "shrink_rows")
+ROWS = ("draw_rows", "matrix_rows", "gaussian_rows", "shrink_rows")
 OPS = sorted(path.parent.name for path in CSRC.glob("*/*_cuda.cu"))
 
 
