@@ -133,7 +133,7 @@ __device__ __forceinline__ A sum_of_row(A sum) {  // of the lanes that share it
 
 // Items: as many rows as a block has groups of lanes.
 template <class P, int C, class A = typename P::A>
-__global__ void __launch_bounds__(kThreads, P::kBlocks < 3 ? P::kBlocks : 3) grey_sums(const Pass<A> pass) {
+__global__ void __launch_bounds__(kThreads, P::kLoopBlocks) grey_sums(const Pass<A> pass) {
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
   const int lane = threadIdx.x % kSumLanes<A>;
@@ -213,7 +213,7 @@ int64_t tile_bytes(const Tile& tile, int64_t blur_width, int64_t blur_height, in
 
 // Pixels of a tile and of what surrounds it by half a kernel, blurred along x, then along y; or along x only, to pass.blurred.
 template <class P, int C, class A = typename P::A>
-__global__ void __launch_bounds__(kThreads, P::kBlocks) augment_tiles(const Pass<A> pass, const Tile tile) {
+__global__ void __launch_bounds__(kThreads, P::kLoopBlocks) augment_tiles(const Pass<A> pass, const Tile tile) {
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
   const int blur_width = int(a.blur_width), blur_height = tile.down ? int(a.blur_height) : 1;

@@ -95,7 +95,8 @@ template <class T>
 struct Image {
   using A = typename Accumulate<T>::type;
   static constexpr bool kBytes = std::is_same_v<T, uint8_t>, kShrinks = false;
-  static constexpr int kBlocks = sizeof(A) == 8 ? 2 : 4;  // at once on a multiprocessor, for which registers must do
+  // At once on a multiprocessor, for which registers must do; of kernels that keep more alive around a pixel.
+  static constexpr int kBlocks = sizeof(A) == 8 ? 2 : 4, kLoopBlocks = sizeof(A) == 8 ? 2 : 3;
   const T* data;
   int64_t plane, row, pixel;  // strides
 
@@ -130,7 +131,7 @@ template <class Accumulated>
 struct Grid {
   using A = Accumulated;
   static constexpr bool kBytes = std::is_same_v<A, float>, kShrinks = true;
-  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2;
+  static constexpr int kBlocks = sizeof(A) == 8 ? 1 : 2, kLoopBlocks = kBlocks;
   const Pass<A>& pass;
   const Sample<A>& s;
   int channel;
