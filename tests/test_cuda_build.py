@@ -59,8 +59,8 @@ def test_registers_and_spills(op):
 
 
 def registers_at_most(kernel):
-    """64, for four blocks of 256 threads on a multiprocessor; 80, for three, where more than a pixel is kept; where a pixel is the
-    sum of many, where its gradient is taken, and for float64, one or two blocks."""
+    """64, for four blocks of 256 threads on a multiprocessor; 80, for three, where more than a pixel is kept; 160, for one, where
+    a pixel is the sum of many, where its gradient is taken, and for float64."""
     if "Grid" in kernel or "backward" in kernel or "ImageId" in kernel:
         return 160
     return 80 if "grey_sums" in kernel or "augment_tiles" in kernel else 64
