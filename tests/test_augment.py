@@ -979,3 +979,20 @@ def test_a_box_outside_of_the_image():
     for box in ((-1, 0, 3, 3), (0, 7, 3, 3), (6, 0, 3, 3), (0, 0, 0, 3), (0, 0, 3, -1)):
         with pytest.raises(ValueError, match=r"resized_crop: the box must lie inside the image of \(8, 9\), got top"):
             AF.resized_crop(x, *box, 4)
+
+
+def test_a_step_so_large_that_positions_would_wrap_around():
+    """A row of one pixel: the vector's other lanes, whose positions are taken modulo 2^32 pixels, must not be read."""
+    from fastreg.augment import _op
+
+    x = pictures(1, 3, 64, 64)
+    for step in (2**32 / 15, 2**33 / 15, -(2**32) / 15, 2.0**26, 2.0**27):
+        for row in (0, 1):
+            m = torch.tensor([[[0.0, 0.0, 3.5], [0.0, 0.0, 3.5]]], dtype=torch.float64)
+            m[0, row, 0] = step
+            for interpolation in _op.INTERPOLATIONS:
+                with pytest.raises(ValueError, match=r"leads further than 2\^30 pixels"):
+                    by_matrix(x, m, (1, 1), interpolation=interpolation)
+            m[0, row, 0] = 2.0**25
+            want = x[:, :, 3:5, 3:5].mean((2, 3), keepdim=True)
+            assert_images(by_matrix(x, m, (1, 1)), want.double(), tolerance=1e-6)

@@ -108,13 +108,15 @@ struct FixedMatrix {
 };
 // One coefficient of a matrix; one that does not fit is too far away for within_reach.
 FR_HD int64_t fixed_coefficient(double x) { return fits_fixed(x) ? to_fixed(x) : INT64_MAX; }
-// False where some output pixel lies too far away, or nowhere at all.
+// False where some output pixel lies too far away, or nowhere at all. A row counts as 16 pixels at least, which the CPU makes at
+// a time: beyond the end of a narrow one positions would wrap around and seem to lie inside.
 FR_HD bool within_reach(const FixedMatrix& matrix, int64_t out_height, int64_t out_width) {
+  const float width = float(out_width < 16 ? 16 : out_width), height = float(out_height);
+  const auto size = [](int64_t x) { return float(x < 0 ? -x : x) * 0x1p-32f; };
   bool fits = true;
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t* m = matrix.m + 3 * axis;
-    const auto size = [](int64_t x) { return float(x < 0 ? -x : x) * 0x1p-32f; };
-    fits = fits && size(m[0]) * float(out_width) + size(m[1]) * float(out_height) + size(m[2]) < float(1 << kFarthest);
+    fits = fits && size(m[0]) * width + size(m[1]) * height + size(m[2]) < float(1 << kFarthest);
   }
   return fits;
 }
