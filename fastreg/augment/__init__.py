@@ -96,8 +96,11 @@ def apply(images, params):
 
     Raises:
         ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue with other than 1 or
-            3 channels, a matrix that is not finite or leads further than 2^30 pixels away.
+            3 channels, a matrix that is not finite or leads further than 2^30 pixels away (on a GPU, for which that would mean
+            to wait, the sample becomes NaN, or 0 in uint8).
         TypeError: another dtype.
+        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, for the gradient is added up in no
+            fixed order there.
     """
     op = "augment"
     batch, lead = functional.batched(op, images)
