@@ -12,7 +12,7 @@ demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
 
 test: .venv/.test
-	OMP_NUM_THREADS=1 $(venv)/python -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(venv)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.lint
 	$(venv)/ruff check .

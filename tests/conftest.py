@@ -7,6 +7,14 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+SLOW = ("test_packaging", "test_cuda_hosted", "test_cuda_mutations")  # few tests, of which each builds something
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first, so that at the end no process waits for another that has just begun with one of them."""
+    items.sort(key=lambda item: item.path.stem not in SLOW)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from the same seed, so that a failure repeats."""
