@@ -11,13 +11,6 @@ namespace {
 
 // ---- antialiasing
 
-Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
-  if (!a.antialias || !a.matrices) return {};
-  const int64_t* window = a.windows ? a.windows + 4 * sample : nullptr;
-  return shrink_of(a.matrices + 6 * sample, window ? window[2] : a.in_height, window ? window[3] : a.in_width, a.out_height,
-                   a.out_width, a.interpolation);
-}
-
 // The filter of every grid pixel along one axis.
 template <class A>
 struct Filters {
@@ -75,7 +68,7 @@ struct Resampler {
         columns(memory, filter_of<A>(a, s, 0, source.width), s.size[0]),
         rows(static_cast<char*>(memory) + Filters<A>::bytes(filter_of<A>(a, s, 0, 1), s.size[0]),
              filter_of<A>(a, s, 1, source.height), s.size[1]) {
-    if (a.windows) source.data += a.windows[4 * sample + 1] * (pixel_stride - 1);
+    source.data += window_of(a, sample).left * (pixel_stride - 1);
   }
 
   // Rows [begin, end) of the grid, planes of size[1] * size[0]; `line` has room for a row of the source.
@@ -458,7 +451,7 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   const int64_t height = a.out_height, width = a.out_width, pixels = height * width, channels = a.channels;
   const int64_t in_pixels = a.in_height * a.in_width;
   const Shrink shrink = shrink_of(a, sample);
-  const Source<T> window = source_of<T>(a, nullptr, sample);
+  const Window window = window_of(a, sample);
   const int64_t grid_width = shrink.on ? shrink.size[0] : window.width, grid_height = shrink.on ? shrink.size[1] : window.height;
   const int64_t grid_pixels = grid_width * grid_height;
   // The image that is warped, the source's window or the grid, and later its gradient.
@@ -484,7 +477,7 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
 
   if (a.colour_steps) {
     if (shrink.on) Resampler<T, A>(a, shrink, sample, filters).run(0, grid_height, grid, row);
-    const int64_t first = a.windows ? a.windows[4 * sample] * a.in_stride[2] + a.windows[4 * sample + 1] * a.in_stride[3] : 0;
+    const int64_t first = window.top * a.in_stride[2] + window.left * a.in_stride[3];
     const T* images = static_cast<const T*>(a.images) + sample * a.in_stride[0] + first;
     for (int64_t c = 0; c < channels && !shrink.on; ++c)
       for (int64_t y = 0; y < grid_height; ++y)
@@ -506,17 +499,15 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x) {
       const Position at = matrix.at(x, y);
-      const Taps<A> columns = taps_at<A>(at.u, int32_t(grid_width), a.interpolation, a.padding);
-      const Taps<A> lines = taps_at<A>(at.v, int32_t(grid_height), a.interpolation, a.padding);
+      const Taps<A> columns(at.u, grid_width, a.interpolation, a.padding), lines(at.v, grid_height, a.interpolation, a.padding);
       const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);
-      for_each_tap(lines, columns, [&](int i, int k, A weight) {
+      for_each_tap(lines, columns, [&](int32_t line, int32_t column, A weight) {
         if (weight == A(0)) return;
         for (int64_t c = 0; c < channels; ++c)
-          grid[c * grid_pixels + lines.pixel[i] * grid_width + columns.pixel[k]] +=
-              inside * weight * grad[c * pixels + y * width + x];
+          grid[c * grid_pixels + line * grid_width + column] += inside * weight * grad[c * pixels + y * width + x];
       });
     }
-  const int64_t first = a.windows ? a.windows[4 * sample] * a.in_width + a.windows[4 * sample + 1] : 0;
+  const int64_t first = window.top * a.in_width + window.left;
   for (int64_t c = 0; c < channels; ++c) {
     A* to = in_grad + c * in_pixels + first;
     if (shrink.on) {

@@ -55,7 +55,7 @@ template <int C, class A>
 __device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, int64_t sample, int channel, int32_t x, int32_t y,
                                      A (&p)[C]) {
   const AugmentArgs& a = pass.a;
-  const bool erased = y >= s.box[0] && y < s.box[2] && x >= s.box[1] && x < s.box[3];
+  const bool erased = s.is_erased(x, y);
 #pragma unroll
   for (int c = 0; c < C; ++c) {
     if (a.normalise) p[c] = p[c] * pass.scale[channel + c] + pass.shift[channel + c];
@@ -124,37 +124,36 @@ __device__ __forceinline__ void begin_item(const Pass<A>& pass, int64_t sample, 
   __syncthreads();
 }
 
-template <class A>
-__device__ __forceinline__ A sum_of_row(A sum) {  // of the lanes that share it
+// Adds f(x, y) up over the rows of an item, which are as many as a block has groups of lanes, in the order of the CPU's vectors.
+template <class A, class F>
+__device__ __forceinline__ void sum_rows(const AugmentArgs& a, int64_t sample, int64_t tile, A* sums, F f) {
+  const int lane = threadIdx.x % kSumLanes<A>;
+  const int64_t y = tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
+  A sum = 0;
+#pragma unroll 1
+  for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>) sum += f(int32_t(x), int32_t(y));
 #pragma unroll
   for (int distance = kSumLanes<A> / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
-  return sum;
+  if (lane == 0 && y < a.out_height) sums[sample * a.out_height + y] = sum;
 }
 
-// Items: as many rows as a block has groups of lanes.
+// Of brightened grey. Items as sum_rows has them.
 template <class P, int C, class A = typename P::A>
 __global__ void __launch_bounds__(kThreads, P::kLoopBlocks) grey_sums(const Pass<A> pass) {
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
-  const int lane = threadIdx.x % kSumLanes<A>;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
     const auto place = pass.template place<C>(item);
     begin_item<P>(pass, place.sample, false, s);
     const P pixels(pass, s, 0);
-    const int64_t y = place.tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
-    A sum = 0;
-#pragma unroll 1
-    for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>) {
+    sum_rows(a, place.sample, place.tile, pass.sums, [&](int32_t x, int32_t y) {
       A p[C];
-      coloured_pixel(pass, s, pixels, 0, int32_t(x), int32_t(y), a.colour_steps & kBrightness, p);
-      if constexpr (C == 3) {
-        sum += quantises<P>(pass) ? grey_of<P::kBytes>(p[0], p[1], p[2]) : grey_of<false>(p[0], p[1], p[2]);
-      } else {
-        sum += p[0];
-      }
-    }
-    sum = sum_of_row(sum);
-    if (lane == 0 && y < a.out_height) pass.sums[place.sample * a.out_height + y] = sum;
+      coloured_pixel(pass, s, pixels, 0, x, y, a.colour_steps & kBrightness, p);
+      if constexpr (C == 3)
+        return quantises<P>(pass) ? grey_of<P::kBytes>(p[0], p[1], p[2]) : grey_of<false>(p[0], p[1], p[2]);
+      else
+        return p[0];
+    });
   }
 }
 
@@ -189,6 +188,11 @@ __global__ void __launch_bounds__(kThreads, P::kBlocks) augment_pixels(const Pas
   }
 }
 
+// Where a value of the output's shape is in scratch: (batch, channels, height, width).
+__device__ __forceinline__ int64_t kept_at(const AugmentArgs& a, int64_t sample, int channel, int64_t x, int64_t y) {
+  return ((sample * a.channels + channel) * a.out_height + y) * a.out_width + x;
+}
+
 // ---- with blur
 
 // Calls f(row, column) for the pixels of a rectangle that are this thread's.
@@ -201,14 +205,21 @@ __device__ __forceinline__ void for_each_in(int rows, int columns, F f) {
   }
 }
 
+// The weights of a sample's blur from `first` on, to shared memory.
+template <class A>
+__device__ __forceinline__ void load_weights(const AugmentArgs& a, int64_t sample, int64_t first, int64_t count, A* weight) {
+  const double* from = a.blur + sample * (a.blur_width + a.blur_height) + first;
+  for (int64_t k = threadIdx.x; k < count; k += kThreads) weight[k] = A(from[k]);
+}
+
 struct Tile {
   int width, height;
   bool down;  // blur along y too
 };
-template <class A>
-int64_t tile_bytes(const Tile& tile, int64_t blur_width, int64_t blur_height, int channels) {
+// Of shared memory.
+int64_t tile_values(const Tile& tile, int64_t blur_width, int64_t blur_height, int channels) {
   const int64_t columns = tile.width + blur_width - 1, rows = tile.height + (tile.down ? blur_height - 1 : 0);
-  return (channels * rows * (columns + (tile.down ? tile.width : 0)) + blur_width + blur_height) * int64_t(sizeof(A));
+  return channels * rows * (columns + (tile.down ? tile.width : 0)) + blur_width + blur_height;
 }
 
 // Pixels of a tile and of what surrounds it by half a kernel, blurred along x, then along y; or along x only, to pass.blurred.
@@ -230,8 +241,7 @@ __global__ void __launch_bounds__(kThreads, P::kLoopBlocks) augment_tiles(const 
     const int height = int(a.out_height - top < tile.height ? a.out_height - top : tile.height);
     const int width = int(a.out_width - left < tile.width ? a.out_width - left : tile.width);
     const int made_height = height + blur_height - 1;
-    for (int k = threadIdx.x; k < a.blur_width + a.blur_height; k += kThreads)
-      weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + k]);
+    load_weights(a, place.sample, 0, a.blur_width + a.blur_height, weight);
     for_each_in(made_height, width + blur_width - 1, [&](int row, int column) {
       A p[C];
       const int64_t y = mirrored(top + row - blur_height / 2, a.out_height);
@@ -248,8 +258,7 @@ __global__ void __launch_bounds__(kThreads, P::kLoopBlocks) augment_tiles(const 
         if (tile.down)
           across[(c * lines + row) * tile.width + column] = sum;
         else
-          pass.blurred[((place.sample * a.channels + channel + c) * a.out_height + top + row) * a.out_width + left + column] =
-              sum;
+          pass.blurred[kept_at(a, place.sample, channel + c, left + column, top + row)] = sum;
       }
     });
     if (!tile.down) continue;
@@ -277,10 +286,9 @@ __global__ void __launch_bounds__(kThreads) blur_down(const Pass<A> pass) {
     const auto place = pass.template place<1>(item);
     const int channel = place.channel;
     begin_item<Image<A>>(pass, place.sample, false, s);
-    for (int64_t k = threadIdx.x; k < a.blur_height; k += kThreads)
-      weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + a.blur_width + k]);
+    load_weights(a, place.sample, a.blur_width, a.blur_height, weight);
     __syncthreads();
-    const A* plane = pass.blurred + (place.sample * a.channels + channel) * a.out_height * a.out_width;
+    const A* plane = pass.blurred + kept_at(a, place.sample, channel, 0, 0);
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
       A p[1] = {0};
       for (int64_t k = 0; k < a.blur_height; ++k)
@@ -305,16 +313,8 @@ __global__ void __launch_bounds__(kThreads) incoming_gradient(const Pass<A> pass
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
       const int64_t i =
           place.sample * a.grad_stride[0] + channel * a.grad_stride[1] + y * a.grad_stride[2] + x * a.grad_stride[3];
-      A grad;
-      if constexpr (std::is_same_v<A, double>)
-        grad = static_cast<const double*>(a.grad)[i];
-      else
-        grad = a.out_type == PixelType::kFloat32   ? static_cast<const float*>(a.grad)[i]
-               : a.out_type == PixelType::kFloat16 ? load_float(static_cast<const Half*>(a.grad)[i])
-                                                   : load_float(static_cast<const BFloat16*>(a.grad)[i]);
-      const bool erased = y >= s.box[0] && y < s.box[2] && x >= s.box[1] && x < s.box[3];
-      const A scale = a.normalise ? pass.scale[channel] : A(1);
-      out[((place.sample * a.channels + channel) * a.out_height + y) * a.out_width + x] = erased ? A(0) : scale * grad;
+      const A grad = load_as<A>(a.out_type, a.grad, i), scale = a.normalise ? pass.scale[channel] : A(1);
+      out[kept_at(a, place.sample, channel, x, y)] = s.is_erased(x, y) ? A(0) : scale * grad;
     });
   }
 }
@@ -329,10 +329,9 @@ __global__ void __launch_bounds__(kThreads) blur_backward(const Pass<A> pass, co
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
     const auto place = pass.template place<1>(item);
     __syncthreads();  // no thread is at work on the last item
-    for (int64_t k = threadIdx.x; k < size; k += kThreads)
-      weight[k] = A(a.blur[place.sample * (a.blur_width + a.blur_height) + (down ? a.blur_width : 0) + k]);
+    load_weights(a, place.sample, down ? a.blur_width : 0, size, weight);
     __syncthreads();
-    const int64_t plane = (place.sample * a.channels + place.channel) * a.out_height * a.out_width;
+    const int64_t plane = kept_at(a, place.sample, place.channel, 0, 0);
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
       const int64_t own = down ? y : x;
       const A* line = in + plane + (down ? x : y * a.out_width);
@@ -348,54 +347,26 @@ __global__ void __launch_bounds__(kThreads) blur_backward(const Pass<A> pass, co
   }
 }
 
-// Where the gradient of the output's pixel is: (batch, channels, height, width).
-template <class A>
-__device__ __forceinline__ int64_t grad_index(const AugmentArgs& a, int64_t sample, int channel, int32_t x, int32_t y) {
-  return ((sample * a.channels + channel) * a.out_height + y) * a.out_width + x;
-}
-
-// Back through saturation and contrast, in place; of each row what it adds to the gradient of the mean. Items as of grey_sums.
+// Back through saturation and contrast, in place; of each row what it adds to the gradient of the mean. Items as of sum_rows.
 template <class A, int C>
 __global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks) blends_backward_rows(const Pass<A> pass, A* grad, A* through_mean) {
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
-  const int lane = threadIdx.x % kSumLanes<A>;
   const int64_t plane = a.out_height * a.out_width;
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
     const auto place = pass.template place<C>(item);
     begin_item<Grid<A>>(pass, place.sample, true, s);
     const Grid<A> pixels(pass, s, 0);
-    const int64_t y = place.tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
-    A sum = 0;
-#pragma unroll 1
-    for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>) {
-      A p[C], g[C], *at = grad + grad_index<A>(a, place.sample, 0, int32_t(x), int32_t(y));
-      warped_pixel(pass, s, pixels, 0, int32_t(x), int32_t(y), p);
+    sum_rows(a, place.sample, place.tile, through_mean, [&](int32_t x, int32_t y) {
+      A p[C], g[C], *at = grad + kept_at(a, place.sample, 0, x, y);
+      warped_pixel(pass, s, pixels, 0, x, y, p);
       for (int c = 0; c < C; ++c) g[c] = at[c * plane];
-      sum += blends_backward<C>(s.factors, a.colour_steps, p, g);
+      const A sum = blends_backward<C>(s.factors, a.colour_steps, p, g);
       for (int c = 0; c < C; ++c) at[c * plane] = g[c];
-    }
-    sum = sum_of_row(sum);
-    if (lane == 0 && y < a.out_height) through_mean[place.sample * a.out_height + y] = sum;
+      return sum;
+    });
   }
 }
-
-// taps_at, a tap at a time: arrays that are not indexed by constants lie in memory.
-template <class A>
-struct Tap {
-  int count;
-  int32_t first, n;
-  Padding padding;
-  A t;
-
-  __device__ Tap(int64_t position, Interpolation interpolation, int32_t n, Padding padding) : n(n), padding(padding) {
-    count = interpolation == Interpolation::kNearest ? 1 : interpolation == Interpolation::kBilinear ? 2 : 4;
-    first = count == 1 ? nearest_pixel(position) : whole_part(position) - (count == 4);
-    fraction_of(position, &t);
-  }
-  __device__ int32_t pixel(int i) const { return padded(first + i, n, padding); }
-  __device__ A weight(int i) const { return count == 1 ? A(1) : count == 2 ? (i ? t : A(1) - t) : cubic_weight(i, t); }
-};
 
 // Where the gradient of the images is summed: floating point of any strides.
 template <class A>
@@ -422,52 +393,34 @@ __global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks)
                    block_mean(through_mean + place.sample * a.out_height, a.out_height, A(plane));
     const Grid<A> pixels(pass, s, channel);
     A* to = sums.data + place.sample * sums.stride[0] + channel * sums.stride[1];
-    if (a.windows) to += a.windows[4 * place.sample] * sums.stride[2] + a.windows[4 * place.sample + 1] * sums.stride[3];
+    const Window window = window_of(a, place.sample);
+    to += window.top * sums.stride[2] + window.left * sums.stride[3];
     const auto add = [&](int32_t line, int32_t column, A weight, const A(&g)[C]) {
       A* at = to + line * sums.stride[2] + column * sums.stride[3];
       for (int c = 0; c < C; ++c) atomicAdd(at + c * sums.stride[1], weight * g[c]);
     };
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
       A g[C];
-      for (int c = 0; c < C; ++c) g[c] = grad[grad_index<A>(a, place.sample, channel + c, x, y)];
+      for (int c = 0; c < C; ++c) g[c] = grad[kept_at(a, place.sample, channel + c, x, y)];
       if (a.colour_steps) {
         A p[C];
         warped_pixel(pass, s, pixels, channel, x, y, p);
         brightness_backward<C>(s.factors, a.colour_steps, p, mean_share, g);
       }
       const Position at = s.matrix.at(x, y);
-      const Tap<A> lines(at.v, s.one_pixel ? Interpolation::kNearest : a.interpolation, s.height, a.padding);
-      const Tap<A> columns(at.u, s.one_pixel ? Interpolation::kNearest : a.interpolation, s.width, a.padding);
-      A inside = 1;
-      if (a.padding == Padding::kFill) {
-        int there = 0;
-        inside = 0;
-#pragma unroll 1
-        for (int tap = 0; tap < lines.count * columns.count; ++tap) {
-          const int i = tap / columns.count, k = tap % columns.count;
-          if (lines.pixel(i) < 0 || columns.pixel(k) < 0) continue;
-          inside += lines.weight(i) * columns.weight(k);
-          ++there;
-        }
-        if (there == lines.count * columns.count) inside = 1;
-      }
-#pragma unroll 1
-      for (int tap = 0; tap < lines.count * columns.count; ++tap) {
-        const int i = tap / columns.count, k = tap % columns.count;
-        const int32_t line = lines.pixel(i), column = columns.pixel(k);
-        A weight = lines.weight(i) * columns.weight(k);
-        if (line < 0 || column < 0 || weight == A(0)) continue;
+      const auto interpolation = s.one_pixel ? Interpolation::kNearest : a.interpolation;
+      const Taps<A> lines(at.v, s.height, interpolation, a.padding), columns(at.u, s.width, interpolation, a.padding);
+      const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);
+      for_each_tap(lines, columns, [&](int32_t line, int32_t column, A weight) {
+        if (weight == A(0)) return;
         weight *= inside;
-        if (!s.shrinks) {
-          add(line, column, weight, g);
-          continue;
-        }
+        if (!s.shrinks) return add(line, column, weight, g);
         const auto across = s.columns.span(column), down = s.rows.span(line);
         weight = weight / (s.rows.total(down) * s.columns.total(across));
         for (int32_t v = down.first; v < (across.last > across.first ? down.last : down.first); ++v)
           for (int32_t u = across.first; u < across.last; ++u)
             add(v, u, weight * s.columns.weight(across, u) * s.rows.weight(down, v), g);
-      }
+      });
     });
   }
 }
@@ -499,14 +452,7 @@ __global__ void gaussian_rows(const GaussianArgs args) {
 }
 __global__ void shrink_rows(const AugmentArgs a, Shrink* shrinks) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.batch; i += int64_t(gridDim.x) * kThreads) {
-    const double* matrix = a.matrices + 6 * i;
-    const int64_t* window = a.windows ? a.windows + 4 * i : nullptr;
-    FixedMatrix unused;
-    Shrink shrink = {};
-    if (fixed_matrix(matrix, a.out_height, a.out_width, &unused))
-      shrink = shrink_of(matrix, window ? window[2] : a.in_height, window ? window[3] : a.in_width, a.out_height, a.out_width,
-                         a.interpolation);
-    shrinks[i] = shrink;
+    shrinks[i] = shrink_of(a, i);
   }
 }
 
@@ -527,10 +473,7 @@ struct Parts {
 bool antialiases(const AugmentArgs& a) { return a.antialias && a.matrices && a.interpolation != Interpolation::kNearest; }
 int together(const AugmentArgs& a) { return a.channels == 3 ? 3 : 1; }
 Tile tile_of(const AugmentArgs& a, int64_t value_bytes) {
-  const auto bytes = [&](const Tile& t) {
-    return value_bytes == 8 ? tile_bytes<double>(t, a.blur_width, a.blur_height, together(a))
-                            : tile_bytes<float>(t, a.blur_width, a.blur_height, together(a));
-  };
+  const auto bytes = [&](const Tile& t) { return value_bytes * tile_values(t, a.blur_width, a.blur_height, together(a)); };
   const int64_t most = int64_t(most_shared()) - 4096 < kTileBytes ? int64_t(most_shared()) - 4096 : kTileBytes;
   Tile tile = {kTile, kTile, true};
   if (a.blur_width <= kTileBlur && a.blur_height <= kTileBlur && bytes(tile) <= most) return tile;
@@ -601,9 +544,10 @@ int64_t row_tiles(const AugmentArgs& a) {
   return divide_up(a.out_height, kThreads / kSumLanes<A>);
 }
 
-template <class A>
-int launch_pass(void (*kernel)(Pass<A>), const Pass<A>& pass, void* stream) {
-  return launch(kernel, blocks_for(pass.items, 1), kThreads, 0, stream, pass);
+template <class A, class... Parameters, class... Arguments>
+int launch_pass(void (*kernel)(Pass<A>, Parameters...), const Pass<A>& pass, int64_t shared_values, void* stream,
+                Arguments... arguments) {
+  return launch(kernel, blocks_for(pass.items, 1), kThreads, size_t(shared_values) * sizeof(A), stream, pass, arguments...);
 }
 
 // f(first channel, channels) for as many channels as a launch takes, until one gives an error.
@@ -624,7 +568,7 @@ template <class P, int C>
 int sum_grey(const AugmentArgs& a, const Scratch<typename P::A>& scratch, void* stream) {
   using A = typename P::A;
   if (!scratch.sums) return 0;
-  return launch_pass(grey_sums<P, C>, pass_of(a, scratch, 0, C, 1, row_tiles<A>(a)), stream);
+  return launch_pass(grey_sums<P, C>, pass_of(a, scratch, 0, C, 1, row_tiles<A>(a)), 0, stream);
 }
 
 template <class P, int C>
@@ -635,16 +579,16 @@ int forward(const AugmentArgs& a, void* stream) {
   if (const int error = sum_grey<P, C>(a, scratch, stream)) return error;
   return for_each_group(a, [&](int first, int channels) {
     const int groups = channels / C;
-    if (!a.blur) return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, groups, pixel_tiles(a)), stream);
+    if (!a.blur)
+      return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, groups, pixel_tiles(a)), 0, stream);
     const Tile tile = tile_of(a, sizeof(A));
     const int64_t across = divide_up(a.out_width, tile.width);
     Pass<A> pass = pass_of(a, scratch, first, channels, groups, across * divide_up(a.out_height, tile.height));
     pass.across = Divider(across);
-    const size_t shared = size_t(tile_bytes<A>(tile, a.blur_width, a.blur_height, C));
-    const int error = launch(augment_tiles<P, C>, blocks_for(pass.items, 1), kThreads, shared, stream, pass, tile);
+    const int64_t shared = tile_values(tile, a.blur_width, a.blur_height, C);
+    const int error = launch_pass(augment_tiles<P, C>, pass, shared, stream, tile);
     if (error || tile.down) return error;
-    pass = pass_of(a, scratch, first, channels, channels, pixel_tiles(a));
-    return launch(blur_down<A>, blocks_for(pass.items, 1), kThreads, size_t(a.blur_height) * sizeof(A), stream, pass);
+    return launch_pass(blur_down<A>, pass_of(a, scratch, first, channels, channels, pixel_tiles(a)), a.blur_height, stream);
   });
 }
 
@@ -663,22 +607,17 @@ int backward(const AugmentArgs& a, void* stream) {
     const int64_t skipped = first * a.out_height * a.out_width;
     A *grad = scratch.grad + skipped, *spare = scratch.spare + skipped;
     const Pass<A> by_channel = pass_of(a, scratch, first, channels, channels, pixel_tiles(a));
-    const auto start = [&](const Pass<A>& pass, size_t shared, auto kernel, auto... arguments) {
-      return launch(kernel, blocks_for(pass.items, 1), kThreads, shared, stream, pass, arguments...);
-    };
-    int error = start(by_channel, 0, incoming_gradient<A>, grad);
-    if (a.blur && !error)
-      error = start(by_channel, size_t(a.blur_height) * sizeof(A), blur_backward<A>, static_cast<const A*>(grad), spare, true);
-    if (a.blur && !error)
-      error = start(by_channel, size_t(a.blur_width) * sizeof(A), blur_backward<A>, static_cast<const A*>(spare), grad, false);
+    int error = launch_pass(incoming_gradient<A>, by_channel, 0, stream, grad);
+    if (a.blur && !error) error = launch_pass(blur_backward<A>, by_channel, a.blur_height, stream, grad, spare, true);
+    if (a.blur && !error) error = launch_pass(blur_backward<A>, by_channel, a.blur_width, stream, spare, grad, false);
     if (!error && scratch.through_mean)
-      error = start(pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a)), 0, blends_backward_rows<A, C>, grad,
-                    scratch.through_mean);
+      error = launch_pass(blends_backward_rows<A, C>, pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a)), 0,
+                          stream, grad, scratch.through_mean);
     if (error) return error;
     Sums<A> part = sums;
     part.data += first * sums.stride[1];
-    return start(pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a)), 0, warp_backward<A, C>,
-                 static_cast<const A*>(grad), static_cast<const A*>(scratch.through_mean), part);
+    return launch_pass(warp_backward<A, C>, pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a)), 0, stream, grad,
+                       scratch.through_mean, part);
   });
   if constexpr (kConverted)
     if (!error)

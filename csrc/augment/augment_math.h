@@ -30,9 +30,6 @@ enum class Padding : int { kZeros, kBorder, kReflect, kFill };
 enum ColourStep : int { kBrightness = 1, kContrast = 2, kSaturation = 4, kHue = 8 };
 enum ColourColumn { kBrightnessColumn, kContrastColumn, kSaturationColumn, kHueColumn, kColourColumns };
 
-FR_HD float to_float(uint8_t x) { return float(x); }
-FR_HD void from_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
-
 struct AugmentArgs {
   PixelType in_type, out_type;
   int64_t batch, channels, in_height, in_width, out_height, out_width;
@@ -55,6 +52,19 @@ struct AugmentArgs {
   int64_t grad_stride[4];
   void* scratch;  // on CUDA, of as many bytes as the launcher asks for
 };
+
+// The part of a sample's image that is the image.
+struct Window {
+  int64_t top, left, height, width;
+  FR_HD bool lies_inside(int64_t in_height, int64_t in_width) const {
+    return top >= 0 && left >= 0 && height > 0 && width > 0 && height <= in_height - top && width <= in_width - left;
+  }
+};
+FR_HD Window window_of(const AugmentArgs& a, int64_t sample) {
+  if (!a.windows) return {0, 0, a.in_height, a.in_width};
+  const int64_t* window = a.windows + 4 * sample;
+  return {window[0], window[1], window[2], window[3]};
+}
 
 // ---- rounding, for values below 2^22
 
@@ -163,49 +173,47 @@ FR_HD int32_t padded(int32_t i, int32_t n, Padding padding) {
   const uint32_t period = 2 * uint32_t(n), in_period = uint32_t(i < 0 ? -1 - i : i) % period;
   return int32_t(in_period < uint32_t(n) ? in_period : period - 1 - in_period);
 }
-// The pixels along one axis that a position takes its value from, and their shares.
+// The pixels along one axis that a position takes its value from, and their shares. Each is made when it is asked for: on a GPU
+// an array that is not indexed by constants lies in memory.
 template <class A>
 struct Taps {
   int count;
-  int32_t pixel[4];
-  A weight[4];
-};
-template <class A>
-FR_HD Taps<A> taps_at(int64_t position, int32_t n, Interpolation interpolation, Padding padding) {
-  Taps<A> taps;
-  int32_t first;
+  int32_t first, n;
+  Padding padding;
   A t;
-  fraction_of(position, &t);
-  if (interpolation == Interpolation::kNearest) {
-    taps.count = 1;
-    taps.weight[0] = A(1);
-    first = nearest_pixel(position);
-  } else if (interpolation == Interpolation::kBilinear) {
-    taps.count = 2;
-    taps.weight[0] = A(1) - t;
-    taps.weight[1] = t;
-    first = whole_part(position);
-  } else {
-    taps.count = 4;
-    for (int i = 0; i < 4; ++i) taps.weight[i] = cubic_weight(i, t);
-    first = whole_part(position) - 1;
+
+  FR_HD Taps(int64_t position, int64_t n, Interpolation interpolation, Padding padding) : n(int32_t(n)), padding(padding) {
+    count = interpolation == Interpolation::kNearest ? 1 : interpolation == Interpolation::kBilinear ? 2 : 4;
+    first = count == 1 ? nearest_pixel(position) : whole_part(position) - (count == 4);
+    fraction_of(position, &t);
   }
-  for (int i = 0; i < taps.count; ++i) taps.pixel[i] = padded(first + i, n, padding);
-  return taps;
-}
-// f(i, k, weight) for each pair of taps, line i and column k, that lies inside.
+  FR_HD int32_t pixel(int i) const { return padded(first + i, n, padding); }  // -1: none
+  FR_HD A weight(int i) const { return count == 1 ? A(1) : count == 2 ? (i ? t : A(1) - t) : cubic_weight(i, t); }
+};
+#ifdef __CUDA_ARCH__
+#define FR_ROLLED _Pragma("unroll 1")  // f stands in the program once
+#else
+#define FR_ROLLED
+#endif
+// f(line, column, weight) for each pixel of two axes' taps that lies inside.
 template <class A, class F>
 FR_HD void for_each_tap(const Taps<A>& lines, const Taps<A>& columns, F f) {
-  for (int i = 0; i < lines.count; ++i)
-    for (int k = 0; k < columns.count; ++k)
-      if (lines.pixel[i] >= 0 && columns.pixel[k] >= 0) f(i, k, lines.weight[i] * columns.weight[k]);
+  FR_ROLLED
+  for (int i = 0; i < lines.count; ++i) {
+    FR_ROLLED
+    for (int k = 0; k < columns.count; ++k) {
+      const int32_t line = lines.pixel(i), column = columns.pixel(k);
+      if (line >= 0 && column >= 0) f(line, column, lines.weight(i) * columns.weight(k));
+    }
+  }
 }
+#undef FR_ROLLED
 // The part of a pixel that lies inside the image; 1 where all of it does.
 template <class A>
 FR_HD A inside_share(const Taps<A>& lines, const Taps<A>& columns) {
   A inside = 0;
   int count = 0;
-  for_each_tap(lines, columns, [&](int, int, A weight) {
+  for_each_tap(lines, columns, [&](int32_t, int32_t, A weight) {
     inside += weight;
     ++count;
   });
@@ -256,6 +264,16 @@ FR_HD Shrink shrink_of(const double* m, int64_t in_height, int64_t in_width, int
   }
   s.on = s.on && fixed_matrix(rest, out_height, out_width, &s.rest);
   return s;
+}
+
+// Of a sample; off where its matrix or its window is no good.
+FR_HD Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
+  if (!a.antialias || !a.matrices) return {};
+  const double* matrix = a.matrices + 6 * sample;
+  const Window window = window_of(a, sample);
+  FixedMatrix unused;
+  if (!window.lies_inside(a.in_height, a.in_width) || !fixed_matrix(matrix, a.out_height, a.out_width, &unused)) return {};
+  return shrink_of(matrix, window.height, window.width, a.out_height, a.out_width, a.interpolation);
 }
 
 // Along one axis, as torch's interpolate(antialias=True) has it: a triangle, or Keys' cubic with a = -0.5, as wide as the step,

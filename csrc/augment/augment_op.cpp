@@ -128,13 +128,11 @@ struct Call {
 #ifndef FASTREG_CUDA
     const char* op = "augment";
     const AugmentArgs& a = args;
-    if (a.windows)
-      for (int64_t i = 0; i < a.batch; ++i) {
-        const int64_t* w = a.windows + 4 * i;
-        check(w[0] >= 0 && w[1] >= 0 && w[2] > 0 && w[3] > 0 && w[2] <= a.in_height - w[0] && w[3] <= a.in_width - w[1], op,
-              ": the window of sample ", i, " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w[0],
-              ", left ", w[1], ", height ", w[2], ", width ", w[3]);
-      }
+    for (int64_t i = 0; i < (a.windows ? a.batch : 0); ++i) {
+      const Window w = window_of(a, i);
+      check(w.lies_inside(a.in_height, a.in_width), op, ": the window of sample ", i, " must lie inside the image of (",
+            a.in_height, ", ", a.in_width, "), got top ", w.top, ", left ", w.left, ", height ", w.height, ", width ", w.width);
+    }
     if (a.matrices && !empty())
       for (int64_t i = 0; i < a.batch; ++i) {
         FixedMatrix unused;

@@ -605,18 +605,23 @@ struct Warp {
   void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; ++x, at.u += matrix.m[0], at.v += matrix.m[3]) {
-      const Taps<A> columns = taps_at<A>(at.u, int32_t(source.width), interpolation, padding);
-      const Taps<A> lines = taps_at<A>(at.v, int32_t(source.height), interpolation, padding);
+      const Taps<A> columns(at.u, source.width, interpolation, padding), lines(at.v, source.height, interpolation, padding);
       const A inside = padding == Padding::kFill ? inside_share(lines, columns) : A(1);
+      int32_t column[4];
+      A across[4];
+      for (int k = 0; k < 4; ++k) {
+        column[k] = columns.pixel(k);
+        across[k] = columns.weight(k);
+      }
       for (int64_t c = 0; c < source.channels; ++c) {
         A value = 0;
-        for (int i = 0; i < lines.count; ++i) {
-          if (lines.pixel[i] < 0) continue;
-          const T* line = source.plane(c) + lines.pixel[i] * source.row_stride;
+        for (int i = 0; i < 4; ++i) {
+          if (lines.pixel(i) < 0) continue;
+          const T* line = source.plane(c) + lines.pixel(i) * source.row_stride;
           A sum = 0;
-          for (int k = 0; k < columns.count; ++k)
-            if (columns.pixel[k] >= 0) sum += columns.weight[k] * A(to_float(line[columns.pixel[k]]));
-          value += lines.weight[i] * sum;
+          for (int k = 0; k < 4; ++k)
+            if (column[k] >= 0) sum += across[k] * A(to_float(line[column[k]]));
+          value += lines.weight(i) * sum;
         }
         out[c * pitch + x] = inside == A(1) ? value : filled(value, inside, filler.value(c));
       }
@@ -634,12 +639,10 @@ Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
                       a.channels};
   if (copied && a.in_stride[3] != 1)
     source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
-  if (a.windows) {
-    const int64_t* window = a.windows + 4 * sample;
-    source.data += window[0] * source.row_stride + window[1];
-    source.height = window[2];
-    source.width = window[3];
-  }
+  const Window window = window_of(a, sample);
+  source.data += window.top * source.row_stride + window.left;
+  source.height = window.height;
+  source.width = window.width;
   return source;
 }
 

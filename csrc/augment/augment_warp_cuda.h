@@ -48,6 +48,10 @@ struct Sample {
   int32_t box[4];  // top, left, bottom, right of what is erased
   ColourFactors<A> factors;
   Filter<A> columns, rows;
+
+  __device__ __forceinline__ bool is_erased(int32_t x, int32_t y) const {
+    return y >= box[0] && y < box[2] && x >= box[1] && x < box[3];
+  }
 };
 
 // By the first warp: a lane for each coefficient of the matrix, whose loads would wait for each other, one for the rest.
@@ -58,21 +62,20 @@ __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, S
   if (lane < 6) s.matrix.m[lane] = a.matrices ? fixed_coefficient(a.matrices[6 * i + lane]) : lane % 4 == 0 ? kOne : 0;
   __syncwarp();
   if (lane != 0) return;
-  int64_t window[4] = {0, 0, a.in_height, a.in_width}, box[4] = {};
-  for (int k = 0; k < (a.windows ? 4 : 0); ++k) window[k] = a.windows[4 * i + k];
+  const Window window = window_of(a, i);
+  int64_t box[4] = {};
   for (int k = 0; k < (a.boxes ? 4 : 0); ++k) box[k] = a.boxes[4 * i + k];
-  s.valid = window[0] >= 0 && window[1] >= 0 && window[2] > 0 && window[3] > 0 && window[2] <= a.in_height - window[0] &&
-            window[3] <= a.in_width - window[1] && within_reach(s.matrix, a.out_height, a.out_width);
-  s.offset = i * a.in_stride[0] + window[0] * a.in_stride[2] + window[1] * a.in_stride[3];
-  s.height = int32_t(window[2]);
-  s.width = int32_t(window[3]);
+  s.valid = window.lies_inside(a.in_height, a.in_width) && within_reach(s.matrix, a.out_height, a.out_width);
+  s.offset = i * a.in_stride[0] + window.top * a.in_stride[2] + window.left * a.in_stride[3];
+  s.height = int32_t(window.height);
+  s.width = int32_t(window.width);
   s.shrinks = kShrinks && pass.shrinks && s.valid && pass.shrinks[i].on;
   if (kShrinks) s.columns = Filter<A>{};  // read, and thrown away, before it is known whether the sample shrinks
   if (kShrinks) s.rows = Filter<A>{};
   if (kShrinks && s.shrinks) {
     const Shrink& shrink = pass.shrinks[i];
-    s.columns = Filter<A>(shrink, 0, window[3], a.interpolation, a.padding);
-    s.rows = Filter<A>(shrink, 1, window[2], a.interpolation, a.padding);
+    s.columns = Filter<A>(shrink, 0, window.width, a.interpolation, a.padding);
+    s.rows = Filter<A>(shrink, 1, window.height, a.interpolation, a.padding);
     s.width = int32_t(shrink.size[0]);
     s.height = int32_t(shrink.size[1]);
     s.matrix = shrink.rest;
@@ -89,6 +92,18 @@ __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, S
 }
 
 // ---- geometry
+
+// Value i of an array of whatever type.
+template <class A>
+__device__ __forceinline__ A load_as(PixelType type, const void* values, int64_t i) {
+  if constexpr (std::is_same_v<A, double>)
+    return static_cast<const double*>(values)[i];
+  else
+    return type == PixelType::kFloat32    ? static_cast<const float*>(values)[i]
+           : type == PixelType::kFloat16  ? load_float(static_cast<const Half*>(values)[i])
+           : type == PixelType::kBFloat16 ? load_float(static_cast<const BFloat16*>(values)[i])
+                                          : load_float(static_cast<const uint8_t*>(values)[i]);
+}
 
 // The pixels that are warped: of an image of T ...
 template <class T>
@@ -143,16 +158,7 @@ struct Grid {
     const AugmentArgs& a = pass.a;
     const int64_t at = s.offset + channel * a.in_stride[1] + y * a.in_stride[2] + x * a.in_stride[3];
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int64_t i = at + c * a.in_stride[1];
-      if constexpr (std::is_same_v<A, double>)
-        p[c] = static_cast<const double*>(a.images)[i];
-      else
-        p[c] = a.in_type == PixelType::kFloat32    ? static_cast<const float*>(a.images)[i]
-               : a.in_type == PixelType::kFloat16  ? load_float(static_cast<const Half*>(a.images)[i])
-               : a.in_type == PixelType::kBFloat16 ? load_float(static_cast<const BFloat16*>(a.images)[i])
-                                                   : load_float(static_cast<const uint8_t*>(a.images)[i]);
-    }
+    for (int c = 0; c < C; ++c) p[c] = load_as<A>(a.in_type, a.images, at + c * a.in_stride[1]);
   }
 
   template <int C>

@@ -69,7 +69,7 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) { r
 
 // ---- storage types, converted in one instruction
 
-__device__ __forceinline__ float load_float(uint8_t x) { return float(x); }
+__device__ __forceinline__ float load_float(uint8_t x) { return to_float(x); }
 __device__ __forceinline__ float load_float(float x) { return x; }
 __device__ __forceinline__ double load_float(double x) { return x; }
 __device__ __forceinline__ float load_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
@@ -78,7 +78,7 @@ __device__ __forceinline__ float load_float(Half x) {
   memcpy(&h, &x, 2);
   return __half2float(h);
 }
-__device__ __forceinline__ void store_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
+__device__ __forceinline__ void store_float(float x, uint8_t* out) { from_float(x, out); }
 __device__ __forceinline__ void store_float(float x, float* out) { *out = x; }
 __device__ __forceinline__ void store_float(double x, double* out) { *out = x; }
 __device__ __forceinline__ void store_float(float x, BFloat16* out) {

@@ -58,6 +58,7 @@ FR_HD float bits_float(uint32_t u) {
   return x;
 }
 
+FR_HD float to_float(uint8_t x) { return float(x); }
 FR_HD float to_float(float x) { return x; }
 FR_HD double to_float(double x) { return x; }
 FR_HD float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
@@ -69,7 +70,8 @@ FR_HD float to_float(Half x) {
   return bits_float(sign | magnitude);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Round to nearest, ties to even; NaN stays NaN. To bytes: whole numbers, cut off at 0 and 255; NaN is 0.
+FR_HD void from_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
 FR_HD void from_float(float x, float* out) { *out = x; }
 FR_HD void from_float(double x, double* out) { *out = x; }
 FR_HD void from_float(float x, BFloat16* out) {

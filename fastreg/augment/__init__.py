@@ -116,7 +116,7 @@ def apply(images, params):
     blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
     height, width = batch.shape[2:]
     if params.settings.size is not None and all(getattr(params, name) is None for name in _FIELDS):
-        params = dataclasses.replace(params, crop=_boxes((0, 0, height, width), count, batch.device))
+        params = dataclasses.replace(params, crop=_op.rows((0, 0, height, width), count, batch.device))
     output = _op.run(
         op,
         batch,
@@ -127,11 +127,6 @@ def apply(images, params):
         **vars(params.settings),
     )
     return output if lead else output.squeeze(0)
-
-
-def _boxes(box, count, device):
-    """(count, 4) of one box; not from a list, whose copy to a GPU would wait for it."""
-    return torch.stack([torch.full((count,), float(side), dtype=torch.float64, device=device) for side in box], 1)
 
 
 def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
@@ -339,7 +334,7 @@ class Augment(nn.Module):
                 box = (0, 0, height, width)
                 if isinstance(self.crop, int):
                     box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
-                params.crop = _boxes(box, count, batch.device)
+                params.crop = _op.rows(box, count, batch.device)
             return params
         table, _, _, _, boxes = self._draw(batch, generator, seed, offset)
         fields = {name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")}

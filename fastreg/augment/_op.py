@@ -168,6 +168,11 @@ def run(
     return _augment(*arguments)
 
 
+def rows(numbers, count, device):
+    """(count, len(numbers)) float64 of one row; not from a list, whose copy to a GPU would wait for it."""
+    return torch.stack([torch.full((count,), float(v), dtype=torch.float64, device=device) for v in numbers], 1)
+
+
 def factors(named):
     """`colour` and `steps` for run, of a dict of (B,) tensors by the step's name."""
     if not named:

@@ -128,7 +128,7 @@ def _affine(op, inpt, angle, translate, scale, shear, interpolation, fill, cente
     height, width = inpt.shape[-2:]
     if size is not None:  # a larger frame about the same centre is a crop that begins outside
         crop = ((height - size[0]) / 2, (width - size[1]) / 2, *size)
-        fields["crop"] = torch.stack([numbers(op, "size", v, inpt) for v in crop], 1)
+        fields["crop"] = _op.rows(crop, len(fields["angle"]), inpt.device)
     m = _matrices(inpt, size, **fields)
     if center is not None:  # M (x - d) + d instead of M x
         check_number(op, "center", center[0])
