@@ -1,11 +1,8 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _library, augment, nn, optim
-from .adversarial import FreeAdversarial, adversarial_backward, adversarial_loss, robust_accuracy
-from .autoencoder import TiedDecoder, pretrain_autoencoder
-from .calibration import calibration_curve, calibration_error
-from .cross_entropy import cross_entropy
-from .dropout import (
+from . import _registry, augment, nn, optim
+from ._cross_entropy import cross_entropy
+from ._dropout import (
     alpha_dropout,
     drop_path,
     dropout,
@@ -17,13 +14,17 @@ from .dropout import (
     pack_mask,
     unpack_mask,
 )
-from .dropout_add import dropout_add
+from ._dropout_add import dropout_add
+from ._fgsm import fgsm_step
+from ._linear_cross_entropy import linear_cross_entropy
+from ._patch import convert, patch, patched, unpatch
+from .adversarial import FreeAdversarial, adversarial_backward, adversarial_loss, robust_accuracy
+from .attacks import fgsm, pgd
+from .autoencoder import TiedDecoder, pretrain_autoencoder
+from .calibration import calibration_curve, calibration_error
 from .early_stopping import EarlyStopping, retrain
-from .fgsm import fgsm, fgsm_step, pgd
-from .linear_cross_entropy import linear_cross_entropy
 from .multi_task import MultiTaskLoss
 from .parameter_sharing import share_parameters, unshare_parameters
-from .patch import convert, patch, patched, unpatch
 from .pseudo_label import pseudo_label_loss
 
 __all__ = [
@@ -66,5 +67,5 @@ __all__ = [
     "unshare_parameters",
 ]
 
-_C = _library.load_kernels()
+_C = _registry.load_kernels()
 __version__ = _C.build_info()["version"]

@@ -12,21 +12,19 @@ import contextlib
 
 import torch
 
-from ._library import check_choice, check_count, check_number, check_tensor
-from .cross_entropy import cross_entropy
-from .fgsm import (
-    _attack_step,
-    _clamp,
-    _computes_in_float16,
-    _fgsm_step,
-    _gradient,
-    _iterate,
-    _number,
-    _one_step,
-    _prepare,
-    _random_start,
-    _shielded,
-    _times,
+from ._checks import check_choice, check_count, check_number, check_tensor
+from ._cross_entropy import cross_entropy
+from ._fgsm import fgsm_step_op, number_of, times
+from .attacks import (
+    attack_step,
+    clamp,
+    computes_in_float16,
+    draw_start,
+    gradient_of,
+    iterate,
+    one_step,
+    prepare,
+    shielded,
 )
 
 
@@ -63,7 +61,7 @@ def adversarial_loss(
         ValueError, TypeError: as `fgsm`; weight outside [0, 1].
     """
     op = "adversarial_loss"
-    eps, *bounds = _prepare(op, x, eps, bounds, norm)
+    eps, *bounds = prepare(op, x, eps, bounds, norm)
     check_number(op, "weight", weight, 0, 1)
     x = x.detach()
 
@@ -71,18 +69,18 @@ def adversarial_loss(
         return _one_number(op, model, x, y, loss)
 
     def attack():
-        return _one_step(op, model, x, y, eps, bounds, loss, 1.0, norm, random_start, generator)
+        return one_step(op, model, x, y, eps, bounds, loss, 1.0, norm, random_start, generator)
 
     if weight == 0:
         return evaluate(x)
     if weight == 1:
         return evaluate(attack())
-    if random_start or not torch.is_grad_enabled() or _computes_in_float16(model, x):
+    if random_start or not torch.is_grad_enabled() or computes_in_float16(model, x):
         return (1 - weight) * evaluate(x) + weight * evaluate(attack())
     leaf = x.clone().requires_grad_()
     clean = evaluate(leaf)
     try:
-        grad = _gradient(op, clean, leaf, retain_graph=True)
+        grad = gradient_of(op, clean, leaf, retain_graph=True)
     except RuntimeError as error:
         # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it begins: that pass
         # belongs to the caller, so that the attack needs a forward pass of its own.
@@ -91,7 +89,7 @@ def adversarial_loss(
         adversarial = attack()
     else:
         with torch.no_grad():
-            adversarial = _attack_step(op, x, grad, None, eps, eps, *bounds, norm)
+            adversarial = attack_step(op, x, grad, None, eps, eps, *bounds, norm)
     return (1 - weight) * clean + weight * evaluate(adversarial)
 
 
@@ -121,7 +119,7 @@ def adversarial_backward(model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0
         ValueError, TypeError: as `adversarial_loss`; weight 0 or 1, where one of the passes would be for nothing.
     """
     op = "adversarial_backward"
-    eps, *bounds = _prepare(op, x, eps, bounds, norm)
+    eps, *bounds = prepare(op, x, eps, bounds, norm)
     check_number(op, "weight", weight, 0, 1)
     if weight in (0, 1):
         raise ValueError(f"{op}: weight must be between 0 and 1, got {weight}; use adversarial_loss(...).backward()")
@@ -133,7 +131,7 @@ def adversarial_backward(model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0
     if leaf.grad is None:
         raise ValueError(f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x")
     with torch.no_grad():
-        adversarial = _attack_step(op, x, leaf.grad, None, eps, eps, *bounds, norm)
+        adversarial = attack_step(op, x, leaf.grad, None, eps, eps, *bounds, norm)
     attacked = _one_number(op, model, adversarial, y, loss)
     scale(weight * attacked).backward()
     return ((1 - weight) * clean + weight * attacked).detach()
@@ -185,7 +183,7 @@ class FreeAdversarial:
     def __call__(self, x):
         """Yield x + delta `replays` times; call backward on a loss of it before asking for the next."""
         op = "FreeAdversarial"
-        eps, lower, upper = _prepare(op, x, self.eps, self.bounds, "linf")
+        eps, lower, upper = prepare(op, x, self.eps, self.bounds, "linf")
         x = x.detach()
         old = self._delta
         if old is None or old.shape[1:] != x.shape[1:] or old.dtype != x.dtype or old.device != x.device:
@@ -194,12 +192,12 @@ class FreeAdversarial:
             self._delta = torch.cat([old, torch.zeros_like(x[len(old) :])])
         for _ in range(self.replays):
             delta = self._delta[: len(x)]
-            adversarial = _clamp(x + delta, lower, upper).requires_grad_()
+            adversarial = clamp(x + delta, lower, upper).requires_grad_()
             yield adversarial
             if adversarial.grad is None:
                 raise ValueError(f"{op}: expected a gradient of the input, got none; call loss.backward() inside the loop")
-            down = _times(eps, -1.0)
-            delta.copy_(_fgsm_step(delta, adversarial.grad, eps[0], down[0], eps[0], eps[1], down[1], eps[1]))
+            down = times(eps, -1.0)
+            delta.copy_(fgsm_step_op(delta, adversarial.grad, eps[0], down[0], eps[0], eps[1], down[1], eps[1]))
 
 
 def robust_accuracy(
@@ -253,7 +251,7 @@ def robust_accuracy(
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
 
     def right(x, y):
-        with torch.no_grad(), _shielded(model):
+        with torch.no_grad(), shielded(model):
             return model(x).argmax(1) == y
 
     def broadcast(value, x):  # before samples are picked, so that one value per channel cannot be taken for one per sample
@@ -267,15 +265,15 @@ def robust_accuracy(
             if parameter is not None:
                 x, y = x.to(parameter.device), y.to(parameter.device)
             box = bounds if bounds is None else [broadcast(bound, x) for bound in bounds]
-            radius, *box = _prepare(op, x, broadcast(eps, x), box, norm)
-            step = _times(radius, 2.5 / steps) if alpha is None else _number(op, "alpha", broadcast(alpha, x), x, low=0)
+            radius, *box = prepare(op, x, broadcast(eps, x), box, norm)
+            step = times(radius, 2.5 / steps) if alpha is None else number_of(op, "alpha", broadcast(alpha, x), x, low=0)
             standing = right(x, y).nonzero()[:, 0]
             for _ in range(restarts):
                 if not len(standing):
                     break
                 some, labels = x[standing], y[standing]
-                start = _random_start(some, radius, *box, norm, generator)
-                found = _iterate(op, model, some, labels, start, radius, step, steps, box, loss, norm)
+                start = draw_start(some, radius, *box, norm, generator)
+                found = iterate(op, model, some, labels, start, radius, step, steps, box, loss, norm)
                 standing = standing[right(found, labels)]
             total, robust = total + len(x), robust + len(standing)
     if not total:

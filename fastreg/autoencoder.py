@@ -13,8 +13,9 @@ import numbers
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ._library import check_count, check_number, forked_generators
-from .dropout import dropout
+from ._checks import check_count, check_number
+from ._dropout import dropout
+from ._seeds import forked_generators
 
 
 class TiedDecoder(torch.nn.Module):

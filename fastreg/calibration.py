@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._library import check_count, check_tensor
+from ._checks import check_count, check_tensor
 
 
 class CalibrationCurve(NamedTuple):

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ._library import forked_generators
+from ._seeds import forked_generators
 
 __all__ = ["EarlyStopping", "retrain"]
 

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from ._library import check_number, check_tensor
+from ._checks import check_number, check_tensor
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from ._library import check_choice, check_number
-from .cross_entropy import cross_entropy
-from .dropout import alpha_dropout, drop_path, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
-from .dropout_add import dropout_add
+from ._checks import check_choice, check_number
+from ._cross_entropy import cross_entropy
+from ._dropout import alpha_dropout, drop_path, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ._dropout_add import dropout_add
 
 __all__ = [
     "AlphaDropout",

@@ -11,23 +11,10 @@ import numbers
 import torch
 from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define, draw_seed, fast
-
-# One call for all tensors of a group. momentum_started, one float32 flag per tensor that the op sets to 1, is only there with
-# dampening, whose first step differs: a step skipped for an overflow is not the first, and only the op knows.
-define(
-    "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_started, float lr, "
-    "float momentum, float dampening, float weight_decay, float l1, bool nesterov, bool proximal, bool decoupled, "
-    "bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? seed=None) -> ()"
-)
-
-
-@torch.library.register_fake("fastreg::sgd_")
-def _(params, grads, momentum_buffers, momentum_started, *args, **kwargs):
-    return None
-
-
-_sgd_ = torch.ops.fastreg.sgd_.default
+from ._checks import check_choice, check_number, check_tensor
+from ._registry import fast
+from ._seeds import draw_seed
+from ._sgd import sgd_
 
 
 class SGD(torch.optim.SGD):
@@ -147,7 +134,7 @@ class SGD(torch.optim.SGD):
                     torch.autograd.graph.increment_version(lists[0])
                 lr = group["lr"]
                 lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
-                _sgd_(
+                sgd_(
                     *lists,
                     0.0 if lr_tensor is not None else float(lr),
                     float(group["momentum"]),

@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from ._library import check_number, check_tensor
-from .cross_entropy import cross_entropy
+from ._checks import check_number, check_tensor
+from ._cross_entropy import cross_entropy
 
 _IGNORED = -100
 

@@ -21,7 +21,7 @@ CPU = torch.ops.fastreg
 def load(path):
     """Declare the operators again, in the namespace of the library, and load it."""
     declared = torch.library.Library("fastreg_cudahost", "DEF")
-    for name in (*fastreg._library.declared(),):
+    for name in (*fastreg._registry.declared(),):
         schema = str(getattr(CPU, name).default._schema)
         declared.define(schema.replace("fastreg::", "", 1))
     torch.ops.load_library(path)

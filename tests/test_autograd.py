@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 
 import fastreg as fr
-from fastreg import _library
+from fastreg import _registry
 from fastreg.cli import doctor
 
-OPS = [sys.modules[name] for name in ("fastreg.dropout", "fastreg.dropout_add", "fastreg.cross_entropy")]
-FAST = _library.fast
-needs_cpp = pytest.mark.skipif(FAST is None, reason=f"no C++ autograd: {_library.why_not_fast}")
+OPS = [sys.modules[name] for name in ("fastreg._dropout", "fastreg._dropout_add", "fastreg._cross_entropy")]
+FAST = _registry.fast
+needs_cpp = pytest.mark.skipif(FAST is None, reason=f"no C++ autograd: {_registry.why_not_fast}")
 
 
 class Spy:
@@ -529,7 +529,7 @@ def choose(monkeypatch):
         monkeypatch.delenv("FASTREG_AUTOGRAD", raising=False)
         if wanted is not None:
             monkeypatch.setenv("FASTREG_AUTOGRAD", wanted)
-        return _library._load_autograd()
+        return _registry._load_autograd()
 
     return run
 
@@ -580,8 +580,8 @@ def test_the_doctor_tells(monkeypatch):
     command = [sys.executable, "-m", "fastreg", "doctor"]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
     assert "Python in use" in printed and "FASTREG_AUTOGRAD=python asks for Python" in printed
-    monkeypatch.setattr(_library, "fast", None)
-    monkeypatch.setattr(_library, "why_not_fast", "the reason")
+    monkeypatch.setattr(_registry, "fast", None)
+    monkeypatch.setattr(_registry, "why_not_fast", "the reason")
     info = json.loads(json.dumps(doctor.collect()))
     assert (info["autograd"]["in_use"], info["autograd"]["why_not"]) == ("python", "the reason")
     if FAST is not None:

@@ -8,7 +8,7 @@ import torch
 from cuda_machine import CSRC, built, interpreted, needs_cudacheck, needs_nvcc, sources
 
 import fastreg as fr
-from fastreg import _library
+from fastreg import _registry, _seeds
 from fastreg.cli import doctor
 
 # A row of float64 parameters for each sample of a batch: a few threads, once; cosines have a stack.
@@ -82,13 +82,13 @@ def test_no_float64_arithmetic_where_it_is_not_asked_for(op):
 
 
 def test_every_operator_has_a_cuda_kernel():
-    if _library.cuda is None:
-        pytest.skip(_library.why_no_cuda)
+    if _registry.cuda is None:
+        pytest.skip(_registry.why_no_cuda)
     missing = [
-        name for name in _library.declared() if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{name}", "CUDA")
+        name for name in _registry.declared() if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{name}", "CUDA")
     ]
     assert missing == []
-    assert _library.cuda.build_info()["nvcc"].split(".")[0] == torch.version.cuda.split(".")[0]
+    assert _registry.cuda.build_info()["nvcc"].split(".")[0] == torch.version.cuda.split(".")[0]
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_every_operator_has_a_cuda_kernel():
 )
 def test_a_gpu_tensor_without_cuda_kernels(version, says, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", version)
-    kernels, reason = _library._load_cuda()
-    monkeypatch.setattr(_library, "cuda", kernels)
-    monkeypatch.setattr(_library, "why_no_cuda", reason)
+    kernels, reason = _registry._load_cuda()
+    monkeypatch.setattr(_registry, "cuda", kernels)
+    monkeypatch.setattr(_registry, "why_no_cuda", reason)
     with pytest.raises(RuntimeError, match=rf"dropout: expected tensors on the CPU, got a tensor on 'cuda'; .*{says}.*\.cpu\(\)"):
-        _library._no_kernel("dropout")(_OnGpu())
+        _registry._no_kernel("dropout")(_OnGpu())
 
 
 class _OnGpu(torch.Tensor):
@@ -114,9 +114,9 @@ class _OnGpu(torch.Tensor):
 
 
 def test_launch_errors_say_what_to_do():
-    if _library.cuda is None:
-        pytest.skip(_library.why_no_cuda)
-    no_image, old_driver, invalid = (_library.cuda.launch_error("dropout", code) for code in (209, 35, 1))
+    if _registry.cuda is None:
+        pytest.skip(_registry.why_no_cuda)
+    no_image, old_driver, invalid = (_registry.cuda.launch_error("dropout", code) for code in (209, 35, 1))
     assert no_image.startswith("dropout: ") and "not built for this GPU" in no_image and "FASTREG_CUDA_ARCHS" in no_image
     assert old_driver.startswith("dropout: ") and "driver is older" in old_driver and "update" in old_driver
     assert invalid == "dropout: invalid argument"
@@ -159,29 +159,29 @@ def test_a_gpus_seed_is_its_generators_count(monkeypatch):
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn.append(kwargs["device"]))
     device = torch.device("cuda", 0)
-    first, second = (_library.draw_seed(device) for _ in range(2))
+    first, second = (_seeds.draw_seed(device) for _ in range(2))
     assert first.dtype == torch.int64 and first.shape == (1,) and first.is_cpu and first != second and generator.offset == 8
     generator.set_offset(0)  # what torch.manual_seed and a checkpoint do
-    assert torch.equal(_library.draw_seed(device), first) and not drawn
+    assert torch.equal(_seeds.draw_seed(device), first) and not drawn
     other = _Generator(7)
-    assert not torch.equal(_library.draw_seed(device, other), first) and other.offset == 4 and generator.offset == 4
+    assert not torch.equal(_seeds.draw_seed(device, other), first) and other.offset == 4 and generator.offset == 4
     capturing[0] = True  # a replay must draw anew
-    _library.draw_seed(device)
+    _seeds.draw_seed(device)
     assert drawn == [device]
     capturing[0] = False
-    _library.draw_seed(torch.device("cuda", 1))
-    _library.draw_seed(device, torch.Generator())
+    _seeds.draw_seed(torch.device("cuda", 1))
+    _seeds.draw_seed(device, torch.Generator())
     assert drawn == [device, torch.device("cuda", 1), device]
 
 
 def test_seeds_of_neighbouring_counts_are_unrelated():
-    seeds = [_library.mix_seed(seed, offset) for seed in (0, 1, 2**64 - 1) for offset in range(0, 4000, 4)]
+    seeds = [_seeds.mix_seed(seed, offset) for seed in (0, 1, 2**64 - 1) for offset in range(0, 4000, 4)]
     assert len(set(seeds)) == 3000 and min(seeds) < -(2**62) and max(seeds) >= 2**62
     ones = torch.tensor([[seed >> bit & 1 for bit in range(64)] for seed in seeds[:1000]], dtype=torch.float64).mean(0)
     assert ((ones - 0.5).abs() < 5 * 0.5 / 1000**0.5).all()
-    assert _library.mix_seed(0, 0) == 0xE220A8397B1DCDAF - 2**64  # splitmix64's first number from 0
-    if _library.fast is not None:
-        assert all(_library.fast.mix_seed(s, o) == _library.mix_seed(s, o) for s in (0, 5, 2**64 - 1) for o in (0, 4, 2**40))
+    assert _seeds.mix_seed(0, 0) == 0xE220A8397B1DCDAF - 2**64  # splitmix64's first number from 0
+    if _registry.fast is not None:
+        assert all(_registry.fast.mix_seed(s, o) == _seeds.mix_seed(s, o) for s in (0, 5, 2**64 - 1) for o in (0, 4, 2**40))
 
 
 def test_patch_leaves_dropout_to_the_compiler_on_a_gpu(monkeypatch):
@@ -189,8 +189,8 @@ def test_patch_leaves_dropout_to_the_compiler_on_a_gpu(monkeypatch):
     from torch._dynamo.testing import EagerAndRecordGraphs
     from torch._subclasses import FakeTensorMode
 
-    if _library.cuda is None:
-        pytest.skip(_library.why_no_cuda)
+    if _registry.cuda is None:
+        pytest.skip(_registry.why_no_cuda)
     with FakeTensorMode(allow_non_fake_inputs=True), fr.patched():
         x = torch.empty(8, device="cuda")
         recorder = EagerAndRecordGraphs()

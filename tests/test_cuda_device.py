@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import fastreg as fr
-from fastreg import _library
+from fastreg import _registry
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    pytest.mark.skipif(_library.cuda is None, reason=f"no CUDA kernels: {_library.why_no_cuda}"),
+    pytest.mark.skipif(_registry.cuda is None, reason=f"no CUDA kernels: {_registry.why_no_cuda}"),
 ]
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
 
-module = sys.modules["fastreg.linear_cross_entropy"]  # the name fastreg.linear_cross_entropy is the function's
+module = sys.modules["fastreg._linear_cross_entropy"]  # the name fastreg.linear_cross_entropy is the function's
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 

@@ -87,7 +87,7 @@ def other(tmp_path_factory):
 def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"pyproject.toml", "CMakeLists.txt", "README.md", "csrc/module.cpp", "fastreg/dropout.py"} <= names
+    assert {"pyproject.toml", "CMakeLists.txt", "README.md", "csrc/module.cpp", "fastreg/_dropout.py"} <= names
     assert {"benchmarks/_timing.py", "benchmarks/bench_dropout.py"} <= names
     assert not [name for name in names if name.startswith((".venv", "build/", "bench/", "report")) or name.endswith(".so")]
 

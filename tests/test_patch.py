@@ -126,7 +126,7 @@ def test_nothing_in_torch_keeps_a_replacement():
         torch.fx.symbolic_trace(nn.Sequential(Functional(), nn.Dropout(0.5)))
     torch._dynamo.reset()
     gc.collect()
-    ours = vars(sys.modules["fastreg.patch"])
+    ours = vars(sys.modules["fastreg._patch"])
     allowed = {id(holder) for holder in (ours, replacements, *ours.values())}
     for function in replacements:
         for holder in gc.get_referrers(function):
@@ -848,10 +848,10 @@ def test_torch_compile_opens_the_replacements(first):
         if first == "rules forgotten while patched":  # as torch.distributed does
             trace_rules.clear_lru_cache()
         graph = traced_targets(lambda v: F.dropout(v, 0.3), x)[1][0]
-        assert any("fastreg.dropout" in name for name in graph), graph
+        assert any("fastreg._dropout" in name for name in graph), graph
         assert not any("function dropout" in name for name in graph), graph
         graph = traced_targets(lambda v: F.cross_entropy(v, target), x)[1][0]
-        assert any("fastreg.cross_entropy" in name for name in graph), graph
+        assert any("fastreg._cross_entropy" in name for name in graph), graph
         graph = traced_targets(lambda v: F.dropout(v, 0.3), x.detach().to("meta"))[1][0]
         assert str(TORCH["dropout"]) in graph, graph
     graph = traced_targets(lambda v: F.dropout(v, 0.3), x)[1][0]
@@ -1288,7 +1288,7 @@ class TestAttention:
     def test_what_is_not_dropped_is_torchs(self, monkeypatch, dtype, mask, scale):
         (q, k, v), attn_mask = self.case(dtype, mask)
         options = dict(attn_mask=attn_mask, is_causal=mask == "causal", scale=scale)
-        monkeypatch.setattr(sys.modules["fastreg.patch"], "dropout", lambda input, p: input)
+        monkeypatch.setattr(sys.modules["fastreg._patch"], "dropout", lambda input, p: input)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             want = NN.scaled_dot_product_attention(q, k, v, **options)
             with fr.patched():

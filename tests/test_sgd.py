@@ -1268,7 +1268,7 @@ class TestMemory:
         assert self.allocated(optimizer.step) < 4096 and not optimizer.state
 
 
-@pytest.mark.skipif(fr._library.fast is None, reason=f"no C++ path: {fr._library.why_not_fast}")
+@pytest.mark.skipif(fr._registry.fast is None, reason=f"no C++ path: {fr._registry.why_not_fast}")
 class TestBothPaths:
     """The step as Python collects it and as C++ does."""
 
@@ -1276,7 +1276,7 @@ class TestBothPaths:
         taken = 0
 
         def sgd(self, groups, state):
-            result = fr._library.fast.sgd(groups, state)
+            result = fr._registry.fast.sgd(groups, state)
             self.taken += result is True
             return result
 

@@ -1,5 +1,5 @@
 // torch.ops.fastreg.cross_entropy and its relatives: checks, allocation, threads and the reduction in a fixed order, or launch.
-// Schemas stand in fastreg/cross_entropy.py and fastreg/linear_cross_entropy.py.
+// Schemas stand in fastreg/_cross_entropy.py and fastreg/_linear_cross_entropy.py.
 #include <algorithm>
 #include <array>
 #include <cmath>

@@ -1,4 +1,4 @@
-// torch.ops.fastreg.dropout and its relatives: checks, allocation, threads or launch. Schemas stand in fastreg/dropout.py.
+// torch.ops.fastreg.dropout and its relatives: checks, allocation, threads or launch. Schemas stand in fastreg/_dropout.py.
 #include <cmath>
 #include <tuple>
 

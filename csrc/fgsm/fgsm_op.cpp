@@ -1,4 +1,4 @@
-// torch.ops.fastreg.fgsm_step and pgd_step: checks, allocation, threads or launch. Schemas stand in fastreg/fgsm.py.
+// torch.ops.fastreg.fgsm_step and pgd_step: checks, allocation, threads or launch. Schemas stand in fastreg/_fgsm.py.
 #include "../common/backend.h"
 #include "fgsm_math.h"
 

@@ -15,7 +15,8 @@ import math
 import torch
 from torch import nn
 
-from .._library import check_choice, check_number, check_tensor, draw_seed
+from .._checks import check_choice, check_number, check_tensor
+from .._seeds import draw_seed
 from . import _op, functional
 from .mix import cutmix, mixup
 

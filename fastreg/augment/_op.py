@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from .._library import define
+from .._registry import define
 
 _ARGUMENTS = (
     "Tensor images, Tensor? matrices, Tensor? colour, Tensor? blur, Tensor? boxes, Tensor? windows, float[] constants, "

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .._library import check_choice, check_number, check_tensor
+from .._checks import check_choice, check_number, check_tensor
 from . import _op
 
 DTYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16)

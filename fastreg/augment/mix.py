@@ -6,7 +6,7 @@ Yoo 2019); y = lambda y_i + (1 - lambda) y_j. Each sample draws its own lambda a
 
 import torch
 
-from .._library import check_number, check_tensor
+from .._checks import check_number, check_tensor
 from .functional import batched
 
 

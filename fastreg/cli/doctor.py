@@ -34,10 +34,10 @@ def collect():
             "cores": os.cpu_count(),
         },
         "autograd": {
-            "in_use": "python" if fastreg._library.fast is None else "cpp",
-            "built_with_torch": getattr(fastreg._library.fast, "torch", None),
+            "in_use": "python" if fastreg._registry.fast is None else "cpp",
+            "built_with_torch": getattr(fastreg._registry.fast, "torch", None),
             "forced": os.environ.get("FASTREG_AUTOGRAD") or None,
-            "why_not": fastreg._library.why_not_fast,
+            "why_not": fastreg._registry.why_not_fast,
         },
         "cuda": _cuda(),
         "demo": {"ready": all(optional.values()), "missing": [name for name, there in optional.items() if not there]},
@@ -45,7 +45,7 @@ def collect():
 
 
 def _cuda():
-    kernels, reason = fastreg._library.cuda, fastreg._library.why_no_cuda
+    kernels, reason = fastreg._registry.cuda, fastreg._registry.why_no_cuda
     built = [major for major in (12, 13) if importlib.util.find_spec(f"fastreg._C_cuda{major}")]
     info = kernels.build_info() if kernels else {}
     gpus = []

@@ -12,7 +12,9 @@ import warnings
 import torch
 from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define, define_composite, draw_seed, fast
+from ._checks import check_choice, check_number, check_tensor
+from ._registry import define, define_composite, fast
+from ._seeds import draw_seed
 
 # `inner` neighbouring elements share a decision; kept ones become scale * x + shift, the others `dropped`.
 define(

@@ -9,7 +9,8 @@ import sys
 import torch
 from torch.compiler import is_compiling
 
-from ._library import check_choice, check_number, check_tensor, define, fast
+from ._checks import check_choice, check_number, check_tensor
+from ._registry import define, fast
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

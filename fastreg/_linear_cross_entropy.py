@@ -7,8 +7,9 @@ Gradients in the forward pass, by chunks: Hsu et al. 2024, Liger kernel: efficie
 
 import torch
 
-from ._library import check_tensor, define, define_kernel
-from .cross_entropy import _scaled, _statistics_dtype, check_classes, check_options, cross_entropy
+from ._checks import check_tensor
+from ._cross_entropy import _scaled, _statistics_dtype, check_classes, check_options, cross_entropy
+from ._registry import define, define_kernel
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(

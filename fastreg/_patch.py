@@ -23,9 +23,9 @@ from torch.overrides import handle_torch_function, has_torch_function_unary, has
 from torch.nn.functional import _VF, _Reduction, warnings  # noqa: F401  # isort: skip
 
 from . import nn
-from ._library import cuda, fast
-from .cross_entropy import cross_entropy
-from .dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ._cross_entropy import cross_entropy
+from ._dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ._registry import cuda, fast
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

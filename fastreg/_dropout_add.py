@@ -10,8 +10,10 @@ import functools
 import torch
 from torch.compiler import is_compiling
 
-from ._library import check_tensor, define, define_composite, draw_seed, fast
-from .dropout import _backward, _by_torch, _check, _constants, _empty_mask, _run, _transformed
+from ._checks import check_tensor
+from ._dropout import _backward, _by_torch, _check, _constants, _empty_mask, _run, _transformed
+from ._registry import define, define_composite, fast
+from ._seeds import draw_seed
 
 define(
     "dropout_add(Tensor input, Tensor residual, Tensor? bias, float p, Tensor seed, float scale=1.0) "
