@@ -1,7 +1,8 @@
-"""One file per op, `bench_<op>.py`, with its cases, their checks and their targets; `_timing.py` measures them.
+"""One file per op, `bench_<op>.py`, with its cases, their checks and their targets; `_timing.py` measures
+them.
 
-`fastreg bench` runs them all, each file runs alone (`python benchmarks/bench_dropout.py --quick`), and an installed fastreg has
-them as `fastreg.benchmarks`. A new file is found by its name.
+`fastreg bench` runs them all, each file runs alone (`python benchmarks/bench_dropout.py --quick`), and an
+installed fastreg has them as `fastreg.benchmarks`. A new file is found by its name.
 """
 
 import importlib

@@ -1,12 +1,13 @@
 """Ratios, not times: the sides of a case are timed in turn in one run, because the machine's speed drifts.
 
-A case first shows that ours is right. Then each round times every side once, in an order that rotates, and gives one ratio
-theirs / ours; reported are the median of these ratios and their quartiles. `floor` is a plain torch operation that moves the
-bytes that cannot be avoided: how far from it an op is says how much is left to gain.
+A case first shows that ours is right. Then each round times every side once, in an order that rotates, and
+gives one ratio theirs / ours; reported are the median of these ratios and their quartiles. `floor` is a plain
+torch operation that moves the bytes that cannot be avoided: how far from it an op is says how much is left to
+gain.
 
-Memory is what torch's allocator hands out while one call runs: the most that was held at one time, less what the call leaves
-behind (its result, the gradients); what a kernel or a matrix library takes from the system by itself is not seen. Kept for
-backward is what autograd saves, without the inputs, which live anyway.
+Memory is what torch's allocator hands out while one call runs: the most that was held at one time, less what
+the call leaves behind (its result, the gradients); what a kernel or a matrix library takes from the system by
+itself is not seen. Kept for backward is what autograd saves, without the inputs, which live anyway.
 """
 
 import contextlib
@@ -31,8 +32,9 @@ class WrongResult(Exception):
 
 @dataclass(frozen=True)
 class Targets:
-    """What a case should reach: times as fast as `eager` and `compile`, and as `others`, by name; at most that many times the
-    `floor`; extra memory at most the share `peak` of what the case names. None: no target."""
+    """What a case should reach: times as fast as `eager` and `compile`, and as `others`, by name; at most
+    that many times the `floor`; extra memory at most the share `peak` of what the case names. None: no
+    target."""
 
     eager: float | None = None
     compile: float | None = None
@@ -45,7 +47,9 @@ class Targets:
 class Work:
     """A case with its tensors."""
 
-    sides: dict[str, Callable]  # "fastreg", "torch", and where there is one "compile" (torch's, compiled), "floor" and others
+    sides: dict[
+        str, Callable
+    ]  # "fastreg", "torch", and where there is one "compile" (torch's, compiled), "floor" and others
     check: Callable  # raises AssertionError where ours is wrong
     moved: int | None = None  # bytes that any implementation reads and writes
     forward: dict[str, Callable] = field(
@@ -54,7 +58,9 @@ class Work:
     inputs: tuple = ()  # they live anyway: not counted as kept for backward
     peak_of: tuple[str, int] | None = None  # of what, and how many bytes, the extra memory is a share
     losses: dict[str, list] | None = None  # "fastreg", "torch": the loss of each step that was run
-    around: dict[str, Callable] = field(default_factory=dict)  # a side's context manager, in which it runs and which is not timed
+    around: dict[str, Callable] = field(
+        default_factory=dict
+    )  # a side's context manager, in which it runs and which is not timed
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ class Clock:
         self.cuda = device == "cuda"
 
     def seconds(self, function, calls=1):
-        """Seconds per call of `calls` calls in a row. On a GPU from event to event, so that what was queued before and what the
-        host does after is not counted."""
+        """Seconds per call of `calls` calls in a row. On a GPU from event to event, so that what was queued
+        before and what the host does after is not counted."""
         if not self.cuda:
             begin = time.perf_counter()
             for _ in range(calls):
@@ -103,7 +109,9 @@ class Clock:
         return begin.elapsed_time(end) / 1e3 / calls
 
     def measure(self, functions, seconds, rounds, around=None):
-        """Seconds per call of each of `functions` (a dict) in every round, for about `seconds` in all and at least `rounds`."""
+        """Seconds per call of each of `functions` (a dict) in every round, for about `seconds` in all and at
+        least `rounds`.
+        """
         around = dict.fromkeys(functions, contextlib.nullcontext) | (around or {})
         calls = {}
         for name, function in functions.items():
@@ -137,7 +145,9 @@ class Clock:
 def ratio(numerator, denominator):
     """Median and quartiles of the ratios of two lists of times, round by round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    low, median, high = (
+        statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    )
     return {"median": median, "low": low, "high": high}
 
 
@@ -159,7 +169,9 @@ def saved_bytes(function, inputs=()):
 
 
 def peak_bytes(function, device):
-    """The most memory that torch's allocator had handed out at one time while `function` ran, less what it left behind."""
+    """The most memory that torch's allocator had handed out at one time while `function` ran, less what it
+    left behind.
+    """
     function()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -167,7 +179,12 @@ def peak_bytes(function, device):
         function()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    with _silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _silent(),
+        torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profiler,
+    ):
         function()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
@@ -208,7 +225,9 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
     try:
         work.check()
     except AssertionError as error:
-        raise WrongResult(f"{case.name}: the result is wrong, so it is not timed: {' '.join(str(error).split())}") from error
+        raise WrongResult(
+            f"{case.name}: the result is wrong, so it is not timed: {' '.join(str(error).split())}"
+        ) from error
     row = {
         "op": case.op,
         "work": case.work,
@@ -226,14 +245,19 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
     if "compile" in sides:
         try:
             sides["compile"]()
-        except Exception as error:  # no compiler on this machine, or an operation that it cannot compile: the rest still counts
+        # No compiler on this machine, or an operation that it cannot compile: the rest still counts.
+        except Exception as error:
             del sides["compile"]
-            row["notes"].append(f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}")
+            row["notes"].append(
+                f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            )
     clock = Clock(device)
     times = clock.measure(sides, seconds, case.rounds, work.around)
     if work.losses is not None:  # before the measuring of memory below runs further steps of one side
         steps = min(len(losses) for losses in work.losses.values())
-        row["losses"] = {side: [float(loss) for loss in losses[:steps]] for side, losses in work.losses.items()}
+        row["losses"] = {
+            side: [float(loss) for loss in losses[:steps]] for side, losses in work.losses.items()
+        }
         if not all(map(math.isfinite, row["losses"]["fastreg"] + row["losses"]["torch"])):
             raise WrongResult(f"{case.name}: the training diverged, its times mean nothing")
     row["rounds"] = len(times["fastreg"])
@@ -247,8 +271,12 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
     }
     row["times_floor"] = ratio(times["fastreg"], times["floor"]) if "floor" in times else None
     row["moved_bytes"] = work.moved
-    row["share_of_bandwidth"] = work.moved / row["seconds"]["fastreg"] / bandwidth if work.moved and bandwidth else None
-    row["saved_bytes"] = {side: saved_bytes(function, work.inputs) for side, function in work.forward.items()} or None
+    row["share_of_bandwidth"] = (
+        work.moved / row["seconds"]["fastreg"] / bandwidth if work.moved and bandwidth else None
+    )
+    row["saved_bytes"] = {
+        side: saved_bytes(function, work.inputs) for side, function in work.forward.items()
+    } or None
     row["peak_bytes"] = {}
     for side in (side for side in sides if side != "floor"):
         with work.around.get(side, contextlib.nullcontext)():
@@ -261,7 +289,8 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
     row["targets"] = vars(case.targets)
     row["met"] = verdicts(row)
     if "compile" in sides:
-        torch._dynamo.reset()  # the next case's functions are compiled for themselves, not as one more shape of these
+        # The next case's functions are compiled for themselves, not as one more shape of these.
+        torch._dynamo.reset()
     return row
 
 
@@ -289,7 +318,9 @@ def tolerance(dtype):
 
 
 def run_alone(op):
-    """`fastreg bench` of this op alone, with the same options: what a benchmark's file does when it is run itself."""
+    """`fastreg bench` of this op alone, with the same options: what a benchmark's file does when it is run
+    itself.
+    """
     import sys
 
     from fastreg.cli import bench

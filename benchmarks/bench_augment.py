@@ -1,8 +1,9 @@
-"""Augmentation against torchvision's steps one after another, where torchvision is installed; the floor is a copy of the batch.
+"""Augmentation against torchvision's steps one after another, where torchvision is installed; the floor is a
+copy of the batch.
 
-Ours draws parameters for every sample, which counts; torchvision's are drawn before, one set for the whole batch. With all steps
-two further sides draw for every sample too: torchvision's random transforms in a loop over the samples, and kornia where it is
-installed. All give float32, from float32 or uint8.
+Ours draws parameters for every sample, which counts; torchvision's are drawn before, one set for the whole
+batch. With all steps two further sides draw for every sample too: torchvision's random transforms in a loop
+over the samples, and kornia where it is installed. All give float32, from float32 or uint8.
 """
 
 import dataclasses
@@ -33,7 +34,10 @@ CHAINS = {
     "without blur": (GEOMETRY | COLOUR | NORMALISE, Targets(floor=8)),
     "geometry": (GEOMETRY, Targets(eager=2.5)),
 }
-OTHERS = {224: {"kornia": 12, "loop": 12}, 32: {"kornia": 12, "loop": 100}}  # targets, by the side of the images
+OTHERS = {
+    224: {"kornia": 12, "loop": 12},
+    32: {"kornia": 12, "loop": 100},
+}  # targets, by the side of the images
 SHAPES = {"full": ((256, 32), (32, 224)), "quick": ((256, 32), (32, 224)), "tiny": ((2, 9),)}
 
 
@@ -48,7 +52,17 @@ def cases(scale):
                     targets = dataclasses.replace(targets, others=OTHERS.get(side, {}))
                 build = partial(_build, steps, batch, side, dtype, everything)
                 work = f"augmentation, {name}"
-                yield Case("augment", work, size, 3 * batch * side**2, dtype, build, "a copy of the batch", targets, scales=False)
+                yield Case(
+                    "augment",
+                    work,
+                    size,
+                    3 * batch * side**2,
+                    dtype,
+                    build,
+                    "a copy of the batch",
+                    targets,
+                    scales=False,
+                )
 
 
 def by_torchvision(x, p):
@@ -71,7 +85,9 @@ def random_torchvision(steps):
     return transforms.Compose(
         [
             transforms.RandomHorizontalFlip(steps["hflip"]),
-            transforms.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"], bilinear),
+            transforms.RandomAffine(
+                steps["rotate"], steps["translate"], steps["scale"], steps["shear"], bilinear
+            ),
             transforms.ColorJitter(**{name: steps[name] for name in COLOUR}),
             transforms.GaussianBlur(*steps["blur"]),
             transforms.ToDtype(torch.float32, scale=True),
@@ -107,7 +123,9 @@ def _build(steps, batch, side, dtype, everything, device):
     drawn = per_sample(aug.sample(x, seed=1))
 
     def check():
-        images = x[:2].double() / (255 if dtype == torch.uint8 else 1)  # without the roundings that uint8 takes on its way
+        images = x[:2].double() / (
+            255 if dtype == torch.uint8 else 1
+        )  # without the roundings that uint8 takes on its way
         got = fr.augment.apply(x[:2], aug.sample(x[:2], seed=1)).double()
         want = torch.cat([by_torchvision(image, p) for image, p in zip(images.split(1), drawn, strict=False)])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-3)

@@ -1,6 +1,7 @@
 """Smoothed cross-entropy against torch's; the floor is z * 2, which reads and writes each logit once.
 
-Forward and backward together cannot avoid reading each logit and writing its gradient; a forward pass, reading it.
+Forward and backward together cannot avoid reading each logit and writing its gradient; a forward pass,
+reading it.
 """
 
 import math
@@ -15,7 +16,13 @@ import fastreg as fr
 SMOOTHING = 0.1
 BOTH, FORWARD = "smoothed cross-entropy forward + backward", "smoothed cross-entropy forward"
 SHAPES = {
-    "full": ((BOTH, 512, 32000), (BOTH, 256, 1000), (BOTH, 128, 10), (BOTH, 4, 21, 128, 128), (FORWARD, 4, 4)),
+    "full": (
+        (BOTH, 512, 32000),
+        (BOTH, 256, 1000),
+        (BOTH, 128, 10),
+        (BOTH, 4, 21, 128, 128),
+        (FORWARD, 4, 4),
+    ),
     "quick": ((BOTH, 256, 1000), (BOTH, 128, 10), (BOTH, 4, 21, 128, 128), (FORWARD, 4, 4)),
     "tiny": ((BOTH, 16, 10), (BOTH, 2, 3, 4, 5), (FORWARD, 4, 4)),
 }
@@ -59,7 +66,10 @@ def _build(shape, backward, dtype, device):
         if backward:
             (expected,), (got,) = torch.autograd.grad(expected, exact), torch.autograd.grad(got, z)
             torch.testing.assert_close(
-                got.double(), expected, rtol=10 * _timing.tolerance(dtype), atol=1e-6 * expected.abs().max().item()
+                got.double(),
+                expected,
+                rtol=10 * _timing.tolerance(dtype),
+                atol=1e-6 * expected.abs().max().item(),
             )
 
     plain = z.detach()

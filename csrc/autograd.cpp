@@ -1,11 +1,13 @@
-// The fast path of autograd: of a small tensor's time most is spent between Python and the kernel, and this is that part in C++.
+// The fast path of autograd: of a small tensor's time most is spent between Python and the kernel, and this
+// is that part in C++.
 //
-// The formulas stand in csrc/<op>/<op>_autograd.h, over the raw operators, and give the same bits as those in Python. A function
-// there takes the usual case, plain tensors on one device and arguments that pass every check, or gives None before it has done
-// anything; the Python code is then the one that knows transforms, subclasses and errors.
+// The formulas stand in csrc/<op>/<op>_autograd.h, over the raw operators, and give the same bits as those in
+// Python. A function there takes the usual case, plain tensors on one device and arguments that pass every
+// check, or gives None before it has done anything; the Python code is then the one that knows transforms,
+// subclasses and errors.
 //
-// The one translation unit that sees torch's C++ headers, which change with each minor version: it is built for one and named
-// after it, fastreg._autograd_<major>_<minor>, and fastreg works without.
+// The one translation unit that sees torch's C++ headers, which change with each minor version: it is built
+// for one and named after it, fastreg._autograd_<major>_<minor>, and fastreg works without.
 #include "cross_entropy/cross_entropy_autograd.h"
 #include "dropout/dropout_autograd.h"
 #include "sgd/sgd_autograd.h"

@@ -28,8 +28,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-        const auto words = fastreg::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+        const auto words =
+            fastreg::philox4x32(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
         return std::array<uint32_t, 4>{words.word[0], words.word[1], words.word[2], words.word[3]};
       },
-      py::arg("counter"), py::arg("key"), "Philox4x32-10 of a 4-word counter and a 2-word key, to check against known answers.");
+      py::arg("counter"), py::arg("key"),
+      "Philox4x32-10 of a 4-word counter and a 2-word key, to check against known answers.");
 }

@@ -1,4 +1,5 @@
-// The CUDA extension module: importing it registers the CUDA ops that are linked beside it. No torch header here.
+// The CUDA extension module: importing it registers the CUDA ops that are linked beside it. No torch header
+// here.
 #include <pybind11/pybind11.h>
 
 #include "common/cuda_error.h"
@@ -14,6 +15,7 @@ PYBIND11_MODULE(FASTREG_CUDA_MODULE, m) {
     return info;
   });
   m.def(
-      "launch_error", [](const char* op, int error) { return fastreg::launch_error(op, static_cast<cudaError_t>(error)); },
+      "launch_error",
+      [](const char* op, int error) { return fastreg::launch_error(op, static_cast<cudaError_t>(error)); },
       py::arg("op"), py::arg("error"), "What is said of an error of the CUDA runtime.");
 }

@@ -33,5 +33,7 @@ def plain(model, x, y):
 print("plain:                      ", train(8, plain))
 print("clean and FGSM, half each:  ", train(8, lambda *args: fr.adversarial_backward(*args, EPS)))
 fast = dict(weight=1, random_start=True)
-print("fast, FGSM from a random x: ", train(8, lambda *args: fr.adversarial_loss(*args, EPS, **fast).backward()))
+print(
+    "fast, FGSM from a random x: ", train(8, lambda *args: fr.adversarial_loss(*args, EPS, **fast).backward())
+)
 print("free, at the price of plain:", train(2, plain, fr.FreeAdversarial(EPS, replays=4)))

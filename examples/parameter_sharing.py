@@ -1,4 +1,6 @@
-"""Four quadrants of a digit, read by four layers or by one: the idea that a convolution carries to every position."""
+"""Four quadrants of a digit, read by four layers or by one: the idea that a convolution carries to every
+position.
+"""
 
 import torch
 from torch import nn
@@ -37,4 +39,6 @@ def train(seed, shared):
 
 for name, shared in (("four layers", False), ("one, shared", True)):
     models, errors = zip(*(train(seed, shared) for seed in range(3)), strict=True)
-    print(f"{name}: {sum(p.numel() for p in models[0].parameters())} parameters, {sum(errors) / 3:.1f} % wrong")
+    print(
+        f"{name}: {sum(p.numel() for p in models[0].parameters())} parameters, {sum(errors) / 3:.1f} % wrong"
+    )

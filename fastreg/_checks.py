@@ -8,7 +8,9 @@ import torch
 
 def check_number(op, name, value, low=-math.inf, high=math.inf):
     """Raise unless `value` is a real number in [low, high]; NaN is in no interval."""
-    if not isinstance(value, (int, float, numbers.Real)) or isinstance(value, bool):  # NumPy's scalars are Real
+    if not isinstance(value, (int, float, numbers.Real)) or isinstance(
+        value, bool
+    ):  # NumPy's scalars are Real
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:
         interval = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"

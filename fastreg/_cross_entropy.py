@@ -1,7 +1,8 @@
 """Cross-entropy with smoothed targets, its gradient written in the sweep that computes the loss.
 
-loss = -sum_c q_c log softmax(x)_c + z_loss * lse^2 for targets q that move a mass eps off the true class: onto all k classes
-alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others (Goodfellow, Bengio, Courville 2016, 7.5.1).
+loss = -sum_c q_c log softmax(x)_c + z_loss * lse^2 for targets q that move a mass eps off the true class:
+onto all k classes alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others
+(Goodfellow, Bengio, Courville 2016, 7.5.1).
 """
 
 import sys
@@ -70,10 +71,11 @@ def _statistics_dtype(input):
 class _CrossEntropy(torch.autograd.Function):
     """The loss, and as a second output its gradient G with respect to the input.
 
-    G is all that is saved, so that memory for backward is one tensor like the logits and those need not be kept alive. That G
-    is an output of this node, not a private buffer, is what makes double backward work: differentiating g * G reaches this node
-    again with a gradient for G, and the softmax that the Hessian needs is in G itself. The Hessian reads lse too, with z_loss,
-    so that one is an output as well: derivatives of any order are right.
+    G is all that is saved, so that memory for backward is one tensor like the logits and those need not be
+    kept alive. That G is an output of this node, not a private buffer, is what makes double backward work:
+    differentiating g * G reaches this node again with a gradient for G, and the softmax that the Hessian
+    needs is in G itself. The Hessian reads lse too, with z_loss, so that one is an output as well:
+    derivatives of any order are right.
     """
 
     @staticmethod
@@ -97,8 +99,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _scaled(gradient, g):
-    """gradient * g. Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs no pass over it."""
-    if type(g) is torch.Tensor and g.numel() == 1 and not is_compiling() and not torch.is_grad_enabled() and not _keeps_graph():
+    """gradient * g. Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs
+    no pass over it.
+    """
+    if (
+        type(g) is torch.Tensor
+        and g.numel() == 1
+        and not is_compiling()
+        and not torch.is_grad_enabled()
+        and not _keeps_graph()
+    ):
         if g.device.type == "cpu":
             if g == 1:
                 return gradient.detach()
@@ -118,7 +128,11 @@ def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps,
     grad, k = grad.to(dtype), grad.shape[1]
     rows = (grad.shape[0], 1, *grad.shape[2:])
     if target.is_floating_point():
-        one_hot, keep, count = target.to(dtype), torch.ones(rows, dtype=dtype, device=grad.device), rows_of(grad)
+        one_hot, keep, count = (
+            target.to(dtype),
+            torch.ones(rows, dtype=dtype, device=grad.device),
+            rows_of(grad),
+        )
     else:
         kept = (target != ignore_index).unsqueeze(1)
         index = target.clamp(0, k - 1).unsqueeze(1)
@@ -180,18 +194,23 @@ def check_classes(
 ):
     """Raise unless targets and class weights fit `input`; gives both in the form that the kernel takes.
 
-    expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the caller's user knows
-    `input` and `weight` by.
+    expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the
+    caller's user knows `input` and `weight` by.
     """
     if input.dtype not in _DTYPES:
         raise ValueError(
-            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with .float()"
+            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with "
+            f".float()"
         )
     if loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
-        raise ValueError(f"{op}: loss_dtype must be torch.float32, torch.float64 or {name}'s {input.dtype}, got {loss_dtype}")
+        raise ValueError(
+            f"{op}: loss_dtype must be torch.float32, torch.float64 or {name}'s {input.dtype}, got "
+            f"{loss_dtype}"
+        )
     if target.device != input.device:
         raise ValueError(
-            f"{op}: target must be on {input.device} as {name} is, got {target.device}; move it with .to({name}.device)"
+            f"{op}: target must be on {input.device} as {name} is, got {target.device}; move it with "
+            f".to({name}.device)"
         )
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
@@ -205,26 +224,41 @@ def check_classes(
     if classes == 0:
         raise ValueError(f"{op}: there must be at least one class, got {name} of shape {tuple(input.shape)}")
     if smoothing == "others" and label_smoothing > 0 and classes == 1:
-        raise ValueError(f"{op}: smoothing='others' needs at least two classes, got {name} of shape {tuple(input.shape)}")
+        raise ValueError(
+            f"{op}: smoothing='others' needs at least two classes, got {name} of shape {tuple(input.shape)}"
+        )
     if soft:
         if target.dtype not in _DTYPES:
             raise ValueError(
-                f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; convert with .float()"
+                f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; "
+                f"convert with .float()"
             )
         if ignore_index >= 0:
-            raise ValueError(f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}")
+            raise ValueError(
+                f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}"
+            )
     else:
         target = target.to(torch.int64).contiguous()
     if weight is not None:
         check_tensor(op, weight_name, weight)
         if not weight.is_floating_point():
-            raise TypeError(f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()")
+            raise TypeError(
+                f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()"
+            )
         if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: {weight_name} must not require a gradient, as none is computed; give it with .detach()")
+            raise ValueError(
+                f"{op}: {weight_name} must not require a gradient, as none is computed; give it with "
+                f".detach()"
+            )
         if weight.shape != (classes,):
-            raise ValueError(f"{op}: {weight_name} must have one value per class, shape ({classes},), got {tuple(weight.shape)}")
+            raise ValueError(
+                f"{op}: {weight_name} must have one value per class, shape ({classes},), got "
+                f"{tuple(weight.shape)}"
+            )
         if weight.device != input.device:
-            raise ValueError(f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}")
+            raise ValueError(
+                f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}"
+            )
         weight = weight.detach().to(_statistics_dtype(input)).contiguous()
     return target, weight
 
@@ -244,37 +278,45 @@ def cross_entropy(
     all_ignored="nan",
     loss_dtype=None,
 ):
-    """Cross-entropy between logits and classes or class probabilities; drop-in for `torch.nn.functional.cross_entropy`.
+    """Cross-entropy between logits and classes or class probabilities; drop-in for
+    `torch.nn.functional.cross_entropy`.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...); float32, float64, float16 or bfloat16, any strides. Never modified.
-        target: class indices of shape (), (N,) or (N, d1, ...), an integer dtype; or probabilities of the shape of `input`.
+        input: logits, (C,), (N, C) or (N, C, d1, ...); float32, float64, float16 or bfloat16, any strides.
+            Never modified.
+        target: class indices of shape (), (N,) or (N, d1, ...), an integer dtype; or probabilities of the
+            shape of `input`.
         weight: a weight per class, (C,); no gradient flows to it.
         size_average, reduce: deprecated in torch; still understood.
         ignore_index: rows with this class index count for nothing; class indices only.
-        reduction: "none", "mean" (over the weights of the targets, as torch; over rows for probabilities) or "sum".
+        reduction: "none", "mean" (over the weights of the targets, as torch; over rows for probabilities) or
+            "sum".
         label_smoothing: eps in [0, 1], the mass moved off the target.
-        smoothing: where it goes. "uniform": eps / k on every class, the target too (torch). "others": eps / (k - 1) on each other
-            class, 1 - eps on the target.
-        z_loss: factor of lse^2, added to each counted row's loss before the reduction; keeps logits from drifting.
+        smoothing: where it goes. "uniform": eps / k on every class, the target too (torch). "others": eps /
+            (k - 1) on each other class, 1 - eps on the target.
+        z_loss: factor of lse^2, added to each counted row's loss before the reduction; keeps logits from
+            drifting.
         all_ignored: the mean over no row at all: "nan" (torch) or "zero".
-        loss_dtype: dtype of the loss; that of `input` by default (float32 under autocast), torch.float32 gives it unrounded.
+        loss_dtype: dtype of the loss; that of `input` by default (float32 under autocast), torch.float32
+            gives it unrounded.
 
     Returns:
-        The loss, () or, with reduction "none", of the target's shape. Statistics are float32 (float64 for float64) whatever the
-        input's dtype. A -inf logit of a class with no target mass, by weight 0, probability 0 or no smoothing, gives a finite
-        loss. Saved for backward: the gradient, one tensor like `input` (float32 for float16). Twice differentiable in `input`.
+        The loss, () or, with reduction "none", of the target's shape. Statistics are float32 (float64 for
+        float64) whatever the input's dtype. A -inf logit of a class with no target mass, by weight 0,
+        probability 0 or no smoothing, gives a finite loss. Saved for backward: the gradient, one tensor like
+        `input` (float32 for float16). Twice differentiable in `input`.
 
     Raises:
-        ValueError: class index out of range (on CUDA, where to look at it would be to wait for the GPU, the loss and the gradient
-            of its row are NaN instead), shapes or devices that do not fit, label_smoothing outside [0, 1], an unknown
-            `reduction`, `smoothing` or `all_ignored`, `ignore_index` >= 0 with probabilities, a weight that requires a gradient,
-            a dtype without kernels.
-        TypeError: `input`, `target` or `weight` is no tensor, `target` is bool or complex, `weight` is not floating point, an
-            option is no number.
+        ValueError: class index out of range (on CUDA, where to look at it would be to wait for the GPU, the
+            loss and the gradient of its row are NaN instead), shapes or devices that do not fit,
+            label_smoothing outside [0, 1], an unknown `reduction`, `smoothing` or `all_ignored`,
+            `ignore_index` >= 0 with probabilities, a weight that requires a gradient, a dtype without
+            kernels.
+        TypeError: `input`, `target` or `weight` is no tensor, `target` is bool or complex, `weight` is not
+            floating point, an option is no number.
 
-    Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de Brebisson and Vincent
-    2016, Chowdhery et al. 2022.
+    Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de
+    Brebisson and Vincent 2016, Chowdhery et al. 2022.
     """
     if fast is not None and not is_compiling():
         loss = fast.cross_entropy(
@@ -324,7 +366,11 @@ def cross_entropy(
         target = target.flatten(2) if soft else target.flatten(1)
     else:
         shape = None
-    if loss_dtype is None and input.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(input.device.type):
+    if (
+        loss_dtype is None
+        and input.dtype in (torch.float16, torch.bfloat16)
+        and torch.is_autocast_enabled(input.device.type)
+    ):
         loss_dtype = torch.float32
 
     options = (
@@ -350,8 +396,12 @@ def cross_entropy(
     return loss
 
 
-def _differentiable_in_target(input, target, weight, reduction, ignore_index, eps, others, z_loss, zero, loss_dtype):
-    """The same loss in plain torch operations, for the rare target that wants a gradient itself, as of a teacher that learns."""
+def _differentiable_in_target(
+    input, target, weight, reduction, ignore_index, eps, others, z_loss, zero, loss_dtype
+):
+    """The same loss in plain torch operations, for the rare target that wants a gradient itself, as of a
+    teacher that learns.
+    """
     dtype, k = _statistics_dtype(input), input.shape[1]
     x = input.to(dtype)
     lse = x.logsumexp(1)

@@ -1,5 +1,6 @@
-"""The step of an attack in the maximum norm, x' = clamp(x + eps sign(g), lower, upper), and the same with projection onto the
-eps-ball around an origin (Goodfellow, Shlens, Szegedy 2015; Madry et al. 2018). The attacks themselves are in `attacks.py`.
+"""The step of an attack in the maximum norm, x' = clamp(x + eps sign(g), lower, upper), and the same with
+projection onto the eps-ball around an origin (Goodfellow, Shlens, Szegedy 2015; Madry et al. 2018). The
+attacks themselves are in `attacks.py`.
 """
 
 import math
@@ -16,7 +17,8 @@ define(
 )
 define(
     "pgd_step(Tensor x, Tensor grad, Tensor origin, float alpha, float eps, float lower, float upper, "
-    "Tensor? alpha_values=None, Tensor? eps_values=None, Tensor? lower_values=None, Tensor? upper_values=None) -> Tensor"
+    "Tensor? alpha_values=None, Tensor? eps_values=None, Tensor? lower_values=None, Tensor? "
+    "upper_values=None) -> Tensor"
 )
 
 
@@ -26,7 +28,19 @@ def _(x, grad, eps, lower, upper, eps_values=None, lower_values=None, upper_valu
 
 
 @torch.library.register_fake("fastreg::pgd_step")
-def _(x, grad, origin, alpha, eps, lower, upper, alpha_values=None, eps_values=None, lower_values=None, upper_values=None):
+def _(
+    x,
+    grad,
+    origin,
+    alpha,
+    eps,
+    lower,
+    upper,
+    alpha_values=None,
+    eps_values=None,
+    lower_values=None,
+    upper_values=None,
+):
     return torch.empty_like(x)
 
 
@@ -50,8 +64,10 @@ def number_of(op, name, value, x, low=-math.inf, infinite=False):
         channel, sample = len(value) == x.shape[1], len(value) == x.shape[0]
         if channel and sample:
             raise ValueError(
-                f"{op}: {name} of shape {tuple(value.shape)} fits the batch and the channels of x, {tuple(x.shape)}; "
-                f"give it as {(len(value), *(1,) * (x.dim() - 1))} or {(1, len(value), *(1,) * (x.dim() - 2))}"
+                f"{op}: {name} of shape {tuple(value.shape)} fits the batch and the channels of x, "
+                f"{tuple(x.shape)}; "
+                f"give it as {(len(value), *(1,) * (x.dim() - 1))} or "
+                f"{(1, len(value), *(1,) * (x.dim() - 2))}"
             )
         if channel:
             value = value.view(-1, *(1,) * (x.dim() - 2))
@@ -70,7 +86,9 @@ def number_of(op, name, value, x, low=-math.inf, infinite=False):
         wrong = value[~((value >= low) & (infinite | value.isfinite()))]
         if wrong.numel():
             least = "" if low == -math.inf else f" and at least {low:g}"
-            raise ValueError(f"{op}: {name} must be {'numbers' if infinite else 'finite'}{least}, got {wrong[0].item()}")
+            raise ValueError(
+                f"{op}: {name} must be {'numbers' if infinite else 'finite'}{least}, got {wrong[0].item()}"
+            )
     wide = [d for d, size in enumerate(value.shape) if size != 1]
     lead = x.dim() - value.dim()
     if wide and any(value.shape[d] != x.shape[d + lead] for d in range(wide[0], wide[-1] + 1)):
@@ -113,15 +131,16 @@ def fgsm_step(x, grad, eps, lower=None, upper=None):
     Args:
         x: tensor of any shape; float32, float64, float16 or bfloat16.
         grad: gradient of the loss with respect to x: its shape, dtype and device.
-        eps: step, in the units of x: a number, or a tensor with one value per channel (C,) or (C, 1, 1), per sample (B,) or
-            (B, 1, 1, 1), or per element. A negative step goes down the gradient.
+        eps: step, in the units of x: a number, or a tensor with one value per channel (C,) or (C, 1, 1), per
+            sample (B,) or (B, 1, 1, 1), or per element. A negative step goes down the gradient.
         lower, upper: bounds of the result, as `eps`; None for none.
 
     Returns:
         A new tensor like x, detached. sign(0) and sign(NaN) are 0, as in torch; a NaN in x stays.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, a dtype without kernels.
+        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, a dtype without
+            kernels.
         TypeError: no tensor, or no number.
 
     Source: Goodfellow, Shlens, Szegedy 2015, Explaining and harnessing adversarial examples.

@@ -1,8 +1,9 @@
 """A linear layer and the cross-entropy of its outputs in one, without ever holding all logits.
 
-loss = cross_entropy(hidden @ weight.T + bias, target), one chunk of rows after another: its logits are overwritten by their
-gradient, which goes into the gradients of hidden, weight and bias, and the next chunk takes its place. Nothing is computed twice.
-Gradients in the forward pass, by chunks: Hsu et al. 2024, Liger kernel: efficient Triton kernels for LLM training.
+loss = cross_entropy(hidden @ weight.T + bias, target), one chunk of rows after another: its logits are
+overwritten by their gradient, which goes into the gradients of hidden, weight and bias, and the next chunk
+takes its place. Nothing is computed twice. Gradients in the forward pass, by chunks: Hsu et al. 2024, Liger
+kernel: efficient Triton kernels for LLM training.
 """
 
 import torch
@@ -13,7 +14,8 @@ from ._registry import define, define_kernel
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
-    "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor factor, Tensor? weight=None, int ignore_index=-100, "
+    "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor factor, Tensor? weight=None, int "
+    "ignore_index=-100, "
     "float label_smoothing=0.0, bool others=False, float z_loss=0.0) -> Tensor"
 )
 
@@ -32,8 +34,8 @@ _MOST_BYTES = 2**26  # of a chunk: more and nothing gets faster
 def _sums_are_wide(hidden):
     """Whether the chunks' parts of the weight's gradient are added up in float32 where the weight is not.
 
-    Always in float16, which ends at 6e-8, where gradients may lie before a loss scale has lifted them. In bfloat16 where that
-    costs less than a tenth of the logits.
+    Always in float16, which ends at 6e-8, where gradients may lie before a loss scale has lifted them. In
+    bfloat16 where that costs less than a tenth of the logits.
     """
     rows, width = hidden.shape
     return hidden.dtype == torch.float16 or (hidden.dtype == torch.bfloat16 and 20 * width <= rows)
@@ -42,14 +44,20 @@ def _sums_are_wide(hidden):
 def _chunk_rows(hidden, classes):
     """Rows in a chunk: less than a tenth of all of them, but never so few that matrix products crawl."""
     rows = len(hidden)
-    chunk = int(rows * (0.095 if hidden.element_size() > 2 else 0.085))  # products of 16-bit matrices take scratch memory, too
-    if hidden.dtype != torch.bfloat16 or _sums_are_wide(hidden):  # else each chunk costs the sum a rounding: few of them
+    chunk = int(
+        rows * (0.095 if hidden.element_size() > 2 else 0.085)
+    )  # products of 16-bit matrices take scratch memory, too
+    if hidden.dtype != torch.bfloat16 or _sums_are_wide(
+        hidden
+    ):  # else each chunk costs the sum a rounding: few of them
         chunk = min(chunk, _MOST_BYTES // max(classes * hidden.element_size(), 1))
     return min(max(chunk // _STEP, 1) * _STEP, rows)
 
 
 @torch.no_grad()
-def _forward(hidden, weight, bias, target, factor, class_weight, wants, ignore_index, label_smoothing, others, z_loss):
+def _forward(
+    hidden, weight, bias, target, factor, class_weight, wants, ignore_index, label_smoothing, others, z_loss
+):
     """(losses of the rows, gradients of sum_r factor_r * loss_r with respect to hidden, weight and bias).
 
     factor: (rows,). wants: which gradients, letters of "hwb"; the others come back empty.
@@ -60,7 +68,9 @@ def _forward(hidden, weight, bias, target, factor, class_weight, wants, ignore_i
     if not rows:
         d_weight.zero_()
     scale = None
-    if dtype == torch.float16 and rows:  # factors of at most 1 inside, so that the logits' gradients fit the range
+    if (
+        dtype == torch.float16 and rows
+    ):  # factors of at most 1 inside, so that the logits' gradients fit the range
         scale = factor.abs().max()
         scale = torch.where(scale > 0, scale, 1)
         factor = factor / scale
@@ -110,8 +120,10 @@ def _empty_results(hidden, weight, wants):
 
 
 define_kernel(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor factor, Tensor? class_weight, "
-    "str wants, int ignore_index, float label_smoothing, bool others, float z_loss) -> (Tensor, Tensor, Tensor, Tensor)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor factor, Tensor? "
+    "class_weight, "
+    "str wants, int ignore_index, float label_smoothing, bool others, float z_loss) -> (Tensor, Tensor, "
+    "Tensor, Tensor)",
     _forward,
 )
 
@@ -125,15 +137,17 @@ _linear_cross_entropy = torch.ops.fastreg.linear_cross_entropy.default
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """sum_r factor_r * loss_r, whose gradients are computed at once and are all that the backward pass reads; or, for `each` row,
-    its loss, whose gradients are computed when their factors arrive."""
+    """sum_r factor_r * loss_r, whose gradients are computed at once and are all that the backward pass reads;
+    or, for `each` row, its loss, whose gradients are computed when their factors arrive."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, factor, class_weight, each, *options):
         ctx.wants = "".join(name for name, wanted in zip("hwb", ctx.needs_input_grad, strict=False) if wanted)
         ctx.each, ctx.options = each, options
         wants = "" if each else ctx.wants
-        losses, *gradients = _linear_cross_entropy(hidden, weight, bias, target, factor, class_weight, wants, *options)
+        losses, *gradients = _linear_cross_entropy(
+            hidden, weight, bias, target, factor, class_weight, wants, *options
+        )
         ctx.save_for_backward(hidden, weight, bias, target, factor, class_weight, *gradients)
         return losses if each else _weighted_sum(losses, factor)
 
@@ -144,7 +158,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             results = _differentiable_gradients(ctx, g)
         elif ctx.each:
             g = g.to(factor.dtype).contiguous()
-            gradients = _linear_cross_entropy(hidden, weight, bias, target, g, class_weight, ctx.wants, *ctx.options)[1:]
+            gradients = _linear_cross_entropy(
+                hidden, weight, bias, target, g, class_weight, ctx.wants, *ctx.options
+            )[1:]
             results = [d.to(hidden.dtype) for d in gradients]
         else:
             results = [_scaled(d, g).to(hidden.dtype) for d in gradients]
@@ -173,7 +189,9 @@ def _differentiable_gradients(ctx, g):
     )
     loss = losses if ctx.each else _weighted_sum(losses, factor)
     inputs = {name: x for name, x in zip("hwb", (hidden, weight, bias), strict=True) if name in ctx.wants}
-    found = dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True), strict=True))
+    found = dict(
+        zip(inputs, torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True), strict=True)
+    )
     return [found.get(name) for name in "hwb"]
 
 
@@ -200,22 +218,26 @@ def linear_cross_entropy(
         target: class indices, (...), an integer dtype; or probabilities, (..., C), which get no gradient.
         bias: of that layer, (C,), or None.
         class_weight: a weight per class, (C,), `weight` in `cross_entropy`; no gradient flows to it.
-        ignore_index, reduction, label_smoothing, smoothing, z_loss, all_ignored, loss_dtype: as in `cross_entropy`.
+        ignore_index, reduction, label_smoothing, smoothing, z_loss, all_ignored, loss_dtype: as in
+            `cross_entropy`.
 
     Returns:
-        The loss, () or, with reduction "none", (...). Under autocast the layer computes in autocast's dtype and the loss is
-        float32, as for the two functions. Twice differentiable in hidden, weight and bias.
+        The loss, () or, with reduction "none", (...). Under autocast the layer computes in autocast's dtype
+        and the loss is float32, as for the two functions. Twice differentiable in hidden, weight and bias.
 
-    The forward pass computes the gradients too, chunk by chunk, in the space of less than a tenth of the logits (of 32 rows where
-    that is more), and the backward pass only hands them out; with reduction "none" they are computed there. They are what is kept
-    for it. The weight's gradient is a sum over chunks, in float32; in bfloat16 only where H is less than a twentieth of the rows,
-    else rounded for each of the chunks, about thirteen.
+    The forward pass computes the gradients too, chunk by chunk, in the space of less than a tenth of the
+    logits (of 32 rows where that is more), and the backward pass only hands them out; with reduction "none"
+    they are computed there. They are what is kept for it. The weight's gradient is a sum over chunks, in
+    float32; in bfloat16 only where H is less than a twentieth of the rows, else rounded for each of the
+    chunks, about thirteen.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a class index out of range (on CUDA: NaN), and as `cross_entropy`.
+        ValueError: shapes, dtypes or devices that do not fit, a class index out of range (on CUDA: NaN), and
+            as `cross_entropy`.
         TypeError: `hidden`, `weight`, `target` or `bias` is no tensor, and as `cross_entropy`.
 
-    Source: Hsu et al. 2024, Liger kernel (gradients in the forward pass, by chunks); the loss as in `cross_entropy`.
+    Source: Hsu et al. 2024, Liger kernel (gradients in the forward pass, by chunks); the loss as in
+    `cross_entropy`.
     """
     op = "linear_cross_entropy"
     check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index)
@@ -224,11 +246,14 @@ def linear_cross_entropy(
             check_tensor(op, name, value)
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"{op}: weight must be (C, H) for hidden of shape (..., H), got {tuple(weight.shape)} for {tuple(hidden.shape)}"
+            f"{op}: weight must be (C, H) for hidden of shape (..., H), got {tuple(weight.shape)} for "
+            f"{tuple(hidden.shape)}"
         )
     classes = weight.shape[0]
     if bias is not None and bias.shape != (classes,):
-        raise ValueError(f"{op}: bias must have one value per class, shape ({classes},), got {tuple(bias.shape)}")
+        raise ValueError(
+            f"{op}: bias must have one value per class, shape ({classes},), got {tuple(bias.shape)}"
+        )
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
@@ -237,7 +262,8 @@ def linear_cross_entropy(
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (value.dtype != hidden.dtype or value.device != hidden.device):
             raise ValueError(
-                f"{op}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on {value.device}; "
+                f"{op}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on "
+                f"{value.device}; "
                 "convert it with .to(hidden)"
             )
     shape = hidden.shape[:-1]
@@ -270,7 +296,9 @@ def linear_cross_entropy(
             if class_weight is None:
                 normaliser = counted.sum()
             else:
-                normaliser = class_weight[target.clamp(0, classes - 1)].where(counted, 0).sum(dtype=torch.float64)
+                normaliser = (
+                    class_weight[target.clamp(0, classes - 1)].where(counted, 0).sum(dtype=torch.float64)
+                )
         inverse = 1 / normaliser.double()
         if all_ignored == "zero":
             inverse = torch.where(normaliser == 0, 0.0, inverse)

@@ -1,9 +1,10 @@
 """fastreg under code that knows only torch: for a block of code, for the process, or for one model.
 
-Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`, `cross_entropy` and, where
-it drops anything, `scaled_dot_product_attention` of torch.nn.functional, under every name that a loaded module has for them.
-torch's modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these and so change with
-them. Dropout in torch's RNN kernels, and that of attention under torch.compile, stays torch's.
+Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`,
+`cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of torch.nn.functional, under
+every name that a loaded module has for them. torch's modules (nn.Dropout, nn.CrossEntropyLoss,
+nn.TransformerEncoderLayer, nn.MultiheadAttention) call these and so change with them. Dropout in torch's RNN
+kernels, and that of attention under torch.compile, stays torch's.
 """
 
 import contextlib
@@ -29,9 +30,9 @@ from ._registry import cuda, fast
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_patched = (
-    False  # while False the replacements are torch's functions, so that one kept in a partial or a graph ends with the patch
-)
+# While False the replacements are torch's functions, so that one kept in a partial or a graph ends with the
+# patch.
+_patched = False
 
 
 def _has_kernel(tensor):
@@ -45,7 +46,8 @@ def _has_kernel(tensor):
 
 
 def _is_replaced():
-    # The operators have no forward-mode derivative and no batching rule; a jit trace would record them without a derivative.
+    # The operators have no forward-mode derivative and no batching rule; a jit trace would record them
+    # without a derivative.
     return (
         _patched
         and not torch._C._are_functorch_transforms_active()
@@ -60,7 +62,8 @@ def _is_replaced():
 def _instead_of(original, ours):
     usual = fast.dropout if fast is not None and ours is dropout else None
 
-    # A subclass of Tensor, a Proxy of torch.fx or a mode is told of torch's function, which is the one its tables know.
+    # A subclass of Tensor, a Proxy of torch.fx or a mode is told of torch's function, which is the one its
+    # tables know.
     @functools.wraps(original)
     def run_dropout(input, p=0.5, training=ours.__defaults__[1], inplace=False):
         if usual is not None and _patched and not is_compiling():
@@ -71,7 +74,8 @@ def _instead_of(original, ours):
             _has_kernel(input)
             and isinstance(p, (float, int))
             and _is_replaced()
-            # Compiled for a GPU, torch's dropout becomes part of its neighbours' kernels: fewer bytes than any of its own.
+            # Compiled for a GPU, torch's dropout becomes part of its neighbours' kernels: fewer bytes than
+            # any of its own.
             and not (input.is_cuda and is_compiling())
         ):
             return ours(input, p, training, inplace)
@@ -136,7 +140,9 @@ def _instead_of_cross_entropy(original, ours):
 
 def _instead_of_attention(original):
     @functools.wraps(original)
-    def run_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
+    def run_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
+    ):
         if (
             dropout_p
             and not is_compiling()
@@ -147,15 +153,22 @@ def _instead_of_attention(original):
             and _fits_attention(query, key, value, attn_mask, is_causal)
         ):
             return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return original(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
     return run_attention
 
 
 def _fits_attention(query, key, value, attn_mask, is_causal):
-    """Whether these are what torch takes, too; it says what is wrong with the others, and knows heads without any width."""
+    """Whether these are what torch takes, too; it says what is wrong with the others, and knows heads without
+    any width.
+    """
     return (
-        all(_has_kernel(t) and t.is_cpu and t.dim() >= 2 and t.dtype == query.dtype for t in (query, key, value))
+        all(
+            _has_kernel(t) and t.is_cpu and t.dim() >= 2 and t.dtype == query.dtype
+            for t in (query, key, value)
+        )
         and query.shape[-1] > 0
         and (
             attn_mask is None
@@ -170,7 +183,9 @@ def _fits_attention(query, key, value, attn_mask, is_causal):
 
 
 def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    """What torch itself computes on a CPU when there is dropout: softmax(query @ key.T * scale + mask), dropout, @ value."""
+    """What torch itself computes on a CPU when there is dropout: softmax(query @ key.T * scale + mask),
+    dropout, @ value.
+    """
     if torch.is_autocast_enabled("cpu"):
         lower = torch.get_autocast_dtype("cpu")
         query, key, value = (t if t.dtype == torch.float64 else t.to(lower) for t in (query, key, value))
@@ -178,7 +193,9 @@ def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
     with torch.autocast("cpu", enabled=False):
         if dtype in (torch.float16, torch.bfloat16):
             query, key, value = query.float(), key.float(), value.float()
-        factor = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5  # of each side: the product keeps its range
+        factor = (
+            scale if scale is not None else query.shape[-1] ** -0.5
+        ) ** 0.5  # of each side: the product keeps its range
         weights = (query * factor) @ (key * factor).transpose(-2, -1)
         if is_causal:
             attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
@@ -198,10 +215,14 @@ _REPLACEMENTS = {F.scaled_dot_product_attention: _instead_of_attention(F.scaled_
 for _ours in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout, cross_entropy):
     _original = getattr(F, _ours.__name__)
     setattr(_TORCH, _ours.__name__, _original)
-    _REPLACEMENTS[_original] = (_instead_of_cross_entropy if _ours is cross_entropy else _instead_of)(_original, _ours)
+    _REPLACEMENTS[_original] = (_instead_of_cross_entropy if _ours is cross_entropy else _instead_of)(
+        _original, _ours
+    )
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
 # torch.jit.script knows attention, which has no source in Python, by the object.
-torch.jit._builtins._register_builtin(_REPLACEMENTS[F.scaled_dot_product_attention], "aten::scaled_dot_product_attention")
+torch.jit._builtins._register_builtin(
+    _REPLACEMENTS[F.scaled_dot_product_attention], "aten::scaled_dot_product_attention"
+)
 _changed = []  # namespaces in which a name was changed; a module may leave sys.modules before `unpatch`
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
@@ -228,12 +249,14 @@ def _exchange_in(namespace, table):
 
 
 def _tell_dynamo(patched):
-    """Let torch.compile see the replacements: three places of it know torch's functions by name and would hide ours.
+    """Let torch.compile see the replacements: three places of it know torch's functions by name and would
+    hide ours.
 
-    Its table of functions that go into a graph unopened holds names and is read when it is first needed. A replacement found
-    there under a name of torch.nn.functional would be traced with tensors for which fastreg has no kernel, and be cached as
-    torch's: while the patch lasts, that entry names torch's own function, wherever it is. Attention, whose dropout is to be
-    found, must be opened. And an nn.CrossEntropyLoss made inside of compiled code is never called.
+    Its table of functions that go into a graph unopened holds names and is read when it is first needed. A
+    replacement found there under a name of torch.nn.functional would be traced with tensors for which fastreg
+    has no kernel, and be cached as torch's: while the patch lasts, that entry names torch's own function,
+    wherever it is. Attention, whose dropout is to be found, must be opened. And an nn.CrossEntropyLoss made
+    inside of compiled code is never called.
     """
     # every torch.optim.Optimizer imports them too
     rules = importlib.import_module("torch._dynamo.trace_rules")
@@ -259,21 +282,26 @@ def _loss_in_dynamo(self, tx, args, kwargs):
     from torch._dynamo.variables.base import VariableTracker
     from torch._dynamo.variables.misc import LambdaVariable
 
-    options = dict(zip(list(inspect.signature(_TORCH.cross_entropy).parameters)[2:], args, strict=False)) | kwargs
+    options = (
+        dict(zip(list(inspect.signature(_TORCH.cross_entropy).parameters)[2:], args, strict=False)) | kwargs
+    )
     function = VariableTracker.build(tx, _REPLACEMENTS[_TORCH.cross_entropy])
     return LambdaVariable(lambda input, target: function.call_function(tx, [input, target], options))
 
 
 def patch():
-    """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until `unpatch`.
+    """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until
+    `unpatch`.
 
-    Attention with dropout computes what torch does on a CPU, with fastreg's dropout in it; on a GPU it stays torch's, as does
-    dropout under torch.compile there, which fuses it into the operations around it. `fastreg.dropout` by name is always ours.
+    Attention with dropout computes what torch does on a CPU, with fastreg's dropout in it; on a GPU it stays
+    torch's, as does dropout under torch.compile there, which fuses it into the operations around it.
+    `fastreg.dropout` by name is always ours.
 
-    Every loaded module's global that is one of the patched functions is exchanged, `from torch.nn.functional import dropout`
-    included; functions kept elsewhere (in a partial, a default argument) are not found. Inputs for which fastreg has no kernel
-    (other devices and dtypes, tensor subclasses, weights that require a gradient) and transforms (functorch, forward-mode
-    derivatives, torch.jit) go to torch as before. Calling it twice does no harm.
+    Every loaded module's global that is one of the patched functions is exchanged, `from torch.nn.functional
+    import dropout` included; functions kept elsewhere (in a partial, a default argument) are not found.
+    Inputs for which fastreg has no kernel (other devices and dtypes, tensor subclasses, weights that require
+    a gradient) and transforms (functorch, forward-mode derivatives, torch.jit) go to torch as before. Calling
+    it twice does no harm.
     """
     global _patched
     if _patched:
@@ -324,15 +352,24 @@ def patched():
 
 _MODULES = {
     getattr(torch.nn, name): getattr(nn, name)
-    for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "CrossEntropyLoss")
+    for name in (
+        "Dropout",
+        "Dropout1d",
+        "Dropout2d",
+        "Dropout3d",
+        "AlphaDropout",
+        "FeatureAlphaDropout",
+        "CrossEntropyLoss",
+    )
 }
 
 
 def convert(model):
     """Exchange the dropout and cross-entropy modules of a model for fastreg's, in place.
 
-    Modules keep their identity, name, mode, hooks and attributes; subclasses of torch's modules are left alone. Stochastic depth
-    of timm (`DropPath`) and of torchvision (`StochasticDepth`, mode "row") becomes `fastreg.nn.DropPath`.
+    Modules keep their identity, name, mode, hooks and attributes; subclasses of torch's modules are left
+    alone. Stochastic depth of timm (`DropPath`) and of torchvision (`StochasticDepth`, mode "row") becomes
+    `fastreg.nn.DropPath`.
 
     Args:
         model: Module.

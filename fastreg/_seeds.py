@@ -5,10 +5,11 @@ from torch.compiler import is_compiling
 
 
 def draw_seed(device, generator=None):
-    """One int64 seed from `generator` or the device's default generator, shape (1,), on `device` or on the CPU.
+    """One int64 seed from `generator` or the device's default generator, shape (1,), on `device` or on the
+    CPU.
 
-    A GPU's generator counts on the host: where nothing records the work for later (a CUDA graph, torch.compile), the seed is made
-    of its seed and its count, without a launch.
+    A GPU's generator counts on the host: where nothing records the work for later (a CUDA graph,
+    torch.compile), the seed is made of its seed and its count, without a launch.
     """
     if device.type == "cuda" and not is_compiling():
         seed = _count_seed(device, generator)
@@ -33,7 +34,8 @@ def _count_seed(device, generator):
 
 
 def mix_seed(seed, offset):
-    """The int64 that a generator's seed and its offset stand for: splitmix64's `offset`-th number from `seed`.
+    """The int64 that a generator's seed and its offset stand for: splitmix64's `offset`-th number from
+    `seed`.
 
     Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
     """

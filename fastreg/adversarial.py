@@ -1,10 +1,12 @@
 """Training on adversarial examples, at three prices, and the accuracy that it is for.
 
-J~(x, y) = (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x) (Goodfellow, Shlens, Szegedy 2015, section 6). A pass
-is one forward and one backward through the model; plain training costs one per batch:
+J~(x, y) = (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x) (Goodfellow, Shlens, Szegedy 2015,
+section 6). A pass is one forward and one backward through the model; plain training costs one per batch:
 
-- `adversarial_loss`: two forward passes, three backward (one of them to the input alone); an expression like any other loss;
-- `adversarial_backward`: the same gradients by two of each, for it takes that of the input along with those of the weights;
+- `adversarial_loss`: two forward passes, three backward (one of them to the input alone); an expression like
+  any other loss;
+- `adversarial_backward`: the same gradients by two of each, for it takes that of the input along with those
+  of the weights;
 - `FreeAdversarial`: as many as plain training (Shafahi et al. 2019).
 """
 
@@ -43,12 +45,14 @@ def adversarial_loss(
 ):
     """The objective of adversarial training, (1 - weight) * J(x, y) + weight * J(x', y) with x' = fgsm(x).
 
-    The clean forward pass serves the clean loss and the attack both, so that the price over plain training is one extra forward
-    and backward pass and the gradient's way to the input; `adversarial_backward` saves the latter. With `random_start` the
-    attack needs a forward pass of its own. Fast adversarial training (Wong, Rice, Kolter 2020) is weight=1, random_start=True.
+    The clean forward pass serves the clean loss and the attack both, so that the price over plain training is
+    one extra forward and backward pass and the gradient's way to the input; `adversarial_backward` saves the
+    latter. With `random_start` the attack needs a forward pass of its own. Fast adversarial training (Wong,
+    Rice, Kolter 2020) is weight=1, random_start=True.
 
     Args:
-        model: Module or callable, called twice in the mode it is in; its statistics move as in any two training passes.
+        model: Module or callable, called twice in the mode it is in; its statistics move as in any two
+            training passes.
         weight: share of the adversarial examples, in [0, 1]; with 0 or 1 the other kind is not evaluated.
         loss: callable(model(x), y) -> loss of one number; mean cross-entropy if None.
 
@@ -82,8 +86,8 @@ def adversarial_loss(
     try:
         grad = gradient_of(op, clean, leaf, retain_graph=True)
     except RuntimeError as error:
-        # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it begins: that pass
-        # belongs to the caller, so that the attack needs a forward pass of its own.
+        # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it
+        # begins: that pass belongs to the caller, so that the attack needs a forward pass of its own.
         if "donated buffer" not in str(error):
             raise
         adversarial = attack()
@@ -93,11 +97,14 @@ def adversarial_loss(
     return (1 - weight) * clean + weight * evaluate(adversarial)
 
 
-def adversarial_backward(model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0, 1.0), norm="linf", scale=None):
-    """Add the gradient of `adversarial_loss` to the parameters' `.grad`, by two forward and two backward passes.
+def adversarial_backward(
+    model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0, 1.0), norm="linf", scale=None
+):
+    """Add the gradient of `adversarial_loss` to the parameters' `.grad`, by two forward and two backward
+    passes.
 
-    The backward pass of the clean loss gives the gradients of the weights and of the input at once, and its graph is gone before
-    that of the adversarial loss is built, so that half the activations are held.
+    The backward pass of the clean loss gives the gradients of the weights and of the input at once, and its
+    graph is gone before that of the adversarial loss is built, so that half the activations are held.
 
     ::
 
@@ -107,29 +114,35 @@ def adversarial_backward(model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0
 
     Args:
         weight: share of the adversarial examples, inside (0, 1).
-        scale: callable(loss) -> loss before each backward pass, `scaler.scale` of a GradScaler for one. In float16 it keeps the
-            signs of small gradients, too.
+        scale: callable(loss) -> loss before each backward pass, `scaler.scale` of a GradScaler for one. In
+            float16 it keeps the signs of small gradients, too.
 
-    Other arguments as in `adversarial_loss`; under DistributedDataParallel gradients are averaged twice, once per backward pass.
+    Other arguments as in `adversarial_loss`; under DistributedDataParallel gradients are averaged twice, once
+    per backward pass.
 
     Returns:
         The loss, (), detached and unscaled.
 
     Raises:
-        ValueError, TypeError: as `adversarial_loss`; weight 0 or 1, where one of the passes would be for nothing.
+        ValueError, TypeError: as `adversarial_loss`; weight 0 or 1, where one of the passes would be for
+            nothing.
     """
     op = "adversarial_backward"
     eps, *bounds = prepare(op, x, eps, bounds, norm)
     check_number(op, "weight", weight, 0, 1)
     if weight in (0, 1):
-        raise ValueError(f"{op}: weight must be between 0 and 1, got {weight}; use adversarial_loss(...).backward()")
+        raise ValueError(
+            f"{op}: weight must be between 0 and 1, got {weight}; use adversarial_loss(...).backward()"
+        )
     scale = scale or (lambda value: value)
     x = x.detach()
     leaf = x.clone().requires_grad_()
     clean = _one_number(op, model, leaf, y, loss)
     scale((1 - weight) * clean).backward()
     if leaf.grad is None:
-        raise ValueError(f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x")
+        raise ValueError(
+            f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x"
+        )
     with torch.no_grad():
         adversarial = attack_step(op, x, leaf.grad, None, eps, eps, *bounds, norm)
     attacked = _one_number(op, model, adversarial, y, loss)
@@ -140,15 +153,19 @@ def adversarial_backward(model, x, y, eps, *, weight=0.5, loss=None, bounds=(0.0
 def _one_number(op, model, x, y, loss):
     value = cross_entropy(model(x), y) if loss is None else loss(model(x), y)
     if value.numel() != 1:
-        raise ValueError(f"{op}: loss must give one number, got shape {tuple(value.shape)}; reduce it with .mean()")
+        raise ValueError(
+            f"{op}: loss must give one number, got shape {tuple(value.shape)}; reduce it with .mean()"
+        )
     return value
 
 
 class FreeAdversarial:
-    """Adversarial training for free: each batch is trained on `replays` times, and every backward pass serves weights and attack.
+    """Adversarial training for free: each batch is trained on `replays` times, and every backward pass serves
+    weights and attack.
 
-    delta <- clamp(delta + eps * sign(dJ/dx), -eps, eps) after each pass; the next sees clamp(x + delta, bounds). delta outlives
-    the batch. Train for 1 / replays of the usual epochs, and it costs what plain training does::
+    delta <- clamp(delta + eps * sign(dJ/dx), -eps, eps) after each pass; the next sees clamp(x + delta,
+    bounds). delta outlives the batch. Train for 1 / replays of the usual epochs, and it costs what plain
+    training does::
 
         free = fr.FreeAdversarial(eps=8 / 255, replays=4)
         for x, y in loader:
@@ -163,14 +180,15 @@ class FreeAdversarial:
         replays: passes over each batch, at least 1; the paper's m, 4 to 10.
         bounds: (lower, upper) of valid inputs, as in `fgsm`.
 
-    Calling it with x, (B, ...), gives an iterator of `replays` tensors like x that require a gradient. delta begins at 0 with the
-    first batch and whenever the shape of a sample, the dtype or the device changes; a shorter batch uses its first rows.
+    Calling it with x, (B, ...), gives an iterator of `replays` tensors like x that require a gradient. delta
+    begins at 0 with the first batch and whenever the shape of a sample, the dtype or the device changes; a
+    shorter batch uses its first rows.
 
     Raises:
         ValueError: arguments as in `fgsm`; no gradient arrived between two passes. TypeError: as in `fgsm`.
 
-    Source: Shafahi, Najibi, Ghiasi, Xu, Dickerson, Studer, Davis, Taylor, Goldstein 2019, Adversarial training for free! Unlike
-    there, a pixel at its bound moves too: the gradient is taken behind the clamp.
+    Source: Shafahi, Najibi, Ghiasi, Xu, Dickerson, Studer, Davis, Taylor, Goldstein 2019, Adversarial
+    training for free! Unlike there, a pixel at its bound moves too: the gradient is taken behind the clamp.
     """
 
     def __init__(self, eps, *, replays=4, bounds=(0.0, 1.0)):
@@ -195,9 +213,13 @@ class FreeAdversarial:
             adversarial = clamp(x + delta, lower, upper).requires_grad_()
             yield adversarial
             if adversarial.grad is None:
-                raise ValueError(f"{op}: expected a gradient of the input, got none; call loss.backward() inside the loop")
+                raise ValueError(
+                    f"{op}: expected a gradient of the input, got none; call loss.backward() inside the loop"
+                )
             down = times(eps, -1.0)
-            delta.copy_(fgsm_step_op(delta, adversarial.grad, eps[0], down[0], eps[0], eps[1], down[1], eps[1]))
+            delta.copy_(
+                fgsm_step_op(delta, adversarial.grad, eps[0], down[0], eps[0], eps[1], down[1], eps[1])
+            )
 
 
 def robust_accuracy(
@@ -214,15 +236,16 @@ def robust_accuracy(
     batch_size=500,
     generator=None,
 ):
-    """Share of examples that are classified right, and stay so under `restarts` runs of PGD from random starts.
+    """Share of examples that are classified right, and stay so under `restarts` runs of PGD from random
+    starts.
 
     An upper bound of the accuracy against the worst case: more steps and restarts can only lower it.
 
     Args:
-        model: Module or callable that gives logits (B, k). A Module is put into evaluation mode meanwhile; nothing else of it
-            changes, as in `fgsm`.
-        data: a pair of tensors x, (N, ...), and y, (N,) class indices; or an iterable of such pairs, a DataLoader for one.
-            Batches go to the device of the model's first parameter.
+        model: Module or callable that gives logits (B, k). A Module is put into evaluation mode meanwhile;
+            nothing else of it changes, as in `fgsm`.
+        data: a pair of tensors x, (N, ...), and y, (N,) class indices; or an iterable of such pairs, a
+            DataLoader for one. Batches go to the device of the model's first parameter.
         eps: radius of the ball: a number, or a tensor with one value per channel (C,).
         alpha: step of the attack, like eps; 2.5 * eps / steps if None (Madry et al. 2018).
         steps, restarts: of the attack; restarts=0 gives the clean accuracy.
@@ -243,10 +266,16 @@ def robust_accuracy(
     if restarts != 0:
         check_count(op, "restarts", restarts)
     check_choice(op, "norm", norm, ("linf", "l2"))
-    if isinstance(data, (tuple, list)) and len(data) == 2 and all(isinstance(part, torch.Tensor) for part in data):
+    if (
+        isinstance(data, (tuple, list))
+        and len(data) == 2
+        and all(isinstance(part, torch.Tensor) for part in data)
+    ):
         check_count(op, "batch_size", batch_size)
         if len(data[0]) != len(data[1]):
-            raise ValueError(f"{op}: x and y must have the same length, got {len(data[0])} and {len(data[1])}")
+            raise ValueError(
+                f"{op}: x and y must have the same length, got {len(data[0])} and {len(data[1])}"
+            )
         data = zip(*(part.split(batch_size) for part in data), strict=True)
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
 
@@ -254,7 +283,9 @@ def robust_accuracy(
         with torch.no_grad(), shielded(model):
             return model(x).argmax(1) == y
 
-    def broadcast(value, x):  # before samples are picked, so that one value per channel cannot be taken for one per sample
+    def broadcast(
+        value, x
+    ):  # before samples are picked, so that one value per channel cannot be taken for one per sample
         channels = isinstance(value, torch.Tensor) and value.dim() == 1 and len(value) > 1
         return value.view(-1, *(1,) * (x.dim() - 2)) if channels else value
 
@@ -266,7 +297,11 @@ def robust_accuracy(
                 x, y = x.to(parameter.device), y.to(parameter.device)
             box = bounds if bounds is None else [broadcast(bound, x) for bound in bounds]
             radius, *box = prepare(op, x, broadcast(eps, x), box, norm)
-            step = times(radius, 2.5 / steps) if alpha is None else number_of(op, "alpha", broadcast(alpha, x), x, low=0)
+            step = (
+                times(radius, 2.5 / steps)
+                if alpha is None
+                else number_of(op, "alpha", broadcast(alpha, x), x, low=0)
+            )
             standing = right(x, y).nonzero()[:, 0]
             for _ in range(restarts):
                 if not len(standing):
@@ -277,7 +312,9 @@ def robust_accuracy(
                 standing = standing[right(found, labels)]
             total, robust = total + len(x), robust + len(standing)
     if not total:
-        raise ValueError(f"{op}: expected examples, got none; a DataLoader's iterator is empty after its first use")
+        raise ValueError(
+            f"{op}: expected examples, got none; a DataLoader's iterator is empty after its first use"
+        )
     return robust / total
 
 

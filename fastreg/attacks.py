@@ -1,7 +1,8 @@
 """Adversarial examples; `adversarial.py` trains on them.
 
-The fast gradient sign method, x' = clamp(x + eps sign(dJ/dx)) (Goodfellow, Shlens, Szegedy 2015), from x or from a random start
-(Wong, Rice, Kolter 2020), and its iterated form with projection, PGD (Kurakin et al. 2017; Madry et al. 2018).
+The fast gradient sign method, x' = clamp(x + eps sign(dJ/dx)) (Goodfellow, Shlens, Szegedy 2015), from x or
+from a random start (Wong, Rice, Kolter 2020), and its iterated form with projection, PGD (Kurakin et al.
+2017; Madry et al. 2018).
 """
 
 import contextlib
@@ -39,7 +40,9 @@ def _unit(v):
 
 
 def attack_step(op, x, grad, origin, alpha, eps, lower, upper, norm):
-    """One ascent step of size alpha in `norm`, projected to the eps-ball around origin (None: no projection) and the box."""
+    """One ascent step of size alpha in `norm`, projected to the eps-ball around origin (None: no projection)
+    and the box.
+    """
     if norm == "linf":
         box = (lower[0], upper[0]), (lower[1], upper[1])
         if origin is None:
@@ -56,7 +59,9 @@ def attack_step(op, x, grad, origin, alpha, eps, lower, upper, norm):
 
 
 def clamp(x, lower, upper):
-    lower, upper = (torch.as_tensor(value_of(bound), device=x.device, dtype=x.dtype) for bound in (lower, upper))
+    lower, upper = (
+        torch.as_tensor(value_of(bound), device=x.device, dtype=x.dtype) for bound in (lower, upper)
+    )
     return torch.minimum(torch.maximum(x, lower), upper)
 
 
@@ -69,13 +74,19 @@ def _autograd():
 
 @contextlib.contextmanager
 def shielded(model):
-    """Running statistics and other buffers move on copies, which are thrown away: not even version counters of the originals do.
+    """Running statistics and other buffers move on copies, which are thrown away: not even version counters
+    of the originals do.
 
-    Not torch.func.functional_call, which leaves a copy behind in a module that stands at two places of the model.
+    Not torch.func.functional_call, which leaves a copy behind in a module that stands at two places of the
+    model.
     """
-    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)  # model.forward is a model, too
+    owner = (
+        model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    )  # model.forward is a model, too
     modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
-    originals = [(m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None]
+    originals = [
+        (m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None
+    ]
     copies = {id(buffer): buffer.clone() for _, _, buffer in originals}
     try:
         for module, name, buffer in originals:
@@ -96,14 +107,17 @@ def _set_buffer(module, name, buffer):
 def _loss(loss, logits, y):
     if loss is not None:
         return loss(logits, y).sum()
-    return cross_entropy(logits, y, reduction="sum", loss_dtype=torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(
+        logits, y, reduction="sum", loss_dtype=torch.promote_types(logits.dtype, torch.float32)
+    )
 
 
 def _input_gradient(op, model, x, y, loss):
     """d loss / d x, of x's shape and dtype, with nothing left behind on the model.
 
-    In float16 a gradient below 6e-8 is 0 and has lost its sign, so the loss is scaled up first; samples whose gradient
-    overflows are taken from smaller scales. The sum over the batch, not the mean, keeps the batch size out of it.
+    In float16 a gradient below 6e-8 is 0 and has lost its sign, so the loss is scaled up first; samples whose
+    gradient overflows are taken from smaller scales. The sum over the batch, not the mean, keeps the batch
+    size out of it.
     """
     x = x.detach().clone().requires_grad_()
     if isinstance(y, torch.Tensor) and y.is_inference():
@@ -129,7 +143,9 @@ def gradient_of(op, value, x, retain_graph=None):
         (grad,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
         if grad is not None:
             return grad
-    raise ValueError(f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x")
+    raise ValueError(
+        f"{op}: the loss does not depend on x; expected loss(model(x), y) to be differentiable in x"
+    )
 
 
 def computes_in_float16(model, x):
@@ -172,35 +188,40 @@ def fgsm(
     linf: clamp(x + eps * sign(g)); l2: clamp(x + eps * g / |g|_2 per sample), with g = d loss / d x.
 
     Args:
-        model: callable or Module, called as model(x) in the mode it is in; gives logits unless `loss` takes something else. The
-            state of a Module is shielded; a function that calls modules of its own is called as it is.
+        model: callable or Module, called as model(x) in the mode it is in; gives logits unless `loss` takes
+            something else. The state of a Module is shielded; a function that calls modules of its own is
+            called as it is.
         x: inputs, (B, ...), floating point, in the units of `bounds`.
-        y: what `loss` compares with: class indices (B,) or probabilities; with `targeted` the class to be mistaken for.
-        eps: size of the step, at least 0: a number, or a tensor with one value per channel (C,), per sample (B,) or of any shape
-            that broadcasts to x. For normalised inputs divide by their standard deviation: 8 / 255 / std.
+        y: what `loss` compares with: class indices (B,) or probabilities; with `targeted` the class to be
+            mistaken for.
+        eps: size of the step, at least 0: a number, or a tensor with one value per channel (C,), per sample
+            (B,) or of any shape that broadcasts to x. For normalised inputs divide by their standard
+            deviation: 8 / 255 / std.
         loss: callable(model(x), y) -> tensor, summed; cross-entropy if None.
         bounds: (lower, upper) of valid inputs, each like `eps`; None for none.
         targeted: step down the loss of y instead of up.
         norm: "linf" or "l2".
-        random_start: take the gradient at a uniform random point of the eps-ball and step 1.25 * eps from there, back into the
-            ball: the examples of fast adversarial training.
+        random_start: take the gradient at a uniform random point of the eps-ball and step 1.25 * eps from
+            there, back into the ball: the examples of fast adversarial training.
         generator: torch.Generator on x's device for that point.
 
     Returns:
-        Tensor like x, detached. Nothing else changes: neither modes, buffers such as BatchNorm's statistics, nor `.grad` of
-        parameters or of x. Works under no_grad and inference_mode, and under autocast. Only random state that the model itself
-        draws from (dropout) moves on.
+        Tensor like x, detached. Nothing else changes: neither modes, buffers such as BatchNorm's statistics,
+        nor `.grad` of parameters or of x. Works under no_grad and inference_mode, and under autocast. Only
+        random state that the model itself draws from (dropout) moves on.
 
     Raises:
-        ValueError: eps negative, infinite or NaN, bounds that do not fit or cross, an unknown norm, a loss that does not depend
-            on x.
+        ValueError: eps negative, infinite or NaN, bounds that do not fit or cross, an unknown norm, a loss
+            that does not depend on x.
         TypeError: x is no floating-point tensor.
 
-    Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017; random_start: Wong, Rice, Kolter 2020, Fast is
-    better than free.
+    Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017; random_start: Wong, Rice,
+    Kolter 2020, Fast is better than free.
     """
     eps, *bounds = prepare("fgsm", x, eps, bounds, norm)
-    return one_step("fgsm", model, x, y, eps, bounds, loss, -1.0 if targeted else 1.0, norm, random_start, generator)
+    return one_step(
+        "fgsm", model, x, y, eps, bounds, loss, -1.0 if targeted else 1.0, norm, random_start, generator
+    )
 
 
 def one_step(op, model, x, y, eps, bounds, loss, sign, norm, random_start, generator):
@@ -229,18 +250,21 @@ def pgd(
     norm="linf",
     generator=None,
 ):
-    """Adversarial examples by projected gradient descent: `steps` steps of size alpha, each projected to the eps-ball around x.
+    """Adversarial examples by projected gradient descent: `steps` steps of size alpha, each projected to the
+    eps-ball around x.
 
     Args:
         alpha: size of one step, like `eps`.
         steps: number of steps, at least 1.
         random_start: begin at a uniform random point of the ball instead of at x.
-        restarts: number of random starts, of which each sample keeps the one with the highest loss (with `targeted` the lowest).
-            A loss of one's own must then give one value per sample, (B, ...).
+        restarts: number of random starts, of which each sample keeps the one with the highest loss (with
+            `targeted` the lowest). A loss of one's own must then give one value per sample, (B, ...).
         generator: torch.Generator on x's device for these points.
 
-    Other arguments, result and errors as in `fgsm`. In the "linf" norm step and projection are one pass over memory.
-    Source: Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards deep learning models resistant to adversarial attacks.
+    Other arguments, result and errors as in `fgsm`. In the "linf" norm step and projection are one pass over
+    memory.
+    Source: Madry, Makelov, Schmidt, Tsipras, Vladu 2018, Towards deep learning models resistant to
+    adversarial attacks.
     """
     op = "pgd"
     eps, *bounds = prepare(op, x, eps, bounds, norm)
@@ -249,7 +273,10 @@ def pgd(
     check_count(op, "steps", steps)
     check_count(op, "restarts", restarts)
     if restarts > 1 and not random_start:
-        raise ValueError(f"{op}: {restarts} restarts from the same point find the same; use random_start=True or restarts=1")
+        raise ValueError(
+            f"{op}: {restarts} restarts from the same point find the same; use random_start=True or "
+            f"restarts=1"
+        )
     best = highest = None
     for _ in range(restarts):
         start = draw_start(x, eps, *bounds, norm, generator) if random_start else x.detach()
@@ -261,7 +288,10 @@ def pgd(
             best, highest = found, value
         else:
             better = (value > highest) | highest.isnan()
-            best, highest = torch.where(_per_sample(better, x), found, best), torch.where(better, value, highest)
+            best, highest = (
+                torch.where(_per_sample(better, x), found, best),
+                torch.where(better, value, highest),
+            )
     return best
 
 
@@ -284,7 +314,8 @@ def _losses(op, model, x, y, loss):
     value = cross_entropy(output, y, reduction="none") if loss is None else loss(output, y)
     if value.dim() == 0 or len(value) != len(x):
         raise ValueError(
-            f"{op}: with restarts the loss must give one value per sample, ({len(x)}, ...), got shape {tuple(value.shape)}; "
+            f"{op}: with restarts the loss must give one value per sample, ({len(x)}, ...), got shape "
+            f"{tuple(value.shape)}; "
             "use reduction='none'"
         )
     return _samples(value).sum(1)

@@ -2,7 +2,8 @@
 
     min over encoder f, decoder g of the mean of |g(f(corrupt(x))) - x|^2,    corrupt: dropout on the inputs
 
-Denoising autoencoder: Vincent, Larochelle, Bengio, Manzagol 2008; Goodfellow, Bengio, Courville 2016, sections 14.5 and 15.1.
+Denoising autoencoder: Vincent, Larochelle, Bengio, Manzagol 2008; Goodfellow, Bengio, Courville 2016,
+sections 14.5 and 15.1.
 """
 
 import contextlib
@@ -19,15 +20,18 @@ from ._seeds import forked_generators
 
 
 class TiedDecoder(torch.nn.Module):
-    """The decoder that mirrors an encoder of Linear layers with their own weights transposed, and biases of its own.
+    """The decoder that mirrors an encoder of Linear layers with their own weights transposed, and biases of
+    its own.
 
-    For an encoder x -> a2(W2 a1(W1 x + b1) + b2) it computes code -> W1^T a1(W2^T code + c2) + c1: half the weights to learn, and
-    none that could grow without its mirror (Vincent et al. 2010, section 3.1).
+    For an encoder x -> a2(W2 a1(W1 x + b1) + b2) it computes code -> W1^T a1(W2^T code + c2) + c1: half the
+    weights to learn, and none that could grow without its mirror (Vincent et al. 2010, section 3.1).
 
     Args:
-        encoder: Sequential, nested or not, of Linear layers, activations without parameters, dropout, Identity, and Flatten.
+        encoder: Sequential, nested or not, of Linear layers, activations without parameters, dropout,
+            Identity, and Flatten.
 
-    Shape: (..., features of the code) -> (..., features of the input), flat where the encoder begins with Flatten.
+    Shape: (..., features of the code) -> (..., features of the input), flat where the encoder begins with
+        Flatten.
 
     Raises:
         ValueError: a layer that has no such mirror; it is named.
@@ -40,15 +44,22 @@ class TiedDecoder(torch.nn.Module):
             if isinstance(module, torch.nn.Linear):
                 layers.insert(0, (module, torch.nn.Sequential(*between) if layers else torch.nn.Identity()))
                 between = []
-            elif type(module).__module__ == torch.nn.modules.activation.__name__ and not list(module.parameters()):
+            elif type(module).__module__ == torch.nn.modules.activation.__name__ and not list(
+                module.parameters()
+            ):
                 between.append(module)
-            elif not isinstance(module, (torch.nn.modules.dropout._DropoutNd, torch.nn.Identity, torch.nn.Flatten)):
+            elif not isinstance(
+                module, (torch.nn.modules.dropout._DropoutNd, torch.nn.Identity, torch.nn.Flatten)
+            ):
                 raise ValueError(
-                    f"TiedDecoder: expected Linear layers, activations, dropout and Flatten, got {type(module).__name__} at "
+                    f"TiedDecoder: expected Linear layers, activations, dropout and Flatten, got "
+                    f"{type(module).__name__} at "
                     f"{name or 'the top'!r}; give pretrain_autoencoder a decoder of your own"
                 )
         if not layers:
-            raise ValueError("TiedDecoder: expected an encoder with Linear layers, got none; give a decoder of your own")
+            raise ValueError(
+                "TiedDecoder: expected an encoder with Linear layers, got none; give a decoder of your own"
+            )
         self.layers = torch.nn.ModuleList(layer for layer, _ in layers)
         self.activations = torch.nn.ModuleList(activation for _, activation in layers)
         self.biases = torch.nn.ParameterList(layer.weight.new_zeros(layer.in_features) for layer, _ in layers)
@@ -63,7 +74,9 @@ class TiedDecoder(torch.nn.Module):
 def _chain(module, name=""):
     if not isinstance(module, torch.nn.Sequential):
         return [(name, module)]
-    return [pair for key, child in module.named_children() for pair in _chain(child, f"{name}.{key}".lstrip("."))]
+    return [
+        pair for key, child in module.named_children() for pair in _chain(child, f"{name}.{key}".lstrip("."))
+    ]
 
 
 @torch.inference_mode(False)  # whatever the caller has switched off
@@ -81,7 +94,8 @@ def pretrain_autoencoder(
     generator=None,
     seed=None,
 ):
-    """Train an encoder on unlabelled data to keep what is needed to restore its input; a classifier then starts from its code.
+    """Train an encoder on unlabelled data to keep what is needed to restore its input; a classifier then
+    starts from its code.
 
     ::
 
@@ -91,16 +105,20 @@ def pretrain_autoencoder(
 
     Args:
         encoder: Module, called as encoder(x); trained in place. Frozen parameters stay as they are.
-        data: what to learn from: a tensor [N, ...], a Dataset or a DataLoader, whose items are x or tuples that begin with x
-            (labels are not looked at); floating point. Batches go to the device of the encoder's first parameter.
-        decoder: Module from the code to the reconstruction, with as many elements per sample as x, in whatever shape; trained in
-            place with the encoder. None: `TiedDecoder(encoder)`; make that yourself to keep it.
+        data: what to learn from: a tensor [N, ...], a Dataset or a DataLoader, whose items are x or tuples
+            that begin with x (labels are not looked at); floating point. Batches go to the device of the
+            encoder's first parameter.
+        decoder: Module from the code to the reconstruction, with as many elements per sample as x, in
+            whatever shape; trained in place with the encoder. None: `TiedDecoder(encoder)`; make that
+            yourself to keep it.
         epochs: passes over the data, at least 1.
-        batch_size: samples per step, for a tensor or a Dataset, shuffled anew in each epoch; a DataLoader has its own.
-        corruption: probability p of zeroing an element of the encoder's input, by `fastreg.dropout` (which scales the others by
-            1 / (1 - p)); 0 is the plain autoencoder, which needs a code smaller than its input.
-        loss: callable(reconstruction, x) -> mean over the batch, both [B, elements]; `torch.nn.functional.mse_loss` if None.
-            `binary_cross_entropy_with_logits` suits pixels in [0, 1].
+        batch_size: samples per step, for a tensor or a Dataset, shuffled anew in each epoch; a DataLoader has
+            its own.
+        corruption: probability p of zeroing an element of the encoder's input, by `fastreg.dropout` (which
+            scales the others by 1 / (1 - p)); 0 is the plain autoencoder, which needs a code smaller than its
+            input.
+        loss: callable(reconstruction, x) -> mean over the batch, both [B, elements];
+            `torch.nn.functional.mse_loss` if None. `binary_cross_entropy_with_logits` suits pixels in [0, 1].
         optimizer: callable(parameters) -> optimiser; `torch.optim.Adam` with its defaults if None.
         generator: torch.Generator on the CPU that the seed is drawn from.
         seed: int. With neither, what is random starts from the state that torch's generators are in.
@@ -108,16 +126,18 @@ def pretrain_autoencoder(
     Returns:
         (encoder, history): the encoder itself, and a list of the mean loss of each epoch (floats).
 
-    Nothing else changes: training or evaluation mode of each submodule, `.grad`, and torch's generators, CPU and CUDA, are put
-    back. Works under no_grad. Where training fails the parameters and buffers are put back, too.
+    Nothing else changes: training or evaluation mode of each submodule, `.grad`, and torch's generators, CPU
+    and CUDA, are put back. Works under no_grad. Where training fails the parameters and buffers are put back,
+    too.
 
     Raises:
-        ValueError: no data, a reconstruction of another size, numbers out of range, generator and seed together, nothing to
-            train, a loss that is not finite, an encoder that `TiedDecoder` does not take.
+        ValueError: no data, a reconstruction of another size, numbers out of range, generator and seed
+            together, nothing to train, a loss that is not finite, an encoder that `TiedDecoder` does not
+            take.
         TypeError: an argument of the wrong kind, data that are not floating point.
 
-    Source: Vincent et al. 2008, Extracting and composing robust features with denoising autoencoders; Hinton and Salakhutdinov
-    2006.
+    Source: Vincent et al. 2008, Extracting and composing robust features with denoising autoencoders; Hinton
+    and Salakhutdinov 2006.
     """
     op = "pretrain_autoencoder"
     for name, module in (("encoder", encoder), ("decoder", decoder)):
@@ -131,13 +151,20 @@ def pretrain_autoencoder(
     if generator is not None and seed is not None:
         raise ValueError(f"{op}: give generator or seed, not both")
     batches = _batches(op, data, batch_size)
-    if any(torch.nn.parameter.is_lazy(p) for module in (encoder, decoder) if module is not None for p in module.parameters()):
+    if any(
+        torch.nn.parameter.is_lazy(p)
+        for module in (encoder, decoder)
+        if module is not None
+        for p in module.parameters()
+    ):
         raise ValueError(f"{op}: a lazy layer has no shape yet; run encoder and decoder once first")
     decoder = TiedDecoder(encoder) if decoder is None else decoder
     both = torch.nn.ModuleList([encoder, decoder])
     parameters = [p for p in both.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError(f"{op}: encoder and decoder have no parameter that requires a gradient; unfreeze them")
+        raise ValueError(
+            f"{op}: encoder and decoder have no parameter that requires a gradient; unfreeze them"
+        )
     loss = torch.nn.functional.mse_loss if loss is None else loss
     device, history = next(both.parameters()).device, []
 
@@ -151,7 +178,8 @@ def pretrain_autoencoder(
                 reconstruction = decoder(encoder(dropout(x, corruption)))
                 if reconstruction.numel() != x.numel():
                     raise ValueError(
-                        f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got {tuple(reconstruction.shape)}"
+                        f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got "
+                        f"{tuple(reconstruction.shape)}"
                     )
                 value = loss(reconstruction.reshape(len(x), -1), x.reshape(len(x), -1))
                 steps.zero_grad()
@@ -161,7 +189,10 @@ def pretrain_autoencoder(
             history.append(float(total) / count if count else math.nan)
             if not math.isfinite(history[-1]):
                 what = f"the loss is {history[-1]}" if count else "there are no data"
-                raise ValueError(f"{op}: {what} in epoch {len(history) - 1}; look for NaN in the data or lower the learning rate")
+                raise ValueError(
+                    f"{op}: {what} in epoch {len(history) - 1}; look for NaN in the data or lower the "
+                    f"learning rate"
+                )
     return encoder, history
 
 
@@ -174,7 +205,9 @@ def _batches(op, data, batch_size):
     if isinstance(data, IterableDataset):
         return lambda: DataLoader(data, batch_size)
     if (isinstance(data, torch.Tensor) and data.dim() < 2) or len(data) == 0:
-        raise ValueError(f"{op}: data must be at least one sample, [N, ...], got {tuple(getattr(data, 'shape', [0]))}")
+        raise ValueError(
+            f"{op}: data must be at least one sample, [N, ...], got {tuple(getattr(data, 'shape', [0]))}"
+        )
     if isinstance(data, torch.Tensor):
         return lambda: (data[i.to(data.device)] for i in torch.randperm(len(data)).split(batch_size))
     return lambda: DataLoader(data, batch_size, shuffle=True)
@@ -185,10 +218,13 @@ def _inputs(op, batch, device):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
         raise TypeError(
-            f"{op}: data must be floating-point tensors, or tuples that begin with one, got {got}; convert with .float()"
+            f"{op}: data must be floating-point tensors, or tuples that begin with one, got {got}; convert "
+            f"with .float()"
         )
     x = x.detach().to(device)
-    return x.clone() if x.is_inference() else x  # one that was born in inference_mode cannot be saved for backward
+    return (
+        x.clone() if x.is_inference() else x
+    )  # one that was born in inference_mode cannot be saved for backward
 
 
 @contextlib.contextmanager
@@ -198,7 +234,10 @@ def _seeded(generator, seed):
         seed = int(torch.randint(2**62, (), generator=generator))
     with forked_generators():
         if seed is not None:
-            for each in (torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())):
+            for each in (
+                torch.default_generator,
+                *(torch.cuda.default_generators if torch.cuda.is_initialized() else ()),
+            ):
                 each.manual_seed(seed)
         yield
 

@@ -1,6 +1,7 @@
 """Calibration of a classifier: whether it is right as often as its confidence, max_k softmax(logits)_k, says.
 
-Label smoothing and early stopping make networks less overconfident; the expected calibration error measures it.
+Label smoothing and early stopping make networks less overconfident; the expected calibration error measures
+it.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,8 @@ class CalibrationCurve(NamedTuple):
 
 
 def calibration_curve(logits, target, bins=15):
-    """Accuracy and mean confidence of the predictions in each of `bins` intervals of confidence, (m / bins, (m + 1) / bins].
+    """Accuracy and mean confidence of the predictions in each of `bins` intervals of confidence, (m / bins,
+    (m + 1) / bins].
 
     Args:
         logits: (N, k), floating point; log-probabilities are logits too.
@@ -27,8 +29,8 @@ def calibration_curve(logits, target, bins=15):
         bins: number of intervals, at least 1.
 
     Returns:
-        CalibrationCurve(count, accuracy, confidence), float64 tensors (bins,); accuracy and confidence of an empty bin are NaN.
-        Predictions of NaN are counted in no bin.
+        CalibrationCurve(count, accuracy, confidence), float64 tensors (bins,); accuracy and confidence of an
+        empty bin are NaN. Predictions of NaN are counted in no bin.
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit, bins below 1.
@@ -48,7 +50,8 @@ def calibration_error(logits, target, bins=15):
     Returns:
         Tensor of shape (), float64, in [0, 1]; NaN if a prediction is or N is 0.
 
-    Source: Naeini, Cooper, Hauskrecht 2015; Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern neural networks.
+    Source: Naeini, Cooper, Hauskrecht 2015; Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern
+    neural networks.
     """
     count, accuracy, confidence = _sums("calibration_error", logits, target, bins)
     gap = (accuracy - confidence).abs().sum() / len(logits)
@@ -62,9 +65,13 @@ def _sums(op, logits, target, bins):
     check_tensor(op, "target", target)
     check_count(op, "bins", bins)
     if not logits.is_floating_point():
-        raise TypeError(f"{op}: logits must be floating point, got {logits.dtype}; give the model's outputs before argmax")
+        raise TypeError(
+            f"{op}: logits must be floating point, got {logits.dtype}; give the model's outputs before argmax"
+        )
     if logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"{op}: logits must be (N, k), got {tuple(logits.shape)}; move other dimensions into the first")
+        raise ValueError(
+            f"{op}: logits must be (N, k), got {tuple(logits.shape)}; move other dimensions into the first"
+        )
     if target.shape != logits.shape[:1] or target.dtype.is_floating_point or target.dtype == torch.bool:
         raise ValueError(
             f"{op}: target must be class indices ({len(logits)},), got {target.dtype} {tuple(target.shape)}; "

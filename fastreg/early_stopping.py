@@ -2,10 +2,11 @@
 
     bad <- 0, w* <- w   if E_val fell, else   bad <- bad + 1;      stop at bad = patience;      w <- w*
 
-Algorithm 7.1 of Goodfellow, Bengio, Courville, "Deep Learning" (2016), section 7.8, counted in epochs (one per score);
-`retrain` is algorithm 7.2. Algorithm 7.3 needs no code: `restore()`, then go on with all data under a second stopper
-whose `target` is the training error of the best epoch (its patience ends it where that is out of reach).
-Beyond the book: a least gain, a warm-up, a target, bounds for divergence and collapse, scores that are not finite, several ranks.
+Algorithm 7.1 of Goodfellow, Bengio, Courville, "Deep Learning" (2016), section 7.8, counted in epochs (one
+per score); `retrain` is algorithm 7.2. Algorithm 7.3 needs no code: `restore()`, then go on with all data
+under a second stopper whose `target` is the training error of the best epoch (its patience ends it where that
+is out of reach). Beyond the book: a least gain, a warm-up, a target, bounds for divergence and collapse,
+scores that are not finite, several ranks.
 """
 
 from __future__ import annotations
@@ -39,23 +40,29 @@ class EarlyStopping:
         stopper.restore()
 
     Args:
-        *tracked: what the snapshot holds: anything with state_dict and load_state_dict (model, optimiser, EMA,
-            scheduler). May be left out where only the decision is wanted.
+        *tracked: what the snapshot holds: anything with state_dict and load_state_dict (model, optimiser,
+            EMA, scheduler). May be left out where only the decision is wanted.
         mode: "min" or "max": lower or higher scores are better.
         patience: epochs in a row without improvement that end training, as in Lightning: with 3, the scores
             6, 5, 5, 5, 5 stop at the last. 0 stops at the first such epoch, as 1 does.
-        min_delta: the gain over `best` that an improvement must exceed, in units of the score. Small gains add up.
-        relative: min_delta is a fraction of \\|best\\| (so a negative score must improve too, not merely stay close).
-        warmup: first epochs that use up no patience. The best is kept among them too, and the other rules hold.
+        min_delta: the gain over `best` that an improvement must exceed, in units of the score. Small gains
+            add up.
+        relative: min_delta is a fraction of \\|best\\| (so a negative score must improve too, not merely stay
+            close).
+        warmup: first epochs that use up no patience. The best is kept among them too, and the other rules
+            hold.
         target: stop at the first score this good; that epoch becomes the best even by a gain below min_delta.
         diverged: stop at the first score worse than this.
-        collapse: stop at the first score worse than `best` by more than this, whatever the patience: robust accuracy
-            falls so in one epoch when training with `fgsm` overfits catastrophically (Wong, Rice, Kolter 2020).
-        nan: what NaN does: "skip" counts an epoch without improvement, "stop" stops, "raise" raises ValueError. An
-            infinity in the improving direction (an overflow, the log of 0) is no achievement and goes the same way;
-            in the other direction it is just a very bad score. Neither is ever the best.
-        group: process group of the ranks that decide together (None: the default one). Where torch.distributed is
-            initialised, every rank calls step with its own score, and all go by the mean, which is NaN if one is.
+        collapse: stop at the first score worse than `best` by more than this, whatever the patience: robust
+            accuracy falls so in one epoch when training with `fgsm` overfits catastrophically (Wong, Rice,
+            Kolter 2020).
+        nan: what NaN does: "skip" counts an epoch without improvement, "stop" stops, "raise" raises
+            ValueError. An infinity in the improving direction (an overflow, the log of 0) is no achievement
+            and goes the same way; in the other direction it is just a very bad score. Neither is ever the
+            best.
+        group: process group of the ranks that decide together (None: the default one). Where
+            torch.distributed is initialised, every rank calls step with its own score, and all go by the
+            mean, which is NaN if one is.
 
     Attributes:
         best, best_epoch: score and index (from 0) of the best epoch; None before the first finite score.
@@ -63,8 +70,9 @@ class EarlyStopping:
         bad_epochs: epochs without improvement since the best one, those of the warm-up left out.
         reason: why the last step said stop, in words; None if it did not.
 
-    Memory: one copy of the tracked state, on its own devices, allocated at the first improvement and rewritten in
-    place at the later ones; a tied weight is stored once. `restore` holds one more copy while it runs.
+    Memory: one copy of the tracked state, on its own devices, allocated at the first improvement and
+    rewritten in place at the later ones; a tied weight is stored once. `restore` holds one more copy while it
+    runs.
     """
 
     def __init__(
@@ -138,7 +146,9 @@ class EarlyStopping:
             )
 
         needed = self.min_delta * (abs(self.best) if self.relative and self.best is not None else 1.0)
-        gain = 0.0 if not math.isfinite(score) else math.inf if self.best is None else sign * (self.best - score)
+        gain = (
+            0.0 if not math.isfinite(score) else math.inf if self.best is None else sign * (self.best - score)
+        )
         reached = not broken and self.target is not None and sign * score <= sign * self.target
         if gain > needed or (reached and gain > 0):
             self._take_snapshot(self._snapshot)
@@ -154,24 +164,33 @@ class EarlyStopping:
             self.reason = f"score {score:g} reached target={self.target:g} at epoch {epoch}"
         elif self.diverged is not None and sign * score > sign * self.diverged:
             self.reason = f"score {score:g} is worse than diverged={self.diverged:g} at epoch {epoch}"
-        elif self.collapse is not None and self.best is not None and sign * (score - self.best) > self.collapse:
+        elif (
+            self.collapse is not None and self.best is not None and sign * (score - self.best) > self.collapse
+        ):
             self.reason = f"score {score:g} is worse than the best, {self.best:g}, by over {self.collapse:g} at epoch {epoch}"
         elif self.bad_epochs >= max(self.patience, 1):
-            best = "no finite score yet" if self.best is None else f"best {self.best:g} at epoch {self.best_epoch}"
+            best = (
+                "no finite score yet"
+                if self.best is None
+                else f"best {self.best:g} at epoch {self.best_epoch}"
+            )
             self.reason = f"no improvement in {self.bad_epochs} epochs up to epoch {epoch}: {best}"
         return self.reason is not None
 
     def restore(self) -> None:
         """Load the best epoch into the tracked objects: into all of them or, on an error, into none.
 
-        The values go through each load_state_dict, so parameters stay the tensors they are, tied ones tied, and an
-        optimiser built on them stays valid. Gradients and random states are left alone. May be called repeatedly.
+        The values go through each load_state_dict, so parameters stay the tensors they are, tied ones tied,
+        and an optimiser built on them stays valid. Gradients and random states are left alone. May be called
+        repeatedly.
 
         Raises:
             RuntimeError: nothing tracked, no snapshot yet, or an object that no longer fits; it is named.
         """
         if not self.tracked:
-            raise RuntimeError("EarlyStopping.restore: nothing is tracked; construct with EarlyStopping(model, ...)")
+            raise RuntimeError(
+                "EarlyStopping.restore: nothing is tracked; construct with EarlyStopping(model, ...)"
+            )
         if self._snapshot is None:
             raise RuntimeError(
                 f"EarlyStopping.restore: expected a snapshot, got none in {self.epoch} epochs; "
@@ -186,24 +205,27 @@ class EarlyStopping:
             for j in range(i + 1):
                 self.tracked[j].load_state_dict(before[j])
             raise RuntimeError(
-                f"EarlyStopping.restore: tracked[{i}], {_name(self.tracked[i])}, does not take its snapshot ({error}); "
+                f"EarlyStopping.restore: tracked[{i}], {_name(self.tracked[i])}, does not take its snapshot "
+                f"({error}); "
                 "nothing was restored; undo what changed its structure since the best epoch"
             ) from error
-        # Optimisers keep the very tensors they are given and would train inside the snapshot. Let them have those, and
-        # read the snapshot back into the copy that is no longer needed.
+        # Optimisers keep the very tensors they are given and would train inside the snapshot. Let them have
+        # those, and read the snapshot back into the copy that is no longer needed.
         self._take_snapshot(before)
 
     def state_dict(self) -> dict[str, Any]:
-        """Progress and snapshot, for torch.save; torch.load(weights_only=True) reads it if it reads the tracked states.
+        """Progress and snapshot, for torch.save; torch.load(weights_only=True) reads it if it reads the
+        tracked states.
 
-        The tensors are the snapshot's own, rewritten at the next improvement: save or copy them. Options (patience and
-        the rest) are not in it, so those given at construction hold after a resume.
+        The tensors are the snapshot's own, rewritten at the next improvement: save or copy them. Options
+        (patience and the rest) are not in it, so those given at construction hold after a resume.
         """
         names = ("mode", "epoch", "best", "best_epoch", "bad_epochs", "reason")
         return {name: getattr(self, name) for name in names} | {"snapshot": self._snapshot}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state_dict(), which is copied. The tracked objects are left alone: load their own states.
+        """Go on from a state_dict(), which is copied. The tracked objects are left alone: load their own
+        states.
 
         Raises:
             ValueError: not such a dict, or one of the other mode or of another number of tracked objects.
@@ -211,7 +233,9 @@ class EarlyStopping:
 
         def check(what, expected, got, remedy):
             if expected != got:
-                raise ValueError(f"EarlyStopping.load_state_dict: expected {what} {expected!r}, got {got!r}; {remedy}")
+                raise ValueError(
+                    f"EarlyStopping.load_state_dict: expected {what} {expected!r}, got {got!r}; {remedy}"
+                )
 
         keys = set(self.state_dict())
         got = set(state) if isinstance(state, dict) else _name(state)
@@ -243,7 +267,8 @@ def retrain(
     shuffle: bool = True,
     **loader_kwargs: Any,
 ) -> Any:
-    """Train anew on training and validation data together, for the number of epochs that early stopping found.
+    """Train anew on training and validation data together, for the number of epochs that early stopping
+    found.
 
     Algorithm 7.2 of Goodfellow et al. (2016), counted in passes over the data. Bit for bit the same as::
 
@@ -255,12 +280,13 @@ def retrain(
 
     Args:
         make: builds everything fresh and returns the model, or a tuple such as (model, optimizer).
-        train_epoch: one pass over the loader; called as train_epoch(model, loader), train_epoch(model, optimizer,
-            loader) and so on, as make() returns. What it returns is dropped.
-        train_data, val_data: Datasets with a length, or tuples of tensors [N, ...] that share N. Validation data are
-            trained on as they come: give them the transforms of the training data.
+        train_epoch: one pass over the loader; called as train_epoch(model, loader), train_epoch(model,
+            optimizer, loader) and so on, as make() returns. What it returns is dropped.
+        train_data, val_data: Datasets with a length, or tuples of tensors [N, ...] that share N. Validation
+            data are trained on as they come: give them the transforms of the training data.
         epochs: passes over the data, >= 1; or a stopper, for its best_epoch + 1.
-        seed: of torch's generators, set before make(). The caller's states (CPU, and CUDA if in use) are put back.
+        seed: of torch's generators, set before make(). The caller's states (CPU, and CUDA if in use) are put
+            back.
         batch_size, shuffle, **loader_kwargs: as for torch.utils.data.DataLoader.
 
     Returns:
@@ -274,7 +300,9 @@ def retrain(
             raise TypeError(f"retrain: {name} must be a function, got {_name(value)}; pass it uncalled")
     if isinstance(epochs, EarlyStopping):
         if epochs.best_epoch is None:
-            raise ValueError("retrain: expected a stopper with a best epoch, got one without; call its step first")
+            raise ValueError(
+                "retrain: expected a stopper with a best epoch, got one without; call its step first"
+            )
         epochs = epochs.best_epoch + 1
     _number("retrain", "epochs", epochs, "an integer >= 1 or an EarlyStopping", numbers.Integral, least=1)
     _number("retrain", "seed", seed, "an integer", numbers.Integral)
@@ -290,7 +318,9 @@ def retrain(
     return made
 
 
-@torch.inference_mode(False)  # validation often runs in it, and a buffer born there can never be rewritten outside
+@torch.inference_mode(
+    False
+)  # validation often runs in it, and a buffer born there can never be rewritten outside
 @torch.no_grad()
 def _copy(value: Any, old: Any = None) -> Any:
     """Deep copy of nested state, written into the tensors of `old`, an earlier copy, where they fit."""
@@ -300,7 +330,8 @@ def _copy(value: Any, old: Any = None) -> Any:
         if isinstance(value, torch.Tensor):
             region = _region(value)
             if region not in copies:
-                # Two names tied in `old` share a tensor there; once they differ, only the first of them may have it.
+                # Two names tied in `old` share a tensor there; once they differ, only the first of them may
+                # have it.
                 if id(old) not in taken and _form(old) is not None and _form(old) == _form(value.detach()):
                     copies[region] = old.copy_(value)
                     taken.add(id(old))
@@ -308,7 +339,9 @@ def _copy(value: Any, old: Any = None) -> Any:
                     copies[region] = value.clone()
             return copies[region]
         if isinstance(value, dict):
-            made = copy.copy(value)  # keeps the class and its attributes: a module's state_dict has its version there
+            made = copy.copy(
+                value
+            )  # keeps the class and its attributes: a module's state_dict has its version there
             for key in value:
                 made[key] = walk(value[key], old.get(key) if isinstance(old, dict) else None)
             return made
@@ -329,7 +362,9 @@ def _form(tensor: Any) -> tuple | None:
 
 
 def _region(tensor: torch.Tensor) -> tuple:
-    """What two names of one tensor have in common. Views that merely overlap differ, and are copied one by one."""
+    """What two names of one tensor have in common. Views that merely overlap differ, and are copied one by
+    one.
+    """
     tensor_id, tensor = id(tensor), tensor.detach()
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor: this rank's part
     in_memory = type(local) is torch.Tensor and local.layout is torch.strided
@@ -353,9 +388,11 @@ def _mean_over_ranks(score: float, group: dist.ProcessGroup | None) -> float:
     if not (dist.is_available() and dist.is_initialized()):
         return score
     if dist.get_rank(group) < 0:
-        raise ValueError("EarlyStopping.step: expected a rank of group, got one outside; step only on its ranks")
-    # All ranks take the mean of one list; a sum by all_reduce need not have the same last bit everywhere. And this mean
-    # is rounded once: scores that agree already come back unchanged.
+        raise ValueError(
+            "EarlyStopping.step: expected a rank of group, got one outside; step only on its ranks"
+        )
+    # All ranks take the mean of one list; a sum by all_reduce need not have the same last bit everywhere. And
+    # this mean is rounded once: scores that agree already come back unchanged.
     scores: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(scores, score, group=group)
     return statistics.mean(scores)
@@ -375,7 +412,9 @@ def _dataset(name: str, data: Any) -> Dataset:
     return data
 
 
-def _number(op: str, name: str, value: Any, expected: str, kind: type = numbers.Real, least: float = -math.inf) -> None:
+def _number(
+    op: str, name: str, value: Any, expected: str, kind: type = numbers.Real, least: float = -math.inf
+) -> None:
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{op}: {name} must be {expected}, got {_name(value)} {value!r}")
     if not (value >= least and -math.inf < value < math.inf):

@@ -1,10 +1,12 @@
-"""Multi-task learning: one objective for several tasks on a shared trunk, with weights that are fixed or learnt.
+"""Multi-task learning: one objective for several tasks on a shared trunk, with weights that are fixed or
+learnt.
 
     sum over tasks of weight * L,    or with a learnt variance sigma^2 = exp(s) per task
     regression      L / (2 sigma^2) + log sigma
     classification  L / sigma^2     + log sigma
 
-Kendall, Gal, Cipolla 2018, equations 7 and 10. Bounded: log(1 + sigma^2) in place of log sigma, Liebel and Körner 2018.
+Kendall, Gal, Cipolla 2018, equations 7 and 10. Bounded: log(1 + sigma^2) in place of log sigma, Liebel and
+Körner 2018.
 """
 
 import sys
@@ -30,32 +32,35 @@ class MultiTaskLoss(torch.nn.Module):
         tasks: dict from a task's name to how it is weighted, or a sequence of the latter:
 
             - a number, at least 0: that fixed weight;
-            - "regression": L / (2 sigma^2) + log sigma for a mean squared error L, the negative log likelihood of a Gaussian
-              (per element, up to a constant); at its minimum sigma^2 = L;
-            - "classification": L / sigma^2 + log sigma for a cross-entropy L, an approximation of the likelihood of logits
-              divided by sigma^2; at its minimum sigma^2 = 2 L.
-        bounded: log(1 + sigma^2) in place of log sigma. The plain form falls without bound as a loss goes to 0 and its weight
-            grows with it; bounded, each term of a loss that is at least 0 stays above 0.
+            - "regression": L / (2 sigma^2) + log sigma for a mean squared error L, the negative log
+              likelihood of a Gaussian (per element, up to a constant); at its minimum sigma^2 = L;
+            - "classification": L / sigma^2 + log sigma for a cross-entropy L, an approximation of the
+              likelihood of logits divided by sigma^2; at its minimum sigma^2 = 2 L.
+        bounded: log(1 + sigma^2) in place of log sigma. The plain form falls without bound as a loss goes to
+            0 and its weight grows with it; bounded, each term of a loss that is at least 0 stays above 0.
 
-    The log variance s = log sigma^2 of a task is a float32 parameter of shape (1,), `log_variance_<name>` (a sequence's names are
-    "0", "1", ...), 0 at the start; `penalty_groups` leaves it without a penalty, as all of fewer than two dimensions.
+    The log variance s = log sigma^2 of a task is a float32 parameter of shape (1,), `log_variance_<name>` (a
+    sequence's names are "0", "1", ...), 0 at the start; `penalty_groups` leaves it without a penalty, as all
+    of fewer than two dimensions.
 
     Shape: losses, a dict with the same names or a sequence of the same length, of tensors of shape () -> ().
 
     Raises:
-        ValueError: no task, an unknown form, a negative weight, other names or another number of losses, a loss that is not of
-            shape () or on another device.
+        ValueError: no task, an unknown form, a negative weight, other names or another number of losses, a
+            loss that is not of shape () or on another device.
         TypeError: tasks, a weight or a loss of the wrong type.
 
-    Source: Kendall, Gal, Cipolla 2018, Multi-task learning using uncertainty to weigh losses; Liebel and Körner 2018, Auxiliary
-    tasks in multi-task learning.
+    Source: Kendall, Gal, Cipolla 2018, Multi-task learning using uncertainty to weigh losses; Liebel and
+    Körner 2018, Auxiliary tasks in multi-task learning.
     """
 
     def __init__(self, tasks, *, bounded=False):
         super().__init__()
         op = "MultiTaskLoss"
         if not isinstance(tasks, (dict, list, tuple)):
-            raise TypeError(f"{op}: tasks must be a dict or a sequence of weights and forms, got {type(tasks).__name__}")
+            raise TypeError(
+                f"{op}: tasks must be a dict or a sequence of weights and forms, got {type(tasks).__name__}"
+            )
         if not tasks:
             raise ValueError(f"{op}: tasks must name at least one task")
         if not isinstance(bounded, bool):
@@ -65,10 +70,14 @@ class MultiTaskLoss(torch.nn.Module):
         for name, form in self.tasks.items():
             if isinstance(form, str):
                 if form not in _FACTORS:
-                    raise ValueError(f"{op}: task {name!r} must be a weight, 'regression' or 'classification', got {form!r}")
+                    raise ValueError(
+                        f"{op}: task {name!r} must be a weight, 'regression' or 'classification', got "
+                        f"{form!r}"
+                    )
                 if self._named and (not isinstance(name, str) or "." in name):
                     raise ValueError(
-                        f"{op}: the name of a task with a learnt weight must be a string without a dot, got {name!r}"
+                        f"{op}: the name of a task with a learnt weight must be a string without a dot, got "
+                        f"{name!r}"
                     )
                 self.register_parameter(f"log_variance_{name}", torch.nn.Parameter(torch.zeros(1)))
             else:
@@ -114,10 +123,12 @@ class MultiTaskLoss(torch.nn.Module):
             check_tensor(op, f"the loss of task {name!r}", loss)
             if loss.shape != ():
                 raise ValueError(
-                    f"{op}: the loss of task {name!r} must have shape (), got {tuple(loss.shape)}; reduce it with .mean()"
+                    f"{op}: the loss of task {name!r} must have shape (), got {tuple(loss.shape)}; reduce it "
+                    f"with .mean()"
                 )
             if s is not None and s.device != loss.device:
                 raise ValueError(
-                    f"{op}: the loss of task {name!r} is on {loss.device}, its variance on {s.device}; move the module with .to()"
+                    f"{op}: the loss of task {name!r} is on {loss.device}, its variance on {s.device}; move "
+                    f"the module with .to()"
                 )
         return [(name, got[name]) for name in self.tasks]

@@ -1,10 +1,20 @@
-"""Modules over the functions: each is a subclass of its torch namesake, so that isinstance checks and checkpoints carry over."""
+"""Modules over the functions: each is a subclass of its torch namesake, so that isinstance checks and
+checkpoints carry over.
+"""
 
 import torch
 
 from ._checks import check_choice, check_number
 from ._cross_entropy import cross_entropy
-from ._dropout import alpha_dropout, drop_path, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ._dropout import (
+    alpha_dropout,
+    drop_path,
+    dropout,
+    dropout1d,
+    dropout2d,
+    dropout3d,
+    feature_alpha_dropout,
+)
 from ._dropout_add import dropout_add
 
 __all__ = [
@@ -22,13 +32,14 @@ __all__ = [
 
 
 class Dropout(torch.nn.Dropout):
-    """Zeroes elements with probability `p` while training; drop-in for `torch.nn.Dropout`, on `fastreg.dropout`.
+    """Zeroes elements with probability `p` while training; drop-in for `torch.nn.Dropout`, on
+    `fastreg.dropout`.
 
     Args:
         p: probability of zeroing an element, in [0, 1].
         inplace: overwrite the input.
-        rescale: "train" divides by 1 - p while training; "inference" multiplies by 1 - p in evaluation, the textbook form that
-            `fold_dropout` turns into scaled weights.
+        rescale: "train" divides by 1 - p while training; "inference" multiplies by 1 - p in evaluation, the
+            textbook form that `fold_dropout` turns into scaled weights.
 
     Shape: any; dtypes and errors as in `fastreg.dropout`.
     """
@@ -83,7 +94,9 @@ class Dropout3d(_CheckedP, torch.nn.Dropout3d):
 
 
 class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
-    """Dropout that keeps mean and variance after SELU; drop-in for `torch.nn.AlphaDropout`, on `fastreg.alpha_dropout`."""
+    """Dropout that keeps mean and variance after SELU; drop-in for `torch.nn.AlphaDropout`, on
+    `fastreg.alpha_dropout`.
+    """
 
     def forward(self, input):
         """Apply it; (*) -> (*)."""
@@ -128,8 +141,8 @@ class DropoutAdd(torch.nn.Module):
     Args:
         p: probability of dropping an element of input + bias while training, in [0, 1].
 
-    Shape: input (*, C), residual (*, C) and bias (C,) or None -> (*, C). The bias is the one that the linear layer before leaves
-    out; it stays that layer's parameter.
+    Shape: input (*, C), residual (*, C) and bias (C,) or None -> (*, C). The bias is the one that the linear
+    layer before leaves out; it stays that layer's parameter.
     """
 
     def __init__(self, p=0.5):
@@ -147,7 +160,8 @@ class DropoutAdd(torch.nn.Module):
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """Cross-entropy with smoothed targets; drop-in for `torch.nn.CrossEntropyLoss`, on `fastreg.cross_entropy`.
+    """Cross-entropy with smoothed targets; drop-in for `torch.nn.CrossEntropyLoss`, on
+    `fastreg.cross_entropy`.
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing: as in torch.
@@ -179,7 +193,12 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         check_number(op, "label_smoothing", label_smoothing, 0, 1)
         check_number(op, "z_loss", z_loss, 0)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.smoothing, self.z_loss, self.all_ignored, self.loss_dtype = smoothing, z_loss, all_ignored, loss_dtype
+        self.smoothing, self.z_loss, self.all_ignored, self.loss_dtype = (
+            smoothing,
+            z_loss,
+            all_ignored,
+            loss_dtype,
+        )
 
     def forward(self, input, target):
         """The loss of logits `input` against `target`."""
@@ -224,7 +243,17 @@ _HOMOGENEOUS = (
     torch.nn.AdaptiveAvgPool3d,
 )
 _HOMOGENEOUS_FUNCTIONS = (torch.relu, torch.nn.functional.relu, torch.flatten, torch.nn.functional.leaky_relu)
-_HOMOGENEOUS_METHODS = ("relu", "flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze", "unsqueeze")
+_HOMOGENEOUS_METHODS = (
+    "relu",
+    "flatten",
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "contiguous",
+    "squeeze",
+    "unsqueeze",
+)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -235,11 +264,13 @@ class _Tracer(torch.fx.Tracer):
 
 
 def fold_dropout(model):
-    """Turn a model trained with textbook dropout into one without: w <- (1 - p) * w once, and the layer is gone.
+    """Turn a model trained with textbook dropout into one without: w <- (1 - p) * w once, and the layer is
+    gone.
 
-    Every `Dropout(rescale="inference")` is followed through ReLU, pooling, reshaping and other functions with f(a x) = a f(x) to
-    the Linear and Conv layers that read it, whose weights (not biases) are multiplied by 1 - p; a dropout straight after an
-    Embedding scales the embedding. In evaluation the result computes what `model` does.
+    Every `Dropout(rescale="inference")` is followed through ReLU, pooling, reshaping and other functions with
+    f(a x) = a f(x) to the Linear and Conv layers that read it, whose weights (not biases) are multiplied by 1
+    - p; a dropout straight after an Embedding scales the embedding. In evaluation the result computes what
+    `model` does.
 
     Args:
         model: Module whose forward torch.fx can trace. It is left as it is.
@@ -248,9 +279,9 @@ def fold_dropout(model):
         A deep copy in evaluation mode with those layers replaced by Identity.
 
     Raises:
-        ValueError: where folding would be wrong: a function that is not homogeneous (BatchNorm, sigmoid, an addition) lies
-            between, the model's output depends on the dropout directly, a layer's weight is used elsewhere too, or the model
-            cannot be traced.
+        ValueError: where folding would be wrong: a function that is not homogeneous (BatchNorm, sigmoid, an
+            addition) lies between, the model's output depends on the dropout directly, a layer's weight is
+            used elsewhere too, or the model cannot be traced.
 
     Source: Goodfellow, Bengio, Courville 2016, section 7.12 (weight scaling inference rule).
     """
@@ -267,12 +298,15 @@ def fold_dropout(model):
         return model
     if model in textbook:
         raise ValueError(
-            "fold_dropout: the model is a lone Dropout; there is no weight to scale; put a Linear or Conv layer after it"
+            "fold_dropout: the model is a lone Dropout; there is no weight to scale; put a Linear or Conv "
+            "layer after it"
         )
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
-        raise ValueError(f"fold_dropout: cannot trace the model's forward ({error}); fold it layer by layer") from error
+        raise ValueError(
+            f"fold_dropout: cannot trace the model's forward ({error}); fold it layer by layer"
+        ) from error
     modules = dict(model.named_modules(remove_duplicate=False))  # a module may have two names
     names = {module: name for name, module in modules.items()}
     calls, owners = {}, {}
@@ -282,7 +316,9 @@ def fold_dropout(model):
     for module in modules.values():
         for p in module.parameters(recurse=False):
             owners.setdefault(p, set()).add(module)
-    read = {node.target for node in graph.nodes if node.op == "get_attr"}  # parameters that the forward itself uses
+    read = {
+        node.target for node in graph.nodes if node.op == "get_attr"
+    }  # parameters that the forward itself uses
     for name, p in model.named_parameters(remove_duplicate=False):
         if name in read:
             owners[p].add(None)
@@ -294,12 +330,14 @@ def fold_dropout(model):
             for layer in _readers_of(node, modules):
                 if layer._parameters.get("weight") is None:
                     raise ValueError(
-                        f"fold_dropout: the weight of {names[layer]!r} is computed (a parametrization); make it a "
+                        f"fold_dropout: the weight of {names[layer]!r} is computed (a parametrization); make "
+                        f"it a "
                         "plain parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
                     )
                 if calls[layer] > 1 or len(owners[layer.weight]) > 1:
                     raise ValueError(
-                        f"fold_dropout: the weight of {names[layer]!r} is used in several places and cannot be scaled for one; "
+                        f"fold_dropout: the weight of {names[layer]!r} is used in several places and cannot "
+                        f"be scaled for one; "
                         "give the dropout a layer of its own"
                     )
                 scales[layer] = scales.get(layer, 1.0) * keep
@@ -314,7 +352,9 @@ def fold_dropout(model):
 
 
 def _readers_of(dropout_node, modules):
-    """The weighted layers into which the output of this node flows; the Embedding before it where it comes straight from one."""
+    """The weighted layers into which the output of this node flows; the Embedding before it where it comes
+    straight from one.
+    """
     before = dropout_node.all_input_nodes[0]
     layer = modules[before.target] if before.op == "call_module" else None
     if isinstance(layer, torch.nn.Embedding) and layer.max_norm is None and len(before.users) == 1:
@@ -336,9 +376,16 @@ def _readers_of(dropout_node, modules):
         elif node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"):
             continue
         else:
-            what = "the model's output" if node.op == "output" else type(module).__name__ if module else node.target
+            what = (
+                "the model's output"
+                if node.op == "output"
+                else type(module).__name__
+                if module
+                else node.target
+            )
             raise ValueError(
-                f"fold_dropout: the dropout {dropout_node.target!r} reaches {what} before a Linear or Conv layer, "
+                f"fold_dropout: the dropout {dropout_node.target!r} reaches {what} before a Linear or Conv "
+                f"layer, "
                 "where its factor cannot be moved into weights; place it directly before such a layer"
             )
     return found

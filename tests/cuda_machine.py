@@ -1,13 +1,16 @@
-"""CUDA kernels without a GPU: the compiled kernels and their own launch code, executed on the CPU, for tests/test_cuda_*.py.
+"""CUDA kernels without a GPU: the compiled kernels and their own launch code, executed on the CPU, for
+tests/test_cuda_*.py.
 
 Two ways, both from the very `csrc/*/*_cuda.cu`:
 
-- `interpreted(...)`: nvcc compiles them to PTX, an interpreter executes it, watches every access and counts the traffic.
-- `hosted_library(...)`: the host's compiler compiles them, every CUDA thread a fiber, and the glue of `csrc/*/*_op.cpp` beside
-  them, with sanitizers; the operators come out as `torch.ops.fastreg_cudahost`, which take CPU tensors.
+- `interpreted(...)`: nvcc compiles them to PTX, an interpreter executes it, watches every access and counts
+  the traffic.
+- `hosted_library(...)`: the host's compiler compiles them, every CUDA thread a fiber, and the glue of
+  `csrc/*/*_op.cpp` beside them, with sanitizers; the operators come out as `torch.ops.fastreg_cudahost`,
+  which take CPU tensors.
 
-The interpreter and the fibers come with the machine (`../shared/cudacheck` beside the checkout, or FASTREG_CUDACHECK); without
-them, or without nvcc, these tests are skipped and say so.
+The interpreter and the fibers come with the machine (`../shared/cudacheck` beside the checkout, or
+FASTREG_CUDACHECK); without them, or without nvcc, these tests are skipped and say so.
 """
 
 import ctypes
@@ -33,7 +36,9 @@ SCHEDULES = ("min-pc", "serial", "serial-reverse", "random")  # a missing barrie
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CACHE = Path(tempfile.gettempdir()) / f"fastreg-cuda-tests-{os.getuid()}"
 
-needs_cudacheck = pytest.mark.skipif(not CUDACHECK.is_dir(), reason=f"no CUDA interpreter at {CUDACHECK}; set FASTREG_CUDACHECK")
+needs_cudacheck = pytest.mark.skipif(
+    not CUDACHECK.is_dir(), reason=f"no CUDA interpreter at {CUDACHECK}; set FASTREG_CUDACHECK"
+)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
 
@@ -139,7 +144,9 @@ def _shim():
     source = CUDACHECK / "cudart_shim.c"
     flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-Bsymbolic,-soname,libfastreg_test_cudart.so"]
     return built(
-        "libfastreg_test_cudart.so", [source], lambda path: subprocess.run(["gcc", *flags, source, "-o", path], check=True)
+        "libfastreg_test_cudart.so",
+        [source],
+        lambda path: subprocess.run(["gcc", *flags, source, "-o", path], check=True),
     )
 
 
@@ -160,13 +167,16 @@ class Interpreted:
         self.modules = list(self.runtime.modules)
 
     def run(self, launcher, arguments, structure, **options):
-        """Call a launcher of csrc, `name(const Arguments&, stream)`; `arguments(machine)` makes the structure."""
+        """Call a launcher of csrc, `name(const Arguments&, stream)`; `arguments(machine)` makes the
+        structure.
+        """
         symbol = f"_ZN7fastreg{len(launcher)}{launcher}ERKNS_{len(structure.__name__)}{structure.__name__}EPv"
         return self.call(symbol, lambda machine: (ctypes.byref(arguments(machine)),), **options)
 
     def call(self, symbol, arguments, schedule="min-pc", **options):
-        """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine whose memory is
-        empty but for what that puts there. Gives the reports of its kernels, of which none may hold an error."""
+        """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine
+        whose memory is empty but for what that puts there. Gives the reports of its kernels, of which none
+        may hold an error."""
         import ptxrun
 
         runtime = self.runtime
@@ -194,7 +204,9 @@ class Machine:
 
     def room(self, like, name, offset=0):
         """Memory for a tensor of that form; reading it before it is written is a fault."""
-        return Slot(self.device.empty(max(like.untyped_storage().nbytes(), 1), np.uint8, name, offset=offset), like)
+        return Slot(
+            self.device.empty(max(like.untyped_storage().nbytes(), 1), np.uint8, name, offset=offset), like
+        )
 
 
 class Slot:
@@ -216,8 +228,12 @@ class Slot:
         size = self.like.element_size()
         nbytes = self.like.untyped_storage().nbytes() // size * size
         written = np.repeat(self.buffer.written()[:nbytes].reshape(-1, size).all(1), size)
-        missing = (self._view(written.view(np.uint8), torch.uint8 if size == 1 else _UNSIGNED[size]) == 0).sum()
-        assert missing == 0, f"{missing} of {self.like.numel()} elements of {self.buffer.name} were never written"
+        missing = (
+            self._view(written.view(np.uint8), torch.uint8 if size == 1 else _UNSIGNED[size]) == 0
+        ).sum()
+        assert missing == 0, (
+            f"{missing} of {self.like.numel()} elements of {self.buffer.name} were never written"
+        )
         return self._view(self.buffer.numpy(), self.like.dtype)
 
 
@@ -225,9 +241,13 @@ _UNSIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def traffic(reports, without=()):
-    """Bytes that the launches move in sectors of 32 bytes, before any cache, but for the buffers named in `without`."""
+    """Bytes that the launches move in sectors of 32 bytes, before any cache, but for the buffers named in
+    `without`.
+    """
     skipped = ("(params)", *without)
-    rows = [row for report in reports for (name, _), row in report.traffic.rows.items() if name not in skipped]
+    rows = [
+        row for report in reports for (name, _), row in report.traffic.rows.items() if name not in skipped
+    ]
     return 32 * sum(row["sectors"] for row in rows)
 
 
@@ -242,8 +262,12 @@ def interpreted(op, debug=False):
 
 
 def hosted_library(ops):
-    """The CUDA kernels, launches and glue of `ops`, compiled with sanitizers for the CPU: torch.ops.fastreg_cudahost."""
-    inputs = [path for op in (*ops, "common") for path in (CSRC / op).glob("*.*")] + [CUDACHECK / "cudahost" / "cudahost.h"]
+    """The CUDA kernels, launches and glue of `ops`, compiled with sanitizers for the CPU:
+    torch.ops.fastreg_cudahost.
+    """
+    inputs = [path for op in (*ops, "common") for path in (CSRC / op).glob("*.*")] + [
+        CUDACHECK / "cudahost" / "cudahost.h"
+    ]
     torch_root = Path(torch.__file__).parent
     compiler = [
         "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
@@ -270,7 +294,13 @@ def hosted_library(ops):
 def sanitizers():
     """The environment in which a Python process loads such a library."""
     preload = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libubsan.so")
     ]
-    return {"LD_PRELOAD": " ".join(preload), "ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1"}
+    return {
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }

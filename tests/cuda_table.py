@@ -1,11 +1,11 @@
 """The table of CUDA kernels in docs/cuda.md: `python tests/cuda_table.py` executes each and writes it anew.
 
-Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, but for the bias of dropout_add, which comes from
-the cache, and the images that are augmented, of which each launch counts every sector once: the neighbours of a pixel come from
-the cache; registers are what ptxas says for sm_80, and the
-share of the memory's bandwidth is predicted: the time of the floor's bytes over that of the bytes moved or, if longer, of the
-instructions, for an H100 (3.35 TB/s; 132 SMs, 128 lanes, 1.76 GHz). The interpreter counts instructions of PTX, of which about a
-quarter are moves and conversions that cost nothing in machine code.
+Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, but for the bias of
+dropout_add, which comes from the cache, and the images that are augmented, of which each launch counts every
+sector once: the neighbours of a pixel come from the cache; registers are what ptxas says for sm_80, and the
+share of the memory's bandwidth is predicted: the time of the floor's bytes over that of the bytes moved or,
+if longer, of the instructions, for an H100 (3.35 TB/s; 132 SMs, 128 lanes, 1.76 GHz). The interpreter counts
+instructions of PTX, of which about a quarter are moves and conversions that cost nothing in machine code.
 """
 
 import re
@@ -29,7 +29,9 @@ N = 2**17
 
 
 def measured():
-    """(what, dtype, elements, floor in bytes, reports, op) of every kernel that a plain call of its op launches."""
+    """(what, dtype, elements, floor in bytes, reports, op) of every kernel that a plain call of its op
+    launches.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         size, x = dtype.itemsize, torch.randn(N).to(dtype)
         _, mask, forward = test_cuda_dropout.run(x)
@@ -61,13 +63,22 @@ def rows():
         used = test_cuda_build.resources(op)
         registers = sorted({used[test_cuda_build.kernel(report.kernel)][0] for report in reports})
         shared = max(used[test_cuda_build.kernel(report.kernel)][2] for report in reports)
-        moved, instructions = traffic(reports, without=("bias", "images")), sum(report.instructions for report in reports)
-        moved += sum(row["unique"] for report in reports for (name, _), row in report.traffic.rows.items() if name == "images")
+        moved, instructions = (
+            traffic(reports, without=("bias", "images")),
+            sum(report.instructions for report in reports),
+        )
+        moved += sum(
+            row["unique"]
+            for report in reports
+            for (name, _), row in report.traffic.rows.items()
+            if name == "images"
+        )
         share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)
         share = min(share, 1.0)  # part of an image that is shifted is not looked at
         name = str(dtype).removeprefix("torch.")
         yield (
-            f"| {what} | {name} | {floor / elements:.3g} | {moved / elements:.3g} | {', '.join(map(str, registers))} | "
+            f"| {what} | {name} | {floor / elements:.3g} | {moved / elements:.3g} | "
+            f"{', '.join(map(str, registers))} | "
             f"{f'{shared / 1024:.1f} KB' if shared else 'none'} | {share:.0%} |"
         )
 

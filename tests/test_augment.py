@@ -1,8 +1,9 @@
-"""Augmentation against plain torch in float64: grid_sample, interpolate, conv2d and the formulas of the colours.
+"""Augmentation against plain torch in float64: grid_sample, interpolate, conv2d and the formulas of the
+colours.
 
-Proven: each step and their composition for every dtype and layout, against torchvision as well where it is installed; gradients;
-that parameters depend on seed and global index alone and have the distributions they should; batches, threads, instruction sets
-and torch.compile change nothing; wrong arguments are errors.
+Proven: each step and their composition for every dtype and layout, against torchvision as well where it is
+installed; gradients; that parameters depend on seed and global index alone and have the distributions they
+should; batches, threads, instruction sets and torch.compile change nothing; wrong arguments are errors.
 """
 
 import copy
@@ -25,7 +26,13 @@ from fastreg.augment import functional as AF
 INF, NAN = float("inf"), float("nan")
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 3), (9, 33), (45, 37)]
 # float64: positions are whole multiples of 2^-32 of a pixel.
-ROUNDING = {torch.float32: 1e-6, torch.float64: 5e-8, torch.float16: 6e-4, torch.bfloat16: 5e-3, torch.uint8: 1.01 / 255}
+ROUNDING = {
+    torch.float32: 1e-6,
+    torch.float64: 5e-8,
+    torch.float16: 6e-4,
+    torch.bfloat16: 5e-3,
+    torch.uint8: 1.01 / 255,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +73,9 @@ def layouts(x):
 def reference_warp(x, matrices, size, interpolation="bilinear", padding="zeros", fill=0.0):
     """x (float64) at the positions that `matrices` (B, 2, 3) give to each pixel of the result."""
     height, width = x.shape[2:]
-    rows, columns = torch.meshgrid(torch.arange(size[0]).double(), torch.arange(size[1]).double(), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(size[0]).double(), torch.arange(size[1]).double(), indexing="ij"
+    )
     at = torch.stack([columns, rows, torch.ones_like(rows)], -1) @ matrices.double().transpose(1, 2)[:, None]
     grid = (2 * at + 1) / torch.tensor([width, height]) - 1
     mode = {"border": "border", "reflect": "reflection"}.get(padding, "zeros")
@@ -83,7 +92,9 @@ def grey(x):
     return (
         x
         if x.shape[1] == 1
-        else (x * torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(1, keepdim=True)
+        else (x * torch.tensor([0.2989, 0.587, 0.114], dtype=torch.float64).view(3, 1, 1)).sum(
+            1, keepdim=True
+        )
     )
 
 
@@ -104,12 +115,16 @@ def reference_colour(step, x, factor):
     r, g, b = x.unbind(1)
     largest, smallest = x.amax(1), x.amin(1)
     spread = torch.where(largest == smallest, 1, largest - smallest)
-    sixth = torch.where(largest == r, (g - b) / spread, torch.where(largest == g, 2 + (b - r) / spread, 4 + (r - g) / spread))
+    sixth = torch.where(
+        largest == r, (g - b) / spread, torch.where(largest == g, 2 + (b - r) / spread, 4 + (r - g) / spread)
+    )
     h = (sixth / 6 + factor[:, 0]) % 1 * 6
     i, f = h.floor().long() % 6, h - h.floor()
     s = (largest - smallest) / torch.where(largest == 0, 1, largest)
     p, q, t, v = largest * (1 - s), largest * (1 - s * f), largest * (1 - s * (1 - f)), largest
-    cases = torch.stack([torch.stack(c, 1) for c in ((v, t, p), (q, v, p), (p, v, t), (p, q, v), (t, p, v), (v, p, q))])
+    cases = torch.stack(
+        [torch.stack(c, 1) for c in ((v, t, p), (q, v, p), (p, v, t), (p, q, v), (t, p, v), (v, p, q))]
+    )
     return cases.gather(0, i[None, :, None].expand(1, -1, 3, -1, -1))[0]
 
 
@@ -140,11 +155,16 @@ def some_matrices(batch, height, width, size=None):
     m = torch.zeros(batch, 2, 3, dtype=torch.float64)
     for i in range(batch):
         angle, scale = 0.7 * i, 1 + 0.15 * i
-        a = scale * torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]).double()
+        a = (
+            scale
+            * torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]).double()
+        )
         a[:, 0] *= (-1) ** (i // 2)
         m[i, :, :2] = a
         centre = torch.tensor([(width - 1) / 2, (height - 1) / 2]).double()
-        m[i, :, 2] = centre + 0.37 * i - 0.013 - a @ (torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2]).double())
+        m[i, :, 2] = (
+            centre + 0.37 * i - 0.013 - a @ (torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2]).double())
+        )
     return m
 
 
@@ -176,26 +196,44 @@ def test_warp(interpolation, padding):
 @pytest.mark.parametrize("padding", ("zeros", "border", "reflect", "fill"))
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_turned_a_little(dtype, padding):
-    """Neighbouring pixels of few rows have a way of their own for 1 and 3 channels, which must not show: same bits as among 5."""
+    """Neighbouring pixels of few rows have a way of their own for 1 and 3 channels, which must not show: same
+    bits as among 5.
+    """
     for height, width in (*SIZES, (70, 90)):
         angle = torch.tensor([0.0, 0.02, -0.11, 0.19, 0.25, 0.31, 3.1])  # of 1 to 7 rows for 16 pixels
         scale = torch.tensor([0.3, 1.0, 1.9, -1.1, 1.0, 0.9, 1.3])
         m = torch.zeros(len(angle), 2, 3, dtype=torch.float64)
-        m[:, 0, 0], m[:, 0, 1], m[:, 1, 0], m[:, 1, 1] = scale * angle.cos(), -angle.sin(), angle.sin(), angle.cos()
+        m[:, 0, 0], m[:, 0, 1], m[:, 1, 0], m[:, 1, 1] = (
+            scale * angle.cos(),
+            -angle.sin(),
+            angle.sin(),
+            angle.cos(),
+        )
         size = (height + 9, width + 21)
-        m[:, :, 2] = -(m[:, :, :2] @ torch.tensor([size[1], size[0]]).double() / 2) + torch.tensor([width, height]) / 2 - 0.513
+        m[:, :, 2] = (
+            -(m[:, :, :2] @ torch.tensor([size[1], size[0]]).double() / 2)
+            + torch.tensor([width, height]) / 2
+            - 0.513
+        )
         x = pictures(len(m), 5, height, width, dtype)
         fill = 0.25 * (255 if dtype == torch.uint8 else 1)
         five = by_matrix(x, m, size, padding=padding, fill=fill)
         want = reference_warp(wide(x), m, size, "bilinear", padding, 0.25)
-        assert_images(five, want.clamp(0, 1) if dtype == torch.uint8 else want, dtype, 5e-6 if dtype == torch.float32 else None)
+        assert_images(
+            five,
+            want.clamp(0, 1) if dtype == torch.uint8 else want,
+            dtype,
+            5e-6 if dtype == torch.float32 else None,
+        )
         for channels in (slice(3), slice(1)):
             for part in layouts(x[:, channels]):
                 assert torch.equal(by_matrix(part, m, size, padding=padding, fill=fill), five[:, channels])
 
 
 def test_fill_does_not_touch_what_lies_inside():
-    """A pixel whose four neighbours lie inside is what it is without a fill value, whatever pixels are computed beside it."""
+    """A pixel whose four neighbours lie inside is what it is without a fill value, whatever pixels are
+    computed beside it.
+    """
     for height, width in ((9, 33), (45, 37)):
         x, m = pictures(5, 3, height, width), some_matrices(5, height, width)
         inside = by_matrix(torch.ones_like(x, dtype=torch.float64), m) == 1
@@ -207,7 +245,11 @@ def test_warp_of_many_pixels_keeps_its_precision():
     """At pixel 5000 the last bit of a float32 position is 5e-4 of a pixel."""
     x = pictures(1, 1, 3, 5001)
     m = torch.tensor([[[0.99993, 0.001, 0.313], [0.0001, 1.0, 0.2]]]).double()
-    assert_images(by_matrix(x, m, padding="border"), reference_warp(x.double(), m, (3, 5001), padding="border"), tolerance=1e-6)
+    assert_images(
+        by_matrix(x, m, padding="border"),
+        reference_warp(x.double(), m, (3, 5001), padding="border"),
+        tolerance=1e-6,
+    )
 
 
 def test_layouts_and_dtypes():
@@ -228,9 +270,16 @@ def test_layouts_and_dtypes():
             for y in layouts(x):
                 got = by_matrix(y, m, **_op.factors(colour), blur=weights, kernel=(5, 5), mean=0.4, std=0.3)
                 tall = dtype in (torch.float16, torch.bfloat16)
-                assert_images(got, want, torch.float32 if dtype == torch.uint8 else dtype, 8 * tolerance if tall else 1e-4)
+                assert_images(
+                    got,
+                    want,
+                    torch.float32 if dtype == torch.uint8 else dtype,
+                    8 * tolerance if tall else 1e-4,
+                )
                 last = y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()
-                assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+                assert got.is_contiguous(
+                    memory_format=torch.channels_last if last else torch.contiguous_format
+                )
 
 
 @pytest.mark.parametrize("step", ("brightness", "contrast", "saturation", "hue"))
@@ -257,13 +306,17 @@ def test_blur(kernel):
         for dtype in ROUNDING:
             x = pictures(3, 2, height, width, dtype)
             sigma = [0.0, 0.4, 2.5]
-            assert_images(AF.gaussian_blur(x, kernel, torch.tensor(sigma)), reference_blur(wide(x), sigma, kernel))
+            assert_images(
+                AF.gaussian_blur(x, kernel, torch.tensor(sigma)), reference_blur(wide(x), sigma, kernel)
+            )
 
 
 def test_blur_of_two_sizes():
     x = torch.rand(2, 3, 11, 14)
     got = AF.gaussian_blur(x, (3, 7), (0.7, 1.6))
-    want = reference_blur(reference_blur(x.double().transpose(2, 3), [1.6] * 2, 7).transpose(2, 3), [0.0] * 2, 1)
+    want = reference_blur(
+        reference_blur(x.double().transpose(2, 3), [1.6] * 2, 7).transpose(2, 3), [0.0] * 2, 1
+    )
     across = AF.gaussian_blur(AF.gaussian_blur(x.double(), (3, 1), (0.7, 1.0)), (1, 7), (1.0, 1.6))
     assert_images(got, across)
     assert (got.double() - want).abs().max() > 1e-3, "sizes are told apart"
@@ -271,12 +324,21 @@ def test_blur_of_two_sizes():
 
 def test_erase_and_normalize():
     x = pictures(3, 3, 7, 9)
-    got = AF.erase(x, torch.tensor([1, 0, 6]), torch.tensor([2, 0, 8]), torch.tensor([3, 0, 99]), torch.tensor([4, 5, 99]), 0.5)
+    got = AF.erase(
+        x,
+        torch.tensor([1, 0, 6]),
+        torch.tensor([2, 0, 8]),
+        torch.tensor([3, 0, 99]),
+        torch.tensor([4, 5, 99]),
+        0.5,
+    )
     want = x.clone()
     want[0, :, 1:4, 2:6] = 0.5
     want[2, :, 6:, 8:] = 0.5
     assert torch.equal(got, want)
-    assert torch.equal(AF.erase(x, 1, 2, 3, 4, [0.1, 0.2, 0.3])[:, :, 2, 3], torch.tensor([0.1, 0.2, 0.3]).expand(3, 3))
+    assert torch.equal(
+        AF.erase(x, 1, 2, 3, 4, [0.1, 0.2, 0.3])[:, :, 2, 3], torch.tensor([0.1, 0.2, 0.3]).expand(3, 3)
+    )
     pixels = torch.rand(3, 3, 4)
     assert torch.equal(AF.erase(x, 1, 2, 3, 4, pixels)[:, :, 1:4, 2:6], pixels.expand(3, -1, -1, -1))
     inside = x.clone()
@@ -292,7 +354,11 @@ def test_erase_and_normalize():
 def test_flips_move_pixels():
     for dtype in ROUNDING:
         x = pictures(4, 3, 13, 37, dtype)
-        x = x if dtype == torch.uint8 else torch.where(torch.rand(4, 3, 13, 37) < 0.1, NAN, x.float()).to(dtype)
+        x = (
+            x
+            if dtype == torch.uint8
+            else torch.where(torch.rand(4, 3, 13, 37) < 0.1, NAN, x.float()).to(dtype)
+        )
         params = Params(hflip=torch.tensor([1.0, 0, 1, 0]), vflip=torch.tensor([0.0, 1, 1, 0]))
         want = torch.stack([x[0].flip(-1), x[1].flip(-2), x[2].flip(-1, -2), x[3]])
         assert torch.equal(apply(x, params).nan_to_num(7), want.nan_to_num(7))
@@ -316,7 +382,9 @@ def test_vertical_stretch():
     m = torch.zeros(2, 2, 3)
     factor = torch.tensor([1.6, 0.7])
     m[:, 0, 0], m[:, 1, 1], m[:, 1, 2] = 1, 1 / factor, 10 - 10 / factor
-    assert_images(AF.vertical_stretch(x, factor), reference_warp(x.double(), m.double(), (21, 8)), tolerance=2e-6)
+    assert_images(
+        AF.vertical_stretch(x, factor), reference_warp(x.double(), m.double(), (21, 8)), tolerance=2e-6
+    )
 
 
 @pytest.mark.parametrize("antialias", (False, True))
@@ -334,7 +402,9 @@ def test_resized_crop(interpolation, antialias):
     top = torch.tensor([0, 5])
     each = AF.resized_crop(x, top, top + 1, 26 - top, 30, (8, 9), interpolation, antialias)
     for i in range(2):
-        assert torch.equal(AF.resized_crop(x[i], i * 5, i * 5 + 1, 26 - i * 5, 30, (8, 9), interpolation, antialias), each[i])
+        assert torch.equal(
+            AF.resized_crop(x[i], i * 5, i * 5 + 1, 26 - i * 5, 30, (8, 9), interpolation, antialias), each[i]
+        )
 
 
 def test_antialias_of_a_turned_image():
@@ -344,7 +414,9 @@ def test_antialias_of_a_turned_image():
     angle = torch.tensor([30.0])
     crop = torch.tensor([[50.0, 50.0, 200.0, 200.0]]) - torch.tensor([50.0, 50.0, 0.0, 0.0])
     plain, smooth = (
-        apply(x, Params(angle=angle, crop=crop, settings=Settings(antialias=flag, **settings)))[..., 12:28, 12:28]
+        apply(x, Params(angle=angle, crop=crop, settings=Settings(antialias=flag, **settings)))[
+            ..., 12:28, 12:28
+        ]
         for flag in (False, True)
     )
     assert (smooth - 0.5).abs().max() < 0.1 < 0.3 < (plain - 0.5).abs().max()
@@ -378,20 +450,33 @@ def test_like_torchvision(dtype, channels):
         for fill in (None, [0.3 if dtype == torch.float32 else 77.0] * channels):
             args = (17.3, [2.5, -3.25], 1.2, [7.0, -4.0])
             check(AF.affine(x, *args, interpolation, fill), TF.affine(wide_x, *args, interpolation, fill))
-            check(AF.affine(x, *args, interpolation, fill, [3.0, 9.0]), TF.affine(wide_x, *args, interpolation, fill, [3.0, 9.0]))
+            check(
+                AF.affine(x, *args, interpolation, fill, [3.0, 9.0]),
+                TF.affine(wide_x, *args, interpolation, fill, [3.0, 9.0]),
+            )
             for expand in (False, True):
                 got = AF.rotate(x, 33.0, interpolation, expand, fill=fill)
                 check(got, TF.rotate(wide_x, 33.0, interpolation, expand, fill=fill))
     check(AF.rotate(x, 180), TF.rotate(wide_x, 180))
-    for name, factors in (("brightness", (0, 1.3)), ("contrast", (0, 1.7)), ("saturation", (0, 1.7)), ("hue", (-0.5, 0.2))):
+    for name, factors in (
+        ("brightness", (0, 1.3)),
+        ("contrast", (0, 1.7)),
+        ("saturation", (0, 1.7)),
+        ("hue", (-0.5, 0.2)),
+    ):
         for factor in factors:
-            check(getattr(AF, f"adjust_{name}")(x, factor), getattr(TF, f"adjust_{name}")(wide_x, factor), 1e-4)
+            check(
+                getattr(AF, f"adjust_{name}")(x, factor), getattr(TF, f"adjust_{name}")(wide_x, factor), 1e-4
+            )
     check(AF.gaussian_blur(x, 5), TF.gaussian_blur(wide_x, [5, 5]))
     check(AF.gaussian_blur(x, (7, 3), (1.3, 0.4)), TF.gaussian_blur(wide_x, [7, 3], [1.3, 0.4]))
     check(AF.erase(x, 3, 4, 5, 60, 7.0), TF.erase(wide_x, 3, 4, 5, 60, torch.tensor(7.0)))
     if dtype == torch.float32:
         check(AF.resized_crop(x, 3, 5, 40, 30, (19, 21)), TF.resized_crop(wide_x, 3, 5, 40, 30, [19, 21]))
-        check(AF.normalize(x, [0.3] * channels, [0.2] * channels), TF.normalize(wide_x, [0.3] * channels, [0.2] * channels))
+        check(
+            AF.normalize(x, [0.3] * channels, [0.2] * channels),
+            TF.normalize(wide_x, [0.3] * channels, [0.2] * channels),
+        )
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.uint8), ids=str)
@@ -449,7 +534,9 @@ def reference(x, params, size):
 
         def about_centre(a):
             c = torch.tensor([(width - 1) / 2, (height - 1) / 2]).double()
-            return torch.cat([torch.cat([a, (c - a @ c)[:, None]], 1), torch.tensor([[0.0, 0.0, 1.0]]).double()])
+            return torch.cat(
+                [torch.cat([a, (c - a @ c)[:, None]], 1), torch.tensor([[0.0, 0.0, 1.0]]).double()]
+            )
 
         def matrix(a, b, c, d):
             return torch.tensor([[float(a), float(b)], [float(c), float(d)]]).double()
@@ -461,11 +548,18 @@ def reference(x, params, size):
         shift[:2, 2] = p["translate"]
         flip = matrix(1 - 2 * p["hflip"], 0, 0, 1 - 2 * p["vflip"])
         forward = (
-            shift @ about_centre(p["scale"] * turn @ shear) @ about_centre(matrix(1, 0, 0, p["stretch"])) @ about_centre(flip)
+            shift
+            @ about_centre(p["scale"] * turn @ shear)
+            @ about_centre(matrix(1, 0, 0, p["stretch"]))
+            @ about_centre(flip)
         )
         top, left, h, w = p["crop"].tolist()
         crop = torch.tensor(
-            [[w / size[1], 0, left + w / size[1] / 2 - 0.5], [0, h / size[0], top + h / size[0] / 2 - 0.5], [0, 0, 1]]
+            [
+                [w / size[1], 0, left + w / size[1] / 2 - 0.5],
+                [0, h / size[0], top + h / size[0] / 2 - 0.5],
+                [0, 0, 1],
+            ]
         ).double()
         matrices.append((torch.linalg.inv(forward) @ crop)[:2])
     y = reference_warp(x.double(), torch.stack(matrices), size)
@@ -479,7 +573,9 @@ def reference(x, params, size):
 
 
 def test_composition():
-    """All steps at once are one warp by the product of their matrices, then the colours, blur, normalise, erase."""
+    """All steps at once are one warp by the product of their matrices, then the colours, blur, normalise,
+    erase.
+    """
     x = pictures(6, 3, 33, 37)
     aug = everything()
     params = aug.sample(x, seed=11)
@@ -515,7 +611,10 @@ def test_sample_depends_on_seed_and_index_alone():
 def test_threads_do_not_matter():
     aug = everything()
     for batch in (1, 3, 17):
-        for x in (pictures(batch, 3, 60, 70), pictures(batch, 3, 60, 70).contiguous(memory_format=torch.channels_last)):
+        for x in (
+            pictures(batch, 3, 60, 70),
+            pictures(batch, 3, 60, 70).contiguous(memory_format=torch.channels_last),
+        ):
             for size in ((20, 30), (90, 80)):
                 params = everything(size=size, antialias=True).sample(x, seed=2)
                 images = []
@@ -554,7 +653,9 @@ def test_instruction_sets_give_the_same_bits():
 
 
 def uniform(values, low, high):
-    """Within the range, and the Kolmogorov-Smirnov distance to the uniform distribution below its 1e-6 quantile."""
+    """Within the range, and the Kolmogorov-Smirnov distance to the uniform distribution below its 1e-6
+    quantile.
+    """
     assert low <= values.min() and values.max() <= high
     u = ((values.double() - low) / (high - low)).sort().values
     n = len(u)
@@ -581,7 +682,12 @@ def test_distributions():
     erased = params.erase[:, 2] > 0
     assert abs(erased.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(n)
     top, left, height, width = params.erase[erased].unbind(1)
-    assert (top + height <= 30).all() and (left + width <= 30).all() and (height < 30).all() and (width < 30).all()
+    assert (
+        (top + height <= 30).all()
+        and (left + width <= 30).all()
+        and (height < 30).all()
+        and (width < 30).all()
+    )
     share = height * width / 900
     assert 0.01 < share.min() < 0.03 and 0.3 < share.max() < 0.36
     for axis, most in ((0, 6), (1, 8)):
@@ -590,8 +696,14 @@ def test_distributions():
         counts = torch.bincount((shift + most).long())[1:-1]  # whole pixels, the two ends half as often
         assert (counts - counts.double().mean()).abs().max() < 5 * counts.double().mean().sqrt()
     top, left, height, width = params.crop.unbind(1)
-    assert (top >= 0).all() and (left >= 0).all() and (top + height <= 40).all() and (left + width <= 60).all()
-    assert abs((height * width / 2400).min() - 0.3) < 0.02 and (width / height).min() > 0.7 and (width / height).max() < 1.4
+    assert (
+        (top >= 0).all() and (left >= 0).all() and (top + height <= 40).all() and (left + width <= 60).all()
+    )
+    assert (
+        abs((height * width / 2400).min() - 0.3) < 0.02
+        and (width / height).min() > 0.7
+        and (width / height).max() < 1.4
+    )
     names = ("angle", "scale", "stretch", "brightness", "hue", "sigma", "hflip", "vflip")
     table = torch.stack([*(getattr(params, name) for name in names), params.crop[:, 0], params.shear[:, 0]])
     correlation = torch.corrcoef(torch.cat([table[:, 1:], table[:, :-1]])).fill_diagonal_(0)
@@ -690,13 +802,29 @@ def test_opcheck():
         static = (constants, 7, 8, 3, 3, 15, 1, 0, True, True, torch.float32)
         torch.library.opcheck(torch.ops.fastreg.augment.default, (images, *tensors, *static))
         static = (constants, 7, 8, 3, 3, 7, 1, 0, True, True, torch.float32)
-        torch.library.opcheck(torch.ops.fastreg.augment_backward.default, (torch.rand(2, 3, 7, 8), images, *tensors, *static))
+        torch.library.opcheck(
+            torch.ops.fastreg.augment_backward.default, (torch.rand(2, 3, 7, 8), images, *tensors, *static)
+        )
     one, two, four = torch.rand(4).double(), torch.rand(4, 2).double(), torch.rand(4, 4).double()
-    for parameters in ((one, one, one, one, one, two, two, four), (None, None, one, None, four[:, 1], None, four[:, 1:3], None)):
+    for parameters in (
+        (one, one, one, one, one, two, two, four),
+        (None, None, one, None, four[:, 1], None, four[:, 1:3], None),
+    ):
         torch.library.opcheck(torch.ops.fastreg.augment_matrices.default, (one, *parameters, 5, 6, 7, 8))
     torch.library.opcheck(_op.augment_gaussian, (one, four[:, 2], 3, 5))
     bounds = [1.0] * len(_op.COLUMNS)
-    drawn = (x, torch.tensor([3]), 5, 4, [0.5] * 3, bounds, bounds, 1, [0.1, 1.0, -0.3, 0.3, 0.0], [0.1, 0.3, -1.0, 1.0])
+    drawn = (
+        x,
+        torch.tensor([3]),
+        5,
+        4,
+        [0.5] * 3,
+        bounds,
+        bounds,
+        1,
+        [0.1, 1.0, -0.3, 0.3, 0.0],
+        [0.1, 0.3, -1.0, 1.0],
+    )
     torch.library.opcheck(_op.augment_draw, (*drawn, [9, 9, 8, 8], 3, 5))
 
 
@@ -722,9 +850,18 @@ def test_data_loader(workers):
 def test_gradient(interpolation, padding):
     x = (torch.rand(2, 3, 6, 7, dtype=torch.float64) * 0.6 + 0.2).requires_grad_()
     options = dict(
-        brightness=0.1, contrast=0.1, saturation=0.1, mean=0.5, std=0.2, interpolation=interpolation, padding=padding, fill=0.3
+        brightness=0.1,
+        contrast=0.1,
+        saturation=0.1,
+        mean=0.5,
+        std=0.2,
+        interpolation=interpolation,
+        padding=padding,
+        fill=0.3,
     )
-    aug = Augment(hflip=0.5, rotate=15, scale=(0.8, 1.4), blur=(3, (0.1, 2)), erase=0.5, size=(5, 8), **options)
+    aug = Augment(
+        hflip=0.5, rotate=15, scale=(0.8, 1.4), blur=(3, (0.1, 2)), erase=0.5, size=(5, 8), **options
+    )
     params = aug.sample(x, seed=5)
     assert torch.autograd.gradcheck(lambda t: apply(t, params), x)
     if interpolation != "nearest":
@@ -740,7 +877,9 @@ def test_gradient_where_it_is_cut_off():
     assert torch.equal(x.grad, 1.7 * (x.detach() * 1.7 <= 1).float())
     wide_x = torch.rand(2, 1, 9, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: AF.resized_crop(t, 1, 2, 7, 5, (4, 3)), wide_x)
-    assert torch.autograd.gradcheck(lambda t: AF.resized_crop(t, torch.tensor([1, 0]), 2, 7, 5, (9, 9)), wide_x)
+    assert torch.autograd.gradcheck(
+        lambda t: AF.resized_crop(t, torch.tensor([1, 0]), 2, 7, 5, (9, 9)), wide_x
+    )
     assert torch.autograd.gradcheck(lambda t: AF.adjust_contrast(t, 0.8), wide_x)
     for dtype in (torch.float16, torch.bfloat16):
         narrow = x.detach().to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -783,7 +922,9 @@ def test_cutmix():
     differs = soft[torch.arange(300), labels] < 1
     assert torch.allclose(soft[torch.arange(300), labels][differs].double(), own[differs], atol=1e-6)
     assert torch.allclose(soft.sum(1), torch.ones(300)) and differs.double().mean() > 0.5
-    for image, label in zip(mixed[differs, 0], labels[differs], strict=True):  # what is not the sample's own is one rectangle
+    for image, label in zip(
+        mixed[differs, 0], labels[differs], strict=True
+    ):  # what is not the sample's own is one rectangle
         other = image != label
         assert torch.equal(other, other.any(1)[:, None] & other.any(0))
 
@@ -793,7 +934,9 @@ def test_cutmix():
 
 def test_empty_and_tiny():
     for shape in ((0, 3, 5, 6), (2, 0, 5, 6)):
-        assert everything(mean=None, std=None, contrast=None, saturation=None, hue=None)(torch.empty(shape)).shape == (
+        assert everything(mean=None, std=None, contrast=None, saturation=None, hue=None)(
+            torch.empty(shape)
+        ).shape == (
             *shape[:2],
             20,
             30,
@@ -926,7 +1069,10 @@ def test_gallery():
 
 def calls(x):
     """Every function of fastreg.augment, with numbers and with tensors of one value per sample."""
-    each, labels = torch.full((len(x),), 0.3, device=x.device), torch.zeros(len(x), dtype=torch.long, device=x.device)
+    each, labels = (
+        torch.full((len(x),), 0.3, device=x.device),
+        torch.zeros(len(x), dtype=torch.long, device=x.device),
+    )
     size = tuple(x.shape[2:])
     return (
         Augment.cifar(size=size)(x),
@@ -956,7 +1102,9 @@ def calls(x):
 
 
 def test_nothing_is_made_on_another_device():
-    """On a GPU that is only pretended: every tensor is made on the images' device, and none is copied to or from it."""
+    """On a GPU that is only pretended: every tensor is made on the images' device, and none is copied to or
+    from it.
+    """
     from torch._subclasses import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -965,7 +1113,11 @@ def test_nothing_is_made_on_another_device():
             kwargs = kwargs or {}
             result = f(*args, **kwargs)
             devices = {t.device.type for t in (*args, result) if isinstance(t, torch.Tensor)}
-            assert "_local_scalar_dense" not in str(f) and not ("copy" in str(f) and len(devices) > 1), (f, args, kwargs)
+            assert "_local_scalar_dense" not in str(f) and not ("copy" in str(f) and len(devices) > 1), (
+                f,
+                args,
+                kwargs,
+            )
             return result
 
     with FakeTensorMode(allow_non_fake_inputs=True), NoCopies():
@@ -977,12 +1129,16 @@ def test_nothing_is_made_on_another_device():
 def test_a_box_outside_of_the_image():
     x = pictures(1, 3, 8, 9)
     for box in ((-1, 0, 3, 3), (0, 7, 3, 3), (6, 0, 3, 3), (0, 0, 0, 3), (0, 0, 3, -1)):
-        with pytest.raises(ValueError, match=r"resized_crop: the box must lie inside the image of \(8, 9\), got top"):
+        with pytest.raises(
+            ValueError, match=r"resized_crop: the box must lie inside the image of \(8, 9\), got top"
+        ):
             AF.resized_crop(x, *box, 4)
 
 
 def test_a_step_so_large_that_positions_would_wrap_around():
-    """A row of one pixel: the vector's other lanes, whose positions are taken modulo 2^32 pixels, must not be read."""
+    """A row of one pixel: the vector's other lanes, whose positions are taken modulo 2^32 pixels, must not be
+    read.
+    """
     from fastreg.augment import _op
 
     x = pictures(1, 3, 64, 64)

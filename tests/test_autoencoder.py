@@ -35,7 +35,8 @@ class Stream(IterableDataset):
         return iter(self.x)
 
 
-# ---------------------------------------------------------------------------------------------- what it computes
+# ---------------------------------------------------------------------------------------------- what it
+# computes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -46,7 +47,13 @@ def test_training_is_the_loop_written_by_hand(dtype, size, batch_size):
     (w1, b1, w2, b2) = (p.detach().clone().requires_grad_() for p in encoder.parameters())
     c2, c1 = torch.zeros(5, dtype=dtype, requires_grad=True), torch.zeros(6, dtype=dtype, requires_grad=True)
     returned, history = fr.pretrain_autoencoder(
-        encoder, x, epochs=3, batch_size=batch_size, corruption=0, seed=5, optimizer=lambda p: torch.optim.SGD(p, lr=0.5)
+        encoder,
+        x,
+        epochs=3,
+        batch_size=batch_size,
+        corruption=0,
+        seed=5,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.5),
     )
     expected = []
     generator = torch.Generator().manual_seed(5)
@@ -68,7 +75,9 @@ def test_training_is_the_loop_written_by_hand(dtype, size, batch_size):
 
 
 def test_a_linear_autoencoder_finds_the_principal_components():
-    x = torch.randn(60, 5, dtype=torch.float64) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3], dtype=torch.float64))
+    x = torch.randn(60, 5, dtype=torch.float64) @ torch.diag(
+        torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3], dtype=torch.float64)
+    )
     x = (x - x.mean(0)) @ torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
     residual = torch.linalg.svdvals(x)[2:].square().sum() / x.numel()  # what two components cannot say
     encoder = nn.Sequential(nn.Linear(5, 2)).double()
@@ -94,13 +103,17 @@ def test_the_input_is_corrupted_and_the_target_is_not():
         return (reconstruction - x).square().mean()
 
     x = torch.ones(50, 40)
-    fr.pretrain_autoencoder(Encoder(40, 3), x, nn.Linear(3, 40), epochs=1, batch_size=50, corruption=0.75, loss=loss, seed=1)
+    fr.pretrain_autoencoder(
+        Encoder(40, 3), x, nn.Linear(3, 40), epochs=1, batch_size=50, corruption=0.75, loss=loss, seed=1
+    )
     assert set(seen[0].unique().tolist()) == {0.0, 4.0}
     assert 0.2 < (seen[0] == 4).double().mean() < 0.3
     assert torch.equal(targets[0], x)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "dataset", "labelled dataset", "loader", "stream", "list of batches in a loader"])
+@pytest.mark.parametrize(
+    "kind", ["tensor", "dataset", "labelled dataset", "loader", "stream", "list of batches in a loader"]
+)
 def test_kinds_of_data(kind):
     x, y = torch.randn(20, 1, 2, 3), torch.arange(20)
     seen = []
@@ -148,10 +161,13 @@ def test_optimiser_of_the_user_and_frozen_layers():
 
     fr.pretrain_autoencoder(encoder, torch.randn(20, 6), optimizer=optimizer, epochs=2, seed=0)
     assert len(given) == len(set(given)) == 4  # the second layer, and two biases of the decoder
-    assert torch.equal(encoder[0].weight, before["0.weight"]) and not torch.equal(encoder[2].weight, before["2.weight"])
+    assert torch.equal(encoder[0].weight, before["0.weight"]) and not torch.equal(
+        encoder[2].weight, before["2.weight"]
+    )
 
 
-# ---------------------------------------------------------------------------------------------- what it leaves alone
+# ---------------------------------------------------------------------------------------------- what it
+# leaves alone
 
 
 @pytest.mark.parametrize("random", ["seed", "generator", "neither"])
@@ -160,10 +176,16 @@ def test_generators_modes_and_gradients_stay(random):
     encoder[2].eval()
     encoder[0].weight.grad = gradient = torch.ones(5, 6)
     modes = [module.training for module in encoder.modules()]
-    options = {"seed": dict(seed=3), "generator": dict(generator=torch.Generator().manual_seed(3)), "neither": {}}[random]
+    options = {
+        "seed": dict(seed=3),
+        "generator": dict(generator=torch.Generator().manual_seed(3)),
+        "neither": {},
+    }[random]
     state, before = torch.get_rng_state(), values(encoder)
     with torch.no_grad():
-        fr.pretrain_autoencoder(encoder, TensorDataset(torch.randn(20, 6, generator=torch.Generator())), epochs=2, **options)
+        fr.pretrain_autoencoder(
+            encoder, TensorDataset(torch.randn(20, 6, generator=torch.Generator())), epochs=2, **options
+        )
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in encoder.modules()] == modes
     assert encoder[0].weight.grad is gradient and gradient.eq(1).all() and encoder[2][0].weight.grad is None
@@ -174,7 +196,9 @@ def test_generators_modes_and_gradients_stay(random):
 def test_in_inference_mode(corruption):
     encoder = nn.Linear(6, 3)
     with torch.inference_mode():
-        _, history = fr.pretrain_autoencoder(encoder, torch.randn(20, 6), epochs=3, corruption=corruption, seed=0)
+        _, history = fr.pretrain_autoencoder(
+            encoder, torch.randn(20, 6), epochs=3, corruption=corruption, seed=0
+        )
     assert history[2] < history[0]
 
 
@@ -202,7 +226,10 @@ def test_failed_training_leaves_the_encoder_as_it_was(what):
     if what == "nan in the data":
         x[11, 2] = NAN
     elif what == "divergence":
-        options, words = dict(optimizer=lambda p: torch.optim.SGD(p, lr=1e30), epochs=5), "the loss is (nan|inf) in epoch"
+        options, words = (
+            dict(optimizer=lambda p: torch.optim.SGD(p, lr=1e30), epochs=5),
+            "the loss is (nan|inf) in epoch",
+        )
     else:
         calls, error, words = [], KeyboardInterrupt, None
 
@@ -218,12 +245,18 @@ def test_failed_training_leaves_the_encoder_as_it_was(what):
     assert same(encoder, before[0]) and same(decoder, before[1]) and encoder.training == mode
 
 
-# ---------------------------------------------------------------------------------------------- the tied decoder
+# ---------------------------------------------------------------------------------------------- the tied
+# decoder
 
 
 def test_the_tied_decoder_mirrors_the_encoder():
     encoder = nn.Sequential(
-        nn.Flatten(), nn.Dropout(0.1), nn.Sequential(nn.Linear(12, 7), nn.Tanh()), fr.nn.Dropout(0.2), nn.Linear(7, 3), nn.ReLU()
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Sequential(nn.Linear(12, 7), nn.Tanh()),
+        fr.nn.Dropout(0.2),
+        nn.Linear(7, 3),
+        nn.ReLU(),
     ).double()
     decoder = fr.TiedDecoder(encoder)
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The two paths of autograd, Python and C++: the same bits, the same errors, and the rules by which one is chosen."""
+"""The two paths of autograd, Python and C++: the same bits, the same errors, and the rules by which one is
+chosen.
+"""
 
 import importlib.util
 import itertools
@@ -38,7 +40,9 @@ class Spy:
 
 @pytest.fixture
 def both(monkeypatch):
-    """both(function, taken): what it does must not depend on the path; `taken` says whether C++ must take all calls or none."""
+    """both(function, taken): what it does must not depend on the path; `taken` says whether C++ must take all
+    calls or none.
+    """
 
     def run(function, taken=None):
         seen = []
@@ -63,7 +67,12 @@ def both(monkeypatch):
 def assert_same(a, b):
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
-        assert (a.dtype, a.shape, a.stride(), a.requires_grad) == (b.dtype, b.shape, b.stride(), b.requires_grad)
+        assert (a.dtype, a.shape, a.stride(), a.requires_grad) == (
+            b.dtype,
+            b.shape,
+            b.stride(),
+            b.requires_grad,
+        )
         bits = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
         assert torch.equal(*bits), (a, b)
     elif isinstance(a, (list, tuple)):
@@ -88,7 +97,9 @@ def saved(function):
 
 
 def derivatives(function, x):
-    """Output, what is saved, and gradients: of a sum, with a graph that is kept, of a square, and of second order."""
+    """Output, what is saved, and gradients: of a sum, with a graph that is kept, of a square, and of second
+    order.
+    """
     x = x.detach().requires_grad_()
     kept = saved(lambda: function(x))
     y = function(x)
@@ -99,7 +110,10 @@ def derivatives(function, x):
     out.append(x.grad)
     y = function(x)
     g = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape).requires_grad_()
-    out += [*torch.autograd.grad(y, x, g, retain_graph=True), *torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)]
+    out += [
+        *torch.autograd.grad(y, x, g, retain_graph=True),
+        *torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True),
+    ]
     (first,) = torch.autograd.grad(y, x, g, create_graph=True)
     out.append(first.detach())
     inputs = (x, g)
@@ -252,7 +266,13 @@ LOSSES = {
 OPTIONS = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
-    "all": {"label_smoothing": 0.3, "smoothing": "others", "z_loss": 0.01, "all_ignored": "zero", "weight": torch.rand(5)},
+    "all": {
+        "label_smoothing": 0.3,
+        "smoothing": "others",
+        "z_loss": 0.01,
+        "all_ignored": "zero",
+        "weight": torch.rand(5),
+    },
     "integers": {"label_smoothing": 1, "z_loss": 0, "ignore_index": -1},
     "loss_dtype": {"loss_dtype": torch.float64},
 }
@@ -334,7 +354,9 @@ def twice(loss):
 
 
 X, Y = logits(4, 5).requires_grad_(), classes(4)
-STRANGE = torch.ones(10).as_strided((2,) * 17, (1, 0) * 8 + (1,))  # more dimensions that do not merge than a kernel walks
+STRANGE = torch.ones(10).as_strided(
+    (2,) * 17, (1, 0) * 8 + (1,)
+)  # more dimensions that do not merge than a kernel walks
 WRONG = {
     "p": lambda: fr.dropout(X, 1.5),
     "p is NaN": lambda: fr.dropout(X, float("nan")),
@@ -347,7 +369,9 @@ WRONG = {
     "leaf in place": lambda: fr.dropout(X, 0.5, inplace=True),
     "expanded in place": lambda: fr.dropout(torch.randn(1, 3).expand(2, 3), 0.5, inplace=True),
     "dimensions": lambda: fr.dropout(STRANGE, 0.5),
-    "dimensions of the gradient": lambda: fr.dropout(torch.zeros_like(STRANGE).requires_grad_(), 0.5).backward(STRANGE),
+    "dimensions of the gradient": lambda: fr.dropout(
+        torch.zeros_like(STRANGE).requires_grad_(), 0.5
+    ).backward(STRANGE),
     "residual": lambda: fr.dropout_add(X, X[0]),
     "residual of another dtype": lambda: fr.dropout_add(X, X.double()),
     "bias": lambda: fr.dropout_add(X, X, 0.5, X[:, 0]),
@@ -400,7 +424,9 @@ class Dispatch(torch.utils._python_dispatch.TorchDispatchMode):
 
 @needs_cpp
 def test_the_unusual_is_left_to_python():
-    """None, and no number drawn: for every kind of input, mode and transform of which the C++ path knows nothing."""
+    """None, and no number drawn: for every kind of input, mode and transform of which the C++ path knows
+    nothing.
+    """
     x, y = logits(4, 5), classes(4)
     results = []
 
@@ -409,11 +435,22 @@ def test_the_unusual_is_left_to_python():
         results.append(FAST.dropout(x, 0.5, True, False))
         results.append(FAST.dropout_add(x, x, 0.5, x, True))
         results.append(FAST.dropout_add(torch.ones(4, 5), x, 0.5, None, True))
-        results.append(FAST.cross_entropy(x, y, None, None, -100, None, "mean", 0.1, "uniform", 0.0, "nan", None))
+        results.append(
+            FAST.cross_entropy(x, y, None, None, -100, None, "mean", 0.1, "uniform", 0.0, "nan", None)
+        )
         assert torch.equal(state, torch.get_rng_state())
         return x
 
-    for unusual in (x.as_subclass(Subclass), x.to_sparse(), x.to("meta"), torch._neg_view(x), x.int(), x.cfloat(), None, 1.0):
+    for unusual in (
+        x.as_subclass(Subclass),
+        x.to_sparse(),
+        x.to("meta"),
+        torch._neg_view(x),
+        x.int(),
+        x.cfloat(),
+        None,
+        1.0,
+    ):
         ask(unusual)
     torch.vmap(ask)(torch.stack([x, x]))
     torch.func.grad(lambda x: ask(x).sum())(x)
@@ -435,7 +472,9 @@ def test_batched_gradients_and_checkpoints(both):
 
     def batched():
         y = fr.dropout(x, 0.5)
-        return torch.autograd.grad(y, x, torch.stack([torch.ones_like(y), torch.full_like(y, 2)]), is_grads_batched=True)
+        return torch.autograd.grad(
+            y, x, torch.stack([torch.ones_like(y), torch.full_like(y, 2)]), is_grads_batched=True
+        )
 
     both(batched, taken=True)
 
@@ -494,7 +533,9 @@ def test_many_threads_draw_and_differentiate():
                 v = x.clone().requires_grad_()
                 y = fr.dropout(v, 0.5)
                 fr.cross_entropy(y, classes(64)).backward()
-                assert torch.equal((v.grad == 0).logical_not().logical_and(y.detach() == 0).any(), torch.tensor(False))
+                assert torch.equal(
+                    (v.grad == 0).logical_not().logical_and(y.detach() == 0).any(), torch.tensor(False)
+                )
                 drawn.append(bytes(y.detach().numpy()))
         except BaseException as error:
             failed.append(error)
@@ -534,7 +575,9 @@ def choose(monkeypatch):
     return run
 
 
-BUILT = importlib.util.find_spec("fastreg._autograd_" + "_".join(torch.__version__.split(".")[:2])) is not None
+BUILT = (
+    importlib.util.find_spec("fastreg._autograd_" + "_".join(torch.__version__.split(".")[:2])) is not None
+)
 
 
 @pytest.mark.skipif(not BUILT, reason="built without the C++ autograd")
@@ -565,7 +608,11 @@ def test_a_library_that_does_not_load_is_not_swallowed(choose, monkeypatch, tmp_
 
     class Finder:
         def find_spec(self, name, path=None, target=None):
-            return importlib.util.spec_from_file_location(name, broken) if name == "fastreg._autograd_2_99" else None
+            return (
+                importlib.util.spec_from_file_location(name, broken)
+                if name == "fastreg._autograd_2_99"
+                else None
+            )
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     with pytest.warns(RuntimeWarning, match=r"cannot be loaded.*broken\.so.*pip install") as caught:
@@ -593,5 +640,10 @@ def test_the_doctor_tells(monkeypatch):
 
 def test_an_unknown_choice_fails_the_import():
     environment = {**os.environ, "FASTREG_AUTOGRAD": "rust"}
-    done = subprocess.run([sys.executable, "-c", "import fastreg"], env=environment, capture_output=True, text=True)
-    assert done.returncode and "ImportError: FASTREG_AUTOGRAD must be 'python' or 'cpp', got 'rust'" in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastreg"], env=environment, capture_output=True, text=True
+    )
+    assert (
+        done.returncode
+        and "ImportError: FASTREG_AUTOGRAD must be 'python' or 'cpp', got 'rust'" in done.stderr
+    )

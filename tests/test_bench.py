@@ -1,4 +1,6 @@
-"""`fastreg bench`: a tiny run from end to end, the checks that keep a wrong op from being timed, and how ratios are reckoned."""
+"""`fastreg bench`: a tiny run from end to end, the checks that keep a wrong op from being timed, and how
+ratios are reckoned.
+"""
 
 import json
 import math
@@ -27,7 +29,9 @@ OPS = {"cross_entropy", "dropout", "dropout_add", "fgsm", "linear_cross_entropy"
 
 @pytest.fixture(autouse=True)
 def _process(monkeypatch):
-    """The command sets the threads of its process, and would replace the process by one with other settings of malloc."""
+    """The command sets the threads of its process, and would replace the process by one with other settings
+    of malloc.
+    """
     before = torch.get_num_threads()
     for name, value in bench.ALLOCATOR.items():
         monkeypatch.setenv(name, value)
@@ -52,8 +56,21 @@ def ran(tmp_path_factory):
     """The folder that the command leaves, run as users run it."""
     folder = tmp_path_factory.mktemp("bench")
     environment = {name: value for name, value in os.environ.items() if name not in bench.ALLOCATOR}
-    command = [sys.executable, "-m", "fastreg", "bench", "--tiny", "--no-compile", "--threads", "1", "--out", folder / "out"]
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "fastreg",
+        "bench",
+        "--tiny",
+        "--no-compile",
+        "--threads",
+        "1",
+        "--out",
+        folder / "out",
+    ]
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "out", done.stdout
 
@@ -65,9 +82,15 @@ def test_results(ran):
     machine = results["machine"]
     assert machine["allocator"].startswith("memory kept")  # the command has started itself again
     assert machine["build"] == fr._C.build_info() and machine["torch"] == torch.__version__
-    assert machine["autograd"]["path"] in ("Python", "C++") and machine["cores"] == os.cpu_count() and machine["cpu"]
+    assert (
+        machine["autograd"]["path"] in ("Python", "C++")
+        and machine["cores"] == os.cpu_count()
+        and machine["cpu"]
+    )
     assert results["copy_bandwidth"] > 0 and results["settings"]["scale"] == "tiny"
-    assert {row["op"] for row in results["rows"]} - {"augment"} == OPS  # augment: where torchvision is installed
+    assert {row["op"] for row in results["rows"]} - {
+        "augment"
+    } == OPS  # augment: where torchvision is installed
     for row in results["rows"]:
         assert (
             row["dtype"] in ("float32", "bfloat16", "uint8")
@@ -75,7 +98,9 @@ def test_results(ran):
             and row["threads"] == 1
             and row["rounds"] >= 2
         )
-        assert set(row["seconds"]) >= {"fastreg", "torch"} and all(seconds > 0 for seconds in row["seconds"].values())
+        assert set(row["seconds"]) >= {"fastreg", "torch"} and all(
+            seconds > 0 for seconds in row["seconds"].values()
+        )
         for name in ("against_eager", "times_floor"):
             assert row[name] is None or 0 < row[name]["low"] <= row[name]["median"] <= row[name]["high"]
         assert row["against_compile"] is None
@@ -106,7 +131,13 @@ def test_training_has_the_losses_of_both_sides(ran):
 
 
 def test_pictures(ran):
-    assert {path.name for path in ran[0].iterdir()} == {"results.json", "table.md", "ratios.png", "times.png", "training.png"}
+    assert {path.name for path in ran[0].iterdir()} == {
+        "results.json",
+        "table.md",
+        "ratios.png",
+        "times.png",
+        "training.png",
+    }
     for path in ran[0].glob("*.png"):
         content = path.read_bytes()
         assert content.startswith(b"\x89PNG") and 10_000 < len(content) < 2_000_000
@@ -175,7 +206,11 @@ def _wrong_gradient(x, p):
         ("dropout_add", "dropout_add", lambda x, r, p, bias=0: r + _wrong_gradient(x + bias, p)),
         ("fgsm", "fgsm_step", lambda x, g, eps, low, high: (x + eps * g).clamp(low, high)),
         ("fgsm", "fgsm_step", lambda x, g, eps, low, high: x + eps * g.sign()),
-        ("cross_entropy", "cross_entropy", lambda z, y, label_smoothing: torch.nn.functional.cross_entropy(z, y)),
+        (
+            "cross_entropy",
+            "cross_entropy",
+            lambda z, y, label_smoothing: torch.nn.functional.cross_entropy(z, y),
+        ),
         ("sgd", "optim.SGD", lambda p, l1, **options: torch.optim.SGD(p, **options)),
         ("sgd", "optim.SGD", lambda p, **options: _REAL_SGD(p, **{**options, "weight_decay": 0})),
         ("sgd", "optim.SGD", lambda p, **options: _REAL_SGD(p, **{**options, "momentum": 0.8})),
@@ -186,9 +221,14 @@ def test_a_wrong_op_is_refused(tmp_path, monkeypatch, capsys, op, name, wrong):
     monkeypatch.setattr(f"fastreg.{name}", wrong)
     assert main(tmp_path, "--ops", op) == 1
     results = read(tmp_path)
-    assert results["rows"] == [] and len(results["failed"]) == results["planned"] and results["partial"] is False
+    assert (
+        results["rows"] == [] and len(results["failed"]) == results["planned"] and results["partial"] is False
+    )
     assert all("the result is wrong" in failure["error"] for failure in results["failed"])
-    assert "the result is wrong" in capsys.readouterr().out and "the result is wrong" in (tmp_path / "table.md").read_text()
+    assert (
+        "the result is wrong" in capsys.readouterr().out
+        and "the result is wrong" in (tmp_path / "table.md").read_text()
+    )
 
 
 _REAL_SGD = fr.optim.SGD
@@ -202,9 +242,9 @@ def test_a_wrong_augmentation_is_refused(tmp_path, monkeypatch, sample):
 
     def wrong(images, params):
         result = real(images, params)
-        result[sample] = real(images[sample : sample + 1], fr.augment.Params(settings=params.settings, hue=torch.tensor([0.2])))[
-            0
-        ]
+        result[sample] = real(
+            images[sample : sample + 1], fr.augment.Params(settings=params.settings, hue=torch.tensor([0.2]))
+        )[0]
         return result
 
     monkeypatch.setattr(fr.augment, "apply", wrong)
@@ -220,9 +260,15 @@ def test_linear_cross_entropy_is_judged_by_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(fr, "linear_cross_entropy", _all_logits, raising=False)
     assert main(tmp_path, "--ops", "linear_cross_entropy") == 0
     for row in read(tmp_path)["rows"]:
-        assert row["peak_of"]["what"] == "logits" and row["peak_share"]["fastreg"] == pytest.approx(row["peak_share"]["torch"])
+        assert row["peak_of"]["what"] == "logits" and row["peak_share"]["fastreg"] == pytest.approx(
+            row["peak_share"]["torch"]
+        )
         assert row["peak_share"]["fastreg"] >= 1
-    monkeypatch.setattr(fr, "linear_cross_entropy", lambda hidden, *rest, **options: _all_logits(hidden * 1.1, *rest, **options))
+    monkeypatch.setattr(
+        fr,
+        "linear_cross_entropy",
+        lambda hidden, *rest, **options: _all_logits(hidden * 1.1, *rest, **options),
+    )
     assert main(tmp_path, "--ops", "linear_cross_entropy") == 1 and read(tmp_path)["rows"] == []
 
 
@@ -253,7 +299,9 @@ def test_a_compiler_that_fails_costs_its_column_only():
         raise RuntimeError("no C++ compiler\nand much more")
 
     sides = {"fastreg": lambda: None, "torch": lambda: None, "compile": broken}
-    case = Case("x", "x", "1", 1, torch.float32, lambda device: Work(sides, lambda: None), targets=Targets(compile=1))
+    case = Case(
+        "x", "x", "1", 1, torch.float32, lambda device: Work(sides, lambda: None), targets=Targets(compile=1)
+    )
     row = _timing.run(case, "cpu", seconds=0.01)
     assert row["against_compile"] is None and row["met"]["compile"] is None
     assert row["notes"] == ["torch.compile failed: RuntimeError: no C++ compiler"]
@@ -273,7 +321,9 @@ def test_rounds_take_every_side_in_turn_and_let_each_be_first():
     times = _timing.Clock("cpu").measure(sides, 0.0, 6)
     assert {name: len(values) for name, values in times.items()} == dict.fromkeys("abc", 6)
     rounds = [calls[i : i + 3] for i in range(len(calls) - 18, len(calls), 3)]
-    assert all(sorted(names) == list("abc") for names in rounds) and {names[0] for names in rounds} == set("abc")
+    assert all(sorted(names) == list("abc") for names in rounds) and {names[0] for names in rounds} == set(
+        "abc"
+    )
     assert all(value >= 3e-3 for values in times.values() for value in values)
 
 
@@ -300,7 +350,9 @@ def test_what_is_around_a_side_is_open_when_it_runs_and_not_timed():
         yield
         opened.pop()
 
-    times = _timing.Clock("cpu").measure({"a": lambda: time.sleep(2e-3 * len(opened))}, 0.0, 3, {"a": slow})["a"]
+    times = _timing.Clock("cpu").measure({"a": lambda: time.sleep(2e-3 * len(opened))}, 0.0, 3, {"a": slow})[
+        "a"
+    ]
     assert all(2e-3 <= seconds < 0.02 for seconds in times)
 
 
@@ -338,11 +390,14 @@ def test_memory():
     assert _timing.peak_bytes(lambda: torch.add(y, y, out=out), "cpu") == 0
     assert _timing.peak_bytes(lambda: (y + 1) + (y + 2), "cpu") == 12000
     kept = []
-    assert _timing.peak_bytes(lambda: kept.append(torch.zeros(1000)), "cpu") == 0  # what a call leaves is its result
+    assert (
+        _timing.peak_bytes(lambda: kept.append(torch.zeros(1000)), "cpu") == 0
+    )  # what a call leaves is its result
 
 
 @pytest.mark.parametrize(
-    ("value", "met"), [((3.0, 2.0, 1.0, 0.05), (True, True, True, True)), ((2.9, 1.9, 1.1, 0.2), (False, False, False, False))]
+    ("value", "met"),
+    [((3.0, 2.0, 1.0, 0.05), (True, True, True, True)), ((2.9, 1.9, 1.1, 0.2), (False, False, False, False))],
 )
 def test_targets(value, met):
     eager, compiled, floor, peak = value
@@ -391,7 +446,14 @@ def test_cells():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1000 * 1024, "1,000 KiB"), (2**20, "1 MiB"), (131_072_000, "125 MiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1000 * 1024, "1,000 KiB"),
+        (2**20, "1 MiB"),
+        (131_072_000, "125 MiB"),
+    ],
 )
 def test_sizes(count, text):
     assert table.size(count) == text
@@ -413,7 +475,9 @@ def test_sizes(count, text):
 def test_unusable_options(capsys, arguments, message):
     assert bench.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("fastreg bench: ") and error.count("\n") == 1 and re.search(message, error.strip()), error
+    assert (
+        error.startswith("fastreg bench: ") and error.count("\n") == 1 and re.search(message, error.strip())
+    ), error
 
 
 def test_results_of_another_kind_are_not_results(tmp_path, capsys):
@@ -426,7 +490,10 @@ def test_results_of_another_kind_are_not_results(tmp_path, capsys):
 def test_without_a_gpu_it_says_so(capsys):
     assert bench.main(["--device", "cuda"]) == 2
     error = capsys.readouterr().err
-    assert error == f"fastreg bench: --device cuda: {doctor.collect()['cuda']['why_not']}; or run with --device cpu\n"
+    assert (
+        error
+        == f"fastreg bench: --device cuda: {doctor.collect()['cuda']['why_not']}; or run with --device cpu\n"
+    )
 
 
 @pytest.mark.parametrize("threads", ["0", "-1", "two"])
@@ -443,7 +510,9 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, capsys, missing):
         monkeypatch.delattr(bench, name.rsplit(".", 1)[1], raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(tmp_path, "--ops", "fgsm") == 2
-    assert capsys.readouterr().err == f'fastreg bench: {missing} is missing; run: pip install "fastreg[bench]"\n'
+    assert (
+        capsys.readouterr().err == f'fastreg bench: {missing} is missing; run: pip install "fastreg[bench]"\n'
+    )
 
 
 def test_interrupt_leaves_the_rows_that_had_finished(tmp_path, monkeypatch, capsys):
@@ -460,4 +529,7 @@ def test_interrupt_leaves_the_rows_that_had_finished(tmp_path, monkeypatch, caps
     results = read(tmp_path)
     assert results["partial"] is True and len(results["rows"]) == 2 and results["planned"] == 4
     assert "Interrupted after 2 of 4 cases" in capsys.readouterr().out
-    assert "Interrupted after 2 of 4 cases" in (tmp_path / "table.md").read_text() and (tmp_path / "ratios.png").exists()
+    assert (
+        "Interrupted after 2 of 4 cases" in (tmp_path / "table.md").read_text()
+        and (tmp_path / "ratios.png").exists()
+    )

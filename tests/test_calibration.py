@@ -1,4 +1,6 @@
-"""The calibration curve and the expected calibration error, against a count by hand and against a network's cure."""
+"""The calibration curve and the expected calibration error, against a count by hand and against a network's
+cure.
+"""
 
 import math
 
@@ -33,7 +35,9 @@ def test_against_the_reference(shape, bins, dtype):
     curve, error = fr.calibration_curve(logits, target, bins), fr.calibration_error(logits, target, bins)
     want, want_error = reference(logits, target, bins)
     assert (
-        all(v.dtype == torch.float64 and v.shape == (bins,) for v in curve) and error.shape == () and error.dtype == torch.float64
+        all(v.dtype == torch.float64 and v.shape == (bins,) for v in curve)
+        and error.shape == ()
+        and error.dtype == torch.float64
     )
     torch.testing.assert_close(
         torch.stack(curve, 1), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12, equal_nan=True
@@ -55,7 +59,10 @@ def test_by_hand():
 
 def test_ends():
     sure = torch.tensor([[0.0, 1000.0], [math.inf, 0.0]])
-    assert fr.calibration_error(sure[:1], torch.tensor([1])) == 0 and fr.calibration_error(sure[:1], torch.tensor([0])) == 1
+    assert (
+        fr.calibration_error(sure[:1], torch.tensor([1])) == 0
+        and fr.calibration_error(sure[:1], torch.tensor([0])) == 1
+    )
     for broken in (sure, torch.full((2, 2), math.nan)):  # a softmax with an infinity is NaN
         assert fr.calibration_error(broken, torch.tensor([1, 0])).isnan()
         assert fr.calibration_curve(broken, torch.tensor([1, 0])).count.sum() == (1 if broken is sure else 0)
@@ -72,17 +79,25 @@ def test_refused():
             ((logits.long(), target), TypeError, "logits must be floating point"),
             ((logits[0], target), ValueError, r"logits must be \(N, k\), got \(3,\)"),
             ((torch.randn(4, 0), target), ValueError, r"logits must be \(N, k\)"),
-            ((logits, target[:2]), ValueError, r"target must be class indices \(4,\), got torch.int64 \(2,\)"),
+            (
+                (logits, target[:2]),
+                ValueError,
+                r"target must be class indices \(4,\), got torch.int64 \(2,\)",
+            ),
             ((logits, logits), ValueError, r"of probabilities take .argmax\(1\)"),
             ((logits, target, 0), ValueError, "bins must be at least 1, got 0"),
             ((logits, target, 2.0), TypeError, "bins must be an int"),
         ):
-            with pytest.raises(error, match=f"{call.__name__}: {message}" if "argmax" not in message else message):
+            with pytest.raises(
+                error, match=f"{call.__name__}: {message}" if "argmax" not in message else message
+            ):
                 call(*arguments)
 
 
 def test_label_smoothing_calibrates_a_network_on_the_digits(digits):
-    """A network that knows 1,000 digits by heart is too sure of others; smoothed, in either convention, it is less so."""
+    """A network that knows 1,000 digits by heart is too sure of others; smoothed, in either convention, it is
+    less so.
+    """
     x, y = digits
     error, sure = {}, {}
     for epsilon, smoothing in ((0, "uniform"), (0.02, "uniform"), (0.02, "others")):
@@ -91,7 +106,9 @@ def test_label_smoothing_calibrates_a_network_on_the_digits(digits):
         optimizer = fr.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for batch in (b for _ in range(40) for b in torch.randperm(1000).split(100)):
             optimizer.zero_grad()
-            fr.cross_entropy(model(x[batch]), y[batch], label_smoothing=epsilon, smoothing=smoothing).backward()
+            fr.cross_entropy(
+                model(x[batch]), y[batch], label_smoothing=epsilon, smoothing=smoothing
+            ).backward()
             optimizer.step()
         with torch.no_grad():
             logits = model(x[1000:])
@@ -99,4 +116,7 @@ def test_label_smoothing_calibrates_a_network_on_the_digits(digits):
         sure[epsilon, smoothing] = logits.softmax(1).amax(1).mean().item()
     assert error[0, "uniform"] > 0.04
     for smoothing in ("uniform", "others"):
-        assert error[0.02, smoothing] < 0.75 * error[0, "uniform"] and sure[0.02, smoothing] < sure[0, "uniform"] - 0.03
+        assert (
+            error[0.02, smoothing] < 0.75 * error[0, "uniform"]
+            and sure[0.02, smoothing] < sure[0, "uniform"] - 0.03
+        )

@@ -1,8 +1,8 @@
 """Cross-entropy against its written formula in float64, and against torch wherever torch has the feature.
 
-Proven: values and gradients for every dtype, shape, layout and option, also where torch gives NaN or rounds badly; derivatives of
-first to third order; that nothing is overwritten; the same bits for any thread count and instruction set; each door (compile,
-checkpoint, autocast, hooks); that wrong arguments are errors.
+Proven: values and gradients for every dtype, shape, layout and option, also where torch gives NaN or rounds
+badly; derivatives of first to third order; that nothing is overwritten; the same bits for any thread count
+and instruction set; each door (compile, checkpoint, autocast, hooks); that wrong arguments are errors.
 """
 
 import hashlib
@@ -24,20 +24,55 @@ import fastreg as fr
 INF = float("inf")
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 TINY = {torch.float64: 1e-300, torch.float32: 1e-37, torch.float16: 2.0**-25, torch.bfloat16: 1e-37}
-SHAPES = [(5,), (1,), (3, 1), (7, 2), (6, 10), (4, 17), (3, 5, 4), (2, 10, 33), (2, 3, 4, 5), (2, 3, 2, 3, 2), (3, 1000)]
+SHAPES = [
+    (5,),
+    (1,),
+    (3, 1),
+    (7, 2),
+    (6, 10),
+    (4, 17),
+    (3, 5, 4),
+    (2, 10, 33),
+    (2, 3, 4, 5),
+    (2, 3, 2, 3, 2),
+    (3, 1000),
+]
 
 
-def reference(x, target, weight=None, ignore_index=-100, label_smoothing=0.0, smoothing="uniform", z_loss=0.0, reduction="mean"):
+def reference(
+    x,
+    target,
+    weight=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    smoothing="uniform",
+    z_loss=0.0,
+    reduction="mean",
+):
     """The formula, in float64. Rows are (N, C, ...) or (C,)."""
-    dim, k, x, soft = min(1, x.dim() - 1), x.shape[min(1, x.dim() - 1)], x.double(), target.is_floating_point()
-    spread, w = (label_smoothing / k, 1.0) if smoothing == "uniform" else (label_smoothing / max(k - 1, 1), 1.0)
+    dim, k, x, soft = (
+        min(1, x.dim() - 1),
+        x.shape[min(1, x.dim() - 1)],
+        x.double(),
+        target.is_floating_point(),
+    )
+    spread, w = (
+        (label_smoothing / k, 1.0) if smoothing == "uniform" else (label_smoothing / max(k - 1, 1), 1.0)
+    )
     kept = torch.ones_like(x.select(dim, 0)) if soft else (target != ignore_index).double()
     t = target.double() if soft else F.one_hot(target.long().where(kept > 0, 0), k).movedim(-1, dim).double()
     if weight is not None:
         w = weight.double().view(k, *(1,) * (x.dim() - dim - 1))
-    q, lse = w * ((1 - label_smoothing - (spread if smoothing == "others" else 0)) * t + spread), x.logsumexp(dim)
+    q, lse = (
+        w * ((1 - label_smoothing - (spread if smoothing == "others" else 0)) * t + spread),
+        x.logsumexp(dim),
+    )
     loss = kept * (torch.where(q == 0, 0, q * (lse.unsqueeze(dim) - x)).sum(dim) + z_loss * lse**2)
-    divisor = kept.sum() if soft or weight is None else (kept * weight.double()[target.long().where(kept > 0, 0)]).sum()
+    divisor = (
+        kept.sum()
+        if soft or weight is None
+        else (kept * weight.double()[target.long().where(kept > 0, 0)]).sum()
+    )
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / divisor
 
 
@@ -50,7 +85,9 @@ def assert_rounded(got, want, what="", noise=1e-6):
 
 
 def assert_gradient(got, want, scale=1.0, what=""):
-    """Each element within one rounding of its dtype, plus float32's (float64's) noise on a difference p - q of size `scale`."""
+    """Each element within one rounding of its dtype, plus float32's (float64's) noise on a difference p - q
+    of size `scale`.
+    """
     noise = 2e-15 if got.dtype == torch.float64 else 6e-7
     room = want.abs() * UNIT[got.dtype] * 1.01 + TINY[got.dtype] + noise * scale
     worst = ((got.double() - want).abs() - room).max() if got.numel() else torch.tensor(0.0)
@@ -83,7 +120,9 @@ def option_sets(k, soft):
         ("none", "mean", "sum"), (0.0, 0.1, 1.0), ("uniform", "others"), (None, weight), ignore
     ):
         if smoothing == "uniform" or (k > 1 and eps > 0):
-            yield dict(reduction=reduction, label_smoothing=eps, smoothing=smoothing, weight=w, ignore_index=i)
+            yield dict(
+                reduction=reduction, label_smoothing=eps, smoothing=smoothing, weight=w, ignore_index=i
+            )
 
 
 def check_case(x, target, options):
@@ -93,7 +132,9 @@ def check_case(x, target, options):
     assert got_grad.shape == x.shape
     assert_rounded(got_loss, want_loss, options)
     if want_loss.isfinite().all():
-        assert_gradient(got_grad, want_grad, max(1.0, want_grad.abs().max().item() if x.numel() else 1.0), options)
+        assert_gradient(
+            got_grad, want_grad, max(1.0, want_grad.abs().max().item() if x.numel() else 1.0), options
+        )
 
 
 # ---------------------------------------------------------------- values and first gradients
@@ -115,7 +156,11 @@ def test_matches_the_formula(shape, dtype, soft):
 
 def test_matches_the_formula_at_a_vocabulary(dtype):
     x, target = case((3, 32000), dtype)
-    for options in (dict(), dict(label_smoothing=0.1), dict(label_smoothing=0.1, smoothing="others", weight=torch.rand(32000))):
+    for options in (
+        dict(),
+        dict(label_smoothing=0.1),
+        dict(label_smoothing=0.1, smoothing="others", weight=torch.rand(32000)),
+    ):
         check_case(x, target, options)
     check_case(*case((2, 32000), dtype, soft=True), dict(reduction="sum"))
 
@@ -176,7 +221,9 @@ def layouts(x):
 @pytest.mark.parametrize("shape", [(6, 37), (3, 10, 35), (2, 5, 3, 7), (2, 3, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
 def test_any_strides(shape, soft, dtype):
-    """Rows side by side are summed class by class, others lane by lane: the last bits may differ, the reference decides."""
+    """Rows side by side are summed class by class, others lane by lane: the last bits may differ, the
+    reference decides.
+    """
     x, target = case(shape, dtype, soft)
     options = dict(label_smoothing=0.1, weight=torch.rand(shape[1]), reduction="none")
     want_loss, want_grad = loss_and_gradient(reference, x.double(), target, **options)
@@ -243,7 +290,9 @@ def test_expanded_logits(dtype):
     assert_rounded(loss, reference(x, target, reduction="none"))
     assert_gradient(grad, loss_and_gradient(reference, x.double(), target, reduction="none")[1])
     column = case((10, 1), dtype)[0].expand(10, 4)
-    assert_rounded(fr.cross_entropy(column, target % 4, reduction="none"), torch.full((10,), 4.0).double().log())
+    assert_rounded(
+        fr.cross_entropy(column, target % 4, reduction="none"), torch.full((10,), 4.0).double().log()
+    )
 
 
 def test_the_gradient_keeps_the_memory_format():
@@ -283,9 +332,13 @@ def test_more_than_2_to_the_31_logits():
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
 def test_z_loss(soft, dtype):
     x, target = case((6, 10), dtype, soft)
-    for reduction, weight, eps in itertools.product(("none", "mean", "sum"), (None, torch.rand(10)), (0.0, 0.1)):
+    for reduction, weight, eps in itertools.product(
+        ("none", "mean", "sum"), (None, torch.rand(10)), (0.0, 0.1)
+    ):
         ignore = {} if soft else {"ignore_index": target[0].item()}
-        check_case(x, target, dict(z_loss=0.03, reduction=reduction, weight=weight, label_smoothing=eps, **ignore))
+        check_case(
+            x, target, dict(z_loss=0.03, reduction=reduction, weight=weight, label_smoothing=eps, **ignore)
+        )
 
 
 def test_smoothing_others_is_the_textbook_target():
@@ -293,8 +346,12 @@ def test_smoothing_others_is_the_textbook_target():
     q = torch.full((6, 10), 0.1 / 9, dtype=torch.float64)
     q[torch.arange(6), target] = 0.9
     want = -(q * x.log_softmax(1)).sum(1)
-    assert_rounded(fr.cross_entropy(x, target, label_smoothing=0.1, smoothing="others", reduction="none"), want)
-    assert not torch.allclose(fr.cross_entropy(x, target, label_smoothing=0.1, reduction="none"), want, rtol=1e-4)
+    assert_rounded(
+        fr.cross_entropy(x, target, label_smoothing=0.1, smoothing="others", reduction="none"), want
+    )
+    assert not torch.allclose(
+        fr.cross_entropy(x, target, label_smoothing=0.1, reduction="none"), want, rtol=1e-4
+    )
 
 
 def test_all_ignored(dtype):
@@ -317,7 +374,9 @@ def test_rows_without_weight_are_no_rows():
 
 def test_all_ignored_zero_has_zero_second_derivatives():
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(fr.cross_entropy(x, torch.full((4,), -100), all_ignored="zero"), x, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        fr.cross_entropy(x, torch.full((4,), -100), all_ignored="zero"), x, create_graph=True
+    )
     assert torch.equal(torch.autograd.grad(grad.sum(), x)[0], torch.zeros(4, 5, dtype=torch.float64))
 
 
@@ -358,7 +417,9 @@ def test_small_losses_keep_their_digits(real):
         target = torch.tensor([0, 2])
         loss, grad = loss_and_gradient(fr.cross_entropy, x, target, reduction="none")
         want = torch.tensor(-gap).double().exp() * (1 + torch.tensor(-1.0).double().exp())
-        torch.testing.assert_close(loss.double(), want.log1p().expand(2), rtol=max(1.1 * UNIT[real], 1e-6), atol=0)
+        torch.testing.assert_close(
+            loss.double(), want.log1p().expand(2), rtol=max(1.1 * UNIT[real], 1e-6), atol=0
+        )
         p_rest = want / (1 + want)
         if gap < 30:  # beyond, 1 - p is below float64's resolution of 1
             torch.testing.assert_close(grad[0, 0].double(), -p_rest, rtol=max(2.1 * UNIT[real], 1e-6), atol=0)
@@ -382,7 +443,9 @@ def test_a_class_that_cannot_be_and_needs_not_be(dtype):
         for r, columns in enumerate(kept):
             one = t[r, columns] if t.is_floating_point() else torch.tensor(columns.index(t[r]))
             small_w = None if w is None else w[columns]
-            row, want_grad = loss_and_gradient(reference, x[r, columns].double(), one, weight=small_w, reduction="sum")
+            row, want_grad = loss_and_gradient(
+                reference, x[r, columns].double(), one, weight=small_w, reduction="sum"
+            )
             assert_rounded(loss[r], row)
             assert_gradient(grad[r, columns], want_grad)
             assert (grad[r, [c for c in range(4) if c not in columns]] == 0).all()
@@ -414,7 +477,11 @@ def test_smoothing_onto_all_others_leaves_the_target_free_to_be_impossible(weigh
     )
     w = torch.ones(3) if weight is None else weight[1:]
     want, want_grad = loss_and_gradient(
-        reference, x[:, 1:].double(), torch.full((1, 3), 1 / 3, dtype=torch.float64), weight=w, reduction="sum"
+        reference,
+        x[:, 1:].double(),
+        torch.full((1, 3), 1 / 3, dtype=torch.float64),
+        weight=w,
+        reduction="sum",
     )
     assert_rounded(loss, want)
     assert_gradient(grad[:, 1:], want_grad)
@@ -479,10 +546,14 @@ def test_logits_are_never_modified(dtype):
 
 
 def test_the_exponential_is_within_2_ulp():
-    """Read from the softmax in the gradient: for logits 0 and x it is e^x / (1 + e^x), two roundings away from e^x."""
+    """Read from the softmax in the gradient: for logits 0 and x it is e^x / (1 + e^x), two roundings away
+    from e^x.
+    """
     x = torch.cat([torch.linspace(-87.3, 0, 400_001), -torch.logspace(-8, 1.9, 20_000)])
     logits = torch.stack([torch.zeros_like(x), x], 1).requires_grad_()
-    p = torch.autograd.grad(fr.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64), reduction="sum"), logits)[0]
+    p = torch.autograd.grad(
+        fr.cross_entropy(logits, torch.zeros(len(x), dtype=torch.int64), reduction="sum"), logits
+    )[0]
     want = x.double().exp()
     got = p[:, 1].double() * (1 + want)
     ulp = torch.ldexp(torch.ones(len(x), dtype=torch.float64), want.frexp()[1] - 24)
@@ -557,7 +628,9 @@ def test_second_derivative_in_every_dtype(narrow):
 
     got, want = second(fr.cross_entropy, x, v), second(reference, x.double(), v.double())
     assert got.dtype == narrow
-    torch.testing.assert_close(got.double(), want, rtol=4 * UNIT[narrow], atol=8 * UNIT[narrow] * want.abs().max().item())
+    torch.testing.assert_close(
+        got.double(), want, rtol=4 * UNIT[narrow], atol=8 * UNIT[narrow] * want.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("scale", (0.3, -2.0, 1024.0), ids=str)
@@ -566,12 +639,21 @@ def test_incoming_gradients_other_than_one(scale, reduction, dtype):
     x, target = case((8, 12), dtype)
     x.requires_grad_()
     (
-        fr.cross_entropy(x, target, reduction=reduction, loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        fr.cross_entropy(
+            x,
+            target,
+            reduction=reduction,
+            loss_dtype=torch.float64 if dtype == torch.float64 else torch.float32,
+        )
         * scale
     ).sum().backward()
     want = loss_and_gradient(reference, x.double(), target, torch.tensor(1.0), reduction="sum")[1]
     want = want * scale / (8 if reduction == "mean" else 1)
-    room = 3.1 * UNIT[dtype] * want.abs() + TINY[dtype] + (6e-7 if dtype != torch.float64 else 1e-15) * abs(scale)
+    room = (
+        3.1 * UNIT[dtype] * want.abs()
+        + TINY[dtype]
+        + (6e-7 if dtype != torch.float64 else 1e-15) * abs(scale)
+    )
     assert ((x.grad.double() - want).abs() <= room).all()
 
 
@@ -579,15 +661,21 @@ def test_a_gradient_of_its_own_for_each_element():
     x, target = case((8, 12), torch.float64)
     g = torch.randn(8, dtype=torch.float64)
     got = loss_and_gradient(fr.cross_entropy, x, target, g, reduction="none")[1]
-    torch.testing.assert_close(got, loss_and_gradient(reference, x, target, g, reduction="none")[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        got, loss_and_gradient(reference, x, target, g, reduction="none")[1], rtol=1e-12, atol=1e-15
+    )
     x, target = case((3, 5, 4), torch.float64)
     g = torch.randn(3, 4, dtype=torch.float64)
     got = loss_and_gradient(fr.cross_entropy, x, target, g, reduction="none")[1]
-    torch.testing.assert_close(got, loss_and_gradient(reference, x, target, g, reduction="none")[1], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(
+        got, loss_and_gradient(reference, x, target, g, reduction="none")[1], rtol=1e-12, atol=1e-15
+    )
 
 
 def test_float16_gradients_survive_a_loss_scale():
-    """Most softmax values of 30,000 rows' mean are below float16's least number; scaled by 65536 they are not."""
+    """Most softmax values of 30,000 rows' mean are below float16's least number; scaled by 65536 they are
+    not.
+    """
     x, target = case((3000, 50), torch.float16)
     x.requires_grad_()
     (fr.cross_entropy(x, target, loss_dtype=torch.float32) * 65536).backward()
@@ -596,13 +684,17 @@ def test_float16_gradients_survive_a_loss_scale():
     assert (naive == 0).float().mean() > 0.1  # what a gradient stored in float16 before scaling would lose
     assert ((x.grad.double() - want).abs() <= 2.0**-11 * want.abs() * 1.01 + 2.0**-25 + 1e-6 * 22).all()
     small = want.abs() < 2e-3
-    assert ((x.grad.double() - want)[small].abs() <= 2.0**-11 * 2e-3 + 1e-6).all() and (x.grad[want.abs() > 1e-6] != 0).all()
+    assert ((x.grad.double() - want)[small].abs() <= 2.0**-11 * 2e-3 + 1e-6).all() and (
+        x.grad[want.abs() > 1e-6] != 0
+    ).all()
 
 
 @pytest.mark.parametrize("leaf", (True, False), ids=("leaf", "non-leaf"))
 @pytest.mark.parametrize("reduction", ("mean", "sum"))
 def test_two_backward_calls_and_accumulation(leaf, reduction, dtype):
-    """backward() hands out the saved gradient itself where it may; nothing that happens to .grad may reach it."""
+    """backward() hands out the saved gradient itself where it may; nothing that happens to .grad may reach
+    it.
+    """
     x, target = case((6, 10), dtype)
     want = loss_and_gradient(fr.cross_entropy, x, target, reduction=reduction)[1]
     base = x.clone().requires_grad_()
@@ -629,7 +721,10 @@ def test_one_loss_used_twice_and_two_losses_of_one_input():
     x.requires_grad_()
     loss = fr.cross_entropy(x, target)
     (loss + 2 * loss + fr.cross_entropy(x, target, label_smoothing=0.1)).backward()
-    want = 3 * loss_and_gradient(reference, x, target)[1] + loss_and_gradient(reference, x, target, label_smoothing=0.1)[1]
+    want = (
+        3 * loss_and_gradient(reference, x, target)[1]
+        + loss_and_gradient(reference, x, target, label_smoothing=0.1)[1]
+    )
     torch.testing.assert_close(x.grad, want, rtol=1e-12, atol=1e-15)
 
 
@@ -706,7 +801,9 @@ def test_without_gradients():
     want = fr.cross_entropy(x, target)
     assert want.requires_grad
     with torch.no_grad():
-        assert torch.equal(fr.cross_entropy(x, target), want) and not fr.cross_entropy(x, target).requires_grad
+        assert (
+            torch.equal(fr.cross_entropy(x, target), want) and not fr.cross_entropy(x, target).requires_grad
+        )
     with torch.inference_mode():
         assert torch.equal(fr.cross_entropy(x, target), want)
         inside = fr.cross_entropy(x.clone(), target.clone())
@@ -789,7 +886,9 @@ def test_the_same_bits_for_any_thread_count_and_for_every_instruction_set_that_f
     first, *others = values.values()
     for other in others:
         for a, b in zip(first, other, strict=True):
-            rtol = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[a.dtype]
+            rtol = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[
+                a.dtype
+            ]
             torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * 1e-1, equal_nan=True)
 
 
@@ -798,7 +897,10 @@ def test_the_same_bits_for_any_thread_count_and_for_every_instruction_set_that_f
 
 def compiled_function(x, target, weight):
     y = x * 2
-    return fr.cross_entropy(y, target, weight, label_smoothing=0.1) + 0.5 * fr.cross_entropy(y, target, reduction="none").sum()
+    return (
+        fr.cross_entropy(y, target, weight, label_smoothing=0.1)
+        + 0.5 * fr.cross_entropy(y, target, reduction="none").sum()
+    )
 
 
 @pytest.mark.parametrize("narrow", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -823,8 +925,12 @@ def test_compile_every_option():
         (soft, dict(reduction="sum", loss_dtype=torch.float64)),
         (target.int(), dict(weight=torch.rand(3))),
     ):
-        compiled = torch.compile(lambda x, t, o=options: fr.cross_entropy(x, t, **o), fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(loss_and_gradient(compiled, x, t), loss_and_gradient(fr.cross_entropy, x, t, **options))
+        compiled = torch.compile(
+            lambda x, t, o=options: fr.cross_entropy(x, t, **o), fullgraph=True, backend="aot_eager"
+        )
+        torch.testing.assert_close(
+            loss_and_gradient(compiled, x, t), loss_and_gradient(fr.cross_entropy, x, t, **options)
+        )
 
 
 @pytest.mark.slow
@@ -849,11 +955,27 @@ def test_opcheck(with_grad, dtype):
         ((0, 5), False, False, 2),
     ):
         x, target = case(shape, dtype, soft)
-        w = torch.rand(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32) if weight else None
+        w = (
+            torch.rand(shape[1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+            if weight
+            else None
+        )
         for layout in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
             torch.library.opcheck(
                 torch.ops.fastreg.cross_entropy.default,
-                (layout, target, w, reduction, -100, 0.1, False, 0.1, False, torch.float32 if soft else None, with_grad),
+                (
+                    layout,
+                    target,
+                    w,
+                    reduction,
+                    -100,
+                    0.1,
+                    False,
+                    0.1,
+                    False,
+                    torch.float32 if soft else None,
+                    with_grad,
+                ),
             )
 
 
@@ -866,7 +988,12 @@ def x24():
 
 T2 = torch.tensor([0, 1])
 WRONG = {
-    "class too large": (ValueError, r"target must be in \[0, 4\).*got 4 at element 1", lambda: (x24(), torch.tensor([0, 4])), {}),
+    "class too large": (
+        ValueError,
+        r"target must be in \[0, 4\).*got 4 at element 1",
+        lambda: (x24(), torch.tensor([0, 4])),
+        {},
+    ),
     "class negative": (ValueError, r"got -1 at element 0", lambda: (x24(), torch.tensor([-1, 0])), {}),
     "class far": (ValueError, "target must be in", lambda: (x24(), torch.tensor([0, 2**40])), {}),
     "int8 -100 is ignore_index, uint8 156 is not": (
@@ -875,12 +1002,32 @@ WRONG = {
         lambda: (x24(), torch.tensor([0, 156], dtype=torch.uint8)),
         {},
     ),
-    "batch sizes": (ValueError, r"target must have shape \(2,\).*got \(3,\)", lambda: (x24(), torch.tensor([0, 1, 2])), {}),
-    "spatial sizes": (ValueError, "target must have shape", lambda: (torch.randn(2, 4, 3), torch.zeros(2, 4).long()), {}),
-    "target like probabilities, but int": (ValueError, "target must have shape", lambda: (x24(), torch.zeros(2, 4).long()), {}),
+    "batch sizes": (
+        ValueError,
+        r"target must have shape \(2,\).*got \(3,\)",
+        lambda: (x24(), torch.tensor([0, 1, 2])),
+        {},
+    ),
+    "spatial sizes": (
+        ValueError,
+        "target must have shape",
+        lambda: (torch.randn(2, 4, 3), torch.zeros(2, 4).long()),
+        {},
+    ),
+    "target like probabilities, but int": (
+        ValueError,
+        "target must have shape",
+        lambda: (x24(), torch.zeros(2, 4).long()),
+        {},
+    ),
     "float indices": (ValueError, r"int64.*\.long\(\)", lambda: (x24(), torch.tensor([0.0, 1.0])), {}),
     "one index for a batch": (ValueError, "target must have shape", lambda: (x24(), torch.tensor(1)), {}),
-    "indices for one row": (ValueError, r"target must have shape \(\)", lambda: (torch.randn(4), torch.tensor([1])), {}),
+    "indices for one row": (
+        ValueError,
+        r"target must have shape \(\)",
+        lambda: (torch.randn(4), torch.tensor([1])),
+        {},
+    ),
     "soft shape": (ValueError, "target must have shape", lambda: (x24(), torch.rand(2, 5)), {}),
     "bool target": (TypeError, "got torch.bool", lambda: (x24(), torch.tensor([True, False])), {}),
     "bool mask": (TypeError, "got torch.bool", lambda: (x24(), torch.ones(2, 4).bool()), {}),
@@ -892,21 +1039,86 @@ WRONG = {
     "no class": (ValueError, "at least one class", lambda: (torch.randn(2, 0), T2), {}),
     "input no tensor": (TypeError, "input must be a torch.Tensor, got list", lambda: ([[1.0, 2.0]], T2), {}),
     "target no tensor": (TypeError, "target must be a torch.Tensor, got list", lambda: (x24(), [0, 1]), {}),
-    "weight no tensor": (TypeError, "weight must be a torch.Tensor", lambda: (x24(), T2), dict(weight=[1.0] * 4)),
-    "weight length": (ValueError, r"shape \(4,\), got \(5,\)", lambda: (x24(), T2), dict(weight=torch.ones(5))),
-    "weight matrix": (ValueError, "weight must have one value", lambda: (x24(), T2), dict(weight=torch.ones(4, 1))),
+    "weight no tensor": (
+        TypeError,
+        "weight must be a torch.Tensor",
+        lambda: (x24(), T2),
+        dict(weight=[1.0] * 4),
+    ),
+    "weight length": (
+        ValueError,
+        r"shape \(4,\), got \(5,\)",
+        lambda: (x24(), T2),
+        dict(weight=torch.ones(5)),
+    ),
+    "weight matrix": (
+        ValueError,
+        "weight must have one value",
+        lambda: (x24(), T2),
+        dict(weight=torch.ones(4, 1)),
+    ),
     "weight int": (TypeError, "got torch.int64", lambda: (x24(), T2), dict(weight=torch.ones(4).long())),
-    "weight complex": (TypeError, "got torch.complex64", lambda: (x24(), T2), dict(weight=torch.ones(4).cfloat())),
-    "weight learned": (ValueError, "detach", lambda: (x24(), T2), dict(weight=torch.ones(4, requires_grad=True))),
-    "target elsewhere": (ValueError, "target must be on cpu", lambda: (x24(), torch.zeros(2, device="meta").long()), {}),
-    "weight elsewhere": (ValueError, "weight must be on cpu", lambda: (x24(), T2), dict(weight=torch.ones(4, device="meta"))),
-    "smoothing NaN": (ValueError, "label_smoothing must be in", lambda: (x24(), T2), dict(label_smoothing=float("nan"))),
-    "smoothing negative": (ValueError, "label_smoothing must be in", lambda: (x24(), T2), dict(label_smoothing=-0.1)),
-    "smoothing 2": (ValueError, r"label_smoothing must be in \[0, 1\], got 2", lambda: (x24(), T2), dict(label_smoothing=2)),
-    "smoothing text": (TypeError, "label_smoothing must be a number", lambda: (x24(), T2), dict(label_smoothing="0.1")),
-    "reduction": (ValueError, "reduction must be one of 'none', 'mean', 'sum'", lambda: (x24(), T2), dict(reduction="avg")),
+    "weight complex": (
+        TypeError,
+        "got torch.complex64",
+        lambda: (x24(), T2),
+        dict(weight=torch.ones(4).cfloat()),
+    ),
+    "weight learned": (
+        ValueError,
+        "detach",
+        lambda: (x24(), T2),
+        dict(weight=torch.ones(4, requires_grad=True)),
+    ),
+    "target elsewhere": (
+        ValueError,
+        "target must be on cpu",
+        lambda: (x24(), torch.zeros(2, device="meta").long()),
+        {},
+    ),
+    "weight elsewhere": (
+        ValueError,
+        "weight must be on cpu",
+        lambda: (x24(), T2),
+        dict(weight=torch.ones(4, device="meta")),
+    ),
+    "smoothing NaN": (
+        ValueError,
+        "label_smoothing must be in",
+        lambda: (x24(), T2),
+        dict(label_smoothing=float("nan")),
+    ),
+    "smoothing negative": (
+        ValueError,
+        "label_smoothing must be in",
+        lambda: (x24(), T2),
+        dict(label_smoothing=-0.1),
+    ),
+    "smoothing 2": (
+        ValueError,
+        r"label_smoothing must be in \[0, 1\], got 2",
+        lambda: (x24(), T2),
+        dict(label_smoothing=2),
+    ),
+    "smoothing text": (
+        TypeError,
+        "label_smoothing must be a number",
+        lambda: (x24(), T2),
+        dict(label_smoothing="0.1"),
+    ),
+    "reduction": (
+        ValueError,
+        "reduction must be one of 'none', 'mean', 'sum'",
+        lambda: (x24(), T2),
+        dict(reduction="avg"),
+    ),
     "smoothing kind": (ValueError, "smoothing must be one of", lambda: (x24(), T2), dict(smoothing="other")),
-    "all_ignored": (ValueError, "all_ignored must be one of", lambda: (x24(), T2), dict(all_ignored="ignore")),
+    "all_ignored": (
+        ValueError,
+        "all_ignored must be one of",
+        lambda: (x24(), T2),
+        dict(all_ignored="ignore"),
+    ),
     "others alone": (
         ValueError,
         "at least two classes",
@@ -922,7 +1134,12 @@ WRONG = {
         lambda: (x24(), torch.rand(2, 4)),
         dict(ignore_index=2),
     ),
-    "ignore_index float": (TypeError, "ignore_index must be an int", lambda: (x24(), T2), dict(ignore_index=1.5)),
+    "ignore_index float": (
+        TypeError,
+        "ignore_index must be an int",
+        lambda: (x24(), T2),
+        dict(ignore_index=1.5),
+    ),
     "loss_dtype": (ValueError, "loss_dtype must be", lambda: (x24(), T2), dict(loss_dtype=torch.float16)),
     "loss_dtype int": (ValueError, "loss_dtype must be", lambda: (x24(), T2), dict(loss_dtype=torch.int32)),
 }

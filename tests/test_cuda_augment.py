@@ -1,4 +1,6 @@
-"""The CUDA kernels of augmentation, executed without a GPU, against the CPU operators: the same bits, but for sums."""
+"""The CUDA kernels of augmentation, executed without a GPU, against the CPU operators: the same bits, but for
+sums.
+"""
 
 import ctypes
 
@@ -6,7 +8,18 @@ import numpy as np
 import pytest
 import torch
 from cuda_hosted import augmentations, pictures
-from cuda_machine import DTYPES, SCHEDULES, Seed, interpreted, needs_cudacheck, needs_nvcc, same, seed_at, structure, traffic
+from cuda_machine import (
+    DTYPES,
+    SCHEDULES,
+    Seed,
+    interpreted,
+    needs_cudacheck,
+    needs_nvcc,
+    same,
+    seed_at,
+    structure,
+    traffic,
+)
 
 import fastreg
 from fastreg.augment import _op
@@ -57,12 +70,14 @@ MatrixArgs = structure(
 
 DrawArgs = structure(
     "DrawArgs",
-    "SampleArgs sample\nMatrixArgs matrix\npointer colour\nint64 blur_width, blur_height\npointer blur, boxes",
+    "SampleArgs sample\nMatrixArgs matrix\npointer colour\nint64 blur_width, blur_height\npointer blur, "
+    "boxes",
     SampleArgs=SampleArgs,
     MatrixArgs=MatrixArgs,
 )
 GaussianArgs = structure(
-    "GaussianArgs", "int64 batch, width, height\npointer sigma_x, sigma_y\nint64 stride_x, stride_y\npointer out"
+    "GaussianArgs",
+    "int64 batch, width, height\npointer sigma_x, sigma_y\nint64 stride_x, stride_y\npointer out",
 )
 
 
@@ -72,7 +87,13 @@ def arguments(machine, x, tables, size, static, out_dtype, output, grad=None, mi
     blur_width, blur_height, steps, interpolation, padding, antialias, normalise = static
     held = (ctypes.c_double * len(constants))(*constants)
     at = {}
-    for name, table in (("matrices", matrices), ("colour", colour), ("blur", blur), ("boxes", boxes), ("windows", windows)):
+    for name, table in (
+        ("matrices", matrices),
+        ("colour", colour),
+        ("blur", blur),
+        ("boxes", boxes),
+        ("windows", windows),
+    ):
         at[name] = None if table is None else machine.put(table, name).at
     four = ctypes.c_int64 * 4
     return AugmentArgs(
@@ -125,7 +146,9 @@ def assert_same(got, want):
 @pytest.mark.parametrize("channels", (1, 3, 4))
 def test_the_same_bits_as_on_the_cpu(channels, dtype):
     for (interpolation, padding), size in zip(
-        ((0, 3), (1, 0), (1, 3), (1, 2), (2, 1), (2, 3)), ((9, 7), (9, 14), (9, 7), (6, 7), (1, 30), (9, 7)), strict=True
+        ((0, 3), (1, 0), (1, 3), (1, 2), (2, 1), (2, 3)),
+        ((9, 7), (9, 14), (9, 7), (6, 7), (1, 30), (9, 7)),
+        strict=True,
     ):
         x = pictures(3, channels, 9, 7, dtype)
         tables, static = augmentations(3, 9, 7, channels, padding, interpolation, seed=padding)
@@ -139,23 +162,30 @@ def test_the_same_bits_as_on_the_cpu(channels, dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
 @pytest.mark.parametrize("blur", ((3, 3), (1, 5), (15, 3), (3, 29)))
 def test_blur(blur, dtype):
-    """In tiles, a large kernel by way of an image in memory; where tiles meet, and where the image is smaller than they are."""
+    """In tiles, a large kernel by way of an image in memory; where tiles meet, and where the image is smaller
+    than they are.
+    """
     for shape in ((1, 3, 37, 40), (2, 1, 4, 150)):
         x = pictures(*shape, dtype)
         tables, static = augmentations(shape[0], *shape[2:], shape[1], 2, 1, blur=blur)
         want = CPU.augment(x, *tables, *shape[2:], *static, torch.float32)
         got, reports = run(x, tables, shape[2:], static, torch.float32)
         assert_same(got, want)
-        assert len(reports) == 2 + (max(blur) > 13), "sums of grey, tiles, and the second half of a large blur"
+        assert len(reports) == 2 + (max(blur) > 13), (
+            "sums of grey, tiles, and the second half of a large blur"
+        )
     for schedule in SCHEDULES[1:]:
         assert_same(run(x, tables, shape[2:], static, torch.float32, schedule=schedule)[0], want)
     if dtype == torch.uint8:
         static = (*static[:-1], False)
-        assert same(run(x, tables, shape[2:], static, dtype)[0], CPU.augment(x, *tables, *shape[2:], *static, dtype))
+        assert same(
+            run(x, tables, shape[2:], static, dtype)[0], CPU.augment(x, *tables, *shape[2:], *static, dtype)
+        )
 
 
 @pytest.mark.parametrize(
-    ("dtype", "padding"), list(zip((torch.float32, torch.bfloat16, torch.uint8, torch.float64), range(4), strict=True))
+    ("dtype", "padding"),
+    list(zip((torch.float32, torch.bfloat16, torch.uint8, torch.float64), range(4), strict=True)),
 )
 @pytest.mark.parametrize("interpolation", (1, 2))
 def test_antialias(interpolation, dtype, padding):
@@ -190,11 +220,20 @@ def test_a_sample_that_is_no_good_is_nan():
     matrices[1, 0, 0], matrices[2, 1, 2] = float("inf"), 2.0**30
     windows = torch.tensor([[0, 0, 6, 5], [0, 0, 6, 5], [0, 0, 6, 5], [3, 0, 4, 5]])
     x = pictures(4, 3, 6, 5, torch.float32)
-    tables = (matrices, torch.full((4, 4), 0.5).double(), None, None, windows, [0.0] * 6 + [1.0] * 3 + [0.0] * 3)
+    tables = (
+        matrices,
+        torch.full((4, 4), 0.5).double(),
+        None,
+        None,
+        windows,
+        [0.0] * 6 + [1.0] * 3 + [0.0] * 3,
+    )
     for steps in (0, 15):
         got, _ = run(x, tables, (6, 5), (1, 1, steps, 1, 0, True, False), torch.float32)
         assert got[0].isfinite().all() and got[1:].isnan().all()
-        grad, _ = run(x, tables, (6, 5), (1, 1, steps & 7, 1, 0, True, False), torch.float32, torch.ones_like(x))
+        grad, _ = run(
+            x, tables, (6, 5), (1, 1, steps & 7, 1, 0, True, False), torch.float32, torch.ones_like(x)
+        )
         assert grad[0].abs().max() > 0 and grad[1:].abs().max() == 0
     bytes_, _ = run((x * 255).byte(), tables, (6, 5), (1, 1, 0, 1, 0, False, False), torch.uint8)
     assert bytes_[0].max() > 0 and bytes_[1:].max() == 0
@@ -210,9 +249,13 @@ GRADIENTS = (  # interpolation, padding, blur, antialias
 
 def assert_gradient(x, given, schedules=SCHEDULES[:1]):
     interpolation, padding, blur, antialias = given
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(x.dtype, 2**-6 if x.dtype == torch.bfloat16 else 2**-9)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5}.get(
+        x.dtype, 2**-6 if x.dtype == torch.bfloat16 else 2**-9
+    )
     steps = 15 if x.shape[1] == 1 else 7
-    tables, static = augmentations(len(x), *x.shape[2:], x.shape[1], padding, interpolation, antialias, blur, steps)
+    tables, static = augmentations(
+        len(x), *x.shape[2:], x.shape[1], padding, interpolation, antialias, blur, steps
+    )
     grad = pictures(*x.shape[:2], 5, 8, x.dtype, seed=1)
     want = CPU.augment_backward(grad, x, *tables, 5, 8, *static, x.dtype)
     for schedule in schedules:
@@ -245,17 +288,37 @@ def typical(batch, side, blur=None, steps=15):
     drawn = aug.sample(torch.empty(batch, 3, side, side), seed=1)
     colour = torch.rand(batch, 4, generator=generator, dtype=torch.float64)
     weights = torch.full((batch, 2 * blur), 1 / blur).double() if blur else None
-    tables = (drawn.matrices(side, side), colour if steps else None, weights, None, None, [0.0] * 6 + [2.0] * 3 + [-1.0] * 3)
+    tables = (
+        drawn.matrices(side, side),
+        colour if steps else None,
+        weights,
+        None,
+        None,
+        [0.0] * 6 + [2.0] * 3 + [-1.0] * 3,
+    )
     return tables, (blur or 1, blur or 1, steps, 1, 0, False, True)
 
 
 def for_the_table(dtype):
-    """(what, dtype, values, floor in bytes, reports, op) of typical calls, as tests/cuda_table.py writes them down."""
+    """(what, dtype, values, floor in bytes, reports, op) of typical calls, as tests/cuda_table.py writes them
+    down.
+    """
     x = pictures(4, 3, 128, 128, dtype)
     values, floor = x.numel(), x.numel() * (dtype.itemsize + 4)
-    for what, blur, steps in (("geometry", None, 0), ("geometry and colour", None, 15), ("all steps, blur 3 × 3", 3, 15)):
+    for what, blur, steps in (
+        ("geometry", None, 0),
+        ("geometry and colour", None, 15),
+        ("all steps, blur 3 × 3", 3, 15),
+    ):
         tables, static = typical(4, 128, blur, steps)
-        yield f"augment, {what}", dtype, values, floor, run(x, tables, (128, 128), static, torch.float32)[1], "augment"
+        yield (
+            f"augment, {what}",
+            dtype,
+            values,
+            floor,
+            run(x, tables, (128, 128), static, torch.float32)[1],
+            "augment",
+        )
 
 
 def unique(reports, name, op):
@@ -265,7 +328,8 @@ def unique(reports, name, op):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
 @pytest.mark.parametrize(
-    ("blur", "steps", "launches"), [(None, 13, 1), (None, 15, 2), (3, 13, 1), (3, 15, 2), (17, 13, 2), (17, 15, 3)]
+    ("blur", "steps", "launches"),
+    [(None, 13, 1), (None, 15, 2), (3, 13, 1), (3, 15, 2), (17, 13, 2), (17, 15, 3)],
 )
 def test_launches_and_bytes(blur, steps, launches, dtype):
     x = pictures(2, 3, 64, 64, dtype)
@@ -276,8 +340,12 @@ def test_launches_and_bytes(blur, steps, launches, dtype):
     source = unique(reports, "images", "ld")
     assert len(source) == (2 if steps & 2 else 1), "read by the sums of grey, and by what makes the pixels"
     assert all(nbytes <= x.numel() * x.element_size() for nbytes in source)
-    written = [report.traffic.rows["output", "st"] for report in reports if ("output", "st") in report.traffic.rows]
-    assert len(written) == 1 and 32 * written[0]["sectors"] == written[0]["bytes"] == got.numel() * 4, "whole sectors, each once"
+    written = [
+        report.traffic.rows["output", "st"] for report in reports if ("output", "st") in report.traffic.rows
+    ]
+    assert len(written) == 1 and 32 * written[0]["sectors"] == written[0]["bytes"] == got.numel() * 4, (
+        "whole sectors, each once"
+    )
 
 
 def test_neighbours_come_from_few_sectors():
@@ -302,7 +370,9 @@ def test_more_items_than_blocks():
 
     def make(machine):
         virtual = machine.device.virtual
-        images = virtual(4 * batch, "images", lambda offsets, width: (offsets // 4 % 7 / 7).astype(np.float32))
+        images = virtual(
+            4 * batch, "images", lambda offsets, width: (offsets // 4 % 7 / 7).astype(np.float32)
+        )
         colour = virtual(32 * batch, "colour", lambda offsets, width: 0.5 + (offsets // 32 % 5) / 10.0)
         output = virtual(4 * batch, "output", None)
         held = (ctypes.c_double * 4)(0, 0, 1, 0)
@@ -352,9 +422,16 @@ def test_more_than_2_31_values():
 @pytest.mark.parametrize("crop", range(3))
 def test_parameters_are_the_cpus(crop):
     seed, low, high, batch = torch.tensor([-5]), [0.25] * 22, [1.75] * 22, 300
-    chances, crop_box, erase_box, sizes = [0.5, 0.25, 0.75], [0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0], [11, 13, 8, 9]
+    chances, crop_box, erase_box, sizes = (
+        [0.5, 0.25, 0.75],
+        [0.1, 1.0, -0.3, 0.3, 2.0],
+        [0.1, 0.3, -1.0, 1.0],
+        [11, 13, 8, 9],
+    )
     blur = (3, 5)
-    want = CPU.augment_draw(torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes, *blur)
+    want = CPU.augment_draw(
+        torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes, *blur
+    )
     table, kept = want[0], []
 
     def draw(machine):

@@ -1,4 +1,6 @@
-"""What nvcc makes of the CUDA kernels (registers, spills), what the built module registers, what is said where it is missing."""
+"""What nvcc makes of the CUDA kernels (registers, spills), what the built module registers, what is said
+where it is missing.
+"""
 
 import re
 import subprocess
@@ -17,7 +19,9 @@ OPS = sorted(path.parent.name for path in CSRC.glob("*/*_cuda.cu"))
 
 
 def resources(op):
-    """{kernel: (registers, bytes spilled or on the stack, bytes of static shared memory)} on sm_80, as ptxas says."""
+    """{kernel: (registers, bytes spilled or on the stack, bytes of static shared memory)} on sm_80, as ptxas
+    says.
+    """
     source = CSRC / op / f"{op}_cuda.cu"
 
     def build(path):
@@ -33,12 +37,18 @@ def resources(op):
             "-o",
             path.with_suffix(".cubin"),
         ]
-        path.write_text(subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=True).stderr)
+        path.write_text(
+            subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=True).stderr
+        )
 
     kernels = {}
     for entry in built(f"{op}-ptxas.txt", sources(op), build).read_text().split("entry function '")[1:]:
-        registers, shared = (re.search(pattern, entry) for pattern in (r"Used (\d+) registers", r"(\d+) bytes smem"))
-        spilled = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers, shared = (
+            re.search(pattern, entry) for pattern in (r"Used (\d+) registers", r"(\d+) bytes smem")
+        )
+        spilled = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        )
         numbers = int(registers[1]), sum(map(int, spilled.groups())), int(shared[1]) if shared else 0
         kernels[kernel(entry.split("'")[0])] = numbers
     return kernels
@@ -55,12 +65,14 @@ def test_registers_and_spills(op):
     kernels = {name: used for name, used in resources(op).items() if not any(rows in name for rows in ROWS)}
     assert len(kernels) >= 4
     assert {name: spilled for name, (_, spilled, _) in kernels.items() if spilled} == {}
-    assert {name: registers for name, (registers, _, _) in kernels.items() if registers > registers_at_most(name)} == {}
+    assert {
+        name: registers for name, (registers, _, _) in kernels.items() if registers > registers_at_most(name)
+    } == {}
 
 
 def registers_at_most(kernel):
-    """64, for four blocks of 256 threads on a multiprocessor; 80, for three, where more than a pixel is kept; 160, for one, where
-    a pixel is the sum of many, where its gradient is taken, and for float64."""
+    """64, for four blocks of 256 threads on a multiprocessor; 80, for three, where more than a pixel is kept;
+    160, for one, where a pixel is the sum of many, where its gradient is taken, and for float64."""
     if "Grid" in kernel or "backward" in kernel or "ImageId" in kernel:
         return 160
     return 80 if "grey_sums" in kernel or "augment_tiles" in kernel else 64
@@ -73,10 +85,16 @@ def test_no_float64_arithmetic_where_it_is_not_asked_for(op):
     names = 0
     for module in interpreted(op).modules:
         for name, function in module.functions.items():
-            if re.search(r"I(\w*E)?d[dLbE]|Id[,E]|GridId|ImageId", name) or any(rows in name for rows in ROWS):
+            if re.search(r"I(\w*E)?d[dLbE]|Id[,E]|GridId|ImageId", name) or any(
+                rows in name for rows in ROWS
+            ):
                 continue
             names += 1
-            doubles = [i.text for i in function.code if re.match(r"(add|sub|mul|fma|mad|div|rcp|sqrt|ex2|lg2)\S*\.f64", i.text)]
+            doubles = [
+                i.text
+                for i in function.code
+                if re.match(r"(add|sub|mul|fma|mad|div|rcp|sqrt|ex2|lg2)\S*\.f64", i.text)
+            ]
             assert doubles == [], name
     assert names >= 3
 
@@ -85,7 +103,9 @@ def test_every_operator_has_a_cuda_kernel():
     if _registry.cuda is None:
         pytest.skip(_registry.why_no_cuda)
     missing = [
-        name for name in _registry.declared() if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{name}", "CUDA")
+        name
+        for name in _registry.declared()
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastreg::{name}", "CUDA")
     ]
     assert missing == []
     assert _registry.cuda.build_info()["nvcc"].split(".")[0] == torch.version.cuda.split(".")[0]
@@ -103,7 +123,10 @@ def test_a_gpu_tensor_without_cuda_kernels(version, says, monkeypatch):
     kernels, reason = _registry._load_cuda()
     monkeypatch.setattr(_registry, "cuda", kernels)
     monkeypatch.setattr(_registry, "why_no_cuda", reason)
-    with pytest.raises(RuntimeError, match=rf"dropout: expected tensors on the CPU, got a tensor on 'cuda'; .*{says}.*\.cpu\(\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=rf"dropout: expected tensors on the CPU, got a tensor on 'cuda'; .*{says}.*\.cpu\(\)",
+    ):
         _registry._no_kernel("dropout")(_OnGpu())
 
 
@@ -117,7 +140,11 @@ def test_launch_errors_say_what_to_do():
     if _registry.cuda is None:
         pytest.skip(_registry.why_no_cuda)
     no_image, old_driver, invalid = (_registry.cuda.launch_error("dropout", code) for code in (209, 35, 1))
-    assert no_image.startswith("dropout: ") and "not built for this GPU" in no_image and "FASTREG_CUDA_ARCHS" in no_image
+    assert (
+        no_image.startswith("dropout: ")
+        and "not built for this GPU" in no_image
+        and "FASTREG_CUDA_ARCHS" in no_image
+    )
     assert old_driver.startswith("dropout: ") and "driver is older" in old_driver and "update" in old_driver
     assert invalid == "dropout: invalid argument"
 
@@ -160,11 +187,21 @@ def test_a_gpus_seed_is_its_generators_count(monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: drawn.append(kwargs["device"]))
     device = torch.device("cuda", 0)
     first, second = (_seeds.draw_seed(device) for _ in range(2))
-    assert first.dtype == torch.int64 and first.shape == (1,) and first.is_cpu and first != second and generator.offset == 8
+    assert (
+        first.dtype == torch.int64
+        and first.shape == (1,)
+        and first.is_cpu
+        and first != second
+        and generator.offset == 8
+    )
     generator.set_offset(0)  # what torch.manual_seed and a checkpoint do
     assert torch.equal(_seeds.draw_seed(device), first) and not drawn
     other = _Generator(7)
-    assert not torch.equal(_seeds.draw_seed(device, other), first) and other.offset == 4 and generator.offset == 4
+    assert (
+        not torch.equal(_seeds.draw_seed(device, other), first)
+        and other.offset == 4
+        and generator.offset == 4
+    )
     capturing[0] = True  # a replay must draw anew
     _seeds.draw_seed(device)
     assert drawn == [device]
@@ -177,11 +214,17 @@ def test_a_gpus_seed_is_its_generators_count(monkeypatch):
 def test_seeds_of_neighbouring_counts_are_unrelated():
     seeds = [_seeds.mix_seed(seed, offset) for seed in (0, 1, 2**64 - 1) for offset in range(0, 4000, 4)]
     assert len(set(seeds)) == 3000 and min(seeds) < -(2**62) and max(seeds) >= 2**62
-    ones = torch.tensor([[seed >> bit & 1 for bit in range(64)] for seed in seeds[:1000]], dtype=torch.float64).mean(0)
+    ones = torch.tensor(
+        [[seed >> bit & 1 for bit in range(64)] for seed in seeds[:1000]], dtype=torch.float64
+    ).mean(0)
     assert ((ones - 0.5).abs() < 5 * 0.5 / 1000**0.5).all()
     assert _seeds.mix_seed(0, 0) == 0xE220A8397B1DCDAF - 2**64  # splitmix64's first number from 0
     if _registry.fast is not None:
-        assert all(_registry.fast.mix_seed(s, o) == _seeds.mix_seed(s, o) for s in (0, 5, 2**64 - 1) for o in (0, 4, 2**40))
+        assert all(
+            _registry.fast.mix_seed(s, o) == _seeds.mix_seed(s, o)
+            for s in (0, 5, 2**64 - 1)
+            for o in (0, 4, 2**40)
+        )
 
 
 def test_patch_leaves_dropout_to_the_compiler_on_a_gpu(monkeypatch):

@@ -5,7 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, dtype_number, interpreted, needs_cudacheck, needs_nvcc, structure, traffic
+from cuda_machine import (
+    DTYPES,
+    SCHEDULES,
+    dtype_number,
+    interpreted,
+    needs_cudacheck,
+    needs_nvcc,
+    structure,
+    traffic,
+)
 
 pytestmark = [needs_cudacheck, needs_nvcc]
 
@@ -30,7 +39,9 @@ CrossEntropyLaunch = structure(
     pointer loss, lse, scratch""",
     CrossEntropyArgs=CrossEntropyArgs,
 )
-CrossEntropyScale = structure("CrossEntropyScale", "int dtype, factor_dtype\npointer values\nint64 numel\npointer factor")
+CrossEntropyScale = structure(
+    "CrossEntropyScale", "int dtype, factor_dtype\npointer values\nint64 numel\npointer factor"
+)
 SUM_BLOCKS = 256
 
 
@@ -42,7 +53,9 @@ def coefficients(k, eps, others):
 def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, others=False, z_loss=0.0, zero=False,
         loss_dtype=None, with_grad=True, row_factor=None, in_place=False, like=None, misaligned=0, debug=False,
         **options):  # fmt: skip
-    """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, positions); like: the form of the gradient."""
+    """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, positions); like: the form of the
+    gradient.
+    """
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     n, k = x.shape[:2]
     positions = x.shape[2] if x.dim() == 3 else n
@@ -74,7 +87,9 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
         slots["loss"] = machine.room(loss, "loss")
         slots["lse"] = machine.room(torch.empty(rows, dtype=statistics), "lse")
         if reduction != "none":
-            slots["scratch"] = machine.room(torch.empty(2 + 2 * SUM_BLOCKS + rows, dtype=statistics), "scratch")
+            slots["scratch"] = machine.room(
+                torch.empty(2 + 2 * SUM_BLOCKS + rows, dtype=statistics), "scratch"
+            )
         at = {name: slot.at for name, slot in slots.items()}
         mix, base = coefficients(k, eps, others)
         form = slots["grad"].like if with_grad else x
@@ -85,7 +100,9 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
             ignore_index, mix, base, z_loss, 1.0, at.get("row_factor"),
         )  # fmt: skip
         number = ("none", "mean", "sum").index(reduction)
-        return CrossEntropyLaunch(args, number, zero, dtype_number(loss_dtype), at["loss"], at["lse"], at.get("scratch"))
+        return CrossEntropyLaunch(
+            args, number, zero, dtype_number(loss_dtype), at["loss"], at["lse"], at.get("scratch")
+        )
 
     kernels = interpreted("cross_entropy", debug=True) if debug else interpreted("cross_entropy")
     reports = kernels.run("cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, **options)
@@ -95,7 +112,8 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
 
 def exact(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, others=False, z_loss=0.0, zero=False,
           row_factor=None, **_):  # fmt: skip
-    """(loss, grad, lse, parts) in float64, rows in the order of the kernel; loss of each row if reduction is none.
+    """(loss, grad, lse, parts) in float64, rows in the order of the kernel; loss of each row if reduction is
+    none.
 
     parts: the sizes of the numbers whose sum the gradient is, where they may cancel.
     """
@@ -123,13 +141,25 @@ def exact(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, 
     others = e.scatter(1, at, 0).sum(1, keepdim=True)
     lse, p, not_p = (top + others.log1p())[:, 0], e / (1 + others), (others + (1 - e)) / (1 + others)
     loss = torch.where(q == 0, 0, q * (others.log1p() - (x - top))).sum(1) + z_loss * lse**2
-    factor = 1.0 if reduction != "mean" else 0.0 if normaliser == 0 and zero else 1 / normaliser if normaliser else torch.nan
+    factor = (
+        1.0
+        if reduction != "mean"
+        else 0.0
+        if normaliser == 0 and zero
+        else 1 / normaliser
+        if normaliser
+        else torch.nan
+    )
     factor = torch.full_like(loss, factor) if row_factor is None else row_factor.double()
     q_sum = q.sum(1, keepdim=True)
     grad = torch.where(p < 0.5, q_sum * p - q, (q_sum - q) - q_sum * not_p) + 2 * z_loss * lse[:, None] * p
     grad = grad * factor[:, None]
     parts = grad.abs() + (2 * q * factor[:, None].abs() if eps or z_loss or target.is_floating_point() else 0)
-    loss, lse, grad = torch.where(keep, loss, 0), torch.where(keep, lse, 0), torch.where(keep[:, None], grad, 0)
+    loss, lse, grad = (
+        torch.where(keep, loss, 0),
+        torch.where(keep, lse, 0),
+        torch.where(keep[:, None], grad, 0),
+    )
     if reduction == "sum":
         loss = loss.sum()
     elif reduction == "mean":
@@ -138,8 +168,8 @@ def exact(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, 
 
 
 def ulps(value, expected, unit, magnitude=None):
-    """The largest error of what is finite, in units of the last place of the expected value, or of a larger magnitude that it is
-    made of; the rest must be the same."""
+    """The largest error of what is finite, in units of the last place of the expected value, or of a larger
+    magnitude that it is made of; the rest must be the same."""
     odd = ~expected.isfinite()
     assert torch.equal(torch.nan_to_num(value[odd].double(), 1.5), torch.nan_to_num(expected[odd], 1.5))
     if odd.all():
@@ -170,7 +200,9 @@ def check(x, target, loss_ulps=2.0, grad_tolerance=2.0**-19, **options):
 
 
 def numbers(*shape, dtype=torch.float32, seed=0, scale=3.0):
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).to(dtype)
+    return (
+        scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).to(dtype)
 
 
 def classes(*shape, k, ignored=0.2, seed=1):
@@ -179,8 +211,8 @@ def classes(*shape, k, ignored=0.2, seed=1):
     return target.where(torch.rand(shape, generator=generator) >= ignored, -100)
 
 
-# Shapes for each way of sharing rows out: a thread per row of few classes; a warp per row; a block per row; a thread per row of
-# rows side by side, by tiles of 128 and of 32 of them, and without a tile.
+# Shapes for each way of sharing rows out: a thread per row of few classes; a warp per row; a block per row; a
+# thread per row of rows side by side, by tiles of 128 and of 32 of them, and without a tile.
 WAYS = {
     "few": (150, 7),
     "warp": (5, 301),
@@ -217,12 +249,21 @@ OPTIONS = {
 
 @pytest.mark.parametrize(
     ("way", "options"),
-    [(way, options) for way in WAYS for options in OPTIONS if way not in SLOW or options in ("all", "in place")],
+    [
+        (way, options)
+        for way in WAYS
+        for options in OPTIONS
+        if way not in SLOW or options in ("all", "in place")
+    ],
 )
 def test_options(way, options):
     shape = WAYS[way]
     dtype = DTYPES[(list(WAYS).index(way) + list(OPTIONS).index(options)) % 4]
-    x, target, more = numbers(*shape, dtype=dtype, scale=1.0), classes(shape[0], *shape[2:], k=shape[1]), dict(OPTIONS[options])
+    x, target, more = (
+        numbers(*shape, dtype=dtype, scale=1.0),
+        classes(shape[0], *shape[2:], k=shape[1]),
+        dict(OPTIONS[options]),
+    )
     statistics = torch.float64 if dtype == torch.float64 else torch.float32
     if more.get("weight"):
         more["weight"] = numbers(shape[1], dtype=statistics, seed=2).abs() + 0.1
@@ -248,11 +289,17 @@ def test_probabilities_of_columns_too_long_for_a_tile():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "misaligned"), [(dtype, bytes) for dtype in DTYPES for bytes in (2, 4, 8) if bytes % dtype.itemsize == 0]
+    ("dtype", "misaligned"),
+    [(dtype, bytes) for dtype in DTYPES for bytes in (2, 4, 8) if bytes % dtype.itemsize == 0],
 )
 def test_unaligned(dtype, misaligned):
     for shape in ((33, 5), (3, 301), (1, 20, 130)):
-        check(numbers(*shape, dtype=dtype), classes(shape[0], *shape[2:], k=shape[1]), misaligned=misaligned, eps=0.1)
+        check(
+            numbers(*shape, dtype=dtype),
+            classes(shape[0], *shape[2:], k=shape[1]),
+            misaligned=misaligned,
+            eps=0.1,
+        )
 
 
 VIEWS = {
@@ -277,7 +324,11 @@ def test_strides(view, dtype):
     target = classes(x.shape[0], *x.shape[2:], k=x.shape[1])
     check(x, target, like=torch.empty_like(x), eps=0.1, schedule="random")
     check(x, target, like=torch.empty(x.shape, dtype=dtype))
-    soft = VIEWS[view](numbers(4000, seed=5).abs()) if view != "expanded" else numbers(*x.shape, seed=5).softmax(1)
+    soft = (
+        VIEWS[view](numbers(4000, seed=5).abs())
+        if view != "expanded"
+        else numbers(*x.shape, seed=5).softmax(1)
+    )
     check(x, soft, like=torch.empty(x.shape, dtype=dtype), reduction="none", loss_ulps=4)
 
 
@@ -291,14 +342,25 @@ def test_rows_that_exceed_shared_memory(dtype):
     k = 90_001 if dtype.itemsize == 2 else 42_003
     check(numbers(1, k, dtype=dtype), torch.tensor([k - 2]), eps=0.1)
     if dtype == torch.bfloat16:
-        check(numbers(1, k, dtype=dtype), torch.tensor([k - 2]), in_place=True, row_factor=torch.ones(1), reduction="none")
+        check(
+            numbers(1, k, dtype=dtype),
+            torch.tensor([k - 2]),
+            in_place=True,
+            row_factor=torch.ones(1),
+            reduction="none",
+        )
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_logits_that_ascend(way):
     """The reference moves at every step of a row in order, were it to follow each: thousands of roundings."""
     shape = WAYS[way]
-    x = (torch.arange(shape[1]) * (40.0 / shape[1])).view(1, -1, *(1,) * (len(shape) - 2)).expand(shape).contiguous()
+    x = (
+        (torch.arange(shape[1]) * (40.0 / shape[1]))
+        .view(1, -1, *(1,) * (len(shape) - 2))
+        .expand(shape)
+        .contiguous()
+    )
     check(x, classes(shape[0], *shape[2:], k=shape[1]), reduction="none", grad_tolerance=2.0**-18)
 
 
@@ -315,7 +377,16 @@ def test_one_class_has_nearly_all_the_mass(dtype):
         check(x, target, reduction="none", loss_ulps=distance, grad_tolerance=distance * 2.0**-23)
 
 
-HOSTILE = ["nan", "inf", "-inf", "all -inf", "-inf at the target", "largest negative", "huge", "-inf at all others"]
+HOSTILE = [
+    "nan",
+    "inf",
+    "-inf",
+    "all -inf",
+    "-inf at the target",
+    "largest negative",
+    "huge",
+    "-inf at all others",
+]
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
@@ -333,7 +404,9 @@ def test_hostile_logits(way, hostile):
     elif hostile == "-inf at all others":
         x = torch.full_like(x, -torch.inf).scatter_(1, index, 3.0)
     else:
-        value = {"-inf": -torch.inf, "largest negative": torch.finfo(torch.float32).min, "huge": 3e38}[hostile]
+        value = {"-inf": -torch.inf, "largest negative": torch.finfo(torch.float32).min, "huge": 3e38}[
+            hostile
+        ]
         x[:, : shape[1] // 2] = value
     for eps in (0.0, 0.1):
         loss, grad, _, _ = run(x, target, reduction="none", eps=eps)
@@ -341,7 +414,9 @@ def test_hostile_logits(way, hostile):
         expected = torch.nn.functional.cross_entropy(theirs, target, reduction="none", label_smoothing=eps)
         expected.sum().backward()
         expected, expected_grad = expected.detach().reshape(-1).float(), theirs.grad.float()
-        assert torch.equal(loss.isfinite(), expected.isfinite()) and torch.equal(loss.isnan(), expected.isnan())
+        assert torch.equal(loss.isfinite(), expected.isfinite()) and torch.equal(
+            loss.isnan(), expected.isnan()
+        )
         assert torch.allclose(loss[loss.isfinite()], expected[expected.isfinite()], rtol=1e-5, atol=1e-6)
         finite = expected_grad.isfinite()
         assert torch.equal(finite, grad.isfinite())
@@ -385,7 +460,9 @@ def test_one_class():
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(20, 7), (3, 301), (2, 2051), (1, 21, 137)], ids=str)
 def test_class_index_out_of_range(shape, weighted):
-    """Nothing is read or written out of bounds; the row's loss and gradient are NaN, every other row is right."""
+    """Nothing is read or written out of bounds; the row's loss and gradient are NaN, every other row is
+    right.
+    """
     x, target = numbers(*shape), classes(shape[0], *shape[2:], k=shape[1], ignored=0)
     weight = numbers(shape[1], seed=2).abs() if weighted else None
     wrong = (0,) * target.dim(), (-1,) * target.dim()
@@ -398,7 +475,9 @@ def test_class_index_out_of_range(shape, weighted):
     bad = good.reshape(-1) == -100
     assert torch.equal(loss.isnan(), bad) and torch.allclose(loss[~bad].double(), expected[~bad], rtol=1e-5)
     rows, expected_rows = (t.movedim(1, -1).reshape(-1, shape[1]) for t in (grad, expected_grad))
-    assert rows[bad].isnan().all() and torch.allclose(rows[~bad].double(), expected_rows[~bad], rtol=1e-4, atol=1e-7)
+    assert rows[bad].isnan().all() and torch.allclose(
+        rows[~bad].double(), expected_rows[~bad], rtol=1e-4, atol=1e-7
+    )
     for reduction in ("mean", "sum"):
         loss, grad, _, _ = run(x, target, weight=weight, reduction=reduction)
         rows = grad.movedim(1, -1).reshape(-1, shape[1])
@@ -451,7 +530,8 @@ def test_bytes_moved(shape, dtype):
     statistics = max(dtype.itemsize, 4)
     rows = target.numel()
     floor = x.numel() * (dtype.itemsize + grad.element_size()) + rows * (8 + 8 + 3 * statistics)
-    # Few rows: a sector for a number, read by each warp. A warp's 32 numbers of float64 in a row off alignment lie in 9 sectors.
+    # Few rows: a sector for a number, read by each warp. A warp's 32 numbers of float64 in a row off
+    # alignment lie in 9 sectors.
     of_rows = floor if rows > 100 else floor + 1000 * rows
     most = 1.05 * (9 / 8 if dtype == torch.float64 and shape[1] % 4 else 1)
     assert floor <= traffic(reports) <= most * of_rows, reports[-3]
@@ -496,7 +576,9 @@ def test_more_than_2_31_elements(layout):
     rows, loss = written["loss"].writes(np.float32)
     at, grad = written["grad"].writes(np.float32)
     assert rows.max() == n - 1 and at.max() == n * k - 1 and len(at) == len(rows) * k == len(set(at.tolist()))
-    index = np.arange(k)[None, :] * n + rows[:, None] if layout == "columns" else rows[:, None] * k + np.arange(k)
+    index = (
+        np.arange(k)[None, :] * n + rows[:, None] if layout == "columns" else rows[:, None] * k + np.arange(k)
+    )
     x, target = torch.from_numpy(value(index)), torch.from_numpy(rows % k)
     expected, expected_grad, _, _ = exact(x, target, reduction="none")
     assert torch.allclose(torch.from_numpy(loss).double(), expected, rtol=1e-6)
@@ -515,9 +597,13 @@ def test_scale(dtype, factor):
             def arguments(machine, x=x, n=n, misaligned=misaligned, factor_dtype=factor_dtype, slots=slots):
                 slots["x"] = machine.put(x, "x", offset=misaligned, readonly=False)
                 g = machine.put(torch.tensor(factor, dtype=factor_dtype), "g")
-                return CrossEntropyScale(dtype_number(dtype), dtype_number(factor_dtype), slots["x"].at, n, g.at)
+                return CrossEntropyScale(
+                    dtype_number(dtype), dtype_number(factor_dtype), slots["x"].at, n, g.at
+                )
 
-            reports = interpreted("cross_entropy").run("cross_entropy_scale_cuda", arguments, CrossEntropyScale)
+            reports = interpreted("cross_entropy").run(
+                "cross_entropy_scale_cuda", arguments, CrossEntropyScale
+            )
             assert torch.equal(slots["x"].result(), x * factor)
             if factor == 1 and n:
                 assert traffic(reports) < 3000  # the factor alone, by each warp
@@ -535,4 +621,11 @@ def for_the_table(dtype):
         x, target = numbers(*shape, dtype=dtype), classes(shape[0], *shape[2:], k=shape[1], ignored=0)
         _, grad, _, reports = run(x, target, reduction="none", eps=0.1)
         floor = x.numel() * (dtype.itemsize + grad.element_size()) + target.numel() * 16
-        yield f"cross-entropy with gradient, {what} {shape}", dtype, x.numel(), floor, reports, "cross_entropy"
+        yield (
+            f"cross-entropy with gradient, {what} {shape}",
+            dtype,
+            x.numel(),
+            floor,
+            reports,
+            "cross_entropy",
+        )

@@ -1,4 +1,5 @@
-"""On a GPU: `pytest -m cuda`. Every operator against the CPU's, public functions, CUDA graphs, streams, compute-sanitizer.
+"""On a GPU: `pytest -m cuda`. Every operator against the CPU's, public functions, CUDA graphs, streams,
+compute-sanitizer.
 
 Without a GPU these tests are skipped; tests/test_cuda_*.py execute the same kernels on the CPU.
 """
@@ -24,18 +25,25 @@ pytestmark = [
 
 
 class OnGpu:
-    """torch.ops.fastreg with every tensor taken to the GPU and every result, changed arguments included, brought back."""
+    """torch.ops.fastreg with every tensor taken to the GPU and every result, changed arguments included,
+    brought back.
+    """
 
     def __getattr__(self, name):
         operator = getattr(torch.ops.fastreg, name)
-        written = [argument.is_out or argument.alias_info is not None for argument in operator.default._schema.arguments]
+        written = [
+            argument.is_out or argument.alias_info is not None
+            for argument in operator.default._schema.arguments
+        ]
 
         def run(*args):
             there = [self._take(argument) for argument in args]
             result = operator(*there)
             for argument, moved, changed in zip(args, there, written, strict=False):
                 if changed:
-                    for old, new in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (argument, moved)), strict=True):
+                    for old, new in zip(
+                        *([t] if isinstance(t, torch.Tensor) else t for t in (argument, moved)), strict=True
+                    ):
                         old.copy_(new)
             return self._bring(result)
 
@@ -65,7 +73,9 @@ def seeded(f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
-@pytest.mark.parametrize("f", [fr.dropout, fr.dropout1d, fr.alpha_dropout, fr.drop_path], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "f", [fr.dropout, fr.dropout1d, fr.alpha_dropout, fr.drop_path], ids=lambda f: f.__name__
+)
 def test_dropout_forward_and_backward_agree_with_each_other(f):
     x = torch.ones(64, 33, 7, device="cuda", requires_grad=True)
     y = seeded(f, x, 0.3, True)
@@ -148,7 +158,9 @@ AUGMENT = {"hflip": 0.5, "rotate": 15, "crop": (0.5, 1.0), "size": 24, "brightne
 def test_augmentation_is_the_cpus(dtype):
     x = (torch.rand(9, 3, 30, 33) * (255 if dtype == torch.uint8 else 1)).to(dtype)
     aug = fr.augment.Augment(**AUGMENT)
-    ours, theirs = (fr.augment.apply(x.to(d), aug.sample(x.to(d), seed=4)).cpu().float() for d in ("cuda", "cpu"))
+    ours, theirs = (
+        fr.augment.apply(x.to(d), aug.sample(x.to(d), seed=4)).cpu().float() for d in ("cuda", "cpu")
+    )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-2 if dtype == torch.float16 else 1e-5)
     if dtype == torch.float32:
         grads = []
@@ -227,7 +239,17 @@ def test_nothing_waits_for_the_gpu():
 @pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="no compute-sanitizer on PATH")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 def test_under_compute_sanitizer(tool):
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q"]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+    ]
     tests = [f"{Path(__file__)}::test_operators", "-p", "no:cacheprovider"]
     result = subprocess.run([*command, *tests], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]

@@ -34,7 +34,18 @@ DropoutArgs = structure(
 
 
 def run(
-    x, p=0.4, *, inner=1, offset=0, scale=1 / 0.6, shift=0.0, dropped=0.0, mask=None, misaligned=0, in_place=False, **options
+    x,
+    p=0.4,
+    *,
+    inner=1,
+    offset=0,
+    scale=1 / 0.6,
+    shift=0.0,
+    dropped=0.0,
+    mask=None,
+    misaligned=0,
+    in_place=False,
+    **options,
 ):
     """(output, mask, reports) of the CUDA launcher: forward, or of a given mask."""
     seed = torch.tensor([0x1234_5678_9ABC_DEF0])
@@ -59,7 +70,9 @@ def run(
 
 
 def on_cpu(x, p=0.4, *, inner=1, offset=0, scale=1 / 0.6, shift=0.0, dropped=0.0):
-    return torch.ops.fastreg.dropout(x, p, torch.tensor([0x1234_5678_9ABC_DEF0]), offset, inner, scale, shift, dropped)
+    return torch.ops.fastreg.dropout(
+        x, p, torch.tensor([0x1234_5678_9ABC_DEF0]), offset, inner, scale, shift, dropped
+    )
 
 
 def numbers(shape, dtype):
@@ -142,7 +155,9 @@ def test_alpha_and_in_place(dtype):
 
 
 def test_ties_of_the_upper_bits_are_settled_by_the_lower():
-    """A tie comes once in 65,536 decisions: enough elements for some, and a threshold that the lower bits decide."""
+    """A tie comes once in 65,536 decisions: enough elements for some, and a threshold that the lower bits
+    decide.
+    """
     x = torch.ones(400_003, dtype=torch.bfloat16)
     p = 1 - (0x80008000 / 2**32)
     expected, expected_mask = on_cpu(x, p)
@@ -184,8 +199,12 @@ def test_more_than_2_31_elements():
     kept = np.array([mask_of_byte >> bit & 1 for mask_of_byte in mask for bit in range(8)], bool)
     kept_at = (8 * mask_at[:, None] + np.arange(8)).reshape(-1)
     kept = dict(zip(kept_at.tolist(), kept.tolist(), strict=True))
-    assert all(value == (at % 251 if kept[at] else 0) for at, value in zip(y_at.tolist(), y.tolist(), strict=True))
+    assert all(
+        value == (at % 251 if kept[at] else 0) for at, value in zip(y_at.tolist(), y.tolist(), strict=True)
+    )
     tail = mask[mask_at >= (n - 77) // 8]
     order = mask_at[mask_at >= (n - 77) // 8].argsort()
-    expected = torch.ops.fastreg.dropout(torch.ones(n % 8 + 72 if n % 8 else 80), 0.5, torch.tensor([5]), n // 8 * 8 - 72)[1]
+    expected = torch.ops.fastreg.dropout(
+        torch.ones(n % 8 + 72 if n % 8 else 80), 0.5, torch.tensor([5]), n // 8 * 8 - 72
+    )[1]
     assert torch.equal(torch.from_numpy(tail[order][-len(expected) :]), expected)

@@ -5,7 +5,18 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, Layout, dtype_number, interpreted, needs_cudacheck, needs_nvcc, same, seed_at, traffic
+from cuda_machine import (
+    DTYPES,
+    SCHEDULES,
+    Layout,
+    dtype_number,
+    interpreted,
+    needs_cudacheck,
+    needs_nvcc,
+    same,
+    seed_at,
+    traffic,
+)
 from test_cuda_dropout import DropoutArgs, numbers
 
 import fastreg  # noqa: F401
@@ -26,7 +37,9 @@ class DropoutAddArgs(ctypes.Structure):
 
 
 def run(x, residual, bias=None, p=0.4, *, misaligned=(0, 0, 0), **options):
-    """(output, mask, reports) of the CUDA launcher; `misaligned` are the offsets of input and output, residual, and bias."""
+    """(output, mask, reports) of the CUDA launcher; `misaligned` are the offsets of input and output,
+    residual, and bias.
+    """
     like, bits, slots = torch.empty_like(x), torch.empty((x.numel() + 7) // 8, dtype=torch.uint8), {}
 
     def arguments(machine):
@@ -50,7 +63,9 @@ def three(shape, dtype):
 
 
 def check(x, residual, bias, **options):
-    expected, expected_mask = torch.ops.fastreg.dropout_add(x, residual, bias, 0.4, torch.tensor([SEED]), SCALE)
+    expected, expected_mask = torch.ops.fastreg.dropout_add(
+        x, residual, bias, 0.4, torch.tensor([SEED]), SCALE
+    )
     output, mask, _ = run(x, residual, bias, **options)
     assert torch.equal(mask, expected_mask)
     assert same(output, expected)
@@ -91,7 +106,11 @@ def test_unaligned(which, dtype):
 )
 def test_strides(view, dtype):
     x, residual, _ = three((77, 117), dtype)
-    for a, r in ((view(x), view(residual)), (view(x), view(residual).contiguous()), (view(x).contiguous(), view(residual))):
+    for a, r in (
+        (view(x), view(residual)),
+        (view(x), view(residual).contiguous()),
+        (view(x).contiguous(), view(residual)),
+    ):
         check(a, r, numbers(a.shape[-1:], dtype), schedule="random")
 
 
@@ -107,7 +126,9 @@ def test_probabilities(p):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_moved(dtype):
-    """The bias is asked for once per element, by full sectors, and answered by the cache; the rest is the floor."""
+    """The bias is asked for once per element, by full sectors, and answered by the cache; the rest is the
+    floor.
+    """
     x, residual, bias = three((128, 1024), dtype)
     n = x.numel()
     floor = n * 3 * dtype.itemsize + n // 8
@@ -124,7 +145,9 @@ def test_more_than_2_31_elements():
 
     def arguments(machine):
         x = machine.device.virtual(4 * n, "x", lambda offsets, width: (offsets // 4 % 251).astype(np.float32))
-        residual = machine.device.virtual(4 * n, "residual", lambda offsets, width: (offsets // 4 % 127).astype(np.float32))
+        residual = machine.device.virtual(
+            4 * n, "residual", lambda offsets, width: (offsets // 4 % 127).astype(np.float32)
+        )
         written.append(machine.device.virtual(4 * n, "y"))
         mask = machine.device.virtual((n + 7) // 8, "mask")
         bias, seed = machine.put(torch.arange(20.0) * 1000, "bias").at, seed_at(machine, torch.tensor([5]))

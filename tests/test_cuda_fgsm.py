@@ -1,4 +1,6 @@
-"""The CUDA kernels of the FGSM and PGD steps, executed without a GPU, against the CPU operators: the same bits."""
+"""The CUDA kernels of the FGSM and PGD steps, executed without a GPU, against the CPU operators: the same
+bits.
+"""
 
 import numpy as np
 import pytest
@@ -32,7 +34,9 @@ FgsmArgs = structure(
 
 
 def run(x, grad, origin=None, *, step=0.03, radius=0.1, lower=0.0, upper=1.0, misaligned=0, **options):
-    """(x', reports) of the CUDA launcher. A number is a float or a tensor of the type of accumulation that broadcasts to x."""
+    """(x', reports) of the CUDA launcher. A number is a float or a tensor of the type of accumulation that
+    broadcasts to x.
+    """
     like = torch.empty_like(x)
     output = []
 
@@ -73,7 +77,9 @@ def images(shape, dtype, seed=0):
     grad = grad - 0.5
     if x.numel() > 60:
         x.view(-1)[[1, 30]] = torch.tensor([float("nan"), float("inf")], dtype=torch.float64)
-        grad.view(-1)[[5, 31, 44, 50]] = torch.tensor([float("nan"), -float("inf"), 0.0, -0.0], dtype=torch.float64)
+        grad.view(-1)[[5, 31, 44, 50]] = torch.tensor(
+            [float("nan"), -float("inf"), 0.0, -0.0], dtype=torch.float64
+        )
     return x.to(dtype), grad.to(dtype), origin.to(dtype)
 
 
@@ -114,7 +120,11 @@ def test_numbers_per_channel_sample_and_element(size, dtype, project):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides(dtype):
     x, grad, origin = images((4, 6, 10, 12), dtype)
-    x, grad, origin = x.permute(0, 2, 3, 1), grad[:, :, :, ::1].permute(0, 2, 3, 1), origin.permute(0, 2, 3, 1).contiguous()
+    x, grad, origin = (
+        x.permute(0, 2, 3, 1),
+        grad[:, :, :, ::1].permute(0, 2, 3, 1),
+        origin.permute(0, 2, 3, 1).contiguous(),
+    )
     assert same(run(x, grad, origin)[0], on_cpu(x, grad, origin))
     x, grad = x[1::2, :, ::3], grad[:2, :, :4]
     assert same(run(x, grad)[0], on_cpu(x, grad))
@@ -124,11 +134,15 @@ def test_strides(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_moved(dtype, project):
     x, grad, origin = images((8, 3, 64, 64), dtype)
-    per_channel = torch.tensor([0.02, 0.05, 0.01], dtype=torch.float64 if dtype == torch.float64 else torch.float32).view(3, 1, 1)
+    per_channel = torch.tensor(
+        [0.02, 0.05, 0.01], dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    ).view(3, 1, 1)
     for options in ({}, dict(lower=-per_channel, upper=1 - per_channel)):
         _, reports = run(x, grad, origin if project else None, **options)
         image = [
-            row for (name, _), row in reports[0].traffic.rows.items() if name in ("x", "grad", "origin", "output")
+            row
+            for (name, _), row in reports[0].traffic.rows.items()
+            if name in ("x", "grad", "origin", "output")
         ]  # bounds, read again and again, come from the cache
         floor = (4 if project else 3) * x.numel() * dtype.itemsize
         assert len(reports) == 1

@@ -1,4 +1,6 @@
-"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; cases are in cuda_hosted.py."""
+"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; cases are in
+cuda_hosted.py.
+"""
 
 import os
 import subprocess
@@ -23,5 +25,7 @@ def test_the_results_of_the_cpu_and_no_fault(case, order):
         text=True,
         env={**os.environ, **sanitizers(), "CUDAHOST_ORDER": order},
     )
-    assert result.returncode == 0 and f"done: {case}" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]
+    assert result.returncode == 0 and f"done: {case}" in result.stdout, (
+        result.stdout[-2000:] + result.stderr[-6000:]
+    )
     assert "runtime error" not in result.stderr and "cudahost:" not in result.stderr, result.stderr[-6000:]

@@ -1,4 +1,6 @@
-"""That the tests of the CUDA kernels catch what goes wrong in CUDA kernels: here each is broken in one way, and a test fails."""
+"""That the tests of the CUDA kernels catch what goes wrong in CUDA kernels: here each is broken in one way,
+and a test fails.
+"""
 
 import shutil
 
@@ -37,8 +39,20 @@ def two_samples():
 
 
 MUTATIONS = {
-    "tail off by one": ("dropout", "if (i >= w.numel) continue;", "if (i > w.numel) continue;", dropout_tail, "out-of-bounds"),
-    "misaligned vector load": ("dropout", "word_aligned(a.input, a.output)", "true", dropout_unaligned, "misaligned"),
+    "tail off by one": (
+        "dropout",
+        "if (i >= w.numel) continue;",
+        "if (i > w.numel) continue;",
+        dropout_tail,
+        "out-of-bounds",
+    ),
+    "misaligned vector load": (
+        "dropout",
+        "word_aligned(a.input, a.output)",
+        "true",
+        dropout_unaligned,
+        "misaligned",
+    ),
     "missing barrier": (
         "cross_entropy",
         "  __syncthreads();\n  if (threadIdx.x >= kLanes) return;",

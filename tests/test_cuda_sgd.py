@@ -43,7 +43,9 @@ LAUNCHER = "_ZN7fastreg13sgd_step_cudaERKNS_7SgdArgsEPKNS_9SgdTensorEmPv"
 
 
 def flat(*tensors):
-    """Layouts of tensors that fill their memory in the same order: they are walked as flat memory, as the glue does."""
+    """Layouts of tensors that fill their memory in the same order: they are walked as flat memory, as the
+    glue does.
+    """
     strides = {t.stride() for t in tensors}
     dense = all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
     layouts = [Layout.of(t) for t in tensors]
@@ -80,12 +82,18 @@ class Step:
                 return None if tensor is None else machine.put(tensor, name).at
 
             slots["params"] = [machine.put(p, "param", self.misaligned, readonly=False) for p in self.params]
-            slots["buffers"] = [machine.put(b, "momentum", self.misaligned, readonly=False) for b in self.buffers or ()]
-            slots["started"] = [machine.put(torch.tensor(float(s)), "started", readonly=False) for s in self.started or ()]
+            slots["buffers"] = [
+                machine.put(b, "momentum", self.misaligned, readonly=False) for b in self.buffers or ()
+            ]
+            slots["started"] = [
+                machine.put(torch.tensor(float(s)), "started", readonly=False) for s in self.started or ()
+            ]
             tensors = (SgdTensor * len(self.params))()
             for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
                 parts = [p, g, *(self.buffers[i : i + 1] if self.buffers else ())]
-                layouts = flat(*parts) if self.seed is None or p.is_contiguous() else [Layout.of(t) for t in parts]
+                layouts = (
+                    flat(*parts) if self.seed is None or p.is_contiguous() else [Layout.of(t) for t in parts]
+                )
                 tensors[i] = SgdTensor(
                     dtype_number(p.dtype), slots["params"][i].at, slots["buffers"][i].at if self.buffers else None,
                     machine.put(g, "grad", self.misaligned).at, slots["started"][i].at if self.started else None,
@@ -118,12 +126,16 @@ def check(step, **options):
 def numbers(*shape, dtype=torch.float32, seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if x.numel() > 100:
-        x.view(-1)[[3, 50, 77, 99]] = torch.tensor([float("nan"), float("inf"), 0.0, -0.0], dtype=torch.float64)
+        x.view(-1)[[3, 50, 77, 99]] = torch.tensor(
+            [float("nan"), float("inf"), 0.0, -0.0], dtype=torch.float64
+        )
     return x.to(dtype)
 
 
 def tensors(shapes, dtype, count=3):
-    return [[numbers(*shape, dtype=dtype, seed=7 * i + j) for i, shape in enumerate(shapes)] for j in range(count)]
+    return [
+        [numbers(*shape, dtype=dtype, seed=7 * i + j) for i, shape in enumerate(shapes)] for j in range(count)
+    ]
 
 
 MODES = {
@@ -166,9 +178,13 @@ def test_stochastic_rounding(momentum):
     params, grads, buffers = tensors([(4103,), (77, 41), (8, 8)], torch.bfloat16)
     params[1], grads[1] = params[1].t(), grads[1].t()
     buffers[1] = buffers[1].t()
-    step = Step(params, grads, buffers if momentum else None, momentum=momentum, weight_decay=0.01, seed=-12345)
+    step = Step(
+        params, grads, buffers if momentum else None, momentum=momentum, weight_decay=0.01, seed=-12345
+    )
     check(step, schedule="random")
-    rounded = Step(params, grads, buffers if momentum else None, momentum=momentum, weight_decay=0.01).on_cpu()
+    rounded = Step(
+        params, grads, buffers if momentum else None, momentum=momentum, weight_decay=0.01
+    ).on_cpu()
     assert not all_same(step.on_cpu()[0], rounded[0])
 
 
@@ -177,7 +193,11 @@ def test_strides_and_unaligned(dtype):
     params, grads, buffers = tensors([(40, 60), (40, 60), (7, 9, 11), (4000,)], dtype)
     params[1] = params[1][::2, 1::3]
     grads[1], buffers[1] = grads[1][:20, :20], buffers[1][::2, ::3]
-    params[2], grads[2], buffers[2] = params[2].permute(2, 0, 1), grads[2].permute(2, 0, 1), buffers[2].permute(2, 0, 1)
+    params[2], grads[2], buffers[2] = (
+        params[2].permute(2, 0, 1),
+        grads[2].permute(2, 0, 1),
+        buffers[2].permute(2, 0, 1),
+    )
     params[0] = params[0].t().contiguous().t()
     check(Step(params, grads, buffers, momentum=0.9, nesterov=True))
     check(Step(params, grads, buffers, momentum=0.9, misaligned=dtype.itemsize))

@@ -1,5 +1,5 @@
-"""The demo: its loaders and their errors, a small run from end to end, the page in a browser, its claims, and what Ctrl-C
-leaves behind."""
+"""The demo: its loaders and their errors, a small run from end to end, the page in a browser, its claims, and
+what Ctrl-C leaves behind."""
 
 import contextlib
 import html
@@ -82,7 +82,15 @@ def whole(tmp_path_factory):
     np.savez(folder / "blobs.npz", X=x, y=y)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
         _shorten(patch)
-        arguments = ["--data", str(folder / "blobs.npz"), "--out", str(folder / "deep" / "report"), "--quick", "--seeds", "2"]
+        arguments = [
+            "--data",
+            str(folder / "blobs.npz"),
+            "--out",
+            str(folder / "deep" / "report"),
+            "--quick",
+            "--seeds",
+            "2",
+        ]
         assert demo.main(arguments) == 0
     return *_read(folder / "deep" / "report"), shown.getvalue(), folder / "deep" / "report"
 
@@ -132,7 +140,9 @@ def test_split_is_disjoint_complete_and_the_same_every_time():
 )
 def test_pixels_end_in_the_unit_range(x, low, high):
     got = data.split(x, np.arange(20) % 2, "x").x_train
-    assert got.min().item() == pytest.approx(low, abs=1e-3) and got.max().item() == pytest.approx(high, abs=1e-3)
+    assert got.min().item() == pytest.approx(low, abs=1e-3) and got.max().item() == pytest.approx(
+        high, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -230,7 +240,8 @@ def _images(folder, mode="L", size=(9, 7), n=8):
 
 
 @pytest.mark.parametrize(
-    ("mode", "size", "picture"), [("L", (9, 7), (7, 9)), ("RGB", (9, 7), (7, 9, 3)), ("L", (80, 80), (32, 32))]
+    ("mode", "size", "picture"),
+    [("L", (9, 7), (7, 9)), ("RGB", (9, 7), (7, 9, 3)), ("L", (80, 80), (32, 32))],
 )
 def test_folder_of_images(tmp_path, mode, size, picture):
     _images(tmp_path / "pets", mode, size)
@@ -243,7 +254,9 @@ def test_folder_of_images(tmp_path, mode, size, picture):
 
 def test_folder_of_mixed_images_is_brought_to_one_shape(tmp_path):
     _images(tmp_path / "pets")
-    Image.fromarray(RNG.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "pets" / "cat" / "wide.jpg")
+    Image.fromarray(RNG.integers(0, 255, (20, 30, 3), dtype=np.uint8)).save(
+        tmp_path / "pets" / "cat" / "wide.jpg"
+    )
     Image.fromarray(np.full((9, 9), 40000, dtype=np.uint16)).save(tmp_path / "pets" / "dog" / "deep.png")
     assert data.load(str(tmp_path / "pets")).picture_shape == (32, 32, 3)
 
@@ -276,7 +289,9 @@ def test_bad_folders(tmp_path, capsys):
 # Options and output
 
 
-@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--threads", "-1"], ["--seeds", "x"], ["--nonsense"]])
+@pytest.mark.parametrize(
+    "arguments", [["--seeds", "0"], ["--threads", "-1"], ["--seeds", "x"], ["--nonsense"]]
+)
 def test_bad_options(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         demo.main(arguments)
@@ -285,7 +300,9 @@ def test_bad_options(arguments, capsys):
 
 
 def test_unusable_output_folder_is_refused_before_training(tmp_path, npz, capsys, monkeypatch):
-    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("trained before looking at the output folder"))
+    monkeypatch.setattr(
+        train, "train", lambda *args: pytest.fail("trained before looking at the output folder")
+    )
     (tmp_path / "file").write_text("in the way")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert demo.main(["--data", str(npz), "--out", str(out)]) == 2
@@ -294,7 +311,9 @@ def test_unusable_output_folder_is_refused_before_training(tmp_path, npz, capsys
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize(("package", "name"), [("matplotlib", "matplotlib"), ("PIL", "PIL"), ("sklearn", "scikit-learn")])
+@pytest.mark.parametrize(
+    ("package", "name"), [("matplotlib", "matplotlib"), ("PIL", "PIL"), ("sklearn", "scikit-learn")]
+)
 def test_missing_package_names_the_remedy(package, name, npz, tmp_path):
     command = f"import sys; sys.modules[{package!r}] = None; from fastreg.cli.demo import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--data", str(npz), "--out", str(tmp_path / "out")]
@@ -315,7 +334,9 @@ def _check_page(page, keys=KEYS):
     for section in ("overview", *keys, "method"):
         assert f'<section id="{section}"' in page
     anchors = re.findall(r'<a href="#([^"]*)"', page)
-    assert set(anchors) == {"overview", *keys, "method"} and all(f'id="{anchor}"' in page for anchor in anchors)
+    assert set(anchors) == {"overview", *keys, "method"} and all(
+        f'id="{anchor}"' in page for anchor in anchors
+    )
     sources = re.findall(r'<img[^>]* src="([^"]*)"', page)
     assert all(re.match(r"data:image/png;base64,[\w+/=]{60,}$", source) for source in sources)
     addresses = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', page)
@@ -353,7 +374,9 @@ def test_every_variant_is_measured_on_every_seed(whole):
             for variant, _, _ in section.variants:
                 record = measured[variant, "fastreg", seed]
                 assert any(record.get(column) is not None for column in section.columns)
-    assert min(r["train_error"] for r in measured.values() if "curves" in r) < 40  # it learned: the pictures are of something
+    assert (
+        min(r["train_error"] for r in measured.values() if "curves" in r) < 40
+    )  # it learned: the pictures are of something
 
 
 def test_summary_is_the_mean_and_its_standard_error(whole):
@@ -368,18 +391,37 @@ def test_methods_measured_against_each_other(whole):
     of = {(r["variant"], r["side"], r["seed"]): r for r in whole[1]["records"]}
     for seed in (0, 1):
         textbook, folded = of["dropout_textbook", "fastreg", seed], of["dropout_folded", "fastreg", seed]
-        assert folded["folded_difference"] < 1e-3 and folded["test_error"] == pytest.approx(textbook["test_error"])
+        assert folded["folded_difference"] < 1e-3 and folded["test_error"] == pytest.approx(
+            textbook["test_error"]
+        )
         own, shared = of["sharing_own", "fastreg", seed], of["sharing_shared", "fastreg", seed]
-        assert own["detector_weights"] % shared["detector_weights"] == 0 and own["detector_weights"] > shared["detector_weights"]
+        assert (
+            own["detector_weights"] % shared["detector_weights"] == 0
+            and own["detector_weights"] > shared["detector_weights"]
+        )
         for side in ("torch", "fastreg"):
-            assert of["adversarial", side, seed]["robust_accuracy"] <= 100 - of["adversarial", side, seed]["test_error"] + 40
+            assert (
+                of["adversarial", side, seed]["robust_accuracy"]
+                <= 100 - of["adversarial", side, seed]["test_error"] + 40
+            )
             assert of["early_retrained", side, seed]["best_epoch"] == of["early", side, seed]["best_epoch"]
         for variant, counts in (("few_plain", [3, 18]), ("few", [3, 18]), ("mirrored", [3])):
             record = of[f"augmentation_{variant}", "fastreg", seed]
             assert [count for count, _ in record["test_error_by_images"]] == counts
-            assert record["test_error_by_images"][0][1] == record["test_error"] == record["train_error"] + record["gap_error"]
-        assert of["augmentation", "torch", seed]["augment_ms"] > 0 < of["augmentation", "fastreg", seed]["augment_ms"]
-        assert of["semi_all", "fastreg", seed]["labels"] == 18 and of["semi_pseudo", "fastreg", seed]["labels"] == 3
+            assert (
+                record["test_error_by_images"][0][1]
+                == record["test_error"]
+                == record["train_error"] + record["gap_error"]
+            )
+        assert (
+            of["augmentation", "torch", seed]["augment_ms"]
+            > 0
+            < of["augmentation", "fastreg", seed]["augment_ms"]
+        )
+        assert (
+            of["semi_all", "fastreg", seed]["labels"] == 18
+            and of["semi_pseudo", "fastreg", seed]["labels"] == 3
+        )
 
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -400,10 +442,14 @@ PROBE = """<script>onload = () => {
 }</script>"""
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: the page is not looked at in a browser")
+@pytest.mark.skipif(
+    BROWSER is None, reason="no chromium on this machine: the page is not looked at in a browser"
+)
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_in_a_browser(whole, tmp_path, width):
-    """In a frame of a phone's width (a window of chromium has at least 500 px): nothing sticks out, every picture is there."""
+    """In a frame of a phone's width (a window of chromium has at least 500 px): nothing sticks out, every
+    picture is there.
+    """
     frame = f'<iframe style="border: 0; width: {width}px; height: 844px" srcdoc="{html.escape(whole[0])}"></iframe>'
     (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}{PROBE}", encoding="utf-8")
     options = [
@@ -420,7 +466,9 @@ def test_page_in_a_browser(whole, tmp_path, width):
     assert "CONSOLE" not in done.stderr, done.stderr[-2000:]
     assert found["width"] == width and found["scroll"] <= width, found["outside"]
     assert found["outside"] == [] and found["missing"] == found["unresolved"] == 0
-    assert found["images"] >= 50 and len(found["formulas"]) == sum(len(section.formulas) for section in SECTIONS)
+    assert found["images"] >= 50 and len(found["formulas"]) == sum(
+        len(section.formulas) for section in SECTIONS
+    )
     assert len(found["charts"]) >= len(SECTIONS) and min(found["charts"]) > 50 and min(found["formulas"]) > 20
 
 
@@ -428,7 +476,10 @@ def test_page_in_a_browser(whole, tmp_path, width):
 def test_formulas_are_drawn(section):
     for tex in section.formulas:
         drawn = formula(tex)
-        assert re.fullmatch(r'<svg class="math" .*><path d="M[^"]{200,}"/></svg>', drawn, re.DOTALL) and "nan" not in drawn
+        assert (
+            re.fullmatch(r'<svg class="math" .*><path d="M[^"]{200,}"/></svg>', drawn, re.DOTALL)
+            and "nan" not in drawn
+        )
         assert float(re.search(r"width:([\d.]+)em", drawn)[1]) < 21  # fits a phone
 
 
@@ -446,14 +497,18 @@ def test_only_some_sections(tmp_path, npz, quick):
     assert demo.main(["--data", str(npz), "--out", str(out), "--quick", "--only", "lasso, l1"]) == 0
     page, measured = _read(out)
     _check_page(page, ["l1", "lasso"])
-    assert 'id="dropout"' not in page and measured["settings"]["sections"] == ["l1", "lasso"]  # in the lecture's order
+    assert 'id="dropout"' not in page and measured["settings"]["sections"] == [
+        "l1",
+        "lasso",
+    ]  # in the lecture's order
     assert {r["variant"] for r in measured["records"]} == {"none", "l2", "l1", "lasso_strong", "lasso_weak"}
     assert demo.main(["--out", str(out), "--quick", "--only", "lasso"]) == 0
     _check_page(_read(out)[0], ["lasso"])
 
 
 @pytest.mark.parametrize(
-    ("only", "message"), [("l1,drop", "no section drop;"), ("L1", "no section L1;"), (",", "names no section")]
+    ("only", "message"),
+    [("l1,drop", "no section drop;"), ("L1", "no section L1;"), (",", "names no section")],
 )
 def test_unknown_sections_are_refused_with_a_list(only, message, capsys, tmp_path):
     assert demo.main(["--only", only, "--out", str(tmp_path / "out")]) == 2
@@ -467,7 +522,12 @@ def test_features_and_colour_images_run_too(tmp_path, quick, shape):
     x, y = blobs(shape=shape)
     np.savez(tmp_path / "x.npz", X=x, y=np.array(["<script>", "a&b", "c"])[y])
     only = "l1,augmentation,adversarial,semi-supervised,multi-task,parameter-sharing"
-    assert demo.main(["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), "--quick", "--only", only]) == 0
+    assert (
+        demo.main(
+            ["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), "--quick", "--only", only]
+        )
+        == 0
+    )
     _check_page(_read(tmp_path / "out")[0], only.split(","))
 
 
@@ -475,7 +535,10 @@ def test_diverged_training_still_gives_a_report(tmp_path, npz, quick, monkeypatc
     for module in (train, augmentation, multi_task, parameter_sharing):
         monkeypatch.setattr(module, "LR", 1e30)
     only = [key for key in KEYS if key != "lasso"]
-    assert demo.main(["--data", str(npz), "--out", str(tmp_path / "out"), "--quick", "--only", ",".join(only)]) == 0
+    assert (
+        demo.main(["--data", str(npz), "--out", str(tmp_path / "out"), "--quick", "--only", ",".join(only)])
+        == 0
+    )
     _check_page(_read(tmp_path / "out")[0], only)
 
 
@@ -504,7 +567,9 @@ def test_interrupt_leaves_a_partial_report(tmp_path, npz, quick, monkeypatch, ca
 def test_interrupt_between_the_measurements_of_a_section(tmp_path, npz, quick, monkeypatch):
     monkeypatch.setattr(semi_supervised, "evaluate", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
     out = tmp_path / "out"
-    assert demo.main(["--data", str(npz), "--out", str(out), "--quick", "--only", "l2,semi-supervised"]) == 130
+    assert (
+        demo.main(["--data", str(npz), "--out", str(out), "--quick", "--only", "l2,semi-supervised"]) == 130
+    )
     page, measured = _read(out)
     _check_page(page, ["l2", "semi-supervised"])
     assert measured["partial"] is True and {r["variant"] for r in measured["records"]} == {"none", "l2"}
@@ -516,13 +581,24 @@ def test_control_c(tmp_path):
     x, y = blobs(n=500)
     np.savez(tmp_path / "x.npz", X=x, y=y)
     command = "import sys; from fastreg.cli.demo import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["--data", str(tmp_path / "x.npz"), "--out", str(tmp_path / "out"), "--only", "l2,l1", "--seeds", "99"]
+    arguments = [
+        "--data",
+        str(tmp_path / "x.npz"),
+        "--out",
+        str(tmp_path / "out"),
+        "--only",
+        "l2,l1",
+        "--seeds",
+        "99",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", command, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background of a shell ignores it
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a job in the background of a shell ignores it
     )
     for line in process.stdout:
         if line.startswith("seed 1"):
@@ -547,8 +623,12 @@ def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def _records(**changes):
-    """Made-up records in which every claim about trainings holds. changes: {recipe: {key: value or value per seed}}."""
-    base = dict(test_error=10.0, gap_error=10.0, gap_loss=0.6, zero_weights=0.0, weight_size=0.02, confidence=97.0)
+    """Made-up records in which every claim about trainings holds. changes: {recipe: {key: value or value per
+    seed}}.
+    """
+    base = dict(
+        test_error=10.0, gap_error=10.0, gap_loss=0.6, zero_weights=0.0, weight_size=0.02, confidence=97.0
+    )
     base |= dict(calibration_error=6.0, attacked_accuracy=30.0, robust_accuracy=20.0)
     better = {
         "l1": dict(zero_weights=60.0, weight_size=0.04),
@@ -579,7 +659,10 @@ def _verdicts(records):
     return {v.title: v for judged in report.verdicts(found, SECTIONS).values() for v in judged}
 
 
-L1, L1_SIZE = "L1 makes more weights exactly zero than L2", "The weights that L1 leaves are larger than those of L2"
+L1, L1_SIZE = (
+    "L1 makes more weights exactly zero than L2",
+    "The weights that L1 leaves are larger than those of L2",
+)
 L2_LOSS, L2_ERROR, DROP_LOSS, DROP_ERROR = (
     f"{name} narrows the gap between test and training {what}"
     for name in ("L2", "Dropout")
@@ -587,11 +670,27 @@ L2_LOSS, L2_ERROR, DROP_LOSS, DROP_ERROR = (
 )
 AUGMENT_TEST = "Augmentation lowers the test error"
 AUGMENT_GAP = "Augmentation narrows the gap between test and training error"
-CONFIDENT, CALIBRATED = "Label smoothing makes the network less confident", "Label smoothing brings confidence closer to accuracy"
+CONFIDENT, CALIBRATED = (
+    "Label smoothing makes the network less confident",
+    "Label smoothing brings confidence closer to accuracy",
+)
 FGSM, PGD = (f"Adversarial training raises accuracy under {attack}" for attack in ("FGSM", "PGD"))
 EARLY = "Early stopping is no worse on test images than training to the last epoch"
 SAME = "fastreg and torch reach the same test error with every method"
-JUDGED = {L1, L1_SIZE, L2_LOSS, L2_ERROR, DROP_LOSS, DROP_ERROR, AUGMENT_TEST, AUGMENT_GAP, CONFIDENT, CALIBRATED, FGSM, PGD}
+JUDGED = {
+    L1,
+    L1_SIZE,
+    L2_LOSS,
+    L2_ERROR,
+    DROP_LOSS,
+    DROP_ERROR,
+    AUGMENT_TEST,
+    AUGMENT_GAP,
+    CONFIDENT,
+    CALIBRATED,
+    FGSM,
+    PGD,
+}
 JUDGED |= {EARLY, SAME}
 
 
@@ -645,7 +744,8 @@ def test_one_seed_is_judged_by_its_sign_and_says_so():
     verdicts = _verdicts(records)
     assert all(verdicts[title].holds for title in JUDGED)
     assert "one seed" in verdicts[L1].evidence
-    # 10 % of 3,000 images: two binomial standard errors of a difference are 1.55 pp, and 0.3 pp are allowed besides.
+    # 10 % of 3,000 images: two binomial standard errors of a difference are 1.55 pp, and 0.3 pp are allowed
+    # besides.
     for difference, holds in ((1.7, True), (2.0, False)):
         records[-1]["test_error"] = 10 + difference
         assert _verdicts(records)[SAME].holds is holds
@@ -658,7 +758,9 @@ def test_evidence_holds_the_numbers():
 
 
 def test_lasso_path_solves_the_lasso():
-    """The conditions of the optimum, without scikit-learn: the gradient is -λ sign(w) where w is not zero, within λ elsewhere."""
+    """The conditions of the optimum, without scikit-learn: the gradient is -λ sign(w) where w is not zero,
+    within λ elsewhere.
+    """
     x, y, names = lasso.diabetes()
     assert x.shape == (442, 10) == (len(y), len(names))
     for strength, w in zip((0.5, 0.1, 0.02), lasso.path(x, y, (0.5, 0.1, 0.02), steps=1500), strict=True):
@@ -682,11 +784,18 @@ def test_average_of_masks_comes_to_the_folded_network():
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 28, 28), (3, 3, 9, 14)])
-@pytest.mark.parametrize(("turn", "slant", "factor"), [(12, 0, 1.0), (0, -9, 1.0), (0, 0, 1.3), (-20, 7, 0.8)])
+@pytest.mark.parametrize(
+    ("turn", "slant", "factor"), [(12, 0, 1.0), (0, -9, 1.0), (0, 0, 1.3), (-20, 7, 0.8)]
+)
 def test_augmentation_by_hand_is_fastregs(shape, turn, slant, factor):
     """What torch's side writes by hand transforms as fastreg does, once nothing is left to chance."""
     images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    fixed = {"rotate": (turn, turn), "shear": (slant, slant), "stretch": (factor, factor), "translate": (0.0, 0.0)}
+    fixed = {
+        "rotate": (turn, turn),
+        "shear": (slant, slant),
+        "stretch": (factor, factor),
+        "translate": (0.0, 0.0),
+    }
     theirs, ours = (side.augmentation(**fixed)(images) for side in (train.Torch, train.Fastreg))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     assert not torch.allclose(ours, images, atol=0.05)
@@ -694,7 +803,9 @@ def test_augmentation_by_hand_is_fastregs(shape, turn, slant, factor):
 
 @pytest.mark.parametrize("side", [train.Torch, train.Fastreg])
 def test_augmentation_shifts_by_whole_pixels_to_either_side(side):
-    """Along a ramp in x and y, far from the border, a shift shows as a constant; both sides reach the same ones."""
+    """Along a ramp in x and y, far from the border, a shift shows as a constant; both sides reach the same
+    ones.
+    """
     torch.manual_seed(0)
     across = torch.arange(20.0).expand(20, 20)
     ramp = torch.stack([across, across.mT]).repeat(400, 1, 1, 1)
@@ -730,7 +841,9 @@ def _trained(x, y, recipe, epochs):
 
 @pytest.mark.parametrize("key", ["none", "l2", "l1", "smoothing", "smoothing_others", "adversarial", "early"])
 def test_both_sides_train_the_same_network(key):
-    """From the same weights and batches, methods without randomness must end at the same weights but for rounding."""
+    """From the same weights and batches, methods without randomness must end at the same weights but for
+    rounding.
+    """
     recipe = RECIPES[key]
     x, y = blobs(n=200)
     pair = _trained(x, y, recipe, epochs=2)

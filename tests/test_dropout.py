@@ -1,6 +1,7 @@
-"""Dropout: the bits are Philox's, the same for every layout, split, thread count and instruction set; the values are one rounding
-of scale * x where kept and 0 elsewhere; the derivative reads one bit per element; and all of it holds through every door of
-torch (autograd, compile, checkpoint, torch.func, DTensor). References are NumPy or plain torch and share no code with the op."""
+"""Dropout: the bits are Philox's, the same for every layout, split, thread count and instruction set; the
+values are one rounding of scale * x where kept and 0 elsewhere; the derivative reads one bit per element; and
+all of it holds through every door of torch (autograd, compile, checkpoint, torch.func, DTensor). References
+are NumPy or plain torch and share no code with the op."""
 
 import copy
 import inspect
@@ -29,7 +30,8 @@ OP_APPLY = torch.ops.fastreg.dropout_apply.default
 MASK32 = 0xFFFFFFFF
 
 
-# ---------------------------------------------------------------------------------------------------------------- references
+# ----------------------------------------------------------------------------------------------------------------
+# references
 def philox(c0, c1, c2, c3, seed):
     """Philox4x32-10 after Salmon et al. 2011, on arrays of counters; four arrays of 32-bit words."""
     c = [np.asarray(word, dtype=np.uint64) for word in np.broadcast_arrays(c0, c1, c2, c3)]
@@ -86,7 +88,8 @@ def with_seed(seed, f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the bits
+# ----------------------------------------------------------------------------------------------------------------
+# the bits
 KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
@@ -98,7 +101,9 @@ KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key, result
 def test_philox_known_answers(counter, key, expected):
     counter, key, expected = ([int(word, 16) for word in text.split()] for text in (counter, key, expected))
     assert fr._C.philox4x32(counter, key) == expected
-    assert [int(word) for word in philox(*counter, key[0] | key[1] << 32)] == expected  # the reference of this file too
+    assert [
+        int(word) for word in philox(*counter, key[0] | key[1] << 32)
+    ] == expected  # the reference of this file too
 
 
 OFFSETS = (0, 1, 7, 8, 2**33 + 5, 2**40 - 3, 2**62 + 3)
@@ -110,11 +115,15 @@ SEEDS = (0, 1, -1, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15, -12345678901234567)
 def test_mask_is_the_reference_bit_for_bit(seed, offset):
     for count, p in ((1, 0.5), (7, 0.5), (8, 0.3), (1000, 0.1), (2500, 0.7)):
         _, mask = fr.dropout_with_mask(torch.ones(count), p, seed=seed, offset=offset)
-        expected = np.packbits(kept_reference(seed, offset, count, p), bitorder="little")  # pads with 0: unused bits too
+        expected = np.packbits(
+            kept_reference(seed, offset, count, p), bitorder="little"
+        )  # pads with 0: unused bits too
         assert np.array_equal(mask.numpy(), expected), (count, p)
 
 
-@pytest.mark.parametrize("count", [*range(1, 68), 1023, 1024, 1025, 8191, 8192, 8193, 32767, 32768, 32769, 65537])
+@pytest.mark.parametrize(
+    "count", [*range(1, 68), 1023, 1024, 1025, 8191, 8192, 8193, 32767, 32768, 32769, 65537]
+)
 @pytest.mark.parametrize("offset", [0, 5])
 def test_mask_and_values_at_every_odd_size(count, offset):
     x = torch.randn(count)
@@ -171,7 +180,8 @@ def test_an_int_seed_is_taken_modulo_two_to_the_64_and_equals_its_tensor():
         assert torch.equal(want, fr.dropout_with_mask(x, seed=seed + 2**64)[1])
 
 
-# -------------------------------------------------------------------------------------------- the same bits, whatever else
+# -------------------------------------------------------------------------------------------- the same bits,
+# whatever else
 def test_thread_count_does_not_change_bits(dtype):
     x = torch.randn(200_003).to(dtype)
     want = None
@@ -214,7 +224,9 @@ def test_memory_layout_does_not_change_bits_and_is_kept(dtype, shape, inner_dims
     inner = math.prod(shape[4 - inner_dims :])
     seed, arguments = torch.tensor([3]), (3, inner, 2.0, 0.5, -1.0)
     want, want_mask = OP(x, 0.4, seed, *arguments)
-    kept = torch.from_numpy(kept_reference(3, 3, x.numel() // inner, 0.4)).repeat_interleave(inner).view(shape)
+    kept = (
+        torch.from_numpy(kept_reference(3, 3, x.numel() // inner, 0.4)).repeat_interleave(inner).view(shape)
+    )
     assert_same(want, values_reference(x, kept, 2.0, 0.5, -1.0))
     for name, other in layouts(x):
         assert torch.equal(other, x), name
@@ -224,7 +236,9 @@ def test_memory_layout_does_not_change_bits_and_is_kept(dtype, shape, inner_dims
         again = OP_APPLY(other, mask, inner, 2.0, 0.5, -1.0)
         assert torch.equal(again, want) and again.stride() == y.stride(), name
         mine = other.clone() if name != "sliced" else other
-        assert torch.equal(OP_IN_PLACE(mine, 0.4, seed, *arguments), want_mask) and torch.equal(mine, want), name
+        assert torch.equal(OP_IN_PLACE(mine, 0.4, seed, *arguments), want_mask) and torch.equal(mine, want), (
+            name
+        )
 
 
 def test_in_place_writes_between_the_elements_of_a_view_nowhere():
@@ -245,9 +259,13 @@ def test_expanded_inputs_draw_for_every_element(dtype):
 def test_many_dimensions_and_a_limit_that_is_said():
     x = torch.randn([2] * 16)
     reverse = x.permute(*range(15, -1, -1))
-    assert torch.equal(fr.dropout_with_mask(reverse, seed=1)[0], fr.dropout_with_mask(reverse.contiguous(), seed=1)[0])
+    assert torch.equal(
+        fr.dropout_with_mask(reverse, seed=1)[0], fr.dropout_with_mask(reverse.contiguous(), seed=1)[0]
+    )
     assert fr.dropout(torch.randn([1] * 40 + [3])).shape == (*[1] * 40, 3)
-    with pytest.raises(ValueError, match=r"dropout: at most 16 dimensions that do not merge, got 17; call \.contiguous\(\)"):
+    with pytest.raises(
+        ValueError, match=r"dropout: at most 16 dimensions that do not merge, got 17; call \.contiguous\(\)"
+    ):
         fr.dropout(torch.randn([2] * 17).permute(*range(16, -1, -1)))
 
 
@@ -290,7 +308,10 @@ print(fr._C.build_info()["instruction_set"], digest.hexdigest())
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
 
 
@@ -311,17 +332,29 @@ def test_every_instruction_set_gives_the_same_bits():
 def test_an_impossible_instruction_set_is_refused_at_import():
     result = run_python("import fastreg", FASTREG_CPU_CAPABILITY="nonsense")
     assert result.returncode != 0
-    assert "FASTREG_CPU_CAPABILITY: expected one of" in result.stderr and "got 'nonsense'; unset it" in result.stderr
+    assert (
+        "FASTREG_CPU_CAPABILITY: expected one of" in result.stderr
+        and "got 'nonsense'; unset it" in result.stderr
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- the values
+# ----------------------------------------------------------------------------------------------------------------
+# the values
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9, 1e-12, 1 - 1e-9])
 def test_values_are_one_rounding_of_scale_times_x(dtype, p):
     x = torch.cat(
-        [torch.randn(3000) * 10.0 ** torch.randint(-10, 10, (3000,)), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan])]
+        [
+            torch.randn(3000) * 10.0 ** torch.randint(-10, 10, (3000,)),
+            torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan]),
+        ]
     )
     info = torch.finfo(dtype)
-    x = torch.cat([x.to(dtype), torch.tensor([info.max, -info.max, info.tiny, info.smallest_normal / 2], dtype=dtype).repeat(20)])
+    x = torch.cat(
+        [
+            x.to(dtype),
+            torch.tensor([info.max, -info.max, info.tiny, info.smallest_normal / 2], dtype=dtype).repeat(20),
+        ]
+    )
     y, mask = fr.dropout_with_mask(x, p, seed=6)
     kept = torch.from_numpy(kept_reference(6, 0, x.numel(), p))
     assert torch.equal(fr.unpack_mask(mask, x.shape), kept)
@@ -336,7 +369,9 @@ def test_a_dropped_infinity_or_nan_is_zero_where_torch_gives_nan(dtype):
     assert (y[~kept] == 0).all() and 100 < (~kept).sum() < 200
     assert not torch.signbit(y[~kept]).any()
     infinities = torch.full((300,), math.inf, dtype=dtype, requires_grad=True)
-    assert F.dropout(infinities, 0.5).isnan().any()  # torch multiplies by its mask: the fault that we don't have
+    assert (
+        F.dropout(infinities, 0.5).isnan().any()
+    )  # torch multiplies by its mask: the fault that we don't have
     assert not fr.dropout(infinities, 0.5).isnan().any()
 
 
@@ -405,7 +440,9 @@ def test_the_mean_is_kept_and_seeds_are_independent():
 
 
 def test_the_scale_is_the_inverse_of_the_probability_that_is_drawn_with():
-    """P(kept) is a multiple of 2^-32; next to p = 1 dividing by 1 - p would shift the mean (by 7% at 1 - 1e-9)."""
+    """P(kept) is a multiple of 2^-32; next to p = 1 dividing by 1 - p would shift the mean (by 7% at 1 -
+    1e-9).
+    """
     for p in (1e-12, 0.1, 0.5, 1 - 1e-6, 1 - 1e-9, 1 - 2**-32):
         kept = math.floor((1 - p) * 2**32 + 0.5)
         y = fr.dropout_with_mask(torch.ones(100_000, dtype=torch.float64), p, seed=1)[0]
@@ -428,17 +465,23 @@ def test_more_than_two_to_the_31_elements():
         assert torch.equal(y[start : start + tail], want)
     assert np.array_equal(
         mask[-512:].numpy(),
-        np.packbits(kept_reference(3, 5 + 8 * (mask.numel() - 512), n - 8 * (mask.numel() - 512), 0.5), bitorder="little"),
+        np.packbits(
+            kept_reference(3, 5 + 8 * (mask.numel() - 512), n - 8 * (mask.numel() - 512), 0.5),
+            bitorder="little",
+        ),
     )
     again = OP_APPLY(x, mask, 1, 2.0)
     assert torch.equal(again[n - tail :], fr.dropout_with_mask(x[:tail], 0.5, seed=3, offset=5 + n - tail)[0])
     every = y[5 :: 2**16]  # few elements, far apart
-    assert torch.equal(OP_APPLY(every, mask[:4097], 1, 2.0), OP_APPLY(every.contiguous(), mask[:4097], 1, 2.0))
+    assert torch.equal(
+        OP_APPLY(every, mask[:4097], 1, 2.0), OP_APPLY(every.contiguous(), mask[:4097], 1, 2.0)
+    )
     kept = fr.unpack_mask(OP_IN_PLACE(every, 0.5, torch.tensor([3])), every.shape)
     assert not y[5 :: 2**16][~kept].any() and 16000 < kept.sum() < 17000
 
 
-# ---------------------------------------------------------------------------------------------------------------- autograd
+# ----------------------------------------------------------------------------------------------------------------
+# autograd
 @pytest.mark.parametrize("noncontiguous", [False, True])
 def test_the_gradient_is_scale_where_kept(dtype, noncontiguous):
     x = torch.randn(31, 67).to(dtype).requires_grad_()
@@ -467,7 +510,9 @@ def test_gradcheck_first_and_second_order(name):
         return with_seed(5, FAMILY[name], x).pow(3)
 
     x = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert 0 < (f(x) == f(torch.zeros_like(x))).sum() < x.numel()  # some dropped, some kept: the check sees both
+    assert (
+        0 < (f(x) == f(torch.zeros_like(x))).sum() < x.numel()
+    )  # some dropped, some kept: the check sees both
     assert torch.autograd.gradcheck(f, x)
     assert torch.autograd.gradgradcheck(f, x)
     assert torch.autograd.gradcheck(f, x, check_forward_ad=True, check_backward_ad=False)
@@ -553,12 +598,15 @@ def test_in_place_without_gradient_still_invalidates_what_was_saved():
 def test_in_place_errors_come_before_any_write():
     leaf = torch.ones(100, requires_grad=True)
     with pytest.raises(
-        ValueError, match="dropout: inplace=True cannot overwrite a leaf tensor that requires a gradient; call it"
+        ValueError,
+        match="dropout: inplace=True cannot overwrite a leaf tensor that requires a gradient; call it",
     ):
         fr.dropout(leaf, 0.5, inplace=True)
     shared = torch.ones(3, 1)
     for x in (shared.expand(3, 50), torch.ones(12).as_strided((5, 4), (2, 1))):
-        with pytest.raises(ValueError, match="dropout: inplace needs an input whose elements do not share memory; call it"):
+        with pytest.raises(
+            ValueError, match="dropout: inplace needs an input whose elements do not share memory; call it"
+        ):
             fr.dropout(x, 0.5, inplace=True)
         assert (x == 1).all()
     whole = torch.arange(10)
@@ -570,12 +618,15 @@ def test_in_place_errors_come_before_any_write():
 def test_negative_views():
     view = torch.randn(200, dtype=torch.complex64).conj().imag
     assert view.is_neg()
-    assert torch.equal(fr.dropout_with_mask(view, seed=1)[0], fr.dropout_with_mask(view.resolve_neg(), seed=1)[0])
+    assert torch.equal(
+        fr.dropout_with_mask(view, seed=1)[0], fr.dropout_with_mask(view.resolve_neg(), seed=1)[0]
+    )
     with pytest.raises(ValueError, match="negative view"):
         fr.dropout(view, inplace=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ doors of torch
+# ------------------------------------------------------------------------------------------------------------
+# doors of torch
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "empty"])
 def test_opcheck(dtype, layout):
     x = {
@@ -616,7 +667,10 @@ def test_compile_aot_eager(name):
 @pytest.mark.parametrize("name", ["dropout", "in place", "dropout1d", "alpha"])
 def test_compile_with_dynamic_shapes(name):
     compiled_equals_eager(
-        FAMILY[name], [torch.randn(6, 5, 4), torch.randn(3, 9, 7), torch.randn(17, 2, 31)], "aot_eager", dynamic=True
+        FAMILY[name],
+        [torch.randn(6, 5, 4), torch.randn(3, 9, 7), torch.randn(17, 2, 31)],
+        "aot_eager",
+        dynamic=True,
     )
 
 
@@ -632,7 +686,13 @@ def test_compile_inductor(dynamic):
 
 def test_compile_with_dynamic_shapes_and_many_layers():
     """Under dynamic=True every float with a name is a variable: modules' p, globals, default arguments."""
-    modules = fr.nn.Dropout(0.1), fr.nn.AlphaDropout(0.2), fr.nn.Dropout(0.1), fr.nn.DropPath(0.3), fr.nn.Dropout1d(0.1)
+    modules = (
+        fr.nn.Dropout(0.1),
+        fr.nn.AlphaDropout(0.2),
+        fr.nn.Dropout(0.1),
+        fr.nn.DropPath(0.3),
+        fr.nn.Dropout1d(0.1),
+    )
     model = torch.nn.Sequential(*modules, fr.nn.FeatureAlphaDropout(0.1), fr.nn.AlphaDropout(0.3))
     for f in (model, lambda x: fr.alpha_dropout(fr.dropout(fr.alpha_dropout(x, 0.3, True), 0.5), 0.3, True)):
         compiled_equals_eager(f, [torch.randn(6, 5, 4), torch.randn(13, 9, 7)], "aot_eager", dynamic=True)
@@ -648,7 +708,9 @@ def test_compile_with_a_probability_that_changes():
 
 def test_compile_writes_in_place_into_the_callers_tensor():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda t: fr.dropout(t, 0.5, inplace=True) + 1, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda t: fr.dropout(t, 0.5, inplace=True) + 1, fullgraph=True, backend="aot_eager"
+    )
     mine, want = torch.ones(100), torch.ones(100)
     with_seed(1, compiled, mine)
     with_seed(1, fr.dropout, want, 0.5, inplace=True)
@@ -802,10 +864,14 @@ def _on_shards(rank, path):
                 got = with_seed(1 + rank, f, part)  # ranks that seed differently agree all the same
                 got.pow(2).sum().backward()
                 assert got.placements == (placement,)
-                assert torch.equal(got.full_tensor(), want) and torch.equal(part.grad.full_tensor(), whole.grad)
+                assert torch.equal(got.full_tensor(), want) and torch.equal(
+                    part.grad.full_tensor(), whole.grad
+                )
     part = distribute_tensor(torch.ones(6, 4), mesh, [Shard(0)])
     assert fr.dropout(part, 0.5, inplace=True) is part and 0 < (part.full_tensor() == 0).sum() < 24
-    with pytest.raises(TypeError, match=r"dropout_with_mask: input must be a plain tensor, got a DTensor; give it \.to_local"):
+    with pytest.raises(
+        TypeError, match=r"dropout_with_mask: input must be a plain tensor, got a DTensor; give it \.to_local"
+    ):
         fr.dropout_with_mask(part)
     torch.distributed.barrier()  # or torch aborts a rank whose partner is gone
     torch.distributed.destroy_process_group()
@@ -816,7 +882,8 @@ def test_dtensor_draws_what_the_whole_tensor_draws(tmp_path):
     torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
 
 
-# ------------------------------------------------------------------------------------------------------------ the family
+# ------------------------------------------------------------------------------------------------------------
+# the family
 def sharing(y):
     """The number of leading dimensions that are decided one by one."""
     dims = y.dim()
@@ -842,7 +909,8 @@ def test_feature_dropout_shares_decisions_as_torch_does(name):
         assert y.unique().numel() == 2
         if dims == 4:
             torch.testing.assert_close(
-                with_seed(1, ours, x.to(memory_format=torch.channels_last), 0.5, True), with_seed(1, ours, x, 0.5, True)
+                with_seed(1, ours, x.to(memory_format=torch.channels_last), 0.5, True),
+                with_seed(1, ours, x, 0.5, True),
             )
 
 
@@ -855,7 +923,11 @@ def test_dropout2d_warns_about_odd_dimensions_as_torch_does():
             f(torch.ones(3, 4, 5))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fr.dropout1d(torch.ones(3, 4)), fr.dropout2d(torch.ones(3, 4, 5, 6)), fr.dropout3d(torch.ones(3, 4, 5, 6))
+        (
+            fr.dropout1d(torch.ones(3, 4)),
+            fr.dropout2d(torch.ones(3, 4, 5, 6)),
+            fr.dropout3d(torch.ones(3, 4, 5, 6)),
+        )
 
 
 def test_feature_dropout_saves_a_bit_per_channel_and_scales(dtype):
@@ -878,7 +950,9 @@ def test_alpha_dropout_is_torchs_formula(dtype, p):
     tolerance = dict(rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
     torch.testing.assert_close(y.double(), torch.where(kept, x.double() * a + b, b - alpha * a), **tolerance)
     theirs = F.alpha_dropout(torch.ones(3000, dtype=torch.float64), p, True).unique()
-    torch.testing.assert_close(fr.alpha_dropout(torch.ones(3000, dtype=torch.float64), p, True).unique(), theirs)
+    torch.testing.assert_close(
+        fr.alpha_dropout(torch.ones(3000, dtype=torch.float64), p, True).unique(), theirs
+    )
 
 
 def test_alpha_dropout_keeps_mean_and_variance():
@@ -897,11 +971,16 @@ def test_drop_path_is_timms(dtype):
         y = with_seed(1, fr.drop_path, x, 0.3, scale_by_keep=scale_by_keep)
         kept = (y != 0).flatten(1).any(1)
         assert abs(kept.sum().item() - 280) < 5 * math.sqrt(400 * 0.21)
-        assert_same(y, values_reference(x, kept[:, None, None].expand(x.shape), scale_of(0.3) if scale_by_keep else 1.0))
+        assert_same(
+            y,
+            values_reference(x, kept[:, None, None].expand(x.shape), scale_of(0.3) if scale_by_keep else 1.0),
+        )
     assert fr.drop_path(x, 0.3, False) is x and not fr.drop_path(x, 1.0).any()
 
 
-@pytest.mark.parametrize("name", ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"]
+)
 def test_arguments_are_torchs_and_the_rest_by_keyword(name):
     ours, theirs = (list(inspect.signature(getattr(m, name)).parameters.values()) for m in (fr, F))
     for mine, torchs in zip(ours, theirs, strict=False):
@@ -923,18 +1002,23 @@ def test_the_textbook_form():
     assert torch.equal(x.grad, kept.float())
     assert torch.equal(fr.dropout(x, 0.3, False, rescale="inference"), x * 0.7)
     mine = x.detach().clone()
-    assert fr.dropout(mine, 0.3, False, True, rescale="inference") is mine and torch.equal(mine, x.detach() * 0.7)
+    assert fr.dropout(mine, 0.3, False, True, rescale="inference") is mine and torch.equal(
+        mine, x.detach() * 0.7
+    )
     assert not fr.dropout(x, 1.0, False, rescale="inference").any()
 
 
-# -------------------------------------------------------------------------------------------------------------- pack, unpack
+# --------------------------------------------------------------------------------------------------------------
+# pack, unpack
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (9,), (3, 5, 7), (2, 0, 3)])
 def test_pack_and_unpack_are_inverse(shape):
     mask = torch.rand(shape) < 0.5
     packed = fr.pack_mask(mask)
     assert np.array_equal(packed.numpy(), np.packbits(mask.numpy().reshape(-1), bitorder="little"))
     assert packed.dtype == torch.uint8 and packed.shape == ((mask.numel() + 7) // 8,)
-    assert torch.equal(fr.unpack_mask(packed, shape), mask) and fr.unpack_mask(packed, shape).dtype == torch.bool
+    assert (
+        torch.equal(fr.unpack_mask(packed, shape), mask) and fr.unpack_mask(packed, shape).dtype == torch.bool
+    )
     assert torch.equal(
         fr.pack_mask(mask[None].transpose(0, -1) if shape else mask),
         packed if len(shape) < 2 else fr.pack_mask(mask[None].transpose(0, -1).contiguous()),
@@ -949,13 +1033,16 @@ def test_pack_and_unpack_errors():
     with pytest.raises(TypeError, match="unpack_mask: mask must be a uint8 tensor, got torch"):
         fr.unpack_mask(torch.zeros(3, dtype=torch.bool), (3,))
     for size in (0, 1, 3):
-        with pytest.raises(ValueError, match=rf"unpack_mask: mask must have shape \(2,\) for \(3, 4\), got \({size},\)"):
+        with pytest.raises(
+            ValueError, match=rf"unpack_mask: mask must have shape \(2,\) for \(3, 4\), got \({size},\)"
+        ):
             fr.unpack_mask(torch.zeros(size, dtype=torch.uint8), (3, 4))
     with pytest.raises(ValueError, match="unpack_mask: mask must have shape"):
         fr.unpack_mask(torch.zeros(1, 2, dtype=torch.uint8), (3, 4))
 
 
-# -------------------------------------------------------------------------------------------------------------------- hostile
+# --------------------------------------------------------------------------------------------------------------------
+# hostile
 FUNCTIONS = [
     "dropout",
     "dropout_with_mask",
@@ -974,16 +1061,30 @@ def test_a_bad_probability_or_input_is_refused(name):
     for p, shown in ((math.nan, "nan"), (1.5, "1.5"), (-0.1, "-0.1"), (2, "2"), (math.inf, "inf")):
         with pytest.raises(ValueError, match=rf"^{name}: p must be in \[0, 1\], got {shown}"):
             f(x, p)
-    for p, kind in (("0.5", "str"), (None, "NoneType"), (True, "bool"), (1j, "complex"), (torch.tensor(0.5), "Tensor")):
+    for p, kind in (
+        ("0.5", "str"),
+        (None, "NoneType"),
+        (True, "bool"),
+        (1j, "complex"),
+        (torch.tensor(0.5), "Tensor"),
+    ):
         with pytest.raises(TypeError, match=f"^{name}: p must be a number, got {kind}"):
             f(x, p)
     for bad in ([1.0, 2.0], None, 3.0, np.ones(3)):
-        with pytest.raises(TypeError, match=f"^{name}: input must be a torch.Tensor, got {type(bad).__name__}"):
+        with pytest.raises(
+            TypeError, match=f"^{name}: input must be a torch.Tensor, got {type(bad).__name__}"
+        ):
             f(bad)
     options = {} if name == "dropout_with_mask" else {"training": True}
-    for dtype, shown in ((torch.int64, "Long"), (torch.complex64, "ComplexFloat"), (torch.uint8, "Byte"), (torch.bool, "Bool")):
+    for dtype, shown in (
+        (torch.int64, "Long"),
+        (torch.complex64, "ComplexFloat"),
+        (torch.uint8, "Byte"),
+        (torch.bool, "Bool"),
+    ):
         with pytest.raises(
-            ValueError, match=f"^dropout: input must be float32, float64, float16 or bfloat16, got {shown}; convert"
+            ValueError,
+            match=f"^dropout: input must be float32, float64, float16 or bfloat16, got {shown}; convert",
         ):
             f(torch.ones(x.shape).to(dtype), 0.5, **options)
 
@@ -1004,7 +1105,9 @@ def test_bad_seeds_and_offsets_are_refused():
         torch.tensor([1, 2]),
         torch.empty(0, dtype=torch.int64),
     ):
-        with pytest.raises(ValueError, match=f"{op}: seed must be an int or one int64, got {seed.dtype} of shape .*; draw it"):
+        with pytest.raises(
+            ValueError, match=f"{op}: seed must be an int or one int64, got {seed.dtype} of shape .*; draw it"
+        ):
             fr.dropout_with_mask(x, seed=seed)
     with pytest.raises(ValueError, match=f"{op}: seed must be on cpu like input, got meta; move it"):
         fr.dropout_with_mask(x, seed=torch.empty(1, dtype=torch.int64, device="meta"))
@@ -1012,7 +1115,9 @@ def test_bad_seeds_and_offsets_are_refused():
         with pytest.raises(TypeError, match=f"{op}: seed must be an int or an int64 tensor, got {kind}"):
             fr.dropout_with_mask(x, seed=seed)
     for offset in (-1, 2**63):
-        with pytest.raises(ValueError, match=rf"{op}: offset must be at least 0 and below 2\^63, got {offset}"):
+        with pytest.raises(
+            ValueError, match=rf"{op}: offset must be at least 0 and below 2\^63, got {offset}"
+        ):
             fr.dropout_with_mask(x, offset=offset)
     for offset, kind in ((1.0, "float"), (True, "bool"), (None, "NoneType")):
         with pytest.raises(TypeError, match=f"{op}: offset must be an int, got {kind}"):
@@ -1039,10 +1144,13 @@ def test_the_raw_ops_check_for_themselves():
 
 def test_other_layouts_and_devices_say_what_to_do():
     with pytest.raises(
-        ValueError, match=r"dropout: expected dense tensors, got torch.sparse_coo of torch.float32; .*\.to_dense\(\)"
+        ValueError,
+        match=r"dropout: expected dense tensors, got torch.sparse_coo of torch.float32; .*\.to_dense\(\)",
     ):
         fr.dropout(torch.eye(3).to_sparse())
-    with pytest.raises(ValueError, match=r"dropout: expected dense tensors, got torch._mkldnn .*\.to_dense\(\)"):
+    with pytest.raises(
+        ValueError, match=r"dropout: expected dense tensors, got torch._mkldnn .*\.to_dense\(\)"
+    ):
         fr.dropout(torch.eye(3).to_mkldnn())
 
 

@@ -1,6 +1,7 @@
-"""dropout_add: the mask is dropout's for the same seed, the values are one rounding of (x + bias) * scale + residual where kept,
-the residual elsewhere, whatever the layout or the threads; the derivatives read one bit per element; and all of it
-holds through every door of torch. References are plain torch and take nothing from the op but the mask of `fr.dropout`."""
+"""dropout_add: the mask is dropout's for the same seed, the values are one rounding of (x + bias) * scale +
+residual where kept, the residual elsewhere, whatever the layout or the threads; the derivatives read one bit
+per element; and all of it holds through every door of torch. References are plain torch and take nothing from
+the op but the mask of `fr.dropout`."""
 
 import copy
 import math
@@ -15,7 +16,19 @@ from torch.utils.checkpoint import checkpoint
 import fastreg as fr
 
 OP = torch.ops.fastreg.dropout_add.default
-SHAPES = [(1,), (7,), (5, 3), (3, 5, 7), (40, 33), (2, 3, 1023), (3, 1024), (9, 1025), (2, 2500), (0, 4), (4, 0)]
+SHAPES = [
+    (1,),
+    (7,),
+    (5, 3),
+    (3, 5, 7),
+    (40, 33),
+    (2, 3, 1023),
+    (3, 1024),
+    (9, 1025),
+    (2, 2500),
+    (0, 4),
+    (4, 0),
+]
 
 
 def tensors(shape, dtype=torch.float32, bias=True):
@@ -37,11 +50,15 @@ def reference(x, residual, kept, p, bias=None):
     """In float64."""
     value = x.double() if bias is None else x.double() + bias.double()
     threshold = math.floor((1 - p) * 2**32 + 0.5)
-    return torch.where(kept, value * (2**32 / threshold if threshold else 0.0) + residual.double(), residual.double())
+    return torch.where(
+        kept, value * (2**32 / threshold if threshold else 0.0) + residual.double(), residual.double()
+    )
 
 
 def assert_rounded(got, want, terms):
-    """`got` is `want` after one rounding to its dtype, its arithmetic rounded to float32 (float64) at most three times before."""
+    """`got` is `want` after one rounding to its dtype, its arithmetic rounded to float32 (float64) at most
+    three times before.
+    """
     arithmetic = torch.float64 if got.dtype == torch.float64 else torch.float32
     slack = 3 * torch.finfo(arithmetic).eps * terms
     assert (got.double() - want).abs().le(slack + torch.finfo(got.dtype).eps / 2 * want.abs()).all()
@@ -52,7 +69,8 @@ def assert_same(got, want):
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the values
+# ----------------------------------------------------------------------------------------------------------------
+# the values
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("p", [0.1, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,7 +103,9 @@ def test_sixteen_bits_are_float32_arithmetic_rounded_once(dtype):
             want = with_seed(5, fr.dropout_add, wide[0], wide[1], p, wide[2]).to(dtype)
             assert torch.equal(with_seed(5, fr.dropout_add, x, residual, p, b), want)
     twice = with_seed(5, fr.dropout, x + bias, 0.1) + residual
-    assert not torch.equal(with_seed(5, fr.dropout_add, x, residual, 0.1, bias), twice)  # what rounding thrice gives
+    assert not torch.equal(
+        with_seed(5, fr.dropout_add, x, residual, 0.1, bias), twice
+    )  # what rounding thrice gives
 
 
 def test_evaluation_and_the_ends_of_p(dtype):
@@ -149,7 +169,8 @@ def test_no_dimensions(dtype):
     assert fr.dropout_add(x, residual, 0.0).shape == ()
 
 
-# ---------------------------------------------------------------------------------------------------------------- autograd
+# ----------------------------------------------------------------------------------------------------------------
+# autograd
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 0), (3, 5, 130)])
 def test_gradients(shape, bias, dtype):
@@ -211,7 +232,9 @@ def test_one_bit_per_element_is_saved(n, dtype):
     x, residual, bias = (t.requires_grad_() for t in tensors((n,), dtype))
     for p, sizes in ((0.5, [(torch.uint8, (n + 7) // 8)]), (0.0, [])):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: (saved.append(t), t)[1], lambda t: t
+        ):
             y = fr.dropout_add(x, residual, p, bias)
         assert [(t.dtype, t.numel()) for t in saved] == sizes
         y.sum().backward()
@@ -233,7 +256,8 @@ def test_one_tensor_in_two_places():
     torch.testing.assert_close(x.grad, kept_by_dropout((8, 5), 0.4, 1) / 0.6 + 1.0, check_dtype=False)
 
 
-# ------------------------------------------------------------------------------------------------------------ doors of torch
+# ------------------------------------------------------------------------------------------------------------
+# doors of torch
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "empty"])
 def test_opcheck(layout, dtype):
     x = {
@@ -272,12 +296,16 @@ def test_compile(dynamic):
 @pytest.mark.slow
 def test_compile_inductor():
     f = lambda x, residual, bias: fr.dropout_add(x.relu(), residual, 0.3, bias) * 2  # noqa: E731
-    compiled_equals_eager(f, [(6, 40)], "inductor", same=torch.allclose)  # it adds up the bias's gradient in its own order
+    compiled_equals_eager(
+        f, [(6, 40)], "inductor", same=torch.allclose
+    )  # it adds up the bias's gradient in its own order
 
 
 def test_compile_saves_no_more_than_the_mask():
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, r, b: fr.dropout_add(x, r, 0.5, b), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x, r, b: fr.dropout_add(x, r, 0.5, b), fullgraph=True, backend="aot_eager"
+    )
     leaves, saved = [t.requires_grad_() for t in tensors((100, 80))], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         y = compiled(*leaves)
@@ -295,7 +323,9 @@ def test_checkpoint_draws_the_same_mask_again(use_reentrant):
     y = checkpoint(f, *leaves, use_reentrant=use_reentrant)
     torch.rand(100)
     y.pow(2).sum().backward()
-    assert torch.equal(y, want) and all(torch.equal(leaf.grad, g) for leaf, g in zip(leaves, wanted, strict=True))
+    assert torch.equal(y, want) and all(
+        torch.equal(leaf.grad, g) for leaf, g in zip(leaves, wanted, strict=True)
+    )
 
 
 def test_no_grad_and_inference_mode():
@@ -392,7 +422,10 @@ def _on_shards(rank, path):
         for placement in (Replicate(), Shard(0), Shard(1)):
             of_bias = Shard(0) if placement == Shard(1) else Replicate()
             placements = (placement, placement, of_bias)
-            parts = [distribute_tensor(t, mesh, [by]).requires_grad_() for t, by in zip(whole, placements, strict=True)]
+            parts = [
+                distribute_tensor(t, mesh, [by]).requires_grad_()
+                for t, by in zip(whole, placements, strict=True)
+            ]
             got = with_seed(1 + rank, fr.dropout_add, *parts[:2], p, parts[2])
             got.pow(2).sum().backward()
             assert torch.equal(got.full_tensor(), want)
@@ -407,7 +440,8 @@ def test_dtensor_draws_what_the_whole_tensor_draws(tmp_path):
     torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the module
+# ----------------------------------------------------------------------------------------------------------------
+# the module
 def test_module():
     x, residual, bias = tensors((6, 5))
     module = fr.nn.DropoutAdd(0.3)
@@ -420,7 +454,8 @@ def test_module():
         fr.nn.DropoutAdd(1.5)
 
 
-# -------------------------------------------------------------------------------------------------------------------- hostile
+# --------------------------------------------------------------------------------------------------------------------
+# hostile
 X = torch.randn(4, 6)
 WRONG = {
     "p": (ValueError, r"p must be in \[0, 1\], got 1.5", lambda: fr.dropout_add(X, X, 1.5)),
@@ -437,19 +472,41 @@ WRONG = {
     "a larger residual": (ValueError, "residual must have the shape", lambda: fr.dropout_add(X[0], X, 0.0)),
     "dtype": (
         ValueError,
-        r"residual must be torch.float32 on cpu as input is, got torch.float64 on cpu; convert it with .to\(input\)",
+        r"residual must be torch.float32 on cpu as input is, got torch.float64 on cpu; convert it with "
+        r".to\(input\)",
         lambda: fr.dropout_add(X, X.double()),
     ),
-    "device": (ValueError, "residual must be .* got torch.float32 on meta", lambda: fr.dropout_add(X, X.to("meta"))),
+    "device": (
+        ValueError,
+        "residual must be .* got torch.float32 on meta",
+        lambda: fr.dropout_add(X, X.to("meta")),
+    ),
     "columns": (
         ValueError,
-        r"bias must have one value per column, shape \(6,\), got \(4,\) for input of shape \(4, 6\); add one of another shape",
+        r"bias must have one value per column, shape \(6,\), got \(4,\) for input of shape \(4, 6\); add one "
+        r"of another shape",
         lambda: fr.dropout_add(X, X, 0.5, X[:, 0]),
     ),
-    "a bias of one": (ValueError, r"bias must .* got \(1,\)", lambda: fr.dropout_add(X, X, 0.5, X[0, :1], False)),
-    "a bias of a matrix": (ValueError, r"bias must .* got \(1, 6\)", lambda: fr.dropout_add(X, X, 0.5, X[:1])),
-    "no column": (ValueError, r"bias must .* got \(\)", lambda: fr.dropout_add(X[0, 0], X[0, 0], 0.5, X[0, 0])),
-    "dtype of the bias": (ValueError, "bias must be torch.float32", lambda: fr.dropout_add(X, X, 0.5, X[0].half())),
+    "a bias of one": (
+        ValueError,
+        r"bias must .* got \(1,\)",
+        lambda: fr.dropout_add(X, X, 0.5, X[0, :1], False),
+    ),
+    "a bias of a matrix": (
+        ValueError,
+        r"bias must .* got \(1, 6\)",
+        lambda: fr.dropout_add(X, X, 0.5, X[:1]),
+    ),
+    "no column": (
+        ValueError,
+        r"bias must .* got \(\)",
+        lambda: fr.dropout_add(X[0, 0], X[0, 0], 0.5, X[0, 0]),
+    ),
+    "dtype of the bias": (
+        ValueError,
+        "bias must be torch.float32",
+        lambda: fr.dropout_add(X, X, 0.5, X[0].half()),
+    ),
     "integers": (ValueError, "input must be float32, .* got Int", lambda: fr.dropout_add(X.int(), X.int())),
     "sparse": (ValueError, "expected dense tensors", lambda: fr.dropout_add(X.to_sparse(), X.to_sparse())),
 }
@@ -470,7 +527,10 @@ def test_the_operator_itself_refuses_what_would_read_beyond():
     for args, text in (
         ((X, X[:2], None, 0.5, seed), r"residual must have the shape of input, \(4, 6\), got \(2, 6\)"),
         ((X, X.double(), None, 0.5, seed), "residual must have the dtype of input"),
-        ((X, X, X[0, :3], 0.5, seed), r"bias must have the size of input's last dimension, got \(3,\) for \(4, 6\)"),
+        (
+            (X, X, X[0, :3], 0.5, seed),
+            r"bias must have the size of input's last dimension, got \(3,\) for \(4, 6\)",
+        ),
         ((X, X, X[:1], 0.5, seed), "bias must have the size"),
         ((X, X, X[0].double(), 0.5, seed), "bias must have the dtype of input"),
         ((X.t(), X.t(), X[:, 0], 0.5, seed), "bias must be contiguous"),

@@ -197,7 +197,9 @@ def test_nan_raise_leaves_everything_as_it_was():
     stopper.step(6)
     before = stopper.state_dict()
     for bad in (NAN, -INF):
-        with pytest.raises(ValueError, match=r"step: expected a finite score, got -?(nan|inf) at epoch 2; .*nan="):
+        with pytest.raises(
+            ValueError, match=r"step: expected a finite score, got -?(nan|inf) at epoch 2; .*nan="
+        ):
             stopper.step(bad)
         assert stopper.state_dict() == before
     assert not stopper.step(INF)
@@ -245,14 +247,27 @@ def test_a_tensor_score_is_read_at_once():
 @pytest.mark.parametrize(
     "score",
     [
-        *(None, "1.0", True, np.bool_(True), 1j, [1.0], (1.0,), {"loss": 1.0}, np.array([1.0]), nn.Linear(1, 1)),
+        *(
+            None,
+            "1.0",
+            True,
+            np.bool_(True),
+            1j,
+            [1.0],
+            (1.0,),
+            {"loss": 1.0},
+            np.array([1.0]),
+            nn.Linear(1, 1),
+        ),
         *(torch.tensor([1.0]), torch.ones(2), torch.tensor(1j), torch.tensor(True), torch.tensor([])),
     ],
     ids=str,
 )
 def test_scores_refused(score):
     stopper = EarlyStopping()
-    with pytest.raises(TypeError, match=r"EarlyStopping.step: expected one real number .*, got .*; pass the mean"):
+    with pytest.raises(
+        TypeError, match=r"EarlyStopping.step: expected one real number .*, got .*; pass the mean"
+    ):
         stopper.step(score)
     assert stopper.epoch == 0
 
@@ -306,7 +321,8 @@ def test_tracked_refused(tracked):
         EarlyStopping(tracked)
 
 
-# ---------------------------------------------------------------------------------------------- snapshot and restore
+# ---------------------------------------------------------------------------------------------- snapshot and
+# restore
 
 
 class Tied(nn.Module):
@@ -434,7 +450,13 @@ class Bag:
 
 def test_views_of_one_storage():
     flat = torch.arange(12.0)
-    views = dict(head=flat[:4], tail=flat[2:8], step=flat[::3], square=flat[:4].view(2, 2), cast=flat[:4].view(torch.int32))
+    views = dict(
+        head=flat[:4],
+        tail=flat[2:8],
+        step=flat[::3],
+        square=flat[:4].view(2, 2),
+        cast=flat[:4].view(torch.int32),
+    )
     complex_ = torch.randn(3, dtype=torch.complex64)
     views |= dict(z=complex_, conj=complex_.conj(), neg=complex_.conj().imag)
     expected = {name: view.clone() for name, view in views.items()}
@@ -605,7 +627,8 @@ def test_a_failing_restore_changes_nothing_and_names_the_object():
     disturb(tail)
     now = values(model), values(tail), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(
-        RuntimeError, match=r"restore: tracked\[2\], a Sequential, (.|\n)*size mismatch(.|\n)*nothing was restored"
+        RuntimeError,
+        match=r"restore: tracked\[2\], a Sequential, (.|\n)*size mismatch(.|\n)*nothing was restored",
     ):
         stopper.restore()
     assert same(model, now[0]) and same(tail, now[1])
@@ -689,7 +712,9 @@ def test_resume_changes_nothing(scores, options, cut):
                 stopper = EarlyStopping(bag, **options)
                 stopper.load_state_dict(state)
             bag.state["w"].fill_(i)
-            log.append((stopper.step(score), stopper.best, stopper.best_epoch, stopper.bad_epochs, stopper.reason))
+            log.append(
+                (stopper.step(score), stopper.best, stopper.best_epoch, stopper.bad_epochs, stopper.reason)
+            )
         if stopper.best is not None:
             stopper.restore()
             assert bag.state["w"].tolist() == [stopper.best_epoch] * 2
@@ -839,7 +864,9 @@ def test_every_rank_takes_the_same_decision(tmp_path):
 
 
 def uneven_scores(rank):
-    """An overfitting curve per rank: each has its lowest point elsewhere, so that alone each would stop at another epoch."""
+    """An overfitting curve per rank: each has its lowest point elsewhere, so that alone each would stop at
+    another epoch.
+    """
     generator = random.Random(rank)
     return [abs(i - 4 - 3 * rank) + generator.random() for i in range(40)]
 
@@ -891,7 +918,9 @@ def test_four_ranks_with_losses_of_their_own_stop_in_the_same_epoch(tmp_path):
         for log in logs:
             epoch, best_epoch, best, weight = log[name]
             assert (epoch, best_epoch) == (stop, one.best_epoch), name
-            assert best == logs[0][name][2] == (None if one.best is None else pytest.approx(one.best, rel=1e-12))
+            assert (
+                best == logs[0][name][2] == (None if one.best is None else pytest.approx(one.best, rel=1e-12))
+            )
             assert weight == (stop if one.best is None else one.best_epoch)
 
 
@@ -925,7 +954,9 @@ def by_hand(train, val, epochs, seed, **loader):
     return model
 
 
-@pytest.mark.parametrize("loader", [{}, dict(shuffle=False), dict(drop_last=True), dict(num_workers=1)], ids=str)
+@pytest.mark.parametrize(
+    "loader", [{}, dict(shuffle=False), dict(drop_last=True), dict(num_workers=1)], ids=str
+)
 def test_retrain_is_what_one_does_by_hand(loader):
     train, val = make_data(21, 0), make_data(9, 1)
     model, optimizer = retrain(make_net, train_net, train, val, epochs=3, seed=5, batch_size=8, **loader)
@@ -960,7 +991,9 @@ def test_retrain_takes_datasets_and_the_stoppers_epochs():
     train, val = make_data(10, 0), make_data(6, 1)
     stopper = EarlyStopping(patience=2)
     run(stopper, [3, 2, 1, 2, 2])
-    got = retrain(make_net, train_net, TensorDataset(*train), TensorDataset(*val), epochs=stopper, seed=1, batch_size=4)
+    got = retrain(
+        make_net, train_net, TensorDataset(*train), TensorDataset(*val), epochs=stopper, seed=1, batch_size=4
+    )
     assert same(got[0], values(by_hand(train, val, 3, 1, batch_size=4, shuffle=True)))
     pairs = [list(zip(*data, strict=True)) for data in (train, val)]  # a list of samples is a dataset as well
     got = retrain(make_net, train_net, *pairs, epochs=3, seed=1, batch_size=4)
@@ -1004,7 +1037,11 @@ class Stream(IterableDataset):
         (dict(make=nn.Module), None, None),
         (dict(make=3), TypeError, "make must be a function, got a int"),
         (dict(train_epoch=None), TypeError, "train_epoch must be a function"),
-        (dict(train_data=(torch.ones(3), torch.ones(4))), ValueError, r"train_data must be .*\[\(3,\), \(4,\)\]"),
+        (
+            dict(train_data=(torch.ones(3), torch.ones(4))),
+            ValueError,
+            r"train_data must be .*\[\(3,\), \(4,\)\]",
+        ),
         (dict(train_data=(torch.tensor(3),)), ValueError, "train_data must be"),
         (dict(val_data=torch.ones(3)), TypeError, r"val_data must be .*shape \[3\]"),
         (dict(val_data=Stream()), TypeError, "val_data must be .*got a Stream"),
@@ -1013,7 +1050,9 @@ class Stream(IterableDataset):
         (dict(val_data=None), TypeError, "val_data must be .*NoneType"),
         (dict(batch_size=0), ValueError, "batch_size"),
     ],
-    ids=lambda value: re.sub(" at 0x[0-9a-f]+", "", str(value)),  # an address differs between processes that share the tests
+    ids=lambda value: re.sub(
+        " at 0x[0-9a-f]+", "", str(value)
+    ),  # an address differs between processes that share the tests
 )
 def test_retrain_checks_before_it_makes_anything(change, error, words):
     made = []

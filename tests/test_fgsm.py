@@ -1,8 +1,8 @@
 """FGSM and PGD against their formulas in float64; test_adversarial.py has the training.
 
-Proven: the fused steps for every dtype, layout and shape of eps and bounds; that an attack leaves no trace on the model; that
-signs survive float16; that examples stay in ball and box; the same bits for any thread count and instruction set; that wrong
-arguments are errors.
+Proven: the fused steps for every dtype, layout and shape of eps and bounds; that an attack leaves no trace on
+the model; that signs survive float16; that examples stay in ball and box; the same bits for any thread count
+and instruction set; that wrong arguments are errors.
 """
 
 import copy
@@ -19,7 +19,20 @@ from torch import nn
 import fastreg as fr
 
 INF, NAN = float("inf"), float("nan")
-SHAPES = [(), (1,), (5,), (0,), (3, 0, 2), (2, 3), (4, 3, 5, 7), (2, 1, 6, 6), (1, 3, 1, 5), (3, 2, 33, 17), (2, 5, 3), (1025,)]
+SHAPES = [
+    (),
+    (1,),
+    (5,),
+    (0,),
+    (3, 0, 2),
+    (2, 3),
+    (4, 3, 5, 7),
+    (2, 1, 6, 6),
+    (1, 3, 1, 5),
+    (3, 2, 33, 17),
+    (2, 5, 3),
+    (1025,),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +45,9 @@ def _one_thread():
 
 def reference_step(x, grad, eps, lower=None, upper=None, origin=None, radius=None):
     """clamp(x + eps sign(grad)), in float64, one rounding; with an origin first into its ball."""
-    wide = lambda v: v.double() if isinstance(v, torch.Tensor) else torch.tensor(float(v), dtype=torch.float64)  # noqa: E731
+    wide = lambda v: (
+        v.double() if isinstance(v, torch.Tensor) else torch.tensor(float(v), dtype=torch.float64)
+    )
     out = wide(x) + wide(eps) * wide(grad).nan_to_num(0).sign()
     if origin is not None:
         out = torch.minimum(torch.maximum(out, wide(origin) - wide(radius)), wide(origin) + wide(radius))
@@ -45,7 +60,9 @@ def assert_step(got, want, dtype):
     assert got.dtype == dtype and got.shape == want.shape
     assert torch.equal(got.isnan(), want.isnan())
     got, want = got.double().nan_to_num(0), want.nan_to_num(0)
-    room = (want.to(dtype).double() - want).abs() + want.abs().clamp(min=1) * (2e-16 if dtype == torch.float64 else 2e-7)
+    room = (want.to(dtype).double() - want).abs() + want.abs().clamp(min=1) * (
+        2e-16 if dtype == torch.float64 else 2e-7
+    )
     assert ((got - want).abs() <= room).all(), (got - want).abs().max()
 
 
@@ -93,8 +110,12 @@ def numbers(x):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_step_matches_the_formula(shape, dtype):
     x, grad = pair(shape, dtype)
-    for eps, (lower, upper) in itertools.product((0.03, -0.2, 0.0), ((0.0, 1.0), (None, None), (0.2, None), (None, 0.7))):
-        assert_step(fr.fgsm_step(x, grad, eps, lower, upper), reference_step(x, grad, eps, lower, upper), dtype)
+    for eps, (lower, upper) in itertools.product(
+        (0.03, -0.2, 0.0), ((0.0, 1.0), (None, None), (0.2, None), (None, 0.7))
+    ):
+        assert_step(
+            fr.fgsm_step(x, grad, eps, lower, upper), reference_step(x, grad, eps, lower, upper), dtype
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -138,7 +159,10 @@ def test_projected_step_matches_the_formula(shape, dtype):
     assert_step(got, reference_step(x, grad, 0.05, 0.1, 0.9, origin, 0.08), dtype)
     if len(shape) == 4:
         work = torch.float64 if dtype == torch.float64 else torch.float32
-        alpha, radius = torch.rand(shape[0], 1, 1, 1).to(work) * 0.1, torch.rand(1, shape[1], 1, 1).to(work) * 0.1
+        alpha, radius = (
+            torch.rand(shape[0], 1, 1, 1).to(work) * 0.1,
+            torch.rand(1, shape[1], 1, 1).to(work) * 0.1,
+        )
         lower, upper = torch.rand(shape).to(work) * 0.3, torch.rand(shape[-1]).to(work) * 0.2 + 0.6
         got = torch.ops.fastreg.pgd_step.default(x, grad, origin, 0, 0, 0, 0, alpha, radius, lower, upper)
         assert_step(got, reference_step(x, grad, alpha, lower, upper, origin, radius), dtype)
@@ -157,12 +181,18 @@ def test_steps_are_detached_and_leave_their_arguments_alone():
     copies = x.detach().clone(), grad.detach().clone()
     out = fr.fgsm_step(x, grad, 0.1, torch.zeros(3, requires_grad=True), 1.0)
     assert not out.requires_grad and out.data_ptr() != x.data_ptr()
-    assert torch.equal(x.detach(), copies[0]) and torch.equal(grad.detach(), copies[1]) and x._version == grad._version == 0
+    assert (
+        torch.equal(x.detach(), copies[0])
+        and torch.equal(grad.detach(), copies[1])
+        and x._version == grad._version == 0
+    )
 
 
 def test_one_number_per_sample_or_per_channel_must_be_told_apart():
     x, grad = torch.rand(3, 3, 2, 2), torch.randn(3, 3, 2, 2)
-    with pytest.raises(ValueError, match=r"fits the batch and the channels.*\(3, 1, 1, 1\) or \(1, 3, 1, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"fits the batch and the channels.*\(3, 1, 1, 1\) or \(1, 3, 1, 1\)"
+    ):
         fr.fgsm_step(x, grad, torch.rand(3))
     with pytest.raises(ValueError, match=r"\(3, 1\) or \(1, 3\)"):
         fr.fgsm_step(x[:, :, 0, 0], grad[:, :, 0, 0], torch.rand(3))
@@ -177,15 +207,22 @@ def test_opcheck(narrow):
     for layout in (x.contiguous(memory_format=torch.channels_last), x[..., ::2]):
         g = grad[..., : layout.shape[-1]]
         torch.library.opcheck(torch.ops.fastreg.fgsm_step.default, (layout, g, 0.1, 0.0, 1.0))
-        torch.library.opcheck(torch.ops.fastreg.fgsm_step.default, (layout, g, 0.1, 0.0, 1.0, per_channel, None, per_channel))
-        torch.library.opcheck(torch.ops.fastreg.pgd_step.default, (layout, g, layout, 0.1, 0.2, 0.0, 1.0, None, per_channel))
+        torch.library.opcheck(
+            torch.ops.fastreg.fgsm_step.default, (layout, g, 0.1, 0.0, 1.0, per_channel, None, per_channel)
+        )
+        torch.library.opcheck(
+            torch.ops.fastreg.pgd_step.default, (layout, g, layout, 0.1, 0.2, 0.0, 1.0, None, per_channel)
+        )
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_compile_step(dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda x, g, e: fr.fgsm_step(x, g, e, 0.0, 1.0) * 2, fullgraph=True, backend="aot_eager", dynamic=dynamic
+        lambda x, g, e: fr.fgsm_step(x, g, e, 0.0, 1.0) * 2,
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=dynamic,
     )
     for shape in ((4, 3, 5, 5), (2, 3, 7, 7)):
         x, grad = torch.rand(shape), torch.randn(shape)
@@ -232,7 +269,11 @@ def test_the_same_bits_for_any_thread_count_and_instruction_set():
 def net(norm=False, seed=1):
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8) if norm else nn.Identity(), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 5)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8) if norm else nn.Identity(),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 5),
     )
 
 
@@ -247,7 +288,9 @@ def input_gradient(model, x, y, loss=None):
 
 
 @pytest.mark.parametrize("targeted", (False, True))
-@pytest.mark.parametrize("bounds", ((0.0, 1.0), None, (None, 0.8), (torch.tensor([0.1, 0.2, 0.3]), 1.0)), ids=str)
+@pytest.mark.parametrize(
+    "bounds", ((0.0, 1.0), None, (None, 0.8), (torch.tensor([0.1, 0.2, 0.3]), 1.0)), ids=str
+)
 def test_fgsm_is_one_step_along_the_sign(targeted, bounds):
     model, (x, y) = net(), batch()
     lower, upper = (None, None) if bounds is None else bounds
@@ -288,9 +331,15 @@ def test_l2_step_has_exactly_the_length(scale):
     x = torch.rand(5, 3, 4)
     got = fr.fgsm(model, x, None, 0.5, loss=loss, bounds=None, norm="l2")
     delta = (got - x).double().flatten(1)
-    torch.testing.assert_close(delta.norm(dim=1), torch.full((5,), 0.5, dtype=torch.float64), rtol=1e-6, atol=0)
-    torch.testing.assert_close(delta, (w / w.norm() * 0.5).double().flatten().expand(5, 12), rtol=0, atol=2e-7)
-    per_sample = fr.fgsm(model, x, None, torch.arange(5) * 0.1, loss=loss, bounds=None, norm="l2", targeted=True)
+    torch.testing.assert_close(
+        delta.norm(dim=1), torch.full((5,), 0.5, dtype=torch.float64), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(
+        delta, (w / w.norm() * 0.5).double().flatten().expand(5, 12), rtol=0, atol=2e-7
+    )
+    per_sample = fr.fgsm(
+        model, x, None, torch.arange(5) * 0.1, loss=loss, bounds=None, norm="l2", targeted=True
+    )
     delta = (per_sample - x).double().flatten(1).norm(dim=1)
     torch.testing.assert_close(delta, torch.arange(5).double() * 0.1, rtol=1e-6, atol=1e-7)
 
@@ -353,7 +402,9 @@ def test_pgd_l2_by_hand():
 @pytest.mark.parametrize("norm", ("linf", "l2"))
 def test_random_start(norm):
     model, (x, y) = net(), batch()
-    draw = lambda seed: fr.pgd(model, x, y, 0.2, 1e-9, 1, norm=norm, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    draw = lambda seed: fr.pgd(
+        model, x, y, 0.2, 1e-9, 1, norm=norm, generator=torch.Generator().manual_seed(seed)
+    )
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
     state = torch.get_rng_state()
     draw(1)
@@ -364,10 +415,16 @@ def test_random_start(norm):
     assert torch.equal(one, fr.pgd(model, x, y, 0.2, 1e-9, 1, norm=norm))
     # Uniform in the ball: |delta| / eps is uniform for linf, its d-th power for l2.
     flat, zero = torch.full((4000, 3), 0.5), torch.zeros(4000).long()
-    start = fr.pgd(lambda x: x, flat, zero, 0.2, 0.0, 1, norm=norm, generator=torch.Generator().manual_seed(3))
+    start = fr.pgd(
+        lambda x: x, flat, zero, 0.2, 0.0, 1, norm=norm, generator=torch.Generator().manual_seed(3)
+    )
     delta = (start - flat) / 0.2
     share = delta.abs().flatten() if norm == "linf" else delta.norm(dim=1) ** 3
-    assert share.max() <= 1.00001 and abs(share.mean() - 0.5) < 0.02 and abs((share < 0.25).float().mean() - 0.25) < 0.03
+    assert (
+        share.max() <= 1.00001
+        and abs(share.mean() - 0.5) < 0.02
+        and abs((share < 0.25).float().mean() - 0.25) < 0.03
+    )
     assert delta.mean(0).abs().max() < 0.05
 
 
@@ -394,7 +451,9 @@ def test_attacks_work_and_more_steps_work_better():
     noise = error((x + 0.1 * torch.randn_like(x).sign()).clamp(0, 1))
     assert clean < 0.1 and noise < one / 2 and one > 5 * clean and many > one * 1.01
     wished = (y + 1) % 5
-    assert F.cross_entropy(model(fr.fgsm(model, x, wished, 0.1, targeted=True)), wished) < F.cross_entropy(model(x), wished)
+    assert F.cross_entropy(model(fr.fgsm(model, x, wished, 0.1, targeted=True)), wished) < F.cross_entropy(
+        model(x), wished
+    )
     assert error(fr.fgsm(model, x, y, 1.0, norm="l2")) > 2 * clean
 
 
@@ -458,7 +517,9 @@ def test_no_trace_is_left(attack, leaf, mode):
 def test_train_mode_uses_the_statistics_of_the_batch():
     model, (x, y) = net(norm=True).train(), batch()
     twin = copy.deepcopy(model)
-    assert_step(fr.fgsm(model, x, y, 0.1), reference_step(x, input_gradient(twin, x, y), 0.1, 0, 1), torch.float32)
+    assert_step(
+        fr.fgsm(model, x, y, 0.1), reference_step(x, input_gradient(twin, x, y), 0.1, 0, 1), torch.float32
+    )
     assert twin[1].num_batches_tracked == 1 and model[1].num_batches_tracked == 0
 
 
@@ -512,7 +573,9 @@ def test_shared_modules_scripts_and_methods(kind):
     norm, other = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     if kind == "shared buffer":
         other.running_mean = norm.running_mean
-    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm if kind == "shared module" else other).train()
+    model = nn.Sequential(
+        nn.Linear(4, 4), norm, nn.Linear(4, 4), norm if kind == "shared module" else other
+    ).train()
     if kind == "script":
         model = torch.jit.script(model)
     x, y = torch.rand(6, 4), torch.randint(4, (6,))
@@ -520,7 +583,10 @@ def test_shared_modules_scripts_and_methods(kind):
     fr.fgsm(model.forward if kind == "bound method" else model, x, y, 0.1)
     after = snapshot(model, x)
     for key in before:
-        if kind != "script" or key not in ("identity", "versions"):  # a script hands out a new tensor object each time
+        if kind != "script" or key not in (
+            "identity",
+            "versions",
+        ):  # a script hands out a new tensor object each time
             assert same(before[key], after[key]), key
 
 
@@ -563,7 +629,9 @@ def test_compiled_models(backend):
 
 
 class Tiny(nn.Module):
-    """Two gates per element over six decades; with a loss times 1e-4, nearly half of the gradients are below float16's least."""
+    """Two gates per element over six decades; with a loss times 1e-4, nearly half of the gradients are below
+    float16's least.
+    """
 
     def __init__(self, n):
         super().__init__()
@@ -594,14 +662,18 @@ def test_signs_survive_float16():
 
 
 def test_float16_overflow_is_taken_from_a_smaller_scale():
-    """Sample 0 has gradients near 10^3, which overflow when scaled; sample 1 has gradients that need the scale."""
+    """Sample 0 has gradients near 10^3, which overflow when scaled; sample 1 has gradients that need the
+    scale.
+    """
     w = torch.ones(2, 64)
     w[:, ::2] = -1
     size = torch.tensor([[1000.0], [1e-8]])
     x = torch.rand(2, 64).half()
 
     def model(x):
-        return (x * w.half() * 2 - x * w.half()).float() * size  # both terms infinite: their difference has no sign
+        return (
+            x * w.half() * 2 - x * w.half()
+        ).float() * size  # both terms infinite: their difference has no sign
 
     total = lambda value, y: value.sum(1)  # noqa: E731
     got = fr.fgsm(model, x, None, 0.25, loss=total, bounds=None)
@@ -652,19 +724,51 @@ WRONG = {
     "eps text": (TypeError, "eps must be a number", lambda: fr.fgsm_step(X, X, "0.1")),
     "eps NaN": (ValueError, "eps must be finite", lambda: fr.fgsm_step(X, X, NAN)),
     "eps inf": (ValueError, "eps must be finite", lambda: fr.fgsm_step(X, X, -INF)),
-    "eps NaN somewhere": (ValueError, "eps must be finite.*nan", lambda: fr.fgsm_step(X, X, torch.tensor([0.1, NAN, 0.1]))),
-    "eps length": (ValueError, "one per channel or one per sample", lambda: fr.fgsm_step(X, X, torch.rand(7))),
-    "eps larger than x": (ValueError, "one per channel", lambda: fr.fgsm_step(X, X, torch.rand(2, 4, 3, 2, 2))),
+    "eps NaN somewhere": (
+        ValueError,
+        "eps must be finite.*nan",
+        lambda: fr.fgsm_step(X, X, torch.tensor([0.1, NAN, 0.1])),
+    ),
+    "eps length": (
+        ValueError,
+        "one per channel or one per sample",
+        lambda: fr.fgsm_step(X, X, torch.rand(7)),
+    ),
+    "eps larger than x": (
+        ValueError,
+        "one per channel",
+        lambda: fr.fgsm_step(X, X, torch.rand(2, 4, 3, 2, 2)),
+    ),
     "eps bool": (TypeError, "eps must be real", lambda: fr.fgsm_step(X, X, torch.ones(3).bool())),
     "eps complex": (TypeError, "eps must be real", lambda: fr.fgsm_step(X, X, torch.ones(3).cfloat())),
     "lower NaN": (ValueError, "lower must be", lambda: fr.fgsm_step(X, X, 0.1, NAN)),
-    "upper NaN somewhere": (ValueError, "upper must be numbers", lambda: fr.fgsm_step(X, X, 0.1, 0, torch.tensor([1, NAN, 1]))),
-    "crossed": (ValueError, "lower must not exceed upper, got 1 and 0", lambda: fr.fgsm_step(X, X, 0.1, 1, 0)),
-    "crossed somewhere": (ValueError, "lower must not exceed", lambda: fr.fgsm_step(X, X, 0.1, torch.tensor([0, 0.5, 0]), 0.4)),
-    "images of bytes": (TypeError, r"x must be a floating-point tensor.*\.float\(\)", lambda: fr.fgsm(MODEL, X.byte(), Y, 0.1)),
+    "upper NaN somewhere": (
+        ValueError,
+        "upper must be numbers",
+        lambda: fr.fgsm_step(X, X, 0.1, 0, torch.tensor([1, NAN, 1])),
+    ),
+    "crossed": (
+        ValueError,
+        "lower must not exceed upper, got 1 and 0",
+        lambda: fr.fgsm_step(X, X, 0.1, 1, 0),
+    ),
+    "crossed somewhere": (
+        ValueError,
+        "lower must not exceed",
+        lambda: fr.fgsm_step(X, X, 0.1, torch.tensor([0, 0.5, 0]), 0.4),
+    ),
+    "images of bytes": (
+        TypeError,
+        r"x must be a floating-point tensor.*\.float\(\)",
+        lambda: fr.fgsm(MODEL, X.byte(), Y, 0.1),
+    ),
     "complex x": (TypeError, "floating-point", lambda: fr.fgsm(MODEL, X.cfloat(), Y, 0.1)),
     "x a list": (TypeError, "x must be a torch.Tensor", lambda: fr.fgsm(MODEL, [1.0], Y, 0.1)),
-    "fgsm eps negative": (ValueError, r"fgsm: eps must be in \[0, inf\], got -0.1", lambda: fr.fgsm(MODEL, X, Y, -0.1)),
+    "fgsm eps negative": (
+        ValueError,
+        r"fgsm: eps must be in \[0, inf\], got -0.1",
+        lambda: fr.fgsm(MODEL, X, Y, -0.1),
+    ),
     "fgsm eps negative somewhere": (
         ValueError,
         "eps must be finite and at least 0, got -1",
@@ -673,14 +777,26 @@ WRONG = {
     "fgsm eps NaN": (ValueError, "fgsm: eps must be", lambda: fr.fgsm(MODEL, X, Y, NAN)),
     "fgsm eps inf": (ValueError, "fgsm: eps must be finite", lambda: fr.fgsm(MODEL, X, Y, INF)),
     "fgsm eps None": (TypeError, "fgsm: eps must be a number", lambda: fr.fgsm(MODEL, X, Y, None)),
-    "bounds a number": (ValueError, r"bounds must be \(lower, upper\)", lambda: fr.fgsm(MODEL, X, Y, 0.1, bounds=1.0)),
+    "bounds a number": (
+        ValueError,
+        r"bounds must be \(lower, upper\)",
+        lambda: fr.fgsm(MODEL, X, Y, 0.1, bounds=1.0),
+    ),
     "bounds three": (ValueError, "bounds must be", lambda: fr.fgsm(MODEL, X, Y, 0.1, bounds=(0, 1, 2))),
     "bounds text": (TypeError, "lower must be a number", lambda: fr.fgsm(MODEL, X, Y, 0.1, bounds=("0", 1))),
-    "bounds crossed": (ValueError, "lower must not exceed upper", lambda: fr.fgsm(MODEL, X, Y, 0.1, bounds=(1, 0))),
+    "bounds crossed": (
+        ValueError,
+        "lower must not exceed upper",
+        lambda: fr.fgsm(MODEL, X, Y, 0.1, bounds=(1, 0)),
+    ),
     "norm": (ValueError, "norm must be one of 'linf', 'l2'", lambda: fr.fgsm(MODEL, X, Y, 0.1, norm="l1")),
     "y shape": (ValueError, "target must have shape", lambda: fr.fgsm(MODEL, X, Y[:2], 0.1)),
     "y out of range": (ValueError, "target must be in", lambda: fr.fgsm(MODEL, X, Y + 5, 0.1)),
-    "x unused": (ValueError, "fgsm: the loss does not depend on x", lambda: fr.fgsm(lambda x: torch.zeros(4, 3), X, Y, 0.1)),
+    "x unused": (
+        ValueError,
+        "fgsm: the loss does not depend on x",
+        lambda: fr.fgsm(lambda x: torch.zeros(4, 3), X, Y, 0.1),
+    ),
     "x unused, parameters used": (
         ValueError,
         "pgd: the loss does not depend on x",
@@ -701,7 +817,9 @@ WRONG = {
     "loss of many numbers": (
         ValueError,
         "loss must give one number",
-        lambda: fr.adversarial_loss(MODEL, X, Y, 0.1, loss=lambda z, y: F.cross_entropy(z, y, reduction="none")),
+        lambda: fr.adversarial_loss(
+            MODEL, X, Y, 0.1, loss=lambda z, y: F.cross_entropy(z, y, reduction="none")
+        ),
     ),
     "objective without x": (
         ValueError,

@@ -1,8 +1,9 @@
 """Early stopping inside Lightning, transformers and ignite, with the real packages.
 
-Proven for each: it stops at the epoch at which `fastreg.EarlyStopping` does and leaves the weights of the best one; what does
-not count does not (sanity check, evaluation after training); a metric that is missing is an error; training resumed from a
-checkpoint stops where the uninterrupted one does; the ranks stop together; fastreg imports without the packages.
+Proven for each: it stops at the epoch at which `fastreg.EarlyStopping` does and leaves the weights of the
+best one; what does not count does not (sanity check, evaluation after training); a metric that is missing is
+an error; training resumed from a checkpoint stops where the uninterrupted one does; the ranks stop together;
+fastreg imports without the packages.
 """
 
 import json
@@ -44,7 +45,8 @@ def _quiet():
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------ imports
+# ------------------------------------------------------------------------------------------------------------
+# imports
 def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
@@ -74,7 +76,8 @@ def test_a_missing_package_is_named_with_its_remedy():
         assert "cannot import it" in line and line.endswith(f"pip install {remedy}")
 
 
-# ---------------------------------------------------------------------------------------------------------- Lightning
+# ----------------------------------------------------------------------------------------------------------
+# Lightning
 def lightning_parts():
     pytest.importorskip("lightning", reason=HINT)
     import lightning.pytorch as pl
@@ -94,7 +97,9 @@ def lightning_parts():
         def validation_step(self, batch, index):
             # Two batches whose mean is the score.
             score = (
-                self.scores[0] if self.trainer.sanity_checking else self.scores[min(len(self.seen) // 2, len(self.scores) - 1)]
+                self.scores[0]
+                if self.trainer.sanity_checking
+                else self.scores[min(len(self.seen) // 2, len(self.scores) - 1)]
             )
             self.log("val_loss", score + (1.0 if index else -1.0))
             if not self.trainer.sanity_checking:
@@ -123,7 +128,11 @@ def test_lightning_stops_and_restores():
     _, EarlyStopping, Scripted, fit = lightning_parts()
     module, stop = Scripted(SCORES), EarlyStopping("val_loss", patience=3)
     trainer = fit(module, stop)
-    assert trainer.current_epoch == stop.stopper.epoch == 7 and stop.stopper.best_epoch == 3 and stop.stopper.best == 4.0
+    assert (
+        trainer.current_epoch == stop.stopper.epoch == 7
+        and stop.stopper.best_epoch == 3
+        and stop.stopper.best == 4.0
+    )
     assert trainer.should_stop and "no improvement in 3 epochs" in stop.stopper.reason
     assert torch.equal(module.w, module.seen[2 * 3]) and not torch.equal(module.seen[6], module.seen[-1])
 
@@ -134,7 +143,10 @@ def test_lightning_stops_and_restores():
 
 def test_lightning_options_decision_only_and_several_validations_per_epoch():
     _, EarlyStopping, Scripted, fit = lightning_parts()
-    module, stop = Scripted([-s for s in SCORES]), EarlyStopping("val_loss", restore=False, mode="max", patience=3)
+    module, stop = (
+        Scripted([-s for s in SCORES]),
+        EarlyStopping("val_loss", restore=False, mode="max", patience=3),
+    )
     fit(module, stop)
     assert stop.stopper.epoch == 7 and stop.stopper.state_dict()["snapshot"] == []
     assert not torch.equal(module.w, module.seen[6])
@@ -178,13 +190,20 @@ RANK_SCORES = [[5.0, 4.0, 1.0, 6.0, 7.0, 8.0], [5.0, 2.0, NAN, 9.0, 1.0, 8.0]]
 
 def lightning_rank(rank, port, out):
     torch.set_num_threads(1)
-    torchrun = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=2, RANK=rank, LOCAL_RANK=rank, GROUP_RANK=0)
+    torchrun = dict(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=2, RANK=rank, LOCAL_RANK=rank, GROUP_RANK=0
+    )
     os.environ.update({name: str(value) for name, value in torchrun.items()}, TORCHELASTIC_RUN_ID="test")
     _, EarlyStopping, Scripted, fit = lightning_parts()
     module, stop = Scripted(RANK_SCORES[rank]), EarlyStopping("val_loss", patience=3)
-    trainer = fit(module, stop, strategy="ddp", devices=2, num_sanity_val_steps=0, use_distributed_sampler=False)
+    trainer = fit(
+        module, stop, strategy="ddp", devices=2, num_sanity_val_steps=0, use_distributed_sampler=False
+    )
     stopper = stop.stopper
-    torch.save((trainer.current_epoch, stopper.best, stopper.best_epoch, torch.equal(module.w, module.seen[2])), f"{out}{rank}")
+    torch.save(
+        (trainer.current_epoch, stopper.best, stopper.best_epoch, torch.equal(module.w, module.seen[2])),
+        f"{out}{rank}",
+    )
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -203,7 +222,8 @@ def test_lightning_ranks_stop_together(tmp_path):
         assert torch.load(tmp_path / f"rank{rank}") == (5, 3.0, 1, True)
 
 
-# ------------------------------------------------------------------------------------------------------- transformers
+# -------------------------------------------------------------------------------------------------------
+# transformers
 def trainer_parts():
     pytest.importorskip("transformers", reason=HINT)
     pytest.importorskip("accelerate", reason=HINT)
@@ -230,8 +250,16 @@ def trainer_parts():
         data = [{"x": torch.ones(3), "labels": torch.zeros(())} for _ in range(4)]
         arguments = transformers.TrainingArguments(
             **{
-                **dict(output_dir=str(tmp_path), eval_strategy="epoch", save_strategy="no", num_train_epochs=20, use_cpu=True),
-                **dict(per_device_train_batch_size=2, report_to="none", disable_tqdm=True, learning_rate=0.01),
+                **dict(
+                    output_dir=str(tmp_path),
+                    eval_strategy="epoch",
+                    save_strategy="no",
+                    num_train_epochs=20,
+                    use_cpu=True,
+                ),
+                **dict(
+                    per_device_train_batch_size=2, report_to="none", disable_tqdm=True, learning_rate=0.01
+                ),
                 **dict(logging_strategy="no", lr_scheduler_type="constant", optim="sgd"),
                 **options,
             }
@@ -272,7 +300,9 @@ def test_transformers_options_and_a_missing_metric(tmp_path):
     trainer.train()
     assert stop.stopper.epoch == 7 and torch.equal(model.w, seen[6])
     trainer, *_ = make(SCORES, tmp_path, EarlyStopping("score"))
-    with pytest.raises(ValueError, match=r"expected the metric 'score', got .*'eval_score'.*; name one of these"):
+    with pytest.raises(
+        ValueError, match=r"expected the metric 'score', got .*'eval_score'.*; name one of these"
+    ):
         trainer.train()
     stop = EarlyStopping("eval_b_score", patience=3)  # of two evaluation sets the second is watched
     trainer, _, seen = make([s for score in SCORES for s in (0.0, score)], tmp_path, stop)
@@ -285,12 +315,18 @@ def test_transformers_options_and_a_missing_metric(tmp_path):
 
 @pytest.mark.parametrize(("cut", "again"), [(2, True), (5, True), (5, False)])
 def test_transformers_resumes(cut, again, tmp_path):
-    """The count goes on where that is asked for; weights from before the cut are not in the checkpoint, and that is said."""
+    """The count goes on where that is asked for; weights from before the cut are not in the checkpoint, and
+    that is said.
+    """
     EarlyStopping, make = trainer_parts()
-    trainer, *_ = make(SCORES, tmp_path, EarlyStopping("eval_score", patience=3), save_strategy="epoch", num_train_epochs=cut)
+    trainer, *_ = make(
+        SCORES, tmp_path, EarlyStopping("eval_score", patience=3), save_strategy="epoch", num_train_epochs=cut
+    )
     trainer.train()
     checkpoint = tmp_path / f"checkpoint-{2 * cut}"
-    assert "EarlyStopping" in json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert (
+        "EarlyStopping" in json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]
+    )
     trainer, model, seen = make(
         SCORES[cut:],
         tmp_path,
@@ -310,7 +346,8 @@ def test_transformers_resumes(cut, again, tmp_path):
         assert stop.stopper.epoch == trainer.state.epoch - cut and stop.stopper.best == 2.0 and not said
 
 
-# ------------------------------------------------------------------------------------------------------------- ignite
+# -------------------------------------------------------------------------------------------------------------
+# ignite
 def ignite_parts(scores):
     pytest.importorskip("ignite", reason=HINT)
     from ignite.engine import Engine, Events
@@ -340,7 +377,11 @@ def test_ignite_stops_and_restores():
     trainer.add_event_handler(Events.COMPLETED, lambda _: at_end.append(model.weight.detach().clone()))
     trainer.run(range(2), max_epochs=20)
     assert trainer.state.epoch == handler.stopper.epoch == 7 and handler.stopper.best_epoch == 3
-    assert torch.equal(model.weight, seen[3]) and torch.equal(at_end[0], seen[3]) and not torch.equal(seen[3], seen[6])
+    assert (
+        torch.equal(model.weight, seen[3])
+        and torch.equal(at_end[0], seen[3])
+        and not torch.equal(seen[3], seen[6])
+    )
     assert handler.state_dict() == handler.stopper.state_dict()
     other = EarlyStopping(lambda engine: 0.0, trainer, model)
     other.load_state_dict(handler.state_dict())

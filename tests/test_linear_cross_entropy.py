@@ -1,8 +1,8 @@
 """Linear cross-entropy against a linear layer and the written formula in float64.
 
-Proven: value and gradients for every dtype, option and shape, whatever the chunk; that no more than a tenth of the logits is ever
-held; float16 gradients below its range; derivatives of second order; each door (compile, checkpoint, autocast, opcheck); that
-wrong arguments are errors and leave their inputs untouched.
+Proven: value and gradients for every dtype, option and shape, whatever the chunk; that no more than a tenth
+of the logits is ever held; float16 gradients below its range; derivatives of second order; each door
+(compile, checkpoint, autocast, opcheck); that wrong arguments are errors and leave their inputs untouched.
 """
 
 import itertools
@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
 
-module = sys.modules["fastreg._linear_cross_entropy"]  # the name fastreg.linear_cross_entropy is the function's
+module = sys.modules[
+    "fastreg._linear_cross_entropy"
+]  # the name fastreg.linear_cross_entropy is the function's
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -38,7 +40,9 @@ def reference(hidden, weight, target, bias=None, class_weight=None, **options):
         return losses.view(hidden.shape[:-1])
     if options.get("reduction", "mean") == "sum":
         return losses.sum()
-    return losses.sum() / (len(z) if soft or (class_weight is None and not ignored.any()) else (t * w).sum(1)[~ignored].sum())
+    return losses.sum() / (
+        len(z) if soft or (class_weight is None and not ignored.any()) else (t * w).sum(1)[~ignored].sum()
+    )
 
 
 def case(shape=(37,), width=24, classes=19, dtype=torch.float32, bias=True, soft=False, seed=0):
@@ -47,7 +51,12 @@ def case(shape=(37,), width=24, classes=19, dtype=torch.float32, bias=True, soft
     weight = (torch.randn(classes, width, generator=g, dtype=torch.float64) * 0.3).to(dtype).requires_grad_()
     b = torch.randn(classes, generator=g, dtype=torch.float64).to(dtype).requires_grad_() if bias else None
     if soft:
-        return hidden, weight, torch.rand(*shape, classes, generator=g, dtype=torch.float64).softmax(-1).to(dtype), b
+        return (
+            hidden,
+            weight,
+            torch.rand(*shape, classes, generator=g, dtype=torch.float64).softmax(-1).to(dtype),
+            b,
+        )
     return hidden, weight, torch.randint(classes, shape, generator=g), b
 
 
@@ -61,10 +70,14 @@ def assert_matches(hidden, weight, target, bias, **options):
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
     g = torch.rand(want.shape, dtype=torch.float64) + 0.5
     grads = torch.autograd.grad(got, inputs, g.to(got.dtype))
-    for x, a, b in zip(inputs, grads, torch.autograd.grad(want, [w for w in wide if w is not None], g), strict=True):
+    for x, a, b in zip(
+        inputs, grads, torch.autograd.grad(want, [w for w in wide if w is not None], g), strict=True
+    ):
         assert a.dtype == x.dtype and a.shape == x.shape
         # An element's error goes with the sizes of the terms that were added up to it, not with their sum.
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * (b.abs().max().item() if b.numel() else 0))
+        torch.testing.assert_close(
+            a.double(), b, rtol=0, atol=tolerance * (b.abs().max().item() if b.numel() else 0)
+        )
 
 
 @pytest.fixture(params=[1, 5, 1000], ids=lambda rows: f"chunks of {rows}")
@@ -73,11 +86,14 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(module, "_chunk_rows", lambda hidden, classes: min(request.param, len(hidden)))
 
 
-# ------------------------------------------------------------------------------------------------------------ values, gradients
+# ------------------------------------------------------------------------------------------------------------
+# values, gradients
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_value_and_gradients(dtype, reduction, bias, chunk):
-    assert_matches(*case(dtype=dtype, bias=bias), reduction=reduction, label_smoothing=0.1, loss_dtype=max_dtype(dtype))
+    assert_matches(
+        *case(dtype=dtype, bias=bias), reduction=reduction, label_smoothing=0.1, loss_dtype=max_dtype(dtype)
+    )
 
 
 def max_dtype(dtype):
@@ -111,7 +127,9 @@ def test_strided_inputs():
     assert_matches(hidden.detach().transpose(0, 1).requires_grad_(), weight, target.t(), None)
     wide = torch.randn(24, 19, dtype=torch.float64).t().requires_grad_()
     assert_matches(hidden, wide, target, None)
-    assert_matches(hidden.detach()[..., ::2].requires_grad_(), weight.detach()[:, 1::2].requires_grad_(), target, None)
+    assert_matches(
+        hidden.detach()[..., ::2].requires_grad_(), weight.detach()[:, 1::2].requires_grad_(), target, None
+    )
 
 
 def test_no_row_counted():
@@ -131,7 +149,9 @@ def test_only_the_gradients_that_are_wanted():
     for i, x in enumerate((hidden, weight, bias)):
         inputs = [y.detach().requires_grad_(i == j) for j, y in enumerate((hidden, weight, bias))]
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+        ):
             loss = fr.linear_cross_entropy(inputs[0], inputs[1], target, inputs[2])
         torch.testing.assert_close(torch.autograd.grad(loss, inputs[i])[0], full[i], rtol=1e-12, atol=1e-14)
         known = [hidden.numel(), weight.numel(), bias.numel(), len(target), len(target)]
@@ -198,7 +218,8 @@ def test_gradcheck_of_both_orders(reduction):
     assert gradgradcheck(f, (hidden, weight, bias))
 
 
-# ----------------------------------------------------------------------------------------------------------------------- memory
+# -----------------------------------------------------------------------------------------------------------------------
+# memory
 class Largest(TorchDispatchMode):
     """Most bytes alive at once among the tensors that operations make while it is on."""
 
@@ -211,7 +232,10 @@ class Largest(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                self.alive[storage.data_ptr()] = torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes()
+                self.alive[storage.data_ptr()] = (
+                    torch.multiprocessing.reductions.StorageWeakRef(storage),
+                    storage.nbytes(),
+                )
         self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
         self.peak = max(self.peak, sum(nbytes for _, nbytes in self.alive.values()))
         return result
@@ -229,7 +253,9 @@ def test_never_more_than_a_tenth_of_the_logits(dtype):
         return (mode.peak - outputs) / (rows * classes * hidden.element_size())
 
     assert peak(lambda: fr.linear_cross_entropy(hidden, weight, target, label_smoothing=0.1)) <= 0.1
-    assert peak(lambda: F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=0.1)) > 1  # what the test can see
+    assert (
+        peak(lambda: F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=0.1)) > 1
+    )  # what the test can see
 
 
 def test_chunks():
@@ -241,27 +267,47 @@ def test_chunks():
     ):
         chunk = module._chunk_rows(torch.empty(rows, width, dtype=dtype, device="meta"), classes)
         assert chunk * 10 <= rows and chunk * classes * dtype.itemsize <= 2**26 + classes * dtype.itemsize
-    few = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")  # the sum is in bfloat16: few chunks, however large
+    few = torch.empty(
+        8192, 4096, dtype=torch.bfloat16, device="meta"
+    )  # the sum is in bfloat16: few chunks, however large
     assert 8192 / module._chunk_rows(few, 128_000) <= 13
     for rows, expected in ((0, 0), (7, 7), (100, 32), (640, 32), (700, 64), (2048, 192)):
         assert module._chunk_rows(torch.empty(rows, 3), 5) == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------------ doors
+# ------------------------------------------------------------------------------------------------------------------------
+# doors
 def test_opcheck():
     hidden, weight, target, bias = case((9,), width=4, classes=5)
     factor = torch.rand(9)
     for wants in ("", "hwb", "w"):
-        arguments = (hidden.detach(), weight.detach(), bias.detach(), target, factor, None, wants, -100, 0.1, False, 0.0)
+        arguments = (
+            hidden.detach(),
+            weight.detach(),
+            bias.detach(),
+            target,
+            factor,
+            None,
+            wants,
+            -100,
+            0.1,
+            False,
+            0.0,
+        )
         torch.library.opcheck(torch.ops.fastreg.linear_cross_entropy.default, arguments)
-    torch.library.opcheck(torch.ops.fastreg.cross_entropy_.default, (torch.randn(9, 5), target, factor, torch.rand(5), -100, 0.1))
+    torch.library.opcheck(
+        torch.ops.fastreg.cross_entropy_.default,
+        (torch.randn(9, 5), target, factor, torch.rand(5), -100, 0.1),
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(reduction, dynamic):
     def f(hidden, weight, target, bias):
-        return fr.linear_cross_entropy(hidden * 2, weight, target, bias, reduction=reduction, label_smoothing=0.1).sum()
+        return fr.linear_cross_entropy(
+            hidden * 2, weight, target, bias, reduction=reduction, label_smoothing=0.1
+        ).sum()
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for rows in (37, 50):
@@ -282,7 +328,9 @@ def test_autocast_is_that_of_the_two_functions():
     assert got.dtype == want.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for a, b in zip(
-        torch.autograd.grad(got, (hidden, weight, bias)), torch.autograd.grad(want, (hidden, weight, bias)), strict=True
+        torch.autograd.grad(got, (hidden, weight, bias)),
+        torch.autograd.grad(want, (hidden, weight, bias)),
+        strict=True,
     ):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=2e-2 * b.abs().max().item())
@@ -308,7 +356,8 @@ def test_inference_mode():
     assert torch.equal(inside.clone(), fr.linear_cross_entropy(hidden, weight, target, bias).detach())
 
 
-# ----------------------------------------------------------------------------------------------------------------------- errors
+# -----------------------------------------------------------------------------------------------------------------------
+# errors
 def test_errors_name_the_op_and_the_remedy():
     hidden, weight, target, bias = (None if x is None else x.detach() for x in case())
     f = fr.linear_cross_entropy
@@ -328,7 +377,11 @@ def test_errors_name_the_op_and_the_remedy():
         (lambda: f(hidden, weight, target, label_smoothing=float("nan")), ValueError, "label_smoothing"),
         (lambda: f(hidden, weight, target, reduction="avg"), ValueError, "reduction"),
         (lambda: f(hidden, weight, target, class_weight=torch.ones(3)), ValueError, "class_weight must have"),
-        (lambda: f(hidden, weight, target, class_weight=torch.ones(19, requires_grad=True)), ValueError, "class_weight must not"),
+        (
+            lambda: f(hidden, weight, target, class_weight=torch.ones(19, requires_grad=True)),
+            ValueError,
+            "class_weight must not",
+        ),
         (lambda: f(hidden, weight, target, loss_dtype=torch.int32), ValueError, "loss_dtype"),
         (lambda: f(hidden, weight, torch.rand(37, 19), ignore_index=3), ValueError, "ignore_index"),
         (lambda: f(hidden, [1], target), TypeError, "weight must be a torch.Tensor"),
@@ -338,7 +391,9 @@ def test_errors_name_the_op_and_the_remedy():
     for call, error, words in cases:
         with pytest.raises(error, match=words) as caught:
             call()
-        assert str(caught.value).startswith("linear_cross_entropy: ") or "cross_entropy_: target" in str(caught.value)
+        assert str(caught.value).startswith("linear_cross_entropy: ") or "cross_entropy_: target" in str(
+            caught.value
+        )
 
 
 def test_the_raw_op_checks_for_itself():

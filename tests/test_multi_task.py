@@ -18,7 +18,9 @@ def term(form, bounded, loss, s):
     if not isinstance(form, str):
         return form * loss
     variance = math.exp(s)
-    return FORMS[form] * loss / variance + (math.log(1 + variance) if bounded else math.log(math.sqrt(variance)))
+    return FORMS[form] * loss / variance + (
+        math.log(1 + variance) if bounded else math.log(math.sqrt(variance))
+    )
 
 
 def with_log_variances(total, values):
@@ -31,14 +33,25 @@ def with_log_variances(total, values):
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "tasks", [{"a": "regression"}, {"a": "classification", "b": 0.3, "c": "regression"}, {"a": 2, "b": 0}, {"b": "regression"}]
+    "tasks",
+    [
+        {"a": "regression"},
+        {"a": "classification", "b": 0.3, "c": "regression"},
+        {"a": 2, "b": 0},
+        {"b": "regression"},
+    ],
 )
 def test_the_total_and_its_gradients(tasks, dtype, bounded):
     total = with_log_variances(
         fr.MultiTaskLoss(tasks, bounded=bounded), torch.randn(sum(isinstance(f, str) for f in tasks.values()))
     )
     losses = {name: torch.rand((), dtype=torch.float64).mul(3).to(dtype).requires_grad_() for name in tasks}
-    s = {name: p.item() for name, p in zip((n for n, f in tasks.items() if isinstance(f, str)), total.parameters(), strict=True)}
+    s = {
+        name: p.item()
+        for name, p in zip(
+            (n for n, f in tasks.items() if isinstance(f, str)), total.parameters(), strict=True
+        )
+    }
     want = sum(term(form, bounded, losses[name].item(), s.get(name)) for name, form in tasks.items())
     value = total(losses)
     assert value.shape == ()
@@ -72,7 +85,9 @@ def test_a_sequence_is_a_dict_in_order():
 def test_regression_is_the_likelihood_of_a_gaussian():
     error, s = torch.randn(50), torch.tensor(0.7)
     total = with_log_variances(fr.MultiTaskLoss(["regression"]), [0.7])
-    want = -torch.distributions.Normal(0.0, torch.exp(s / 2)).log_prob(error).mean() - 0.5 * math.log(2 * math.pi)
+    want = -torch.distributions.Normal(0.0, torch.exp(s / 2)).log_prob(error).mean() - 0.5 * math.log(
+        2 * math.pi
+    )
     torch.testing.assert_close(total([error.square().mean()]), want)
 
 
@@ -125,7 +140,9 @@ def test_penalty_groups_do_not_decay_the_variances():
     (group,) = (g for g in groups if any(p is model["total"].log_variance_a for p in g["params"]))
     assert group["l1"] == 0 and group["weight_decay"] == 0
     with_log_variances(model["total"], [3.0])
-    torch.testing.assert_close(fr.optim.penalty(groups), fr.optim.penalty(model["net"].weight, l1=0.1, l2=0.2))
+    torch.testing.assert_close(
+        fr.optim.penalty(groups), fr.optim.penalty(model["net"].weight, l1=0.1, l2=0.2)
+    )
     optimizer = fr.optim.SGD(groups, lr=1.0)
     model["total"](
         {"a": torch.tensor(math.exp(3.0)), "b": torch.tensor(1.0)}
@@ -146,13 +163,18 @@ def test_copies_states_and_moves():
     assert total.double()({name: loss.double() for name, loss in losses.items()}).dtype == torch.float64
     with pytest.raises(RuntimeError, match="log_variance_ink"):
         fr.MultiTaskLoss({"digit": "classification"}).load_state_dict(total.state_dict())
-    assert repr(fr.MultiTaskLoss([1, "regression"], bounded=True)) == "MultiTaskLoss([1, 'regression'], bounded=True)"
+    assert (
+        repr(fr.MultiTaskLoss([1, "regression"], bounded=True))
+        == "MultiTaskLoss([1, 'regression'], bounded=True)"
+    )
 
 
 def test_a_nan_is_seen():
     total = fr.MultiTaskLoss({"a": "regression", "b": 1.0})
     for bad in "ab":
-        assert math.isnan(total({name: torch.tensor(math.nan if name == bad else 1.0) for name in "ab"}).item())
+        assert math.isnan(
+            total({name: torch.tensor(math.nan if name == bad else 1.0) for name in "ab"}).item()
+        )
 
 
 def test_under_compile():
@@ -170,7 +192,11 @@ ONE = torch.tensor(1.0)
     [
         (TypeError, "tasks must be a dict or a sequence .* got str", "regression"),
         (ValueError, "at least one task", {}),
-        (ValueError, "task 'a' must be a weight, 'regression' or 'classification', got 'gaussian'", {"a": "gaussian"}),
+        (
+            ValueError,
+            "task 'a' must be a weight, 'regression' or 'classification', got 'gaussian'",
+            {"a": "gaussian"},
+        ),
         (ValueError, "the weight of task 'a' must be .* got -1", {"a": -1}),
         (ValueError, "the weight of task 0 must be .* got nan", [math.nan]),
         (ValueError, "the weight of task 0 must be .* got inf", [math.inf]),
@@ -194,9 +220,17 @@ def test_bounded_is_a_switch():
     [
         (TypeError, "losses must be a dict, as tasks was, got list", [ONE, ONE]),
         (ValueError, r"those of the tasks \['a', 'b'\], got \['a'\]", {"a": ONE}),
-        (ValueError, r"those of the tasks \['a', 'b'\], got \['a', 'b', 'c'\]", {"a": ONE, "b": ONE, "c": ONE}),
+        (
+            ValueError,
+            r"those of the tasks \['a', 'b'\], got \['a', 'b', 'c'\]",
+            {"a": ONE, "b": ONE, "c": ONE},
+        ),
         (TypeError, "the loss of task 'b' must be a torch.Tensor, got float", {"a": ONE, "b": 1.0}),
-        (ValueError, r"the loss of task 'a' must have shape \(\), got \(2,\); reduce", {"a": ONE.expand(2), "b": ONE}),
+        (
+            ValueError,
+            r"the loss of task 'a' must have shape \(\), got \(2,\); reduce",
+            {"a": ONE.expand(2), "b": ONE},
+        ),
         (ValueError, "the loss of task 'a' is on meta, its variance on cpu", {"a": ONE.to("meta"), "b": ONE}),
     ],
 )
@@ -209,5 +243,7 @@ def test_bad_losses(error, words, losses):
 def test_a_sequence_wants_a_sequence(losses):
     with pytest.raises(TypeError, match="MultiTaskLoss: losses must be a list or tuple, as tasks was"):
         fr.MultiTaskLoss([1.0, 1.0])(losses)
-    with pytest.raises(ValueError, match=r"MultiTaskLoss: losses must be those of the tasks \[0, 1\], got \[0\]"):
+    with pytest.raises(
+        ValueError, match=r"MultiTaskLoss: losses must be those of the tasks \[0, 1\], got \[0\]"
+    ):
         fr.MultiTaskLoss([1.0, 1.0])([ONE])

@@ -1,7 +1,8 @@
 """The CPU kernels without torch, on every instruction set this machine can run and, by emulation, on aarch64.
 
-tests/native/kernel_test.cpp tests one instruction set; here it is built with the flags that CMakeLists.txt has for each, so that
-a new set is tested from the day it is named there. All of them must give the same bits."""
+tests/native/kernel_test.cpp tests one instruction set; here it is built with the flags that CMakeLists.txt
+has for each, so that a new set is tested from the day it is named there. All of them must give the same
+bits."""
 
 import functools
 import os
@@ -30,11 +31,15 @@ for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE):
     FLAGS[name] = flags.strip('" ').split()
 FLAGS = {name: flags for name, flags in FLAGS.items() if X86 or name == "baseline"}
 OPS = re.search(r"set\(ops ([^)]*)\)", CMAKE)[1].split()
-COMMON = ["-std=c++20", *(f for f in re.search(r"set\(cxx_flags ([^)]*)\)", CMAKE)[1].split() if "$" not in f)]
-# Ops that fuse multiplication and addition have bits of their own where there is no such instruction: in x86-64's baseline.
+COMMON = [
+    "-std=c++20",
+    *(f for f in re.search(r"set\(cxx_flags ([^)]*)\)", CMAKE)[1].split() if "$" not in f),
+]
+# Ops that fuse multiplication and addition have bits of their own where there is no such instruction: in
+# x86-64's baseline.
 FUSED = ("exp/float32", "cross_entropy")
-# Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer watches as well; its
-# checks are calls, not inlined, for the same reason.
+# Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer
+# watches as well; its checks are calls, not inlined, for the same reason.
 SANITIZERS = (
     "-O1",
     "-fsanitize=address,undefined",
@@ -48,15 +53,19 @@ needs_compiler = pytest.mark.skipif(not shutil.which(CXX), reason=f"no compiler 
 
 def run(*command, **kwargs):
     """Runs a command and gives what it prints; its errors are the failure's message."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600, **kwargs)
-    assert done.returncode == 0, f"{command} gives {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=600, **kwargs
+    )
+    assert done.returncode == 0, (
+        f"{command} gives {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
 
 
 @functools.cache
 def library_isa(isa=""):
-    """The set that the library takes when asked for `isa`, or None where it refuses, and the sets it was built with: from the
-    very code that chooses."""
+    """The set that the library takes when asked for `isa`, or None where it refuses, and the sets it was
+    built with: from the very code that chooses."""
     with tempfile.TemporaryDirectory() as folder:
         main = Path(folder, "main.cpp")
         main.write_text(
@@ -64,7 +73,9 @@ def library_isa(isa=""):
             "int main() { puts(fastreg::isa_list()); fflush(stdout); puts(fastreg::isa_name()); }\n"
         )
         run(CXX, *COMMON, f"-I{ROOT}", main, ROOT / "csrc/common/isa.cpp", "-o", Path(folder, "isa"))
-        chosen = subprocess.run([Path(folder, "isa")], env={"FASTREG_CPU_CAPABILITY": isa}, capture_output=True, text=True)
+        chosen = subprocess.run(
+            [Path(folder, "isa")], env={"FASTREG_CPU_CAPABILITY": isa}, capture_output=True, text=True
+        )
     assert chosen.returncode == 0 or "that this machine can run" in chosen.stderr, chosen.stderr
     built, *taken = chosen.stdout.split()
     return (taken or [None])[0], built.split(",")
@@ -77,8 +88,8 @@ def can_run(isa):
 def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
     """Builds the test program of one set, runs it and gives what it prints."""
     with tempfile.TemporaryDirectory() as folder:
-        # Kernels of the narrow sets take twice as long to compile with -O2 as with -O1; the sweep of exp, which is in the test,
-        # ten times as long to run with -O1 as with -O2.
+        # Kernels of the narrow sets take twice as long to compile with -O2 as with -O1; the sweep of exp,
+        # which is in the test, ten times as long to run with -O1 as with -O2.
         sources = {ROOT / "tests/native/kernel_test.cpp": "-O2"}
         sources |= {ROOT / f"csrc/{op}/{op}_cpu.cpp": "-O2" if FLAGS[isa] else "-O1" for op in OPS}
         options = [*COMMON, *FLAGS[isa], *flags, f"-DFASTREG_ISA={isa}"]
@@ -96,7 +107,9 @@ def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
 
 @pytest.fixture(scope="module")
 def programs():
-    """{name: future of (measured, digests)}: each is a chain of compilations, so that a processor is given one chain."""
+    """{name: future of (measured, digests)}: each is a chain of compilations, so that a processor is given
+    one chain.
+    """
     with_sets = {isa: can_run(isa) for isa in FLAGS}
     widest = [isa for isa, runs in with_sets.items() if runs][-1]
     pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
@@ -117,7 +130,9 @@ def result(programs, name):
 
 
 def same_bits(programs, name):
-    """The program fails nowhere and has the digests of AVX2, the first set with fused arithmetic, or of the only one there is."""
+    """The program fails nowhere and has the digests of AVX2, the first set with fused arithmetic, or of the
+    only one there is.
+    """
     reference = "avx2" if "avx2" in programs else "baseline"
     mine, theirs = result(programs, name), result(programs, reference)
     assert (mine.keys() ^ theirs.keys()) <= {"exp/float32/stride 1"}, "only a full sweep has that digest"
@@ -132,10 +147,14 @@ def same_bits(programs, name):
 
 @needs_compiler
 def test_every_instruction_set_is_found():
-    """What is read from CMakeLists.txt is what it builds: every set the library can choose from, every kernel file."""
+    """What is read from CMakeLists.txt is what it builds: every set the library can choose from, every kernel
+    file.
+    """
     built = library_isa()[1]  # the first one is the baseline under its own name
     assert list(FLAGS) == ["baseline", *built[1:]]
-    assert {f"csrc/{op}/{op}_cpu.cpp" for op in OPS} == {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*_cpu.cpp")}
+    assert {f"csrc/{op}/{op}_cpu.cpp" for op in OPS} == {
+        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*_cpu.cpp")
+    }
     assert {"-Wall", "-Wextra", "-Werror", "-ffp-contract=off"} <= set(COMMON)
 
 
@@ -143,7 +162,9 @@ def test_every_instruction_set_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FLAGS)
 def test_kernels(isa, programs):
-    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits of other sets."""
+    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits
+    of other sets.
+    """
     if not can_run(isa):
         pytest.skip(f"this machine cannot run {isa}")
     same_bits(programs, isa)
@@ -152,7 +173,9 @@ def test_kernels(isa, programs):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(not X86, reason="only where aarch64 is another architecture")
-@pytest.mark.skipif(not shutil.which(CROSS_CXX), reason=f"no {CROSS_CXX}; apt-get install g++-aarch64-linux-gnu")
+@pytest.mark.skipif(
+    not shutil.which(CROSS_CXX), reason=f"no {CROSS_CXX}; apt-get install g++-aarch64-linux-gnu"
+)
 @pytest.mark.skipif(not EMULATOR, reason="no qemu-aarch64; apt-get install qemu-user-static")
 def test_kernels_on_aarch64(programs):
     """Compiled for aarch64 and emulated: the references hold and the bits are x86's."""

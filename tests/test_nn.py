@@ -1,5 +1,5 @@
-"""Modules are their torch namesakes with our functions inside, down to repr, state and pickle; fold_dropout moves the textbook
-factor 1 - p into weights where that is exact, and refuses where it is not."""
+"""Modules are their torch namesakes with our functions inside, down to repr, state and pickle; fold_dropout
+moves the textbook factor 1 - p into weights where that is exact, and refuses where it is not."""
 
 import copy
 import inspect
@@ -16,7 +16,11 @@ import fastreg as fr
 
 NAMES = ["Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"]
 FUNCTION = dict(
-    zip(NAMES, ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"], strict=True)
+    zip(
+        NAMES,
+        ["dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"],
+        strict=True,
+    )
 )
 
 
@@ -29,12 +33,17 @@ def with_seed(seed, f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
-# ---------------------------------------------------------------------------------------------------------------- modules
+# ----------------------------------------------------------------------------------------------------------------
+# modules
 @pytest.mark.parametrize("name", NAMES)
 def test_a_module_is_its_namesake_on_our_function(name):
     ours, theirs = getattr(fr.nn, name), getattr(nn, name)
     assert issubclass(ours, theirs)
-    for module, namesake in ((ours(), theirs()), (ours(0.3, True), theirs(0.3, True)), (ours(p=0.2, inplace=False), theirs(0.2))):
+    for module, namesake in (
+        (ours(), theirs()),
+        (ours(0.3, True), theirs(0.3, True)),
+        (ours(p=0.2, inplace=False), theirs(0.2)),
+    ):
         assert repr(module) == repr(namesake) and module.state_dict() == namesake.state_dict() == {}
         assert (module.p, module.inplace, module.training) == (namesake.p, namesake.inplace, True)
     x = input_of(name)
@@ -52,7 +61,9 @@ def test_a_module_is_its_namesake_on_our_function(name):
 def test_arguments_of_the_constructor_are_torchs(name):
     mine = list(inspect.signature(getattr(fr.nn, name)).parameters.values())
     torchs = list(inspect.signature(getattr(nn, name)).parameters.values())
-    assert [(a.name, a.default, a.kind) for a in mine[: len(torchs)]] == [(a.name, a.default, a.kind) for a in torchs]
+    assert [(a.name, a.default, a.kind) for a in mine[: len(torchs)]] == [
+        (a.name, a.default, a.kind) for a in torchs
+    ]
     assert all(a.kind == a.KEYWORD_ONLY for a in mine[len(torchs) :])
 
 
@@ -82,7 +93,9 @@ def test_deepcopy_and_pickle(name):
 
 def test_a_module_of_torch_whose_class_is_exchanged_works():
     module = nn.Dropout(0.3)
-    module.__class__ = fr.nn.Dropout  # what fr.convert does: attributes that only our constructor sets must have defaults
+    module.__class__ = (
+        fr.nn.Dropout
+    )  # what fr.convert does: attributes that only our constructor sets must have defaults
     x = torch.randn(50)
     assert torch.equal(with_seed(1, module, x), with_seed(1, fr.dropout, x, 0.3))
 
@@ -92,7 +105,9 @@ def test_drop_path_module():
     for scale_by_keep in (True, False):
         module = fr.nn.DropPath(0.3, scale_by_keep=scale_by_keep)
         assert repr(module) == f"DropPath(p=0.3, scale_by_keep={scale_by_keep})"
-        assert torch.equal(with_seed(1, module, x), with_seed(1, fr.drop_path, x, 0.3, scale_by_keep=scale_by_keep))
+        assert torch.equal(
+            with_seed(1, module, x), with_seed(1, fr.drop_path, x, 0.3, scale_by_keep=scale_by_keep)
+        )
         assert module.eval()(x) is x
 
 
@@ -120,7 +135,8 @@ def test_a_model_compiles_and_trains(name):
         torch.testing.assert_close(a, b)
 
 
-# ------------------------------------------------------------------------------------------------------------ fold_dropout
+# ------------------------------------------------------------------------------------------------------------
+# fold_dropout
 def textbook(p):
     return fr.nn.Dropout(p, rescale="inference")
 
@@ -171,7 +187,13 @@ class Twice(nn.Module):
 FOLDABLE = {
     "mlp": lambda: (
         nn.Sequential(
-            nn.Linear(6, 9), nn.ReLU(), textbook(0.5), nn.Linear(9, 7), textbook(0.2), nn.LeakyReLU(0.1), nn.Linear(7, 3)
+            nn.Linear(6, 9),
+            nn.ReLU(),
+            textbook(0.5),
+            nn.Linear(9, 7),
+            textbook(0.2),
+            nn.LeakyReLU(0.1),
+            nn.Linear(7, 3),
         ),
         torch.randn(4, 6),
     ),
@@ -217,16 +239,26 @@ def test_a_folded_model_computes_what_the_original_does(name):
     folded = fr.nn.fold_dropout(model)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
     assert repr(model) == hidden and model.training and not folded.training
-    left = [m for m in folded.modules() if isinstance(m, fr.nn.Dropout) and m.rescale == "inference" and m.p > 0]
+    left = [
+        m for m in folded.modules() if isinstance(m, fr.nn.Dropout) and m.rescale == "inference" and m.p > 0
+    ]
     assert not left
     want, got = model.eval()(x), folded(x)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        module.p = 0.0 if isinstance(module, fr.nn.Dropout) and module.rescale == "inference" else getattr(module, "p", None)
+        module.p = (
+            0.0
+            if isinstance(module, fr.nn.Dropout) and module.rescale == "inference"
+            else getattr(module, "p", None)
+        )
     if name != "unused":
-        assert not torch.allclose(plain(x), want)  # the factor matters for this model: an unfolded copy would be seen
-    assert torch.equal(folded.train()(x) if name == "mlp" else folded(x), got)  # and nothing is dropped any more
+        assert not torch.allclose(
+            plain(x), want
+        )  # the factor matters for this model: an unfolded copy would be seen
+    assert torch.equal(
+        folded.train()(x) if name == "mlp" else folded(x), got
+    )  # and nothing is dropped any more
 
 
 class Shared(nn.Module):
@@ -274,13 +306,22 @@ def norm():
 
 
 REFUSED = {
-    "batch norm between": (lambda: nn.Sequential(textbook(0.5), nn.BatchNorm1d(5), nn.Linear(5, 5)), "reaches BatchNorm1d"),
-    "sigmoid between": (lambda: nn.Sequential(textbook(0.5), nn.Sigmoid(), nn.Linear(5, 5)), "reaches Sigmoid"),
+    "batch norm between": (
+        lambda: nn.Sequential(textbook(0.5), nn.BatchNorm1d(5), nn.Linear(5, 5)),
+        "reaches BatchNorm1d",
+    ),
+    "sigmoid between": (
+        lambda: nn.Sequential(textbook(0.5), nn.Sigmoid(), nn.Linear(5, 5)),
+        "reaches Sigmoid",
+    ),
     "addition between": (Plus, "reaches <built-in function add>"),
     "attribute between": (Transposed, "reaches <built-in function getattr>"),
     "weight used as a tensor": (Functional, "reaches <built-in function matmul>"),
     "at the output": (lambda: nn.Sequential(nn.Linear(5, 5), textbook(0.5)), "reaches the model's output"),
-    "output through relu": (lambda: nn.Sequential(nn.Linear(5, 5), textbook(0.5), nn.ReLU()), "reaches the model's output"),
+    "output through relu": (
+        lambda: nn.Sequential(nn.Linear(5, 5), textbook(0.5), nn.ReLU()),
+        "reaches the model's output",
+    ),
     "alone": (lambda: textbook(0.5), "lone Dropout"),
     "tied weight": (lambda: Shared("tied"), "used in several places"),
     "layer called twice": (lambda: Shared("called twice"), "used in several places"),
@@ -288,7 +329,10 @@ REFUSED = {
     "weight norm": (lambda: nn.Sequential(textbook(0.5), norm()), "weight of '1' is computed"),
     "control flow": (Branching, "cannot trace the model's forward"),
     "recurrent": (lambda: nn.Sequential(textbook(0.5), nn.GRU(5, 5)), "reaches GRU"),
-    "embedding with max_norm and sigmoid": (lambda: Embedded(max_norm=1.0), "reaches <built-in method sigmoid"),
+    "embedding with max_norm and sigmoid": (
+        lambda: Embedded(max_norm=1.0),
+        "reaches <built-in method sigmoid",
+    ),
 }
 
 
@@ -317,7 +361,8 @@ def test_a_model_without_textbook_dropout_comes_back_as_a_copy():
     assert folded[0].weight is not model[0].weight
 
 
-# ------------------------------------------------------------------------- the folded network is the mean over the masks
+# ------------------------------------------------------------------------- the folded network is the mean
+# over the masks
 def all_masks(n, p):
     """Every 0/1 mask of n elements, (2^n, n), and its probability."""
     masks = torch.tensor(list(itertools.product((0.0, 1.0), repeat=n)), dtype=torch.float64)
@@ -334,7 +379,9 @@ def test_folded_linear_models_are_the_exact_mean_over_all_masks(p):
     for model, shape in ((linear, (6,)), (conv, (2, 1, 3))):
         outputs = model[1]((masks * x).view(-1, *shape))
         mean = torch.einsum("m,m...->...", probability, outputs)
-        torch.testing.assert_close(fr.nn.fold_dropout(model)(x.view(1, *shape))[0], mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            fr.nn.fold_dropout(model)(x.view(1, *shape))[0], mean, rtol=1e-12, atol=1e-12
+        )
         assert not torch.allclose(model[1](x.view(1, *shape))[0], mean)
     embed = nn.Sequential(nn.Embedding(5, 6), textbook(p), nn.Linear(6, 4)).double()
     token = torch.tensor([3])
@@ -344,15 +391,21 @@ def test_folded_linear_models_are_the_exact_mean_over_all_masks(p):
 
 @pytest.mark.parametrize("p", (0.2, 0.5))
 def test_a_folded_softmax_regression_is_the_geometric_mean_of_all_subnetworks(p):
-    """Goodfellow et al. 2016, equations 7.56 to 7.66, for any p: the weighted geometric mean, normalised, is the folded one."""
+    """Goodfellow et al. 2016, equations 7.56 to 7.66, for any p: the weighted geometric mean, normalised, is
+    the folded one.
+    """
     masks, probability = all_masks(8, p)
     model, x = nn.Sequential(textbook(p), nn.Linear(8, 3)).double(), torch.randn(8, dtype=torch.float64)
     geometric = (probability @ model[1](masks * x).log_softmax(1)).exp()
-    torch.testing.assert_close(fr.nn.fold_dropout(model)(x).softmax(0), geometric / geometric.sum(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        fr.nn.fold_dropout(model)(x).softmax(0), geometric / geometric.sum(), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_the_sampled_mean_of_a_perceptron_is_the_folded_one_within_its_error():
-    """Dropout before the last layer: the output is linear in the mask, so the mean has no other error than sampling's."""
+    """Dropout before the last layer: the output is linear in the mask, so the mean has no other error than
+    sampling's.
+    """
     model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), textbook(0.4), nn.Linear(32, 5))
     x, n = torch.randn(8, 20), 4000
     with torch.no_grad():
@@ -360,7 +413,9 @@ def test_the_sampled_mean_of_a_perceptron_is_the_folded_one_within_its_error():
         folded, whole = fr.nn.fold_dropout(model)(x).double(), model[3](model[1](model[0](x))).double()
     error = outputs.std(0) / n**0.5
     assert ((outputs.mean(0) - folded).abs() < 4.5 * error).all()
-    assert ((outputs.mean(0) - whole).abs() > 10 * error).double().mean() > 0.5  # without the factor it would be far off
+    assert (
+        (outputs.mean(0) - whole).abs() > 10 * error
+    ).double().mean() > 0.5  # without the factor it would be far off
 
 
 def test_dropout_of_inputs_and_units_on_the_digits(digits):

@@ -1,9 +1,10 @@
 """Parameter groups, the penalty's value, its prior and the sparsity.
 
-Proven here: `penalty_groups` puts every trainable parameter into exactly one group, leaves biases and norms unpenalised, follows
-the overrides, and feeds both fastreg's and torch's optimisers; `penalty` is the sum by hand with the gradient l2 w + l1 sign(w),
-and SGD with the factors is SGD on loss + penalty; `prior_scale` is its own inverse and its prior's posterior mode is where
-loss + penalty is least; `sparsity` counts exact zeros.
+Proven here: `penalty_groups` puts every trainable parameter into exactly one group, leaves biases and norms
+unpenalised, follows the overrides, and feeds both fastreg's and torch's optimisers; `penalty` is the sum by
+hand with the gradient l2 w + l1 sign(w), and SGD with the factors is SGD on loss + penalty; `prior_scale` is
+its own inverse and its prior's posterior mode is where loss + penalty is least; `sparsity` counts exact
+zeros.
 """
 
 import math
@@ -20,7 +21,9 @@ from fastreg.optim import penalty, penalty_groups, prior_scale, sparsity
 
 
 class Net(nn.Module):
-    """Every kind of parameter a rule speaks of, a tied weight, a module under two names and a frozen weight among them."""
+    """Every kind of parameter a rule speaks of, a tied weight, a module under two names and a frozen weight
+    among them.
+    """
 
     def __init__(self):
         super().__init__()
@@ -46,7 +49,9 @@ def options_of(groups, model):
         for p in group["params"]:
             assert id(p) not in found
             found[id(p)] = {k: v for k, v in group.items() if k != "params"}
-    return {name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in found}
+    return {
+        name: found[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if id(p) in found
+    }
 
 
 class TestPenaltyGroups:
@@ -67,9 +72,13 @@ class TestPenaltyGroups:
             "again.weight",
             "head.weight",
         }
-        assert all(o == {"l1": 0.0, "weight_decay": 0.0} for name, o in options.items() if name not in penalised)
+        assert all(
+            o == {"l1": 0.0, "weight_decay": 0.0} for name, o in options.items() if name not in penalised
+        )
 
-    @pytest.mark.parametrize("overrides", [None, {"*": dict(l1=1)}, {"conv.*": dict(lr=1), "*.bias": dict(l2=3)}])
+    @pytest.mark.parametrize(
+        "overrides", [None, {"*": dict(l1=1)}, {"conv.*": dict(lr=1), "*.bias": dict(l2=3)}]
+    )
     def test_each_trainable_parameter_once(self, overrides):
         model = Net()
         groups = penalty_groups(model, l1=0.1, l2=0.2, overrides=overrides)
@@ -78,7 +87,9 @@ class TestPenaltyGroups:
         assert id(model.frozen) not in listed and "frozen" in dict(model.named_parameters())
 
     def test_overrides(self):
-        """By name pattern, biases and norms included; what an override leaves out stays by the rule; later patterns win."""
+        """By name pattern, biases and norms included; what an override leaves out stays by the rule; later
+        patterns win.
+        """
         model = Net()
         overrides = {
             "encoder.*": dict(l1=0.5, lr=0.01),
@@ -122,7 +133,10 @@ class TestPenaltyGroups:
             (dict(l1=-1), "l1 must be finite and at least 0, got -1"),
             (dict(l2=math.nan), "l2 must be finite and at least 0, got nan"),
             (dict(l2=math.inf), "l2 must be finite"),
-            (dict(overrides={"head.weigth": dict(l1=1)}), "overrides pattern 'head.weigth' matches no parameter; see"),
+            (
+                dict(overrides={"head.weigth": dict(l1=1)}),
+                "overrides pattern 'head.weigth' matches no parameter; see",
+            ),
             (dict(overrides={"head.*": dict(l2=-1)}), "weight_decay must be finite and at least 0, got -1"),
             (dict(overrides={"head.*": dict(l1=math.nan)}), "l1 must be finite"),
         ],
@@ -164,7 +178,9 @@ def by_hand(tensors, l1, l2):
 
 class TestPenalty:
     def test_value(self, dtype):
-        """The sum by hand in float64, from a tensor, tensors, a module; float32 for 16-bit parameters, float64 for float64."""
+        """The sum by hand in float64, from a tensor, tensors, a module; float32 for 16-bit parameters,
+        float64 for float64.
+        """
         tensors = [
             torch.randn(40, 30).to(dtype),
             torch.randn(7).to(dtype),
@@ -175,13 +191,19 @@ class TestPenalty:
         expected = by_hand(tensors, 0.1, 0.3)
         for source in (tensors, iter(tensors), module, tuple(module)):
             value = penalty(source, l1=0.1, l2=0.3)
-            assert value.shape == () and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert value.shape == () and value.dtype == (
+                torch.float64 if dtype == torch.float64 else torch.float32
+            )
             torch.testing.assert_close(value.double().detach(), expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(
             penalty(tensors[0], l1=0.1, l2=0.3).double(), by_hand(tensors[:1], 0.1, 0.3), rtol=1e-6, atol=0
         )
         one = nn.Parameter(torch.tensor([3.0, -4.0]))
-        assert penalty(one, l1=1.0).item() == 7 and penalty(one, l2=1.0).item() == 12.5 and penalty(one).item() == 0
+        assert (
+            penalty(one, l1=1.0).item() == 7
+            and penalty(one, l2=1.0).item() == 12.5
+            and penalty(one).item() == 0
+        )
 
     def test_gradient(self, dtype):
         """l2 w + l1 sign(w), and 0 at 0."""
@@ -202,13 +224,19 @@ class TestPenalty:
         a, b, c = (nn.Parameter(torch.randn(5)) for _ in range(3))
         groups = [dict(params=[a], l1=0.1, weight_decay=0.2), dict(params=b, l1=0.3), dict(params=[("c", c)])]
         expected = by_hand([a], 0.1, 0.2) + by_hand([b], 0.3, 0.6) + by_hand([c], 0.5, 0.6)
-        torch.testing.assert_close(penalty(groups, l1=0.5, l2=0.6).double(), expected.detach() + 0, check_dtype=False)
+        torch.testing.assert_close(
+            penalty(groups, l1=0.5, l2=0.6).double(), expected.detach() + 0, check_dtype=False
+        )
         torch.testing.assert_close(penalty(groups[0]).double(), by_hand([a], 0.1, 0.2))
-        optimizer = fr.optim.SGD([dict(params=[a], l1=0.1), dict(params=[b])], lr=0.1, weight_decay=0.2, l1=0.4)
+        optimizer = fr.optim.SGD(
+            [dict(params=[a], l1=0.1), dict(params=[b])], lr=0.1, weight_decay=0.2, l1=0.4
+        )
         expected = by_hand([a], 0.1, 0.2) + by_hand([b], 0.4, 0.2)
         torch.testing.assert_close(penalty(optimizer).double(), expected)
         torch.testing.assert_close(penalty(optimizer.param_groups, l1=9.0).double(), expected)
-        torch.testing.assert_close(penalty(torch.optim.SGD([a], weight_decay=0.2)).double(), by_hand([a], 0.0, 0.2))
+        torch.testing.assert_close(
+            penalty(torch.optim.SGD([a], weight_decay=0.2)).double(), by_hand([a], 0.0, 0.2)
+        )
         model = Net()
         penalised = [p for g in penalty_groups(model, l1=0.1, l2=0.2) if g["l1"] for p in g["params"]]
         value = penalty(penalty_groups(model, l1=0.1, l2=0.2))
@@ -220,7 +248,9 @@ class TestPenalty:
         assert penalty([dict(params=[p], l1=1.0), dict(params=[p], l1=1.0)]).item() == 4
         model = Net()
         unique = {id(q): q for q in model.parameters()}.values()
-        torch.testing.assert_close(penalty(model, l1=1.0).double(), by_hand(unique, 1.0, 0.0), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            penalty(model, l1=1.0).double(), by_hand(unique, 1.0, 0.0), rtol=1e-6, atol=0
+        )
 
     def test_float16_does_not_overflow(self):
         """The squares of 300s are beyond float16, and so is the sum of 70000 ones."""
@@ -233,7 +263,10 @@ class TestPenalty:
         """An inf in an unpenalised parameter is no NaN in the penalty."""
         bias = nn.Parameter(torch.tensor([math.inf, 1.0]))
         weight = nn.Parameter(torch.ones(2))
-        groups = [dict(params=[bias], l1=0.0, weight_decay=0.0), dict(params=[weight], l1=0.5, weight_decay=0.0)]
+        groups = [
+            dict(params=[bias], l1=0.0, weight_decay=0.0),
+            dict(params=[weight], l1=0.5, weight_decay=0.0),
+        ]
         assert penalty(groups).item() == 1.0
         assert penalty(bias, l1=1.0).item() == math.inf
 
@@ -243,7 +276,9 @@ class TestPenalty:
             assert value.shape == () and value.item() == 0
 
     def test_mixed_dtypes(self):
-        value = penalty([torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(4, dtype=torch.bfloat16)], l1=1.0)
+        value = penalty(
+            [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(4, dtype=torch.bfloat16)], l1=1.0
+        )
         assert value.item() == 9 and value.dtype == torch.float64
 
     def test_errors(self):
@@ -275,14 +310,19 @@ class TestPenalty:
         with torch.no_grad():
             for p in model.parameters():
                 p.copy_(torch.randn(p.shape, generator=make, dtype=torch.float64))
-        start, x = [p.detach().clone() for p in model.parameters()], torch.randn(8, 4, generator=make, dtype=torch.float64)
+        start, x = (
+            [p.detach().clone() for p in model.parameters()],
+            torch.randn(8, 4, generator=make, dtype=torch.float64),
+        )
         results = []
         for cls in (fr.optim.SGD, torch.optim.SGD):
             for p, w in zip(model.parameters(), start, strict=True):
                 p.data.copy_(w)
             groups, ours = penalty_groups(model, l1=l1, l2=l2), cls is fr.optim.SGD
             bare = [{"params": g["params"]} for g in groups]
-            optimizer = cls(groups if ours else bare, lr=0.05, momentum=momentum, nesterov=nesterov and momentum > 0)
+            optimizer = cls(
+                groups if ours else bare, lr=0.05, momentum=momentum, nesterov=nesterov and momentum > 0
+            )
             for _ in range(4):
                 optimizer.zero_grad()
                 loss = model(x).square().mean()
@@ -345,13 +385,19 @@ class TestPriorScale:
 
     @pytest.mark.parametrize("prior", ["gaussian", "laplace"])
     def test_map_estimate(self, prior):
-        """The least mean NLL + penalty, found by SGD, is the posterior's mode, found on a grid with torch's distributions."""
+        """The least mean NLL + penalty, found by SGD, is the posterior's mode, found on a grid with torch's
+        distributions.
+        """
         torch.manual_seed(3)
         y, noise, factor = 0.4 + 0.7 * torch.randn(12, dtype=torch.float64), 0.7, 0.3
         sigma = prior_scale(factor, prior, num_samples=len(y))
-        density = {"gaussian": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[prior](0.0, sigma)
+        density = {"gaussian": torch.distributions.Normal, "laplace": torch.distributions.Laplace}[prior](
+            0.0, sigma
+        )
         grid = torch.linspace(-1, 1, 20_001, dtype=torch.float64)
-        log_posterior = torch.distributions.Normal(grid[:, None], noise).log_prob(y).sum(1) + density.log_prob(grid)
+        log_posterior = torch.distributions.Normal(grid[:, None], noise).log_prob(y).sum(
+            1
+        ) + density.log_prob(grid)
         mode = grid[log_posterior.argmax()]
         likeliest = grid[torch.distributions.Normal(grid[:, None], noise).log_prob(y).sum(1).argmax()]
         assert abs(mode - likeliest) > 0.02  # the prior does something
@@ -425,7 +471,9 @@ def diabetes():
 
 
 class TestLasso:
-    """A linear model with least squares and L1 against scikit-learn's coordinate descent, on its diabetes data."""
+    """A linear model with least squares and L1 against scikit-learn's coordinate descent, on its diabetes
+    data.
+    """
 
     @pytest.mark.parametrize("momentum", (0.0, 0.9))
     @pytest.mark.parametrize("l1", (0.1, 1.0, 3.0, 10.0, 30.0, 50.0))
@@ -435,9 +483,12 @@ class TestLasso:
         x, y = diabetes
         lasso = Lasso(alpha=l1, tol=1e-12, max_iter=100_000).fit(x.numpy(), y.numpy())
         model = nn.Linear(10, 1, dtype=torch.float64)
-        # With momentum the steps grow by 1 / (1 - momentum) and the threshold does not, as SGD's docstring says.
+        # With momentum the steps grow by 1 / (1 - momentum) and the threshold does not, as SGD's docstring
+        # says.
         groups = fr.optim.penalty_groups(model, l1=l1 / (1 - momentum))
-        optimizer = fr.optim.SGD(groups, lr=0.24 if momentum == 0 else 0.1, momentum=momentum, l1_mode="proximal")
+        optimizer = fr.optim.SGD(
+            groups, lr=0.24 if momentum == 0 else 0.1, momentum=momentum, l1_mode="proximal"
+        )
 
         def error():
             return 0.5 * (model(x).squeeze(1) - y).square().mean()
@@ -473,13 +524,18 @@ class TestLasso:
 
 
 def test_prior_scale_of_a_gaussian_likelihood():
-    """Ridge regression with torch's mse_loss: the posterior mode of noise s and the prior that the docstring names."""
+    """Ridge regression with torch's mse_loss: the posterior mode of noise s and the prior that the docstring
+    names.
+    """
     torch.manual_seed(0)
     n, noise, factor = 50, 0.3, 0.02
     x, y = torch.randn(n, 4, dtype=torch.float64), torch.randn(n, dtype=torch.float64)
     sigma = prior_scale(factor / (2 * noise**2), num_samples=n)
-    # log p(w | data) = -|y - x w|^2 / (2 s^2) - |w|^2 / (2 sigma^2) + const, whose mode solves a linear system.
-    mode = torch.linalg.solve(x.T @ x / noise**2 + torch.eye(4, dtype=torch.float64) / sigma**2, x.T @ y / noise**2)
+    # log p(w | data) = -|y - x w|^2 / (2 s^2) - |w|^2 / (2 sigma^2) + const, whose mode solves a linear
+    # system.
+    mode = torch.linalg.solve(
+        x.T @ x / noise**2 + torch.eye(4, dtype=torch.float64) / sigma**2, x.T @ y / noise**2
+    )
     w = nn.Parameter(torch.zeros(4, dtype=torch.float64))
     optimizer = fr.optim.SGD([w], lr=0.1, weight_decay=factor)
     for _ in range(500):
@@ -493,13 +549,17 @@ def test_prior_scale_of_a_gaussian_likelihood():
 
 
 def test_l1_against_l2_on_the_digits(digits):
-    """The weights of two networks that are right equally often: under L1 more are 0, and those that are left are larger."""
+    """The weights of two networks that are right equally often: under L1 more are 0, and those that are left
+    are larger.
+    """
     x, y = digits
     found = {}
     for name, options in (("l2", dict(l2=3e-3)), ("l1", dict(l1=5e-4))):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
-        optimizer = fr.optim.SGD(fr.optim.penalty_groups(model, **options), lr=0.1, momentum=0.9, l1_mode="proximal")
+        optimizer = fr.optim.SGD(
+            fr.optim.penalty_groups(model, **options), lr=0.1, momentum=0.9, l1_mode="proximal"
+        )
         for batch in (b for _ in range(8) for b in torch.randperm(4000).split(100)):
             optimizer.zero_grad()
             fr.cross_entropy(model(x[batch]), y[batch]).backward()

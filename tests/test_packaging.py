@@ -1,4 +1,6 @@
-"""Building, installing and loading: one wheel runs on two versions of torch, and what is missing is said in one sentence."""
+"""Building, installing and loading: one wheel runs on two versions of torch, and what is missing is said in
+one sentence.
+"""
 
 import json
 import os
@@ -41,9 +43,13 @@ print(torch.__version__, fr._C.build_info()["built_with_torch"])
 
 
 def run(*command, **kwargs):
-    """Run a command outside the checkout, where `import fastreg` cannot find the source tree; gives what it prints."""
+    """Run a command outside the checkout, where `import fastreg` cannot find the source tree; gives what it
+    prints.
+    """
     kwargs.setdefault("cwd", "/")
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=900, **kwargs)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=900, **kwargs
+    )
     assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
 
@@ -66,10 +72,24 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """The wheel, built once, from the source distribution, with this environment's torch; for one kind of GPU, to save time."""
+    """The wheel, built once, from the source distribution, with this environment's torch; for one kind of
+    GPU, to save time.
+    """
     folder = tmp_path_factory.mktemp("wheel")
     env = {**os.environ, "FASTREG_CUDA_ARCHS": "80-real"}
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, sdist, env=env)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        sdist,
+        env=env,
+    )
     return next(folder.glob("fastreg-*.whl"))
 
 
@@ -87,17 +107,30 @@ def other(tmp_path_factory):
 def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"pyproject.toml", "CMakeLists.txt", "README.md", "csrc/module.cpp", "fastreg/_dropout.py"} <= names
+    assert {
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "README.md",
+        "csrc/module.cpp",
+        "fastreg/_dropout.py",
+    } <= names
     assert {"benchmarks/_timing.py", "benchmarks/bench_dropout.py"} <= names
-    assert not [name for name in names if name.startswith((".venv", "build/", "bench/", "report")) or name.endswith(".so")]
+    assert not [
+        name
+        for name in names
+        if name.startswith((".venv", "build/", "bench/", "report")) or name.endswith(".so")
+    ]
 
 
 @pytest.mark.slow
 def test_one_wheel_runs_on_this_torch_and_on_another(wheel, other, tmp_path):
-    # This environment's torch, but the wheel's fastreg and not the editable one: a fresh environment that borrows the packages.
+    # This environment's torch, but the wheel's fastreg and not the editable one: a fresh environment that
+    # borrows the packages.
     here = tmp_path / "here"
     run(sys.executable, "-m", "venv", here)
-    site = pathlib.Path(run(here / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    site = pathlib.Path(
+        run(here / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    )
     (site / "borrowed.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent) + "\n")
     run(here / "bin/python", "-m", "pip", "install", "-q", "--no-deps", wheel)
     assert run(here / "bin/python", "-c", SMOKE).split() == [torch.__version__] * 2
@@ -134,9 +167,14 @@ def configure(tmp_path, **environment):
         "-DSKBUILD_PROJECT_VERSION=0",
         "-DSKBUILD_PROJECT_VERSION_FULL=0",
     ]
-    command += [f"-DPython_EXECUTABLE={environment.pop('python', sys.executable)}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    command += [
+        f"-DPython_EXECUTABLE={environment.pop('python', sys.executable)}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}, cwd=tmp_path
+    )
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
@@ -166,7 +204,12 @@ def test_building_with_an_old_torch_says_so(tmp_path):
 def import_error(environment, code="import fastreg"):
     """The last line that Python prints when `code` fails."""
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=120,
     )
     assert done.returncode != 0
     return done.stderr.strip().splitlines()[-1]
@@ -187,7 +230,9 @@ def test_importing_with_an_old_torch_says_so(tmp_path):
 
 def test_importing_without_the_compiled_module_says_so():
     hide = "import sys; sys.modules['fastreg._C'] = None; import fastreg"
-    assert "compiled kernels cannot be loaded" in import_error({}, hide) and "pip install ." in import_error({}, hide)
+    assert "compiled kernels cannot be loaded" in import_error({}, hide) and "pip install ." in import_error(
+        {}, hide
+    )
 
 
 def test_an_unknown_cpu_capability_is_refused():
@@ -202,7 +247,15 @@ def test_doctor_says_what_is_there():
     assert info["cuda"]["usable"] is False and info["cuda"]["why_not"] in printed
     forced = info["cpu"]["instruction_sets"][0]
     again = json.loads(
-        run(sys.executable, "-m", "fastreg", "doctor", "--json", cwd=ROOT, env={**os.environ, "FASTREG_CPU_CAPABILITY": forced})
+        run(
+            sys.executable,
+            "-m",
+            "fastreg",
+            "doctor",
+            "--json",
+            cwd=ROOT,
+            env={**os.environ, "FASTREG_CPU_CAPABILITY": forced},
+        )
     )
     assert again["cpu"]["in_use"] == forced == again["cpu"]["forced"]
 

@@ -1,4 +1,6 @@
-"""Sharing through everything that torch does to a model, and the same training with the places summed by hand."""
+"""Sharing through everything that torch does to a model, and the same training with the places summed by
+hand.
+"""
 
 import copy
 import datetime
@@ -54,7 +56,8 @@ def loss_of(model):
     return fr.cross_entropy(model(X), Y)
 
 
-# ---------------------------------------------------------------------------------------------- what sharing means
+# ---------------------------------------------------------------------------------------------- what sharing
+# means
 
 
 def test_first_named_wins_and_nothing_else_changes():
@@ -73,7 +76,9 @@ def test_gradients_are_summed_over_the_places():
     apart.load_state_dict(model.state_dict())
     loss_of(model).backward()
     loss_of(apart).backward()
-    torch.testing.assert_close(model.first[0].weight.grad, apart.first[0].weight.grad + apart.last[0].weight.grad)
+    torch.testing.assert_close(
+        model.first[0].weight.grad, apart.first[0].weight.grad + apart.last[0].weight.grad
+    )
     torch.testing.assert_close(model.first[0].bias.grad, apart.first[0].bias.grad + apart.last[0].bias.grad)
     torch.testing.assert_close(model.embed.weight.grad, apart.embed.weight.grad + apart.head.weight.grad)
     torch.testing.assert_close(model.middle.weight.grad, apart.middle.weight.grad)
@@ -88,7 +93,10 @@ def test_stepped_and_penalised_once(mode):
     want = sum(l1 * w.abs().sum() + l2 / 2 * (w * w).sum() for w in weights)
     torch.testing.assert_close(fr.optim.penalty(groups), want)
     torch.testing.assert_close(
-        fr.optim.penalty([p for _, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1], l1=l1, l2=l2), want
+        fr.optim.penalty(
+            [p for _, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1], l1=l1, l2=l2
+        ),
+        want,
     )
     optimizer = fr.optim.SGD(groups, lr=lr, l1_mode=mode)
     loss_of(model).backward()
@@ -133,7 +141,8 @@ def test_already_tied_by_hand_is_kept_tied():
     assert model.head.weight is model.embed.weight
 
 
-# ---------------------------------------------------------------------------------------------- what it survives
+# ---------------------------------------------------------------------------------------------- what it
+# survives
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -186,7 +195,9 @@ def test_assigning_keeps_what_is_frozen(strict):
     assert not model.embed.weight.requires_grad and model.middle.weight.requires_grad
 
 
-@pytest.mark.parametrize("move", ["half", "double", "to", "to_empty", "apply", "meta and back", "overwriting", "swapping"])
+@pytest.mark.parametrize(
+    "move", ["half", "double", "to", "to_empty", "apply", "meta and back", "overwriting", "swapping"]
+)
 def test_moving(move, request):
     model = shared()
     loss_of(model).backward()
@@ -214,7 +225,10 @@ def test_moving(move, request):
         model.double().float()
     else:
         {"half": model.half, "double": model.double, "to": lambda: model.to(torch.bfloat16)}[move]()
-        assert model.embed.weight.dtype == {"half": torch.float16, "double": torch.float64, "to": torch.bfloat16}[move]
+        assert (
+            model.embed.weight.dtype
+            == {"half": torch.float16, "double": torch.float64, "to": torch.bfloat16}[move]
+        )
         source.to(model.embed.weight.dtype)
     check(model, source)
     if move in ("half", "double", "to", "apply", "overwriting"):
@@ -308,7 +322,9 @@ def test_early_stopping_compile_and_functional_call():
 def _rank(rank, folder):
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=60)  # fail, not hang
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit
+    )
     torch.manual_seed(0)
     model = shared()
     start = copy.deepcopy(model)
@@ -390,7 +406,9 @@ def test_a_parameter_given_by_hand_is_left_alone():
     model.head.weight = own = nn.Parameter(torch.ones(7, 4))
     model.to("meta").to_empty(device="cpu")
     model.load_state_dict(Net().state_dict(), assign=True)
-    assert model.head.weight is not model.embed.weight and not torch.equal(model.head.weight, model.embed.weight)
+    assert model.head.weight is not model.embed.weight and not torch.equal(
+        model.head.weight, model.embed.weight
+    )
     assert model.first[0].weight is model.last[0].weight and own.eq(1).all()
     by_hand = model.head.weight
     fr.unshare_parameters(model, "head.weight")
@@ -411,20 +429,36 @@ L = nn.Linear
     "error, words, arguments",
     [
         (ValueError, "expected at least two modules or names to share, got 1", lambda: (L(2, 2),)),
-        (ValueError, "expected at least two modules or names to share, got 1", lambda: (Net(), "embed.weight")),
+        (
+            ValueError,
+            "expected at least two modules or names to share, got 1",
+            lambda: (Net(), "embed.weight"),
+        ),
         (TypeError, r"expected modules, or one module and names .* got \(\)", lambda: ()),
         (TypeError, r"got \(str, str\)", lambda: ("a", "b")),
         (TypeError, r"got \(Parameter, Parameter\)", lambda: (L(2, 2).weight, L(2, 2).weight)),
         (TypeError, r"got \(Net, str, Linear\)", lambda: (Net(), "embed", L(2, 2))),
-        (ValueError, "Net has no parameter or submodule 'embed.wait'", lambda: (Net(), "embed.wait", "head.weight")),
-        (ValueError, "Net has no parameter or submodule 'nose.weight'", lambda: (Net(), "head.weight", "nose.weight")),
+        (
+            ValueError,
+            "Net has no parameter or submodule 'embed.wait'",
+            lambda: (Net(), "embed.wait", "head.weight"),
+        ),
+        (
+            ValueError,
+            "Net has no parameter or submodule 'nose.weight'",
+            lambda: (Net(), "head.weight", "nose.weight"),
+        ),
         (ValueError, "Net has no parameter or submodule ''", lambda: (Net(), "", "head")),
         (
             ValueError,
             r"one shape, got \(4, 4\) for middle.weight and \(7, 4\) for head.weight; a transposed",
             lambda: (Net(), "middle.weight", "head.weight"),
         ),
-        (ValueError, r"one shape, got \(2, 2\) for Linear.weight and \(2, 3\) for Linear.weight", lambda: (L(2, 2), L(3, 2))),
+        (
+            ValueError,
+            r"one shape, got \(2, 2\) for Linear.weight and \(2, 3\) for Linear.weight",
+            lambda: (L(2, 2), L(3, 2)),
+        ),
         (
             ValueError,
             r"the same parameters in both, got \['bias', 'weight'\] in Linear, \['weight'\] in Linear",
@@ -438,7 +472,11 @@ L = nn.Linear
             "one requires_grad, got True for Linear.weight and False .* freeze both",
             lambda: (L(2, 2), frozen(L(2, 2))),
         ),
-        (ValueError, "Linear.weight has no shape yet; run the model once", lambda: (nn.Linear(2, 2), nn.LazyLinear(2))),
+        (
+            ValueError,
+            "Linear.weight has no shape yet; run the model once",
+            lambda: (nn.Linear(2, 2), nn.LazyLinear(2)),
+        ),
         (ValueError, "got the same one twice", lambda: (Net(), "embed.weight", "embed.weight")),
         (ValueError, "got the same one twice", lambda: [L(2, 2)] * 2),
     ],

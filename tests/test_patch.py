@@ -1,4 +1,5 @@
-"""The doors for code that knows only torch, `patch`, `unpatch`, `patched` and `convert`: whole models, every mode of torch.
+"""The doors for code that knows only torch, `patch`, `unpatch`, `patched` and `convert`: whole models, every
+mode of torch.
 
 Which operator ran is read from torch's profiler, so that eager, compiled and recomputed code are seen alike.
 """
@@ -30,8 +31,22 @@ DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "
 NAMES = (*DROPOUTS, "cross_entropy")
 TORCH = {name: getattr(F, name) for name in NAMES}
 NN = torch._C._nn  # where no name is exchanged
-TORCH_OPS = {"aten::native_dropout", "aten::dropout", "aten::dropout_", "aten::feature_dropout", "aten::cross_entropy_loss"}
-MODULES = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "CrossEntropyLoss")
+TORCH_OPS = {
+    "aten::native_dropout",
+    "aten::dropout",
+    "aten::dropout_",
+    "aten::feature_dropout",
+    "aten::cross_entropy_loss",
+}
+MODULES = (
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "AlphaDropout",
+    "FeatureAlphaDropout",
+    "CrossEntropyLoss",
+)
 SHAPES = {"dropout1d": (4, 3, 5), "dropout2d": (4, 3, 5, 2), "dropout3d": (4, 3, 5, 2, 2)}
 
 
@@ -45,12 +60,18 @@ def _one_thread_and_unpatched():
 
 @contextlib.contextmanager
 def ops_seen():
-    """The names of all operators that run inside, complete at the end of the block; variants of ours count as one."""
+    """The names of all operators that run inside, complete at the end of the block; variants of ours count as
+    one.
+    """
     seen = set()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         yield seen
     seen.update(event.key for event in profile.key_averages())
-    seen.update(op for op in ("fastreg::dropout", "fastreg::cross_entropy") if any(name.startswith(op) for name in seen))
+    seen.update(
+        op
+        for op in ("fastreg::dropout", "fastreg::cross_entropy")
+        if any(name.startswith(op) for name in seen)
+    )
 
 
 def uses_fastreg(function, op="fastreg::dropout"):
@@ -68,13 +89,20 @@ def arguments(name, dtype=torch.float32):
     return torch.randn(SHAPES.get(name, (4, 3, 5)), dtype=dtype), 0.4, True
 
 
-# ---------------------------------------------------------------------------------------------------------------- the exchange
+# ----------------------------------------------------------------------------------------------------------------
+# the exchange
 
 
 def globals_of_all_modules():
     """Every callable by module and name; other globals are clocks and counters that move by themselves."""
-    loaded = {name: module for name, module in sys.modules.items() if type(getattr(module, "__dict__", None)) is dict}
-    return {name: {key: v for key, v in module.__dict__.items() if callable(v)} for name, module in loaded.items()}
+    loaded = {
+        name: module
+        for name, module in sys.modules.items()
+        if type(getattr(module, "__dict__", None)) is dict
+    }
+    return {
+        name: {key: v for key, v in module.__dict__.items() if callable(v)} for name, module in loaded.items()
+    }
 
 
 def test_every_name_is_replaced_and_restored():
@@ -92,7 +120,10 @@ def test_every_name_is_replaced_and_restored():
         assert getattr(F, name) is getattr(nn.functional, name)
     now = globals_of_all_modules()
     changed = {
-        (module, name) for module in before for name, value in before[module].items() if now[module].get(name) is not value
+        (module, name)
+        for module in before
+        for name, value in before[module].items()
+        if now[module].get(name) is not value
     }
     changed = {key for key in changed if not key[0].startswith("fastreg")}
     assert {("torch.nn.functional", name) for name in NAMES} <= changed
@@ -131,7 +162,9 @@ def test_nothing_in_torch_keeps_a_replacement():
     for function in replacements:
         for holder in gc.get_referrers(function):
             if isinstance(holder, (dict, list, set)):
-                assert id(holder) in allowed, f"{function.__name__} is kept in a {type(holder).__name__} of {len(holder)}"
+                assert id(holder) in allowed, (
+                    f"{function.__name__} is kept in a {type(holder).__name__} of {len(holder)}"
+                )
 
 
 def module_with(code, name="module_made_by_a_test"):
@@ -295,7 +328,9 @@ def test_signature_name_and_docstring_are_torchs(name):
         # ... and so are the parameters of the function itself, which torch.compile and torch.jit bind
         own = inspect.signature(ours, follow_wrapped=False).parameters
         expected = inspect.signature(original).parameters
-        assert [(p.name, p.kind, p.default) for p in own.values()] == [(p.name, p.kind, p.default) for p in expected.values()]
+        assert [(p.name, p.kind, p.default) for p in own.values()] == [
+            (p.name, p.kind, p.default) for p in expected.values()
+        ]
         assert (ours.__name__, ours.__qualname__, ours.__module__, ours.__doc__) == (
             original.__name__,
             original.__qualname__,
@@ -307,7 +342,8 @@ def test_signature_name_and_docstring_are_torchs(name):
     assert pickle.loads(pickled) is original
 
 
-# ------------------------------------------------------------------------------------------------------------- where it goes to
+# -------------------------------------------------------------------------------------------------------------
+# where it goes to
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -395,11 +431,15 @@ def test_torchs_modules_follow():
             with ops_seen() as seen:
                 assert torch.equal(module.eval()(x), x)
             assert "fastreg::dropout" not in seen
-        assert uses_fastreg(lambda: nn.CrossEntropyLoss()(*arguments("cross_entropy")), "fastreg::cross_entropy")
+        assert uses_fastreg(
+            lambda: nn.CrossEntropyLoss()(*arguments("cross_entropy")), "fastreg::cross_entropy"
+        )
 
 
 def same_outcome(function):
-    """`function` gives under the patch what it gives without: the same values from the same seed, or the same error."""
+    """`function` gives under the patch what it gives without: the same values from the same seed, or the same
+    error.
+    """
     outcomes = []
     for context in (contextlib.nullcontext(), fr.patched()):
         torch.manual_seed(0)
@@ -438,10 +478,15 @@ class TestWhatGoesToTorch:
         values = [v.to("meta") if isinstance(v, torch.Tensor) else v for v in arguments(name)]
         assert same_outcome(lambda: getattr(F, name)(*values)).device.type == "meta"
 
-    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str)
+    @pytest.mark.parametrize(
+        "dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn], ids=str
+    )
     @pytest.mark.parametrize("name", NAMES)
     def test_other_dtypes(self, name, dtype):
-        values = [v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in arguments(name)]
+        values = [
+            v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+            for v in arguments(name)
+        ]
         same_outcome(lambda: getattr(F, name)(*values))
 
     @pytest.mark.parametrize("name", NAMES)
@@ -450,7 +495,11 @@ class TestWhatGoesToTorch:
         same_outcome(lambda: getattr(F, name)(numpy.ones(3), *arguments(name)[1:]))
 
     def test_missing_and_unknown_arguments(self):
-        for call in (lambda f: f(), lambda f: f(torch.ones(3), q=1), lambda f: f(torch.ones(3), 0.5, True, False, 1)):
+        for call in (
+            lambda f: f(),
+            lambda f: f(torch.ones(3), q=1),
+            lambda f: f(torch.ones(3), 0.5, True, False, 1),
+        ):
             for context in (contextlib.nullcontext(), fr.patched()):
                 with context, pytest.raises(TypeError):
                     call(F.dropout)
@@ -476,7 +525,9 @@ class TestWhatGoesToTorch:
         x = torch.randn(4, 5)
         same_outcome(lambda: torch.vmap(lambda v: F.dropout(v, 0.5), randomness="different")(x))
         same_outcome(lambda: torch.vmap(lambda v: F.dropout(v, 0.5), randomness="same")(x))
-        same_outcome(lambda: torch.vmap(lambda v: F.dropout(v, 0.5))(x))  # an error: randomness is not allowed
+        same_outcome(
+            lambda: torch.vmap(lambda v: F.dropout(v, 0.5))(x)
+        )  # an error: randomness is not allowed
         same_outcome(lambda: torch.func.grad(lambda v: F.dropout(v, 0.5).sum())(x))
         same_outcome(lambda: torch.func.jvp(lambda v: F.dropout(v, 0.5), (x,), (torch.ones_like(x),))[1])
         same_outcome(lambda: torch.func.grad(lambda v: F.cross_entropy(v, INDICES))(x))
@@ -511,7 +562,11 @@ class TestWhatGoesToTorch:
         class Net(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.drop, self.planes, self.loss = nn.Dropout(0.5), nn.Dropout2d(0.5), nn.CrossEntropyLoss(label_smoothing=0.1)
+                self.drop, self.planes, self.loss = (
+                    nn.Dropout(0.5),
+                    nn.Dropout2d(0.5),
+                    nn.CrossEntropyLoss(label_smoothing=0.1),
+                )
 
             def forward(self, x, target):
                 x = F.alpha_dropout(self.planes(self.drop(x)), 0.2, training=self.training)
@@ -522,7 +577,9 @@ class TestWhatGoesToTorch:
             warnings.simplefilter("ignore")
             with fr.patched():
                 scripted = torch.jit.script(Net())
-                traced = torch.jit.trace(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), x, check_trace=False)
+                traced = torch.jit.trace(
+                    nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)), x, check_trace=False
+                )
             again = torch.jit.script(Net())
         for net in (scripted, again):
             assert torch.isfinite(net(x, target))
@@ -566,8 +623,14 @@ class TestWhatGoesToTorch:
 
         x = torch.randn(4, 5)
         with fr.patched():
-            assert F.cross_entropy(x, INDICES.as_subclass(Mine), label_smoothing=0.1) == (TORCH["cross_entropy"], 0.1)
-            assert F.cross_entropy(x, INDICES, torch.ones(5).as_subclass(Mine)) == (TORCH["cross_entropy"], 0.0)
+            assert F.cross_entropy(x, INDICES.as_subclass(Mine), label_smoothing=0.1) == (
+                TORCH["cross_entropy"],
+                0.1,
+            )
+            assert F.cross_entropy(x, INDICES, torch.ones(5).as_subclass(Mine)) == (
+                TORCH["cross_entropy"],
+                0.0,
+            )
 
     def test_a_default_device_is_no_hindrance(self):
         with fr.patched(), torch.device("cpu"):
@@ -583,7 +646,8 @@ def test_in_place_on_a_view():
     assert torch.equal(x.grad.flatten(1), torch.where(y != 0, 2.0, 0.0))
 
 
-# -------------------------------------------------------------------------------------------------------------- whole models
+# --------------------------------------------------------------------------------------------------------------
+# whole models
 
 
 def transformers():
@@ -605,7 +669,8 @@ def bert(p):
         attention_probs_dropout_prob=p,
         num_labels=3,
         problem_type="single_label_classification",
-        attn_implementation="eager",  # so that dropout of the attention is a call of a function, not inside a kernel
+        # So that dropout of the attention is a call of a function, not inside a kernel.
+        attn_implementation="eager",
     )
     batch = {"input_ids": torch.randint(50, (8, 10)), "labels": torch.randint(3, (8,))}
     return hf.BertForSequenceClassification(config), lambda model: model(**batch).loss
@@ -667,7 +732,9 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     def __init__(self, p, width=8):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        )
         self.blocks = nn.ModuleList([Block(width, p) for _ in range(2)])
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.ModuleDict({"drop": nn.Dropout(p, inplace=True), "linear": nn.Linear(width, 5)})
@@ -691,7 +758,9 @@ def resnet(p):
 def encoder(p):
     layer = nn.TransformerEncoderLayer(16, 2, 32, p, batch_first=True)
     layer.self_attn.dropout = 0.0  # that one stays torch's in compiled code
-    model = nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Flatten(), nn.Linear(16 * 6, 4))
+    model = nn.Sequential(
+        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Flatten(), nn.Linear(16 * 6, 4)
+    )
     return with_loss(model, torch.randn(8, 6, 16), torch.randint(4, (8,)))
 
 
@@ -795,7 +864,9 @@ def uses_fastreg_compiled(model, loss_of, backend):
     return result, expected
 
 
-@pytest.mark.parametrize("make", [bert, resnet, encoder, attention, pytest.param(gpt2, marks=pytest.mark.slow)], ids=named)
+@pytest.mark.parametrize(
+    "make", [bert, resnet, encoder, attention, pytest.param(gpt2, marks=pytest.mark.slow)], ids=named
+)
 def test_compiled_fullgraph(make):
     with fr.patched():
         result, expected = uses_fastreg_compiled(*make(0.1), "aot_eager")
@@ -837,7 +908,9 @@ def traced_targets(function, *args):
 
 @pytest.mark.parametrize("first", ["never compiled", "rules read before", "rules forgotten while patched"])
 def test_torch_compile_opens_the_replacements(first):
-    """torch.compile knows torch's functions by name; a name that it reads while patched must not hide what is behind it."""
+    """torch.compile knows torch's functions by name; a name that it reads while patched must not hide what is
+    behind it.
+    """
     x, target = torch.randn(4, 5, requires_grad=True), INDICES
     from torch._dynamo import trace_rules
 
@@ -863,7 +936,9 @@ class Functional(nn.Module):
         return F.dropout(x, 0.4, self.training) + 1
 
 
-@pytest.mark.parametrize("make", [Functional, lambda: nn.Dropout(0.4), lambda: nn.Sequential(nn.Dropout(0.4), nn.ReLU())])
+@pytest.mark.parametrize(
+    "make", [Functional, lambda: nn.Dropout(0.4), lambda: nn.Sequential(nn.Dropout(0.4), nn.ReLU())]
+)
 def test_what_was_compiled_before_follows_patch_and_unpatch(make):
     x = torch.ones(64, requires_grad=True)
     compiled = torch.compile(make(), backend="aot_eager", fullgraph=True)
@@ -932,7 +1007,8 @@ def test_compiled_transforms_go_to_torch():
             assert not any(name.startswith("fastreg::") for name in seen)
 
 
-# ---------------------------------------------------------------------------------------------------------- modes and parallelism
+# ----------------------------------------------------------------------------------------------------------
+# modes and parallelism
 
 
 class Recomputed(nn.Module):
@@ -1073,7 +1149,9 @@ dist.destroy_process_group()
 def test_ddp_of_two(tmp_path, door):
     command = [sys.executable, "-c", TWO_PROCESSES]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), door], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), door], stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     try:
@@ -1085,14 +1163,17 @@ def test_ddp_of_two(tmp_path, door):
             rank.stderr.close()
 
 
-# --------------------------------------------------------------------------------------------------------------------- convert
+# ---------------------------------------------------------------------------------------------------------------------
+# convert
 
 
 def nested_model():
     shared = nn.Dropout(0.3)
     model = nn.Module()
     model.list = nn.ModuleList([nn.Dropout(0.1), nn.Sequential(nn.Linear(4, 4), nn.Dropout1d(0.2)), shared])
-    model.dict = nn.ModuleDict({"two": nn.Dropout2d(0.25, inplace=True), "three": nn.Dropout3d(), "shared": shared})
+    model.dict = nn.ModuleDict(
+        {"two": nn.Dropout2d(0.25, inplace=True), "three": nn.Dropout3d(), "shared": shared}
+    )
     model.alpha, model.feature = nn.AlphaDropout(0.1), nn.FeatureAlphaDropout(0.1)
     model.loss = nn.CrossEntropyLoss(torch.rand(4), ignore_index=3, reduction="sum", label_smoothing=0.2)
     model.custom = DropPath(0.1)
@@ -1151,7 +1232,9 @@ def test_convert_a_lone_module(name):
     assert type(module) is getattr(fr.nn, name) and isinstance(module, getattr(nn, name))
 
 
-@pytest.mark.parametrize("wrong", [None, torch.ones(3), F.dropout, nn.Dropout, [nn.Dropout()]], ids=lambda w: type(w).__name__)
+@pytest.mark.parametrize(
+    "wrong", [None, torch.ones(3), F.dropout, nn.Dropout, [nn.Dropout()]], ids=lambda w: type(w).__name__
+)
 def test_convert_wants_a_module(wrong):
     with pytest.raises(TypeError, match=r"convert: model must be a torch\.nn\.Module, got"):
         fr.convert(wrong)
@@ -1193,7 +1276,9 @@ def test_converted_models_train(make):
     fr.convert(model)
     with ops_seen() as seen:
         losses = train(model, loss_of, 1, 0.05)
-    functional = make in (attention,)  # its dropout is a call inside MultiheadAttention, which convert leaves to patch
+    functional = make in (
+        attention,
+    )  # its dropout is a call inside MultiheadAttention, which convert leaves to patch
     assert ("fastreg::dropout" in seen) != functional
     losses += train(model, loss_of, 24, 0.05)
     assert statistics.fmean(losses[-3:]) < 0.9 * statistics.fmean(losses[:3])
@@ -1206,7 +1291,9 @@ def test_converted_models_train(make):
 
 
 @pytest.mark.parametrize(
-    "make", [encoder, pytest.param(resnet, marks=pytest.mark.slow), pytest.param(bert, marks=pytest.mark.slow)], ids=named
+    "make",
+    [encoder, pytest.param(resnet, marks=pytest.mark.slow), pytest.param(bert, marks=pytest.mark.slow)],
+    ids=named,
 )
 def test_converted_models_compile(make):
     model, loss_of = make(0.1)
@@ -1236,7 +1323,11 @@ def test_converted_model_is_copied_and_pickled():
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
+    for twin in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        torch.load(buffer, weights_only=False),
+    ):
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
         torch.manual_seed(1)
         expected = model.train()(x)
@@ -1273,11 +1364,16 @@ class TestAttention:
     @staticmethod
     def case(dtype=torch.float32, mask=None):
         g = torch.Generator().manual_seed(3)
-        q, k, v = (torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (5, 7, 7))
+        q, k, v = (
+            torch.randn(2, 3, n, 8, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+            for n in (5, 7, 7)
+        )
         masks = {
             "boolean": torch.rand(2, 1, 5, 7, generator=g) < 0.7,
             "additive": torch.randn(5, 7, generator=g).to(dtype),
-            "of -inf": torch.zeros(5, 7).masked_fill(torch.rand(5, 7, generator=g) < 0.3, -torch.inf).to(dtype),
+            "of -inf": torch.zeros(5, 7)
+            .masked_fill(torch.rand(5, 7, generator=g) < 0.3, -torch.inf)
+            .to(dtype),
         }
         if mask == "boolean":
             masks[mask][0, 0, 2] = False  # a row without any key
@@ -1297,7 +1393,9 @@ class TestAttention:
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
         g = torch.randn_like(got)
-        for a, b in zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True):
+        for a, b in zip(
+            torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True
+        ):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
     def test_dropout_is_fastregs(self):
@@ -1325,7 +1423,10 @@ class TestAttention:
     def test_modules_of_torch_follow(self):
         layer = nn.TransformerEncoderLayer(16, 2, 32, 0.3, batch_first=True)
         x = torch.randn(8, 6, 16)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, fr.patched():
+        with (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+            fr.patched(),
+        ):
             layer(x).sum().backward()
         assert not {event.key for event in profile.key_averages()} & TORCH_OPS
 
@@ -1365,7 +1466,9 @@ class TestAttention:
             scripted = torch.jit.script(attention_to_script)
             traced = torch.fx.symbolic_trace(f)
         assert "aten::scaled_dot_product_attention" in str(scripted.graph)
-        assert {node.target for node in traced.graph.nodes if node.op == "call_function"} == {NN.scaled_dot_product_attention}
+        assert {node.target for node in traced.graph.nodes if node.op == "call_function"} == {
+            NN.scaled_dot_product_attention
+        }
         torch._dynamo.reset()
         assert F.scaled_dot_product_attention is NN.scaled_dot_product_attention
 
@@ -1375,14 +1478,18 @@ def attention_to_script(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> to
 
 
 class TestOtherLibraries:
-    """Run where the library is beside this torch; torchvision and timm exist for other torch versions than the tests' own."""
+    """Run where the library is beside this torch; torchvision and timm exist for other torch versions than
+    the tests' own.
+    """
 
     reason = "torchvision and timm need the torch that torchvision was built for"
 
     def import_or_skip(self, name):
         try:
             return pytest.importorskip(name, reason=self.reason, exc_type=ImportError)
-        except RuntimeError as error:  # torchvision beside another torch: "operator torchvision::nms does not exist"
+        except (
+            RuntimeError
+        ) as error:  # torchvision beside another torch: "operator torchvision::nms does not exist"
             pytest.skip(f"{self.reason}: {error}")
 
     def test_stochastic_depth_of_torchvision(self):
@@ -1392,7 +1499,12 @@ class TestOtherLibraries:
         row.register_forward_hook(lambda *_: calls.append(1))
         model = nn.ModuleDict({"a": row, "b": row, "c": batch})
         fr.convert(model)
-        assert model["a"] is model["b"] is row and type(row) is fr.nn.DropPath and row.p == 0.4 and not row.training
+        assert (
+            model["a"] is model["b"] is row
+            and type(row) is fr.nn.DropPath
+            and row.p == 0.4
+            and not row.training
+        )
         assert type(batch) is ops.StochasticDepth
         x = torch.ones(2000, 3)
         assert torch.equal(row(x), x) and calls
@@ -1405,7 +1517,9 @@ class TestOtherLibraries:
     def test_drop_path_of_timm(self):
         self.import_or_skip("torchvision")
         drop_path = self.import_or_skip("timm.layers").DropPath
-        model = nn.Sequential(drop_path(0.4, scale_by_keep=False), nn.Sequential(drop_path(0.0)), drop_path(0.2))
+        model = nn.Sequential(
+            drop_path(0.4, scale_by_keep=False), nn.Sequential(drop_path(0.0)), drop_path(0.2)
+        )
         before = list(model.modules())
         fr.convert(model)
         assert all(a is b for a, b in zip(before, model.modules(), strict=True))
@@ -1453,7 +1567,8 @@ class TestOtherLibraries:
         assert all(map(torch.isfinite, map(torch.tensor, losses)))
 
 
-# ----------------------------------------------------------------------------------------------------------------- a whole script
+# -----------------------------------------------------------------------------------------------------------------
+# a whole script
 
 
 SCRIPT = """
@@ -1500,7 +1615,9 @@ def test_an_unchanged_script(tmp_path, patched):
     code = f"script = {str(script)!r}; exec(compile(open(script).read(), script, 'exec'))"
     if patched:
         code = f"import fastreg as fr; fr.patch(); {code}"
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stderr
     lines = dict(line.split(" ", 1) for line in run.stdout.splitlines() if " " in line)
     ops = set(lines["ops"].split())

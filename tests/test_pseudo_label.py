@@ -48,14 +48,23 @@ def test_loss_gradient_and_mask_rate(dtype, shape, layout, hard):
     strong, weak = draw().requires_grad_(), draw().requires_grad_()
     for threshold, temperature in ((0.8, 1.0), (0.5, 2.5), (0.95, 0.3)):
         strong.grad = None
-        loss, rate = fr.pseudo_label_loss(strong, weak, threshold, temperature, hard=hard, return_mask_rate=True)
+        loss, rate = fr.pseudo_label_loss(
+            strong, weak, threshold, temperature, hard=hard, return_mask_rate=True
+        )
         want, want_grad, want_rate = reference(strong, weak, threshold, temperature, hard)
-        assert loss.shape == () and loss.dtype == dtype and rate.dtype == torch.float32 and not rate.requires_grad
+        assert (
+            loss.shape == ()
+            and loss.dtype == dtype
+            and rate.dtype == torch.float32
+            and not rate.requires_grad
+        )
         eps = torch.finfo(dtype).eps
         assert loss.item() == pytest.approx(want, rel=max(4 * eps, 2e-5), abs=1e-6)
         assert rate.item() == pytest.approx(want_rate, abs=1e-6)
         loss.backward()
-        torch.testing.assert_close(flat(strong.grad).double(), want_grad, rtol=max(4 * eps, 2e-5), atol=max(eps / 10, 1e-6))
+        torch.testing.assert_close(
+            flat(strong.grad).double(), want_grad, rtol=max(4 * eps, 2e-5), atol=max(eps / 10, 1e-6)
+        )
         assert weak.grad is None
 
 
@@ -66,14 +75,18 @@ def test_the_classic_form_uses_one_view():
     want = -logits.log_softmax(1).max(1).values.mean()  # Lee 2013: the class of the largest logit
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(grad, torch.autograd.grad(want, logits)[0])
-    assert torch.equal(fr.pseudo_label_loss(logits, threshold=0.6), fr.pseudo_label_loss(logits, logits.detach(), 0.6))
+    assert torch.equal(
+        fr.pseudo_label_loss(logits, threshold=0.6), fr.pseudo_label_loss(logits, logits.detach(), 0.6)
+    )
 
 
 def test_the_mean_is_over_all_samples():
     sure, unsure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.1, 0.0]])
     strong = torch.tensor([[0.0, 1.0]])
     alone = fr.pseudo_label_loss(strong, sure)
-    loss, rate = fr.pseudo_label_loss(strong.expand(4, 2), torch.cat([sure, unsure, unsure, unsure]), return_mask_rate=True)
+    loss, rate = fr.pseudo_label_loss(
+        strong.expand(4, 2), torch.cat([sure, unsure, unsure, unsure]), return_mask_rate=True
+    )
     torch.testing.assert_close(loss, alone / 4)
     assert rate.item() == 0.25
 
@@ -99,7 +112,9 @@ def test_the_mean_is_over_all_samples():
 @pytest.mark.parametrize("hard", [True, False])
 def test_who_counts(weak, threshold, temperature, counted, hard):
     strong = torch.tensor([[0.3, -0.7]], requires_grad=True)
-    loss, rate = fr.pseudo_label_loss(strong, torch.tensor([weak]), threshold, temperature, hard=hard, return_mask_rate=True)
+    loss, rate = fr.pseudo_label_loss(
+        strong, torch.tensor([weak]), threshold, temperature, hard=hard, return_mask_rate=True
+    )
     loss.backward()
     assert rate.item() == counted
     assert (loss.item() != 0) == counted and bool(strong.grad.any()) == counted
@@ -122,7 +137,9 @@ def test_nan_where_it_counts_and_nowhere_else(bad, hard):
 @pytest.mark.parametrize("hard", [True, False])
 def test_no_samples_have_a_graph(hard):
     layer = torch.nn.Linear(4, 3)
-    loss, rate = fr.pseudo_label_loss(layer(torch.empty(0, 4)), torch.empty(0, 3), hard=hard, return_mask_rate=True)
+    loss, rate = fr.pseudo_label_loss(
+        layer(torch.empty(0, 4)), torch.empty(0, 3), hard=hard, return_mask_rate=True
+    )
     loss.backward()
     assert loss.item() == 0 and rate.item() == 0 and not layer.weight.grad.any()
 

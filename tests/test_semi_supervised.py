@@ -21,7 +21,9 @@ def digits():
 
 
 def fit(digits, seed, unlabelled_weight=0.0, pretrain=False):
-    """Test error in percent of one perceptron trained for 200 steps: the same but for what it makes of the unlabelled images."""
+    """Test error in percent of one perceptron trained for 200 steps: the same but for what it makes of the
+    unlabelled images.
+    """
     x, y, unlabelled, x_test, y_test = digits
     torch.manual_seed(seed)
     encoder = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Dropout(0.5), nn.Linear(256, 128), nn.ReLU())
@@ -49,9 +51,14 @@ def supervised(digits):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(unlabelled_weight=1.0), dict(pretrain=True)], ids=["pseudo-labels", "autoencoder"])
+@pytest.mark.parametrize(
+    "options", [dict(unlabelled_weight=1.0), dict(pretrain=True)], ids=["pseudo-labels", "autoencoder"]
+)
 def test_unlabelled_digits_lower_the_error(digits, supervised, options):
     errors = [fit(digits, seed, **options) for seed in SEEDS]
-    print(f"\n{options}: {sum(errors) / 5:.2f} % against {sum(supervised) / 5:.2f} %, seed by seed {errors} against {supervised}")
+    print(
+        f"\n{options}: {sum(errors) / 5:.2f} % against {sum(supervised) / 5:.2f} %, seed by seed {errors} "
+        f"against {supervised}"
+    )
     assert all(error < alone for error, alone in zip(errors, supervised, strict=True))
     assert sum(errors) / 5 < sum(supervised) / 5 - 2

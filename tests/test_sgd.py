@@ -1,11 +1,12 @@
 """What `fr.optim.SGD` promises, and what torch's own gets wrong.
 
-Proven here: a step equals a reference of 14 lines, bit for bit, for every option, dtype, layout, thread count and instruction
-set, and the float64 reference within float32's error; it goes the way of `torch.optim.SGD` over many steps, schedulers, closures,
-checkpoints in both directions, pickling and `torch.compile`; the proximal form gives exact zeros and solves the lasso; under
-`GradScaler` an overflow changes nothing, in the first step too; errors come before anything is stepped; stochastic rounding is
-unbiased and repeatable; DTensor, FSDP2 and DDP give the numbers of one process; a step allocates no memory.
-`TestTorchFaults` asserts the faults of torch 2.13 that fastreg is free of, each beside fastreg's right answer.
+Proven here: a step equals a reference of 14 lines, bit for bit, for every option, dtype, layout, thread count
+and instruction set, and the float64 reference within float32's error; it goes the way of `torch.optim.SGD`
+over many steps, schedulers, closures, checkpoints in both directions, pickling and `torch.compile`; the
+proximal form gives exact zeros and solves the lasso; under `GradScaler` an overflow changes nothing, in the
+first step too; errors come before anything is stepped; stochastic rounding is unbiased and repeatable;
+DTensor, FSDP2 and DDP give the numbers of one process; a step allocates no memory. `TestTorchFaults` asserts
+the faults of torch 2.13 that fastreg is free of, each beside fastreg's right answer.
 """
 
 import contextlib
@@ -74,7 +75,9 @@ def parameter(data):
 
 
 def run(cls, start, grads, after=None, **options):
-    """Step copies of the tensors `start` over `grads` (one list a step); gives the parameters and the optimiser."""
+    """Step copies of the tensors `start` over `grads` (one list a step); gives the parameters and the
+    optimiser.
+    """
     params = [parameter(w.clone()) for w in start]
     optimizer = cls(params, **options)
     for step_grads in grads:
@@ -97,7 +100,9 @@ def same_bits(a, b):
 
 
 def strided(values, layout):
-    """`values` with other strides, inside memory whose rest is filled with 77; gives the tensor and that memory."""
+    """`values` with other strides, inside memory whose rest is filled with 77; gives the tensor and that
+    memory.
+    """
     if layout == "contiguous":
         base = torch.full((values.numel() + 5,), 77.0, dtype=values.dtype)
         view = base[3 : 3 + values.numel()].view(values.shape)  # an odd offset: no vector is aligned
@@ -153,9 +158,16 @@ class TestReference:
     def test_float32_within_float64(self, options, seed):
         """float32 stays within its own error of the float64 reference."""
         make = torch.Generator().manual_seed(seed)
-        start, grads = [torch.randn(50, generator=make)], [[torch.randn(50, generator=make)] for _ in range(4)]
+        start, grads = (
+            [torch.randn(50, generator=make)],
+            [[torch.randn(50, generator=make)] for _ in range(4)],
+        )
         (p,), _ = run(fr.optim.SGD, start, grads, **options)
-        w, v, crossed = start[0].double(), torch.zeros(50, dtype=torch.float64), torch.zeros(50, dtype=torch.bool)
+        w, v, crossed = (
+            start[0].double(),
+            torch.zeros(50, dtype=torch.float64),
+            torch.zeros(50, dtype=torch.bool),
+        )
         for i, (g,) in enumerate(grads):
             w, v = reference(w, g.double(), v, i == 0, **options)
             crossed |= w.abs() < 1e-5  # beside 0 sign(w) may differ between the two
@@ -163,7 +175,9 @@ class TestReference:
         assert crossed.sum() < 25 or options["l1_mode"] == "proximal"
 
     @pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last", "sliced"])
-    @pytest.mark.parametrize("grad_layout", ["contiguous", "transposed", "channels_last", "sliced", "expanded"])
+    @pytest.mark.parametrize(
+        "grad_layout", ["contiguous", "transposed", "channels_last", "sliced", "expanded"]
+    )
     def test_strides(self, dtype, layout, grad_layout):
         """Any strides of parameter, gradient and buffer; the memory around a parameter stays as it was."""
         shape, options = (3, 4, 5, 37), dict(lr=0.1, momentum=0.9, weight_decay=0.1, l1=0.05)
@@ -219,7 +233,9 @@ class TestReference:
             assert same_bits(p.detach(), rounded_reference(start[0], [g[0] for g in grads], **options)[0])
 
     def test_many_tensors_of_mixed_dtype(self):
-        """One group of 300 tensors of all dtypes and sizes, empty ones and a big one among them; some without gradient."""
+        """One group of 300 tensors of all dtypes and sizes, empty ones and a big one among them; some without
+        gradient.
+        """
         sizes = [random.Random(i).choice([0, 1, 3, 17, 64, 1000, 5000]) for i in range(299)] + [70001]
         start = [torch.randn(n).to(DTYPES[i % 4]) for i, n in enumerate(sizes)]
         grads = [[None if i % 7 == 0 else torch.randn_like(w) for i, w in enumerate(start)] for _ in range(2)]
@@ -228,7 +244,11 @@ class TestReference:
             with threads(count):
                 params, optimizer = run(fr.optim.SGD, start, grads, **options)
             for i, p in enumerate(params):
-                expected = start[i] if i % 7 == 0 else rounded_reference(start[i], [g[i] for g in grads], **options)[0]
+                expected = (
+                    start[i]
+                    if i % 7 == 0
+                    else rounded_reference(start[i], [g[i] for g in grads], **options)[0]
+                )
                 assert same_bits(p.detach(), expected), i
             assert len(optimizer.state) == sum(i % 7 != 0 for i in range(300))
 
@@ -249,11 +269,23 @@ class TestReference:
             p.grad = g.clone()
         optimizer.step()
         for p, w, g, o in zip(params, start, grads, own, strict=True):
-            assert same_bits(p.detach(), rounded_reference(w, [g], **{**default, **o, "lr": float(o.get("lr", 0.1))})[0])
+            assert same_bits(
+                p.detach(), rounded_reference(w, [g], **{**default, **o, "lr": float(o.get("lr", 0.1))})[0]
+            )
 
     def test_special_values(self, dtype):
         """NaN and inf in weight, gradient or buffer go where the formula sends them, the subnormals too."""
-        odd = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, torch.finfo(dtype).tiny / 4, torch.finfo(dtype).max]
+        odd = [
+            math.nan,
+            math.inf,
+            -math.inf,
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            torch.finfo(dtype).tiny / 4,
+            torch.finfo(dtype).max,
+        ]
         w = torch.tensor([a for a in odd for _ in odd], dtype=dtype)
         g = torch.tensor([b for _ in odd for b in odd], dtype=dtype)
         for options in (
@@ -269,7 +301,11 @@ class TestReference:
 
     def test_lr_zero_changes_nothing(self, dtype):
         w = torch.randn(70).to(dtype)
-        for options in (dict(l1=0.1), dict(l1=0.1, l1_mode="proximal"), dict(weight_decay=0.1, momentum=0.9, decoupled=True)):
+        for options in (
+            dict(l1=0.1),
+            dict(l1=0.1, l1_mode="proximal"),
+            dict(weight_decay=0.1, momentum=0.9, decoupled=True),
+        ):
             (p,), _ = run(fr.optim.SGD, [w], [[torch.randn(70).to(dtype)]], lr=0.0, **options)
             assert torch.equal(p.detach(), w)
 
@@ -277,12 +313,16 @@ class TestReference:
         """A weight at 0 with no gradient stays at 0 in both modes, with either sign of the zero."""
         w = torch.tensor([0.0, -0.0])
         for mode in ("subgradient", "proximal"):
-            (p,), _ = run(fr.optim.SGD, [w], [[torch.zeros(2)]] * 3, lr=0.5, l1=0.3, l1_mode=mode, momentum=0.9)
+            (p,), _ = run(
+                fr.optim.SGD, [w], [[torch.zeros(2)]] * 3, lr=0.5, l1=0.3, l1_mode=mode, momentum=0.9
+            )
             assert torch.equal(p.detach(), torch.zeros(2))
 
     def test_no_gradient_no_change(self):
         """Like torch: without a gradient there is no step, and so no penalty."""
-        (p,), optimizer = run(fr.optim.SGD, [torch.ones(3)], [[None]], lr=1.0, l1=0.1, weight_decay=0.1, momentum=0.9)
+        (p,), optimizer = run(
+            fr.optim.SGD, [torch.ones(3)], [[None]], lr=1.0, l1=0.1, weight_decay=0.1, momentum=0.9
+        )
         assert torch.equal(p.detach(), torch.ones(3)) and not optimizer.state
 
     @pytest.mark.parametrize("count", [2, 5])
@@ -353,7 +393,10 @@ class TestTorchParity:
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a.detach(), b.detach(), **close)
             if options["momentum"]:
-                buffers = our_optimizer.state[a]["momentum_buffer"], their_optimizer.state[b]["momentum_buffer"]
+                buffers = (
+                    our_optimizer.state[a]["momentum_buffer"],
+                    their_optimizer.state[b]["momentum_buffer"],
+                )
                 torch.testing.assert_close(*buffers, **close)
 
     @pytest.mark.parametrize("dtype16", [torch.float16, torch.bfloat16])
@@ -391,13 +434,17 @@ class TestTorchParity:
         for name, p in theirs.items():
             assert name in ours and ours[name].default == p.default
         assert list(ours)[: len(positional)] == [p.name for p in positional]
-        (p,), _ = run(lambda params: fr.optim.SGD(params, 0.5, 0.0, 0.0, 0.25), [torch.ones(1)], [[torch.ones(1)]])
+        (p,), _ = run(
+            lambda params: fr.optim.SGD(params, 0.5, 0.0, 0.0, 0.25), [torch.ones(1)], [[torch.ones(1)]]
+        )
         assert p.item() == 1 - 0.5 * 1.25
 
     @pytest.mark.parametrize("tensor_lr", [False, True])
     @pytest.mark.parametrize("name", ["cosine", "onecycle", "lambda"])
     def test_schedulers(self, name, tensor_lr):
-        """The learning rate (OneCycleLR: the momentum too) follows the schedule, as a float and as a tensor changed in place."""
+        """The learning rate (OneCycleLR: the momentum too) follows the schedule, as a float and as a tensor
+        changed in place.
+        """
         make = {
             "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=7),
             "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=9),
@@ -507,7 +554,9 @@ class TestOptimizerProtocol:
         second.weight = first.weight
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            optimizer = fr.optim.SGD([*first.parameters(), *second.parameters()], lr=1.0, weight_decay=0.25, l1=0.125)
+            optimizer = fr.optim.SGD(
+                [*first.parameters(), *second.parameters()], lr=1.0, weight_decay=0.25, l1=0.125
+            )
         before = first.weight.detach().clone()
         first.weight.grad = torch.zeros(2, 2)
         optimizer.step()
@@ -554,7 +603,9 @@ class TestOptimizerProtocol:
     @pytest.mark.parametrize("dampening", [0.0, 0.3])
     @pytest.mark.parametrize("direction", ["to torch", "from torch"])
     def test_checkpoints_cross(self, direction, dampening, dtype):
-        """A state dict of torch.optim.SGD is continued by ours, and ours by torch's; the groups' l1 stays or is carried along."""
+        """A state dict of torch.optim.SGD is continued by ours, and ours by torch's; the groups' l1 stays or
+        is carried along.
+        """
         options = dict(lr=0.1, momentum=0.9, dampening=dampening, weight_decay=0.1)
         start, grads = [torch.randn(30).to(dtype)], [[torch.randn(30).to(dtype)] for _ in range(4)]
         from_cls, to_cls = (fr.optim.SGD, torch.optim.SGD)[:: 1 if direction == "to torch" else -1]
@@ -575,7 +626,9 @@ class TestOptimizerProtocol:
         torch.testing.assert_close(p.detach(), whole.detach(), rtol=loose, atol=loose)
 
     def test_own_checkpoint_in_each_dtype(self, dtype):
-        """torch's load_state_dict casts all state to the parameter's dtype, dampening's flag too: the bits go on the same."""
+        """torch's load_state_dict casts all state to the parameter's dtype, dampening's flag too: the bits go
+        on the same.
+        """
         start, grads = torch.randn(30).to(dtype), [torch.randn(30).to(dtype) for _ in range(3)]
         options = dict(lr=0.1, momentum=0.9, dampening=0.3, l1=0.1)
         p = parameter(start.clone())
@@ -669,7 +722,10 @@ class TestMomentumStart:
         optimizer.param_groups[0]["dampening"] = 0.5
         optimizer.step()
         half, v = rounded_reference(w, [g], lr=0.5, momentum=0.5)
-        assert torch.equal(p.detach(), rounded_reference(half, [g], started=True, v=v, lr=0.5, momentum=0.5, dampening=0.5)[0])
+        assert torch.equal(
+            p.detach(),
+            rounded_reference(half, [g], started=True, v=v, lr=0.5, momentum=0.5, dampening=0.5)[0],
+        )
 
     def test_momentum_switched_on_later(self):
         p = parameter(torch.ones(2))
@@ -710,7 +766,8 @@ class TestProximal:
         ],
     )
     def test_lasso(self, options, factor):
-        """On 1/2 |w - a|^2 the steps end at the soft-threshold of a, zeros exact: the lasso with an orthonormal design.
+        """On 1/2 |w - a|^2 the steps end at the soft-threshold of a, zeros exact: the lasso with an
+        orthonormal design.
 
         With momentum the penalty has (1 - momentum) / (1 - dampening) of its strength, as the docstring says.
         """
@@ -738,16 +795,28 @@ class TestProximal:
         """Weight decay beside the momentum, then the threshold; the buffer holds the bare gradient."""
         w, g = torch.tensor([2.0]), torch.tensor([1.0])
         (p,), optimizer = run(
-            fr.optim.SGD, [w], [[g]], lr=0.5, momentum=0.5, weight_decay=0.25, l1=0.125, l1_mode="proximal", decoupled=True
+            fr.optim.SGD,
+            [w],
+            [[g]],
+            lr=0.5,
+            momentum=0.5,
+            weight_decay=0.25,
+            l1=0.125,
+            l1_mode="proximal",
+            decoupled=True,
         )
         assert p.item() == 2 - 0.5 * (1 + 0.5) - 0.5 * 0.125
         assert optimizer.state[p]["momentum_buffer"].item() == 1.0
 
     def test_decoupled_penalty_passes_by_the_momentum(self):
-        """With a gradient of 0 the buffer stays 0, and the weight shrinks by lr * (l2 w + l1 sign w) at every step."""
+        """With a gradient of 0 the buffer stays 0, and the weight shrinks by lr * (l2 w + l1 sign w) at every
+        step.
+        """
         w = torch.tensor([2.0, -1.0], dtype=torch.float64)
         grads = [[torch.zeros(2, dtype=torch.float64)]] * 3
-        (p,), optimizer = run(fr.optim.SGD, [w], grads, lr=0.5, momentum=0.9, weight_decay=0.25, l1=0.125, decoupled=True)
+        (p,), optimizer = run(
+            fr.optim.SGD, [w], grads, lr=0.5, momentum=0.9, weight_decay=0.25, l1=0.125, decoupled=True
+        )
         for _ in range(3):
             w = w - 0.5 * (0.25 * w + 0.125 * w.sign())
         torch.testing.assert_close(p.detach(), w, rtol=1e-14, atol=0)
@@ -768,7 +837,10 @@ class TestGradScaler:
         start, grads = torch.randn(1000), [torch.randn(1000) for _ in range(3)]
         options = dict(lr=0.1, momentum=0.9, dampening=dampening, weight_decay=0.1, l1=0.01)
         p, clean = parameter(start.clone()), parameter(torch.ones(3))
-        optimizer, scaler = fr.optim.SGD([{"params": [p]}, {"params": [clean], "lr": 0.5}], **options), scaler_with(256.0)
+        optimizer, scaler = (
+            fr.optim.SGD([{"params": [p]}, {"params": [clean], "lr": 0.5}], **options),
+            scaler_with(256.0),
+        )
         p.grad = torch.full((1000,), 1.0)
         p.grad[777] = bad
         clean.grad = torch.ones(3)
@@ -799,7 +871,9 @@ class TestGradScaler:
 
     @pytest.mark.parametrize("scale", [1.0, 3.0, 65536.0, 0.01])
     def test_scale(self, scale):
-        """The gradient is divided by the scale, to the last bit as torch does it: times the reciprocal rounded to float32."""
+        """The gradient is divided by the scale, to the last bit as torch does it: times the reciprocal
+        rounded to float32.
+        """
         w, g = torch.randn(500), torch.randn(500) * scale
         p = parameter(w.clone())
         optimizer, scaler = fr.optim.SGD([p], lr=0.5, momentum=0.9), scaler_with(scale)
@@ -819,7 +893,9 @@ class TestGradScaler:
         assert torch.equal(p.detach(), torch.full((10,), -(2.0**-10), dtype=torch.float16))
 
     def test_user_unscales_and_clips(self):
-        """scaler.unscale_ and clipping first: the gradients are then taken as they are, and an overflow still skips."""
+        """scaler.unscale_ and clipping first: the gradients are then taken as they are, and an overflow still
+        skips.
+        """
         w, g = torch.randn(50), torch.randn(50)
         p = parameter(w.clone())
         optimizer, scaler = fr.optim.SGD([p], lr=0.5, momentum=0.9), scaler_with(1024.0)
@@ -841,7 +917,13 @@ class TestGradScaler:
 
     def test_attributes(self):
         """grad_scale and found_inf set by hand mean what they mean to torch's fused optimisers."""
-        for scale, found, expected in ((None, None, 0.0), (2.0, None, 0.5), (None, 1.0, 1.0), (2.0, 0.0, 0.5), (2.0, 2.0, 1.0)):
+        for scale, found, expected in (
+            (None, None, 0.0),
+            (2.0, None, 0.5),
+            (None, 1.0, 1.0),
+            (2.0, 0.0, 0.5),
+            (2.0, 2.0, 1.0),
+        ):
             p = parameter(torch.ones(3))
             p.grad = torch.ones(3)
             optimizer = fr.optim.SGD([p], lr=1.0)
@@ -856,8 +938,14 @@ class TestGradScaler:
         for cls in (fr.optim.SGD, torch.optim.SGD):
             torch.manual_seed(3)
             model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-            groups = [{"params": list(model[0].parameters()), "lr": 0.05}, {"params": list(model[2].parameters())}]
-            optimizer, scaler = cls(groups, lr=0.1, momentum=0.9, weight_decay=0.01), torch.amp.GradScaler("cpu")
+            groups = [
+                {"params": list(model[0].parameters()), "lr": 0.05},
+                {"params": list(model[2].parameters())},
+            ]
+            optimizer, scaler = (
+                cls(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
+                torch.amp.GradScaler("cpu"),
+            )
             for _ in range(6):
                 optimizer.zero_grad()
                 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -886,7 +974,11 @@ class TestErrors:
             (dict(lr="0.1"), TypeError, "lr must be a number, got str"),
             (dict(lr=None), TypeError, "lr must be a number, got NoneType"),
             (dict(lr=torch.ones(2)), ValueError, "one element, got torch.float32 \\(2,\\)"),
-            (dict(lr=torch.ones(1, dtype=torch.int64)), ValueError, "float32 or float64 tensor of one element, got torch.int64"),
+            (
+                dict(lr=torch.ones(1, dtype=torch.int64)),
+                ValueError,
+                "float32 or float64 tensor of one element, got torch.int64",
+            ),
             (dict(lr=torch.tensor(math.nan)), ValueError, "lr must be finite and at least 0, got nan"),
             (dict(lr=torch.tensor(-1.0)), ValueError, "lr must be finite and at least 0, got -1.0"),
             (dict(momentum=math.nan), ValueError, "momentum must be finite"),
@@ -900,7 +992,11 @@ class TestErrors:
             (dict(l1=-1), ValueError, "l1 must be finite and at least 0, got -1"),
             (dict(l1=math.nan), ValueError, "l1 must be finite"),
             (dict(l1="x"), TypeError, "l1 must be a number"),
-            (dict(l1_mode="soft"), ValueError, "l1_mode must be one of 'subgradient', 'proximal', got 'soft'"),
+            (
+                dict(l1_mode="soft"),
+                ValueError,
+                "l1_mode must be one of 'subgradient', 'proximal', got 'soft'",
+            ),
             (dict(l1_mode=None), ValueError, "l1_mode must be one of"),
             (dict(nesterov=True), ValueError, "nesterov needs momentum > 0 and dampening 0, got 0.* and 0"),
             (dict(nesterov=True, momentum=0.9, dampening=0.1), ValueError, "nesterov needs"),
@@ -909,7 +1005,9 @@ class TestErrors:
     )
     @pytest.mark.parametrize("where", ["constructor", "group", "by hand"])
     def test_hostile_numbers(self, options, error, text, where):
-        """Refused in the constructor, in a group, and at the step when someone wrote them there, with nothing stepped."""
+        """Refused in the constructor, in a group, and at the step when someone wrote them there, with nothing
+        stepped.
+        """
         a, b = parameter(torch.ones(2)), parameter(torch.ones(2))
         if where == "constructor":
             with pytest.raises(error, match=f"SGD: .*{text}"):
@@ -925,10 +1023,19 @@ class TestErrors:
             optimizer.param_groups[1].update({"momentum": 0.0, **options})
             with pytest.raises(error, match=f"SGD: .*{text}"):
                 optimizer.step()
-            assert torch.equal(a.detach(), torch.ones(2)) and torch.equal(b.detach(), torch.ones(2)) and not optimizer.state
+            assert (
+                torch.equal(a.detach(), torch.ones(2))
+                and torch.equal(b.detach(), torch.ones(2))
+                and not optimizer.state
+            )
 
     def test_no_parameters(self):
-        for params, error in (([], ValueError), (torch.ones(2), TypeError), ([1.0], TypeError), ([{"params": {1}}], TypeError)):
+        for params, error in (
+            ([], ValueError),
+            (torch.ones(2), TypeError),
+            ([1.0], TypeError),
+            ([{"params": {1}}], TypeError),
+        ):
             with pytest.raises(error):
                 fr.optim.SGD(params, lr=0.1)
         with pytest.raises(TypeError, match="ordered collections"):  # a set has no order to repeat
@@ -950,7 +1057,9 @@ class TestErrors:
         p = parameter(torch.ones(4, 3))
         p.grad = torch.eye(4, 3).to_sparse()
         self.check_refused(
-            p, TypeError, "SGD: gradients must be dense, got torch.sparse_coo; use sparse=False or torch.optim.SGD"
+            p,
+            TypeError,
+            "SGD: gradients must be dense, got torch.sparse_coo; use sparse=False or torch.optim.SGD",
         )
         embedding = torch.nn.Embedding(5, 2, sparse=True)
         embedding(torch.tensor([1])).sum().backward()
@@ -961,17 +1070,25 @@ class TestErrors:
         p.grad_dtype = None
         p.grad = torch.ones(3)
         self.check_refused(
-            p, ValueError, "SGD: a gradient must have the dtype of its parameter, torch.bfloat16, got torch.float32"
+            p,
+            ValueError,
+            "SGD: a gradient must have the dtype of its parameter, torch.bfloat16, got torch.float32",
         )
 
     def test_complex_parameter(self):
         p = parameter(torch.ones(3, dtype=torch.complex64))
         p.grad = torch.ones(3, dtype=torch.complex64)
-        self.check_refused(p, TypeError, "float32, float64, float16 or bfloat16, got torch.complex64; use torch.optim.SGD")
+        self.check_refused(
+            p, TypeError, "float32, float64, float16 or bfloat16, got torch.complex64; use torch.optim.SGD"
+        )
 
     def test_overlapping_parameter(self):
-        """An expanded parameter has several elements at one address: an error, as in torch, and nothing stepped."""
-        with pytest.raises(ValueError, match=r"SGD: .*must not share memory, got strides \(0,\); use .clone\(\)"):
+        """An expanded parameter has several elements at one address: an error, as in torch, and nothing
+        stepped.
+        """
+        with pytest.raises(
+            ValueError, match=r"SGD: .*must not share memory, got strides \(0,\); use .clone\(\)"
+        ):
             fr.optim.SGD([parameter(torch.ones(1).expand(4))])
         p = parameter(torch.ones(3).as_strided((2, 2), (1, 1)))
         p.grad = torch.ones(p.shape)
@@ -995,7 +1112,9 @@ class TestErrors:
         optimizer = fr.optim.SGD([p], lr=0.1, momentum=0.9)
         optimizer.state[p]["momentum_buffer"] = torch.zeros(4)
         p.grad = torch.ones(3)
-        with pytest.raises(ValueError, match=r"momentum buffer must have the shape of its parameter, \(3,\), got \(4,\)"):
+        with pytest.raises(
+            ValueError, match=r"momentum buffer must have the shape of its parameter, \(3,\), got \(4,\)"
+        ):
             optimizer.step()
         assert torch.equal(p.detach(), torch.ones(3))
 
@@ -1024,9 +1143,17 @@ class TestErrors:
         """The op itself checks everything before it writes."""
         p = torch.ones(3)
         values = dict(
-            params=[p], grads=[torch.ones(3)], buffers=[torch.zeros(3)], started=[], lr=0.1, momentum=0.9, dampening=0.0
+            params=[p],
+            grads=[torch.ones(3)],
+            buffers=[torch.zeros(3)],
+            started=[],
+            lr=0.1,
+            momentum=0.9,
+            dampening=0.0,
         )
-        values.update(weight_decay=0.0, l1=0.0, nesterov=False, proximal=False, decoupled=False, maximize=False)
+        values.update(
+            weight_decay=0.0, l1=0.0, nesterov=False, proximal=False, decoupled=False, maximize=False
+        )
         names = list(values)
         values.update(change)
         with pytest.raises(ValueError, match=text):
@@ -1035,7 +1162,9 @@ class TestErrors:
 
 
 class TestStochasticRounding:
-    """bfloat16 has 8 bits: between 1/2 and 1 its numbers lie 2^-8 apart, and rounding to nearest loses an update below 2^-9."""
+    """bfloat16 has 8 bits: between 1/2 and 1 its numbers lie 2^-8 apart, and rounding to nearest loses an
+    update below 2^-9.
+    """
 
     def step(self, start, update, layout=None, seed=1, **options):
         p = parameter(start if layout is None else strided(start, layout)[0])
@@ -1046,7 +1175,9 @@ class TestStochasticRounding:
 
     @pytest.mark.parametrize("share", [0.5, 0.25, 1 / 16, 3 / 8, 2**-7])
     def test_unbiased(self, share):
-        """A share of the gap between neighbours is crossed by that share of the elements, within 5 standard deviations."""
+        """A share of the gap between neighbours is crossed by that share of the elements, within 5 standard
+        deviations.
+        """
         n = 200_000
         start = torch.full((n,), 0.75, dtype=torch.bfloat16)
         update = torch.full((n,), share * 2**-8, dtype=torch.bfloat16)
@@ -1058,7 +1189,10 @@ class TestStochasticRounding:
 
     def test_small_steps_count(self):
         """200 steps of a sixteenth of a gap move the mean by 12.5 gaps; rounded to nearest nothing moves."""
-        start, update = torch.full((4000,), 0.75, dtype=torch.bfloat16), torch.full((4000,), 2.0**-12, dtype=torch.bfloat16)
+        start, update = (
+            torch.full((4000,), 0.75, dtype=torch.bfloat16),
+            torch.full((4000,), 2.0**-12, dtype=torch.bfloat16),
+        )
         for stochastic in (True, False):
             p = parameter(start.clone())
             optimizer = fr.optim.SGD([p], lr=1.0, stochastic_rounding=stochastic)
@@ -1071,7 +1205,9 @@ class TestStochasticRounding:
     @quick
     @given(st.integers(0, 2**31))
     def test_neighbours_only(self, seed):
-        """The result is one of the two bfloat16 numbers about the float32 result, and that number itself where it is one."""
+        """The result is one of the two bfloat16 numbers about the float32 result, and that number itself
+        where it is one.
+        """
         make = torch.Generator().manual_seed(seed)
         scale = torch.logspace(-30, 30, 300)
         start = (torch.randn(300, generator=make) * scale).bfloat16()
@@ -1131,7 +1267,9 @@ class TestStochasticRounding:
         plain = self.step(start.clone(), update, momentum=momentum)
         assert same_bits(self.step(start, update, layout, momentum=momentum), plain)
         assert same_bits(self.step(start.clone(), strided(update, layout)[0], momentum=momentum), plain)
-        assert same_bits(self.step(start, strided(update, layout)[0], layout, momentum=momentum), plain)  # both: flat otherwise
+        assert same_bits(
+            self.step(start, strided(update, layout)[0], layout, momentum=momentum), plain
+        )  # both: flat otherwise
 
     def test_bits_for_any_thread_count(self):
         start, update = torch.randn(200_001).bfloat16(), torch.randn(200_001).bfloat16() * 1e-3
@@ -1153,7 +1291,9 @@ class TestStochasticRounding:
     @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
     def test_no_effect_on_wide_types(self, wide):
         w, g = torch.randn(300, dtype=wide), torch.randn(300, dtype=wide)
-        results = [run(fr.optim.SGD, [w], [[g]], lr=0.1, stochastic_rounding=on)[0][0] for on in (True, False)]
+        results = [
+            run(fr.optim.SGD, [w], [[g]], lr=0.1, stochastic_rounding=on)[0][0] for on in (True, False)
+        ]
         assert torch.equal(*results)
 
     def test_proximal_zeros_stay_zero(self):
@@ -1178,9 +1318,15 @@ class TestCompileAndOp:
         for compiled in (False, True):
             torch.manual_seed(1)
             dtype = torch.bfloat16 if options.get("stochastic_rounding") else torch.float32
-            model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).to(dtype)
+            model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).to(
+                dtype
+            )
             optimizer = fr.optim.SGD(model.parameters(), lr=torch.tensor(0.1), **options)
-            step = torch.compile(lambda o=optimizer: o.step(), backend=backend, fullgraph=True) if compiled else optimizer.step
+            step = (
+                torch.compile(lambda o=optimizer: o.step(), backend=backend, fullgraph=True)
+                if compiled
+                else optimizer.step
+            )
             for i in range(4):
                 torch.manual_seed(i)
                 optimizer.zero_grad()
@@ -1190,13 +1336,17 @@ class TestCompileAndOp:
                 step()
             buffers = [b for state in optimizer.state.values() for b in state.values()]
             results.append([p.detach() for p in model.parameters()] + buffers)
-        if options.get("stochastic_rounding") and backend == "inductor":  # inductor has random numbers of its own
+        if (
+            options.get("stochastic_rounding") and backend == "inductor"
+        ):  # inductor has random numbers of its own
             assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(*results, strict=True))
         else:
             assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
     def test_compiled_train_step(self):
-        """A compiled function of forward, backward and opt.step(), with a schedule that changes a float lr between the calls."""
+        """A compiled function of forward, backward and opt.step(), with a schedule that changes a float lr
+        between the calls.
+        """
         torch._dynamo.reset()
         results = []
         for compiled in (False, True):
@@ -1221,7 +1371,9 @@ class TestCompileAndOp:
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
-    @pytest.mark.parametrize("flags", [(False, False, False, False), (False, True, True, True), (True, False, True, False)])
+    @pytest.mark.parametrize(
+        "flags", [(False, False, False, False), (False, True, True, True), (True, False, True, False)]
+    )
     def test_opcheck(self, flags, dtype):
         make = lambda: [torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)]  # noqa: E731
         args = (make(), make(), make(), [], 0.1, 0.9, 0.0, 0.01, 0.02, *flags)
@@ -1230,7 +1382,9 @@ class TestCompileAndOp:
         started = [torch.zeros(()), torch.ones(())]
         torch.library.opcheck(OP, (make(), make(), make(), started, 0.0, 0.9, 0.3, 0.0, 0.02, *flags), scaled)
         torch.library.opcheck(
-            OP, (make(), make(), [], [], 0.1, 0.0, 0.0, 0.0, 0.0, *flags), dict(seed=torch.zeros(1, dtype=torch.int64))
+            OP,
+            (make(), make(), [], [], 0.1, 0.0, 0.0, 0.0, 0.0, *flags),
+            dict(seed=torch.zeros(1, dtype=torch.int64)),
         )
 
     def test_op_sets_the_flags(self):
@@ -1238,13 +1392,28 @@ class TestCompileAndOp:
         for found, expected in ((0.0, [1.0, 1.0]), (1.0, [0.0, 1.0])):
             flags = [torch.zeros(()), torch.ones(())]
             lists = [[torch.ones(3), torch.ones(0)] for _ in range(3)]
-            OP(*lists, flags, 0.1, 0.9, 0.5, 0.0, 0.0, False, False, False, False, found_inf=torch.tensor(found))
+            OP(
+                *lists,
+                flags,
+                0.1,
+                0.9,
+                0.5,
+                0.0,
+                0.0,
+                False,
+                False,
+                False,
+                False,
+                found_inf=torch.tensor(found),
+            )
             assert [f.item() for f in flags] == expected
 
 
 class TestMemory:
     def allocated(self, step):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
             step()
         return max((e.self_cpu_memory_usage for e in profile.key_averages()), default=0)
 
@@ -1259,7 +1428,9 @@ class TestMemory:
         assert self.allocated(optimizer.step) >= 2 * size  # so this does measure
         assert self.allocated(optimizer.step) < 4096
         buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
-        assert len(buffers) == 2 and all(b.shape == (300, 400) and b.stride() == params[0].stride() for b in buffers)
+        assert len(buffers) == 2 and all(
+            b.shape == (300, 400) and b.stride() == params[0].stride() for b in buffers
+        )
 
     def test_without_momentum_nothing_at_all(self):
         p = parameter(torch.randn(300, 400))
@@ -1290,7 +1461,9 @@ class TestBothPaths:
             assert a.stride() == b.stride() and same_bits(a.contiguous(), b.contiguous())
         return spy.taken
 
-    @pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last", "no dimensions", "empty"])
+    @pytest.mark.parametrize(
+        "layout", ["contiguous", "transposed", "channels_last", "no dimensions", "empty"]
+    )
     @pytest.mark.parametrize(
         "options",
         [
@@ -1304,7 +1477,9 @@ class TestBothPaths:
     )
     def test_the_same_bits(self, monkeypatch, dtype, options, layout):
         def tensor(seed):
-            t = torch.randn(6, 5, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+            t = torch.randn(
+                6, 5, 4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            ).to(dtype)
             return {
                 "contiguous": t,
                 "transposed": t.transpose(0, 3),
@@ -1323,10 +1498,13 @@ class TestBothPaths:
                 optimizer.step()
             return [p.detach() for p in params] + [s["momentum_buffer"] for s in optimizer.state.values()]
 
-        # The first step makes the buffers, in Python; so does the first of the parameter whose gradient comes late.
+        # The first step makes the buffers, in Python; so does the first of the parameter whose gradient comes
+        # late.
         assert self.both(monkeypatch, run) == (1 if options.get("momentum") else 3)
 
-    @pytest.mark.parametrize("case", ["strides", "dampening", "lr tensor", "stochastic rounding", "scaler", "int lr"])
+    @pytest.mark.parametrize(
+        "case", ["strides", "dampening", "lr tensor", "stochastic rounding", "scaler", "int lr"]
+    )
     def test_the_unusual_is_left_to_python(self, monkeypatch, case):
         def run():
             p = parameter(torch.randn(8, 6, generator=torch.Generator().manual_seed(1)))
@@ -1373,7 +1551,9 @@ class TestBothPaths:
 
 
 class TestTorchFaults:
-    """Each test asserts what torch (2.13 and 2.14, but where it says so) does, and beside it what fastreg does."""
+    """Each test asserts what torch (2.13 and 2.14, but where it says so) does, and beside it what fastreg
+    does.
+    """
 
     def test_foreach_nesterov_changes_the_gradient(self):
         for cls, expected in ((torch.optim.SGD, 1.9), (fr.optim.SGD, 1.0)):
@@ -1417,7 +1597,9 @@ class TestTorchFaults:
     @pytest.mark.parametrize("momentum", [0.0, 0.9])
     @pytest.mark.parametrize("dtype16", [torch.float16, torch.bfloat16])
     def test_fused_16_bit_does_not_learn(self, dtype16, momentum):
-        """torch 2.13's fused CPU kernel computes whole vectors and never stores them; only what does not fill one is stepped."""
+        """torch 2.13's fused CPU kernel computes whole vectors and never stores them; only what does not fill
+        one is stepped.
+        """
         for cls in (torch.optim.SGD, fr.optim.SGD):
             p = parameter(torch.ones(64, dtype=dtype16))
             p.grad = torch.ones_like(p)
@@ -1426,7 +1608,9 @@ class TestTorchFaults:
             assert torch.equal(p.detach(), torch.full((64,), expected, dtype=dtype16))
 
     def test_fused_ignores_strides(self):
-        """A gradient laid out otherwise than its parameter is applied to the wrong elements; a sliced one overruns its slice."""
+        """A gradient laid out otherwise than its parameter is applied to the wrong elements; a sliced one
+        overruns its slice.
+        """
         g = torch.arange(12.0).view(4, 3)
         for cls in (torch.optim.SGD, fr.optim.SGD):
             p = parameter(torch.zeros(3, 4).t())
@@ -1478,7 +1662,14 @@ def distributed_worker(rank, world, store):
     """On each of two gloo ranks; an assertion that fails here fails the spawn."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import (
+        DTensor,
+        Partial,
+        Replicate,
+        Shard,
+        distribute_tensor,
+        init_device_mesh,
+    )
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -1538,7 +1729,8 @@ def distributed_worker(rank, world, store):
         first.to_local().zero_()
     assert fr.optim.sparsity(model) == first.numel() / sum(p.numel() for p in model.parameters())
 
-    # A single tensor, sharded unevenly (one rank holds nothing) or replicated; gradients placed otherwise, partial sums too.
+    # A single tensor, sharded unevenly (one rank holds nothing) or replicated; gradients placed otherwise,
+    # partial sums too.
     for rows, placements in ((5, [Shard(0)]), (1, [Shard(0)]), (4, [Shard(1)]), (3, [Replicate()])):
         torch.manual_seed(2)
         w, g = torch.randn(rows, 3), torch.randn(rows, 3)
@@ -1550,7 +1742,9 @@ def distributed_worker(rank, world, store):
                 p.grad = distribute_tensor(g, mesh, placements if kind == "same" else [Replicate()])
             optimizer = fr.optim.SGD([p], **OPTIONS)
             optimizer.step()
-            torch.testing.assert_close(p.full_tensor().detach(), reference(w, g, g, True, **OPTIONS)[0], **close)
+            torch.testing.assert_close(
+                p.full_tensor().detach(), reference(w, g, g, True, **OPTIONS)[0], **close
+            )
             assert p.placements == tuple(placements)
     dist.barrier()  # or torch aborts a rank whose partner is gone
     dist.destroy_process_group()

@@ -1,9 +1,10 @@
-// Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level cache: warped (vectors
-// whose pixels all lie inside the image take neighbours in pairs, by gathers or from rows held in registers, without a look at
-// the border), coloured, blurred from a ring of rows, normalised, and written once. Only contrast, which needs the mean of the
-// image as it is by then, keeps a whole sample.
+// Augmentation on the CPU, formulas in augment_math.h. Each row passes through buffers in the first-level
+// cache: warped (vectors whose pixels all lie inside the image take neighbours in pairs, by gathers or from
+// rows held in registers, without a look at the border), coloured, blurred from a ring of rows, normalised,
+// and written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
 // Neither multiply_add nor a reduction in another order: the bits are the same on every instruction set.
-// Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written once.
+// Bytes per value: the source's, read once but for rows that the cache has lost, and the output's, written
+// once.
 #include "augment_warp_cpu.h"
 
 namespace fastreg::FASTREG_ISA {
@@ -19,9 +20,12 @@ struct Filters {
   A* weight;       // before their sum is brought to 1
   A* total;        // that sum
 
-  static int64_t most_taps(const Filter<A>& filter) { return 2 * ((filter.support + kOne - 1) >> kFractionBits) + 1; }
+  static int64_t most_taps(const Filter<A>& filter) {
+    return 2 * ((filter.support + kOne - 1) >> kFractionBits) + 1;
+  }
   static int64_t bytes(const Filter<A>& filter, int64_t size) {
-    return (size * (2 * int64_t(sizeof(int32_t)) + (most_taps(filter) + 1) * int64_t(sizeof(A))) + 63) / 64 * 64;
+    return (size * (2 * int64_t(sizeof(int32_t)) + (most_taps(filter) + 1) * int64_t(sizeof(A))) + 63) / 64 *
+           64;
   }
 
   Filters(void* memory, const Filter<A>& filter, int64_t size)
@@ -31,7 +35,8 @@ struct Filters {
         total(weight + size * taps) {
     for (int64_t i = 0; i < size; ++i) {
       const auto span = filter.span(i);
-      for (int32_t j = span.first; j < span.last; ++j) weight[i * taps + j - span.first] = filter.weight(span, j);
+      for (int32_t j = span.first; j < span.last; ++j)
+        weight[i * taps + j - span.first] = filter.weight(span, j);
       range[2 * i] = span.first;
       range[2 * i + 1] = span.last;
       total[i] = filter.total(span);
@@ -46,7 +51,8 @@ Filter<A> filter_of(const AugmentArgs& a, const Shrink& s, int axis, int64_t n) 
 }
 template <class A>
 int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
-  return Filters<A>::bytes(filter_of<A>(a, s, 0, 1), s.size[0]) + Filters<A>::bytes(filter_of<A>(a, s, 1, 1), s.size[1]);
+  return Filters<A>::bytes(filter_of<A>(a, s, 0, 1), s.size[0]) +
+         Filters<A>::bytes(filter_of<A>(a, s, 1, 1), s.size[1]);
 }
 int64_t filters_bytes(const AugmentArgs& a, const Shrink& s) {
   return accumulated(a) == 8 ? filters_bytes<double>(a, s) : filters_bytes<float>(a, s);
@@ -143,7 +149,8 @@ void with_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t samp
   const Shrink shrink = shrink_of(a, sample);
   if (shrink.on) {
     const int64_t width = shrink.size[0], height = shrink.size[1];
-    const Source<A> grid = {static_cast<const A*>(scratch.source), width * height, width, height, width, a.channels};
+    const Source<A> grid = {
+        static_cast<const A*>(scratch.source), width * height, width, height, width, a.channels};
     const Warp<A, A> warp(a, grid, shrink.rest);
     return f(maker_of(warp));
   }
@@ -196,8 +203,10 @@ struct Colour {
       store(out + 2 * out_pitch + x, b);
     }
   }
-  void row(bool quantise, int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch, int64_t n) const {
-    quantise ? row<true>(chosen, in, in_pitch, out, out_pitch, n) : row<false>(chosen, in, in_pitch, out, out_pitch, n);
+  void row(bool quantise, int chosen, const A* in, int64_t in_pitch, A* out, int64_t out_pitch,
+           int64_t n) const {
+    quantise ? row<true>(chosen, in, in_pitch, out, out_pitch, n)
+             : row<false>(chosen, in, in_pitch, out, out_pitch, n);
   }
 };
 
@@ -224,14 +233,16 @@ double grey_sum(const A* in, int64_t pitch, int64_t channels, int64_t n, bool qu
 // ---- a sample, row by row
 
 bool quantises(const AugmentArgs& a) { return a.out_type == PixelType::kUInt8; }
-// A row's channels lie `pitch` apart, with room for the blur's reflected pixels between them, and before the first.
+// A row's channels lie `pitch` apart, with room for the blur's reflected pixels between them, and before the
+// first.
 int64_t pitch_of(const AugmentArgs& a) { return padded_width(a.out_width + (a.blur ? a.blur_width - 1 : 0)); }
 int64_t margin(const AugmentArgs& a) { return a.blur ? padded_width(a.blur_width / 2) : 0; }
-// Rows that are made before the first of them is blurred. A load that takes parts of two stores waits for both, so that narrow
-// rows must not be blurred sideways right after they were written.
+// Rows that are made before the first of them is blurred. A load that takes parts of two stores waits for
+// both, so that narrow rows must not be blurred sideways right after they were written.
 int64_t blur_batch(const AugmentArgs& a) { return most(int64_t(1), 256 / padded_width(a.out_width)); }
 int64_t blur_slots(const AugmentArgs& a) { return a.blur_height + blur_batch(a) - 1; }
-int64_t blur_lines_offset(const AugmentArgs& a) {  // in a thread's memory: margin, rows, the ring, the weights, then pointers
+int64_t blur_lines_offset(
+    const AugmentArgs& a) {  // in a thread's memory: margin, rows, the ring, the weights, then pointers
   const int64_t rows = (blur_batch(a) + blur_slots(a)) * a.channels * pitch_of(a);
   return (margin(a) + rows + kPad + a.blur_width + a.blur_height) * accumulated(a) / 8 * 8 + 8;
 }
@@ -247,15 +258,16 @@ void warped_row(const AugmentArgs& a, const RowMaker<A>& maker, int64_t y, A* ou
 }
 
 template <class A>
-void prepare_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker, int64_t sample, int64_t begin,
-                  int64_t end) {
+void prepare_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker,
+                  int64_t sample, int64_t begin, int64_t end) {
   const int64_t width = padded_width(a.out_width), pitch = a.out_height * width;
   const Colour<A> colour(a, sample, 0);
   double* sums = static_cast<double*>(scratch.sums);
   for (int64_t y = begin; y < end; ++y) {
     A* row = static_cast<A*>(scratch.image) + y * width;
     warped_row(a, maker, y, row, pitch);
-    if (a.colour_steps & kBrightness) colour.row(quantises(a), kBrightness, row, pitch, row, pitch, a.out_width);
+    if (a.colour_steps & kBrightness)
+      colour.row(quantises(a), kBrightness, row, pitch, row, pitch, a.out_width);
     sums[y] = grey_sum(row, pitch, a.channels, a.out_width, quantises(a));
   }
 }
@@ -316,10 +328,11 @@ void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t 
 }
 
 template <class A, class T>
-void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker, int64_t sample, int64_t begin,
-                 int64_t end, T* out) {
+void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowMaker<A>& maker,
+                 int64_t sample, int64_t begin, int64_t end, T* out) {
   using V = Vec<A>;
-  const int64_t n = a.out_width, pitch = pitch_of(a), image_width = padded_width(n), image_pitch = a.out_height * image_width;
+  const int64_t n = a.out_width, pitch = pitch_of(a), image_width = padded_width(n),
+                image_pitch = a.out_height * image_width;
   const bool has_image = scratch.image != nullptr, quantise = quantises(a);
   double sum = 0;
   if (has_image) {
@@ -330,13 +343,15 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
   const auto coloured_row = [&](int64_t y, A* row) {
     const A* image = static_cast<const A*>(scratch.image) + y * image_width;
     if (!has_image) warped_row(a, maker, y, row, pitch);
-    if (steps) colour.row(quantise, steps, has_image ? image : row, has_image ? image_pitch : pitch, row, pitch, n);
+    if (steps)
+      colour.row(quantise, steps, has_image ? image : row, has_image ? image_pitch : pitch, row, pitch, n);
   };
   A* row = static_cast<A*>(scratch.rows) + margin(a);
   if (!a.blur) {
     if constexpr (std::is_same_v<T, A>)  // nothing but geometry: no detour through a buffer
       if (!steps && !has_image && !a.normalise && !a.boxes && a.out_stride[3] == 1 && n % V::kLanes == 0) {
-        for (int64_t y = begin; y < end; ++y) maker(y, n, out + sample * a.out_stride[0] + y * a.out_stride[2], a.out_stride[1]);
+        for (int64_t y = begin; y < end; ++y)
+          maker(y, n, out + sample * a.out_stride[0] + y * a.out_stride[2], a.out_stride[1]);
         return;
       }
     for (int64_t y = begin; y < end; ++y) {
@@ -346,11 +361,14 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
     return;
   }
   // The ring holds the rows blurred sideways that the next output row may want, row y in slot y mod its size.
-  const int64_t width = a.blur_width, height = a.blur_height, radius = height / 2, row_values = a.channels * pitch;
-  const int64_t batch = blur_batch(a), slots = blur_slots(a), span = row_values - pitch + n;  // all channels at once
+  const int64_t width = a.blur_width, height = a.blur_height, radius = height / 2,
+                row_values = a.channels * pitch;
+  const int64_t batch = blur_batch(a), slots = blur_slots(a),
+                span = row_values - pitch + n;  // all channels at once
   A *ring = row + batch * row_values, *weight = ring + slots * row_values + kPad;
   for (int64_t k = 0; k < width + height; ++k) weight[k] = A(a.blur[(width + height) * sample + k]);
-  const A** line = reinterpret_cast<const A**>(reinterpret_cast<char*>(row - margin(a)) + blur_lines_offset(a));
+  const A** line =
+      reinterpret_cast<const A**>(reinterpret_cast<char*>(row - margin(a)) + blur_lines_offset(a));
   int64_t next = most(int64_t(0), begin - radius);
   for (int64_t y = begin; y < end; ++y) {
     while (next <= least(y + radius, a.out_height - 1)) {
@@ -368,9 +386,11 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
         weighted_sum(line, weight, width, span, ring + i % slots * row_values);
       }
     }
-    for (int64_t k = 0; k < height; ++k) line[k] = ring + mirrored(y + k - radius, a.out_height) % slots * row_values;
+    for (int64_t k = 0; k < height; ++k)
+      line[k] = ring + mirrored(y + k - radius, a.out_height) % slots * row_values;
     weighted_sum(line, weight + width, height, span, row);
-    for (int64_t x = 0; x < (quantise ? span : 0); x += V::kLanes) store(row + x, quantised(load(row + x), V(A(255))));
+    for (int64_t x = 0; x < (quantise ? span : 0); x += V::kLanes)
+      store(row + x, quantised(load(row + x), V(A(255))));
     emit_row(a, sample, y, row, pitch, out);
   }
 }
@@ -398,7 +418,8 @@ void colour_backward(const AugmentArgs& a, int64_t sample, const A* image, A* gr
   double through_mean = 0;
   // Planes that are coloured alone, unless they are red, green and blue; with contrast there is but one.
   for (int last = 0; last < 2; ++last) {
-    const A mean_share = A((1 - a.colour[kColourColumns * sample + kContrastColumn]) * through_mean / double(pixels));
+    const A mean_share =
+        A((1 - a.colour[kColourColumns * sample + kContrastColumn]) * through_mean / double(pixels));
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t i = plane * pixels; i < (plane + 1) * pixels; ++i) {
         A p[kChannels], g[kChannels];
@@ -452,18 +473,23 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
   const int64_t in_pixels = a.in_height * a.in_width;
   const Shrink shrink = shrink_of(a, sample);
   const Window window = window_of(a, sample);
-  const int64_t grid_width = shrink.on ? shrink.size[0] : window.width, grid_height = shrink.on ? shrink.size[1] : window.height;
+  const int64_t grid_width = shrink.on ? shrink.size[0] : window.width,
+                grid_height = shrink.on ? shrink.size[1] : window.height;
   const int64_t grid_pixels = grid_width * grid_height;
   // The image that is warped, the source's window or the grid, and later its gradient.
   A *grad = static_cast<A*>(scratch), *image = grad + channels * pixels, *grid = image + channels * pixels;
-  A *in_grad = grid + channels * grid_pixels, *row = in_grad + channels * in_pixels;  // row: also a plane for the blur
-  const FixedMatrix matrix = shrink.on ? shrink.rest : matrix_of_sample(a.matrices ? a.matrices + 6 * sample : nullptr, a);
-  char* filters = static_cast<char*>(scratch) + backward_bytes(a) - (shrink.on ? filters_bytes<A>(a, shrink) : 0);
+  A *in_grad = grid + channels * grid_pixels,
+    *row = in_grad + channels * in_pixels;  // row: also a plane for the blur
+  const FixedMatrix matrix =
+      shrink.on ? shrink.rest : matrix_of_sample(a.matrices ? a.matrices + 6 * sample : nullptr, a);
+  char* filters =
+      static_cast<char*>(scratch) + backward_bytes(a) - (shrink.on ? filters_bytes<A>(a, shrink) : 0);
 
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t y = 0; y < height; ++y)
       for (int64_t x = 0; x < width; ++x) {
-        const G* from = static_cast<const G*>(a.grad) + sample * a.grad_stride[0] + c * a.grad_stride[1] + y * a.grad_stride[2];
+        const G* from = static_cast<const G*>(a.grad) + sample * a.grad_stride[0] + c * a.grad_stride[1] +
+                        y * a.grad_stride[2];
         bool erased = false;
         if (a.boxes) {
           const int64_t* box = a.boxes + 4 * sample;
@@ -495,16 +521,19 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
     channels == 3 ? colour_backward<3>(a, sample, image, grad) : colour_backward<1>(a, sample, image, grad);
   }
 
-  for (int64_t i = 0; i < channels * (grid_pixels + in_pixels); ++i) grid[i] = 0;  // and in_grad, which follows
+  for (int64_t i = 0; i < channels * (grid_pixels + in_pixels); ++i)
+    grid[i] = 0;  // and in_grad, which follows
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x) {
       const Position at = matrix.at(x, y);
-      const Taps<A> columns(at.u, grid_width, a.interpolation, a.padding), lines(at.v, grid_height, a.interpolation, a.padding);
+      const Taps<A> columns(at.u, grid_width, a.interpolation, a.padding),
+          lines(at.v, grid_height, a.interpolation, a.padding);
       const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);
       for_each_tap(lines, columns, [&](int32_t line, int32_t column, A weight) {
         if (weight == A(0)) return;
         for (int64_t c = 0; c < channels; ++c)
-          grid[c * grid_pixels + line * grid_width + column] += inside * weight * grad[c * pixels + y * width + x];
+          grid[c * grid_pixels + line * grid_width + column] +=
+              inside * weight * grad[c * pixels + y * width + x];
       });
     }
   const int64_t first = window.top * a.in_width + window.left;
@@ -515,7 +544,8 @@ void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
       continue;
     }
     for (int64_t y = 0; y < grid_height; ++y)
-      for (int64_t x = 0; x < grid_width; ++x) to[y * a.in_width + x] = grid[c * grid_pixels + y * grid_width + x];
+      for (int64_t x = 0; x < grid_width; ++x)
+        to[y * a.in_width + x] = grid[c * grid_pixels + y * grid_width + x];
   }
   T* out = static_cast<T*>(a.output) + sample * a.out_stride[0];
   for (int64_t c = 0; c < channels; ++c)
@@ -532,9 +562,11 @@ int64_t stored(PixelType type) {
   return bytes[int(type)];
 }
 int64_t source_bytes(const AugmentArgs& a) {
-  int64_t bytes = a.in_stride[3] == 1 || a.in_width == 1 ? 0 : a.channels * a.in_height * a.in_width * stored(a.in_type);
+  int64_t bytes =
+      a.in_stride[3] == 1 || a.in_width == 1 ? 0 : a.channels * a.in_height * a.in_width * stored(a.in_type);
   for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
-    if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, a.channels * s.size[0] * s.size[1] * accumulated(a));
+    if (const Shrink s = shrink_of(a, i); s.on)
+      bytes = most(bytes, a.channels * s.size[0] * s.size[1] * accumulated(a));
   return (bytes + 63) / 64 * 64;
 }
 int64_t source_rows(const AugmentArgs& a) {
@@ -544,13 +576,15 @@ int64_t source_rows(const AugmentArgs& a) {
   return rows;
 }
 int64_t image_bytes(const AugmentArgs& a) {
-  return a.colour_steps & kContrast ? a.channels * a.out_height * padded_width(a.out_width) * accumulated(a) : 0;
+  return a.colour_steps & kContrast ? a.channels * a.out_height * padded_width(a.out_width) * accumulated(a)
+                                    : 0;
 }
 int64_t rows_bytes(const AugmentArgs& a) {
   int64_t bytes = a.blur ? blur_lines_offset(a) + most(a.blur_width, a.blur_height) * int64_t(sizeof(void*))
                          : a.channels * pitch_of(a) * accumulated(a);
   for (int64_t i = 0; i < (a.antialias ? a.batch : 0); ++i)
-    if (const Shrink s = shrink_of(a, i); s.on) bytes = most(bytes, filters_bytes(a, s) + a.in_width * accumulated(a));
+    if (const Shrink s = shrink_of(a, i); s.on)
+      bytes = most(bytes, filters_bytes(a, s) + a.in_width * accumulated(a));
   return bytes;
 }
 
@@ -567,17 +601,21 @@ void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample,
     }
     for (int64_t c = 0; c < (a.in_stride[3] == 1 ? 0 : a.channels); ++c)
       for (int64_t y = begin; y < least(end, a.in_height); ++y) {
-        const T* from = static_cast<const T*>(a.images) + sample * a.in_stride[0] + c * a.in_stride[1] + y * a.in_stride[2];
+        const T* from = static_cast<const T*>(a.images) + sample * a.in_stride[0] + c * a.in_stride[1] +
+                        y * a.in_stride[2];
         T* to = static_cast<T*>(scratch.source) + (c * a.in_height + y) * a.in_width;
         for (int64_t x = 0; x < a.in_width; ++x) to[x] = from[x * a.in_stride[3]];
       }
   });
 }
 template <class A>
-void prepare_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
-  with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) { prepare_rows<A>(a, scratch, maker, sample, begin, end); });
+void prepare_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin,
+                    int64_t end) {
+  with_rows<A>(a, scratch, sample,
+               [&](const RowMaker<A>& maker) { prepare_rows<A>(a, scratch, maker, sample, begin, end); });
 }
-void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin,
+             int64_t end) {
   accumulated(a) == 8 ? prepare_sample<double>(a, scratch, sample, begin, end)
                       : prepare_sample<float>(a, scratch, sample, begin, end);
 }

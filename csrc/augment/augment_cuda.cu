@@ -1,8 +1,9 @@
-// Augmentation on CUDA, formulas in augment_math.h: a thread makes an output pixel of all its channels, or of one channel where
-// there are other than three. Neighbouring lanes make neighbouring pixels, so that a warp's loads and stores are whole sectors.
-// Launches: one; with contrast one before it, which sums the rows of grey; with blur the pixels of a tile and its surroundings
-// are made in shared memory, and a kernel of more than 13 pixels takes two launches with a float32 image between; with antialias
-// one that looks at the matrices, a sample each. Bytes per value: the source's, once from memory (the four neighbours of bilinear
+// Augmentation on CUDA, formulas in augment_math.h: a thread makes an output pixel of all its channels, or of
+// one channel where there are other than three. Neighbouring lanes make neighbouring pixels, so that a warp's
+// loads and stores are whole sectors. Launches: one; with contrast one before it, which sums the rows of
+// grey; with blur the pixels of a tile and its surroundings are made in shared memory, and a kernel of more
+// than 13 pixels takes two launches with a float32 image between; with antialias one that looks at the
+// matrices, a sample each. Bytes per value: the source's, once from memory (the four neighbours of bilinear
 // pixels come from the cache), twice with contrast, and the output's, written once.
 #include "augment_draw.h"
 #include "augment_warp_cuda.h"
@@ -26,8 +27,8 @@ __device__ __forceinline__ bool quantises(const Pass<A>& pass) {
 }
 
 template <int C, class P, class A>
-__device__ __forceinline__ void coloured_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels, int channel, int32_t x,
-                                               int32_t y, int steps, A (&p)[C]) {
+__device__ __forceinline__ void coloured_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels,
+                                               int channel, int32_t x, int32_t y, int steps, A (&p)[C]) {
   warped_pixel(pass, s, pixels, channel, x, y, p);
   if (quantises<P>(pass)) {
     for (int c = 0; c < (pass.a.matrices ? C : 0); ++c) p[c] = quantised(p[c], A(255));
@@ -52,8 +53,8 @@ __device__ __forceinline__ void store_pixel(void* output, int64_t at, int64_t pl
 
 // Normalises, erases and stores the C channels of an output pixel.
 template <int C, class A>
-__device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, int64_t sample, int channel, int32_t x, int32_t y,
-                                     A (&p)[C]) {
+__device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, int64_t sample, int channel,
+                                     int32_t x, int32_t y, A (&p)[C]) {
   const AugmentArgs& a = pass.a;
   const bool erased = s.is_erased(x, y);
 #pragma unroll
@@ -94,7 +95,8 @@ __device__ __forceinline__ A block_mean(const A* rows, int64_t number, A count) 
   for (int64_t i = threadIdx.x; i < number; i += kThreads) add_exactly(high, low, rows[i], A(0));
 #pragma unroll 1
   for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    const A other_high = __shfl_xor_sync(kAllLanes, high, distance), other_low = __shfl_xor_sync(kAllLanes, low, distance);
+    const A other_high = __shfl_xor_sync(kAllLanes, high, distance),
+            other_low = __shfl_xor_sync(kAllLanes, low, distance);
     add_exactly(high, low, other_high, other_low);
   }
   if (threadIdx.x % kLanes == 0) {
@@ -114,7 +116,8 @@ __device__ __forceinline__ A block_mean(const A* rows, int64_t number, A count) 
 
 // What every kernel begins with: the sample of an item, with the mean of its grey where contrast wants it.
 template <class P, class A>
-__device__ __forceinline__ void begin_item(const Pass<A>& pass, int64_t sample, bool with_mean, Sample<A>& s) {
+__device__ __forceinline__ void begin_item(const Pass<A>& pass, int64_t sample, bool with_mean,
+                                           Sample<A>& s) {
   const AugmentArgs& a = pass.a;
   __syncthreads();  // no thread is at work on the last item
   A mean = 0;
@@ -124,16 +127,19 @@ __device__ __forceinline__ void begin_item(const Pass<A>& pass, int64_t sample, 
   __syncthreads();
 }
 
-// Adds f(x, y) up over the rows of an item, which are as many as a block has groups of lanes, in the order of the CPU's vectors.
+// Adds f(x, y) up over the rows of an item, which are as many as a block has groups of lanes, in the order of
+// the CPU's vectors.
 template <class A, class F>
 __device__ __forceinline__ void sum_rows(const AugmentArgs& a, int64_t sample, int64_t tile, A* sums, F f) {
   const int lane = threadIdx.x % kSumLanes<A>;
   const int64_t y = tile * (kThreads / kSumLanes<A>)+threadIdx.x / kSumLanes<A>;
   A sum = 0;
 #pragma unroll 1
-  for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>) sum += f(int32_t(x), int32_t(y));
+  for (int64_t x = lane; x < (y < a.out_height ? a.out_width : 0); x += kSumLanes<A>)
+    sum += f(int32_t(x), int32_t(y));
 #pragma unroll
-  for (int distance = kSumLanes<A> / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  for (int distance = kSumLanes<A> / 2; distance > 0; distance /= 2)
+    sum += __shfl_xor_sync(kAllLanes, sum, distance);
   if (lane == 0 && y < a.out_height) sums[sample * a.out_height + y] = sum;
 }
 
@@ -189,7 +195,8 @@ __global__ void __launch_bounds__(kThreads, P::kBlocks) augment_pixels(const Pas
 }
 
 // Where a value of the output's shape is in scratch: (batch, channels, height, width).
-__device__ __forceinline__ int64_t kept_at(const AugmentArgs& a, int64_t sample, int channel, int64_t x, int64_t y) {
+__device__ __forceinline__ int64_t kept_at(const AugmentArgs& a, int64_t sample, int channel, int64_t x,
+                                           int64_t y) {
   return ((sample * a.channels + channel) * a.out_height + y) * a.out_width + x;
 }
 
@@ -198,7 +205,8 @@ __device__ __forceinline__ int64_t kept_at(const AugmentArgs& a, int64_t sample,
 // Calls f(row, column) for the pixels of a rectangle that are this thread's.
 template <class F>
 __device__ __forceinline__ void for_each_in(int rows, int columns, F f) {
-  const unsigned factor = 0xffffffffu / unsigned(columns) + 1;  // i / columns without a division, exact below 2^32 / columns
+  const unsigned factor =
+      0xffffffffu / unsigned(columns) + 1;  // i / columns without a division, exact below 2^32 / columns
   for (int i = threadIdx.x; i < rows * columns; i += kThreads) {
     const int row = columns == 1 ? i : int(__umulhi(unsigned(i), factor));
     f(row, i - row * columns);
@@ -207,7 +215,8 @@ __device__ __forceinline__ void for_each_in(int rows, int columns, F f) {
 
 // The weights of a sample's blur from `first` on, to shared memory.
 template <class A>
-__device__ __forceinline__ void load_weights(const AugmentArgs& a, int64_t sample, int64_t first, int64_t count, A* weight) {
+__device__ __forceinline__ void load_weights(const AugmentArgs& a, int64_t sample, int64_t first,
+                                             int64_t count, A* weight) {
   const double* from = a.blur + sample * (a.blur_width + a.blur_height) + first;
   for (int64_t k = threadIdx.x; k < count; k += kThreads) weight[k] = A(from[k]);
 }
@@ -222,9 +231,11 @@ int64_t tile_values(const Tile& tile, int64_t blur_width, int64_t blur_height, i
   return channels * rows * (columns + (tile.down ? tile.width : 0)) + blur_width + blur_height;
 }
 
-// Pixels of a tile and of what surrounds it by half a kernel, blurred along x, then along y; or along x only, to pass.blurred.
+// Pixels of a tile and of what surrounds it by half a kernel, blurred along x, then along y; or along x only,
+// to pass.blurred.
 template <class P, int C, class A = typename P::A>
-__global__ void __launch_bounds__(kThreads, P::kLoopBlocks) augment_tiles(const Pass<A> pass, const Tile tile) {
+__global__ void __launch_bounds__(kThreads, P::kLoopBlocks)
+    augment_tiles(const Pass<A> pass, const Tile tile) {
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
   const int blur_width = int(a.blur_width), blur_height = tile.down ? int(a.blur_height) : 1;
@@ -236,7 +247,8 @@ __global__ void __launch_bounds__(kThreads, P::kLoopBlocks) augment_tiles(const 
     const int channel = place.channel;
     begin_item<P>(pass, place.sample, true, s);
     const P pixels(pass, s, channel);
-    const int64_t tile_row = pass.across.divide(place.tile), tile_column = place.tile - tile_row * int64_t(pass.across.divisor);
+    const int64_t tile_row = pass.across.divide(place.tile),
+                  tile_column = place.tile - tile_row * int64_t(pass.across.divisor);
     const int64_t top = tile_row * tile.height, left = tile_column * tile.width;
     const int height = int(a.out_height - top < tile.height ? a.out_height - top : tile.height);
     const int width = int(a.out_width - left < tile.width ? a.out_width - left : tile.width);
@@ -301,7 +313,8 @@ __global__ void __launch_bounds__(kThreads) blur_down(const Pass<A> pass) {
 
 // ---- backward
 
-// The gradient as it comes in, before normalisation; 0 where the output was erased. Items: pixels of one channel.
+// The gradient as it comes in, before normalisation; 0 where the output was erased. Items: pixels of one
+// channel.
 template <class A>
 __global__ void __launch_bounds__(kThreads) incoming_gradient(const Pass<A> pass, A* out) {
   __shared__ Sample<A> s;
@@ -311,19 +324,22 @@ __global__ void __launch_bounds__(kThreads) incoming_gradient(const Pass<A> pass
     const int channel = place.channel;
     begin_item<Image<A>>(pass, place.sample, false, s);
     for_each_pixel(pass, place.tile, [&](int32_t x, int32_t y) {
-      const int64_t i =
-          place.sample * a.grad_stride[0] + channel * a.grad_stride[1] + y * a.grad_stride[2] + x * a.grad_stride[3];
+      const int64_t i = place.sample * a.grad_stride[0] + channel * a.grad_stride[1] + y * a.grad_stride[2] +
+                        x * a.grad_stride[3];
       const A grad = load_as<A>(a.out_type, a.grad, i), scale = a.normalise ? pass.scale[channel] : A(1);
       out[kept_at(a, place.sample, channel, x, y)] = s.is_erased(x, y) ? A(0) : scale * grad;
     });
   }
 }
 
-// The transposed blur along one axis: each pixel collects from those that took from it. Items: pixels of one channel.
+// The transposed blur along one axis: each pixel collects from those that took from it. Items: pixels of one
+// channel.
 template <class A>
-__global__ void __launch_bounds__(kThreads) blur_backward(const Pass<A> pass, const A* in, A* out, bool down) {
+__global__ void __launch_bounds__(kThreads)
+    blur_backward(const Pass<A> pass, const A* in, A* out, bool down) {
   const AugmentArgs& a = pass.a;
-  const int64_t size = down ? a.blur_height : a.blur_width, length = down ? a.out_height : a.out_width, radius = size / 2;
+  const int64_t size = down ? a.blur_height : a.blur_width, length = down ? a.out_height : a.out_width,
+                radius = size / 2;
   const int64_t step = down ? a.out_width : 1;
   A* weight = reinterpret_cast<A*>(dynamic_shared);
   for (int64_t item = blockIdx.x; item < pass.items; item += gridDim.x) {
@@ -347,9 +363,11 @@ __global__ void __launch_bounds__(kThreads) blur_backward(const Pass<A> pass, co
   }
 }
 
-// Back through saturation and contrast, in place; of each row what it adds to the gradient of the mean. Items as of sum_rows.
+// Back through saturation and contrast, in place; of each row what it adds to the gradient of the mean. Items
+// as of sum_rows.
 template <class A, int C>
-__global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks) blends_backward_rows(const Pass<A> pass, A* grad, A* through_mean) {
+__global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks)
+    blends_backward_rows(const Pass<A> pass, A* grad, A* through_mean) {
   __shared__ Sample<A> s;
   const AugmentArgs& a = pass.a;
   const int64_t plane = a.out_height * a.out_width;
@@ -409,7 +427,8 @@ __global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks)
       }
       const Position at = s.matrix.at(x, y);
       const auto interpolation = s.one_pixel ? Interpolation::kNearest : a.interpolation;
-      const Taps<A> lines(at.v, s.height, interpolation, a.padding), columns(at.u, s.width, interpolation, a.padding);
+      const Taps<A> lines(at.v, s.height, interpolation, a.padding),
+          columns(at.u, s.width, interpolation, a.padding);
       const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);
       for_each_tap(lines, columns, [&](int32_t line, int32_t column, A weight) {
         if (weight == A(0)) return;
@@ -428,30 +447,38 @@ __global__ void __launch_bounds__(kThreads, Grid<A>::kBlocks)
 // The sums, (batch, channels, height, width), rounded to the images' dtype.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    round_gradient(const AugmentArgs a, const float* sums, Divider width, Divider height, Divider channels, int64_t numel) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel; i += int64_t(gridDim.x) * kThreads) {
+    round_gradient(const AugmentArgs a, const float* sums, Divider width, Divider height, Divider channels,
+                   int64_t numel) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel;
+       i += int64_t(gridDim.x) * kThreads) {
     const int64_t line = width.divide(i), plane = height.divide(line), sample = channels.divide(plane);
-    store_float(sums[i], static_cast<T*>(a.output) + sample * a.out_stride[0] + (plane - sample * a.channels) * a.out_stride[1] +
-                             (line - plane * a.in_height) * a.out_stride[2] + (i - line * a.in_width) * a.out_stride[3]);
+    store_float(sums[i], static_cast<T*>(a.output) + sample * a.out_stride[0] +
+                             (plane - sample * a.channels) * a.out_stride[1] +
+                             (line - plane * a.in_height) * a.out_stride[2] +
+                             (i - line * a.in_width) * a.out_stride[3]);
   }
 }
 
 // ---- a row of a table for each sample, in float64
 
 __global__ void draw_rows(const DrawArgs args) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.sample.batch; i += int64_t(gridDim.x) * kThreads)
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.sample.batch;
+       i += int64_t(gridDim.x) * kThreads)
     draw_row(args, i);
 }
 __global__ void matrix_rows(const MatrixArgs args) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch;
+       i += int64_t(gridDim.x) * kThreads)
     matrix_row(args, i);
 }
 __global__ void gaussian_rows(const GaussianArgs args) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch; i += int64_t(gridDim.x) * kThreads)
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch;
+       i += int64_t(gridDim.x) * kThreads)
     gaussian_row(args, i);
 }
 __global__ void shrink_rows(const AugmentArgs a, Shrink* shrinks) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.batch; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < a.batch;
+       i += int64_t(gridDim.x) * kThreads) {
     shrinks[i] = shrink_of(a, i);
   }
 }
@@ -470,11 +497,16 @@ struct Parts {
   }
 };
 
-bool antialiases(const AugmentArgs& a) { return a.antialias && a.matrices && a.interpolation != Interpolation::kNearest; }
+bool antialiases(const AugmentArgs& a) {
+  return a.antialias && a.matrices && a.interpolation != Interpolation::kNearest;
+}
 int together(const AugmentArgs& a) { return a.channels == 3 ? 3 : 1; }
 Tile tile_of(const AugmentArgs& a, int64_t value_bytes) {
-  const auto bytes = [&](const Tile& t) { return value_bytes * tile_values(t, a.blur_width, a.blur_height, together(a)); };
-  const int64_t most = int64_t(most_shared()) - 4096 < kTileBytes ? int64_t(most_shared()) - 4096 : kTileBytes;
+  const auto bytes = [&](const Tile& t) {
+    return value_bytes * tile_values(t, a.blur_width, a.blur_height, together(a));
+  };
+  const int64_t most =
+      int64_t(most_shared()) - 4096 < kTileBytes ? int64_t(most_shared()) - 4096 : kTileBytes;
   Tile tile = {kTile, kTile, true};
   if (a.blur_width <= kTileBlur && a.blur_height <= kTileBlur && bytes(tile) <= most) return tile;
   for (tile = {kWideTile, kTile, false}; tile.height && bytes(tile) > most; tile.height /= 2) {
@@ -499,9 +531,10 @@ struct Scratch {
     grad = parts.take<A>(backward ? values : 0);
     spare = parts.take<A>(backward && a.blur ? values : 0);
     through_mean = parts.take<A>(blends ? a.batch * a.out_height : 0);
-    in_grad = parts.take<A>(backward && (a.in_type == PixelType::kFloat16 || a.in_type == PixelType::kBFloat16)
-                                ? a.batch * a.channels * a.in_height * a.in_width
-                                : 0);
+    in_grad =
+        parts.take<A>(backward && (a.in_type == PixelType::kFloat16 || a.in_type == PixelType::kBFloat16)
+                          ? a.batch * a.channels * a.in_height * a.in_width
+                          : 0);
     bytes = parts.used;
   }
 };
@@ -511,9 +544,11 @@ int64_t size_of(PixelType type) {
   return sizes[int(type)];
 }
 
-// A pass over channels [first, first + channels) in `groups`, each with `tiles`. To its kernels the first of them is channel 0.
+// A pass over channels [first, first + channels) in `groups`, each with `tiles`. To its kernels the first of
+// them is channel 0.
 template <class A>
-Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int channels, int groups, int64_t tiles) {
+Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int channels, int groups,
+                int64_t tiles) {
   Pass<A> pass;
   pass.a = a;
   pass.a.images = static_cast<const char*>(a.images) + first * a.in_stride[1] * size_of(a.in_type);
@@ -538,16 +573,19 @@ Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int 
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t pixel_tiles(const AugmentArgs& a) { return divide_up(a.out_height * a.out_width, kThreads * kPixels); }
+int64_t pixel_tiles(const AugmentArgs& a) {
+  return divide_up(a.out_height * a.out_width, kThreads * kPixels);
+}
 template <class A>
 int64_t row_tiles(const AugmentArgs& a) {
   return divide_up(a.out_height, kThreads / kSumLanes<A>);
 }
 
 template <class A, class... Parameters, class... Arguments>
-int launch_pass(void (*kernel)(Pass<A>, Parameters...), const Pass<A>& pass, int64_t shared_values, void* stream,
-                Arguments... arguments) {
-  return launch(kernel, blocks_for(pass.items, 1), kThreads, size_t(shared_values) * sizeof(A), stream, pass, arguments...);
+int launch_pass(void (*kernel)(Pass<A>, Parameters...), const Pass<A>& pass, int64_t shared_values,
+                void* stream, Arguments... arguments) {
+  return launch(kernel, blocks_for(pass.items, 1), kThreads, size_t(shared_values) * sizeof(A), stream, pass,
+                arguments...);
 }
 
 // f(first channel, channels) for as many channels as a launch takes, until one gives an error.
@@ -561,7 +599,9 @@ int for_each_group(const AugmentArgs& a, F f) {
 
 template <class A>
 int find_shrinks(const AugmentArgs& a, const Scratch<A>& scratch, void* stream) {
-  return scratch.shrinks ? launch(shrink_rows, blocks_for(a.batch, kThreads), kThreads, 0, stream, a, scratch.shrinks) : 0;
+  return scratch.shrinks
+             ? launch(shrink_rows, blocks_for(a.batch, kThreads), kThreads, 0, stream, a, scratch.shrinks)
+             : 0;
 }
 
 template <class P, int C>
@@ -580,15 +620,18 @@ int forward(const AugmentArgs& a, void* stream) {
   return for_each_group(a, [&](int first, int channels) {
     const int groups = channels / C;
     if (!a.blur)
-      return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, groups, pixel_tiles(a)), 0, stream);
+      return launch_pass(augment_pixels<P, C>, pass_of(a, scratch, first, channels, groups, pixel_tiles(a)),
+                         0, stream);
     const Tile tile = tile_of(a, sizeof(A));
     const int64_t across = divide_up(a.out_width, tile.width);
-    Pass<A> pass = pass_of(a, scratch, first, channels, groups, across * divide_up(a.out_height, tile.height));
+    Pass<A> pass =
+        pass_of(a, scratch, first, channels, groups, across * divide_up(a.out_height, tile.height));
     pass.across = Divider(across);
     const int64_t shared = tile_values(tile, a.blur_width, a.blur_height, C);
     const int error = launch_pass(augment_tiles<P, C>, pass, shared, stream, tile);
     if (error || tile.down) return error;
-    return launch_pass(blur_down<A>, pass_of(a, scratch, first, channels, channels, pixel_tiles(a)), a.blur_height, stream);
+    return launch_pass(blur_down<A>, pass_of(a, scratch, first, channels, channels, pixel_tiles(a)),
+                       a.blur_height, stream);
   });
 }
 
@@ -598,8 +641,10 @@ int backward(const AugmentArgs& a, void* stream) {
   constexpr bool kConverted = !std::is_same_v<T, A>;
   const Scratch<A> scratch(a, true);
   const int64_t values = a.batch * a.channels * a.in_height * a.in_width;
-  Sums<A> sums = {scratch.in_grad, {a.channels * a.in_height * a.in_width, a.in_height * a.in_width, a.in_width, 1}};
-  if (!kConverted) sums = {static_cast<A*>(a.output), {a.out_stride[0], a.out_stride[1], a.out_stride[2], a.out_stride[3]}};
+  Sums<A> sums = {scratch.in_grad,
+                  {a.channels * a.in_height * a.in_width, a.in_height * a.in_width, a.in_width, 1}};
+  if (!kConverted)
+    sums = {static_cast<A*>(a.output), {a.out_stride[0], a.out_stride[1], a.out_stride[2], a.out_stride[3]}};
   if (const int error = zero(sums.data, values, stream)) return error;
   if (const int error = find_shrinks(a, scratch, stream)) return error;
   if (const int error = sum_grey<Grid<A>, C>(a, scratch, stream)) return error;
@@ -608,32 +653,38 @@ int backward(const AugmentArgs& a, void* stream) {
     A *grad = scratch.grad + skipped, *spare = scratch.spare + skipped;
     const Pass<A> by_channel = pass_of(a, scratch, first, channels, channels, pixel_tiles(a));
     int error = launch_pass(incoming_gradient<A>, by_channel, 0, stream, grad);
-    if (a.blur && !error) error = launch_pass(blur_backward<A>, by_channel, a.blur_height, stream, grad, spare, true);
-    if (a.blur && !error) error = launch_pass(blur_backward<A>, by_channel, a.blur_width, stream, spare, grad, false);
+    if (a.blur && !error)
+      error = launch_pass(blur_backward<A>, by_channel, a.blur_height, stream, grad, spare, true);
+    if (a.blur && !error)
+      error = launch_pass(blur_backward<A>, by_channel, a.blur_width, stream, spare, grad, false);
     if (!error && scratch.through_mean)
-      error = launch_pass(blends_backward_rows<A, C>, pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a)), 0,
-                          stream, grad, scratch.through_mean);
+      error = launch_pass(blends_backward_rows<A, C>,
+                          pass_of(a, scratch, first, channels, channels / C, row_tiles<A>(a)), 0, stream,
+                          grad, scratch.through_mean);
     if (error) return error;
     Sums<A> part = sums;
     part.data += first * sums.stride[1];
-    return launch_pass(warp_backward<A, C>, pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a)), 0, stream, grad,
+    return launch_pass(warp_backward<A, C>,
+                       pass_of(a, scratch, first, channels, channels / C, pixel_tiles(a)), 0, stream, grad,
                        scratch.through_mean, part);
   });
   if constexpr (kConverted)
     if (!error)
-      return launch(round_gradient<T>, blocks_for(values, kThreads), kThreads, 0, stream, a, scratch.in_grad, Divider(a.in_width),
-                    Divider(a.in_height), Divider(a.channels), values);
+      return launch(round_gradient<T>, blocks_for(values, kThreads), kThreads, 0, stream, a, scratch.in_grad,
+                    Divider(a.in_width), Divider(a.in_height), Divider(a.channels), values);
   return error;
 }
 
 int64_t scratch_bytes(const AugmentArgs& a, bool backward) {
-  return a.in_type == PixelType::kFloat64 ? Scratch<double>(a, backward).bytes : Scratch<float>(a, backward).bytes;
+  return a.in_type == PixelType::kFloat64 ? Scratch<double>(a, backward).bytes
+                                          : Scratch<float>(a, backward).bytes;
 }
 
 }  // namespace
 
 int64_t augment_cuda_bytes(const AugmentArgs& a) {
-  return a.blur && !tile_of(a, a.in_type == PixelType::kFloat64 ? 8 : 4).height ? -1 : scratch_bytes(a, false);
+  return a.blur && !tile_of(a, a.in_type == PixelType::kFloat64 ? 8 : 4).height ? -1
+                                                                                : scratch_bytes(a, false);
 }
 int64_t augment_backward_cuda_bytes(const AugmentArgs& a) { return scratch_bytes(a, true); }
 
@@ -643,10 +694,12 @@ int augment_cuda(const AugmentArgs& a, void* stream) {
     return together(a) == 3 ? forward<P, 3>(a, stream) : forward<P, 1>(a, stream);
   };
   if (antialiases(a))
-    return a.in_type == PixelType::kFloat64 ? run(static_cast<Grid<double>*>(nullptr)) : run(static_cast<Grid<float>*>(nullptr));
+    return a.in_type == PixelType::kFloat64 ? run(static_cast<Grid<double>*>(nullptr))
+                                            : run(static_cast<Grid<float>*>(nullptr));
   if (a.in_type == PixelType::kUInt8) return run(static_cast<Image<uint8_t>*>(nullptr));
-  return with_dtype(DType(int(a.in_type)),
-                    [&](auto* type) { return run(static_cast<Image<std::remove_pointer_t<decltype(type)>>*>(nullptr)); });
+  return with_dtype(DType(int(a.in_type)), [&](auto* type) {
+    return run(static_cast<Image<std::remove_pointer_t<decltype(type)>>*>(nullptr));
+  });
 }
 
 int augment_backward_cuda(const AugmentArgs& a, void* stream) {

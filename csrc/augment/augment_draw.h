@@ -1,6 +1,7 @@
-// What each sample of a batch draws, and the tables that the operator takes of it: matrices, factors of colour, weights of the
-// blur, boxes. Uniform in intervals, by a counter-based generator of (seed, global index of the sample); boxes as torchvision's
-// RandomResizedCrop and RandomErasing; the matrix is torchvision's affine, then crop, stretch and flips. All in float64.
+// What each sample of a batch draws, and the tables that the operator takes of it: matrices, factors of
+// colour, weights of the blur, boxes. Uniform in intervals, by a counter-based generator of (seed, global
+// index of the sample); boxes as torchvision's RandomResizedCrop and RandomErasing; the matrix is
+// torchvision's affine, then crop, stretch and flips. All in float64.
 #pragma once
 #include "../common/philox.h"
 #include "augment_math.h"
@@ -42,10 +43,10 @@ FR_HD double uniform_of(uint32_t word) { return (double(word) + 0.5) * 0x1p-32; 
 FR_HD double between(double low, double high, uint32_t word) { return low + (high - low) * uniform_of(word); }
 FR_HD double whole_below(double n, uint32_t word) { return std::floor(n * uniform_of(word)); }  // 0 .. n - 1
 
-// A box of some share of the area and some ratio of width to height, as torchvision's RandomResizedCrop and RandomErasing draw
-// it: ten attempts, each with four words of its own. False if none fits.
-FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area, const double* log_ratio,
-                    double height, double width, bool inside, double* box) {
+// A box of some share of the area and some ratio of width to height, as torchvision's RandomResizedCrop and
+// RandomErasing draw it: ten attempts, each with four words of its own. False if none fits.
+FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area,
+                    const double* log_ratio, double height, double width, bool inside, double* box) {
   for (uint32_t attempt = 0; attempt < 10; ++attempt) {
     const PhiloxWords words = philox_group(a.seed.get(), index, draw + attempt, Purpose::kAugment);
     const double size = height * width * between(area[0], area[1], words.word[0]);
@@ -61,17 +62,21 @@ FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const do
   return false;
 }
 
-// Row `i` of the table: each column depends on (seed, global index of the sample) alone, whichever other steps are on.
+// Row `i` of the table: each column depends on (seed, global index of the sample) alone, whichever other
+// steps are on.
 FR_HD void sample_row(const SampleArgs& a, int64_t i) {
   const uint64_t index = a.offset + uint64_t(i);
   double* row = a.out + i * kParamColumns;
   PhiloxWords words[5];
-  for (uint32_t draw = 0; draw < 5; ++draw) words[draw] = philox_group(a.seed.get(), index, draw, Purpose::kAugment);
+  for (uint32_t draw = 0; draw < 5; ++draw)
+    words[draw] = philox_group(a.seed.get(), index, draw, Purpose::kAugment);
   const auto word = [&](int column) { return words[column / 4].word[column % 4]; };
   row[kHFlip] = uniform_of(word(kHFlip)) < a.hflip;
   row[kVFlip] = uniform_of(word(kVFlip)) < a.vflip;
-  for (int column = kStretch; column <= kShearY; ++column) row[column] = between(a.low[column], a.high[column], word(column));
-  for (int column = kBrightnessParam; column <= kSigma; ++column)  // those of the crop's columns are drawn for the crop below
+  for (int column = kStretch; column <= kShearY; ++column)
+    row[column] = between(a.low[column], a.high[column], word(column));
+  for (int column = kBrightnessParam; column <= kSigma;
+       ++column)  // those of the crop's columns are drawn for the crop below
     row[column] = between(a.low[column], a.high[column], word(column));
   row[kTranslateX] = std::nearbyint(row[kTranslateX]);  // whole pixels, as torchvision's RandomAffine
   row[kTranslateY] = std::nearbyint(row[kTranslateY]);
@@ -82,7 +87,8 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
   crop[3] = width;
   if (a.crop == 1 && !draw_box(a, index, 16, a.crop_area, a.crop_log_ratio, height, width, true, crop)) {
     // torchvision's way out: the largest box in the middle whose ratio is allowed
-    const double ratio = width / height, least = std::exp(a.crop_log_ratio[0]), most = std::exp(a.crop_log_ratio[1]);
+    const double ratio = width / height, least = std::exp(a.crop_log_ratio[0]),
+                 most = std::exp(a.crop_log_ratio[1]);
     if (ratio < least) crop[2] = std::nearbyint(width / least);
     if (ratio > most) crop[3] = std::nearbyint(height * most);
     crop[0] = std::floor((height - crop[2]) / 2);
@@ -97,7 +103,8 @@ FR_HD void sample_row(const SampleArgs& a, int64_t i) {
   double* erased = row + kEraseTop;
   erased[0] = erased[1] = erased[2] = erased[3] = 0;
   if (uniform_of(word(kCropHeight)) < a.erase)
-    draw_box(a, index, 32, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width), false, erased);
+    draw_box(a, index, 32, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width), false,
+             erased);
 }
 
 // The parameters that make the matrices, by column; a column that is not there is neutral.
@@ -108,21 +115,26 @@ struct MatrixArgs {
   double* out;                       // (batch, 2, 3)
 };
 
-// The inverse matrix of sample i: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the centre of the image
-// (torchvision's affine), then stretch and flips, to the source.
+// The inverse matrix of sample i: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the
+// centre of the image (torchvision's affine), then stretch and flips, to the source.
 FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
   const double height = double(args.in_height), width = double(args.in_width);
   double p[kGeometryColumns];
   for (int column = 0; column < kGeometryColumns; ++column) {
-    p[column] = column == kStretch || column == kScale ? 1 : column == kCropHeight ? height : column == kCropWidth ? width : 0;
+    p[column] = column == kStretch || column == kScale ? 1
+                : column == kCropHeight                ? height
+                : column == kCropWidth                 ? width
+                                                       : 0;
     if (args.column[column]) p[column] = args.column[column][i * args.stride[column]];
   }
   const double degree = 0.017453292519943295;
-  const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree, scale = p[kScale];
+  const double angle = p[kAngle] * degree, shear_x = p[kShearX] * degree, shear_y = p[kShearY] * degree,
+               scale = p[kScale];
   double a = 1, b = 0, c = 0, d = 1;
   if (angle != 0 || shear_x != 0 || shear_y != 0) {
     const double cosine = std::cos(angle), sine = std::sin(angle);
-    const double slant_x = shear_x != 0 ? std::tan(shear_x) : 0, slant_y = shear_y != 0 ? std::tan(shear_y) : 0;
+    const double slant_x = shear_x != 0 ? std::tan(shear_x) : 0,
+                 slant_y = shear_y != 0 ? std::tan(shear_y) : 0;
     a = cosine + sine * slant_y;  // cos(angle - shear_y) / cos(shear_y)
     b = -(a * slant_x + sine);
     c = sine - cosine * slant_y;  // sin(angle - shear_y) / cos(shear_y)
@@ -133,7 +145,8 @@ FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
   const double m10 = -c / scale / p[kStretch] * sign_y, m11 = a / scale / p[kStretch] * sign_y;
   const double centre_x = 0.5 * (width - 1), centre_y = 0.5 * (height - 1);
   // Output pixel x lies at step_x x + start_x of the image before it was cropped.
-  const double step_x = p[kCropWidth] / double(args.out_width), step_y = p[kCropHeight] / double(args.out_height);
+  const double step_x = p[kCropWidth] / double(args.out_width),
+               step_y = p[kCropHeight] / double(args.out_height);
   const double start_x = p[kCropLeft] + 0.5 * step_x - 0.5 - centre_x - p[kTranslateX];
   const double start_y = p[kCropTop] + 0.5 * step_y - 0.5 - centre_y - p[kTranslateY];
   double* matrix = args.out + 6 * i;
@@ -145,8 +158,8 @@ FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
   matrix[5] = m10 * start_x + m11 * start_y + centre_y;
 }
 
-// The weights of a blur along one axis: exp(-x^2 / (2 sigma^2)) at `size` whole numbers around 0, brought to sum 1; all on the
-// middle where sigma is 0.
+// The weights of a blur along one axis: exp(-x^2 / (2 sigma^2)) at `size` whole numbers around 0, brought to
+// sum 1; all on the middle where sigma is 0.
 FR_HD void gaussian(double sigma, int64_t size, double* weight) {
   double sum = 0;
   for (int64_t k = 0; k < size; ++k) {

@@ -1,4 +1,5 @@
-// torch.ops.fastreg.augment and its companions: checks, allocation, threads or launch. Schemas stand in fastreg/augment/_op.py.
+// torch.ops.fastreg.augment and its companions: checks, allocation, threads or launch. Schemas stand in
+// fastreg/augment/_op.py.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -25,7 +26,8 @@ PixelType pixel_type(const char* name, ScalarType type) {
     case ScalarType::Byte:
       return PixelType::kUInt8;
     default:
-      fail("augment: ", name, " must be uint8, float32, float64, float16 or bfloat16, got ", type, "; convert it with .float()");
+      fail("augment: ", name, " must be uint8, float32, float64, float16 or bfloat16, got ", type,
+           "; convert it with .float()");
   }
 }
 
@@ -37,8 +39,9 @@ const T* table(const char* name, const std::optional<Tensor>& t, const Tensor& i
   check_device("augment", name, *t, "images", images);
   check(t->scalar_type() == (is_double ? ScalarType::Double : ScalarType::Long) && t->is_contiguous() &&
             t->numel() == images.size(0) * columns,
-        "augment: ", name, " must be a contiguous ", is_double ? "float64" : "int64", " tensor of (", images.size(0), ", ",
-        columns, "), got ", t->scalar_type(), " of shape ", shape_text(*t), "; use .contiguous()");
+        "augment: ", name, " must be a contiguous ", is_double ? "float64" : "int64", " tensor of (",
+        images.size(0), ", ", columns, "), got ", t->scalar_type(), " of shape ", shape_text(*t),
+        "; use .contiguous()");
   return static_cast<const T*>(t->const_data_ptr());
 }
 
@@ -57,11 +60,13 @@ void set_strides(int64_t* stride, const Tensor& t) {
   for (int64_t d = 0; d < 4; ++d) stride[d] = t.stride(d);
 }
 
-Tensor allocate_images(const Tensor& like, int64_t channels, int64_t height, int64_t width, ScalarType dtype) {
+Tensor allocate_images(const Tensor& like, int64_t channels, int64_t height, int64_t width,
+                       ScalarType dtype) {
   const int64_t plane = height * width, last = !like.is_contiguous() && is_channels_last(like);
   const std::array<int64_t, 4> sizes = {like.size(0), channels, height, width};
-  const std::array<int64_t, 4> strides = last ? std::array<int64_t, 4>{channels * plane, 1, channels * width, channels}
-                                              : std::array<int64_t, 4>{channels * plane, plane, width, 1};
+  const std::array<int64_t, 4> strides =
+      last ? std::array<int64_t, 4>{channels * plane, 1, channels * width, channels}
+           : std::array<int64_t, 4>{channels * plane, plane, width, 1};
   return allocate(like, sizes, strides, dtype);
 }
 
@@ -70,14 +75,15 @@ struct Call {
   ScalarType out_dtype;
 
   Call(const Tensor& images, const std::optional<Tensor>& matrices, const std::optional<Tensor>& colour,
-       const std::optional<Tensor>& blur, const std::optional<Tensor>& boxes, const std::optional<Tensor>& windows,
-       const std::vector<double>& constants, int64_t height, int64_t width, int64_t blur_width, int64_t blur_height,
-       int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise, ScalarType dtype)
+       const std::optional<Tensor>& blur, const std::optional<Tensor>& boxes,
+       const std::optional<Tensor>& windows, const std::vector<double>& constants, int64_t height,
+       int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
+       int64_t padding, bool antialias, bool normalise, ScalarType dtype)
       : out_dtype(dtype) {
     const char* op = "augment";
     AugmentArgs& a = args;
-    check(images.dim() == 4, op, ": images must be (batch, channels, height, width), got ", shape_text(images),
-          "; add a dimension with .unsqueeze(0)");
+    check(images.dim() == 4, op, ": images must be (batch, channels, height, width), got ",
+          shape_text(images), "; add a dimension with .unsqueeze(0)");
     a.in_type = pixel_type("images", images.scalar_type());
     a.out_type = pixel_type("the output", dtype);
     check((a.in_type == PixelType::kFloat64) == (a.out_type == PixelType::kFloat64) &&
@@ -90,7 +96,8 @@ struct Call {
     a.out_height = height;         // H'
     a.out_width = width;           // W'
     check(height >= 0 && width >= 0, op, ": size must not be negative, got (", height, ", ", width, ")");
-    check(matrices || (height == a.in_height && width == a.in_width), op, ": without matrices the size is that of images");
+    check(matrices || (height == a.in_height && width == a.in_width), op,
+          ": without matrices the size is that of images");
     a.images = images.const_data_ptr();
     set_strides(a.in_stride, images);
     a.matrices = table<double>("matrices", matrices, images, 6);
@@ -98,17 +105,19 @@ struct Call {
     a.blur = table<double>("blur", blur, images, blur_width + blur_height);
     a.boxes = table<int64_t>("boxes", boxes, images, 4);
     a.windows = table<int64_t>("windows", windows, images, 4);
-    check(int64_t(constants.size()) == 4 * a.channels, op, ": constants must be four per channel, ", 4 * a.channels, ", got ",
-          constants.size());
+    check(int64_t(constants.size()) == 4 * a.channels, op, ": constants must be four per channel, ",
+          4 * a.channels, ", got ", constants.size());
     a.constants = constants.data();
     check(!blur || (blur_width > 0 && blur_height > 0 && blur_width % 2 && blur_height % 2), op,
           ": the blur's kernel must be odd and positive, got (", blur_width, ", ", blur_height, ")");
     a.blur_width = blur_width;
     a.blur_height = blur_height;
-    check(colour_steps >= 0 && colour_steps < 16 && (colour || !colour_steps), op, ": colour_steps needs colour");
+    check(colour_steps >= 0 && colour_steps < 16 && (colour || !colour_steps), op,
+          ": colour_steps needs colour");
     check(!(colour_steps & ~kBrightness) || a.channels == 1 || a.channels == 3, op,
           ": contrast, saturation and hue take images of 1 or 3 channels, got ", a.channels);
-    check(interpolation >= 0 && interpolation <= 2 && padding >= 0 && padding <= 3, op, ": unknown interpolation or padding");
+    check(interpolation >= 0 && interpolation <= 2 && padding >= 0 && padding <= 3, op,
+          ": unknown interpolation or padding");
     a.colour_steps = int(colour_steps);
     a.interpolation = Interpolation(interpolation);
     a.padding = Padding(padding);
@@ -123,20 +132,23 @@ struct Call {
 
   bool empty() const { return args.batch * args.channels * args.out_height * args.out_width == 0; }
 
-  // On a GPU this would wait for it: a sample whose matrix or window is no good becomes NaN there (0 in uint8).
+  // On a GPU this would wait for it: a sample whose matrix or window is no good becomes NaN there (0 in
+  // uint8).
   void check_values() {
 #ifndef FASTREG_CUDA
     const char* op = "augment";
     const AugmentArgs& a = args;
     for (int64_t i = 0; i < (a.windows ? a.batch : 0); ++i) {
       const Window w = window_of(a, i);
-      check(w.lies_inside(a.in_height, a.in_width), op, ": the window of sample ", i, " must lie inside the image of (",
-            a.in_height, ", ", a.in_width, "), got top ", w.top, ", left ", w.left, ", height ", w.height, ", width ", w.width);
+      check(w.lies_inside(a.in_height, a.in_width), op, ": the window of sample ", i,
+            " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w.top, ", left ",
+            w.left, ", height ", w.height, ", width ", w.width);
     }
     if (a.matrices && !empty())
       for (int64_t i = 0; i < a.batch; ++i) {
         FixedMatrix unused;
-        check(fixed_matrix(a.matrices + 6 * i, a.out_height, a.out_width, &unused), op, ": the matrix of sample ", i,
+        check(fixed_matrix(a.matrices + 6 * i, a.out_height, a.out_width, &unused), op,
+              ": the matrix of sample ", i,
               " is not finite or leads further than 2^30 pixels away from the image; is its scale zero?");
       }
 #endif
@@ -238,37 +250,40 @@ void run_backward(const AugmentArgs& a, const Tensor&) {
 
 #endif
 
-Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour, std::optional<Tensor> blur,
-               std::optional<Tensor> boxes, std::optional<Tensor> windows, std::vector<double> constants, int64_t height,
-               int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
-               int64_t padding, bool antialias, bool normalise, ScalarType dtype) {
-  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps,
-            interpolation, padding, antialias, normalise, dtype);
+Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour,
+               std::optional<Tensor> blur, std::optional<Tensor> boxes, std::optional<Tensor> windows,
+               std::vector<double> constants, int64_t height, int64_t width, int64_t blur_width,
+               int64_t blur_height, int64_t colour_steps, int64_t interpolation, int64_t padding,
+               bool antialias, bool normalise, ScalarType dtype) {
+  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height,
+            colour_steps, interpolation, padding, antialias, normalise, dtype);
   Tensor output = allocate_images(images, call.args.channels, height, width, dtype);
   if (call.empty()) return output;
-  check(call.args.in_height > 0 && call.args.in_width > 0, "augment: images have no pixels, got ", shape_text(images));
+  check(call.args.in_height > 0 && call.args.in_width > 0, "augment: images have no pixels, got ",
+        shape_text(images));
   call.args.output = output.mutable_data_ptr();
   set_strides(call.args.out_stride, output);
   run(call.args, images);
   return output;
 }
 
-Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matrices, std::optional<Tensor> colour,
-                        std::optional<Tensor> blur, std::optional<Tensor> boxes, std::optional<Tensor> windows,
-                        std::vector<double> constants, int64_t height, int64_t width, int64_t blur_width, int64_t blur_height,
-                        int64_t colour_steps, int64_t interpolation, int64_t padding, bool antialias, bool normalise,
+Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matrices,
+                        std::optional<Tensor> colour, std::optional<Tensor> blur, std::optional<Tensor> boxes,
+                        std::optional<Tensor> windows, std::vector<double> constants, int64_t height,
+                        int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps,
+                        int64_t interpolation, int64_t padding, bool antialias, bool normalise,
                         ScalarType dtype) {
-  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height, colour_steps,
-            interpolation, padding, antialias, normalise, dtype);
+  Call call(images, matrices, colour, blur, boxes, windows, constants, height, width, blur_width, blur_height,
+            colour_steps, interpolation, padding, antialias, normalise, dtype);
   AugmentArgs& a = call.args;
   check(a.in_type != PixelType::kUInt8, "augment: images of uint8 have no gradient");
   check(!(colour_steps & kHue) || a.channels == 1,
         "augment: hue has no gradient; leave hue out, or call it under torch.no_grad()");
   check_device("augment", "the gradient", grad, "images", images);
-  check(grad.scalar_type() == dtype && grad.dim() == 4 && grad.size(0) == a.batch && grad.size(1) == a.channels &&
-            grad.size(2) == height && grad.size(3) == width,
-        "augment: the gradient must be like the output, (", a.batch, ", ", a.channels, ", ", height, ", ", width, "), got ",
-        shape_text(grad));
+  check(grad.scalar_type() == dtype && grad.dim() == 4 && grad.size(0) == a.batch &&
+            grad.size(1) == a.channels && grad.size(2) == height && grad.size(3) == width,
+        "augment: the gradient must be like the output, (", a.batch, ", ", a.channels, ", ", height, ", ",
+        width, "), got ", shape_text(grad));
   Tensor output = allocate_images(images, a.channels, a.in_height, a.in_width, images.scalar_type());
   if (output.numel() == 0) return output;
   a.output = output.mutable_data_ptr();
@@ -281,21 +296,22 @@ Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matric
 
 // ---- parameters
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(Tensor images, Tensor seed, int64_t offset, int64_t batch,
-                                                                std::vector<double> chances, std::vector<double> low,
-                                                                std::vector<double> high, int64_t crop,
-                                                                std::vector<double> crop_box, std::vector<double> erase_box,
-                                                                std::vector<int64_t> sizes, int64_t blur_width,
-                                                                int64_t blur_height) {
-  check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 && crop_box.size() == 5 &&
-            erase_box.size() == 4 && sizes.size() == 4 && batch >= 0 && blur_width > 0 && blur_height > 0,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(
+    Tensor images, Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances,
+    std::vector<double> low, std::vector<double> high, int64_t crop, std::vector<double> crop_box,
+    std::vector<double> erase_box, std::vector<int64_t> sizes, int64_t blur_width, int64_t blur_height) {
+  check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 &&
+            crop_box.size() == 5 && erase_box.size() == 4 && sizes.size() == 4 && batch >= 0 &&
+            blur_width > 0 && blur_height > 0,
         "augment_draw: unexpected lengths of its lists");
   const auto rows = [&](int64_t columns, ScalarType dtype) {
-    return allocate(images, std::array<int64_t, 2>{batch, columns}, std::array<int64_t, 2>{columns, 1}, dtype);
+    return allocate(images, std::array<int64_t, 2>{batch, columns}, std::array<int64_t, 2>{columns, 1},
+                    dtype);
   };
   Tensor table = rows(kParamColumns, ScalarType::Double), colour = rows(kColourColumns, ScalarType::Double);
   Tensor blur = rows(blur_width + blur_height, ScalarType::Double), boxes = rows(4, ScalarType::Long);
-  Tensor matrices = allocate(images, std::array<int64_t, 3>{batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1}, ScalarType::Double);
+  Tensor matrices = allocate(images, std::array<int64_t, 3>{batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1},
+                             ScalarType::Double);
   DrawArgs args{};
   SampleArgs& a = args.sample;
   a.seed = seed_of("augment", seed, images);
@@ -335,10 +351,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(Tensor images, T
   return {table, matrices, colour, blur, boxes};
 }
 
-Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<Tensor> vflip, std::optional<Tensor> stretch,
-                        std::optional<Tensor> scale, std::optional<Tensor> angle, std::optional<Tensor> translate,
-                        std::optional<Tensor> shear, std::optional<Tensor> crop, int64_t in_height, int64_t in_width,
-                        int64_t out_height, int64_t out_width) {
+Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<Tensor> vflip,
+                        std::optional<Tensor> stretch, std::optional<Tensor> scale,
+                        std::optional<Tensor> angle, std::optional<Tensor> translate,
+                        std::optional<Tensor> shear, std::optional<Tensor> crop, int64_t in_height,
+                        int64_t in_width, int64_t out_height, int64_t out_width) {
   MatrixArgs a{};
   a.batch = like.size(0);
   a.in_height = in_height;
@@ -349,12 +366,13 @@ Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<
   const auto columns = [&](const char* name, const std::optional<Tensor>& t, int first, int64_t width) {
     if (!t) return;
     check_device("augment", name, *t, "the other parameters", like);
-    check(t->scalar_type() == ScalarType::Double && t->dim() == (width > 1 ? 2 : 1) && t->size(0) == a.batch &&
-              (width == 1 || t->size(1) == width),
-          "augment: ", name, " must be float64 of ", a.batch, width > 1 ? " rows, got " : " numbers, got ", t->scalar_type(),
-          " of shape ", shape_text(*t));
+    check(t->scalar_type() == ScalarType::Double && t->dim() == (width > 1 ? 2 : 1) &&
+              t->size(0) == a.batch && (width == 1 || t->size(1) == width),
+          "augment: ", name, " must be float64 of ", a.batch, width > 1 ? " rows, got " : " numbers, got ",
+          t->scalar_type(), " of shape ", shape_text(*t));
     for (int64_t k = 0; k < width; ++k) {
-      a.column[first + k] = static_cast<const double*>(t->const_data_ptr()) + (width > 1 ? k * t->stride(1) : 0);
+      a.column[first + k] =
+          static_cast<const double*>(t->const_data_ptr()) + (width > 1 ? k * t->stride(1) : 0);
       a.stride[first + k] = t->stride(0);
     }
   };
@@ -366,7 +384,8 @@ Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<
   columns("translate", translate, kTranslateX, 2);
   columns("shear", shear, kShearX, 2);
   columns("crop", crop, kCropTop, 4);
-  Tensor out = allocate(like, std::array<int64_t, 3>{a.batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1}, ScalarType::Double);
+  Tensor out = allocate(like, std::array<int64_t, 3>{a.batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1},
+                        ScalarType::Double);
   a.out = static_cast<double*>(out.mutable_data_ptr());
 #ifdef FASTREG_CUDA
   on_stream("augment", like, [&](void* stream) { return augment_matrices_cuda(a, stream); });
@@ -383,16 +402,18 @@ Tensor augment_gaussian(Tensor sigma_x, Tensor sigma_y, int64_t width, int64_t h
   a.height = height;
   check_device("augment", "sigma", sigma_y, "the other sigma", sigma_x);
   for (const Tensor* t : {&sigma_x, &sigma_y})
-    check(t->scalar_type() == ScalarType::Double && t->dim() == 1 && t->size(0) == a.batch, "augment: sigma must be float64 of ",
-          a.batch, " numbers, got ", t->scalar_type(), " of shape ", shape_text(*t));
-  check(width > 0 && height > 0, "augment: the blur's kernel must be positive, got (", width, ", ", height, ")");
+    check(t->scalar_type() == ScalarType::Double && t->dim() == 1 && t->size(0) == a.batch,
+          "augment: sigma must be float64 of ", a.batch, " numbers, got ", t->scalar_type(), " of shape ",
+          shape_text(*t));
+  check(width > 0 && height > 0, "augment: the blur's kernel must be positive, got (", width, ", ", height,
+        ")");
   a.sigma_x = static_cast<const double*>(sigma_x.const_data_ptr());
   a.sigma_y = static_cast<const double*>(sigma_y.const_data_ptr());
   a.stride_x = sigma_x.stride(0);
   a.stride_y = sigma_y.stride(0);
   const int64_t columns = width + height;
-  Tensor out =
-      allocate(sigma_x, std::array<int64_t, 2>{a.batch, columns}, std::array<int64_t, 2>{columns, 1}, ScalarType::Double);
+  Tensor out = allocate(sigma_x, std::array<int64_t, 2>{a.batch, columns}, std::array<int64_t, 2>{columns, 1},
+                        ScalarType::Double);
   a.out = static_cast<double*>(out.mutable_data_ptr());
 #ifdef FASTREG_CUDA
   on_stream("augment", sigma_x, [&](void* stream) { return augment_gaussian_cuda(a, stream); });

@@ -1,6 +1,6 @@
-// The geometry of augmentation on the CPU: rows of output pixels from the pixels of a source, 16 at a time. Vectors whose pixels
-// all lie inside the image take neighbours in pairs, by gathers, or with AVX-512 from rows of the source held in registers. Part
-// of augment_cpu.cpp, compiled once per instruction set.
+// The geometry of augmentation on the CPU: rows of output pixels from the pixels of a source, 16 at a time.
+// Vectors whose pixels all lie inside the image take neighbours in pairs, by gathers, or with AVX-512 from
+// rows of the source held in registers. Part of augment_cpu.cpp, compiled once per instruction set.
 #pragma once
 #include <type_traits>
 
@@ -91,7 +91,7 @@ struct Ints {
   FR_EACH(least, a.part[i] < b.part[i] ? a.part[i] : b.part[i]) FR_EACH(most, a.part[i] < b.part[i] ? b.part[i] : a.part[i])
   // clang-format on
 #undef FR_EACH
-          friend FR_INLINE typename V::Mask operator==(const Ints& a, const Ints& b) {
+              friend FR_INLINE typename V::Mask operator==(const Ints& a, const Ints& b) {
     typename V::Mask m;
 #ifdef __AVX512F__
     if constexpr (sizeof(A) == 4)
@@ -99,7 +99,8 @@ struct Ints {
     else
       m.part[0] = _mm256_cmpeq_epi32_mask((__m256i)a.part[0], (__m256i)b.part[0]);
 #else
-    for (int i = 0; i < kParts; ++i) m.part[i] = __builtin_convertvector(a.part[i] == b.part[i], typename V::IntPart);
+    for (int i = 0; i < kParts; ++i)
+      m.part[i] = __builtin_convertvector(a.part[i] == b.part[i], typename V::IntPart);
 #endif
     return m;
   }
@@ -136,8 +137,10 @@ struct Positions {
         memcpy(&b, steps + (2 * i + 1) * kI64Lanes, sizeof b);
         const I32Part x = (I32Part)(a + base), y = (I32Part)(b + base);
 #if FR_VECTOR_BYTES == 64
-        low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+        low[i] =
+            (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        whole.part[i] =
+            __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 #elif FR_VECTOR_BYTES == 32
         low[i] = (Low)__builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
         whole.part[i] = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
@@ -158,13 +161,15 @@ struct Positions {
     Vec<A> t;
     for (int i = 0; i < kParts; ++i) {
       if constexpr (sizeof(A) == 4)
-        t.part[i] = __builtin_convertvector((typename Ints<A>::Part)(low[i] >> 8), typename Vec<A>::Part) * A(0x1p-24);
+        t.part[i] = __builtin_convertvector((typename Ints<A>::Part)(low[i] >> 8), typename Vec<A>::Part) *
+                    A(0x1p-24);
       else
         for (int j = 0; j < Vec<A>::kPartLanes; ++j) t.part[i][j] = A(low[i][j]) * A(0x1p-32);
     }
     return t;
   }
-  FR_INLINE Ints<A> nearest() const {  // ties to even: up where the fraction is more than a half, or a half and the whole is odd
+  FR_INLINE Ints<A> nearest()
+      const {  // ties to even: up where the fraction is more than a half, or a half and the whole is odd
     Ints<A> n;
     for (int i = 0; i < kParts; ++i)
       n.part[i] = whole.part[i] - (typename Ints<A>::Part)(low[i] > 0x80000000u - ((Low)whole.part[i] & 1u));
@@ -191,7 +196,8 @@ FR_INLINE void split_pairs(__m512i pairs, Vec<float>& left, Vec<float>& right) {
 #endif
 
 template <class T, class A>
-FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left, Vec<A>& right) {
+FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count, Vec<A>& left,
+                            Vec<A>& right) {
   [[maybe_unused]] typedef typename Vec<A>::Part Part;
 #if defined(__AVX512F__)
   if constexpr (sizeof(A) == 4) {
@@ -201,13 +207,15 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
       const __m512i high = _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(at, 1), plane, 4);
       const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
       left.part[0] = (Part)_mm512_permutex2var_epi32(low, even, high);
-      right.part[0] = (Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
+      right.part[0] =
+          (Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
       return;
     }
     if constexpr (sizeof(T) <= 2) {
       if (count * int64_t(sizeof(T)) >= 4) {
         if constexpr (sizeof(T) == 1) {  // four neighbours, from further left where the plane ends
-          const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4))), byte = _mm512_set1_epi32(255);
+          const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4))),
+                        byte = _mm512_set1_epi32(255);
           const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
           const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
           left.part[0] = (Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, byte));
@@ -240,7 +248,8 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
         const int* base = reinterpret_cast<const int*>(plane);
         if constexpr (sizeof(T) == 1) {
           const __m256i start = _mm256_min_epi32(at, _mm256_set1_epi32(int32_t(count - 4)));
-          const __m256i shift = _mm256_slli_epi32(_mm256_sub_epi32(at, start), 3), byte = _mm256_set1_epi32(255);
+          const __m256i shift = _mm256_slli_epi32(_mm256_sub_epi32(at, start), 3),
+                        byte = _mm256_set1_epi32(255);
           const __m256i words = _mm256_srlv_epi32(_mm256_i32gather_epi32(base, start, 1), shift);
           left.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(words, byte));
           right.part[i] = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(words, 8), byte));
@@ -281,7 +290,8 @@ FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
         const __m512i start = _mm512_min_epi32(at, _mm512_set1_epi32(int32_t(count - 4)));
         const __m512i shift = _mm512_slli_epi32(_mm512_sub_epi32(at, start), 3);
         const __m512i words = _mm512_srlv_epi32(_mm512_i32gather_epi32(start, plane, 1), shift);
-        v.part[0] = (typename Vec<A>::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+        v.part[0] =
+            (typename Vec<A>::Part)_mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255)));
         return v;
       }
     }
@@ -301,15 +311,17 @@ FR_INLINE Vec<A> gather(const T* plane, const Ints<A>& index, int64_t count) {
   return load(lane);
 }
 
-// ---- lookups, instead of gathers where they pay. Neighbouring output pixels lie in few rows of the source, unless the image is
-// turned far. 32 pixels of such a row are held in registers, and the lanes that lie in it take theirs by one permutation, where a
-// gather would load for each lane. What a mask leaves out is not read and counts as 0, which is a border of zeros for nothing.
+// ---- lookups, instead of gathers where they pay. Neighbouring output pixels lie in few rows of the source,
+// unless the image is turned far. 32 pixels of such a row are held in registers, and the lanes that lie in it
+// take theirs by one permutation, where a gather would load for each lane. What a mask leaves out is not read
+// and counts as 0, which is a border of zeros for nothing.
 
 #ifdef __AVX512F__
 constexpr int32_t kLookupColumns = 32, kLookupRows = 5;  // for more rows gathers are faster
 
 template <class T>
-struct Lookup {  // 16-bit pixels, and bytes as such: one register holds the row, 32-bit lanes hold left and right
+struct Lookup {  // 16-bit pixels, and bytes as such: one register holds the row, 32-bit lanes hold left and
+                 // right
   struct Row {
     __m512i pixels;
     FR_INLINE Row() : pixels(_mm512_setzero_si512()) {}
@@ -336,7 +348,8 @@ struct Lookup<float> {
     __m512 low, high;
     FR_INLINE Row() : low(_mm512_setzero_ps()), high(_mm512_setzero_ps()) {}
     FR_INLINE Row(const float* p, uint32_t inside)
-        : low(_mm512_maskz_loadu_ps(__mmask16(inside), p)), high(_mm512_maskz_loadu_ps(__mmask16(inside >> 16), p + 16)) {}
+        : low(_mm512_maskz_loadu_ps(__mmask16(inside), p)),
+          high(_mm512_maskz_loadu_ps(__mmask16(inside >> 16), p + 16)) {}
   };
   __m512 left, right;  // of lanes that have not taken theirs: the index
   FR_INLINE void start(__m512i index) {
@@ -386,11 +399,15 @@ struct Warp {
   alignas(64) int64_t step_u[kLanes], step_v[kLanes];
 
   Warp(const AugmentArgs& a, const Source<T>& source, const FixedMatrix& matrix)
-      : source(source), interpolation(a.interpolation), padding(a.padding), filler{a.padding, a.constants}, matrix(matrix) {
+      : source(source),
+        interpolation(a.interpolation),
+        padding(a.padding),
+        filler{a.padding, a.constants},
+        matrix(matrix) {
     const int64_t one = int64_t(1) << kFractionBits;
     const int64_t* m = matrix.m;
-    straight = (m[0] == one || m[0] == -one) && m[1] == 0 && m[3] == 0 && (m[4] == one || m[4] == -one) && m[2] % one == 0 &&
-               m[5] % one == 0;
+    straight = (m[0] == one || m[0] == -one) && m[1] == 0 && m[3] == 0 && (m[4] == one || m[4] == -one) &&
+               m[2] % one == 0 && m[5] % one == 0;
     for (int j = 0; j < kLanes; ++j) {
       step_u[j] = m[0] * j;
       step_v[j] = m[3] * j;
@@ -401,7 +418,8 @@ struct Warp {
       return ((kLanes - 1) * size + one - 1) >> kFractionBits;
     };
     const bool few = reach(m[0]) < kLookupColumns - 1 && reach(m[3]) < kLookupRows;
-    if (few && sizeof(A) == 4 && interpolation == Interpolation::kBilinear && (source.channels == 1 || source.channels == 3))
+    if (few && sizeof(A) == 4 && interpolation == Interpolation::kBilinear &&
+        (source.channels == 1 || source.channels == 3))
       lookup_rows = int32_t(reach(m[3])) + 1;
 #endif
   }
@@ -411,7 +429,8 @@ struct Warp {
     if (straight) return straight_row(y, n, out, pitch);
 #ifdef __AVX512F__
     if constexpr (sizeof(A) == 4)
-      if (lookup_rows) return source.channels == 3 ? lookup_row<3>(y, n, out, pitch) : lookup_row<1>(y, n, out, pitch);
+      if (lookup_rows)
+        return source.channels == 3 ? lookup_row<3>(y, n, out, pitch) : lookup_row<1>(y, n, out, pitch);
 #endif
     if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
     if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
@@ -423,7 +442,8 @@ struct Warp {
     const int64_t u = first.u >> kFractionBits, direction = matrix.m[0] > 0 ? 1 : -1;
     const int32_t v = padded(whole_part(first.v), int32_t(source.height), padding);
     // Output pixels [begin, end) lie inside.
-    int64_t begin = direction > 0 ? -u : u - (source.width - 1), end = direction > 0 ? source.width - u : u + 1;
+    int64_t begin = direction > 0 ? -u : u - (source.width - 1),
+            end = direction > 0 ? source.width - u : u + 1;
     begin = clamped(v < 0 ? n : begin, int64_t(0), n);
     end = clamped(v < 0 ? n : end, begin, n);
     for (int64_t c = 0; c < source.channels; ++c, out += pitch) {
@@ -443,11 +463,14 @@ struct Warp {
     }
   }
 
-  // Whether all neighbours of the vector that starts here lie inside. A negative position is beyond any limit as unsigned.
+  // Whether all neighbours of the vector that starts here lie inside. A negative position is beyond any limit
+  // as unsigned.
   FR_INLINE bool is_inside(Position at) const {
-    const uint64_t limit_u = uint64_t(source.width - 1) << kFractionBits, limit_v = uint64_t(source.height - 1) << kFractionBits;
+    const uint64_t limit_u = uint64_t(source.width - 1) << kFractionBits,
+                   limit_v = uint64_t(source.height - 1) << kFractionBits;
     const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
-    return (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) & (uint64_t(last_v) < limit_v);
+    return (uint64_t(at.u) < limit_u) & (uint64_t(last_u) < limit_u) & (uint64_t(at.v) < limit_v) &
+           (uint64_t(last_v) < limit_v);
   }
 
   FR_INLINE void bilinear_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
@@ -474,11 +497,13 @@ struct Warp {
 #ifdef __AVX512F__
   template <int kChannels>
   void lookup_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    const int64_t row_stride = source.row_stride, height = source.height, width = source.width, rows = lookup_rows;
+    const int64_t row_stride = source.row_stride, height = source.height, width = source.width,
+                  rows = lookup_rows;
     const T* plane[kChannels];
     for (int c = 0; c < kChannels; ++c) plane[c] = source.plane(c);
     const bool zeros = padding == Padding::kZeros;
-    const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]), low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
+    const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]),
+                  low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, at.u += kLanes * matrix.m[0], at.v += kLanes * matrix.m[3]) {
       // All left upper neighbours lie in `rows` rows from `line` on, in columns from `column` on.
@@ -538,19 +563,21 @@ struct Warp {
   };
   FR_INLINE Found find(const Ints<A>& wanted, int32_t n) const {
     const Padding rule = padding;
-    const Ints<A> i =
-        rule == Padding::kReflect ? wanted.each([=](int32_t x) { return padded(x, n, Padding::kReflect); }) : wanted;
+    const Ints<A> i = rule == Padding::kReflect
+                          ? wanted.each([=](int32_t x) { return padded(x, n, Padding::kReflect); })
+                          : wanted;
     const Ints<A> pixel = most(Ints<A>(0), least(i, Ints<A>(n - 1)));
     return {pixel, rule == Padding::kZeros || rule == Padding::kFill ? pixel == i : pixel == pixel};
   }
 
-  // A vector at the border, or beyond: neighbours outside are looked for by the padding's rule. Of two neighbours in a row one
-  // pair is gathered, from which each takes its own.
+  // A vector at the border, or beyond: neighbours outside are looked for by the padding's rule. Of two
+  // neighbours in a row one pair is gathered, from which each takes its own.
   __attribute__((noinline)) void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
     const int64_t last_u = at.u + (kLanes - 1) * matrix.m[0], last_v = at.v + (kLanes - 1) * matrix.m[3];
     const bool far = most(at.u, last_u) < -(int64_t(1) << kFractionBits) ||
                      least(at.u, last_u) >> kFractionBits >= source.width ||
-                     most(at.v, last_v) < -(int64_t(1) << kFractionBits) || least(at.v, last_v) >> kFractionBits >= source.height;
+                     most(at.v, last_v) < -(int64_t(1) << kFractionBits) ||
+                     least(at.v, last_v) >> kFractionBits >= source.height;
     if (far && (padding == Padding::kZeros || padding == Padding::kFill)) {
       for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
       return;
@@ -567,10 +594,11 @@ struct Warp {
                there_ll = both<V>(bottom.there, left.there), there_lr = both<V>(bottom.there, right.there);
     const auto there = both<V>(there_ul, there_lr);  // all four
     const V zero(0), full(1), t = u.fraction(), s = v.fraction();
-    const auto blend = [&](const V& ul, const V& ur, const V& ll, const V& lr) __attribute__((always_inline)) {
-      return lerp(lerp(select(there_ul, ul, zero), select(there_ll, ll, zero), s),
-                  lerp(select(there_ur, ur, zero), select(there_lr, lr, zero), s), t);
-    };
+    const auto blend = [&](const V& ul, const V& ur, const V& ll, const V& lr)
+                           __attribute__((always_inline)) {
+                             return lerp(lerp(select(there_ul, ul, zero), select(there_ll, ll, zero), s),
+                                         lerp(select(there_ur, ur, zero), select(there_lr, lr, zero), s), t);
+                           };
     const V inside = padding == Padding::kFill ? blend(full, full, full, full) : full;
     const int64_t count = source.count();
     for (int64_t c = 0; c < source.channels; ++c) {
@@ -584,7 +612,8 @@ struct Warp {
         below_first = below_second = gather(plane, lower, count);
       }
       V value = blend(select(left_is_first, first, second), select(right_is_first, first, second),
-                      select(left_is_first, below_first, below_second), select(right_is_first, below_first, below_second));
+                      select(left_is_first, below_first, below_second),
+                      select(right_is_first, below_first, below_second));
       if (padding == Padding::kFill) value = select(there, value, filled(value, inside, V(filler.value(c))));
       store(out + c * pitch + x, value);
     }
@@ -598,14 +627,16 @@ struct Warp {
       const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
       const auto there = both<V>(line.there, column.there);
       for (int64_t c = 0; c < source.channels; ++c)
-        store(out + c * pitch + x, select(there, gather(source.plane(c), index, source.count()), V(filler.value(c))));
+        store(out + c * pitch + x,
+              select(there, gather(source.plane(c), index, source.count()), V(filler.value(c))));
     }
   }
 
   void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     Position at = matrix.at(0, y);
     for (int64_t x = 0; x < n; ++x, at.u += matrix.m[0], at.v += matrix.m[3]) {
-      const Taps<A> columns(at.u, source.width, interpolation, padding), lines(at.v, source.height, interpolation, padding);
+      const Taps<A> columns(at.u, source.width, interpolation, padding),
+          lines(at.v, source.height, interpolation, padding);
       const A inside = padding == Padding::kFill ? inside_share(lines, columns) : A(1);
       int32_t column[4];
       A across[4];
@@ -638,7 +669,12 @@ Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
                       a.in_width,
                       a.channels};
   if (copied && a.in_stride[3] != 1)
-    source = {static_cast<const T*>(copied), a.in_height * a.in_width, a.in_width, a.in_height, a.in_width, a.channels};
+    source = {static_cast<const T*>(copied),
+              a.in_height * a.in_width,
+              a.in_width,
+              a.in_height,
+              a.in_width,
+              a.channels};
   const Window window = window_of(a, sample);
   source.data += window.top * source.row_stride + window.left;
   source.height = window.height;

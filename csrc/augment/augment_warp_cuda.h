@@ -1,5 +1,5 @@
-// What the CUDA kernels of augmentation share: what a launch is given, what a block knows of its sample, and the geometry of one
-// output pixel. Part of augment_cuda.cu.
+// What the CUDA kernels of augmentation share: what a launch is given, what a block knows of its sample, and
+// the geometry of one output pixel. Part of augment_cuda.cu.
 #pragma once
 #include <type_traits>
 
@@ -30,7 +30,8 @@ struct Pass {
   template <int C>
   __device__ __forceinline__ Place place(int64_t item) const {
     const int64_t group = tiles.divide(item), sample = C == 3 ? group : groups.divide(group);
-    return {sample, item - group * int64_t(tiles.divisor), C == 3 ? 0 : int(group - sample * int64_t(groups.divisor))};
+    return {sample, item - group * int64_t(tiles.divisor),
+            C == 3 ? 0 : int(group - sample * int64_t(groups.divisor))};
   }
 };
 
@@ -54,12 +55,14 @@ struct Sample {
   }
 };
 
-// By the first warp: a lane for each coefficient of the matrix, whose loads would wait for each other, one for the rest.
+// By the first warp: a lane for each coefficient of the matrix, whose loads would wait for each other, one
+// for the rest.
 template <bool kShrinks, class A>
 __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, Sample<A>& s) {
   const AugmentArgs& a = pass.a;
   const int lane = threadIdx.x;
-  if (lane < 6) s.matrix.m[lane] = a.matrices ? fixed_coefficient(a.matrices[6 * i + lane]) : lane % 4 == 0 ? kOne : 0;
+  if (lane < 6)
+    s.matrix.m[lane] = a.matrices ? fixed_coefficient(a.matrices[6 * i + lane]) : lane % 4 == 0 ? kOne : 0;
   __syncwarp();
   if (lane != 0) return;
   const Window window = window_of(a, i);
@@ -70,7 +73,8 @@ __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, S
   s.height = int32_t(window.height);
   s.width = int32_t(window.width);
   s.shrinks = kShrinks && pass.shrinks && s.valid && pass.shrinks[i].on;
-  if (kShrinks) s.columns = Filter<A>{};  // read, and thrown away, before it is known whether the sample shrinks
+  if (kShrinks)
+    s.columns = Filter<A>{};  // read, and thrown away, before it is known whether the sample shrinks
   if (kShrinks) s.rows = Filter<A>{};
   if (kShrinks && s.shrinks) {
     const Shrink& shrink = pass.shrinks[i];
@@ -82,7 +86,8 @@ __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, S
   }
   s.one_pixel = a.interpolation == Interpolation::kNearest || is_straight(s.matrix);
   if (a.colour_steps)
-    s.factors = ColourFactors<A>(a.colour + kColourColumns * i, A(a.in_type == PixelType::kUInt8 ? 255 : 1), mean);
+    s.factors =
+        ColourFactors<A>(a.colour + kColourColumns * i, A(a.in_type == PixelType::kUInt8 ? 255 : 1), mean);
   for (int axis = 0; axis < 2; ++axis) {
     const int64_t length = axis ? a.out_width : a.out_height, first = box[axis] < length ? box[axis] : length;
     const int64_t last = box[2 + axis] < length - first ? first + box[2 + axis] : length;
@@ -141,7 +146,8 @@ struct Image {
   }
 };
 
-// ... or, for antialiasing, of the grid where the sample shrinks, made of an image of whatever type anew each time.
+// ... or, for antialiasing, of the grid where the sample shrinks, made of an image of whatever type anew each
+// time.
 template <class Accumulated>
 struct Grid {
   using A = Accumulated;
@@ -151,7 +157,8 @@ struct Grid {
   const Sample<A>& s;
   int channel;
 
-  __device__ Grid(const Pass<A>& pass, const Sample<A>& s, int channel) : pass(pass), s(s), channel(channel) {}
+  __device__ Grid(const Pass<A>& pass, const Sample<A>& s, int channel)
+      : pass(pass), s(s), channel(channel) {}
 
   template <int C>
   __device__ __forceinline__ void image(int32_t y, int32_t x, A (&p)[C]) const {
@@ -194,8 +201,8 @@ struct Grid {
 };
 
 template <int C, class P, class A>
-__device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixels, Padding padding, const A* fill, Position at,
-                                               A (&p)[C]) {
+__device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixels, Padding padding,
+                                               const A* fill, Position at, A (&p)[C]) {
   A t, from_top, upper[C], left[C];
   fraction_of(at.u, &t);
   fraction_of(at.v, &from_top);
@@ -225,14 +232,15 @@ __device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixe
   }
   if (padding != Padding::kFill || there == 15) return;
   const auto is_there = [&](int tap) { return A(there >> tap & 1); };
-  const A inside = lerp(lerp(is_there(0), is_there(1), from_top), lerp(is_there(2), is_there(3), from_top), t);
+  const A inside =
+      lerp(lerp(is_there(0), is_there(1), from_top), lerp(is_there(2), is_there(3), from_top), t);
 #pragma unroll
   for (int c = 0; c < C; ++c) p[c] = filled(p[c], inside, fill[c]);
 }
 
 template <int C, class P, class A>
-__device__ __forceinline__ void bicubic_pixel(const Sample<A>& s, const P& pixels, Padding padding, const A* fill, Position at,
-                                              A (&p)[C]) {
+__device__ __forceinline__ void bicubic_pixel(const Sample<A>& s, const P& pixels, Padding padding,
+                                              const A* fill, Position at, A (&p)[C]) {
   A t, from_top, inside = 0;
   fraction_of(at.u, &t);
   fraction_of(at.v, &from_top);
@@ -266,8 +274,8 @@ __device__ __forceinline__ void bicubic_pixel(const Sample<A>& s, const P& pixel
 
 // Output pixel (x, y) after the warp; a NaN where the sample is no good.
 template <int C, class P, class A>
-__device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels, int channel, int32_t x,
-                                             int32_t y, A (&p)[C]) {
+__device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels,
+                                             int channel, int32_t x, int32_t y, A (&p)[C]) {
   const Padding padding = pass.a.padding;
   const A* fill = pass.fill + channel;
   if (!s.valid) {
@@ -276,7 +284,8 @@ __device__ __forceinline__ void warped_pixel(const Pass<A>& pass, const Sample<A
   }
   const Position at = s.matrix.at(x, y);
   if (s.one_pixel) {
-    const int32_t line = padded(nearest_pixel(at.v), s.height, padding), column = padded(nearest_pixel(at.u), s.width, padding);
+    const int32_t line = padded(nearest_pixel(at.v), s.height, padding),
+                  column = padded(nearest_pixel(at.u), s.width, padding);
     if (line >= 0 && column >= 0) return pixels.get(line, column, p);
     for (int c = 0; c < C; ++c) p[c] = fill[c];
   } else if (pass.a.interpolation == Interpolation::kBilinear) {

@@ -1,6 +1,6 @@
-// What the fast paths of autograd in csrc/<op>/<op>_autograd.h share: calls of the raw operators, the test of what is usual,
-// readers of Python's arguments, the seed. For csrc/autograd.cpp only: this sees torch's C++ headers, which change with each
-// minor version.
+// What the fast paths of autograd in csrc/<op>/<op>_autograd.h share: calls of the raw operators, the test of
+// what is usual, readers of Python's arguments, the seed. For csrc/autograd.cpp only: this sees torch's C++
+// headers, which change with each minor version.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -31,8 +31,8 @@ using torch::autograd::variable_list;
 
 // ---- the raw operators
 
-// Straight to the kernel: autograd is what stands in this file. A kernel's std::invalid_argument becomes torch's ValueError,
-// which the backward engine passes on as one.
+// Straight to the kernel: autograd is what stands in this file. A kernel's std::invalid_argument becomes
+// torch's ValueError, which the backward engine passes on as one.
 template <class Signature, class... Args>
 auto call(const c10::TypedOperatorHandle<Signature>& op, Args&&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -52,24 +52,27 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 // Whether this build has CUDA kernels; they are registered before the first call.
 inline bool has_cuda() {
-  static const bool has =
-      c10::Dispatcher::singleton().findSchemaOrThrow("fastreg::dropout", "").hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  static const bool has = c10::Dispatcher::singleton()
+                              .findSchemaOrThrow("fastreg::dropout", "")
+                              .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
   return has;
 }
 
 // Dense memory and nothing more: no subclass, no wrapper of a transform, no negative or conjugate view.
 inline bool is_plain(const Tensor& t) {
-  constexpr c10::DispatchKeySet cpu(
-      {c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
-  constexpr c10::DispatchKeySet cuda({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutogradCUDA,
-                                      c10::DispatchKey::AutocastCUDA});
+  constexpr c10::DispatchKeySet cpu({c10::DispatchKey::CPU, c10::DispatchKey::ADInplaceOrView,
+                                     c10::DispatchKey::AutogradCPU, c10::DispatchKey::AutocastCPU});
+  constexpr c10::DispatchKeySet cuda({c10::DispatchKey::CUDA, c10::DispatchKey::ADInplaceOrView,
+                                      c10::DispatchKey::AutogradCUDA, c10::DispatchKey::AutocastCUDA});
   return t.defined() && (cpu.has_all(t.key_set()) || (cuda.has_all(t.key_set()) && has_cuda()));
 }
 
-// A GPU's seed is its generator's count unless a CUDA graph is being captured, which must draw one when it is replayed.
+// A GPU's seed is its generator's count unless a CUDA graph is being captured, which must draw one when it is
+// replayed.
 inline bool counts_seed(const Tensor& input) {
   if (c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice() != input.device()) return false;
-  static PyObject* const capturing = PyObject_GetAttrString(PyImport_AddModule("torch._C"), "_cuda_isCurrentStreamCapturing");
+  static PyObject* const capturing =
+      PyObject_GetAttrString(PyImport_AddModule("torch._C"), "_cuda_isCurrentStreamCapturing");
   PyObject* const answer = capturing ? PyObject_CallNoArgs(capturing) : nullptr;
   PyErr_Clear();
   Py_XDECREF(answer);
@@ -83,7 +86,8 @@ inline const Tensor* plain(PyObject* object) {
 }
 
 inline bool has_kernel(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16;
+  return t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half ||
+         t == ScalarType::BFloat16;
 }
 
 // Something listens to or changes what operators do: a mode, a transform of torch.func, a tangent, a trace.
@@ -145,8 +149,9 @@ inline uint64_t mix_seed(uint64_t seed, uint64_t offset) {
   return z ^ (z >> 31);
 }
 
-// From the default generator of the input's device, into the CPU's memory: what draw_seed in fastreg/_seeds.py gives. On a CPU
-// that is what torch.randint(-(2**63), 2**63 - 1, (1,)) gives, by the same function of torch.
+// From the default generator of the input's device, into the CPU's memory: what draw_seed in
+// fastreg/_seeds.py gives. On a CPU that is what torch.randint(-(2**63), 2**63 - 1, (1,)) gives, by the same
+// function of torch.
 inline Tensor draw_seed(const Tensor& input) {
   Tensor seed = at::detail::empty_cpu({1}, ScalarType::Long);
   if (input.is_cuda()) {
@@ -178,12 +183,14 @@ inline PyObject* mix(PyObject*, PyObject* const* args, Py_ssize_t) {
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (((count == counts) || ...)) return function(self, args, count);
-  return PyErr_Format(PyExc_TypeError, "fastreg's autograd module: got %zd arguments; rebuild fastreg", count);
+  return PyErr_Format(PyExc_TypeError, "fastreg's autograd module: got %zd arguments; rebuild fastreg",
+                      count);
 }
 
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
 PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)), METH_FASTCALL, nullptr};
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)),
+          METH_FASTCALL, nullptr};
 }
 
 }  // namespace fastreg::autograd

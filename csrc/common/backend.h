@@ -1,6 +1,6 @@
-// Each *_op.cpp is compiled once per back end, so that the CPU and CUDA check alike; what differs between the two stands here.
-// FASTREG_CUDA is defined for CUDA. With FASTREG_CUDAHOST beside it the tensors lie on the CPU: the CUDA kernels, compiled by the
-// host's compiler, are then tested on a machine without a GPU.
+// Each *_op.cpp is compiled once per back end, so that the CPU and CUDA check alike; what differs between the
+// two stands here. FASTREG_CUDA is defined for CUDA. With FASTREG_CUDAHOST beside it the tensors lie on the
+// CPU: the CUDA kernels, compiled by the host's compiler, are then tested on a machine without a GPU.
 #pragma once
 #if defined(FASTREG_CUDA) && !defined(FASTREG_CUDAHOST)
 #define USE_CUDA 1
@@ -26,11 +26,12 @@
 
 namespace fastreg {
 
-// The one int64 of a seed tensor. On a GPU it is left to the kernel to read, for this would wait for the GPU; a seed that lies on
-// the CPU is read now.
+// The one int64 of a seed tensor. On a GPU it is left to the kernel to read, for this would wait for the GPU;
+// a seed that lies on the CPU is read now.
 inline Seed seed_of(const char* op, const Tensor& seed, const Tensor& input) {
-  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ", seed.scalar_type(),
-        " of shape ", shape_text(seed), "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
+  check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ",
+        seed.scalar_type(), " of shape ", shape_text(seed),
+        "; draw it with torch.randint(-2**63, 2**63 - 1, (1,))");
   const auto* at = static_cast<const uint64_t*>(seed.const_data_ptr());
   if (seed.is_cpu()) return {*at, nullptr};
   check_device(op, "seed", seed, "input", input);
@@ -38,7 +39,8 @@ inline Seed seed_of(const char* op, const Tensor& seed, const Tensor& input) {
 }
 
 #ifdef FASTREG_CUDA
-// Calls launch(stream), which gives a cudaError_t, with the device of a tensor made current and its current stream.
+// Calls launch(stream), which gives a cudaError_t, with the device of a tensor made current and its current
+// stream.
 template <class F>
 void on_stream(const char* op, const Tensor& like, F launch) {
 #ifdef FASTREG_CUDAHOST

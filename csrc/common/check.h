@@ -1,5 +1,5 @@
-// Checks that every op makes before it works, and what it needs to know of a tensor. For *_op.cpp only: this knows torch.
-// std::invalid_argument reaches Python as a ValueError.
+// Checks that every op makes before it works, and what it needs to know of a tensor. For *_op.cpp only: this
+// knows torch. std::invalid_argument reaches Python as a ValueError.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +33,8 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// Written out only where a check fails: as a string, made for each check that holds, it cost a small loss a quarter of its time.
+// Written out only where a check fails: as a string, made for each check that holds, it cost a small loss a
+// quarter of its time.
 struct ShapeText {
   const Tensor& tensor;
 };
@@ -63,50 +64,59 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", t.scalar_type(), "; convert it with .float()");
+      fail(op, ": ", name, " must be float32, float64, float16 or bfloat16, got ", t.scalar_type(),
+           "; convert it with .float()");
   }
 }
 
-inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+inline void check_device(const char* op, const char* name, const Tensor& t, const char* like_name,
+                         const Tensor& like) {
   check(t.is_cuda() == like.is_cuda() && t.get_device_index() == like.get_device_index(), op, ": ", name,
         " must be on the device of ", like_name, "; move it with .to(", like_name, ".device)");
 }
 
 // Text is built only for a check that fails: an optimiser comes here for every tensor of a step.
-inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
-  check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name, "; convert it with .to(",
-        like_name, ".dtype)");
+inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name,
+                       const Tensor& like) {
+  check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name,
+        "; convert it with .to(", like_name, ".dtype)");
   check_device(op, name, t, like_name, like);
   if (!same_shape(t, like))
-    fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_text(like), ", got ", shape_text(t));
+    fail(op, ": ", name, " must have the shape of ", like_name, ", ", shape_text(like), ", got ",
+         shape_text(t));
 }
 
-// torch::stable's empty_like and new_empty look their operator up by name and call it boxed, which costs a small op more than all
-// its arithmetic; this goes straight to the allocation.
+// torch::stable's empty_like and new_empty look their operator up by name and call it boxed, which costs a
+// small op more than all its arithmetic; this goes straight to the allocation.
 template <class Sizes>
 Tensor allocate(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType dtype) {
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                         device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               device_type, device_index, &handle));
   return Tensor(handle);
 }
 
 // torch.empty_like, memory format kept.
 inline Tensor allocate_like(const Tensor& t) {
-  return t.is_contiguous() ? allocate(t, t.sizes(), t.strides(), t.scalar_type()) : torch::stable::empty_like(t);
+  return t.is_contiguous() ? allocate(t, t.sizes(), t.strides(), t.scalar_type())
+                           : torch::stable::empty_like(t);
 }
 
 // Uninitialised, of shape (count,), on the device of a tensor.
 inline Tensor allocate_flat(const Tensor& like, int64_t count, ScalarType dtype) {
   return allocate(like, std::array<int64_t, 1>{count}, std::array<int64_t, 1>{1}, dtype);
 }
-inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) { return allocate_flat(like, bytes, ScalarType::Byte); }
+inline Tensor allocate_bytes(const Tensor& like, int64_t bytes) {
+  return allocate_flat(like, bytes, ScalarType::Byte);
+}
 
-// The layout with mergeable dimensions merged: a tensor that is contiguous comes out with one dimension at most.
+// The layout with mergeable dimensions merged: a tensor that is contiguous comes out with one dimension at
+// most.
 inline Layout layout_of(const char* op, const Tensor& t) {
   Layout layout;
   layout.numel = t.numel();
@@ -132,7 +142,8 @@ inline Layout layout_of(const char* op, const Tensor& t) {
   return layout;
 }
 
-// No two elements at one address: what an in-place op needs. Sorted by stride, each must step over all that lies below.
+// No two elements at one address: what an in-place op needs. Sorted by stride, each must step over all that
+// lies below.
 inline bool overlaps_itself(const Layout& layout) {
   if (layout.contiguous) return false;
   int order[kMaxDims];
@@ -149,7 +160,8 @@ inline bool overlaps_itself(const Layout& layout) {
   return false;
 }
 
-// Tensors that fill their memory without gaps in the same order can be walked as flat memory by an elementwise op.
+// Tensors that fill their memory without gaps in the same order can be walked as flat memory by an
+// elementwise op.
 inline bool same_dense_order(const Layout& a, const Layout& b) {
   if (a.contiguous || b.contiguous) return a.contiguous && b.contiguous;
   if (a.dims != b.dims) return false;
@@ -161,7 +173,8 @@ inline bool same_dense_order(const Layout& a, const Layout& b) {
   return reach == a.numel && !overlaps_itself(a);
 }
 
-// Splits [0, n) at multiples of `grain` over torch's threads; a loop that fits in one grain stays on this thread.
+// Splits [0, n) at multiples of `grain` over torch's threads; a loop that fits in one grain stays on this
+// thread.
 template <class F>
 void parallel(int64_t n, int64_t grain, F f) {
   const int64_t pieces = (n + grain - 1) / grain;
@@ -169,8 +182,8 @@ void parallel(int64_t n, int64_t grain, F f) {
     if (n > 0) f(int64_t(0), n);
     return;
   }
-  torch::stable::parallel_for(0, pieces, 1,
-                              [&](int64_t begin, int64_t end) { f(begin * grain, end * grain < n ? end * grain : n); });
+  torch::stable::parallel_for(
+      0, pieces, 1, [&](int64_t begin, int64_t end) { f(begin * grain, end * grain < n ? end * grain : n); });
 }
 
 }  // namespace fastreg

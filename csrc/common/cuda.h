@@ -1,6 +1,6 @@
-// What the *_cuda.cu files share: launching, 16-byte words, conversions by the hardware, positions in strided tensors. No torch
-// header, so that kernels and launches can be executed without a GPU: their PTX by an interpreter, their source by the host's
-// compiler (FASTREG_CUDAHOST).
+// What the *_cuda.cu files share: launching, 16-byte words, conversions by the hardware, positions in strided
+// tensors. No torch header, so that kernels and launches can be executed without a GPU: their PTX by an
+// interpreter, their source by the host's compiler (FASTREG_CUDAHOST).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,7 +13,8 @@ namespace fastreg {
 constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Blocks enough for `work` items of which a block does `per_block` at a time; beyond 2^20 blocks each does several.
+// Blocks enough for `work` items of which a block does `per_block` at a time; beyond 2^20 blocks each does
+// several.
 inline unsigned blocks_for(int64_t work, int64_t per_block) {
   const int64_t blocks = (work + per_block - 1) / per_block, most = int64_t(1) << 20;
   return unsigned(blocks < most ? blocks : most);
@@ -27,7 +28,9 @@ inline size_t most_shared() { return sizeof dynamic_shared; }
 extern __shared__ uint4 dynamic_shared[];
 inline size_t most_shared() {
   int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return 48 << 10;
+  if (cudaGetDevice(&device) ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+    return 48 << 10;
   return size_t(bytes);
 }
 #endif
@@ -42,7 +45,8 @@ int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, siz
   cudahost::launch(kernel, dim3(blocks), dim3(threads), Parameters(arguments)...);
 #else
   if (shared > 48 << 10) {  // more than every GPU has is to be asked for
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error) return int(error);
   }
   // clang-format off
@@ -103,7 +107,8 @@ struct Word {
   T value[kSize];
 };
 
-// Put together by hand and stored by an intrinsic: of an assignment the compiler made four stores, here and there.
+// Put together by hand and stored by an intrinsic: of an assignment the compiler made four stores, here and
+// there.
 template <class T>
 __device__ __forceinline__ Word<T> unpack_word(uint4 four) {
   const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
@@ -152,8 +157,8 @@ bool word_aligned(Pointers... pointers) {
 
 // ---- positions
 
-// n / d for 0 <= n < 2^63 by a multiplication (Granlund and Montgomery 1994): the GPU divides 64-bit integers in some 70
-// instructions.
+// n / d for 0 <= n < 2^63 by a multiplication (Granlund and Montgomery 1994): the GPU divides 64-bit integers
+// in some 70 instructions.
 struct Divider {
   uint64_t divisor = 1, factor = 0;
   int shift = 0;

@@ -13,10 +13,13 @@ inline std::string launch_error(const char* op, cudaError_t error) {
     case cudaErrorInvalidDeviceFunction:
     case cudaErrorUnsupportedPtxVersion:
       return name +
-             "fastreg was not built for this GPU; see `fastreg doctor`, and rebuild it with FASTREG_CUDA_ARCHS naming the " +
+             "fastreg was not built for this GPU; see `fastreg doctor`, and rebuild it with "
+             "FASTREG_CUDA_ARCHS naming the " +
              "GPU's architecture";
     case cudaErrorInsufficientDriver:
-      return name + "the NVIDIA driver is older than the CUDA that fastreg was built with; update the driver, or rebuild " +
+      return name +
+             "the NVIDIA driver is older than the CUDA that fastreg was built with; update the driver, or "
+             "rebuild " +
              "fastreg with an older CUDA";
     default:
       return name + cudaGetErrorString(error);

@@ -1,5 +1,6 @@
-// What both sides of every kernel share: the host/device marker, the storage types and their conversions, the layout of a
-// tensor. No torch header and no CUDA header, so that kernels compile in a second and run wherever there is a compiler.
+// What both sides of every kernel share: the host/device marker, the storage types and their conversions, the
+// layout of a tensor. No torch header and no CUDA header, so that kernels compile in a second and run
+// wherever there is a compiler.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -21,8 +22,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Gives f(a null pointer of the storage type): how a kernel meets the dtype of its tensors. Always inlined, for what it calls is
-// compiled once per instruction set.
+// Gives f(a null pointer of the storage type): how a kernel meets the dtype of its tensors. Always inlined,
+// for what it calls is compiled once per instruction set.
 template <class F>
 inline __attribute__((always_inline)) auto with_dtype(DType dtype, F f) {
   switch (dtype) {
@@ -63,10 +64,11 @@ FR_HD float to_float(float x) { return x; }
 FR_HD double to_float(double x) { return x; }
 FR_HD float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 FR_HD float to_float(Half x) {
-  // Shift exponent and mantissa into place, then rescale by 2^112: subnormals come out exact. Infinities and NaN, whose
-  // exponent is all ones, need their exponent set by hand.
+  // Shift exponent and mantissa into place, then rescale by 2^112: subnormals come out exact. Infinities and
+  // NaN, whose exponent is all ones, need their exponent set by hand.
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
-  const uint32_t magnitude = rest >= 0x0f800000u ? (rest | 0x7f800000u) : float_bits(bits_float(rest) * 0x1p112f);
+  const uint32_t magnitude =
+      rest >= 0x0f800000u ? (rest | 0x7f800000u) : float_bits(bits_float(rest) * 0x1p112f);
   return bits_float(sign | magnitude);
 }
 
@@ -85,7 +87,8 @@ FR_HD void from_float(float x, Half* out) {
     h = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     h = 0x7c00u;
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 makes the FPU round at the subnormal's last bit
+  } else if (magnitude <
+             0x38800000u) {  // below 2^-14: adding 0.5 makes the FPU round at the subnormal's last bit
     h = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
   } else {
     h = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -108,8 +111,8 @@ FR_HD T minimum(T a, T b) {
   return a < b ? a : b;
 }
 
-// Sizes and strides in elements, after dimensions that can be walked as one have been merged. `contiguous` means that
-// logical order is memory order, so that the rest need not be looked at.
+// Sizes and strides in elements, after dimensions that can be walked as one have been merged. `contiguous`
+// means that logical order is memory order, so that the rest need not be looked at.
 constexpr int kMaxDims = 16;
 struct Layout {
   int64_t numel = 0;
@@ -119,8 +122,8 @@ struct Layout {
   int64_t stride[kMaxDims];
 };
 
-// Calls f(position, offset, stride, count) for runs that cover logical elements [begin, end): element position + j lies at
-// memory offset + j * stride.
+// Calls f(position, offset, stride, count) for runs that cover logical elements [begin, end): element
+// position + j lies at memory offset + j * stride.
 template <class F>
 FR_HD void for_each_run(const Layout& layout, int64_t begin, int64_t end, F f) {
   if (begin >= end) return;

@@ -1,21 +1,22 @@
-// Philox4x32-10, a counter-based generator: 128 random bits from a 128-bit counter and a 64-bit key, with no state.
-// Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
+// Philox4x32-10, a counter-based generator: 128 random bits from a 128-bit counter and a 64-bit key, with no
+// state. Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
 //
-// In fastreg the key is the seed and the counter is (element group: 64 bits, draw: 32 bits, purpose: 32 bits): what an element
-// draws depends on the seed and its own index, on nothing else.
+// In fastreg the key is the seed and the counter is (element group: 64 bits, draw: 32 bits, purpose: 32
+// bits): what an element draws depends on the seed and its own index, on nothing else.
 #pragma once
 #include "device.h"
 
 namespace fastreg {
 
-constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u,
+                   kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // Two uses of one seed must not see the same bits, so each use has a number of its own.
 enum class Purpose : uint32_t { kDropout = 0, kStochasticRounding = 1, kAugment = 2 };
 
-// The seed of a call: a value, or where one lies in the memory of the device, so that a CUDA graph replays with the seed of the
-// day and no launch waits for the host.
+// The seed of a call: a value, or where one lies in the memory of the device, so that a CUDA graph replays
+// with the seed of the day and no launch waits for the host.
 struct Seed {
   uint64_t value;
   const uint64_t* at;  // null: value
@@ -39,11 +40,15 @@ FR_HD PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
   return {{c0, c1, c2, c3}};
 }
 
-// The eight 16-bit values of a group, element j of the group taking value j: low half of word 0, high half of word 0, ...
-FR_HD uint16_t philox_half(const PhiloxWords& words, int j) { return uint16_t(words.word[j >> 1] >> (16 * (j & 1))); }
+// The eight 16-bit values of a group, element j of the group taking value j: low half of word 0, high half of
+// word 0, ...
+FR_HD uint16_t philox_half(const PhiloxWords& words, int j) {
+  return uint16_t(words.word[j >> 1] >> (16 * (j & 1)));
+}
 
 FR_HD PhiloxWords philox_group(uint64_t seed, uint64_t group, uint32_t draw, Purpose purpose) {
-  return philox4x32(uint32_t(group), uint32_t(group >> 32), draw, uint32_t(purpose), uint32_t(seed), uint32_t(seed >> 32));
+  return philox4x32(uint32_t(group), uint32_t(group >> 32), draw, uint32_t(purpose), uint32_t(seed),
+                    uint32_t(seed >> 32));
 }
 
 }  // namespace fastreg

@@ -1,19 +1,21 @@
-// Vectors for the CPU kernels: Vec<A> is always 64 bytes (16 floats or 8 doubles), made of as many machine vectors as the
-// instruction set needs. One width everywhere means one order of every reduction, and no multiply and add is fused but those
-// written as multiply_add(): an op without multiply_add() has the same bits on every instruction set, one with it on every set
-// that has the instruction (all but x86-64's baseline). Built on the vector extensions of gcc and clang; intrinsics only where a
-// compiler cannot see the instruction.
+// Vectors for the CPU kernels: Vec<A> is always 64 bytes (16 floats or 8 doubles), made of as many machine
+// vectors as the instruction set needs. One width everywhere means one order of every reduction, and no
+// multiply and add is fused but those written as multiply_add(): an op without multiply_add() has the same
+// bits on every instruction set, one with it on every set that has the instruction (all but x86-64's
+// baseline). Built on the vector extensions of gcc and clang; intrinsics only where a compiler cannot see the
+// instruction.
 //
-// Files that include this are compiled once per instruction set, with FASTREG_ISA naming the namespace. Everything they define
-// lies inside it: a function outside could be merged by the linker with its twin for a machine that is not this one.
+// Files that include this are compiled once per instruction set, with FASTREG_ISA naming the namespace.
+// Everything they define lies inside it: a function outside could be merged by the linker with its twin for a
+// machine that is not this one.
 #pragma once
 #include <cmath>
 
 #include "device.h"
 #include "philox.h"
 #ifdef __SSE2__
-#pragma GCC diagnostic push  // gcc 12: AVX-512 intrinsics leave a variable unset on purpose, which -Wall finds once they are
-                             // inlined
+#pragma GCC diagnostic push  // gcc 12: AVX-512 intrinsics leave a variable unset on purpose, which -Wall
+                             // finds once they are inlined
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -43,7 +45,8 @@ struct Vec {
   typedef A Part __attribute__((vector_size(FR_VECTOR_BYTES)));
   using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   typedef Int IntPart __attribute__((vector_size(FR_VECTOR_BYTES)));
-  // One truth value per lane: bits in a register of their own with AVX-512, lanes of all ones or zeros elsewhere.
+  // One truth value per lane: bits in a register of their own with AVX-512, lanes of all ones or zeros
+  // elsewhere.
 #ifdef __AVX512F__
   using MaskPart = std::conditional_t<sizeof(A) == 4, __mmask16, __mmask8>;
 #else
@@ -167,8 +170,12 @@ FR_INLINE Vec<double>::Part fma_part(Vec<double>::Part a, Vec<double>::Part b, V
   return _mm256_fmadd_pd(a, b, c);
 }
 #else
-FR_INLINE Vec<float>::Part fma_part(Vec<float>::Part a, Vec<float>::Part b, Vec<float>::Part c) { return vfmaq_f32(c, a, b); }
-FR_INLINE Vec<double>::Part fma_part(Vec<double>::Part a, Vec<double>::Part b, Vec<double>::Part c) { return vfmaq_f64(c, a, b); }
+FR_INLINE Vec<float>::Part fma_part(Vec<float>::Part a, Vec<float>::Part b, Vec<float>::Part c) {
+  return vfmaq_f32(c, a, b);
+}
+FR_INLINE Vec<double>::Part fma_part(Vec<double>::Part a, Vec<double>::Part b, Vec<double>::Part c) {
+  return vfmaq_f64(c, a, b);
+}
 #endif
 #else
 template <class Part>
@@ -183,8 +190,8 @@ FR_INLINE Vec<A> multiply_add(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c)
   return d;
 }
 
-// a where a > b (a < b), else b: a NaN in a is passed over, one in b stays. One instruction, which a compiler does not find
-// behind select.
+// a where a > b (a < b), else b: a NaN in a is passed over, one in b stays. One instruction, which a compiler
+// does not find behind select.
 template <class A>
 FR_INLINE Vec<A> maximum(const Vec<A>& a, const Vec<A>& b) {
   return select(a > b, a, b);
@@ -219,7 +226,8 @@ FR_INLINE Vec<float> minimum(const Vec<float>& a, const Vec<float>& b) {
 #endif
 
 // ---- loads and stores, converting from and to the storage type; all of them unaligned
-// Part by part: a memcpy of all 64 bytes goes through the stack in halves, and the load that follows waits for both.
+// Part by part: a memcpy of all 64 bytes goes through the stack in halves, and the load that follows waits
+// for both.
 template <class A>
 FR_INLINE Vec<A> load_parts(const A* p) {
   Vec<A> v;
@@ -284,17 +292,20 @@ FR_INLINE void store(BFloat16* p, const Vec<float>& v) {
 FR_INLINE void store(Half* p, const Vec<float>& v) {
   for (int i = 0; i < v.kParts; ++i) {
 #if defined(__AVX512F__)
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v.part[i], _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)v.part[i], _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * v.kPartLanes), _mm256_cvtps_ph(v.part[i], _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + i * v.kPartLanes),
+                     _mm256_cvtps_ph(v.part[i], _MM_FROUND_TO_NEAREST_INT));
 #else
     for (int j = 0; j < v.kPartLanes; ++j) from_float(v.part[i][j], p + i * v.kPartLanes + j);
 #endif
   }
 }
 
-// ---- bfloat16 by pairs: 32 neighbours as a vector of the even ones and a vector of the odd ones. A pair is one 32-bit lane, so
-// that neither side needs a permutation, for elementwise work that does not ask which lane is which.
+// ---- bfloat16 by pairs: 32 neighbours as a vector of the even ones and a vector of the odd ones. A pair is
+// one 32-bit lane, so that neither side needs a permutation, for elementwise work that does not ask which
+// lane is which.
 struct Pairs {
   U32Part part[Vec<float>::kParts];
 };
@@ -306,7 +317,8 @@ FR_INLINE void load_pairs(const BFloat16* p, Vec<float>& even, Vec<float>& odd) 
     odd.part[i] = (Vec<float>::Part)(raw & 0xffff0000u);
   }
 }
-// Rounds; a NaN stays one if its lower half is 0, as that of every NaN is that came from bfloat16 or from arithmetic on it.
+// Rounds; a NaN stays one if its lower half is 0, as that of every NaN is that came from bfloat16 or from
+// arithmetic on it.
 FR_INLINE Pairs pack_pairs(const Vec<float>& even, const Vec<float>& odd) {
   Pairs pairs;
   for (int i = 0; i < Vec<float>::kParts; ++i) {
@@ -372,8 +384,8 @@ FR_INLINE void copy_few(void* to, const void* from, size_t bytes) {
   if (bytes >= 2) memcpy(to, from, 2);
 }
 
-// `count` elements of p to or from a buffer of one vector, in one move of the buffer's width where the machine has masked moves:
-// several narrow stores would stall the wide load that follows.
+// `count` elements of p to or from a buffer of one vector, in one move of the buffer's width where the
+// machine has masked moves: several narrow stores would stall the wide load that follows.
 template <class T, class V>
 FR_INLINE void read_first(T* buffer, const T* p, int count, V) {
 #ifdef __AVX512BW__
@@ -388,7 +400,8 @@ FR_INLINE void read_first(T* buffer, const T* p, int count, V) {
 #ifdef __AVX2__
   if constexpr (std::is_same_v<T, float>) {
     const auto mask = V::first(count);
-    for (int i = 0; i < V::kParts; ++i) _mm256_storeu_ps(buffer + 8 * i, _mm256_maskload_ps(p + 8 * i, (__m256i)mask.part[i]));
+    for (int i = 0; i < V::kParts; ++i)
+      _mm256_storeu_ps(buffer + 8 * i, _mm256_maskload_ps(p + 8 * i, (__m256i)mask.part[i]));
     return;
   }
 #endif
@@ -410,7 +423,8 @@ FR_INLINE void write_first(T* p, const T* buffer, int count, V) {
 #ifdef __AVX2__
   if constexpr (std::is_same_v<T, float>) {
     const auto mask = V::first(count);
-    for (int i = 0; i < V::kParts; ++i) _mm256_maskstore_ps(p + 8 * i, (__m256i)mask.part[i], _mm256_loadu_ps(buffer + 8 * i));
+    for (int i = 0; i < V::kParts; ++i)
+      _mm256_maskstore_ps(p + 8 * i, (__m256i)mask.part[i], _mm256_loadu_ps(buffer + 8 * i));
     return;
   }
 #endif
@@ -477,11 +491,11 @@ FR_INLINE void write_tile(const Layout& layout, T* base, int64_t begin, int64_t 
   });
 }
 
-// ---- exp of x <= 0, all that a softmax needs: within 2 ulp of correctly rounded, 0 below -87.68 (where float32 would be
-// subnormal), NaN kept.
-// 2^n * P(r) with n = round(x / ln 2), r = x - n ln 2 in two pieces (Cody and Waite), P of degree 6, fitted to the least relative
-// error on |r| <= ln 2 / 2. Adding `round` leaves n + 127 in the lowest bits of the sum, which a shift by 23 turns into 2^n;
-// n = -127 gives the float 0, so that neither an upper clamp nor a mask is needed.
+// ---- exp of x <= 0, all that a softmax needs: within 2 ulp of correctly rounded, 0 below -87.68 (where
+// float32 would be subnormal), NaN kept. 2^n * P(r) with n = round(x / ln 2), r = x - n ln 2 in two pieces
+// (Cody and Waite), P of degree 6, fitted to the least relative error on |r| <= ln 2 / 2. Adding `round`
+// leaves n + 127 in the lowest bits of the sum, which a shift by 23 turns into 2^n; n = -127 gives the float
+// 0, so that neither an upper clamp nor a mask is needed.
 FR_INLINE Vec<float> exp_nonpositive(const Vec<float>& x) {
   using V = Vec<float>;
   const V round(0x1.8p23f + 127.f);
@@ -526,7 +540,9 @@ FR_INLINE Vec<float> log1p_reduced(const Vec<float>& x, const Vec<float>& expone
   y = multiply_add(square, V(-0.5f), y);
   return multiply_add(exponent, V(0.693359375f), x + y);
 }
-FR_INLINE Vec<float> log1p_small(const Vec<float>& x) { return log1p_reduced(x, Vec<float>(0.f)); }  // x in [0, 0.125]
+FR_INLINE Vec<float> log1p_small(const Vec<float>& x) {
+  return log1p_reduced(x, Vec<float>(0.f));
+}  // x in [0, 0.125]
 // x >= 1, finite or NaN, which stays. The exponent is taken where the mantissa is at least sqrt(1/2).
 FR_INLINE Vec<float> log_from_one(const Vec<float>& x) {
   using V = Vec<float>;
@@ -555,7 +571,8 @@ FR_INLINE Vec<double> log_from_one(const Vec<double>& x) {
 typedef uint64_t U64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 constexpr int kGroupLanes = FR_VECTOR_BYTES / 8;
 
-FR_INLINE U64Part multiply_low_halves(U64Part a, uint64_t b) {  // 32 x 32 -> 64 bits; the high halves of a are ignored
+FR_INLINE U64Part multiply_low_halves(U64Part a,
+                                      uint64_t b) {  // 32 x 32 -> 64 bits; the high halves of a are ignored
 #if defined(__AVX512F__)
   return (U64Part)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(int64_t(b)));
 #elif defined(__AVX2__)
@@ -569,13 +586,15 @@ FR_INLINE U64Part multiply_low_halves(U64Part a, uint64_t b) {  // 32 x 32 -> 64
 #endif
 }
 
-// philox_group(seed of the keys, group + lane, draw, purpose) of kGroupLanes groups: their first halves (words 0 and 1) and
-// second ones. Counter words live in the low halves of 64-bit lanes, where the multiplier wants them; the high halves hold
-// garbage that no step looks at, which saves the masks and shuffles of a packed layout.
+// philox_group(seed of the keys, group + lane, draw, purpose) of kGroupLanes groups: their first halves
+// (words 0 and 1) and second ones. Counter words live in the low halves of 64-bit lanes, where the multiplier
+// wants them; the high halves hold garbage that no step looks at, which saves the masks and shuffles of a
+// packed layout.
 struct GroupHalves {
   U64Part first, second;
 };
-struct PhiloxKeys {  // of every round, in vectors made once: in the loop that would cost as much as the arithmetic
+struct PhiloxKeys {  // of every round, in vectors made once: in the loop that would cost as much as the
+                     // arithmetic
   U64Part key[kPhiloxRounds][2];
   explicit FR_INLINE PhiloxKeys(uint64_t seed) {
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
@@ -590,7 +609,8 @@ struct PhiloxKeys {  // of every round, in vectors made once: in the loop that w
 FR_INLINE GroupHalves philox_groups(const PhiloxKeys& keys, uint64_t group, uint32_t draw, Purpose purpose) {
   U64Part lane;
   for (int j = 0; j < kGroupLanes; ++j) lane[j] = uint64_t(j);
-  U64Part c0 = lane + group, c1 = c0 >> 32, c2 = uint64_t(draw) - U64Part{}, c3 = uint64_t(purpose) - U64Part{};
+  U64Part c0 = lane + group, c1 = c0 >> 32, c2 = uint64_t(draw) - U64Part{},
+          c3 = uint64_t(purpose) - U64Part{};
 #pragma GCC unroll 10
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const U64Part p0 = multiply_low_halves(c0, kPhiloxM0), p1 = multiply_low_halves(c2, kPhiloxM1);
@@ -602,9 +622,10 @@ FR_INLINE GroupHalves philox_groups(const PhiloxKeys& keys, uint64_t group, uint
   return {(c0 & 0xffffffffu) | (c1 << 32), (c2 & 0xffffffffu) | (c3 << 32)};
 }
 
-// philox_half(philox_group(seed, group + g, draw, purpose), j) -> out[8 * g + j] for g < count; out has room for a multiple of
-// kGroupLanes groups.
-FR_INLINE void philox_bulk(uint64_t seed, uint64_t group, int64_t count, uint32_t draw, Purpose purpose, uint16_t* out) {
+// philox_half(philox_group(seed, group + g, draw, purpose), j) -> out[8 * g + j] for g < count; out has room
+// for a multiple of kGroupLanes groups.
+FR_INLINE void philox_bulk(uint64_t seed, uint64_t group, int64_t count, uint32_t draw, Purpose purpose,
+                           uint16_t* out) {
   const PhiloxKeys keys(seed);
   for (int64_t g = 0; g < count; g += kGroupLanes) {
     const GroupHalves halves = philox_groups(keys, group + uint64_t(g), draw, purpose);
@@ -617,8 +638,8 @@ FR_INLINE void philox_bulk(uint64_t seed, uint64_t group, int64_t count, uint32_
   }
 }
 
-// For the 8 * kGroupLanes 16-bit values of such groups, in their order: bit j of `less` is value j < threshold; `ties` tells
-// whether any value equals it.
+// For the 8 * kGroupLanes 16-bit values of such groups, in their order: bit j of `less` is value j <
+// threshold; `ties` tells whether any value equals it.
 struct Comparison {
   uint64_t less;
   bool ties;
@@ -630,13 +651,16 @@ FR_INLINE Comparison compare_groups(const GroupHalves& halves, uint16_t threshol
   const __m512i first = _mm512_permutexvar_epi64(order, (__m512i)halves.first);
   const __m512i second = _mm512_permutexvar_epi64(order, (__m512i)halves.second);
   const __m512i low = _mm512_unpacklo_epi64(first, second), high = _mm512_unpackhi_epi64(first, second);
-  const uint64_t less = uint64_t(_mm512_cmplt_epu16_mask(low, t)) | uint64_t(_mm512_cmplt_epu16_mask(high, t)) << 32;
+  const uint64_t less = uint64_t(_mm512_cmplt_epu16_mask(low, t)) | uint64_t(_mm512_cmplt_epu16_mask(high, t))
+                                                                        << 32;
   return {less, (_mm512_cmpeq_epi16_mask(low, t) | _mm512_cmpeq_epi16_mask(high, t)) != 0};
 #elif defined(__AVX2__)
   const __m256i flip = _mm256_set1_epi16(int16_t(0x8000));  // compares are signed
   const __m256i t = _mm256_set1_epi16(int16_t(threshold ^ 0x8000));
-  const __m256i low = _mm256_xor_si256(_mm256_unpacklo_epi64((__m256i)halves.first, (__m256i)halves.second), flip);
-  const __m256i high = _mm256_xor_si256(_mm256_unpackhi_epi64((__m256i)halves.first, (__m256i)halves.second), flip);
+  const __m256i low =
+      _mm256_xor_si256(_mm256_unpacklo_epi64((__m256i)halves.first, (__m256i)halves.second), flip);
+  const __m256i high =
+      _mm256_xor_si256(_mm256_unpackhi_epi64((__m256i)halves.first, (__m256i)halves.second), flip);
   const __m256i less = _mm256_packs_epi16(_mm256_cmpgt_epi16(t, low), _mm256_cmpgt_epi16(t, high));
   const __m256i equal = _mm256_or_si256(_mm256_cmpeq_epi16(t, low), _mm256_cmpeq_epi16(t, high));
   return {uint32_t(_mm256_movemask_epi8(less)), !_mm256_testz_si256(equal, equal)};

@@ -1,6 +1,6 @@
-// Cross-entropy where neighbouring rows lie side by side in memory, as the pixels of (N, C, H, W): a lane for each row, so that
-// nothing is transposed and nothing summed across lanes. Formula and arguments as in cross_entropy_math.h; for
-// cross_entropy_cpu.cpp alone.
+// Cross-entropy where neighbouring rows lie side by side in memory, as the pixels of (N, C, H, W): a lane for
+// each row, so that nothing is transposed and nothing summed across lanes. Formula and arguments as in
+// cross_entropy_math.h; for cross_entropy_cpu.cpp alone.
 #pragma once
 #include <type_traits>
 #include <vector>
@@ -11,12 +11,14 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-constexpr int64_t kSumBlock = 64;  // classes summed before they join the sum: rounding errors stay those of short sums
+constexpr int64_t kSumBlock =
+    64;  // classes summed before they join the sum: rounding errors stay those of short sums
 
-// Rows [first, first + lanes) of one batch element; x, grad and soft point at class 0 of the first of them. exps: room for
-// classes * lanes of a vector. index: of the first row among all.
+// Rows [first, first + lanes) of one batch element; x, grad and soft point at class 0 of the first of them.
+// exps: room for classes * lanes of a vector. index: of the first row among all.
 template <bool kGeneral, class T, class G, class S, class A>
-void columns(const CrossEntropyArgs& a, const T* x, const S* soft, G* grad, int64_t index, int lanes, A* exps) {
+void columns(const CrossEntropyArgs& a, const T* x, const S* soft, G* grad, int64_t index, int lanes,
+             A* exps) {
   using V = Vec<A>;
   constexpr int kLanes = V::kLanes;
   const int64_t k = a.classes;
@@ -87,7 +89,8 @@ void columns(const CrossEntropyArgs& a, const T* x, const S* soft, G* grad, int6
   if (!soft) {
     if (a.mix != 0) dot = dot + weighted_logit(q_target, shifted);
     q_sum = q_sum + q_target;
-    if (a.mix + a.base == 0) {  // "others" with eps = 1: a target of -inf has no mass, but dot became inf - inf
+    if (a.mix + a.base ==
+        0) {  // "others" with eps = 1: a target of -inf has no mass, but dot became inf - inf
       A dots[kLanes];
       store(dots, dot);
       for (int j = 0; j < lanes; ++j) {
@@ -96,7 +99,8 @@ void columns(const CrossEntropyArgs& a, const T* x, const S* soft, G* grad, int6
         store(tops, top);
         for (int64_t c = 0; c < k; ++c) {
           const A q = A(a.base) * (weight ? weight[c] : A(1));
-          if (c != a.target[index + j] && q != 0) sum += q * (to_float(x[c * a.logits_stride.cls + j]) - tops[j]);
+          if (c != a.target[index + j] && q != 0)
+            sum += q * (to_float(x[c * a.logits_stride.cls + j]) - tops[j]);
         }
         dots[j] = sum;
       }
@@ -114,10 +118,12 @@ void columns(const CrossEntropyArgs& a, const T* x, const S* soft, G* grad, int6
   }
 
   if (!grad) return;
-  const V factor = a.row_factor ? load(static_cast<const A*>(a.row_factor) + index, lanes) : V(A(a.grad_factor));
+  const V factor =
+      a.row_factor ? load(static_cast<const A*>(a.row_factor) + index, lanes) : V(A(a.grad_factor));
   const V softmax_factor = (q_sum + V(A(2 * a.z_loss)) * (a.z_loss != 0 ? lse : zero)) * factor / total;
   for (int64_t c = 0; c < k; ++c) {
-    const V g = cross_entropy_grad(load(exps + c * kLanes), kGeneral ? q_at(c) : base, softmax_factor, factor);
+    const V g =
+        cross_entropy_grad(load(exps + c * kLanes), kGeneral ? q_at(c) : base, softmax_factor, factor);
     store(grad + c * a.grad_stride.cls, select(keep, g, zero), lanes);
   }
   if (soft) return;
@@ -140,7 +146,8 @@ void column_block(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t l
   with_dtype(a.soft_target ? a.target_dtype : a.dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
     if constexpr (std::is_same_v<typename Accumulate<S>::type, A>) {
-      const S* soft = a.soft_target ? static_cast<const S*>(a.soft_target) + n * a.target_stride.outer : nullptr;
+      const S* soft =
+          a.soft_target ? static_cast<const S*>(a.soft_target) + n * a.target_stride.outer : nullptr;
       const auto run = soft || a.weight ? columns<true, T, G, S, A> : columns<false, T, G, S, A>;
       for (int64_t s = first; s < last; s += Vec<A>::kLanes) {
         const int lanes = int(last - s < Vec<A>::kLanes ? last - s : Vec<A>::kLanes);
@@ -150,7 +157,8 @@ void column_block(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t l
   });
 }
 
-// Of more classes a block no longer stays in the L2 cache over three passes, and transposing it once is faster.
+// Of more classes a block no longer stays in the L2 cache over three passes, and transposing it once is
+// faster.
 constexpr int64_t kMostClasses = 4096;
 
 // Whether rows are to be taken so.
@@ -158,7 +166,8 @@ template <class A>
 bool lies_in_columns(const CrossEntropyArgs& a) {
   const bool same_type = !a.soft_target || (a.target_dtype == DType::kFloat64) == std::is_same_v<A, double>;
   return a.classes <= kMostClasses && a.logits_stride.cls != 1 && a.logits_stride.position == 1 &&
-         (!a.grad || a.grad_stride.position == 1) && (!a.soft_target || a.target_stride.position == 1) && same_type;
+         (!a.grad || a.grad_stride.position == 1) && (!a.soft_target || a.target_stride.position == 1) &&
+         same_type;
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-// Smoothed cross-entropy on the CPU with its gradient written in the same sweep; formula in cross_entropy_math.h.
-// Bytes per float32 logit: reads 4 and writes 4, once each, as long as a row's exponentials stay in the L2 cache: 8, the floor; 4
-// without gradient. A row is taken in blocks that stay in the L1 cache: largest logit, then exponentials and their sum, while the
-// next block is on its way from memory. The gradient is one more pass over the exponentials.
+// Smoothed cross-entropy on the CPU with its gradient written in the same sweep; formula in
+// cross_entropy_math.h. Bytes per float32 logit: reads 4 and writes 4, once each, as long as a row's
+// exponentials stay in the L2 cache: 8, the floor; 4 without gradient. A row is taken in blocks that stay in
+// the L1 cache: largest logit, then exponentials and their sum, while the next block is on its way from
+// memory. The gradient is one more pass over the exponentials.
 #include <type_traits>
 #include <vector>
 
@@ -14,8 +15,8 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-// A run of blocks whose exponentials are relative to one number, the largest logit up to there (Milakov and Gimelshein 2018).
-// Whenever a block has a larger one, a segment ends.
+// A run of blocks whose exponentials are relative to one number, the largest logit up to there (Milakov and
+// Gimelshein 2018). Whenever a block has a larger one, a segment ends.
 template <class A>
 struct Segment {
   int64_t begin;
@@ -56,11 +57,12 @@ FR_INLINE void prefetch(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kToWrite);
 }
 
-// One row of k contiguous logits. General: with class weights or soft targets; otherwise q is `base` everywhere and mix more at
-// the target, which needs neither array. exps: room for k exponentials, or the gradient itself where it has their type.
+// One row of k contiguous logits. General: with class weights or soft targets; otherwise q is `base`
+// everywhere and mix more at the target, which needs neither array. exps: room for k exponentials, or the
+// gradient itself where it has their type.
 template <bool kGeneral, class T, class G, class A>
-void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, double row_factor, A* exps, G* grad,
-         std::vector<Segment<A>>& segments, double* loss, double* lse) {
+void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, double row_factor, A* exps,
+         G* grad, std::vector<Segment<A>>& segments, double* loss, double* lse) {
   using V = Vec<A>;
   const int64_t k = a.classes;
   const A* weight = static_cast<const A*>(a.weight);
@@ -103,7 +105,8 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
           largest = maximum(v, largest);
           other = maximum(w, other);
         },
-        [&](int64_t i, int lanes) __attribute__((always_inline)) { largest = maximum(load(x + i, lanes, -infinity), largest); });
+        [&](int64_t i, int lanes)
+            __attribute__((always_inline)) { largest = maximum(load(x + i, lanes, -infinity), largest); });
     largest = maximum(other, largest);
     if (block == 0 || any(largest > V(reference))) {
       if (block) close_segment(block);
@@ -116,7 +119,8 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
         [&](int64_t i) __attribute__((always_inline)) {
           V v, w;
           load_two<kGeneral>(x + i, v, w);
-          // A processor fetches ahead by itself, but not a block ahead: memory would wait while this one is computed.
+          // A processor fetches ahead by itself, but not a block ahead: memory would wait while this one is
+          // computed.
           prefetch<false>(x + i + kBlock);
           if (in_grad) prefetch<true>(exps + i + kBlock);
           v = v - origin;
@@ -155,16 +159,16 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
   }
   if (top == -double(infinity)) sum = __builtin_nan("");
   if (sum < 1.125) {
-    // One class has nearly all the mass. Its 1 has swallowed the last bits of the others', which are the whole loss where it is
-    // the target: add those up alone.
+    // One class has nearly all the mass. Its 1 has swallowed the last bits of the others', which are the
+    // whole loss where it is the target: add those up alone.
     V rest = zero;
     const V origin{A(top)};
     for (size_t j = 0; j < segments.size(); ++j) {
       const int64_t begin = segments[j].begin, end = j + 1 < segments.size() ? segments[j + 1].begin : k;
       const V factor{A(segments[j].factor)};
       for_each_vector<A>(end - begin, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-        const V e =
-            grad ? load(exps + begin + i, lanes) * factor : exp_nonpositive(load(x + begin + i, lanes, -infinity) - origin);
+        const V e = grad ? load(exps + begin + i, lanes) * factor
+                         : exp_nonpositive(load(x + begin + i, lanes, -infinity) - origin);
         rest = rest + select(e < V(A(0.5)), e, zero);
       });
     }
@@ -184,7 +188,8 @@ void row(const CrossEntropyArgs& a, const T* x, const A* soft, int64_t target, d
   if (!soft) {
     const double q_target = double(target_weight) * a.mix;  // beyond the base that every class has
     if (q_target != 0) dot += q_target * shifted;
-    if (a.mix + a.base == 0 && shifted == -double(infinity)) {  // "others" with eps = 1: no mass here, where dot became inf - inf
+    if (a.mix + a.base == 0 &&
+        shifted == -double(infinity)) {  // "others" with eps = 1: no mass here, where dot became inf - inf
       dot = 0;
       for (int64_t c = 0; c < k; ++c) {
         const double q = a.base * (weight ? double(weight[c]) : 1);
@@ -254,7 +259,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     const int64_t last = first + kRowBlock < a.positions ? first + kRowBlock : a.positions;
     for (int64_t s0 = first; s0 < last; s0 += rows_at_once) {
       const int64_t rows = last - s0 < rows_at_once ? last - s0 : rows_at_once;
-      const T* x = static_cast<const T*>(a.logits) + n * a.logits_stride.outer + s0 * a.logits_stride.position;
+      const T* x =
+          static_cast<const T*>(a.logits) + n * a.logits_stride.outer + s0 * a.logits_stride.position;
       G* g = static_cast<G*>(a.grad) + (a.grad ? n * a.grad_stride.outer + s0 * a.grad_stride.position : 0);
       if (!direct) {
         for (int64_t c = 0; c < k; ++c)
@@ -278,7 +284,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
         if (a.soft_target) {
           with_dtype(a.target_dtype, [&](auto* type) {
             using S = std::remove_pointer_t<decltype(type)>;
-            const S* t = static_cast<const S*>(a.soft_target) + n * a.target_stride.outer + (s0 + r) * a.target_stride.position;
+            const S* t = static_cast<const S*>(a.soft_target) + n * a.target_stride.outer +
+                         (s0 + r) * a.target_stride.position;
             for (int64_t c = 0; c < k; ++c) soft_row[size_t(c)] = A(to_float(t[c * a.target_stride.cls]));
           });
         }
@@ -289,7 +296,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
       }
       if (!direct && a.grad) {
         for (int64_t c = 0; c < k; ++c)
-          for (int64_t r = 0; r < rows; ++r) g[c * a.grad_stride.cls + r * a.grad_stride.position] = grads[size_t(r * k + c)];
+          for (int64_t r = 0; r < rows; ++r)
+            g[c * a.grad_stride.cls + r * a.grad_stride.position] = grads[size_t(r * k + c)];
       }
     }
   }
@@ -298,7 +306,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
 void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift them.
+    // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift
+    // them.
     using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
     a.grad == a.logits ? forward_typed<T, T>(a, begin, end) : forward_typed<T, G>(a, begin, end);
   });

@@ -1,19 +1,22 @@
-// Smoothed cross-entropy on CUDA with its gradient written in the same sweep; formula in cross_entropy_math.h.
-// Bytes per 16-bit logit: reads 2, writes 2, once each, where the row fits in shared memory (227 KiB on an H100, 163 on an A100);
-// a longer row is read twice. float32: 4 for 2; the gradient of float16 is float32. Probabilities as targets are read twice.
-// Per row: 8 of its class index, 4 of lse, 4 of loss; for a mean or sum another 4, for a mean another 8.
+// Smoothed cross-entropy on CUDA with its gradient written in the same sweep; formula in
+// cross_entropy_math.h. Bytes per 16-bit logit: reads 2, writes 2, once each, where the row fits in shared
+// memory (227 KiB on an H100, 163 on an A100); a longer row is read twice. float32: 4 for 2; the gradient of
+// float16 is float32. Probabilities as targets are read twice. Per row: 8 of its class index, 4 of lse, 4 of
+// loss; for a mean or sum another 4, for a mean another 8.
 //
-// Largest logit and sum of exponentials in one sweep, relative to a running reference (Milakov and Gimelshein 2018), which moves
-// only when a logit lies 8 above it: to move it costs a rounding, and a row may have its logits in ascending order. One largest
-// logit stays out of the sum, so that log1p(sum) keeps the last bits of a row in which one class has nearly all the mass. The
-// loss is within 2 ulp of the exact one where several classes share the mass. Where one has nearly all of it the loss is a small
-// exp(x - top), and the rounding of x - top adds as many ulp as the logits lie apart: none of 16-bit logits, whose differences
-// are exact, 20 of float32 logits 20 apart.
+// Largest logit and sum of exponentials in one sweep, relative to a running reference (Milakov and Gimelshein
+// 2018), which moves only when a logit lies 8 above it: to move it costs a rounding, and a row may have its
+// logits in ascending order. One largest logit stays out of the sum, so that log1p(sum) keeps the last bits
+// of a row in which one class has nearly all the mass. The loss is within 2 ulp of the exact one where
+// several classes share the mass. Where one has nearly all of it the loss is a small exp(x - top), and the
+// rounding of x - top adds as many ulp as the logits lie apart: none of 16-bit logits, whose differences are
+// exact, 20 of float32 logits 20 apart.
 //
 // Three ways to share rows out:
 //   words     classes contiguous: a warp or a block per row, 16 bytes per lane, however the row is aligned
-//   elements  the same with an element per lane: class weights with smoothing, probabilities, any strides, float64
-//   tiles     few classes, or rows side by side as the pixels of (N, C, H, W): a thread per row; a block brings its rows into
+//   elements  the same with an element per lane: class weights with smoothing, probabilities, any strides,
+//   float64 tiles     few classes, or rows side by side as the pixels of (N, C, H, W): a thread per row; a
+//   block brings its rows into
 //             shared memory word by word and takes the gradient back
 // Every sum has a fixed order: the same input gives the same bits.
 //
@@ -33,11 +36,14 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kMost = std::numeric_limits<A>::max();
 
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }  // never NaN unless both are
+__device__ __forceinline__ float larger(float a, float b) {
+  return fmaxf(a, b);
+}  // never NaN unless both are
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
-// 1 / x for x >= 1. A division of float64, as there is one in log1p, is a call, around which registers are spilled.
+// 1 / x for x >= 1. A division of float64, as there is one in log1p, is a call, around which registers are
+// spilled.
 __device__ __forceinline__ float reciprocal(float x) { return 1.f / x; }
 __device__ __forceinline__ double reciprocal(double x) {
   double r = double(1.f / float(x));
@@ -90,7 +96,8 @@ __device__ __forceinline__ A warp_max(A x) {
   return x;
 }
 
-// ---- a sum as a pair of numbers that has twice the precision: a thread adds up hundreds of numbers, one after another
+// ---- a sum as a pair of numbers that has twice the precision: a thread adds up hundreds of numbers, one
+// after another
 
 template <class A>
 struct Pair {
@@ -101,12 +108,15 @@ struct Pair {
     low += (high - (sum - part)) + (x.high - part) + x.low;
     high = sum;
   }
-  __device__ __forceinline__ void add_smaller(A x) {  // Dekker 1971; a larger x is added as a plain number would be
+  __device__ __forceinline__ void add_smaller(
+      A x) {  // Dekker 1971; a larger x is added as a plain number would be
     const A sum = high + x;
     low += x - (sum - high);
     high = sum;
   }
-  __device__ __forceinline__ A value() const { return low == low ? high + low : high; }  // inf - inf is no correction
+  __device__ __forceinline__ A value() const {
+    return low == low ? high + low : high;
+  }  // inf - inf is no correction
 };
 
 // ---- what is known of a row, or of a thread's part of it, after some of its classes
@@ -181,7 +191,8 @@ struct RowsWork {
   int64_t rows, positions, classes, ignore_index;
   Divider per_outer;  // positions
   CrossEntropyArgs::Strides logits_stride, grad_stride, soft_stride;
-  A mix, base, own, q_all, q_rest, z_loss;  // q of the target; all q, and all but the target's, where they need no summing
+  A mix, base, own, q_all, q_rest,
+      z_loss;  // q of the target; all q, and all but the target's, where they need no summing
   A factor;
   const A* row_factor;     // one for each row; or
   const A* shared_factor;  // one for all; or null
@@ -225,7 +236,8 @@ struct RowsWork {
   // soft_row: offset of the row's probabilities.
   __device__ __forceinline__ A q_at(int64_t c, int64_t its_target, int64_t soft_row) const {
     const A w = weight ? weight[c] : A(1);
-    if (soft) return smoothed_target(load_as<A>(soft, soft_dtype, soft_row + c * soft_stride.cls), w, mix, base);
+    if (soft)
+      return smoothed_target(load_as<A>(soft, soft_dtype, soft_row + c * soft_stride.cls), w, mix, base);
     return w * (c == its_target ? own : base);
   }
   __device__ __forceinline__ A factor_of(int64_t row) const {
@@ -258,8 +270,8 @@ struct RowGradient {
 
 // Loss and lse of a row, written by the thread that `writes`; and what its gradient takes.
 template <class T, class G, class A = typename Accumulate<T>::type>
-__device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, int64_t row, int64_t target, A target_logit,
-                                                     RunningSoftmax<A> s, bool writes) {
+__device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, int64_t row, int64_t target,
+                                                     A target_logit, RunningSoftmax<A> s, bool writes) {
   const A nan = kInfinity<A> - kInfinity<A>;
   const A others = s.top == kInfinity<A> || s.top == -kInfinity<A> ? nan : s.others.value();
   const bool hard = target >= 0;
@@ -284,7 +296,8 @@ __device__ __forceinline__ RowGradient<A> finish_row(const RowsWork<T, G>& w, in
     if (w.lse) w.lse[row] = lse;
   }
   // At the target q_sum * p - q, whose last bits would be lost in a p of nearly 1.
-  const A e = exponential(shifted), share = reciprocal(sum), p = e * share, missing = (others + (A(1) - e)) * share;
+  const A e = exponential(shifted), share = reciprocal(sum), p = e * share,
+          missing = (others + (A(1) - e)) * share;
   const A at_target = p < A(0.5) ? q_sum * p - q_target : q_rest - q_sum * missing;
   return {s.top, (q_sum + z_slope) * factor * share, factor, factor * (at_target + z_slope * p)};
 }
@@ -334,13 +347,16 @@ __device__ __forceinline__ int64_t head_of(const T* x, int64_t classes) {
   return head < classes ? head : classes;
 }
 
-// threads: of a row, one warp of several in the block or all of the block. cached: shared memory has room for the row.
+// threads: of a row, one warp of several in the block or all of the block. cached: shared memory has room for
+// the row.
 template <class T, class G, bool kWords>
-__global__ void __launch_bounds__(kMostRowThreads<T>) cross_entropy_rows(const RowsWork<T, G> w, int threads, bool cached) {
+__global__ void __launch_bounds__(kMostRowThreads<T>)
+    cross_entropy_rows(const RowsWork<T, G> w, int threads, bool cached) {
   using A = typename RowsWork<T, G>::A;
   constexpr int kSize = Word<T>::kSize, kUnit = Unit<T, G>::kSize;
   __shared__ RunningSoftmax<A> of_warp[kMostRowThreads<T> / kLanes];
-  const int lane = int(threadIdx.x) % threads, warp = int(threadIdx.x) / kLanes, in_block = int(blockDim.x) / threads;
+  const int lane = int(threadIdx.x) % threads, warp = int(threadIdx.x) / kLanes,
+            in_block = int(blockDim.x) / threads;
   const int64_t k = w.classes, cache_words = (k + kSize - 1) / kSize;
   T* cache = reinterpret_cast<T*>(dynamic_shared + (cached ? int(threadIdx.x) / threads * cache_words : 0));
   const auto synchronise = [&] { threads > kLanes ? __syncthreads() : __syncwarp(); };
@@ -351,7 +367,8 @@ __global__ void __launch_bounds__(kMostRowThreads<T>) cross_entropy_rows(const R
     G* g = w.grad ? w.grad + w.offset(w.grad_stride, row) : nullptr;
     const int64_t soft = w.soft ? w.offset(w.soft_stride, row) : 0, target = target_of(w, row);
     // The edges, fewer than 16 elements before and after the words, are one for each of the first lanes.
-    const int64_t head = kWords ? head_of(x, k) : 0, words = kWords ? (k - head) / kSize : 0, body_end = head + words * kSize;
+    const int64_t head = kWords ? head_of(x, k) : 0, words = kWords ? (k - head) / kSize : 0,
+                  body_end = head + words * kSize;
     const int64_t edge = lane < head ? lane : body_end + lane - head;
     const bool has_edge = kWords && edge < k;
 
@@ -364,7 +381,8 @@ __global__ void __launch_bounds__(kMostRowThreads<T>) cross_entropy_rows(const R
         Word<G> zeros;
 #pragma unroll
         for (int i = 0; i < Word<G>::kSize; ++i) zeros.value[i] = zero;
-        for (int64_t i = head + int64_t(lane) * Word<G>::kSize; i < body_end; i += int64_t(threads) * Word<G>::kSize)
+        for (int64_t i = head + int64_t(lane) * Word<G>::kSize; i < body_end;
+             i += int64_t(threads) * Word<G>::kSize)
           store_word(g + i, zeros);
         if (has_edge) g[edge] = zero;
       } else {
@@ -464,14 +482,18 @@ __global__ void __launch_bounds__(kMostRowThreads<T>) cross_entropy_rows(const R
 constexpr int kTileThreads = 128, kTileClasses = 64;  // of rows that lie one after another
 
 struct Tile {
-  enum Kind { kDense, kColumns, kDirect } kind;  // rows one after another; side by side; side by side, but too long for a tile
+  enum Kind {
+    kDense,
+    kColumns,
+    kDirect
+  } kind;  // rows one after another; side by side; side by side, but too long for a tile
   bool read_words, write_words;
 };
 
 // Moves a tile, `runs` runs of neighbours, in or out, a word at a time where words are aligned.
 template <bool kIn, class T>
-__device__ __forceinline__ void move_tile(T* global, int64_t global_stride, T* tile, uint32_t tile_stride, uint32_t runs,
-                                          uint32_t length, bool aligned) {
+__device__ __forceinline__ void move_tile(T* global, int64_t global_stride, T* tile, uint32_t tile_stride,
+                                          uint32_t runs, uint32_t length, bool aligned) {
   constexpr uint32_t kSize = Word<T>::kSize;
   const uint32_t words = aligned ? length / kSize : 0, rest = length - words * kSize;
   for (uint32_t i = threadIdx.x; i < runs * words; i += blockDim.x) {
@@ -496,7 +518,8 @@ __device__ __forceinline__ void move_tile(T* global, int64_t global_stride, T* t
 
 // The row of one thread, from class `begin` round to it: logit(c) reads, put(c, value) writes its gradient.
 template <bool kPlain, class T, class G, class Index, class Logit, class Put>
-__device__ __forceinline__ void whole_row(const RowsWork<T, G>& w, int64_t row, Index begin, const Logit& logit, const Put& put) {
+__device__ __forceinline__ void whole_row(const RowsWork<T, G>& w, int64_t row, Index begin,
+                                          const Logit& logit, const Put& put) {
   using A = typename RowsWork<T, G>::A;
   const Index k = Index(w.classes);
   const int64_t target = target_of(w, row);
@@ -523,7 +546,8 @@ __device__ __forceinline__ void whole_row(const RowsWork<T, G>& w, int64_t row, 
     if (sums_dot) s.add_target(x, q_at(c));
   });
   s.close();
-  const RowGradient<A> gradient = finish_row(w, row, target, target >= 0 ? logit(Index(target)) : A(0), s, true);
+  const RowGradient<A> gradient =
+      finish_row(w, row, target, target >= 0 ? logit(Index(target)) : A(0), s, true);
   if (!w.grad) return;
   for_each_class([&](Index c) {
     const A value = gradient(logit(c), q_at(c));
@@ -532,7 +556,8 @@ __device__ __forceinline__ void whole_row(const RowsWork<T, G>& w, int64_t row, 
 }
 
 template <class T, class G>
-__global__ void __launch_bounds__(kTileThreads) cross_entropy_tiles(const RowsWork<T, G> w, const Tile tile, int64_t tiles) {
+__global__ void __launch_bounds__(kTileThreads)
+    cross_entropy_tiles(const RowsWork<T, G> w, const Tile tile, int64_t tiles) {
   using A = typename RowsWork<T, G>::A;
   const int64_t k = w.classes;
   const uint32_t threads = blockDim.x, mine = threadIdx.x;
@@ -566,7 +591,9 @@ __global__ void __launch_bounds__(kTileThreads) cross_entropy_tiles(const RowsWo
       } else {
         whole_row<false>(
             w, row, int64_t(begin),
-            [&](int64_t c) -> A { return staged ? logit(uint32_t(c)) : load_float(x[c * w.logits_stride.cls + mine]); },
+            [&](int64_t c) -> A {
+              return staged ? logit(uint32_t(c)) : load_float(x[c * w.logits_stride.cls + mine]);
+            },
             [&](int64_t c, A value) {
               if (staged)
                 put(uint32_t(c), value);
@@ -627,7 +654,8 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const SumWork<A> w, int blo
   if (kLast) {
     if (int(threadIdx.x) < blocks) sum = w.partial[threadIdx.x];
   } else {
-    for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < w.rows; row += int64_t(gridDim.x) * kThreads)
+    for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < w.rows;
+         row += int64_t(gridDim.x) * kThreads)
       sum.add({w.template term<kSum>(row), A(0)});
   }
   const auto add_lanes = [&] {
@@ -681,7 +709,8 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   const size_t of_class = sizeof(T) + (a.grad && !std::is_same_v<T, G> ? sizeof(G) : 0);
   const bool dense = a.outer == 1 && k <= kTileClasses && !a.soft_target && x.cls == 1 && x.position == k &&
                      (!a.grad || (g.cls == 1 && g.position == k));
-  const bool columns = x.position == 1 && x.cls != 1 && (!a.grad || g.position == 1) && a.positions >= kLanes / 2;
+  const bool columns =
+      x.position == 1 && x.cls != 1 && (!a.grad || g.position == 1) && a.positions >= kLanes / 2;
   if (dense || columns) {
     const auto fits = [&](int64_t threads) { return size_t(k) <= most / (size_t(threads) * of_class); };
     Tile tile{dense ? Tile::kDense : Tile::kColumns, word_aligned(a.logits), word_aligned(a.grad)};
@@ -692,7 +721,8 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
     }
     if (!dense) {
       tile.read_words = tile.read_words && x.cls % kSize == 0 && (a.outer <= 1 || x.outer % kSize == 0);
-      tile.write_words = tile.write_words && g.cls % Word<G>::kSize == 0 && (a.outer <= 1 || g.outer % Word<G>::kSize == 0);
+      tile.write_words =
+          tile.write_words && g.cls % Word<G>::kSize == 0 && (a.outer <= 1 || g.outer % Word<G>::kSize == 0);
     }
     const int64_t tiles = a.outer * ((a.positions + threads - 1) / threads);
     return launch(cross_entropy_tiles<T, G>, blocks_for(tiles, 1), unsigned(threads),
@@ -701,10 +731,12 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
 
   // Words of the logits must be words of the gradient, in every row.
   constexpr int kPhase = Word<G>::kSize;
-  const auto phase = [](const void* p, size_t size) { return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase); };
-  const bool in_phase =
-      !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
-                  (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
+  const auto phase = [](const void* p, size_t size) {
+    return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase);
+  };
+  const bool in_phase = !a.grad || (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
+                                    (x.position - g.position) % kPhase == 0 &&
+                                    (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
   constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a lane's one element is as good
   const bool words = kMayBeWords && !w.general && x.cls == 1 && in_phase;
   const int64_t work = words ? k / kSize : k / 4;  // a lane has about 4 to 16 words
@@ -715,8 +747,8 @@ int launch_rows(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream
   const size_t reserved = 2048;  // of_warp, and what the driver takes
   const bool cached = a.grad && size_t(k) <= most && room + reserved <= most;
   const auto kernel = words ? cross_entropy_rows<T, G, kMayBeWords> : cross_entropy_rows<T, G, false>;
-  return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream, w, threads,
-                cached);
+  return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream,
+                w, threads, cached);
 }
 
 template <class T, class G>
@@ -775,7 +807,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kSize; ++j) store_float(load_float(word.value[j]) * factor, &word.value[j]);
     store_word(values + i * kSize, word);
   }
-  for (int64_t i = words * kSize + thread; i < numel; i += threads) store_float(load_float(values[i]) * factor, values + i);
+  for (int64_t i = words * kSize + thread; i < numel; i += threads)
+    store_float(load_float(values[i]) * factor, values + i);
 }
 
 }  // namespace
@@ -783,7 +816,8 @@ __global__ void __launch_bounds__(kThreads)
 int cross_entropy_forward_cuda(const CrossEntropyLaunch& l, void* stream) {
   return with_dtype(l.rows.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift them.
+    // A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift
+    // them.
     using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
     return l.rows.grad == l.rows.logits ? run<T, T>(l, stream) : run<T, G>(l, stream);
   });
@@ -795,8 +829,8 @@ int cross_entropy_scale_cuda(const CrossEntropyScale& a, void* stream) {
     const bool aligned = word_aligned(a.values);
     // Few blocks, each with several words for a thread: mostly they only look at the factor.
     const unsigned blocks = blocks_for(a.numel, int64_t(kThreads) * 16 * Word<T>::kSize);
-    return launch(cross_entropy_scale<T, typename Accumulate<T>::type>, blocks, kThreads, 0, stream, static_cast<T*>(a.values),
-                  a.numel, a.factor, a.factor_dtype, aligned);
+    return launch(cross_entropy_scale<T, typename Accumulate<T>::type>, blocks, kThreads, 0, stream,
+                  static_cast<T*>(a.values), a.numel, a.factor, a.factor_dtype, aligned);
   });
 }
 

@@ -47,7 +47,8 @@ FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) 
   return multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
 }
 
-// What CUDA does in one go: the normaliser of a mean, the rows, and the sum of their losses, all on the device.
+// What CUDA does in one go: the normaliser of a mean, the rows, and the sum of their losses, all on the
+// device.
 struct CrossEntropyLaunch {
   CrossEntropyArgs rows;  // row_loss, row_lse and grad_factor unused
   int64_t reduction;      // 0 none, 1 mean, 2 sum
@@ -58,7 +59,9 @@ struct CrossEntropyLaunch {
   void* scratch;  // cross_entropy_scratch() numbers of the accumulation type
 };
 constexpr int kSumBlocks = 256;
-inline int64_t cross_entropy_scratch(int64_t rows, int64_t reduction) { return reduction == 0 ? 0 : 2 + 2 * kSumBlocks + rows; }
+inline int64_t cross_entropy_scratch(int64_t rows, int64_t reduction) {
+  return reduction == 0 ? 0 : 2 + 2 * kSumBlocks + rows;
+}
 int cross_entropy_forward_cuda(const CrossEntropyLaunch&, void* stream);  // gives a cudaError_t
 
 // values *= *factor, read on the device, where a factor of 1, the usual one, ends it at once.
@@ -76,8 +79,11 @@ struct CrossEntropyKernels {
 };
 FR_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
 
-// Rows that lie side by side in memory (N-d inputs) are transposed through a buffer of this many rows at a time.
+// Rows that lie side by side in memory (N-d inputs) are transposed through a buffer of this many rows at a
+// time.
 constexpr int64_t kRowBlock = 16;
-inline int64_t cross_entropy_blocks(const CrossEntropyArgs& a) { return a.outer * ((a.positions + kRowBlock - 1) / kRowBlock); }
+inline int64_t cross_entropy_blocks(const CrossEntropyArgs& a) {
+  return a.outer * ((a.positions + kRowBlock - 1) / kRowBlock);
+}
 
 }  // namespace fastreg

@@ -1,5 +1,5 @@
-// torch.ops.fastreg.cross_entropy and its relatives: checks, allocation, threads and the reduction in a fixed order, or launch.
-// Schemas stand in fastreg/_cross_entropy.py and fastreg/_linear_cross_entropy.py.
+// torch.ops.fastreg.cross_entropy and its relatives: checks, allocation, threads and the reduction in a fixed
+// order, or launch. Schemas stand in fastreg/_cross_entropy.py and fastreg/_linear_cross_entropy.py.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -16,8 +16,8 @@ namespace {
 
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
-// (N, C, positions...) as (outer, positions, classes). Positions must merge into one dimension; without any, the rows of the
-// batch are the positions, so that threads have something to split.
+// (N, C, positions...) as (outer, positions, classes). Positions must merge into one dimension; without any,
+// the rows of the batch are the positions, so that threads have something to split.
 CrossEntropyArgs::Strides strides_of(const Tensor& t, int64_t positions) {
   if (t.dim() == 2) return {0, t.stride(0), t.stride(1)};
   int64_t inner = 1;
@@ -36,26 +36,31 @@ bool positions_merge(const Tensor& t) {
 }
 
 // What both operators check before they work.
-CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                                 int64_t ignore_index, double label_smoothing, bool others, double z_loss) {
+CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tensor& target,
+                                 const std::optional<Tensor>& weight, int64_t ignore_index,
+                                 double label_smoothing, bool others, double z_loss) {
   check(input.dim() >= 2, op, ": input must be (N, C, ...), got ", shape_text(input));
   const DType dtype = dtype_of(op, "input", input);
   const int64_t n = input.size(0), k = input.size(1);
   check(k >= 1, op, ": input must have at least one class, got ", shape_text(input));
-  check(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be in [0, 1], got ", label_smoothing);
+  check(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be in [0, 1], got ",
+        label_smoothing);
   check(std::isfinite(z_loss) && z_loss >= 0, op, ": z_loss must be finite and at least 0, got ", z_loss);
-  check(!others || label_smoothing == 0 || k > 1, op, ": smoothing='others' needs at least two classes, got ", shape_text(input));
+  check(!others || label_smoothing == 0 || k > 1, op, ": smoothing='others' needs at least two classes, got ",
+        shape_text(input));
   check_device(op, "target", target, "input", input);
-  check(positions_merge(input), op, ": dimensions after the classes must merge into one; call .contiguous() first");
+  check(positions_merge(input), op,
+        ": dimensions after the classes must merge into one; call .contiguous() first");
   int64_t positions = 1;
   for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
 
   CrossEntropyArgs a{};
   if (target.scalar_type() != ScalarType::Long) {
     a.target_dtype = dtype_of(op, "a target of probabilities", target);
-    check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ", shape_text(input),
-          ", got ", shape_text(target));
-    check(positions_merge(target), op, ": dimensions after the classes must merge into one; call .contiguous() on target");
+    check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ",
+          shape_text(input), ", got ", shape_text(target));
+    check(positions_merge(target), op,
+          ": dimensions after the classes must merge into one; call .contiguous() on target");
     a.soft_target = target.const_data_ptr();
     a.target_stride = strides_of(target, positions);
   } else {
@@ -69,8 +74,10 @@ CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tens
   }
   if (weight) {
     const ScalarType expected = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-    check(weight->dim() == 1 && weight->size(0) == k && weight->is_contiguous() && weight->scalar_type() == expected, op,
-          ": weight must have one value for each of the ", k, " classes, shape (", k, ",), got ", shape_text(*weight));
+    check(weight->dim() == 1 && weight->size(0) == k && weight->is_contiguous() &&
+              weight->scalar_type() == expected,
+          op, ": weight must have one value for each of the ", k, " classes, shape (", k, ",), got ",
+          shape_text(*weight));
     check_device(op, "weight", *weight, "input", input);
     a.weight = weight->const_data_ptr();
   }
@@ -94,11 +101,12 @@ ScalarType statistics_of(const CrossEntropyArgs& a) {
   return a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The gradient where one is wanted; loss, a number or one for each row; and lse, one for each row, unless null. On the CPU every
-// class index is looked at before anything is written; on CUDA that would wait for the GPU.
+// The gradient where one is wanted; loss, a number or one for each row; and lse, one for each row, unless
+// null. On the CPU every class index is looked at before anything is written; on CUDA that would wait for the
+// GPU.
 #ifdef FASTREG_CUDA
-void run(const char* op, const Tensor& input, const CrossEntropyArgs& a, Reduction reduction, bool all_ignored_zero,
-         const Tensor& loss, const Tensor* lse) {
+void run(const char* op, const Tensor& input, const CrossEntropyArgs& a, Reduction reduction,
+         bool all_ignored_zero, const Tensor& loss, const Tensor* lse) {
   CrossEntropyLaunch l{};
   l.rows = a;
   l.reduction = reduction;
@@ -106,7 +114,8 @@ void run(const char* op, const Tensor& input, const CrossEntropyArgs& a, Reducti
   l.loss_dtype = dtype_of(op, "loss", loss);
   l.loss = loss.mutable_data_ptr();
   l.lse = lse ? lse->mutable_data_ptr() : nullptr;
-  Tensor scratch = allocate_flat(input, cross_entropy_scratch(a.outer * a.positions, reduction), statistics_of(a));
+  Tensor scratch =
+      allocate_flat(input, cross_entropy_scratch(a.outer * a.positions, reduction), statistics_of(a));
   l.scratch = scratch.mutable_data_ptr();
   on_stream(op, input, [&](void* stream) { return cross_entropy_forward_cuda(l, stream); });
 }
@@ -134,18 +143,18 @@ double normaliser_of(const char* op, const CrossEntropyArgs& a) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t t = a.target[i];
     if (t == a.ignore_index) continue;
-    check(t >= 0 && t < k, op, ": target must be in [0, ", k, ") or ignore_index ", a.ignore_index, ", got ", t, " at element ",
-          i);
+    check(t >= 0 && t < k, op, ": target must be in [0, ", k, ") or ignore_index ", a.ignore_index, ", got ",
+          t, " at element ", i);
     ++counted;
     if (!a.weight) continue;
-    weights +=
-        a.dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t] : double(static_cast<const float*>(a.weight)[t]);
+    weights += a.dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t]
+                                          : double(static_cast<const float*>(a.weight)[t]);
   }
   return a.weight && counted ? weights : double(counted);
 }
 
-void run(const char* op, const Tensor&, CrossEntropyArgs a, Reduction reduction, bool all_ignored_zero, const Tensor& loss,
-         const Tensor* lse) {
+void run(const char* op, const Tensor&, CrossEntropyArgs a, Reduction reduction, bool all_ignored_zero,
+         const Tensor& loss, const Tensor* lse) {
   const double normaliser = normaliser_of(op, a);
   const int64_t rows = a.outer * a.positions;
   const bool zero = normaliser == 0 && reduction == kMean && all_ignored_zero;
@@ -155,8 +164,9 @@ void run(const char* op, const Tensor&, CrossEntropyArgs a, Reduction reduction,
   a.row_lse = row_lse.data();
   const int64_t blocks = rows > 0 ? cross_entropy_blocks(a) : 0;
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.classes * kRowBlock));
-  parallel(blocks, grain,
-           [&](int64_t begin, int64_t end) { FR_KERNELS(cross_entropy_kernels, rows * a.classes).forward(a, begin, end); });
+  parallel(blocks, grain, [&](int64_t begin, int64_t end) {
+    FR_KERNELS(cross_entropy_kernels, rows * a.classes).forward(a, begin, end);
+  });
   if (lse) put(*lse, row_lse.data(), rows);
   if (reduction == kNone) return put(loss, row_loss.data(), rows);
   double sum = 0;  // in the order of the rows, whatever thread computed them
@@ -166,15 +176,19 @@ void run(const char* op, const Tensor&, CrossEntropyArgs a, Reduction reduction,
 }
 #endif
 
-// loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse: (rows,).
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight, int64_t reduction,
-                                                 int64_t ignore_index, double label_smoothing, bool others, double z_loss,
-                                                 bool all_ignored_zero, std::optional<ScalarType> loss_dtype, bool with_grad) {
+// loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse:
+// (rows,).
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight,
+                                                 int64_t reduction, int64_t ignore_index,
+                                                 double label_smoothing, bool others, double z_loss,
+                                                 bool all_ignored_zero, std::optional<ScalarType> loss_dtype,
+                                                 bool with_grad) {
   const char* op = "cross_entropy";
-  CrossEntropyArgs a = check_arguments(op, input, target, weight, ignore_index, label_smoothing, others, z_loss);
+  CrossEntropyArgs a =
+      check_arguments(op, input, target, weight, ignore_index, label_smoothing, others, z_loss);
   const ScalarType out_dtype = loss_dtype ? *loss_dtype : input.scalar_type();
-  check(out_dtype == input.scalar_type() || out_dtype == ScalarType::Float || out_dtype == ScalarType::Double, op,
-        ": loss_dtype must be torch.float32, torch.float64 or the dtype of input");
+  check(out_dtype == input.scalar_type() || out_dtype == ScalarType::Float || out_dtype == ScalarType::Double,
+        op, ": loss_dtype must be torch.float32, torch.float64 or the dtype of input");
   Tensor grad = input;
   if (!with_grad) {
     grad = allocate_flat(input, 0, input.scalar_type());
@@ -207,17 +221,19 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, st
   return {loss, grad, lse};
 }
 
-// Overwrites each row of the logits, (rows, classes), with factor * its gradient; gives the losses of the rows.
-Tensor cross_entropy_inplace(Tensor logits, Tensor target, Tensor factor, std::optional<Tensor> weight, int64_t ignore_index,
-                             double label_smoothing, bool others, double z_loss) {
+// Overwrites each row of the logits, (rows, classes), with factor * its gradient; gives the losses of the
+// rows.
+Tensor cross_entropy_inplace(Tensor logits, Tensor target, Tensor factor, std::optional<Tensor> weight,
+                             int64_t ignore_index, double label_smoothing, bool others, double z_loss) {
   const char* op = "cross_entropy_";
   check(logits.dim() == 2 && logits.is_contiguous(), op, ": logits must be contiguous, (rows, classes), got ",
         shape_text(logits));
-  CrossEntropyArgs a = check_arguments(op, logits, target, weight, ignore_index, label_smoothing, others, z_loss);
+  CrossEntropyArgs a =
+      check_arguments(op, logits, target, weight, ignore_index, label_smoothing, others, z_loss);
   const int64_t rows = logits.size(0);
   check(factor.scalar_type() == statistics_of(a) && factor.is_contiguous() && factor.numel() == rows, op,
-        ": factor must have one value of the type of the statistics for each of the ", rows, " rows, got ", factor.scalar_type(),
-        " of shape ", shape_text(factor));
+        ": factor must have one value of the type of the statistics for each of the ", rows, " rows, got ",
+        factor.scalar_type(), " of shape ", shape_text(factor));
   check_device(op, "factor", factor, "logits", logits);
   a.row_factor = factor.const_data_ptr();
   a.grad = logits.mutable_data_ptr();
@@ -235,8 +251,8 @@ void cross_entropy_scale(Tensor values, Tensor factor) {
   check(same_dense_order(layout, layout), op, ": values must fill their memory without gaps");
   check(factor.numel() == 1, op, ": factor must be one number, got shape ", shape_text(factor));
   check_device(op, "factor", factor, "values", values);
-  const CrossEntropyScale a{dtype_of(op, "values", values), dtype_of(op, "factor", factor), values.mutable_data_ptr(),
-                            values.numel(), factor.const_data_ptr()};
+  const CrossEntropyScale a{dtype_of(op, "values", values), dtype_of(op, "factor", factor),
+                            values.mutable_data_ptr(), values.numel(), factor.const_data_ptr()};
   on_stream(op, values, [&](void* stream) { return cross_entropy_scale_cuda(a, stream); });
 }
 #endif

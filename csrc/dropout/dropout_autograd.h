@@ -1,5 +1,5 @@
-// The usual case of dropout and dropout_add in C++. The formulas are those of the torch.autograd.Functions in fastreg/_dropout.py
-// and fastreg/_dropout_add.py.
+// The usual case of dropout and dropout_add in C++. The formulas are those of the torch.autograd.Functions in
+// fastreg/_dropout.py and fastreg/_dropout_add.py.
 #pragma once
 #include "../common/autograd.h"
 #include "dropout_math.h"
@@ -14,28 +14,30 @@ struct Form {
 
 std::tuple<Tensor, Tensor> dropout_op(const Tensor& input, double p, const Tensor& seed, const Form& f) {
   static const auto op =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, int64_t, c10::SymInt, double, double, double)>(
-          "fastreg::dropout");
+      find<std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, int64_t, c10::SymInt, double,
+                                      double, double)>("fastreg::dropout");
   return call(op, input, p, seed, int64_t(0), c10::SymInt(f.inner), f.scale, f.shift, f.dropped);
 }
 
 inline void dropout_inplace_op(const Tensor& input, double p, const Tensor& seed, const Form& f) {
   static const auto op =
-      find<Tensor(const Tensor&, double, const Tensor&, int64_t, c10::SymInt, double, double, double)>("fastreg::dropout_");
+      find<Tensor(const Tensor&, double, const Tensor&, int64_t, c10::SymInt, double, double, double)>(
+          "fastreg::dropout_");
   call(op, input, p, seed, int64_t(0), c10::SymInt(f.inner), f.scale, f.shift, f.dropped);
 }
 
 inline Tensor dropout_apply_op(const Tensor& input, const Tensor& mask, int64_t inner, double scale) {
-  static const auto op =
-      find<Tensor(const Tensor&, const Tensor&, c10::SymInt, double, double, double)>("fastreg::dropout_apply");
+  static const auto op = find<Tensor(const Tensor&, const Tensor&, c10::SymInt, double, double, double)>(
+      "fastreg::dropout_apply");
   return call(op, input, mask, c10::SymInt(inner), scale, 0., 0.);
 }
 
-std::tuple<Tensor, Tensor> dropout_add_op(const Tensor& input, const Tensor& residual, const std::optional<Tensor>& bias,
-                                          double p, const Tensor& seed, double scale) {
+std::tuple<Tensor, Tensor> dropout_add_op(const Tensor& input, const Tensor& residual,
+                                          const std::optional<Tensor>& bias, double p, const Tensor& seed,
+                                          double scale) {
   static const auto op =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, double, const Tensor&, double)>(
-          "fastreg::dropout_add");
+      find<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&, double,
+                                      const Tensor&, double)>("fastreg::dropout_add");
   return call(op, input, residual, bias, p, seed, scale);
 }
 
@@ -55,7 +57,8 @@ inline Tensor backward_of(AutogradContext* ctx, const Tensor& grad) {
 
 // scale * x where kept, of a given mask; its derivative is a function of the same kind.
 struct Masked : Function<Masked> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& mask, int64_t inner, double scale) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& mask, int64_t inner,
+                        double scale) {
     keep(ctx, mask, inner, scale);
     return dropout_apply_op(input, mask, inner, scale);
   }
@@ -65,11 +68,13 @@ struct Masked : Function<Masked> {
 };
 
 inline Tensor apply_mask(const Tensor& grad, const Tensor& mask, int64_t inner, double scale) {
-  return at::GradMode::is_enabled() ? Masked::apply(grad, mask, inner, scale) : dropout_apply_op(grad, mask, inner, scale);
+  return at::GradMode::is_enabled() ? Masked::apply(grad, mask, inner, scale)
+                                    : dropout_apply_op(grad, mask, inner, scale);
 }
 
 struct Dropout : Function<Dropout> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, double p, const Tensor& seed, const Form& f) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, double p, const Tensor& seed,
+                        const Form& f) {
     auto [output, mask] = dropout_op(input, p, seed, f);
     keep(ctx, mask, f.inner, f.scale);
     return output;
@@ -81,8 +86,8 @@ struct Dropout : Function<Dropout> {
 
 // Nothing is saved where all is kept.
 struct DropoutAdd : Function<DropoutAdd> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual, const std::optional<Tensor>& bias,
-                        double p, const Tensor& seed, double scale) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& residual,
+                        const std::optional<Tensor>& bias, double p, const Tensor& seed, double scale) {
     auto [output, mask] = dropout_add_op(input, residual, bias, p, seed, scale);
     ctx->saved_data["has_bias"] = bias.has_value();
     if (p != 0) keep(ctx, mask, 1, scale);
@@ -108,7 +113,8 @@ inline PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor* input = plain(args[0]);
   double p = 0;
   Form form;
-  if (!input || !number(args[1], 0, 1, &p) || !is_bool(args[2]) || !is_bool(args[3]) || is_transformed()) Py_RETURN_NONE;
+  if (!input || !number(args[1], 0, 1, &p) || !is_bool(args[2]) || !is_bool(args[3]) || is_transformed())
+    Py_RETURN_NONE;
   if (args[2] == Py_False || p == 0 || input->numel() == 0) return Py_NewRef(args[0]);
   const bool inplace = args[3] == Py_True, derive = wants_grad(*input);
   if (!has_kernel(input->scalar_type()) || (inplace && (derive || input->is_inference()))) Py_RETURN_NONE;
@@ -121,7 +127,8 @@ inline PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
       if (!given) Py_RETURN_NONE;
       seed = *given;
     }
-    form = {PyLong_AsLongLong(args[5]), PyFloat_AsDouble(args[6]), PyFloat_AsDouble(args[7]), PyFloat_AsDouble(args[8])};
+    form = {PyLong_AsLongLong(args[5]), PyFloat_AsDouble(args[6]), PyFloat_AsDouble(args[7]),
+            PyFloat_AsDouble(args[8])};
     if (PyErr_Occurred()) return nullptr;
   }
   if (!seed.defined() && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
@@ -138,15 +145,17 @@ inline PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // (input, residual, p, bias or None, training) -> output or None
 inline PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
-  const Tensor *input = plain(args[0]), *residual = plain(args[1]), *given = args[3] == Py_None ? nullptr : plain(args[3]);
+  const Tensor *input = plain(args[0]), *residual = plain(args[1]),
+               *given = args[3] == Py_None ? nullptr : plain(args[3]);
   double p = 0;
-  if (!input || !residual || !number(args[2], 0, 1, &p) || (args[3] != Py_None && !given) || !is_bool(args[4]) ||
-      is_transformed())
+  if (!input || !residual || !number(args[2], 0, 1, &p) || (args[3] != Py_None && !given) ||
+      !is_bool(args[4]) || is_transformed())
     Py_RETURN_NONE;
   const ScalarType dtype = input->scalar_type();
-  if (!has_kernel(dtype) || residual->scalar_type() != dtype || residual->sizes() != input->sizes()) Py_RETURN_NONE;
-  if (given && (given->scalar_type() != dtype || given->dim() != 1 || input->dim() == 0 || given->size(0) != input->size(-1) ||
-                !given->is_contiguous()))
+  if (!has_kernel(dtype) || residual->scalar_type() != dtype || residual->sizes() != input->sizes())
+    Py_RETURN_NONE;
+  if (given && (given->scalar_type() != dtype || given->dim() != 1 || input->dim() == 0 ||
+                given->size(0) != input->size(-1) || !given->is_contiguous()))
     Py_RETURN_NONE;
   if (args[4] == Py_False || input->numel() == 0) p = 0;
   if (p != 0 && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
@@ -161,6 +170,7 @@ inline PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-inline PyMethodDef dropout_methods[] = {method<dropout, 4, 9>("dropout"), method<dropout_add, 5>("dropout_add"), {}};
+inline PyMethodDef dropout_methods[] = {
+    method<dropout, 4, 9>("dropout"), method<dropout_add, 5>("dropout_add"), {}};
 
 }  // namespace fastreg::autograd

@@ -1,6 +1,6 @@
 // Dropout on the CPU, formula in dropout_math.h.
-// Bytes per float32 element: forward reads 4, writes 4 and 1/8 of mask; backward reads 4 1/8, writes 4: the floor. With a
-// residual added forward reads 4 more.
+// Bytes per float32 element: forward reads 4, writes 4 and 1/8 of mask; backward reads 4 1/8, writes 4: the
+// floor. With a residual added forward reads 4 more.
 #include <type_traits>
 
 #include "../common/simd.h"
@@ -19,11 +19,13 @@ void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* o
   const bool exact = (a.threshold & 0xffff) == 0;  // 16 bits decide all
   for (int64_t g = 0; g < count; g += kGroupLanes) {
     const uint64_t at = group + uint64_t(g);
-    const Comparison c = compare_groups(philox_groups(keys, at, 0, Purpose::kDropout), uint16_t(a.threshold >> 16));
+    const Comparison c =
+        compare_groups(philox_groups(keys, at, 0, Purpose::kDropout), uint16_t(a.threshold >> 16));
     uint8_t bytes[8];
     memcpy(bytes, &c.less, 8);
     if (c.ties && !exact)
-      for (int j = 0; j < kGroupLanes; ++j) bytes[j] = dropout_bits(a.seed.get(), at + uint64_t(j), a.threshold);
+      for (int j = 0; j < kGroupLanes; ++j)
+        bytes[j] = dropout_bits(a.seed.get(), at + uint64_t(j), a.threshold);
     if (count - g >= kGroupLanes)
       memcpy(out + g, bytes, kGroupLanes);
     else
@@ -31,7 +33,8 @@ void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* o
   }
 }
 
-// Mask bytes [begin, end), at most kTile of them. Where the offset is not a multiple of 8, each straddles two groups.
+// Mask bytes [begin, end), at most kTile of them. Where the offset is not a multiple of 8, each straddles two
+// groups.
 void draw_bytes(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) {
   const uint64_t group = a.offset / 8 + uint64_t(begin);
   const unsigned shift = unsigned(a.offset % 8);
@@ -40,19 +43,22 @@ void draw_bytes(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) 
   } else {
     uint8_t bytes[kTile + 1];
     draw_groups(a, group, end - begin + 1, bytes);
-    for (int64_t i = 0; i < end - begin; ++i) out[i] = uint8_t(bytes[i] >> shift | bytes[i + 1] << (8 - shift));
+    for (int64_t i = 0; i < end - begin; ++i)
+      out[i] = uint8_t(bytes[i] >> shift | bytes[i + 1] << (8 - shift));
   }
   const int64_t bytes = (a.decisions + 7) / 8;
   if (end == bytes && a.decisions % 8) out[end - 1 - begin] &= uint8_t((1u << (a.decisions % 8)) - 1u);
 }
 
 void draw(const DropoutArgs& a, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; b += kTile) draw_bytes(a, b, b + kTile < end ? b + kTile : end, a.mask + b);
+  for (int64_t b = begin; b < end; b += kTile)
+    draw_bytes(a, b, b + kTile < end ? b + kTile : end, a.mask + b);
 }
 
 // The whole blocks of 32 among n bfloat16; gives how many elements that were.
 template <bool kShift, class V>
-FR_INLINE int64_t apply_pairs(const BFloat16* in, BFloat16* out, const uint8_t* mask, int64_t n, V scale, V shift, V dropped) {
+FR_INLINE int64_t apply_pairs(const BFloat16* in, BFloat16* out, const uint8_t* mask, int64_t n, V scale,
+                              V shift, V dropped) {
   BFloat16 other;
   from_float(dropped.part[0][0], &other);
   const Pairs others = all_pairs(other);
@@ -82,12 +88,14 @@ void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
     T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
     if (a.inner == 1) {
       int64_t done = 0;
-      if constexpr (std::is_same_v<T, BFloat16>) done = apply_pairs<kShift>(in, out, a.mask + tile / 8, n, scale, shift, dropped);
+      if constexpr (std::is_same_v<T, BFloat16>)
+        done = apply_pairs<kShift>(in, out, a.mask + tile / 8, n, scale, shift, dropped);
       for_each_vector<A>(n - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
         const int64_t i = done + j;
         uint32_t bits = a.mask[(tile + i) / 8];
         if (V::kLanes == 16 && lanes > 8) bits |= uint32_t(a.mask[(tile + i) / 8 + 1]) << 8;
-        store(out + i, dropout_element<kShift>(load(in + i, lanes), V::from_bits(bits), scale, shift, dropped), lanes);
+        store(out + i,
+              dropout_element<kShift>(load(in + i, lanes), V::from_bits(bits), scale, shift, dropped), lanes);
       });
     } else {
       for (int64_t i = 0; i < n;) {
@@ -95,7 +103,8 @@ void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
         const int64_t run = rest < n - i ? rest : n - i;
         const auto kept = V::from_bits(a.mask[decision / 8] >> (decision % 8) & 1 ? 0xffff : 0);
         for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-          store(out + i + j, dropout_element<kShift>(load(in + i + j, lanes), kept, scale, shift, dropped), lanes);
+          store(out + i + j, dropout_element<kShift>(load(in + i + j, lanes), kept, scale, shift, dropped),
+                lanes);
         });
         i += run;
       }
@@ -111,7 +120,8 @@ void apply(const DropoutArgs& a, int64_t begin, int64_t end) {
   });
 }
 
-void forward(const DropoutArgs& a, int64_t begin, int64_t end) {  // tile by tile, so that the mask is still in cache
+void forward(const DropoutArgs& a, int64_t begin,
+             int64_t end) {  // tile by tile, so that the mask is still in cache
   for (int64_t tile = begin; tile < end; tile += kTile) {
     const int64_t stop = tile + kTile < end ? tile + kTile : end;
     draw(a, tile / 8, (stop + 7) / 8);
@@ -119,12 +129,13 @@ void forward(const DropoutArgs& a, int64_t begin, int64_t end) {  // tile by til
   }
 }
 
-// bias[(position + i) % columns] for a tile, i < kTile, in one piece. A short bias is repeated once, so that a tile may start
-// anywhere in it.
+// bias[(position + i) % columns] for a tile, i < kTile, in one piece. A short bias is repeated once, so that
+// a tile may start anywhere in it.
 template <class T>
 class BiasTiles {
  public:
-  BiasTiles(const DropoutAddArgs& a, int64_t room) : bias_(static_cast<const T*>(a.bias)), columns_(a.columns) {
+  BiasTiles(const DropoutAddArgs& a, int64_t room)
+      : bias_(static_cast<const T*>(a.bias)), columns_(a.columns) {
     if (!bias_ || columns_ >= kTile) return;
     const int64_t count = columns_ + (room < kTile ? room : kTile);
     memcpy(buffer_, bias_, size_t(columns_) * sizeof(T));
@@ -181,11 +192,13 @@ void add_tiles(const DropoutAddArgs& a, int64_t begin, int64_t end) {
     draw(a, tile / 8, (tile + n + 7) / 8);
     const uint8_t* mask = a.mask + tile / 8;
     const T* in = read_tile(a.input_layout, static_cast<const T*>(a.input), tile, tile + n, in_buffer);
-    const T* residual = read_tile(a.residual_layout, static_cast<const T*>(a.residual), tile, tile + n, residual_buffer);
+    const T* residual =
+        read_tile(a.residual_layout, static_cast<const T*>(a.residual), tile, tile + n, residual_buffer);
     const T* bias = kBias ? bias_tiles.at(tile, n) : nullptr;
     T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
     int64_t done = 0;
-    if constexpr (std::is_same_v<T, BFloat16>) done = add_pairs<kBias>(in, residual, bias, out, mask, n, scale);
+    if constexpr (std::is_same_v<T, BFloat16>)
+      done = add_pairs<kBias>(in, residual, bias, out, mask, n, scale);
     for_each_vector<A>(n - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
       const int64_t i = done + j;
       uint32_t bits = mask[i / 8];

@@ -1,10 +1,10 @@
 // Dropout on CUDA, formula in dropout_math.h.
-// Bytes per 16-bit element: forward reads 2, writes 2 and 1/8 of mask; backward reads 2 1/8, writes 2: the floor. With a residual
-// added forward reads 2 more; the bias comes from the cache. float32: 4 for 2.
+// Bytes per 16-bit element: forward reads 2, writes 2 and 1/8 of mask; backward reads 2 1/8, writes 2: the
+// floor. With a residual added forward reads 2 more; the bias comes from the cache. float32: 4 for 2.
 //
-// A warp takes tiles of 256 elements, a group of 8 decisions for each lane, which draws them with one call of Philox and holds
-// them as its mask byte. Memory is not read in that order: lane after lane takes 16-byte word after word, and a lane asks the one
-// that drew for the word it has.
+// A warp takes tiles of 256 elements, a group of 8 decisions for each lane, which draws them with one call of
+// Philox and holds them as its mask byte. Memory is not read in that order: lane after lane takes 16-byte
+// word after word, and a lane asks the one that drew for the word it has.
 #include <type_traits>
 
 #include "../common/cuda.h"
@@ -50,13 +50,15 @@ struct DropoutWork {
     const uint64_t group = offset / 8 + uint64_t(byte);
     const unsigned skip = unsigned(offset % 8);
     uint32_t bits = dropout_bits(seed_value, group, threshold);
-    if (skip) bits = (bits >> skip | uint32_t(dropout_bits(seed_value, group + 1, threshold)) << (8 - skip)) & 0xffu;
+    if (skip)
+      bits = (bits >> skip | uint32_t(dropout_bits(seed_value, group + 1, threshold)) << (8 - skip)) & 0xffu;
     const int64_t rest = decisions - 8 * byte;
     return rest < 8 ? bits & ((1u << rest) - 1u) : bits;
   }
 };
 
-// What is added in the same pass: to the element the bias, to what is left of it the residual. Its words are held as x's are.
+// What is added in the same pass: to the element the bias, to what is left of it the residual. Its words are
+// held as x's are.
 template <class T>
 struct Addends {
   static constexpr bool kAdd = true;
@@ -74,7 +76,9 @@ struct Addends {
         bias_words(a.columns % Word<T>::kSize == 0 && word_aligned(a.bias)),
         position(a.residual_layout) {}
 
-  __device__ __forceinline__ int64_t column(int64_t i) const { return i - columns.divide(i) * int64_t(columns.divisor); }
+  __device__ __forceinline__ int64_t column(int64_t i) const {
+    return i - columns.divide(i) * int64_t(columns.divisor);
+  }
   __device__ __forceinline__ void bias_word(int64_t i, Word<T>* word) const {
     int64_t at = column(i);
     if (bias_words) {
@@ -87,7 +91,8 @@ struct Addends {
       }
     }
   }
-  __device__ __forceinline__ T add(const DropoutWork<T>& w, T x, T bias_value, bool kept, T residual_value) const {
+  __device__ __forceinline__ T add(const DropoutWork<T>& w, T x, T bias_value, bool kept,
+                                   T residual_value) const {
     A value = load_float(x);
     if (bias) value = value + A(load_float(bias_value));
     T result;
@@ -101,14 +106,15 @@ struct NoAddends {
 
 // Every element has its own decision.
 template <class T, bool kDraw, bool kWords, class Add>
-__global__ void __launch_bounds__(kThreads)
-    dropout_elements(const DropoutWork<T> w, const Positions input, const Positions output, const Add addends) {
+__global__ void __launch_bounds__(kThreads) dropout_elements(const DropoutWork<T> w, const Positions input,
+                                                             const Positions output, const Add addends) {
   constexpr int kSize = Word<T>::kSize, kCount = 8 / kSize;  // words per lane
-  constexpr bool kHeld = Add::kAdd && sizeof(T) < 8;         // with four words of doubles more it were 76 registers
+  constexpr bool kHeld = Add::kAdd && sizeof(T) < 8;  // with four words of doubles more it were 76 registers
   const int lane = threadIdx.x % kLanes;
   const uint64_t seed = kDraw ? w.seed.get() : 0;
   const int64_t tiles = (w.numel + kTile - 1) / kTile, bytes = (w.numel + 7) / 8;
-  for (int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; tile < tiles; tile += int64_t(gridDim.x) * kWarps) {
+  for (int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; tile < tiles;
+       tile += int64_t(gridDim.x) * kWarps) {
     const int64_t base = tile * kTile, byte = tile * kLanes + lane;
     const bool words = kWords && base + kTile <= w.numel;
     Word<T> x[kCount], residual[kHeld ? kCount : 1];
@@ -136,7 +142,8 @@ __global__ void __launch_bounds__(kThreads)
           if (addends.bias) addends.bias_word(base + word * kSize, &bias);
 #pragma unroll
           for (int i = 0; i < kSize; ++i)
-            x[j].value[i] = addends.add(w, x[j].value[i], bias.value[i], mine >> i & 1u, residual[kHeld ? j : 0].value[i]);
+            x[j].value[i] = addends.add(w, x[j].value[i], bias.value[i], mine >> i & 1u,
+                                        residual[kHeld ? j : 0].value[i]);
         } else {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) x[j].value[i] = w.apply(x[j].value[i], mine >> i & 1u);
@@ -168,7 +175,8 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) dropout_draw(const DropoutWork<T> w) {
   const uint64_t seed = w.seed.get();
   const int64_t bytes = (w.decisions + 7) / 8;
-  for (int64_t byte = int64_t(blockIdx.x) * kThreads + threadIdx.x; byte < bytes; byte += int64_t(gridDim.x) * kThreads)
+  for (int64_t byte = int64_t(blockIdx.x) * kThreads + threadIdx.x; byte < bytes;
+       byte += int64_t(gridDim.x) * kThreads)
     w.mask[byte] = uint8_t(w.draw(seed, byte));
 }
 
@@ -177,7 +185,8 @@ template <class T, bool kWords>
 __global__ void __launch_bounds__(kThreads)
     dropout_runs(const DropoutWork<T> w, const Divider inner, const Positions input, const Positions output) {
   constexpr int kSize = kWords ? Word<T>::kSize : 1;
-  for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < w.numel / kSize; n += int64_t(gridDim.x) * kThreads) {
+  for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < w.numel / kSize;
+       n += int64_t(gridDim.x) * kThreads) {
     const int64_t i = n * kSize, decision = inner.divide(i);
     const bool kept = w.mask[decision / 8] >> (decision % 8) & 1;
     if (kWords) {
@@ -196,8 +205,10 @@ int run_elements(const DropoutArgs& a, bool flat, const Add& addends, void* stre
   const DropoutWork<T> w(a);
   const Positions input(a.input_layout), output(a.output_layout);
   const unsigned blocks = blocks_for(w.numel, kTile * kWarps);
-  return flat ? launch(dropout_elements<T, kDraw, true, Add>, blocks, kThreads, 0, stream, w, input, output, addends)
-              : launch(dropout_elements<T, kDraw, false, Add>, blocks, kThreads, 0, stream, w, input, output, addends);
+  return flat ? launch(dropout_elements<T, kDraw, true, Add>, blocks, kThreads, 0, stream, w, input, output,
+                       addends)
+              : launch(dropout_elements<T, kDraw, false, Add>, blocks, kThreads, 0, stream, w, input, output,
+                       addends);
 }
 
 bool is_flat(const DropoutArgs& a) {
@@ -211,23 +222,28 @@ int run(const DropoutArgs& a, void* stream) {
   const DropoutWork<T> w(a);
   const Positions input(a.input_layout), output(a.output_layout);
   if (kDraw) {
-    const int error = launch(dropout_draw<T>, blocks_for((a.decisions + 7) / 8, kThreads), kThreads, 0, stream, w);
+    const int error =
+        launch(dropout_draw<T>, blocks_for((a.decisions + 7) / 8, kThreads), kThreads, 0, stream, w);
     if (error) return error;
   }
   const Divider inner(a.inner);
   constexpr int kSize = Word<T>::kSize;
   if (flat && a.inner % kSize == 0)
-    return launch(dropout_runs<T, true>, blocks_for(w.numel / kSize, kThreads), kThreads, 0, stream, w, inner, input, output);
-  return launch(dropout_runs<T, false>, blocks_for(w.numel, kThreads), kThreads, 0, stream, w, inner, input, output);
+    return launch(dropout_runs<T, true>, blocks_for(w.numel / kSize, kThreads), kThreads, 0, stream, w, inner,
+                  input, output);
+  return launch(dropout_runs<T, false>, blocks_for(w.numel, kThreads), kThreads, 0, stream, w, inner, input,
+                output);
 }
 
 }  // namespace
 
 int dropout_forward_cuda(const DropoutArgs& a, void* stream) {
-  return with_dtype(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, true>(a, stream); });
+  return with_dtype(a.dtype,
+                    [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, true>(a, stream); });
 }
 int dropout_apply_cuda(const DropoutArgs& a, void* stream) {
-  return with_dtype(a.dtype, [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, false>(a, stream); });
+  return with_dtype(a.dtype,
+                    [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, false>(a, stream); });
 }
 
 int dropout_add_cuda(const DropoutAddArgs& a, void* stream) {

@@ -1,4 +1,5 @@
-// torch.ops.fastreg.dropout and its relatives: checks, allocation, threads or launch. Schemas stand in fastreg/_dropout.py.
+// torch.ops.fastreg.dropout and its relatives: checks, allocation, threads or launch. Schemas stand in
+// fastreg/_dropout.py.
 #include <cmath>
 #include <tuple>
 
@@ -19,7 +20,8 @@ void add(const char* op, const Tensor& input, const DropoutAddArgs& a) {
   on_stream(op, input, [&](void* stream) { return dropout_add_cuda(a, stream); });
 }
 #else
-constexpr int64_t kGrain = 1 << 15;  // elements per thread at least; a multiple of 8, so that no two threads share a mask byte
+constexpr int64_t kGrain =
+    1 << 15;  // elements per thread at least; a multiple of 8, so that no two threads share a mask byte
 
 void apply(const char*, const Tensor&, const DropoutArgs& a) {
   const int64_t numel = a.input_layout.numel;
@@ -29,8 +31,10 @@ void apply(const char*, const Tensor&, const DropoutArgs& a) {
 void forward(const char* op, const Tensor& input, const DropoutArgs& a) {
   const int64_t numel = a.input_layout.numel;
   const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, numel);
-  if (a.inner == 1) return parallel(numel, kGrain, [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
-  parallel((a.decisions + 7) / 8, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.draw(a, begin, end); });
+  if (a.inner == 1)
+    return parallel(numel, kGrain, [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
+  parallel((a.decisions + 7) / 8, kGrain / 8,
+           [&](int64_t begin, int64_t end) { kernels.draw(a, begin, end); });
   apply(op, input, a);
 }
 void add(const char*, const Tensor&, const DropoutAddArgs& a) {
@@ -41,8 +45,8 @@ void add(const char*, const Tensor&, const DropoutAddArgs& a) {
 #endif
 
 // The mask has one bit per run of `inner` elements.
-DropoutArgs arguments(const char* op, const Tensor& input, const Tensor& output, const Tensor& mask, int64_t inner, double scale,
-                      double shift, double dropped) {
+DropoutArgs arguments(const char* op, const Tensor& input, const Tensor& output, const Tensor& mask,
+                      int64_t inner, double scale, double shift, double dropped) {
   DropoutArgs a{};
   a.dtype = dtype_of(op, "input", input);
   a.input = input.const_data_ptr();
@@ -59,8 +63,8 @@ DropoutArgs arguments(const char* op, const Tensor& input, const Tensor& output,
 }
 
 int64_t decisions_of(const char* op, const Tensor& input, int64_t inner) {
-  check(inner >= 1 && input.numel() % inner == 0, op, ": inner must divide the number of elements, ", input.numel(), ", got ",
-        inner);
+  check(inner >= 1 && input.numel() % inner == 0, op, ": inner must divide the number of elements, ",
+        input.numel(), ", got ", inner);
   return input.numel() / inner;
 }
 
@@ -69,8 +73,8 @@ uint64_t threshold_of(const char* op, double p) {
   return dropout_threshold(p);
 }
 
-Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output, double p, const Tensor& seed, int64_t offset,
-                      int64_t inner, double scale, double shift, double dropped) {
+Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output, double p, const Tensor& seed,
+                      int64_t offset, int64_t inner, double scale, double shift, double dropped) {
   const uint64_t threshold = threshold_of(op, p);
   check(offset >= 0, op, ": offset must be at least 0, got ", offset);
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
@@ -85,16 +89,16 @@ Tensor draw_and_apply(const char* op, const Tensor& input, const Tensor& output,
   return mask;
 }
 
-std::tuple<Tensor, Tensor> dropout(Tensor input, double p, Tensor seed, int64_t offset, int64_t inner, double scale, double shift,
-                                   double dropped) {
+std::tuple<Tensor, Tensor> dropout(Tensor input, double p, Tensor seed, int64_t offset, int64_t inner,
+                                   double scale, double shift, double dropped) {
   dtype_of("dropout", "input", input);
   Tensor output = allocate_like(input);
   Tensor mask = draw_and_apply("dropout", input, output, p, seed, offset, inner, scale, shift, dropped);
   return {output, mask};
 }
 
-Tensor dropout_inplace(Tensor input, double p, Tensor seed, int64_t offset, int64_t inner, double scale, double shift,
-                       double dropped) {
+Tensor dropout_inplace(Tensor input, double p, Tensor seed, int64_t offset, int64_t inner, double scale,
+                       double shift, double dropped) {
   check(!overlaps_itself(layout_of("dropout", input)),
         "dropout: inplace needs an input whose elements do not share memory; call "
         "it with inplace=False or on input.clone()");
@@ -113,8 +117,8 @@ Tensor dropout_apply(Tensor input, Tensor mask, int64_t inner, double scale, dou
   return output;
 }
 
-std::tuple<Tensor, Tensor> dropout_add(Tensor input, Tensor residual, std::optional<Tensor> bias, double p, Tensor seed,
-                                       double scale) {
+std::tuple<Tensor, Tensor> dropout_add(Tensor input, Tensor residual, std::optional<Tensor> bias, double p,
+                                       Tensor seed, double scale) {
   const char* op = "dropout_add";
   const uint64_t threshold = threshold_of(op, p);
   dtype_of(op, "input", input);

@@ -28,8 +28,8 @@ FR_INLINE Vec<A> value_at(const FgsmNumber& number, int64_t i, int lanes) {
 
 // 32 elements. origin is looked at only to project.
 template <bool kProject, class V>
-FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat16* origin, BFloat16* out, V step, V radius,
-                          V lower, V upper) {
+FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat16* origin, BFloat16* out,
+                          V step, V radius, V lower, V upper) {
   V x_even, x_odd, grad_even, grad_odd;
   load_pairs(x, x_even, x_odd);
   load_pairs(grad, grad_even, grad_odd);
@@ -54,7 +54,8 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
     const T* x = read_tile(a.x_layout, static_cast<const T*>(a.x), tile, tile + n, x_buffer);
     const T* grad = read_tile(a.grad_layout, static_cast<const T*>(a.grad), tile, tile + n, grad_buffer);
     const T* origin = nullptr;
-    if (kProject) origin = read_tile(a.origin_layout, static_cast<const T*>(a.origin), tile, tile + n, origin_buffer);
+    if (kProject)
+      origin = read_tile(a.origin_layout, static_cast<const T*>(a.origin), tile, tile + n, origin_buffer);
     T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
     for (int64_t i = 0; i < n;) {
       int64_t run = n - i;
@@ -62,16 +63,18 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
         const int64_t same = run_length(*number, tile + i);
         run = same < run ? same : run;
       }
-      const bool per_element = (a.step.values && a.step.inner == 1) || (a.radius.values && a.radius.inner == 1) ||
-                               (a.lower.values && a.lower.inner == 1) || (a.upper.values && a.upper.inner == 1);
-      auto body = [&](int64_t j, int lanes, Vec<A> step, Vec<A> radius, Vec<A> lower, Vec<A> upper)
-                      __attribute__((always_inline)) {
-                        const Vec<A> vx = load(x + i + j, lanes), vg = load(grad + i + j, lanes);
-                        if (kProject)
-                          store(out + i + j, pgd_element(vx, vg, load(origin + i + j, lanes), step, radius, lower, upper), lanes);
-                        else
-                          store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
-                      };
+      const bool per_element =
+          (a.step.values && a.step.inner == 1) || (a.radius.values && a.radius.inner == 1) ||
+          (a.lower.values && a.lower.inner == 1) || (a.upper.values && a.upper.inner == 1);
+      auto body = [&](int64_t j, int lanes, Vec<A> step, Vec<A> radius, Vec<A> lower,
+                      Vec<A> upper) __attribute__((always_inline)) {
+        const Vec<A> vx = load(x + i + j, lanes), vg = load(grad + i + j, lanes);
+        if (kProject)
+          store(out + i + j, pgd_element(vx, vg, load(origin + i + j, lanes), step, radius, lower, upper),
+                lanes);
+        else
+          store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
+      };
       const int64_t at = tile + i;
       if (per_element) {
         for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
@@ -84,9 +87,11 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
         int64_t done = 0;
         if constexpr (std::is_same_v<T, BFloat16>)
           for (; done + 32 <= run; done += 32)
-            step_pairs<kProject>(x + i + done, grad + i + done, origin + i + done, out + i + done, step, radius, lower, upper);
-        for_each_vector<A>(run - done, [&](int64_t j, int lanes)
-                                           __attribute__((always_inline)) { body(done + j, lanes, step, radius, lower, upper); });
+            step_pairs<kProject>(x + i + done, grad + i + done, origin + i + done, out + i + done, step,
+                                 radius, lower, upper);
+        for_each_vector<A>(run - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
+          body(done + j, lanes, step, radius, lower, upper);
+        });
       }
       i += run;
     }

@@ -16,7 +16,8 @@ struct Number {
   bool per_element;  // inner == 1
   Divider inner, count;
 
-  explicit Number(const FgsmNumber& n) : value(A(n.value)), values(static_cast<const A*>(n.values)), per_element(n.inner == 1) {
+  explicit Number(const FgsmNumber& n)
+      : value(A(n.value)), values(static_cast<const A*>(n.values)), per_element(n.inner == 1) {
     if (!values) return;
     inner = Divider(n.inner);
     count = Divider(n.count);
@@ -46,8 +47,9 @@ __device__ __forceinline__ T element(T x, T grad, T origin, A step, A radius, A 
 
 // Contiguous; the elements of a word see one value of each number.
 template <class T, bool kProject>
-__global__ void __launch_bounds__(kThreads) fgsm_words(const T* x, const T* grad, const T* origin, T* output, int64_t numel,
-                                                       const Numbers<typename Accumulate<T>::type> numbers) {
+__global__ void __launch_bounds__(kThreads)
+    fgsm_words(const T* x, const T* grad, const T* origin, T* output, int64_t numel,
+               const Numbers<typename Accumulate<T>::type> numbers) {
   constexpr int kSize = Word<T>::kSize;
   const int64_t words = numel / kSize, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t word = thread; word < words; word += int64_t(gridDim.x) * kThreads) {
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) fgsm_words(const T* x, const T* grad
   }
   const int64_t i = words * kSize + thread;  // fewer than a word are left
   if (thread < kSize && i < numel)
-    output[i] = element<T, kProject>(x[i], grad[i], kProject ? origin[i] : x[i], numbers.step(i), numbers.radius(i),
-                                     numbers.lower(i), numbers.upper(i));
+    output[i] = element<T, kProject>(x[i], grad[i], kProject ? origin[i] : x[i], numbers.step(i),
+                                     numbers.radius(i), numbers.lower(i), numbers.upper(i));
 }
 
 struct FgsmPositions {
@@ -76,16 +78,19 @@ template <class T, bool kProject>
 __global__ void __launch_bounds__(kThreads)
     fgsm_elements(const T* x, const T* grad, const T* origin, T* output, int64_t numel,
                   const Numbers<typename Accumulate<T>::type> numbers, const FgsmPositions at) {
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel; i += int64_t(gridDim.x) * kThreads)
-    output[at.output[i]] = element<T, kProject>(x[at.x[i]], grad[at.grad[i]], kProject ? origin[at.origin[i]] : T{},
-                                                numbers.step(i), numbers.radius(i), numbers.lower(i), numbers.upper(i));
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel;
+       i += int64_t(gridDim.x) * kThreads)
+    output[at.output[i]] =
+        element<T, kProject>(x[at.x[i]], grad[at.grad[i]], kProject ? origin[at.origin[i]] : T{},
+                             numbers.step(i), numbers.radius(i), numbers.lower(i), numbers.upper(i));
 }
 
 template <class T, bool kProject>
 int step(const FgsmArgs& a, void* stream) {
   using A = typename Accumulate<T>::type;
   constexpr int kSize = Word<T>::kSize;
-  const auto *x = static_cast<const T*>(a.x), *grad = static_cast<const T*>(a.grad), *origin = static_cast<const T*>(a.origin);
+  const auto *x = static_cast<const T*>(a.x), *grad = static_cast<const T*>(a.grad),
+             *origin = static_cast<const T*>(a.origin);
   auto* output = static_cast<T*>(a.output);
   const Numbers<A> numbers{Number<A>(a.step), Number<A>(a.radius), Number<A>(a.lower), Number<A>(a.upper)};
   bool words = a.x_layout.contiguous && a.grad_layout.contiguous && a.output_layout.contiguous &&
@@ -94,12 +99,12 @@ int step(const FgsmArgs& a, void* stream) {
     words = words && (!number->values || number->inner % kSize == 0 || number->inner > a.x_layout.numel);
   const int64_t numel = a.x_layout.numel;
   if (words)
-    return launch(fgsm_words<T, kProject>, blocks_for(numel, kThreads * kSize), kThreads, 0, stream, x, grad, origin, output,
-                  numel, numbers);
-  const FgsmPositions at{Positions(a.x_layout), Positions(a.grad_layout), kProject ? Positions(a.origin_layout) : Positions(),
-                         Positions(a.output_layout)};
-  return launch(fgsm_elements<T, kProject>, blocks_for(numel, kThreads), kThreads, 0, stream, x, grad, origin, output, numel,
-                numbers, at);
+    return launch(fgsm_words<T, kProject>, blocks_for(numel, kThreads * kSize), kThreads, 0, stream, x, grad,
+                  origin, output, numel, numbers);
+  const FgsmPositions at{Positions(a.x_layout), Positions(a.grad_layout),
+                         kProject ? Positions(a.origin_layout) : Positions(), Positions(a.output_layout)};
+  return launch(fgsm_elements<T, kProject>, blocks_for(numel, kThreads), kThreads, 0, stream, x, grad, origin,
+                output, numel, numbers, at);
 }
 
 }  // namespace

@@ -1,27 +1,31 @@
-// torch.ops.fastreg.fgsm_step and pgd_step: checks, allocation, threads or launch. Schemas stand in fastreg/_fgsm.py.
+// torch.ops.fastreg.fgsm_step and pgd_step: checks, allocation, threads or launch. Schemas stand in
+// fastreg/_fgsm.py.
 #include "../common/backend.h"
 #include "fgsm_math.h"
 
 namespace fastreg {
 namespace {
 
-// A tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner, count); it is contiguous and has
-// the type of accumulation, which the Python side saw to.
-FgsmNumber number(const char* op, const char* name, const Tensor& x, double value, const std::optional<Tensor>& values) {
+// A tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner, count); it is
+// contiguous and has the type of accumulation, which the Python side saw to.
+FgsmNumber number(const char* op, const char* name, const Tensor& x, double value,
+                  const std::optional<Tensor>& values) {
   FgsmNumber result{value, nullptr, 1, 1};
   if (!values) return result;
   const Tensor& t = *values;
   const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_device(op, name, t, "x", x);
   check(t.scalar_type() == expected && t.is_contiguous() && t.dim() <= x.dim(), op, ": ", name,
-        " must be a contiguous tensor of the type of accumulation that broadcasts to x, got shape ", shape_text(t));
+        " must be a contiguous tensor of the type of accumulation that broadcasts to x, got shape ",
+        shape_text(t));
   int64_t d = 0;
   const int64_t lead = x.dim() - t.dim();
   while (d < t.dim() && t.size(d) == 1) ++d;
   for (; d < t.dim() && t.size(d) == x.size(d + lead); ++d) result.count *= t.size(d);
   for (; d < t.dim() || d + lead < x.dim(); ++d) {
-    check(d >= t.dim() || t.size(d) == 1, op, ": ", name, " of shape ", shape_text(t), " does not broadcast to x of shape ",
-          shape_text(x), " over neighbouring dimensions; expand it to the shape of x");
+    check(d >= t.dim() || t.size(d) == 1, op, ": ", name, " of shape ", shape_text(t),
+          " does not broadcast to x of shape ", shape_text(x),
+          " over neighbouring dimensions; expand it to the shape of x");
     result.inner *= x.size(d + lead);
   }
   if (result.count == 1) result.inner = x.numel() + 1;  // one value for all: never found at an element's edge
@@ -49,31 +53,36 @@ Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* o
   a.lower = lower;
   a.upper = upper;
   const bool one_value = !step.values && !radius.values && !lower.values && !upper.values;
-  if (one_value && same_dense_order(a.x_layout, a.grad_layout) && same_dense_order(a.x_layout, a.output_layout) &&
+  if (one_value && same_dense_order(a.x_layout, a.grad_layout) &&
+      same_dense_order(a.x_layout, a.output_layout) &&
       (!origin || same_dense_order(a.x_layout, a.origin_layout)))
-    a.x_layout.contiguous = a.grad_layout.contiguous = a.origin_layout.contiguous = a.output_layout.contiguous = true;
+    a.x_layout.contiguous = a.grad_layout.contiguous = a.origin_layout.contiguous =
+        a.output_layout.contiguous = true;
 #ifdef FASTREG_CUDA
   on_stream(op, x, [&](void* stream) { return fgsm_step_cuda(a, stream); });
 #else
   constexpr int64_t kGrain = 1 << 15;  // elements per thread at least
-  parallel(x.numel(), kGrain, [&](int64_t begin, int64_t end) { FR_KERNELS(fgsm_kernels, x.numel()).step(a, begin, end); });
+  parallel(x.numel(), kGrain,
+           [&](int64_t begin, int64_t end) { FR_KERNELS(fgsm_kernels, x.numel()).step(a, begin, end); });
 #endif
   return output;
 }
 
-Tensor fgsm_step(Tensor x, Tensor grad, double eps, double lower, double upper, std::optional<Tensor> eps_values,
-                 std::optional<Tensor> lower_values, std::optional<Tensor> upper_values) {
+Tensor fgsm_step(Tensor x, Tensor grad, double eps, double lower, double upper,
+                 std::optional<Tensor> eps_values, std::optional<Tensor> lower_values,
+                 std::optional<Tensor> upper_values) {
   const char* op = "fgsm_step";
-  return step(op, x, grad, nullptr, number(op, "eps", x, eps, eps_values), {}, number(op, "lower", x, lower, lower_values),
-              number(op, "upper", x, upper, upper_values));
+  return step(op, x, grad, nullptr, number(op, "eps", x, eps, eps_values), {},
+              number(op, "lower", x, lower, lower_values), number(op, "upper", x, upper, upper_values));
 }
 
 Tensor pgd_step(Tensor x, Tensor grad, Tensor origin, double alpha, double eps, double lower, double upper,
-                std::optional<Tensor> alpha_values, std::optional<Tensor> eps_values, std::optional<Tensor> lower_values,
-                std::optional<Tensor> upper_values) {
+                std::optional<Tensor> alpha_values, std::optional<Tensor> eps_values,
+                std::optional<Tensor> lower_values, std::optional<Tensor> upper_values) {
   const char* op = "pgd_step";
-  return step(op, x, grad, &origin, number(op, "alpha", x, alpha, alpha_values), number(op, "eps", x, eps, eps_values),
-              number(op, "lower", x, lower, lower_values), number(op, "upper", x, upper, upper_values));
+  return step(op, x, grad, &origin, number(op, "alpha", x, alpha, alpha_values),
+              number(op, "eps", x, eps, eps_values), number(op, "lower", x, lower, lower_values),
+              number(op, "upper", x, upper, upper_values));
 }
 
 }  // namespace

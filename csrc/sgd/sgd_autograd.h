@@ -12,7 +12,8 @@ inline const Tensor* flat(PyObject* object) {
 }
 
 inline bool same_form(const Tensor& a, const Tensor& b) {
-  return is_plain(b) && a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() && a.strides() == b.strides();
+  return is_plain(b) && a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
+         a.strides() == b.strides();
 }
 
 // What a step needs of a group of parameters.
@@ -32,9 +33,9 @@ inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
   for (const char* name : {"nesterov", "decoupled", "maximize"})
     if (!item(name) || !is_bool(item(name))) return false;
   PyObject *list = item("params"), *mode = item("l1_mode");
-  if (!list || !PyList_CheckExact(list) || !mode || item("stochastic_rounding") != Py_False || !read("lr", &a.lr) ||
-      !read("momentum", &a.momentum) || !read("dampening", &a.dampening) || a.dampening != 0 ||
-      !read("weight_decay", &a.weight_decay) || !read("l1", &a.l1))
+  if (!list || !PyList_CheckExact(list) || !mode || item("stochastic_rounding") != Py_False ||
+      !read("lr", &a.lr) || !read("momentum", &a.momentum) || !read("dampening", &a.dampening) ||
+      a.dampening != 0 || !read("weight_decay", &a.weight_decay) || !read("l1", &a.l1))
     return false;
   a.grad_scale = 1;
   a.nesterov = item("nesterov") == Py_True;
@@ -42,7 +43,8 @@ inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
   a.maximize = item("maximize") == Py_True;
   a.proximal = choice(mode, {"subgradient", "proximal"}) == 1;
   const Py_ssize_t count = PyList_GET_SIZE(list);
-  result->tensors = std::make_unique_for_overwrite<SgdTensor[]>(size_t(count));  // not zeroed: mostly layouts nobody reads
+  result->tensors =
+      std::make_unique_for_overwrite<SgdTensor[]>(size_t(count));  // not zeroed: mostly layouts nobody reads
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(list, i);
     const Tensor* param = flat(object);
@@ -55,7 +57,8 @@ inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
       PyObject* kept = own && PyDict_CheckExact(own) ? PyDict_GetItemString(own, "momentum_buffer") : nullptr;
       buffer = kept ? flat(kept) : nullptr;
     }
-    if (!same_form(*param, grad) || (a.momentum != 0 && !(buffer && same_form(*param, *buffer)))) return false;
+    if (!same_form(*param, grad) || (a.momentum != 0 && !(buffer && same_form(*param, *buffer))))
+      return false;
     SgdTensor& t = result->tensors[result->params.size()];
     t.dtype = param->scalar_type() == ScalarType::Float    ? DType::kFloat32
               : param->scalar_type() == ScalarType::Double ? DType::kFloat64
@@ -88,7 +91,8 @@ inline PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t) {
     const pybind11::gil_scoped_release no_gil;
     for (const SgdGroup& group : groups) {
       step(group.args, group.tensors.get(), group.params.size());
-      for (const Tensor& param : group.params) param.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
+      for (const Tensor& param : group.params)
+        param.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
     }
   }
   Py_RETURN_TRUE;

@@ -8,9 +8,10 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// bfloat16 keeps the upper half of a float32: adding 16 random bits to the lower half and cutting it off rounds up with the
-// probability of the remainder, so that the expected value is exact (Gupta et al. 2015). Element i of tensor t of the call takes
-// value i % 8 of group i / 8, draw t; a NaN or infinity passes unchanged.
+// bfloat16 keeps the upper half of a float32: adding 16 random bits to the lower half and cutting it off
+// rounds up with the probability of the remainder, so that the expected value is exact (Gupta et al. 2015).
+// Element i of tensor t of the call takes value i % 8 of group i / 8, draw t; a NaN or infinity passes
+// unchanged.
 void store_stochastic(BFloat16* out, const Vec<float>& v, int lanes, const uint16_t* random) {
   float lane[16];
   store(lane, v);
@@ -50,16 +51,19 @@ FR_INLINE void step_pairs(BFloat16* param, const BFloat16* grad, BFloat16* momen
   store_pairs(param, random ? pack_stochastic(w_even, w_odd, random) : pack_pairs(w_even, w_odd));
 }
 
-// The arithmetic on contiguous memory. Apart from what reads and writes strided tensors, which it would multiply by nine.
+// The arithmetic on contiguous memory. Apart from what reads and writes strided tensors, which it would
+// multiply by nine.
 template <class T, SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
-__attribute__((noinline)) void step_vectors(T* param, const T* grad, T* momentum, int64_t count, const uint16_t* random,
-                                            const SgdNumbers<V>& numbers) {
+__attribute__((noinline)) void step_vectors(T* param, const T* grad, T* momentum, int64_t count,
+                                            const uint16_t* random, const SgdNumbers<V>& numbers) {
   constexpr bool has_momentum = kMomentum != SgdMomentum::kNone;
-  const SgdNumbers<V> n = numbers;  // a copy: for all the compiler knows, a store to param changes the original
+  const SgdNumbers<V> n =
+      numbers;  // a copy: for all the compiler knows, a store to param changes the original
   int64_t done = 0;
   if constexpr (std::is_same_v<T, BFloat16>) {
     for (; done + 32 <= count; done += 32)
-      step_pairs<kMomentum, kPenalty>(param + done, grad + done, momentum + done, random ? random + done : nullptr, n);
+      step_pairs<kMomentum, kPenalty>(param + done, grad + done, momentum + done,
+                                      random ? random + done : nullptr, n);
   }
   for_each_vector<typename V::Scalar>(count - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
     const int64_t i = done + j;
@@ -93,17 +97,22 @@ void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int
   const bool stochastic = std::is_same_v<T, BFloat16> && a.stochastic_rounding;
   T param_buffer[kTile], grad_buffer[kTile], momentum_buffer[kTile];
   uint16_t random[kTile + 64];
-  const bool in_place = t.param_layout.contiguous && t.grad_layout.contiguous && (!t.momentum || t.momentum_layout.contiguous);
-  const int64_t tile_size = in_place && !stochastic ? end - begin : kTile;  // the buffers are what makes tiles necessary
+  const bool in_place =
+      t.param_layout.contiguous && t.grad_layout.contiguous && (!t.momentum || t.momentum_layout.contiguous);
+  const int64_t tile_size =
+      in_place && !stochastic ? end - begin : kTile;  // the buffers are what makes tiles necessary
   for (int64_t tile = begin; tile < end; tile += tile_size) {
     const int64_t next = end - tile < tile_size ? end : tile + tile_size;
-    T* param = const_cast<T*>(read_tile(t.param_layout, static_cast<const T*>(t.param), tile, next, param_buffer));
+    T* param =
+        const_cast<T*>(read_tile(t.param_layout, static_cast<const T*>(t.param), tile, next, param_buffer));
     const T* grad = read_tile(t.grad_layout, static_cast<const T*>(t.grad), tile, next, grad_buffer);
     T* momentum = nullptr;
     if (t.momentum)
-      momentum = const_cast<T*>(read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, next, momentum_buffer));
+      momentum = const_cast<T*>(
+          read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, next, momentum_buffer));
     if (stochastic)
-      philox_bulk(a.seed.get(), uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index, Purpose::kStochasticRounding, random);
+      philox_bulk(a.seed.get(), uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index,
+                  Purpose::kStochasticRounding, random);
     step_vectors(param, grad, momentum, next - tile, stochastic ? random : nullptr, numbers);
     write_tile(t.param_layout, static_cast<T*>(t.param), tile, next, param);
     if (t.momentum) write_tile(t.momentum_layout, static_cast<T*>(t.momentum), tile, next, momentum);
@@ -111,7 +120,9 @@ void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int
 }
 
 void step(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
-  with_dtype(t.dtype, [&](auto* type) { step_tiles<std::remove_pointer_t<decltype(type)>>(a, t, tensor_index, begin, end); });
+  with_dtype(t.dtype, [&](auto* type) {
+    step_tiles<std::remove_pointer_t<decltype(type)>>(a, t, tensor_index, begin, end);
+  });
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 // The SGD step on CUDA, formula in sgd_math.h.
 // Bytes per float32 element: reads w, g, v, writes w, v: 20, the floor; 12 without momentum.
 //
-// One launch steps as many tensors as fit in a kernel's parameters. A block takes tiles of 2048 elements of all of them in one
-// numbering. Learning rate, loss scale and overflow are read from the GPU's memory: no step waits for the host.
+// One launch steps as many tensors as fit in a kernel's parameters. A block takes tiles of 2048 elements of
+// all of them in one numbering. Learning rate, loss scale and overflow are read from the GPU's memory: no
+// step waits for the host.
 #include <type_traits>
 
 #include "../common/cuda.h"
@@ -12,7 +13,8 @@ namespace fastreg {
 namespace {
 
 constexpr int kTile = 2048;
-constexpr int kTensors = 80;  // 80 * 44 bytes and the numbers: below the 4096 bytes of parameters that every driver takes
+constexpr int kTensors =
+    80;  // 80 * 44 bytes and the numbers: below the 4096 bytes of parameters that every driver takes
 
 struct SgdPointers {
   void* param;
@@ -42,7 +44,8 @@ struct SgdWork {
 
   __device__ __forceinline__ SgdNumbers<A> numbers(bool first_step) const {
     SgdConstants<A> c = constants;
-    if (const void* lr = args.lr_at) c.lr = args.lr_wide ? A(*static_cast<const double*>(lr)) : A(*static_cast<const float*>(lr));
+    if (const void* lr = args.lr_at)
+      c.lr = args.lr_wide ? A(*static_cast<const double*>(lr)) : A(*static_cast<const float*>(lr));
     if (args.grad_scale_at) c.grad_factor = A(args.maximize ? -1 : 1) / A(*args.grad_scale_at);
     return sgd_numbers<A>(c, first_step);
   }
@@ -74,8 +77,8 @@ __device__ __forceinline__ T round_param(A w, bool stochastic, uint32_t random) 
 }
 
 template <class T, bool kMomentum, class A>
-__device__ __forceinline__ void step_element(const SgdWork<A>& work, const SgdNumbers<A>& n, T& param, T grad, T& momentum,
-                                             bool stochastic, uint32_t random) {
+__device__ __forceinline__ void step_element(const SgdWork<A>& work, const SgdNumbers<A>& n, T& param, T grad,
+                                             T& momentum, bool stochastic, uint32_t random) {
   A w = load_float(param), v = kMomentum ? A(load_float(momentum)) : A(0);
   sgd_element(kMomentum ? work.momentum : SgdMomentum::kNone, work.penalty, w, A(load_float(grad)), v, n);
   param = round_param<T>(w, stochastic, random);
@@ -153,7 +156,8 @@ __global__ void __launch_bounds__(kThreads)
   const bool stochastic = std::is_same_v<T, BFloat16> && work.args.stochastic_rounding;
   const uint64_t seed = stochastic ? work.args.seed.get() : 0;
   const SgdNumbers<A> n = work.numbers(t.started && *t.started == 0);
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < t.numel; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < t.numel;
+       i += int64_t(gridDim.x) * kThreads) {
     T* const param = static_cast<T*>(t.param) + param_at[i];
     T* const momentum = kMomentum ? static_cast<T*>(t.momentum) + momentum_at[i] : param;
     T w = *param, v{};
@@ -177,9 +181,12 @@ __global__ void sgd_started(const SgdFlags flags) {
   if (int(threadIdx.x) < flags.count && flags.started[threadIdx.x]) *flags.started[threadIdx.x] = 1;
 }
 
-SgdPointers pointers_of(const SgdTensor& t) { return {t.param, t.grad, t.momentum, t.started, t.param_layout.numel}; }
+SgdPointers pointers_of(const SgdTensor& t) {
+  return {t.param, t.grad, t.momentum, t.started, t.param_layout.numel};
+}
 
-// The tensors of one dtype from `begin` on that are flat memory, in launches of at most kTensors neighbours; the others alone.
+// The tensors of one dtype from `begin` on that are flat memory, in launches of at most kTensors neighbours;
+// the others alone.
 template <class T, bool kMomentum>
 int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t end, void* stream) {
   using A = typename Accumulate<T>::type;
@@ -187,16 +194,18 @@ int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t en
   for (size_t i = begin; i < end;) {
     const SgdTensor& t = tensors[i];
     int error = cudaSuccess;
-    if (!t.param_layout.contiguous || !t.grad_layout.contiguous || (kMomentum && !t.momentum_layout.contiguous)) {
-      error = launch(sgd_strided<T, kMomentum>, blocks_for(t.param_layout.numel, kThreads), kThreads, 0, stream, work,
-                     pointers_of(t), uint32_t(i), Positions(t.param_layout), Positions(t.grad_layout),
-                     kMomentum ? Positions(t.momentum_layout) : Positions());
+    if (!t.param_layout.contiguous || !t.grad_layout.contiguous ||
+        (kMomentum && !t.momentum_layout.contiguous)) {
+      error = launch(sgd_strided<T, kMomentum>, blocks_for(t.param_layout.numel, kThreads), kThreads, 0,
+                     stream, work, pointers_of(t), uint32_t(i), Positions(t.param_layout),
+                     Positions(t.grad_layout), kMomentum ? Positions(t.momentum_layout) : Positions());
       ++i;
     } else {
       SgdBatch<A> batch{work, 0, uint32_t(i), {}, {}};
       for (; i < end && batch.count < kTensors; ++i) {
         const SgdTensor& next = tensors[i];
-        if (!next.param_layout.contiguous || !next.grad_layout.contiguous || (kMomentum && !next.momentum_layout.contiguous))
+        if (!next.param_layout.contiguous || !next.grad_layout.contiguous ||
+            (kMomentum && !next.momentum_layout.contiguous))
           break;
         const int64_t tiles = (next.param_layout.numel + kTile - 1) / kTile;
         if (batch.count && tiles > int64_t(UINT32_MAX) - batch.first_tile[batch.count]) break;
@@ -204,7 +213,8 @@ int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t en
         batch.first_tile[batch.count + 1] = batch.first_tile[batch.count] + uint32_t(tiles);
         ++batch.count;
       }
-      error = launch(sgd_tensors<T, kMomentum>, blocks_for(batch.first_tile[batch.count], 1), kThreads, 0, stream, batch);
+      error = launch(sgd_tensors<T, kMomentum>, blocks_for(batch.first_tile[batch.count], 1), kThreads, 0,
+                     stream, batch);
     }
     if (error) return error;
   }

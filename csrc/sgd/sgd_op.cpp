@@ -1,4 +1,5 @@
-// torch.ops.fastreg.sgd_: checks, threads over the tiles of all tensors or launches. The schema stands in fastreg/optim.py.
+// torch.ops.fastreg.sgd_: checks, threads over the tiles of all tensors or launches. The schema stands in
+// fastreg/optim.py.
 #include <algorithm>
 #include <cmath>
 #include <memory>
@@ -28,20 +29,23 @@ const float* number_at(const char* name, const std::optional<Tensor>& t) {
 #else
 double value_of(const Tensor& t) {
   const void* p = t.const_data_ptr();
-  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(p) : double(*static_cast<const float*>(p));
+  return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(p)
+                                               : double(*static_cast<const float*>(p));
 }
 #endif
 
 void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
-         std::vector<Tensor> momentum_started, double lr, double momentum, double dampening, double weight_decay, double l1,
-         bool nesterov, bool proximal, bool decoupled, bool maximize, std::optional<Tensor> lr_tensor,
-         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> seed) {
+         std::vector<Tensor> momentum_started, double lr, double momentum, double dampening,
+         double weight_decay, double l1, bool nesterov, bool proximal, bool decoupled, bool maximize,
+         std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+         std::optional<Tensor> seed) {
   const char* op = "SGD";
   const size_t count = params.size();
-  check(grads.size() == count && (momentum == 0 ? momentum_buffers.empty() : momentum_buffers.size() == count) &&
+  check(grads.size() == count &&
+            (momentum == 0 ? momentum_buffers.empty() : momentum_buffers.size() == count) &&
             (momentum_started.empty() || momentum_started.size() == count),
-        "SGD: expected one gradient and, with momentum, one buffer for each of ", count, " parameters, got ", grads.size(),
-        " and ", momentum_buffers.size());
+        "SGD: expected one gradient and, with momentum, one buffer for each of ", count, " parameters, got ",
+        grads.size(), " and ", momentum_buffers.size());
   const Tensor* first = count ? &params[0] : nullptr;
   if (lr_tensor) check_scalar("lr", *lr_tensor, first);
   if (grad_scale) check_scalar("grad_scale", *grad_scale, first);
@@ -59,8 +63,8 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   if (grad_scale) a.grad_scale = value_of(*grad_scale);
 #endif
   for (const double number : {a.lr, momentum, weight_decay, l1})
-    check(std::isfinite(number) && number >= 0, "SGD: lr, momentum, weight_decay and l1 must be finite and at least 0, got ",
-          number);
+    check(std::isfinite(number) && number >= 0,
+          "SGD: lr, momentum, weight_decay and l1 must be finite and at least 0, got ", number);
   check(std::isfinite(dampening), "SGD: dampening must be finite, got ", dampening);
   a.momentum = momentum;
   a.dampening = dampening;
@@ -73,14 +77,16 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   a.stochastic_rounding = seed.has_value();
   if (seed) a.seed = seed_of(op, *seed, first ? *first : *seed);
 
-  const auto tensors = std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads
+  const auto tensors =
+      std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads
   for (size_t i = 0; i < count; ++i) {
     SgdTensor& t = tensors[i];
     t.dtype = dtype_of(op, "a parameter", params[i]);
     check_same(op, "a gradient", grads[i], "its parameter", params[i]);
     t.param_layout = layout_of(op, params[i]);
     t.grad_layout = layout_of(op, grads[i]);
-    check(!overlaps_itself(t.param_layout), "SGD: a parameter's elements must not share memory; use .clone()");
+    check(!overlaps_itself(t.param_layout),
+          "SGD: a parameter's elements must not share memory; use .clone()");
     bool flat = same_dense_order(t.param_layout, t.grad_layout) && !(seed && !t.param_layout.contiguous);
     t.param = params[i].mutable_data_ptr();
     t.grad = grads[i].const_data_ptr();
@@ -89,7 +95,8 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
     if (momentum != 0) {
       check_same(op, "a momentum buffer", momentum_buffers[i], "its parameter", params[i]);
       t.momentum_layout = layout_of(op, momentum_buffers[i]);
-      check(!overlaps_itself(t.momentum_layout), "SGD: a momentum buffer's elements must not share memory; use .clone()");
+      check(!overlaps_itself(t.momentum_layout),
+            "SGD: a momentum buffer's elements must not share memory; use .clone()");
       flat = flat && same_dense_order(t.param_layout, t.momentum_layout);
       t.momentum = momentum_buffers[i].mutable_data_ptr();
       if (!momentum_started.empty()) {
@@ -103,9 +110,11 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
     if (flat) t.param_layout.contiguous = t.grad_layout.contiguous = t.momentum_layout.contiguous = true;
   }
 #ifdef FASTREG_CUDA
-  if (count) on_stream(op, params[0], [&](void* stream) { return sgd_step_cuda(a, tensors.get(), count, stream); });
+  if (count)
+    on_stream(op, params[0], [&](void* stream) { return sgd_step_cuda(a, tensors.get(), count, stream); });
 #else
-  if (found_inf && value_of(*found_inf) != 0) return;  // the step is skipped: nothing changes, momentum included
+  if (found_inf && value_of(*found_inf) != 0)
+    return;  // the step is skipped: nothing changes, momentum included
   sgd_step(a, tensors.get(), count);
   for (size_t i = 0; i < count; ++i)
     if (tensors[i].started) *tensors[i].started = 1;
@@ -127,7 +136,8 @@ void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
   }
   const SgdKernels& kernels = FR_KERNELS(sgd_kernels, elements);
   const auto work = [&](int64_t begin, int64_t end) {  // pieces of all tensors, in one numbering
-    size_t i = size_t(std::upper_bound(first_piece.begin(), first_piece.end(), begin) - first_piece.begin()) - 1;
+    size_t i =
+        size_t(std::upper_bound(first_piece.begin(), first_piece.end(), begin) - first_piece.begin()) - 1;
     for (int64_t piece = begin; piece < end; ++i) {
       const int64_t stop = std::min(end, first_piece[i + 1]), numel = tensors[i].param_layout.numel;
       kernels.step(a, tensors[i], uint32_t(i), (piece - first_piece[i]) * kGrain,

@@ -3,10 +3,10 @@
     aug = fastreg.augment.Augment(hflip=0.5, rotate=15, size=(224, 224), brightness=0.3, blur=(3, (0.1, 2.0)))
     images = aug(images)
 
-Steps and their order: horizontal and vertical flip, vertical stretch, then shear, rotation, scale and translation as
-torchvision's affine, then crop to size, all of them one matrix and one resampling; brightness, contrast about the mean of the
-image as it is by then, saturation, hue; Gaussian blur; normalise; erase. What a sample draws depends on the seed and its global
-index alone.
+Steps and their order: horizontal and vertical flip, vertical stretch, then shear, rotation, scale and
+translation as torchvision's affine, then crop to size, all of them one matrix and one resampling; brightness,
+contrast about the mean of the image as it is by then, saturation, hue; Gaussian blur; normalise; erase. What
+a sample draws depends on the seed and its global index alone.
 """
 
 import dataclasses
@@ -36,15 +36,19 @@ class Settings:
     padding: str = "zeros"
     fill: float | tuple = 0.0
     antialias: bool = False
-    dtype: torch.dtype | None = None  # of the result; None for the images', or float32 where uint8 is normalised
+    dtype: torch.dtype | None = (
+        None  # of the result; None for the images', or float32 where uint8 is normalised
+    )
 
 
 @dataclasses.dataclass
 class Params:
-    """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that is off.
+    """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that
+    is off.
 
-    Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height, width): `crop`, in the
-    input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise; `hue` in turns; flips 0 or 1.
+    Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height,
+    width): `crop`, in the input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise;
+    `hue` in turns; flips 0 or 1.
     """
 
     hflip: torch.Tensor | None = None
@@ -64,16 +68,20 @@ class Params:
     settings: Settings = Settings()
 
     def matrices(self, height, width):
-        """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height, width); None if there is
-        nothing to warp."""
+        """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height,
+        width); None if there is nothing to warp."""
         names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
-        geometry = {name: value.to(torch.float64) for name in names if (value := getattr(self, name)) is not None}
+        geometry = {
+            name: value.to(torch.float64) for name in names if (value := getattr(self, name)) is not None
+        }
         size = self.settings.size or (height, width)
         if not geometry and size == (height, width):
             return None
         some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), None)
         if some is None:
-            raise ValueError("Params.matrices: no parameter says how many samples there are; set crop to the whole image")
+            raise ValueError(
+                "Params.matrices: no parameter says how many samples there are; set crop to the whole image"
+            )
         return _op.augment_matrices(some, (height, width), size, **geometry)
 
 
@@ -84,24 +92,26 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name
 
 
 def apply(images, params):
-    """Augment images with given parameters; pure, and differentiable with respect to the images (but for hue, which is an error).
+    """Augment images with given parameters; pure, and differentiable with respect to the images (but for hue,
+    which is an error).
 
     Args:
-        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8, float32, float64, float16 or bfloat16.
+        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8, float32, float64, float16 or
+            bfloat16.
         params: `Params`, of `Augment.sample` or made by hand.
 
     Returns:
-        (B, C, *size), in the images' memory format. float32 for uint8 images that are normalised, else of the images' dtype, or
-        `settings.dtype`. Arithmetic is float32 (float64 for float64) and rounded once; only where uint8 stays uint8 each step
-        rounds as torchvision's.
+        (B, C, *size), in the images' memory format. float32 for uint8 images that are normalised, else of the
+        images' dtype, or `settings.dtype`. Arithmetic is float32 (float64 for float64) and rounded once; only
+        where uint8 stays uint8 each step rounds as torchvision's.
 
     Raises:
-        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue with other than 1 or
-            3 channels, a matrix that is not finite or leads further than 2^30 pixels away (on a GPU, for which that would mean
-            to wait, the sample becomes NaN, or 0 in uint8).
+        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue
+            with other than 1 or 3 channels, a matrix that is not finite or leads further than 2^30 pixels
+            away (on a GPU, for which that would mean to wait, the sample becomes NaN, or 0 in uint8).
         TypeError: another dtype.
-        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, for the gradient is added up in no
-            fixed order there.
+        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, for the gradient
+            is added up in no fixed order there.
     """
     op = "augment"
     batch, lead = functional.batched(op, images)
@@ -111,7 +121,9 @@ def apply(images, params):
     for name in _FIELDS:
         value = getattr(params, name)
         if value is not None and len(value) != count:
-            raise ValueError(f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew")
+            raise ValueError(
+                f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
+            )
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
     sigma = params.sigma
     blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
@@ -131,13 +143,22 @@ def apply(images, params):
 
 
 def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
-    """(lo, hi) of a pair, or of a number that is the distance to both sides of `centre`, cut at `low` and `high`."""
+    """(lo, hi) of a pair, or of a number that is the distance to both sides of `centre`, cut at `low` and
+    `high`.
+    """
     op = "Augment"
     if isinstance(value, (int, float)) and centre is not None:
         check_number(op, name, value, 0)
-        value = (max(centre - value, low), min(centre + value, high)) if math.isfinite(value) else (-math.inf, math.inf)
+        value = (
+            (max(centre - value, low), min(centre + value, high))
+            if math.isfinite(value)
+            else (-math.inf, math.inf)
+        )
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{op}: {name} must be {'a number or ' if centre is not None else ''}a pair (lo, hi), got {value!r}")
+        raise ValueError(
+            f"{op}: {name} must be {'a number or ' if centre is not None else ''}a pair (lo, hi), got "
+            f"{value!r}"
+        )
     for end in value:
         check_number(op, name, end, low, high)
         if not math.isfinite(end):
@@ -148,7 +169,8 @@ def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
 
 
 class Augment(nn.Module):
-    """Augments batches of images, each sample with its own parameters, in one pass. Everything left out is off.
+    """Augments batches of images, each sample with its own parameters, in one pass. Everything left out is
+    off.
 
     Args:
         hflip, vflip: probability of mirroring left and right, top and bottom.
@@ -158,24 +180,25 @@ class Augment(nn.Module):
         translate: (fx, fy), the largest shift to either side as a share of width and height; whole pixels.
         shear: degrees to either side, or (lo, hi), along x; or (lo_x, hi_x, lo_y, hi_y).
         size: (height, width) of the result, or one for both; None for that of the images.
-        crop: (lo, hi): a box of that share of the image's area, of ratio 3/4 to 4/3, is resized to `size`, as torchvision's
-            RandomResizedCrop; a whole number p: a window of `size` of the image with p pixels of padding around, as RandomCrop.
-            None: the whole image is resized to `size`.
+        crop: (lo, hi): a box of that share of the image's area, of ratio 3/4 to 4/3, is resized to `size`, as
+            torchvision's RandomResizedCrop; a whole number p: a window of `size` of the image with p pixels
+            of padding around, as RandomCrop. None: the whole image is resized to `size`.
         brightness, contrast, saturation: factors within that distance of 1, but not negative, or (lo, hi).
         hue: turns to either side, at most 0.5, or (lo, hi).
         blur: (kernel, (lo, hi)): kernel size, odd, and range of sigma.
         erase: probability of erasing a box of 2 to 33 % of the result, of ratio 0.3 to 3.3.
-        erase_value: what it is filled with, in the images' units, one or per channel; None for what becomes 0.
+        erase_value: what it is filled with, in the images' units, one or per channel; None for what becomes
+            0.
         mean, std: normalise, one or per channel, for images in [0, 1]; uint8 images are divided by 255 first.
         interpolation: "nearest", "bilinear" or "bicubic".
         padding: what lies outside: "zeros", "border", "reflect" or "fill".
         fill: for padding="fill", in the images' units, one or per channel.
-        antialias: where the image shrinks, widen the interpolation's filter by as much, as torch's interpolate does; with a
-            rotation or shear where it shrinks by more than 2.
+        antialias: where the image shrinks, widen the interpolation's filter by as much, as torch's
+            interpolate does; with a rotation or shear where it shrinks by more than 2.
         dtype: of the result; None for the images', or float32 where uint8 is normalised.
 
-    Numbers are uniform in their ranges; the crop's and box's ratio is uniform in its logarithm. In eval mode nothing is random:
-    images are only brought to `size` (a window from the middle for crop=p) and normalised.
+    Numbers are uniform in their ranges; the crop's and box's ratio is uniform in its logarithm. In eval mode
+    nothing is random: images are only brought to `size` (a window from the middle for crop=p) and normalised.
 
     Raises:
         ValueError, TypeError: a probability outside [0, 1], ranges that are no ranges, unknown names.
@@ -247,8 +270,12 @@ class Augment(nn.Module):
         self.size = None
         if size is not None:
             self.size = tuple(functional.pair(size))
-            if len(self.size) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in self.size):
-                raise ValueError(f"{op}: size must be whole numbers of at least 1, (height, width), got {size!r}")
+            if len(self.size) != 2 or any(
+                not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in self.size
+            ):
+                raise ValueError(
+                    f"{op}: size must be whole numbers of at least 1, (height, width), got {size!r}"
+                )
         self.crop = crop
         if isinstance(crop, int) and not isinstance(crop, bool):
             check_number(op, "crop", crop, 0, 2**20)
@@ -265,16 +292,27 @@ class Augment(nn.Module):
         if dtype is not None and dtype not in functional.DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
         constants = {"erase_value": erase_value, "mean": mean, "std": std, "fill": fill}
-        for name, value in constants.items():  # tensors and lists as tuples: the settings are compared and hashed
+        for (
+            name,
+            value,
+        ) in constants.items():  # tensors and lists as tuples: the settings are compared and hashed
             if value is not None:
                 values = _op.per_channel(
-                    op, name, value, 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
+                    op,
+                    name,
+                    value,
+                    1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1)),
                 )
                 constants[name] = values[0] if len(values) == 1 else tuple(values)
         ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
         self._steps = sum(bit for name, bit in _op.STEPS.items() if name in self.ranges)
         self._is_geometric = bool(
-            hflip or vflip or self.translate or self.size or crop is not None or self.ranges.keys() & _op.GEOMETRY
+            hflip
+            or vflip
+            or self.translate
+            or self.size
+            or crop is not None
+            or self.ranges.keys() & _op.GEOMETRY
         )
         self._ends = [[ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1)]
         self.settings = Settings(
@@ -289,8 +327,8 @@ class Augment(nn.Module):
 
     @classmethod
     def cifar(cls, **changes):
-        """A window of 32 × 32 from 4 pixels of padding around, mirrored half the time, normalised with CIFAR-10's statistics
-        (He, Zhang, Ren, Sun 2016); `changes` are arguments of `Augment`."""
+        """A window of 32 × 32 from 4 pixels of padding around, mirrored half the time, normalised with
+        CIFAR-10's statistics (He, Zhang, Ren, Sun 2016); `changes` are arguments of `Augment`."""
         usual = {
             "hflip": 0.5,
             "size": 32,
@@ -302,8 +340,9 @@ class Augment(nn.Module):
 
     @classmethod
     def imagenet(cls, **changes):
-        """A box of 8 to 100 % of the image resized to 224 × 224 (Szegedy et al. 2015), mirrored half the time, its colours
-        jittered, normalised with ImageNet's statistics; `changes` are arguments of `Augment`."""
+        """A box of 8 to 100 % of the image resized to 224 × 224 (Szegedy et al. 2015), mirrored half the
+        time, its colours jittered, normalised with ImageNet's statistics; `changes` are arguments of
+        `Augment`."""
         usual = {
             "hflip": 0.5,
             "size": 224,
@@ -326,7 +365,8 @@ class Augment(nn.Module):
             batch: the images, (B, C, H, W) or (C, H, W); only their shape and device count.
             generator: torch.Generator on their device that the seed is drawn from; None for the default one.
             seed: whole number, or int64 tensor of one element; drawn if None.
-            offset: global index of the first sample: sample i draws what it would as number offset + i of one large batch.
+            offset: global index of the first sample: sample i draws what it would as number offset + i of one
+                large batch.
         """
         count, (height, width), size = self._shapes(batch)
         if not self.training:
@@ -338,7 +378,9 @@ class Augment(nn.Module):
                 params.crop = _op.rows(box, count, batch.device)
             return params
         table, _, _, _, boxes = self._draw(batch, generator, seed, offset)
-        fields = {name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")}
+        fields = {
+            name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")
+        }
         fields |= {name: table.select(1, _COLUMN[name]) for name in ("hflip", "vflip") if self.chances[name]}
         if self.translate is not None:
             fields["translate"] = table[:, _COLUMN["translate_x"] : _COLUMN["translate_y"] + 1]
@@ -358,12 +400,19 @@ class Augment(nn.Module):
             raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
         count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
         size = self.size or (height, width)
-        if isinstance(self.crop, int) and (size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop):
-            raise ValueError(f"{op}: a window of {size} does not fit into ({height}, {width}) with {self.crop} pixels around")
+        if isinstance(self.crop, int) and (
+            size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop
+        ):
+            raise ValueError(
+                f"{op}: a window of {size} does not fit into ({height}, {width}) with {self.crop} pixels "
+                f"around"
+            )
         return count, (height, width), size
 
     def _draw(self, batch, generator=None, seed=None, offset=0):
-        """(table of all columns, matrices, colour, blur, boxes): what the samples draw, and what the operator takes of it."""
+        """(table of all columns, matrices, colour, blur, boxes): what the samples draw, and what the operator
+        takes of it.
+        """
         count, (height, width), size = self._shapes(batch)
         if seed is None:
             seed = draw_seed(batch.device, generator)
@@ -378,7 +427,11 @@ class Augment(nn.Module):
                 column = _COLUMN[f"translate_{axis}"]
                 low[column], high[column] = -share * extent, share * extent
         is_window = isinstance(self.crop, int)
-        crop_box = [*(self.crop if self.crop and not is_window else (1.0, 1.0)), *_CROP_RATIO, float(is_window and self.crop)]
+        crop_box = [
+            *(self.crop if self.crop and not is_window else (1.0, 1.0)),
+            *_CROP_RATIO,
+            float(is_window and self.crop),
+        ]
         return _op.augment_draw(
             batch.detach(), seed, offset, count, list(self.chances.values()), low, high,
             0 if self.crop is None else 2 if is_window else 1, crop_box, [*_ERASED_SHARE, *_ERASED_RATIO],
@@ -404,7 +457,9 @@ class Augment(nn.Module):
         return output if lead else output.squeeze(0)
 
     def collate(self, samples):
-        """For DataLoader(collate_fn=...): torch's default collation, then augmentation of the first part of each sample."""
+        """For DataLoader(collate_fn=...): torch's default collation, then augmentation of the first part of
+        each sample.
+        """
         parts = torch.utils.data.default_collate(samples)
         if isinstance(parts, torch.Tensor):
             return self(parts)
@@ -413,9 +468,13 @@ class Augment(nn.Module):
     def extra_repr(self):
         """The steps that are on."""
         shown = {name: value for name, value in self.chances.items() if value} | self.ranges
-        shown |= {name: getattr(self, name) for name in ("translate", "crop") if getattr(self, name) is not None}
+        shown |= {
+            name: getattr(self, name) for name in ("translate", "crop") if getattr(self, name) is not None
+        }
         default = Settings()
         shown |= {
-            f.name: v for f in dataclasses.fields(Settings) if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
+            f.name: v
+            for f in dataclasses.fields(Settings)
+            if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())

@@ -1,7 +1,8 @@
 """The operators behind `fastreg.augment`: schemas, fake kernels, autograd, and one function that calls them.
 
-Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an output pixel to its place in the source, pixel centres
-at whole numbers; `constants` are fill, erased value, scale and shift of each channel, in this order.
+Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an output pixel to its place in the
+source, pixel centres at whole numbers; `constants` are fill, erased value, scale and shift of each channel,
+in this order.
 """
 
 import warnings
@@ -11,19 +12,23 @@ import torch
 from .._registry import define
 
 _ARGUMENTS = (
-    "Tensor images, Tensor? matrices, Tensor? colour, Tensor? blur, Tensor? boxes, Tensor? windows, float[] constants, "
-    "SymInt height, SymInt width, int blur_width, int blur_height, int colour_steps, int interpolation, int padding, "
+    "Tensor images, Tensor? matrices, Tensor? colour, Tensor? blur, Tensor? boxes, Tensor? windows, float[] "
+    "constants, "
+    "SymInt height, SymInt width, int blur_width, int blur_height, int colour_steps, int interpolation, int "
+    "padding, "
     "bool antialias, bool normalise, ScalarType dtype"
 )
 define(f"augment({_ARGUMENTS}) -> Tensor")
 define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor")
 define(
-    "augment_draw(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, float[] high, int crop, "
+    "augment_draw(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, "
+    "float[] high, int crop, "
     "float[] crop_box, float[] erase_box, SymInt[] sizes, int blur_width, int blur_height) "
     "-> (Tensor table, Tensor matrices, Tensor colour, Tensor blur, Tensor boxes)"
 )
 define(
-    "augment_matrices(Tensor like, Tensor? hflip, Tensor? vflip, Tensor? stretch, Tensor? scale, Tensor? angle, "
+    "augment_matrices(Tensor like, Tensor? hflip, Tensor? vflip, Tensor? stretch, Tensor? scale, Tensor? "
+    "angle, "
     "Tensor? translate, Tensor? shear, Tensor? crop, SymInt in_height, SymInt in_width, "
     "SymInt out_height, SymInt out_width) -> Tensor"
 )
@@ -61,7 +66,9 @@ def _(grad, images, *rest):
 @torch.library.register_fake("fastreg::augment_draw")
 def _(images, seed, offset, batch, *rest):
     shapes = ((batch, len(COLUMNS)), (batch, 2, 3), (batch, len(STEPS)), (batch, rest[-2] + rest[-1]))
-    return *(images.new_empty(shape, dtype=torch.float64) for shape in shapes), images.new_empty((batch, 4), dtype=torch.int64)
+    return *(images.new_empty(shape, dtype=torch.float64) for shape in shapes), images.new_empty(
+        (batch, 4), dtype=torch.int64
+    )
 
 
 @torch.library.register_fake("fastreg::augment_matrices")
@@ -82,7 +89,9 @@ augment_gaussian = torch.ops.fastreg.augment_gaussian.default  # weights along x
 
 def augment_matrices(like, in_size, out_size, *, hflip=None, vflip=None, stretch=None, scale=None, angle=None, translate=None,
                      shear=None, crop=None):  # fmt: skip
-    """(B, 2, 3) float64 matrices of float64 parameters on the device of `like`, of which there are B; None is neutral."""
+    """(B, 2, 3) float64 matrices of float64 parameters on the device of `like`, of which there are B; None is
+    neutral.
+    """
     parameters = (hflip, vflip, stretch, scale, angle, translate, shear, crop)
     return torch.ops.fastreg.augment_matrices.default(like, *parameters, *in_size, *out_size)
 
@@ -99,7 +108,8 @@ class _Augment(torch.autograd.Function):
     def backward(ctx, grad):
         if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
             message = (
-                "augment: on a GPU the images' gradient is added up in no fixed order, so that its last bits vary; "
+                "augment: on a GPU the images' gradient is added up in no fixed order, so that its last bits "
+                "vary; "
                 "use torch.use_deterministic_algorithms(True, warn_only=True), or augment on the CPU"
             )
             if not torch.is_deterministic_algorithms_warn_only_enabled():
@@ -131,8 +141,9 @@ def run(
 ):
     """The operator on images (B, C, H, W), through autograd only where a derivative is needed.
 
-    `colour` is a table (B, 4) of factors, of which `steps` says, as a sum of STEPS, which are used; `mean`, `std`, `fill`,
-    `erase_value` are sequences of one number per channel, or one number. Everything else was checked by the caller.
+    `colour` is a table (B, 4) of factors, of which `steps` says, as a sum of STEPS, which are used; `mean`,
+    `std`, `fill`, `erase_value` are sequences of one number per channel, or one number. Everything else was
+    checked by the caller.
     """
     channels = images.shape[1]
     is_byte = images.dtype == torch.uint8
@@ -162,7 +173,8 @@ def run(
     if images.requires_grad and torch.is_grad_enabled():
         if steps & STEPS["hue"] and channels == 3:
             raise ValueError(
-                f"{op}: hue has no gradient with respect to the images; leave hue out, detach the images, or use torch.no_grad()"
+                f"{op}: hue has no gradient with respect to the images; leave hue out, detach the images, or "
+                f"use torch.no_grad()"
             )
         return _Augment.apply(*arguments)
     return _augment(*arguments)
@@ -170,7 +182,9 @@ def run(
 
 def rows(numbers, count, device):
     """(count, len(numbers)) float64 of one row; not from a list, whose copy to a GPU would wait for it."""
-    return torch.stack([torch.full((count,), float(v), dtype=torch.float64, device=device) for v in numbers], 1)
+    return torch.stack(
+        [torch.full((count,), float(v), dtype=torch.float64, device=device) for v in numbers], 1
+    )
 
 
 def factors(named):
@@ -195,7 +209,9 @@ def per_channel(op, name, value, channels):
         if len(values) == 1:
             values = values * channels
     if len(values) != channels:
-        raise ValueError(f"{op}: {name} must be one number, or one for each of {channels} channels, got {len(values)}")
+        raise ValueError(
+            f"{op}: {name} must be one number, or one for each of {channels} channels, got {len(values)}"
+        )
     if any(v != v or v in (float("inf"), float("-inf")) for v in values):
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return values

@@ -1,9 +1,11 @@
-"""The single steps of augmentation under torchvision's functional names and argument order; every number may be one per sample.
+"""The single steps of augmentation under torchvision's functional names and argument order; every number may
+be one per sample.
 
-Images are (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1]. Where an argument says "number", a tensor of shape (B,)
-gives one value to each sample of (B, C, H, W). The results equal torchvision.transforms.v2.functional's within 1e-5 (geometry,
-blur, brightness) and 1e-4 (contrast, saturation, hue) of an image in [0, 1]; uint8 images are rounded as there.
-All but `adjust_hue` are differentiable with respect to the images.
+Images are (..., C, H, W), uint8 in [0, 255] or floating point in [0, 1]. Where an argument says "number", a
+tensor of shape (B,) gives one value to each sample of (B, C, H, W). The results equal
+torchvision.transforms.v2.functional's within 1e-5 (geometry, blur, brightness) and 1e-4 (contrast,
+saturation, hue) of an image in [0, 1]; uint8 images are rounded as there. All but `adjust_hue` are
+differentiable with respect to the images.
 """
 
 import math
@@ -21,7 +23,8 @@ def batched(op, images):
     check_tensor(op, "images", images)
     if images.dtype not in DTYPES:
         raise TypeError(
-            f"{op}: images must be uint8, float32, float64, float16 or bfloat16, got {images.dtype}; convert them with .float()"
+            f"{op}: images must be uint8, float32, float64, float16 or bfloat16, got {images.dtype}; convert "
+            f"them with .float()"
         )
     if images.dim() < 3:
         raise ValueError(f"{op}: images must be (..., channels, height, width), got {tuple(images.shape)}")
@@ -41,7 +44,10 @@ def numbers(op, name, value, images, low=-math.inf, high=math.inf, above=None):
     if not isinstance(value, torch.Tensor):
         check_number(op, name, value, low, high)
         if abs(value) == math.inf or (above is not None and not value > above):
-            raise ValueError(f"{op}: {name} must be finite{'' if above is None else f' and greater than {above}'}, got {value}")
+            raise ValueError(
+                f"{op}: {name} must be finite{'' if above is None else f' and greater than {above}'}, got "
+                f"{value}"
+            )
         return torch.full((batch,), float(value), dtype=torch.float64, device=images.device)
     if value.is_complex():
         raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
@@ -49,9 +55,14 @@ def numbers(op, name, value, images, low=-math.inf, high=math.inf, above=None):
     if value.numel() == 1:
         value = value.reshape(1).expand(batch)
     if value.shape != (batch,):
-        raise ValueError(f"{op}: {name} must be a number or one for each of {batch} samples, got shape {tuple(value.shape)}")
+        raise ValueError(
+            f"{op}: {name} must be a number or one for each of {batch} samples, got shape "
+            f"{tuple(value.shape)}"
+        )
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        good = (value >= low) & (value <= high) & value.isfinite() & (True if above is None else value > above)
+        good = (
+            (value >= low) & (value <= high) & value.isfinite() & (True if above is None else value > above)
+        )
         if not good.all():
             limits = f"in [{low:g}, {high:g}]" if above is None else f"greater than {above}"
             raise ValueError(f"{op}: {name} must be finite and {limits}, got {value[~good][0].item()}")
@@ -69,7 +80,9 @@ def pair(value):
 
 def _matrices(images, size=None, **fields):
     """(B, 2, 3) inverse matrices of the named parameters, float64 of (B,) or (B, columns); the rest neutral."""
-    return _op.augment_matrices(next(iter(fields.values())), images.shape[-2:], size or images.shape[-2:], **fields)
+    return _op.augment_matrices(
+        next(iter(fields.values())), images.shape[-2:], size or images.shape[-2:], **fields
+    )
 
 
 def _check_interpolation(op, interpolation):
@@ -96,7 +109,8 @@ def vertical_flip(inpt):
 
 
 def affine(inpt, angle, translate, scale, shear, interpolation="nearest", fill=None, center=None):
-    """Rotate by `angle` degrees clockwise, scale, shear, then translate, about the image's centre; the size stays.
+    """Rotate by `angle` degrees clockwise, scale, shear, then translate, about the image's centre; the size
+    stays.
 
     Args:
         angle: number, degrees, clockwise.
@@ -104,8 +118,8 @@ def affine(inpt, angle, translate, scale, shear, interpolation="nearest", fill=N
         scale: number, greater than 0.
         shear: number (along x) or pair of numbers (along x, along y), degrees; or a tensor (B, 2).
         interpolation: "nearest", "bilinear" or "bicubic"; torchvision's InterpolationMode is understood.
-        fill: what lies outside: None for zeros, a number, or one per channel. As in torchvision, a pixel that lies partly inside
-            is m * (m-weighted sum of pixels) + (1 - m) * fill with its inner share m.
+        fill: what lies outside: None for zeros, a number, or one per channel. As in torchvision, a pixel that
+            lies partly inside is m * (m-weighted sum of pixels) + (1 - m) * fill with its inner share m.
         center: (x, y) of the fixed point, from the upper left corner; None for the centre.
 
     Raises:
@@ -156,7 +170,8 @@ def rotate(inpt, angle, interpolation="nearest", expand=False, center=None, fill
         height, width = inpt.shape[-2:]
         c, s = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
         size = tuple(
-            math.ceil(math.trunc((side + turned) * 500) / 1000) - math.floor(math.trunc((side - turned) * 500) / 1000)
+            math.ceil(math.trunc((side + turned) * 500) / 1000)
+            - math.floor(math.trunc((side - turned) * 500) / 1000)
             for side, turned in ((height, height * c + width * s), (width, width * c + height * s))
         )  # whole pixels that the corners reach, in thousandths, as torchvision counts
         if center is not None:
@@ -169,15 +184,24 @@ def vertical_stretch(inpt, factor, interpolation="bilinear", fill=None):
     """Stretch the image by `factor` along its height, about its centre; the size stays.
 
     Args:
-        factor: number, greater than 0: above 1 the image becomes taller and is cut, below 1 it becomes flatter.
+        factor: number, greater than 0: above 1 the image becomes taller and is cut, below 1 it becomes
+            flatter.
 
-    Other arguments and errors as in `affine`. Source: dataset augmentation as taught, an affine map diag(1, factor).
+    Other arguments and errors as in `affine`. Source: dataset augmentation as taught, an affine map diag(1,
+    factor).
     """
     op = "vertical_stretch"
     batched(op, inpt)
     m = _matrices(inpt, stretch=numbers(op, "factor", factor, inpt, above=0))
     padding, fill = _outside(fill)
-    return _run(op, inpt, matrices=m, interpolation=_check_interpolation(op, interpolation), padding=padding, fill=fill)
+    return _run(
+        op,
+        inpt,
+        matrices=m,
+        interpolation=_check_interpolation(op, interpolation),
+        padding=padding,
+        fill=fill,
+    )
 
 
 def resized_crop(inpt, top, left, height, width, size, interpolation="bilinear", antialias=True):
@@ -187,7 +211,8 @@ def resized_crop(inpt, top, left, height, width, size, interpolation="bilinear",
         top, left, height, width: whole numbers, or tensors (B,); the box lies inside the image.
         size: (height, width) of the result, or one for both.
         interpolation: "nearest", "bilinear" or "bicubic".
-        antialias: where the box shrinks, widen the interpolation's triangle (or cubic) by as much, as torch's interpolate does.
+        antialias: where the box shrinks, widen the interpolation's triangle (or cubic) by as much, as torch's
+            interpolate does.
 
     Raises:
         ValueError: a box that does not lie inside, sizes below 1.
@@ -198,14 +223,25 @@ def resized_crop(inpt, top, left, height, width, size, interpolation="bilinear",
     size = tuple(int(v) for v in pair(size))
     if min(size) < 1:
         raise ValueError(f"{op}: size must be at least 1, got {size}")
-    if not any(isinstance(v, torch.Tensor) for v in (top, left, height, width)):  # a GPU's tensors are not looked at
+    if not any(
+        isinstance(v, torch.Tensor) for v in (top, left, height, width)
+    ):  # a GPU's tensors are not looked at
         rows, columns = inpt.shape[-2:]
-        if not (0 <= top <= top + height <= rows and 0 <= left <= left + width <= columns and height >= 1 and width >= 1):
+        if not (
+            0 <= top <= top + height <= rows
+            and 0 <= left <= left + width <= columns
+            and height >= 1
+            and width >= 1
+        ):
             raise ValueError(
-                f"{op}: the box must lie inside the image of ({rows}, {columns}), got top {top}, left {left}, height {height}, "
+                f"{op}: the box must lie inside the image of ({rows}, {columns}), got top {top}, left "
+                f"{left}, height {height}, "
                 f"width {width}"
             )
-    box = [numbers(op, name, v, inpt) for name, v in (("top", top), ("left", left), ("height", height), ("width", width))]
+    box = [
+        numbers(op, name, v, inpt)
+        for name, v in (("top", top), ("left", left), ("height", height), ("width", width))
+    ]
     windows = torch.stack(box, 1).long()
     m = torch.zeros(len(windows), 2, 3, dtype=torch.float64, device=inpt.device)
     # torch's nearest takes pixel floor(x * step), every other interpolation has centre on centre.
@@ -216,7 +252,14 @@ def resized_crop(inpt, top, left, height, width, size, interpolation="bilinear",
         m[:, axis, 2] = 0.5 * step - 0.5 if nudge is None else nudge
     antialias = bool(antialias) and interpolation != "nearest"
     return _run(
-        op, inpt, matrices=m, size=size, windows=windows, interpolation=interpolation, padding="border", antialias=antialias
+        op,
+        inpt,
+        matrices=m,
+        size=size,
+        windows=windows,
+        interpolation=interpolation,
+        padding="border",
+        antialias=antialias,
     )
 
 
@@ -240,12 +283,16 @@ def adjust_contrast(inpt, contrast_factor):
 
 
 def adjust_saturation(inpt, saturation_factor):
-    """clamp(factor * p + (1 - factor) * grey), grey = 0.2989 r + 0.587 g + 0.114 b; factor is a number of at least 0."""
+    """clamp(factor * p + (1 - factor) * grey), grey = 0.2989 r + 0.587 g + 0.114 b; factor is a number of at
+    least 0.
+    """
     return _adjust("saturation", inpt, saturation_factor, low=0)
 
 
 def adjust_hue(inpt, hue_factor):
-    """Turn the hue by `hue_factor` of a full circle, a number in [-0.5, 0.5]. It has no gradient: an error says so."""
+    """Turn the hue by `hue_factor` of a full circle, a number in [-0.5, 0.5]. It has no gradient: an error
+    says so.
+    """
     return _adjust("hue", inpt, hue_factor, low=-0.5, high=0.5)
 
 
@@ -254,8 +301,8 @@ def gaussian_blur(inpt, kernel_size, sigma=None):
 
     Args:
         kernel_size: odd number of pixels, or a pair (along x, along y).
-        sigma: number, or pair of numbers (along x, along y); None for 0.15 kernel_size + 0.35. A sigma of 0 leaves the image as
-            it is. A tensor has shape (B,), or (B, 2).
+        sigma: number, or pair of numbers (along x, along y); None for 0.15 kernel_size + 0.35. A sigma of 0
+            leaves the image as it is. A tensor has shape (B,), or (B, 2).
     """
     op = "gaussian_blur"
     batched(op, inpt)
@@ -268,7 +315,9 @@ def gaussian_blur(inpt, kernel_size, sigma=None):
 def check_kernel(op, kernel_size):
     """(along x, along y), both odd."""
     kernel = pair(kernel_size)
-    if len(kernel) != 2 or any(not isinstance(k, int) or isinstance(k, bool) or k < 1 or k % 2 == 0 for k in kernel):
+    if len(kernel) != 2 or any(
+        not isinstance(k, int) or isinstance(k, bool) or k < 1 or k % 2 == 0 for k in kernel
+    ):
         raise ValueError(f"{op}: kernel_size must be odd whole numbers of at least 1, got {kernel_size}")
     return kernel
 

@@ -10,7 +10,8 @@ from . import Augment, apply, functional
 def steps(image):
     """One image (C, H, W) under each step alone: a list of (what was done, image of the same size).
 
-    Colour steps are left out where the image has other than 1 or 3 channels, saturation and hue where it has one.
+    Colour steps are left out where the image has other than 1 or 3 channels, saturation and hue where it has
+    one.
     """
     channels, height, width = image.shape
     shown = [
@@ -21,7 +22,10 @@ def steps(image):
         ("shear 15°", functional.affine(image, 0, (0, 0), 1.0, 15.0, "bilinear")),
         ("scale 0.7", functional.affine(image, 0, (0, 0), 0.7, 0.0, "bilinear")),
         ("translate", functional.affine(image, 0, (width // 6, height // 8), 1.0, 0.0, "bilinear")),
-        ("crop", functional.resized_crop(image, height // 8, width // 5, height // 2, width // 2, (height, width))),
+        (
+            "crop",
+            functional.resized_crop(image, height // 8, width // 5, height // 2, width // 2, (height, width)),
+        ),
     ]
     if channels in (1, 3):
         shown += [
@@ -29,7 +33,10 @@ def steps(image):
             ("contrast 0.5", functional.adjust_contrast(image, 0.5)),
         ]
     if channels == 3:
-        shown += [("saturation 2", functional.adjust_saturation(image, 2.0)), ("hue 0.15", functional.adjust_hue(image, 0.15))]
+        shown += [
+            ("saturation 2", functional.adjust_saturation(image, 2.0)),
+            ("hue 0.15", functional.adjust_hue(image, 0.15)),
+        ]
     kernel = min(height, width) // 16 * 2 + 1
     blur = functional.gaussian_blur(image, kernel, kernel / 5)
     return [
@@ -48,7 +55,8 @@ def batch(image, augment, count, seed=0):
 
 
 def figure(image, augment=None, columns=7, seed=0):
-    """A matplotlib Figure: the image under each step, and below a batch under `augment` (`Augment.imagenet()` if None).
+    """A matplotlib Figure: the image under each step, and below a batch under `augment` (`Augment.imagenet()`
+    if None).
 
     Args:
         image: (C, H, W) of 1 or 3 channels, uint8 or floating point in [0, 1].

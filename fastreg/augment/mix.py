@@ -1,7 +1,8 @@
 """Mixtures of two samples of a batch and of their labels: mixup and CutMix.
 
-x = lambda x_i + (1 - lambda) x_j (Zhang, Cissé, Dauphin, Lopez-Paz 2018), or x_j inside a box of x_i (Yun, Han, Oh, Chun, Choe,
-Yoo 2019); y = lambda y_i + (1 - lambda) y_j. Each sample draws its own lambda and its own partner.
+x = lambda x_i + (1 - lambda) x_j (Zhang, Cissé, Dauphin, Lopez-Paz 2018), or x_j inside a box of x_i (Yun,
+Han, Oh, Chun, Choe, Yoo 2019); y = lambda y_i + (1 - lambda) y_j. Each sample draws its own lambda and its
+own partner.
 """
 
 import torch
@@ -24,13 +25,17 @@ def _draw(op, images, targets, alpha, num_classes, generator):
         )
     if targets.is_floating_point():
         if targets.dim() != 2:
-            raise ValueError(f"{op}: targets of probabilities must be (B, classes), got {tuple(targets.shape)}")
+            raise ValueError(
+                f"{op}: targets of probabilities must be (B, classes), got {tuple(targets.shape)}"
+            )
     else:
         if num_classes is None:
             raise ValueError(f"{op}: targets of class indices need num_classes")
         targets = torch.nn.functional.one_hot(targets.long(), num_classes).float()
     partner = torch.randperm(len(images), device=images.device, generator=generator)
-    gamma = torch._standard_gamma(torch.full((2, len(images)), float(alpha), device=images.device), generator=generator)
+    gamma = torch._standard_gamma(
+        torch.full((2, len(images)), float(alpha), device=images.device), generator=generator
+    )
     share = gamma[0] / gamma.sum(0).clamp(min=torch.finfo(torch.float32).tiny)  # Beta(alpha, alpha)
     return targets, partner, share
 
@@ -66,8 +71,8 @@ def mixup(images, targets, alpha=0.2, num_classes=None, *, generator=None):
 def cutmix(images, targets, alpha=1.0, num_classes=None, *, generator=None):
     """Replace a box of each sample by that of another, and mix the labels by area.
 
-    The box has a share 1 - lambda of the area and the image's ratio, its centre is uniform, and what lies outside is cut off;
-    labels are mixed by the area that is left. Arguments, result and errors as in `mixup`.
+    The box has a share 1 - lambda of the area and the image's ratio, its centre is uniform, and what lies
+    outside is cut off; labels are mixed by the area that is left. Arguments, result and errors as in `mixup`.
     """
     targets, partner, share = _draw("cutmix", images, targets, alpha, num_classes, generator)
     height, width = images.shape[2:]

@@ -20,7 +20,9 @@ def positive(text: str) -> int:
 
 
 def writable_folder(name: str) -> Path:
-    """The folder, made if need be. Asked first: nobody should learn after minutes of work that it cannot be kept."""
+    """The folder, made if need be. Asked first: nobody should learn after minutes of work that it cannot be
+    kept.
+    """
     folder = Path(name).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,12 +30,16 @@ def writable_folder(name: str) -> Path:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise UsageError(f"--out: {name} is no folder to write to ({reason}); choose another with --out") from error
+        raise UsageError(
+            f"--out: {name} is no folder to write to ({reason}); choose another with --out"
+        ) from error
     return folder
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write beside the file and rename: whoever reads it finds the old content or the new one, never half of one."""
+    """Write beside the file and rename: whoever reads it finds the old content or the new one, never half of
+    one.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

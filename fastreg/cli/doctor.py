@@ -1,4 +1,6 @@
-"""`fastreg doctor`: what was built, what is loaded, what this machine can run, and what to do where something is missing."""
+"""`fastreg doctor`: what was built, what is loaded, what this machine can run, and what to do where something
+is missing.
+"""
 
 import argparse
 import importlib.util
@@ -14,7 +16,9 @@ import fastreg
 def collect():
     """Everything the report says, as a dict of plain values."""
     build = fastreg._C.build_info()
-    optional = {name: importlib.util.find_spec(name) is not None for name in ("mlxtend", "matplotlib", "rich", "PIL")}
+    optional = {
+        name: importlib.util.find_spec(name) is not None for name in ("mlxtend", "matplotlib", "rich", "PIL")
+    }
     return {
         "fastreg": build["version"],
         "python": platform.python_version(),
@@ -40,7 +44,10 @@ def collect():
             "why_not": fastreg._registry.why_not_fast,
         },
         "cuda": _cuda(),
-        "demo": {"ready": all(optional.values()), "missing": [name for name, there in optional.items() if not there]},
+        "demo": {
+            "ready": all(optional.values()),
+            "missing": [name for name, there in optional.items() if not there],
+        },
     }
 
 
@@ -55,7 +62,8 @@ def _cuda():
             for i in range(torch.cuda.device_count())
         ]
         old = [
-            f"{name} is older than {info['architectures']}, which fastreg was built for; rebuild it with FASTREG_CUDA_ARCHS"
+            f"{name} is older than {info['architectures']}, which fastreg was built for; rebuild it with "
+            f"FASTREG_CUDA_ARCHS"
             for i, name in enumerate(gpus)
             if info and not _runs(torch.cuda.get_device_capability(i), info["architectures"])
         ]
@@ -75,7 +83,9 @@ def _cuda():
 
 
 def _runs(capability, architectures):
-    """Whether code for these architectures runs there: real code within a generation upward, PTX on everything newer."""
+    """Whether code for these architectures runs there: real code within a generation upward, PTX on
+    everything newer.
+    """
     for architecture in architectures.split():
         number = int("".join(filter(str.isdigit, architecture)))
         major, minor = divmod(number, 10)
@@ -94,7 +104,11 @@ def _lines(info):
     yield "fastreg", info["fastreg"]
     yield "python", f"{info['python']} on {info['platform']}"
     yield "torch", f"{info['torch']}, CUDA {cuda['torch_cuda'] or 'none'}"
-    yield "built", f"{build['type']}, {build['compiler']}, with torch {build['torch']}, for every torch >= {build['stable_abi']}"
+    yield (
+        "built",
+        f"{build['type']}, {build['compiler']}, with torch {build['torch']}, for every torch >= "
+        f"{build['stable_abi']}",
+    )
     yield "cpu", f"{cpu['in_use']} in use{forced}; compiled: {', '.join(cpu['instruction_sets'])}"
     yield "threads", f"{cpu['threads']} of {cpu['cores']} cores (torch.set_num_threads)"
     if autograd["in_use"] == "cpp":
@@ -109,7 +123,10 @@ def _lines(info):
         yield "", gpu
     if cuda["why_not"]:
         yield "", cuda["why_not"]
-    yield "demo", "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; pip install 'fastreg[demo]'"
+    yield (
+        "demo",
+        "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; pip install 'fastreg[demo]'",
+    )
 
 
 def main(argv):

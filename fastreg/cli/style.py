@@ -21,7 +21,9 @@ PALETTE = {  # name: (on white, on black); methods take theirs by name
 }
 LIGHT = {name: white for name, (white, _) in PALETTE.items()}
 INK, MUTED, GRID, PAPER = (LIGHT[name] for name in ("ink", "muted", "line", "paper"))
-BLUE, RUST, SAND = (LIGHT[name] for name in ("blue", "rust", "sand"))  # the method in question, its opposite, the background
+BLUE, RUST, SAND = (
+    LIGHT[name] for name in ("blue", "rust", "sand")
+)  # the method in question, its opposite, the background
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,

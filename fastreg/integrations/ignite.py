@@ -9,7 +9,8 @@ try:
     from ignite.engine import Engine, Events
 except ImportError as error:
     raise ImportError(
-        f"fastreg.integrations.ignite needs PyTorch-Ignite and cannot import it ({error}); pip install pytorch-ignite"
+        f"fastreg.integrations.ignite needs PyTorch-Ignite and cannot import it ({error}); pip install "
+        f"pytorch-ignite"
     ) from error
 
 
@@ -22,16 +23,20 @@ class EarlyStopping:
         evaluator.add_event_handler(Events.COMPLETED, handler)
 
     Args:
-        score_function: callable(engine) -> number; as in ignite's own handler, higher is better unless mode="min" is given.
-        trainer: Engine to terminate; also restored at its COMPLETED, before the handlers attached there later.
-        *tracked: what is brought back: anything with state_dict and load_state_dict; none for the decision alone.
-        **options: mode (here "max" by default), patience, min_delta and the others of `fastreg.EarlyStopping`.
+        score_function: callable(engine) -> number; as in ignite's own handler, higher is better unless
+            mode="min" is given.
+        trainer: Engine to terminate; also restored at its COMPLETED, before the handlers attached there
+            later.
+        *tracked: what is brought back: anything with state_dict and load_state_dict; none for the decision
+            alone.
+        **options: mode (here "max" by default), patience, min_delta and the others of
+            `fastreg.EarlyStopping`.
 
     Attributes:
         stopper: the `fastreg.EarlyStopping`, with best, best_epoch and reason.
 
-    With several ranks all go by the mean of their scores. `state_dict` and `load_state_dict` are those of the stopper, for
-    ignite's Checkpoint.
+    With several ranks all go by the mean of their scores. `state_dict` and `load_state_dict` are those of the
+    stopper, for ignite's Checkpoint.
 
     Raises:
         TypeError, ValueError: arguments refused.
@@ -41,7 +46,8 @@ class EarlyStopping:
         if not callable(score_function) or not isinstance(trainer, Engine):
             raise TypeError(
                 "EarlyStopping: expected a function and an ignite Engine, got "
-                f"{type(score_function).__name__} and {type(trainer).__name__}; see the order in ignite's own handler"
+                f"{type(score_function).__name__} and {type(trainer).__name__}; see the order in ignite's "
+                f"own handler"
             )
         self.score_function, self.trainer = score_function, trainer
         self.stopper = early_stopping.EarlyStopping(*tracked, **{"mode": "max", **options})

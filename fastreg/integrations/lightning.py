@@ -9,7 +9,8 @@ except ImportError:
         from pytorch_lightning import Callback
     except ImportError as error:
         raise ImportError(
-            f"fastreg.integrations.lightning needs Lightning and cannot import it ({error}); pip install lightning"
+            f"fastreg.integrations.lightning needs Lightning and cannot import it ({error}); pip install "
+            f"lightning"
         ) from error
 
 
@@ -22,21 +23,25 @@ class EarlyStopping(Callback):
         Trainer(callbacks=[stop]).fit(module, train_loader, val_loader)
         stop.stopper.best_epoch
 
-    Where the Trainer validates once per epoch the metric is read at the end of the epoch, elsewhere after every validation;
-    the sanity check and `fast_dev_run` do not count. With several ranks all go by the mean of their values, whether or not
-    the module logs with `sync_dist`. A checkpoint holds the callback's state, the best weights included.
+    Where the Trainer validates once per epoch the metric is read at the end of the epoch, elsewhere after
+    every validation; the sanity check and `fast_dev_run` do not count. With several ranks all go by the mean
+    of their values, whether or not the module logs with `sync_dist`. A checkpoint holds the callback's state,
+    the best weights included.
 
     Args:
         monitor: name of the metric, as in `self.log(name, ...)`.
-        restore: keep a copy of the best weights in memory and load it at the end of training. With False only the decision
-            is taken; do so where a strategy shards the module itself and ModelCheckpoint keeps the best epoch.
+        restore: keep a copy of the best weights in memory and load it at the end of training. With False only
+            the decision is taken; do so where a strategy shards the module itself and ModelCheckpoint keeps
+            the best epoch.
         **options: mode, patience, min_delta and the others of `fastreg.EarlyStopping`, its defaults included.
 
     Attributes:
-        stopper: the `fastreg.EarlyStopping`, with best, best_epoch and reason. `fit` of another module begins a new one.
+        stopper: the `fastreg.EarlyStopping`, with best, best_epoch and reason. `fit` of another module begins
+            a new one.
 
     Raises:
-        ValueError: the metric was not logged; those that were are named. TypeError, ValueError: options refused.
+        ValueError: the metric was not logged; those that were are named. TypeError, ValueError: options
+            refused.
     """
 
     def __init__(self, monitor: str, *, restore: bool = True, **options):
@@ -46,14 +51,18 @@ class EarlyStopping(Callback):
 
     @property
     def state_key(self) -> str:
-        """What the callback's state is filed under in a checkpoint; two callbacks on two metrics do not collide."""
+        """What the callback's state is filed under in a checkpoint; two callbacks on two metrics do not
+        collide.
+        """
         return self._generate_state_key(monitor=self.monitor)
 
     def setup(self, trainer, pl_module, stage):
         """A new module begins with a new stopper."""
         if stage == "fit" and self._module is not pl_module:
             self._module = pl_module
-            self.stopper = early_stopping.EarlyStopping(*([pl_module] if self.restore else []), **self.options)
+            self.stopper = early_stopping.EarlyStopping(
+                *([pl_module] if self.restore else []), **self.options
+            )
 
     def on_train_epoch_end(self, trainer, pl_module):
         """Judge an epoch that has been validated at most once."""
@@ -70,7 +79,8 @@ class EarlyStopping(Callback):
             return
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
-                f"EarlyStopping: expected the metric {self.monitor!r}, got {sorted(trainer.callback_metrics)}; "
+                f"EarlyStopping: expected the metric {self.monitor!r}, got "
+                f"{sorted(trainer.callback_metrics)}; "
                 f"log it with self.log({self.monitor!r}, ...)"
             )
         if self.stopper.step(trainer.callback_metrics[self.monitor].squeeze()):

@@ -22,24 +22,27 @@ class EarlyStopping(TrainerCallback, ExportableState):
         stop = EarlyStopping("eval_loss", patience=3)
         Trainer(model, TrainingArguments(..., eval_strategy="epoch"), callbacks=[stop], ...).train()
 
-    Unlike transformers' own callback it needs neither checkpoints nor `load_best_model_at_end` (of which give only one the last
-    word). An epoch here is an evaluation during training; `evaluate()` after it does not count. With several ranks all go by
-    the mean of their values.
+    Unlike transformers' own callback it needs neither checkpoints nor `load_best_model_at_end` (of which give
+    only one the last word). An epoch here is an evaluation during training; `evaluate()` after it does not
+    count. With several ranks all go by the mean of their values.
 
     Args:
         monitor: name of the metric, "eval_" included.
-        restore: keep a copy of the best weights in memory and load it at the end of training. With False only the decision is
-            taken; do so where the model is sharded (DeepSpeed, FSDP) and `load_best_model_at_end` keeps the best epoch.
+        restore: keep a copy of the best weights in memory and load it at the end of training. With False only
+            the decision is taken; do so where the model is sharded (DeepSpeed, FSDP) and
+            `load_best_model_at_end` keeps the best epoch.
         **options: mode, patience, min_delta and the others of `fastreg.EarlyStopping`, its defaults included.
 
     Attributes:
         stopper: the `fastreg.EarlyStopping`, with best, best_epoch and reason; a new one for every `train()`.
 
-    With `restore_callback_states_from_checkpoint=True` a resumed training goes on counting. Trainer keeps that state as JSON,
-    which has no room for weights: a best epoch from before the resumption is not restored, and a warning says so.
+    With `restore_callback_states_from_checkpoint=True` a resumed training goes on counting. Trainer keeps
+    that state as JSON, which has no room for weights: a best epoch from before the resumption is not
+    restored, and a warning says so.
 
     Raises:
-        ValueError: a round of evaluations without the metric; those there were are named. TypeError, ValueError: options refused.
+        ValueError: a round of evaluations without the metric; those there were are named. TypeError,
+            ValueError: options refused.
     """
 
     def __init__(self, monitor: str = "eval_loss", *, restore: bool = True, **options):
@@ -64,7 +67,9 @@ class EarlyStopping(TrainerCallback, ExportableState):
         self._others = set()
         if self.stopper.step(metrics[self.monitor]):
             control.should_training_stop = True
-        self.progress = {name: value for name, value in self.stopper.state_dict().items() if name != "snapshot"}
+        self.progress = {
+            name: value for name, value in self.stopper.state_dict().items() if name != "snapshot"
+        }
 
     def on_step_begin(self, args, state, control, **kwargs):
         """All sets have been evaluated and none had the metric: say so while little is lost."""
@@ -81,7 +86,8 @@ class EarlyStopping(TrainerCallback, ExportableState):
             return
         if self.stopper.state_dict()["snapshot"] is None:
             warnings.warn(
-                f"EarlyStopping: the best evaluation ({self.monitor} {self.stopper.best:g}) was before the resumption and is not "
+                f"EarlyStopping: the best evaluation ({self.monitor} {self.stopper.best:g}) was before the "
+                f"resumption and is not "
                 "restored; use load_best_model_at_end=True for that",
                 RuntimeWarning,
                 stacklevel=2,

@@ -1,5 +1,5 @@
-// What the tests of the kernels share, written without the code under test: number formats in double arithmetic, tensors amid
-// guard bytes, the generator of their inputs, digests, failures.
+// What the tests of the kernels share, written without the code under test: number formats in double
+// arithmetic, tensors amid guard bytes, the generator of their inputs, digests, failures.
 #pragma once
 #include <cmath>
 #include <cstdarg>
@@ -44,8 +44,9 @@ struct Random {
   }
   int64_t below(int64_t n) { return int64_t(uint64_t(bits()) * uint64_t(n) >> 32); }
   double uniform() { return (bits() + 0.5) * 0x1p-32; }
-  double signed_value() {                     // over a few binades, none so large that a sum of them overflows float16
-    const double fraction = uniform() + 0.5;  // apart: compilers differ in which argument of a call they evaluate first
+  double signed_value() {  // over a few binades, none so large that a sum of them overflows float16
+    const double fraction =
+        uniform() + 0.5;  // apart: compilers differ in which argument of a call they evaluate first
     const double magnitude = std::ldexp(fraction, int(below(6)) - 4);
     return bits() & 1 ? magnitude : -magnitude;
   }
@@ -84,13 +85,14 @@ inline int exponent_of(double x) {  // of a normal double, as ilogb has it
   memcpy(&bits, &x, 8);
   return int(bits >> 52 & 0x7ff) - 1023;
 }
-// To nearest, ties to even. The products with powers of two are exact, so that nearbyint alone rounds; a float64 argument keeps
-// all its bits.
+// To nearest, ties to even. The products with powers of two are exact, so that nearbyint alone rounds; a
+// float64 argument keeps all its bits.
 inline double round_to(DType dtype, double x) {
   if (dtype == DType::kFloat64 || x == 0 || !std::isfinite(x)) return x;
   const Format f = format_of(dtype);
   const int lowest = 1 - f.bias, exponent = exponent_of(x) > lowest ? exponent_of(x) : lowest;
-  const double rounded = std::nearbyint(x * power_of_two(f.mantissa - exponent)) * power_of_two(exponent - f.mantissa);
+  const double rounded =
+      std::nearbyint(x * power_of_two(f.mantissa - exponent)) * power_of_two(exponent - f.mantissa);
   return exponent_of(rounded) > f.bias ? std::copysign(std::numeric_limits<double>::infinity(), x) : rounded;
 }
 inline uint64_t quiet_nan(DType dtype) {
@@ -100,7 +102,8 @@ inline uint64_t quiet_nan(DType dtype) {
 // The bits of a number that has the format already.
 inline uint64_t encode(DType dtype, double x) {
   const Format f = format_of(dtype);
-  const uint64_t sign = uint64_t(std::signbit(x)) << (8 * f.size - 1), top = uint64_t(2 * f.bias + 1) << f.mantissa;
+  const uint64_t sign = uint64_t(std::signbit(x)) << (8 * f.size - 1), top = uint64_t(2 * f.bias + 1)
+                                                                             << f.mantissa;
   if (std::isnan(x)) return quiet_nan(dtype);
   if (std::isinf(x)) return sign | top;
   x = std::fabs(x);
@@ -111,7 +114,8 @@ inline uint64_t encode(DType dtype, double x) {
   }
   if (x < power_of_two(1 - f.bias)) return sign | uint64_t(x * power_of_two(f.bias - 1 + f.mantissa));
   const int exponent = exponent_of(x);
-  const uint64_t below_one = uint64_t(exponent + f.bias - 1) << f.mantissa;  // the leading 1 of the mantissa adds the last unit
+  const uint64_t below_one = uint64_t(exponent + f.bias - 1)
+                             << f.mantissa;  // the leading 1 of the mantissa adds the last unit
   return sign | (below_one + uint64_t(x * power_of_two(f.mantissa - exponent)));
 }
 inline double decode(DType dtype, uint64_t bits) {
@@ -126,7 +130,8 @@ inline double decode(DType dtype, uint64_t bits) {
   if (field == 2 * f.bias + 1)
     x = mantissa ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity();
   else
-    x = double(mantissa + (field ? uint64_t(1) << f.mantissa : 0)) * power_of_two((field ? field : 1) - f.bias - f.mantissa);
+    x = double(mantissa + (field ? uint64_t(1) << f.mantissa : 0)) *
+        power_of_two((field ? field : 1) - f.bias - f.mantissa);
   return bits >> (8 * f.size - 1) & 1 ? -x : x;
 }
 
@@ -169,8 +174,8 @@ struct Digest {
 };
 inline std::map<std::string, Digest> digests;
 
-// ---- a tensor amid guard bytes, one element off the alignment that memory comes with. Under AddressSanitizer there are no
-// guards, so that the end of the tensor is the end of what may be touched.
+// ---- a tensor amid guard bytes, one element off the alignment that memory comes with. Under
+// AddressSanitizer there are no guards, so that the end of the tensor is the end of what may be touched.
 class Array {
  public:
   static constexpr uint8_t kGuard = 0xa5;
@@ -216,23 +221,26 @@ class Array {
   void expect(int64_t i, double want) const {
     const uint64_t expected = encode(dtype_, want);
     if (raw(i) == expected || (std::isnan(want) && std::isnan(get(i)))) return;
-    fail("element %lld of %lld is %.17g (%llx), expected %.17g (%llx)", (long long)i, (long long)numel(), get(i),
-         (unsigned long long)raw(i), want, (unsigned long long)expected);
+    fail("element %lld of %lld is %.17g (%llx), expected %.17g (%llx)", (long long)i, (long long)numel(),
+         get(i), (unsigned long long)raw(i), want, (unsigned long long)expected);
   }
   void expect_near(int64_t i, double want, double tolerance, const char* what) const {
     const double got = get(i);
     if (got == want || std::fabs(got - want) <= tolerance || (std::isnan(want) && std::isnan(got))) return;
-    fail("%s: element %lld of %lld is %.17g, expected %.17g within %.3g", what, (long long)i, (long long)numel(), got, want,
-         tolerance);
+    fail("%s: element %lld of %lld is %.17g, expected %.17g within %.3g", what, (long long)i,
+         (long long)numel(), got, want, tolerance);
   }
   void expect_guards(const char* what) const {  // nothing but the elements was written
     std::unique_ptr<bool[]> inside = std::make_unique<bool[]>(bytes_);
-    for (int64_t i = 0; i < numel(); ++i) memset(&inside[size_t(element(i) - memory_.get())], 1, size_t(size_));
+    for (int64_t i = 0; i < numel(); ++i)
+      memset(&inside[size_t(element(i) - memory_.get())], 1, size_t(size_));
     for (size_t i = 0; i < bytes_; ++i)
       if (!inside[i] && memory_[i] != kGuard)
-        return fail("%s: byte %lld was written, which lies outside of all elements", what, (long long)(i) - (long long)(begin_));
+        return fail("%s: byte %lld was written, which lies outside of all elements", what,
+                    (long long)(i) - (long long)(begin_));
   }
-  // In logical order. One NaN stands for all: which one a machine makes of inf - inf differs between x86 and ARM.
+  // In logical order. One NaN stands for all: which one a machine makes of inf - inf differs between x86 and
+  // ARM.
   void add_to(Digest& digest) const {
     for (int64_t i = 0; i < numel(); ++i) {
       const uint64_t bits = typed_ && std::isnan(get(i)) ? quiet_nan(dtype_) : raw(i);

@@ -1,13 +1,14 @@
-// Tests of the CPU kernels without torch, on one instruction set: compiled together with the kernels with its flags and
-// -DFASTREG_ISA=<its namespace>. Each kernel is compared with a plain loop in double, guard bytes tell whether it wrote beside
-// its output, and a digest of all output bytes per group of cases is printed, so that instruction sets can be compared bit for
-// bit. tests/test_native.py builds, runs and compares.
+// Tests of the CPU kernels without torch, on one instruction set: compiled together with the kernels with its
+// flags and -DFASTREG_ISA=<its namespace>. Each kernel is compared with a plain loop in double, guard bytes
+// tell whether it wrote beside its output, and a digest of all output bytes per group of cases is printed, so
+// that instruction sets can be compared bit for bit. tests/test_native.py builds, runs and compares.
 //
-//   kernel_test [stride]    of the float32 that the sweep of exp looks at, only every stride-th (an odd number; default 1)
+//   kernel_test [stride]    of the float32 that the sweep of exp looks at, only every stride-th (an odd
+//   number; default 1)
 //
-// Lines printed: "name digest"; "libm name digest" where the bits depend on the C library's log and exp; "# exp ..." errors. The
-// digests of exp and cross-entropy are for sets that fuse multiplication and addition, and apart from those x86-64's baseline has
-// its own.
+// Lines printed: "name digest"; "libm name digest" where the bits depend on the C library's log and exp; "#
+// exp ..." errors. The digests of exp and cross-entropy are for sets that fuse multiplication and addition,
+// and apart from those x86-64's baseline has its own.
 #include <cstdlib>
 #include <type_traits>
 #include <utility>
@@ -34,7 +35,8 @@ namespace {
 
 namespace kernels = fastreg::FASTREG_ISA;
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity(), kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInfinity = std::numeric_limits<double>::infinity(),
+                 kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
 // Around the widths of vectors and of a tile (1024), mostly odd.
 constexpr int64_t kSizes[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 100, 1023, 1025, 2201};
@@ -43,7 +45,8 @@ DType accumulation(DType dtype) { return dtype == DType::kFloat64 ? dtype : DTyp
 
 // ---- exp
 
-// The header of exp_nonpositive promises: within 2 ulp, 0 below -87.68, which is the float next to -126.5 ln 2 within 0.005.
+// The header of exp_nonpositive promises: within 2 ulp, 0 below -87.68, which is the float next to -126.5 ln
+// 2 within 0.005.
 constexpr double kMaxUlp = 2;
 constexpr float kAccurateFrom = -87.68f, kZeroBelow = -87.69f;
 
@@ -75,8 +78,8 @@ void exp_float(uint32_t stride) {
   using V = kernels::Vec<float>;
   using Words = kernels::U32Part;
   constexpr uint32_t infinity = 0x7f800000u;
-  // All floats from -2^-60 to -256. Beyond, where 1 and 0 are all there is, every 61st block: in particular r * r is subnormal
-  // above -2^-63, which costs 100 times as much as the rest.
+  // All floats from -2^-60 to -256. Beyond, where 1 and 0 are all there is, every 61st block: in particular r
+  // * r is subnormal above -2^-63, which costs 100 times as much as the rest.
   constexpr uint32_t tiny = 0x21800000u, huge = 0x43800000u;
   Words lane[V::kParts], hash[V::kParts] = {};
   for (int j = 0; j < V::kLanes; ++j) lane[j / V::kPartLanes][j % V::kPartLanes] = uint32_t(j) * stride;
@@ -121,7 +124,8 @@ void exp_float(uint32_t stride) {
 void log_float() {
   current_case = "log/float32";
   Digest& digest = digests["exp/float32/log"];
-  const auto sweep = [&](const char* name, uint32_t first, uint32_t last, uint32_t stride, auto function, auto reference) {
+  const auto sweep = [&](const char* name, uint32_t first, uint32_t last, uint32_t stride, auto function,
+                         auto reference) {
     double worst = 0;
     for (uint64_t bits = first; bits + 15 * uint64_t(stride) <= last; bits += 16 * uint64_t(stride)) {
       float in[16], out[16];
@@ -129,16 +133,21 @@ void log_float() {
       kernels::store(out, function(kernels::load(in)));
       digest.add(out, sizeof out);
       for (int j = 0; j < 16; ++j) {
-        const double want = reference(double(in[j])), error = want == 0 ? (out[j] == 0 ? 0 : kInfinity) : ulp_error(out[j], want);
+        const double want = reference(double(in[j])),
+                     error = want == 0 ? (out[j] == 0 ? 0 : kInfinity) : ulp_error(out[j], want);
         worst = error > worst ? error : worst;
-        if (!(error <= kMaxUlp)) fail("%s(%a) is %a, %.3g ulp off", name, double(in[j]), double(out[j]), error);
+        if (!(error <= kMaxUlp))
+          fail("%s(%a) is %a, %.3g ulp off", name, double(in[j]), double(out[j]), error);
       }
     }
     printf("# %s float32 max %.4f ulp\n", name, worst);
   };
   sweep(
-      "log", 0x3f800000u, 0x4e800000u, 61, [](auto x) { return kernels::log_from_one(x); }, [](double x) { return std::log(x); });
-  sweep("log1p", 0, 0x3e000000u, 1021, [](auto x) { return kernels::log1p_small(x); }, [](double x) { return std::log1p(x); });
+      "log", 0x3f800000u, 0x4e800000u, 61, [](auto x) { return kernels::log_from_one(x); },
+      [](double x) { return std::log(x); });
+  sweep(
+      "log1p", 0, 0x3e000000u, 1021, [](auto x) { return kernels::log1p_small(x); },
+      [](double x) { return std::log1p(x); });
   float special[16], got[16];
   for (float& value : special) value = NAN;
   kernels::store(got, kernels::log_from_one(kernels::load(special)));
@@ -187,7 +196,8 @@ void conversions(DType dtype) {
     for (int j = 0; j < 16; ++j) {
       const double want = decode(dtype, narrow[j].bits);
       for (const float got : {wide[j], to_float(narrow[j])})
-        if (std::isnan(want) ? !std::isnan(got) : encode(DType::kFloat32, got) != encode(DType::kFloat32, want))
+        if (std::isnan(want) ? !std::isnan(got)
+                             : encode(DType::kFloat32, got) != encode(DType::kFloat32, want))
           fail("%#x reads as %a, expected %a", narrow[j].bits, double(got), want);
     }
   }
@@ -199,7 +209,8 @@ void conversions(DType dtype) {
     if (std::isnan(x)) continue;
     inputs.push_back(float(x));
     if (std::isinf(x)) continue;
-    const double next = decode(dtype, bits + 1), past_largest = std::copysign(std::ldexp(1., format_of(dtype).bias + 1), x);
+    const double next = decode(dtype, bits + 1),
+                 past_largest = std::copysign(std::ldexp(1., format_of(dtype).bias + 1), x);
     const float middle = float((x + (std::isinf(next) ? past_largest : next)) / 2);
     for (const float value : {middle, std::nextafter(middle, INFINITY), std::nextafter(middle, -INFINITY)})
       inputs.push_back(value);
@@ -227,8 +238,8 @@ void conversions(DType dtype) {
   }
 }
 
-// bfloat16 by pairs gives what the plain loads and stores give, 32 neighbours at a time, for all bit patterns and for floats
-// between them, a quarter of which are ties.
+// bfloat16 by pairs gives what the plain loads and stores give, 32 neighbours at a time, for all bit patterns
+// and for floats between them, a quarter of which are ties.
 void pairs() {
   current_case = "pairs/bfloat16";
   Random random{7};
@@ -243,12 +254,15 @@ void pairs() {
       if (float_bits(lane[j % 2][j / 2]) != uint32_t(in[j + 1].bits) << 16)
         fail("%#x reads as %a", in[j + 1].bits, double(lane[j % 2][j / 2]));
     for (auto& half : lane)
-      for (float& x : half)  // infinity would become a NaN that does not end in zeros, and pack_pairs keeps no such NaN
-        if (std::isfinite(x)) x = bits_float((float_bits(x) & 0xffff0000u) | (random.below(4) ? random.bits() & 0xffff : 0x8000));
+      for (float& x :
+           half)  // infinity would become a NaN that does not end in zeros, and pack_pairs keeps no such NaN
+        if (std::isfinite(x))
+          x = bits_float((float_bits(x) & 0xffff0000u) | (random.below(4) ? random.bits() & 0xffff : 0x8000));
     kernels::store_pairs(out + 1, kernels::pack_pairs(kernels::load(lane[0]), kernels::load(lane[1])));
     for (int j = 0; j < 32; ++j) {
       const double x = lane[j % 2][j / 2], got = decode(DType::kBFloat16, out[j + 1].bits);
-      if (std::isnan(x) ? !std::isnan(got) : out[j + 1].bits != encode(DType::kBFloat16, round_to(DType::kBFloat16, x)))
+      if (std::isnan(x) ? !std::isnan(got)
+                        : out[j + 1].bits != encode(DType::kBFloat16, round_to(DType::kBFloat16, x)))
         fail("%a becomes %a", x, got);
     }
   }
@@ -297,7 +311,8 @@ struct Halves {
   uint32_t at(uint64_t i) {
     if (group != i / 8) {
       group = i / 8;
-      words = philox_reference({{uint32_t(group), uint32_t(group >> 32), draw, purpose}}, uint32_t(seed), uint32_t(seed >> 32));
+      words = philox_reference({{uint32_t(group), uint32_t(group >> 32), draw, purpose}}, uint32_t(seed),
+                               uint32_t(seed >> 32));
     }
     return words.word[i % 8 / 2] >> (i % 2 * 16) & 0xffff;
   }
@@ -337,8 +352,9 @@ struct DropoutCase {
 
 void dropout_case(const DropoutCase& c, Digest& digest) {
   const int64_t n = c.in.numel, decisions = n / c.inner, bytes = (decisions + 7) / 8;
-  current_case = std::string("dropout/") + name_of(c.dtype) + " n " + std::to_string(n) + " inner " + std::to_string(c.inner) +
-                 " offset " + std::to_string(c.offset) + " threshold " + std::to_string(c.threshold);
+  current_case = std::string("dropout/") + name_of(c.dtype) + " n " + std::to_string(n) + " inner " +
+                 std::to_string(c.inner) + " offset " + std::to_string(c.offset) + " threshold " +
+                 std::to_string(c.threshold);
   const DType type = accumulation(c.dtype);
   Random random{uint64_t(n) + c.threshold};
   Array x(c.dtype, c.in), separate(c.dtype, c.out), mask(1, contiguous(bytes));
@@ -376,13 +392,16 @@ void dropout_case(const DropoutCase& c, Digest& digest) {
   }
 
   Halves high{c.seed, 0, 0}, low{c.seed, 1, 0};
-  const double scale = round_to(type, a.scale), shift = round_to(type, a.shift), dropped = round_to(type, a.dropped);
+  const double scale = round_to(type, a.scale), shift = round_to(type, a.shift),
+               dropped = round_to(type, a.dropped);
   for (int64_t d = 0; d < 8 * bytes; ++d) {
     const uint64_t at = c.offset + uint64_t(d), number = uint64_t(high.at(at)) << 16 | low.at(at);
     const bool kept = number < c.threshold && d < decisions;  // bits after the last decision are 0
-    if ((mask.raw(d / 8) >> (d % 8) & 1) != kept) fail("decision %lld of %lld is wrong", (long long)d, (long long)decisions);
+    if ((mask.raw(d / 8) >> (d % 8) & 1) != kept)
+      fail("decision %lld of %lld is wrong", (long long)d, (long long)decisions);
     for (int64_t i = d * c.inner; d < decisions && i < (d + 1) * c.inner; ++i) {
-      // Every step rounded to the type of the arithmetic. Twice rounded is not wrong: double has more than twice its bits.
+      // Every step rounded to the type of the arithmetic. Twice rounded is not wrong: double has more than
+      // twice its bits.
       double moved = round_to(type, input[size_t(i)] * scale);
       if (c.shift != 0) moved = round_to(type, moved + shift);
       y.expect(i, round_to(c.dtype, kept ? moved : dropped));
@@ -417,7 +436,8 @@ void dropout() {
           c.seed = seed;
           c.offset = offsets[count % 6];
           c.shift = count / 2 % 2 ? 0.25 : 0;
-          // What one decision draws, and its neighbours: its upper 16 bits are those of the threshold, the lower ones decide.
+          // What one decision draws, and its neighbours: its upper 16 bits are those of the threshold, the
+          // lower ones decide.
           const uint64_t at = c.offset + uint64_t(n / 2);
           const uint64_t drawn = uint64_t(Halves{seed, 0, 0}.at(at)) << 16 | Halves{seed, 1, 0}.at(at);
           const uint64_t thresholds[] = {drawn,       drawn + 1, drawn | 0xffff,   drawn & 0xffff0000u,
@@ -466,7 +486,8 @@ void dropout_add_case(const DropoutAddCase& c, Digest& digest) {
   Array bias(c.dtype, contiguous(c.columns ? c.columns : 1));
   for (Array* array : {&x, &residual, &bias}) {
     for (int64_t i = 0; i < array->numel(); ++i) array->set(i, random.signed_value());
-    for (const double special : {0., -0., kInfinity, -kInfinity, kNaN}) array->set(random.below(array->numel()), special);
+    for (const double special : {0., -0., kInfinity, -kInfinity, kNaN})
+      array->set(random.below(array->numel()), special);
   }
 
   DropoutAddArgs a{};
@@ -494,7 +515,8 @@ void dropout_add_case(const DropoutAddCase& c, Digest& digest) {
   for (int64_t i = 0; i < 8 * bytes; ++i) {
     const uint64_t number = uint64_t(high.at(uint64_t(i))) << 16 | low.at(uint64_t(i));
     const bool kept = number < c.threshold && i < n;
-    if ((mask.raw(i / 8) >> (i % 8) & 1) != kept) fail("decision %lld of %lld is wrong", (long long)i, (long long)n);
+    if ((mask.raw(i / 8) >> (i % 8) & 1) != kept)
+      fail("decision %lld of %lld is wrong", (long long)i, (long long)n);
     if (i >= n) continue;
     double value = x.get(i);
     if (c.columns) value = round_to(type, value + bias.get(i % c.columns));
@@ -516,11 +538,13 @@ void dropout_add() {
                                    {transposed(n), contiguous(n), every_third(n)},
                                    {contiguous(n), expanded(n), contiguous(n)},
                                    {every_third(n), transposed(n), transposed(n)}};
-      // Of kSizes one at most divides n, which a kernel does not ask for: rows end anywhere in a vector and in a tile.
-      for (const int64_t columns :
-           {int64_t(0), int64_t(1), int64_t(3), int64_t(16), int64_t(100), int64_t(1023), int64_t(1024), int64_t(1029), n}) {
+      // Of kSizes one at most divides n, which a kernel does not ask for: rows end anywhere in a vector and
+      // in a tile.
+      for (const int64_t columns : {int64_t(0), int64_t(1), int64_t(3), int64_t(16), int64_t(100),
+                                    int64_t(1023), int64_t(1024), int64_t(1029), n}) {
         const auto& l = layouts[count % 4];
-        DropoutAddCase c{dtype, l[0], l[1], l[2], columns, 0x123456789abcdefu * uint64_t(count + 1), 0xb3333333u};
+        DropoutAddCase c{dtype,      l[0], l[1], l[2], columns, 0x123456789abcdefu * uint64_t(count + 1),
+                         0xb3333333u};
         if (count % 7 == 0) c.threshold = count % 14 ? 0 : uint64_t(1) << 32;
         dropout_add_case(c, digest);
         ++count;
@@ -555,9 +579,11 @@ void run_sgd(const SgdCase& c, DType dtype, Array& w, Array& g, Array& v) {
   if (middle) kernels::sgd_kernels.step(c.args, t, c.tensor_index, 0, middle);
 }
 
-// Float32 and float64 within a few roundings of the formula in sgd_math.h, computed in double. `wide`: w, g, v are of that type.
-void expect_sgd_near(const SgdCase& c, DType wide, const std::vector<double>& w0, const std::vector<double>& g0,
-                     const std::vector<double>& v0, const Array& w, const Array& v) {
+// Float32 and float64 within a few roundings of the formula in sgd_math.h, computed in double. `wide`: w, g,
+// v are of that type.
+void expect_sgd_near(const SgdCase& c, DType wide, const std::vector<double>& w0,
+                     const std::vector<double>& g0, const std::vector<double>& v0, const Array& w,
+                     const Array& v) {
   const SgdArgs& a = c.args;
   const double epsilon = std::ldexp(1., -format_of(wide).mantissa);
   for (size_t i = 0; i < w0.size(); ++i) {
@@ -638,7 +664,8 @@ void sgd() {
   for (const DType dtype : kDTypes) {
     for (int momentum = 0; momentum < 3; ++momentum) {
       for (int penalty = 0; penalty < 3; ++penalty) {
-        const std::string name = std::string("sgd/") + name_of(dtype) + "/" + momenta[momentum] + "/" + penalties[penalty];
+        const std::string name =
+            std::string("sgd/") + name_of(dtype) + "/" + momenta[momentum] + "/" + penalties[penalty];
         for (int variant = 0; variant < 24; ++variant, ++count) {
           const int64_t n = kSizes[count % std::size(kSizes)];
           const Layout layouts[] = {contiguous(n), every_third(n), transposed(n)};
@@ -697,13 +724,14 @@ Number make_number(int kind, int64_t n, DType type, double center, Random& rando
 }
 
 void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) {
-  current_case =
-      std::string(project ? "pgd/" : "fgsm/") + name_of(dtype) + " n " + std::to_string(n) + " case " + std::to_string(count);
+  current_case = std::string(project ? "pgd/" : "fgsm/") + name_of(dtype) + " n " + std::to_string(n) +
+                 " case " + std::to_string(count);
   const DType type = accumulation(dtype);
   Random random{uint64_t(count) * 77 + 1};
   const Layout layouts[] = {contiguous(n), every_third(n), transposed(n)};
   const auto layout = [&]() { return count % 2 ? layouts[random.below(3)] : layouts[0]; };
-  Array x(dtype, layout()), grad(dtype, count % 8 == 7 ? expanded(n) : layout()), origin(dtype, layout()), out(dtype, layout());
+  Array x(dtype, layout()), grad(dtype, count % 8 == 7 ? expanded(n) : layout()), origin(dtype, layout()),
+      out(dtype, layout());
   for (int64_t i = 0; i < n; ++i) {
     const double value = random.uniform() * 1.2 - 0.1;
     x.set(i, value);
@@ -720,8 +748,10 @@ void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) 
     origin.set(random.below(n), kInfinity);
   }
   const auto kind = [&]() { return count % 3 ? int(random.below(4)) : 0; };
-  const Number step = make_number(kind(), n, type, 0.03, random), radius = make_number(kind(), n, type, 0.04, random);
-  const Number lower = make_number(kind(), n, type, 0, random), upper = make_number(kind(), n, type, 0.9, random);
+  const Number step = make_number(kind(), n, type, 0.03, random),
+               radius = make_number(kind(), n, type, 0.04, random);
+  const Number lower = make_number(kind(), n, type, 0, random),
+               upper = make_number(kind(), n, type, 0.9, random);
   FgsmArgs a{};
   a.dtype = dtype;
   a.x = x.data();
@@ -739,7 +769,9 @@ void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) 
   kernels::fgsm_kernels.step(a, n / 3, n);
   kernels::fgsm_kernels.step(a, 0, n / 3);
 
-  const auto clamp = [](double value, double low, double high) { return value < low ? low : value > high ? high : value; };
+  const auto clamp = [](double value, double low, double high) {
+    return value < low ? low : value > high ? high : value;
+  };
   for (int64_t i = 0; i < n; ++i) {
     const double g = grad.get(i), sign = g > 0 ? 1 : g < 0 ? -1 : 0;
     double moved = sign == 0 ? x.get(i) : round_to(type, x.get(i) + sign * step.at(i, type));
@@ -759,7 +791,8 @@ void fgsm() {
     for (const bool project : {false, true})
       for (int repeat = 0; repeat < 6; ++repeat)
         for (const int64_t n : {1, 3, 15, 16, 17, 31, 33, 45, 100, 465, 1023, 1025, 2201, 3100}) {
-          fgsm_case(dtype, project, n, count, digests[std::string(project ? "pgd/" : "fgsm/") + name_of(dtype)]);
+          fgsm_case(dtype, project, n, count,
+                    digests[std::string(project ? "pgd/" : "fgsm/") + name_of(dtype)]);
           ++count;
         }
 }
@@ -774,7 +807,8 @@ struct CrossEntropyCase {
   int count;
 };
 
-Layout rows(int64_t outer, int64_t positions, int64_t classes, bool nd) {  // (outer, positions, classes), with gaps
+Layout rows(int64_t outer, int64_t positions, int64_t classes,
+            bool nd) {  // (outer, positions, classes), with gaps
   Layout layout{};
   layout.numel = outer * positions * classes;
   layout.dims = 3;
@@ -838,10 +872,13 @@ void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
   const DType grad_type = c.dtype == DType::kFloat16 && !c.in_place ? DType::kFloat32 : c.dtype;
   const DType soft_type = c.count % 2 ? c.dtype : DType::kFloat32;
   Random random{uint64_t(c.count) + 1000};
-  Array logits(c.dtype, rows(c.outer, c.positions, k, c.nd)), soft(soft_type, rows(c.outer, c.positions, k, c.count % 3 == 0));
-  Array separate(grad_type, rows(c.outer, c.positions, k, c.count % 5 == 4 ? !c.nd : c.nd)), weight(type, contiguous(k));
+  Array logits(c.dtype, rows(c.outer, c.positions, k, c.nd)),
+      soft(soft_type, rows(c.outer, c.positions, k, c.count % 3 == 0));
+  Array separate(grad_type, rows(c.outer, c.positions, k, c.count % 5 == 4 ? !c.nd : c.nd)),
+      weight(type, contiguous(k));
   Array& grad = c.in_place ? logits : separate;
-  Array target(8, contiguous(count)), loss(DType::kFloat64, contiguous(count)), lse(DType::kFloat64, contiguous(count));
+  Array target(8, contiguous(count)), loss(DType::kFloat64, contiguous(count)),
+      lse(DType::kFloat64, contiguous(count));
   constexpr int64_t ignored = -100;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t t = random.below(k);
@@ -852,7 +889,8 @@ void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
       soft.set(r * k + i, r % 3 == 0 ? i == t : random.below(3) ? random.uniform() : 0);
       total += soft.get(r * k + i);
     }
-    for (int64_t i = 0; i < k; ++i) soft.set(r * k + i, total > 0 ? soft.get(r * k + i) / total : 1. / double(k));
+    for (int64_t i = 0; i < k; ++i)
+      soft.set(r * k + i, total > 0 ? soft.get(r * k + i) / total : 1. / double(k));
   }
   for (int64_t i = 0; i < k; ++i) weight.set(i, random.below(5) ? 0.5 + random.uniform() : 0);
   Array row_factor(type, contiguous(count));
@@ -889,12 +927,14 @@ void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
   kernels::cross_entropy_kernels.forward(a, blocks / 2, blocks);
   kernels::cross_entropy_kernels.forward(a, 0, blocks / 2);
 
-  // Errors grow with the distance from the largest logit, which was rounded before exp saw it, and with the length of the sums.
-  // In float64 those of the reference count, which has one sum where the kernel has several.
+  // Errors grow with the distance from the largest logit, which was rounded before exp saw it, and with the
+  // length of the sums. In float64 those of the reference count, which has one sum where the kernel has
+  // several.
   const bool wide = type == DType::kFloat64;
   const double epsilon = std::ldexp(1., -format_of(type).mantissa), sums = 16 + double(k) / (wide ? 1 : 32);
   const double grad_epsilon = std::ldexp(1., -1 - format_of(grad_type).mantissa);
-  const double smallest = std::ldexp(1., 1 - format_of(grad_type).bias - format_of(grad_type).mantissa);  // subnormal
+  const double smallest =
+      std::ldexp(1., 1 - format_of(grad_type).bias - format_of(grad_type).mantissa);  // subnormal
   const double flushed = wide ? 1e-300 : 1.2e-38;
   // Rows side by side are computed in the type of the sums to the end, others in double.
   const bool columns = a.logits_stride.position == 1 && a.logits_stride.cls != 1;
@@ -929,28 +969,31 @@ void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
       const double shifted = x[size_t(i)] - top;
       if (q[size_t(i)] != 0) expected += q[size_t(i)] * (log_sum - shifted);
       // Base and mix count apart: where they cancel, what each was rounded to does not.
-      const double parts =
-          (c.weighted ? weight.get(i) : 1) * (c.base + std::fabs(c.mix) * (c.soft ? soft.get(r * k + i) : i == t));
-      if (std::isfinite(shifted)) size += parts * std::fabs(shifted), farthest = std::fmax(farthest, -shifted);
+      const double parts = (c.weighted ? weight.get(i) : 1) *
+                           (c.base + std::fabs(c.mix) * (c.soft ? soft.get(r * k + i) : i == t));
+      if (std::isfinite(shifted))
+        size += parts * std::fabs(shifted), farthest = std::fmax(farthest, -shifted);
     }
     // Beyond a distance of 90 an exponential is 0, however wrong the distance.
     size += std::fabs(q_sum) * std::fmin(log_sum, others) * (1 + std::fmin(farthest, 90) / sums);
     // The kernel subtracts q_sum times the largest logit from the sum of all q_c x_c, in double.
     const double cancelled = undefined ? 0 : 0x1p-50 * std::fabs(q_sum * top);
-    loss.expect_near(r, expected, epsilon * sums * size + std::fabs(q_sum) * double(k) * flushed + cancelled, "loss");
+    loss.expect_near(r, expected, epsilon * sums * size + std::fabs(q_sum) * double(k) * flushed + cancelled,
+                     "loss");
     if (!undefined)
-      lse.expect_near(
-          r, expected_lse,
-          epsilon * (sums + 90) * std::fmin(log_sum, others) + last_bit * (std::fabs(top) + log_sum) + double(k) * flushed,
-          "lse");
+      lse.expect_near(r, expected_lse,
+                      epsilon * (sums + 90) * std::fmin(log_sum, others) +
+                          last_bit * (std::fabs(top) + log_sum) + double(k) * flushed,
+                      "lse");
     if (!c.with_grad) continue;
     const double grad_factor = a.row_factor ? row_factor.get(r) : a.grad_factor;
     const double factor = (q_sum + 2 * c.z_loss * expected_lse) * grad_factor;
     for (int64_t i = 0; i < k; ++i) {
       const double p = std::exp(x[size_t(i)] - top - log_sum), hit = q[size_t(i)] * grad_factor;
       const double want = undefined ? kNaN : factor * p - hit;
-      const double tolerance = epsilon * ((sums + std::fmin(farthest, 90)) * std::fabs(factor) * p + 4 * std::fabs(hit)) +
-                               grad_epsilon * std::fabs(want) + flushed * (1 + std::fabs(factor)) + smallest / 2;
+      const double tolerance =
+          epsilon * ((sums + std::fmin(farthest, 90)) * std::fabs(factor) * p + 4 * std::fabs(hit)) +
+          grad_epsilon * std::fabs(want) + flushed * (1 + std::fabs(factor)) + smallest / 2;
       grad.expect_near(r * k + i, want, tolerance, "gradient");
     }
   }
@@ -967,8 +1010,8 @@ void cross_entropy() {
   int count = 0;
   for (const DType dtype : kDTypes) {
     for (int kind = 0; kind < 4; ++kind) {
-      const std::string name =
-          std::string("cross_entropy/") + name_of(dtype) + "/" + (kind & 1 ? "soft" : "hard") + (kind & 2 ? "-weighted" : "");
+      const std::string name = std::string("cross_entropy/") + name_of(dtype) + "/" +
+                               (kind & 1 ? "soft" : "hard") + (kind & 2 ? "-weighted" : "");
       for (const int64_t k : {1, 2, 10, 16, 33, 100, 2637}) {
         for (int smoothing = 0; smoothing < 4; ++smoothing) {
           for (const bool nd : {false, true}) {
@@ -982,7 +1025,8 @@ void cross_entropy() {
             c.outer = nd && k < 1000 ? 2 : 1;
             c.positions = k < 1000 ? (nd ? 19 : 27) : (nd ? 17 : 15);  // at least each sort of row once
             c.classes = k;
-            const double eps[] = {0, 0.1, 0.2, 1}, e = eps[smoothing];  // torch's with 0.1; "others" with 0.2 and 1
+            const double eps[] = {0, 0.1, 0.2, 1},
+                         e = eps[smoothing];  // torch's with 0.1; "others" with 0.2 and 1
             c.base = smoothing == 1 ? e / double(k) : smoothing ? e / double(k - 1) : 0;
             c.mix = 1 - e - (smoothing >= 2 ? c.base : 0);
             c.z_loss = count % 4 == 1 ? 1e-3 : 0;
@@ -1019,7 +1063,9 @@ struct Pixels {
       array = std::make_unique<Array>(DType(int(type)), contiguous(numel));
   }
   double get(int64_t i) const { return type == PixelType::kUInt8 ? double(array->raw(i)) : array->get(i); }
-  void set(int64_t i, double x) { type == PixelType::kUInt8 ? array->set_raw(i, uint64_t(x)) : array->set(i, x); }
+  void set(int64_t i, double x) {
+    type == PixelType::kUInt8 ? array->set_raw(i, uint64_t(x)) : array->set(i, x);
+  }
 };
 
 double bounded(double x, double bound) { return x < 0 ? 0 : x > bound ? bound : x; }
@@ -1029,13 +1075,16 @@ double keys(double x, double a) {
 }
 // What the formulas give, pixel by pixel: image(c, y, x) at (u, v).
 template <class F>
-double sampled(F image, double u, double v, int64_t height, int64_t width, const AugmentCase& c, double fill) {
+double sampled(F image, double u, double v, int64_t height, int64_t width, const AugmentCase& c,
+               double fill) {
   if (c.interpolation == Interpolation::kNearest) u = std::nearbyint(u), v = std::nearbyint(v);
   double sum = 0, inside = 0;
   for (int64_t y = int64_t(std::floor(v)) - 1; y <= int64_t(std::floor(v)) + 2; ++y)
     for (int64_t x = int64_t(std::floor(u)) - 1; x <= int64_t(std::floor(u)) + 2; ++x) {
       const auto weight = [&](double d) {
-        return c.interpolation == Interpolation::kBicubic ? keys(d, -0.75) : std::fabs(d) < 1 ? 1 - std::fabs(d) : 0;
+        return c.interpolation == Interpolation::kBicubic ? keys(d, -0.75)
+               : std::fabs(d) < 1                         ? 1 - std::fabs(d)
+                                                          : 0;
       };
       const auto found = [&](int64_t i, int64_t n) -> int64_t {
         if (c.padding == Padding::kReflect) {
@@ -1052,7 +1101,8 @@ double sampled(F image, double u, double v, int64_t height, int64_t width, const
       sum += w * image(row, column);
     }
   if (c.padding != Padding::kFill) return sum;
-  return c.interpolation == Interpolation::kNearest ? (inside < 0.5 ? fill : sum) : inside * (sum - fill) + fill;
+  return c.interpolation == Interpolation::kNearest ? (inside < 0.5 ? fill : sum)
+                                                    : inside * (sum - fill) + fill;
 }
 
 void augment_case(const AugmentCase& c, int count, Digest& digest) {
@@ -1060,26 +1110,33 @@ void augment_case(const AugmentCase& c, int count, Digest& digest) {
   const int64_t in_values = c.batch * c.channels * c.height * c.width, pixels = c.out_height * c.out_width;
   const double bound = c.in == PixelType::kUInt8 ? 255 : 1;
   Pixels images(c.in, in_values), out(c.out, c.batch * c.channels * pixels);
-  for (int64_t i = 0; i < in_values; ++i) images.set(i, c.in == PixelType::kUInt8 ? double(random.below(256)) : random.uniform());
+  for (int64_t i = 0; i < in_values; ++i)
+    images.set(i, c.in == PixelType::kUInt8 ? double(random.below(256)) : random.uniform());
   std::vector<double> matrices, colour, blur, constants;
   std::vector<int64_t> boxes, windows;
   for (int64_t i = 0; i < c.batch; ++i) {
     // cosine and sine by the tangent of half the angle: C libraries differ in their last bits
-    const double tangent = i % 3 ? 6 * random.uniform() - 3 : 0, scale = (c.antialias ? 3 : 1) * (0.5 + random.uniform());
-    const double a = scale * (1 - tangent * tangent) / (1 + tangent * tangent), b = scale * 2 * tangent / (1 + tangent * tangent);
+    const double tangent = i % 3 ? 6 * random.uniform() - 3 : 0,
+                 scale = (c.antialias ? 3 : 1) * (0.5 + random.uniform());
+    const double a = scale * (1 - tangent * tangent) / (1 + tangent * tangent),
+                 b = scale * 2 * tangent / (1 + tangent * tangent);
     const double height = c.windowed ? double(c.height - 1) : double(c.height),
                  width = c.windowed ? double(c.width - 1) : double(c.width);
     // Away from ties of the nearest pixel, which rounding decides.
     const double u = 0.0123 + std::floor(3 * random.uniform()), v = 0.0071 - std::floor(2 * random.uniform());
     const double cx = double(c.out_width - 1) / 2, cy = double(c.out_height - 1) / 2;
     const bool plain = i % 4 == 3;  // whole pixels, backwards
-    for (const double m : {plain ? -1 : a, plain ? 0 : b, plain ? width : (width - 1) / 2 - a * cx - b * cy + u, plain ? 0 : -b,
-                           plain ? 1 : a, plain ? -1 : (height - 1) / 2 + b * cx - a * cy + v})
+    for (const double m :
+         {plain ? -1 : a, plain ? 0 : b, plain ? width : (width - 1) / 2 - a * cx - b * cy + u,
+          plain ? 0 : -b, plain ? 1 : a, plain ? -1 : (height - 1) / 2 + b * cx - a * cy + v})
       matrices.push_back(m);
-    for (const double factor : {0.5 + random.uniform(), 0.5 + random.uniform(), 0.5 + random.uniform(), random.uniform() - 0.5})
+    for (const double factor :
+         {0.5 + random.uniform(), 0.5 + random.uniform(), 0.5 + random.uniform(), random.uniform() - 0.5})
       colour.push_back(factor);
-    for (const double w : {0.25, 0.5, 0.25, 0.125, 0.25, 0.25, 0.25, 0.125}) blur.push_back(w);  // 3 across, 5 down
-    for (const int64_t side : {int64_t(i), int64_t(1), int64_t(3), int64_t(c.out_width + 5)}) boxes.push_back(side);
+    for (const double w : {0.25, 0.5, 0.25, 0.125, 0.25, 0.25, 0.25, 0.125})
+      blur.push_back(w);  // 3 across, 5 down
+    for (const int64_t side : {int64_t(i), int64_t(1), int64_t(3), int64_t(c.out_width + 5)})
+      boxes.push_back(side);
     for (const int64_t side : {int64_t(1), int64_t(0), c.height - 1, c.width - 1}) windows.push_back(side);
   }
   for (int64_t i = 0; i < 4 * c.channels; ++i) constants.push_back(0.25 + 0.1 * double(i));
@@ -1117,9 +1174,11 @@ void augment_case(const AugmentCase& c, int count, Digest& digest) {
   a.normalise = c.normalise;
   const AugmentKernels& k = kernels::augment_kernels;
   const auto memory = [](int64_t bytes) {
-    return std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(bytes ? malloc(size_t(bytes)) : nullptr), free);
+    return std::unique_ptr<char, void (*)(void*)>(static_cast<char*>(bytes ? malloc(size_t(bytes)) : nullptr),
+                                                  free);
   };
-  const auto source = memory(k.source_bytes(a)), image = memory(k.image_bytes(a)), rows = memory(k.rows_bytes(a));
+  const auto source = memory(k.source_bytes(a)), image = memory(k.image_bytes(a)),
+             rows = memory(k.rows_bytes(a));
   std::vector<double> sums(static_cast<size_t>(c.out_height));
   const AugmentScratch scratch = {source.get(), image.get(), sums.data(), rows.get()};
   for (int64_t i = 0; i < c.batch; ++i) {
@@ -1151,9 +1210,10 @@ void augment_case(const AugmentCase& c, int count, Digest& digest) {
           return images.get(i * a.in_stride[0] + channel * a.in_stride[1] + (row + top) * a.in_stride[2] +
                             column * a.in_stride[3]);
         };
-        at(image_of, channel, p) = c.warped ? sampled(pixel, m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5], height,
-                                                      width, c, constants[size_t(channel)])
-                                            : pixel(int64_t(y), int64_t(x));
+        at(image_of, channel, p) =
+            c.warped ? sampled(pixel, m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5], height, width,
+                               c, constants[size_t(channel)])
+                     : pixel(int64_t(y), int64_t(x));
       }
     const auto grey = [&](int64_t p) {
       if (c.channels == 1) return at(image_of, 0, p);
@@ -1172,13 +1232,16 @@ void augment_case(const AugmentCase& c, int count, Digest& digest) {
         value = bounded(value * f[2] + (1 - f[2]) * g, bound);
       }
     }
-    for (int64_t p = 0; p < pixels && c.colour_steps & kHue && c.channels == 3; ++p) {  // turned back, six sectors
+    for (int64_t p = 0; p < pixels && c.colour_steps & kHue && c.channels == 3;
+         ++p) {  // turned back, six sectors
       const double r = at(image_of, 0, p), g = at(image_of, 1, p), b = at(image_of, 2, p);
-      const double v = std::fmax(r, std::fmax(g, b)), low = std::fmin(r, std::fmin(g, b)), d = v == low ? 1 : v - low;
+      const double v = std::fmax(r, std::fmax(g, b)), low = std::fmin(r, std::fmin(g, b)),
+                   d = v == low ? 1 : v - low;
       double h = v == r ? (g - b) / d : v == g ? 2 + (b - r) / d : 4 + (r - g) / d;
       h = std::fmod(h + 6 * f[3] + 12, 6);
       const double part = h - std::floor(h), q = v - (v - low) * part, t = v - (v - low) * (1 - part);
-      const double table[6][3] = {{v, t, low}, {q, v, low}, {low, v, t}, {low, q, v}, {t, low, v}, {v, low, q}};
+      const double table[6][3] = {{v, t, low}, {q, v, low}, {low, v, t},
+                                  {low, q, v}, {t, low, v}, {v, low, q}};
       for (int64_t channel = 0; channel < 3; ++channel) at(image_of, channel, p) = table[int(h)][channel];
     }
     blurred = image_of;
@@ -1201,10 +1264,12 @@ void augment_case(const AugmentCase& c, int count, Digest& digest) {
       for (int64_t p = 0; p < pixels; ++p) {
         const double* constant = &constants[size_t(channel)];
         double want = at(blurred, channel, p), size = bound;
-        if (c.normalise) want = want * constant[2 * c.channels] + constant[3 * c.channels], size *= constant[2 * c.channels];
+        if (c.normalise)
+          want = want * constant[2 * c.channels] + constant[3 * c.channels], size *= constant[2 * c.channels];
         const int64_t y = p / c.out_width, x = p % c.out_width;
         if (c.boxed && y >= i && y < i + 3 && x >= 1) want = constant[c.channels];
-        const int64_t where = i * a.out_stride[0] + channel * a.out_stride[1] + y * a.out_stride[2] + x * a.out_stride[3];
+        const int64_t where =
+            i * a.out_stride[0] + channel * a.out_stride[1] + y * a.out_stride[2] + x * a.out_stride[3];
         out.array->expect_near(where, want, narrow * (1 + size), "augmented");
       }
   }
@@ -1213,12 +1278,15 @@ void augment_case(const AugmentCase& c, int count, Digest& digest) {
 // The gradient of a chain without colours is its transpose: <A x - A 0, g> = <x, A' g>, all in float64.
 void augment_backward_case(AugmentCase c, int count, Digest& digest) {
   Random random{uint64_t(count) * 17 + 3};
-  const int64_t in_values = c.channels * c.height * c.width, out_values = c.channels * c.out_height * c.out_width;
+  const int64_t in_values = c.channels * c.height * c.width,
+                out_values = c.channels * c.out_height * c.out_width;
   Array images(DType::kFloat64, contiguous(in_values)), grad(DType::kFloat64, contiguous(out_values));
   Array out(DType::kFloat64, contiguous(out_values)), in_grad(DType::kFloat64, contiguous(in_values));
-  const double tangent = 6 * random.uniform() - 3, scale = (c.antialias ? 3.1 : 0.9) / (1 + tangent * tangent);
+  const double tangent = 6 * random.uniform() - 3,
+               scale = (c.antialias ? 3.1 : 0.9) / (1 + tangent * tangent);
   const double m = scale * (1 - tangent * tangent), n = scale * 2 * tangent;
-  const double matrix[] = {m, n, 0.3 - n * double(c.out_height) / 2, -n, m, 0.4 + n * double(c.out_width) / 2};
+  const double matrix[] = {m,  n, 0.3 - n * double(c.out_height) / 2,
+                           -n, m, 0.4 + n * double(c.out_width) / 2};
   const double blur[] = {0.25, 0.5, 0.25, 0.125, 0.25, 0.25, 0.25, 0.125};
   std::vector<double> constants(size_t(4 * c.channels), 0.5);
   AugmentArgs a{};
@@ -1258,7 +1326,8 @@ void augment_backward_case(AugmentCase c, int count, Digest& digest) {
   for (int64_t i = 0; i < out_values; ++i) left -= grad.get(i) * out.get(i);
   for (int64_t i = 0; i < in_values; ++i) images.set(i, random.uniform());
   forward();
-  for (int64_t i = 0; i < out_values; ++i) left += grad.get(i) * out.get(i), size += std::fabs(grad.get(i) * out.get(i));
+  for (int64_t i = 0; i < out_values; ++i)
+    left += grad.get(i) * out.get(i), size += std::fabs(grad.get(i) * out.get(i));
   a.output = in_grad.data();
   a.grad = grad.data();
   memcpy(a.grad_stride, out_stride, sizeof out_stride);
@@ -1266,15 +1335,17 @@ void augment_backward_case(AugmentCase c, int count, Digest& digest) {
   std::vector<char> memory(size_t(k.backward_bytes(a)));
   k.backward(a, memory.data(), 0);
   for (int64_t i = 0; i < in_values; ++i) right += in_grad.get(i) * images.get(i);
-  if (!(std::fabs(left - right) <= 1e-9 * (1 + size))) fail("the gradient is not the transpose: %.17g, %.17g", left, right);
+  if (!(std::fabs(left - right) <= 1e-9 * (1 + size)))
+    fail("the gradient is not the transpose: %.17g, %.17g", left, right);
   in_grad.expect_guards("the images' gradient");
   in_grad.add_to(digest);
 }
 
 void augment() {
-  const PixelType types[][2] = {{PixelType::kFloat32, PixelType::kFloat32}, {PixelType::kFloat64, PixelType::kFloat64},
-                                {PixelType::kFloat16, PixelType::kFloat16}, {PixelType::kBFloat16, PixelType::kFloat32},
-                                {PixelType::kUInt8, PixelType::kFloat32},   {PixelType::kUInt8, PixelType::kUInt8}};
+  const PixelType types[][2] = {
+      {PixelType::kFloat32, PixelType::kFloat32}, {PixelType::kFloat64, PixelType::kFloat64},
+      {PixelType::kFloat16, PixelType::kFloat16}, {PixelType::kBFloat16, PixelType::kFloat32},
+      {PixelType::kUInt8, PixelType::kFloat32},   {PixelType::kUInt8, PixelType::kUInt8}};
   const int64_t sizes[][4] = {{9, 33, 9, 33}, {2, 2, 7, 19}, {31, 17, 5, 40}, {3, 65, 33, 3}};
   int count = 0;
   for (const auto& type : types)
@@ -1302,7 +1373,8 @@ void augment() {
           c.antialias = c.warped && variant == 6;
           c.normalise = c.out != PixelType::kUInt8 && count % 2;
           current_case = "augment/" + std::to_string(count);
-          augment_case(c, count, digests["augment/" + std::to_string(int(c.in)) + "-" + std::to_string(int(c.out))]);
+          augment_case(c, count,
+                       digests["augment/" + std::to_string(int(c.in)) + "-" + std::to_string(int(c.out))]);
           if (variant % 4 == 0 && c.in == PixelType::kFloat32) {
             current_case = "augment backward/" + std::to_string(count);
             c.antialias = variant == 4;
@@ -1340,7 +1412,8 @@ int main(int argc, char** argv) {
   fgsm();
   cross_entropy();
   augment();
-  for (const auto& [name, digest] : digests) printf("%s %016llx\n", name.c_str(), (unsigned long long)digest.hash);
+  for (const auto& [name, digest] : digests)
+    printf("%s %016llx\n", name.c_str(), (unsigned long long)digest.hash);
   if (failures) fprintf(stderr, "%d failures\n", failures);
   return failures ? 1 : 0;
 }

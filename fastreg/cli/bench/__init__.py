@@ -14,8 +14,8 @@ from ..common import INTERRUPTED, UsageError, positive, writable_folder, write
 SCHEMA = 1  # of results.json
 SECONDS = {"full": 3.0, "quick": 0.6, "tiny": 0.01}  # of measuring, for a usual case
 
-# Memory that is given back to the system and fetched again at each call costs more than the work on it. glibc reads these when a
-# process starts.
+# Memory that is given back to the system and fetched again at each call costs more than the work on it. glibc
+# reads these when a process starts.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks with the command line arguments `argv`.
 
     Returns:
-        0 if all cases ran, whatever they reached; 1 if one failed or its result was wrong; 2 for unusable options; 130 if it was
-        interrupted, with the rows that had finished.
+        0 if all cases ran, whatever they reached; 1 if one failed or its result was wrong; 2 for unusable
+        options; 130 if it was interrupted, with the rows that had finished.
     """
     from fastreg import benchmarks
 
@@ -61,9 +61,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser(ops: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastreg bench", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: %(default)s)")
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="CPU threads (default: 1; whole training steps: 2 where there are as many)"
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads (default: 1; whole training steps: 2 where there are as many)",
     )
     parser.add_argument(
         "--ops",
@@ -73,12 +78,22 @@ def _parser(ops: list[str]) -> argparse.ArgumentParser:
         help=f"some of {', '.join(ops)} (default: all)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="without the largest sizes and without torch.compile: about two minutes"
+        "--quick",
+        action="store_true",
+        help="without the largest sizes and without torch.compile: about two minutes",
     )
-    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile, which has to compile each case")
-    parser.add_argument("--out", metavar="FOLDER", default="bench", help="where the results go (default: %(default)s)")
-    parser.add_argument("--markdown", metavar="FILE.json", help="only print the table of earlier results as Markdown")
-    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for the tests: numbers that mean nothing
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not time torch.compile, which has to compile each case"
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", default="bench", help="where the results go (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--markdown", metavar="FILE.json", help="only print the table of earlier results as Markdown"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help=argparse.SUPPRESS
+    )  # for the tests: numbers that mean nothing
     return parser
 
 
@@ -126,7 +141,9 @@ def _run(options: argparse.Namespace) -> int:
             "scale": scale,
             "compile": compiled,
         },
-        "copy_bandwidth": _timing.Clock(options.device).copy_bandwidth(2**20 if options.tiny else _timing.COPY),
+        "copy_bandwidth": _timing.Clock(options.device).copy_bandwidth(
+            2**20 if options.tiny else _timing.COPY
+        ),
         "rows": [],
         "failed": [],
         "planned": len(cases),
@@ -149,7 +166,9 @@ def _run(options: argparse.Namespace) -> int:
                     )
                 except Exception as error:  # one case must not cost the others their results
                     message = (
-                        str(error) if isinstance(error, _timing.WrongResult) else f"{case.name}: {type(error).__name__}: {error}"
+                        str(error)
+                        if isinstance(error, _timing.WrongResult)
+                        else f"{case.name}: {type(error).__name__}: {error}"
                     )
                     results["failed"].append({"op": case.op, "case": case.name, "error": message})
                     progress.failed(message)
@@ -188,7 +207,8 @@ def _markdown(name: str) -> int:
             raise ValueError(f"expected results of schema {SCHEMA}")
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--markdown: {name} cannot be read as results ({error}); give a results.json that `fastreg bench` wrote"
+            f"--markdown: {name} cannot be read as results ({error}); give a results.json that `fastreg "
+            f"bench` wrote"
         ) from error
     print(table.markdown(results), end="")
     return 0

@@ -1,4 +1,6 @@
-"""The pictures, as PNG: the ratios with their targets, time against size, and the losses of the training runs."""
+"""The pictures, as PNG: the ratios with their targets, time against size, and the losses of the training
+runs.
+"""
 
 import io
 import math
@@ -6,7 +8,14 @@ from collections.abc import Iterator
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from ..style import BLUE, INK, MUTED, PAPER, RUST, SAND, STYLE
 from .table import number, ordered
@@ -38,7 +47,9 @@ def _draw(figure: Figure) -> bytes:
 
 
 def ratios(rows: list[dict]) -> Figure:
-    """A bar per row against torch, a thin one below it against torch.compile, and the targets as upright strokes."""
+    """A bar per row against torch, a thin one below it against torch.compile, and the targets as upright
+    strokes.
+    """
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     labels, heights, y, before = [], {}, 0.0, None
     for row in rows:
@@ -52,8 +63,12 @@ def ratios(rows: list[dict]) -> Figure:
         heights[key] = y
         labels.append((y, row["size"], False))
         y += 1.12
-    values = [row[name]["median"] for row in rows for name in ("against_eager", "against_compile") if row[name]]
-    values += [target for row in rows for target in (row["targets"]["eager"], row["targets"]["compile"]) if target]
+    values = [
+        row[name]["median"] for row in rows for name in ("against_eager", "against_compile") if row[name]
+    ]
+    values += [
+        target for row in rows for target in (row["targets"]["eager"], row["targets"]["compile"]) if target
+    ]
     ends = [row["against_eager"][end] for row in rows for end in ("low", "high")]
     low, high = max(0.1, min(0.8, 0.85 * min(values + ends))), 2 * max(2.0, *values, *ends)
     with rc_context(STYLE):
@@ -72,7 +87,9 @@ def ratios(rows: list[dict]) -> Figure:
             axes.set_title(dtype)
             axes.set_ylim(y - 0.2, -0.6)
             axes.grid(False, axis="y")
-            ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high]
+            ticks = [
+                tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if low <= tick <= high
+            ]
             axes.xaxis.set_major_locator(FixedLocator(ticks))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
@@ -90,7 +107,9 @@ def ratios(rows: list[dict]) -> Figure:
 
 
 def _bar(axes, y, height, value, target, colour):
-    """From 1 to the ratio, to the left and in red where it is a loss; the number stands behind bar, whisker and target."""
+    """From 1 to the ratio, to the left and in red where it is a loss; the number stands behind bar, whisker
+    and target.
+    """
     median = value["median"]
     colour = colour if median >= 1 else RUST
     axes.barh(y, median - 1, height, left=1, color=colour, alpha=1 if height > 0.4 else 0.9, zorder=2)
@@ -99,9 +118,17 @@ def _bar(axes, y, height, value, target, colour):
     if target and target < end * (high / low) ** (0.17 if height > 0.4 else 0.11):  # as wide as the number
         end = max(end, target)
     if height > 0.4:
-        axes.plot([value["low"], value["high"]], [y, y], color=INK, linewidth=1, solid_capstyle="butt", zorder=4)
+        axes.plot(
+            [value["low"], value["high"]], [y, y], color=INK, linewidth=1, solid_capstyle="butt", zorder=4
+        )
     if target:
-        axes.plot([target, target], [y - height / 2 - 0.06, y + height / 2 + 0.06], color=INK, linewidth=1.8, zorder=5)
+        axes.plot(
+            [target, target],
+            [y - height / 2 - 0.06, y + height / 2 + 0.06],
+            color=INK,
+            linewidth=1.8,
+            zorder=5,
+        )
     axes.annotate(
         f"{number(median)}×",
         (end, y),
@@ -121,7 +148,9 @@ def lines(rows: list[dict]) -> dict:
     for row in rows:
         if row["scales"]:
             found.setdefault((row["work"], row["dtype"]), []).append(row)
-    return {key: sorted(group, key=lambda row: row["elements"]) for key, group in found.items() if len(group) > 1}
+    return {
+        key: sorted(group, key=lambda row: row["elements"]) for key, group in found.items() if len(group) > 1
+    }
 
 
 def times(rows: list[dict], bandwidth: float) -> Figure:
@@ -141,7 +170,9 @@ def times(rows: list[dict], bandwidth: float) -> Figure:
                     axes.set_axis_off()
                     continue
                 for side, (colour, width, dashes) in SIDES.items():
-                    points = [(row["elements"], row["seconds"][side]) for row in group if side in row["seconds"]]
+                    points = [
+                        (row["elements"], row["seconds"][side]) for row in group if side in row["seconds"]
+                    ]
                     if points:
                         dot = None if side == "floor" else "o"
                         (handles[side],) = axes.plot(
@@ -155,7 +186,11 @@ def times(rows: list[dict], bandwidth: float) -> Figure:
                 if group[0]["moved_bytes"]:
                     bytes_of = [(row["elements"], row["moved_bytes"] / bandwidth) for row in group]
                     (handles["bandwidth"],) = axes.plot(
-                        *zip(*bytes_of, strict=True), color=INK, linewidth=1.1, linestyle=(0, (5, 3)), zorder=1
+                        *zip(*bytes_of, strict=True),
+                        color=INK,
+                        linewidth=1.1,
+                        linestyle=(0, (5, 3)),
+                        zorder=1,
                     )
                 _size_axes(axes, group)
                 axes.set_title(f"{_wrapped(work)}\n{dtype}", fontsize=9.5)
@@ -187,7 +222,9 @@ def _size_axes(axes, group):
     axes.set_yscale("log")
     first, last = (math.log2(group[i]["elements"]) for i in (0, -1))
     step = max(1, round((last - first) / 5))
-    axes.xaxis.set_major_locator(FixedLocator([2**power for power in range(round(first), round(last) + 1, step)]))
+    axes.xaxis.set_major_locator(
+        FixedLocator([2**power for power in range(round(first), round(last) + 1, step)])
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"$2^{{{math.log2(value):.0f}}}$"))
     axes.yaxis.set_major_locator(LogLocator(10))
     axes.yaxis.set_major_formatter(EngFormatter("s", sep="\N{THIN SPACE}"))
@@ -197,19 +234,30 @@ def _size_axes(axes, group):
 
 
 def losses(rows: list[dict]) -> Figure:
-    """The loss of each training step, both sides over each other; the running mean strong, the steps themselves faint."""
+    """The loss of each training step, both sides over each other; the running mean strong, the steps
+    themselves faint.
+    """
     with rc_context(STYLE):
         figure = Figure(figsize=(4.8 * len(rows) + 0.4, 3.7), layout="constrained")
         for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
             steps = min(len(values) for values in row["losses"].values())
             window = max(1, steps // 15)
-            for side, colour, dashes, width in (("torch", RUST, "-", 3.2), ("fastreg", BLUE, (0, (3, 1.5)), 1.8)):
+            for side, colour, dashes, width in (
+                ("torch", RUST, "-", 3.2),
+                ("fastreg", BLUE, (0, (3, 1.5)), 1.8),
+            ):
                 values = row["losses"][side][:steps]
                 near = [values[max(0, i - window // 2) : i + window // 2 + 1] for i in range(steps)]
                 mean = [sum(part) / len(part) for part in near]
                 milliseconds = 1e3 * row["seconds"][side]
                 axes.plot(values, color=colour, linewidth=0.8, alpha=0.25)
-                axes.plot(mean, color=colour, linestyle=dashes, linewidth=width, label=f"{side}, {milliseconds:.0f} ms a step")
+                axes.plot(
+                    mean,
+                    color=colour,
+                    linestyle=dashes,
+                    linewidth=width,
+                    label=f"{side}, {milliseconds:.0f} ms a step",
+                )
             axes.set_title(
                 f"{_wrapped(row['work'].removeprefix('training step, '))}\n{number(row['against_eager']['median'])}× as fast"
             )

@@ -11,7 +11,9 @@ import fastreg as fr
 
 from .. import doctor
 
-FLAGS = r"(sse4_2|avx\w*|fma|f16c|bmi2|amx\w*|asimd\w*|sve\w*|bf16|i8mm|fphp)$"  # those that kernels choose by
+FLAGS = (
+    r"(sse4_2|avx\w*|fma|f16c|bmi2|amx\w*|asimd\w*|sve\w*|bf16|i8mm|fphp)$"  # those that kernels choose by
+)
 
 
 def describe(device: str, memory_kept: bool) -> dict:
@@ -19,7 +21,9 @@ def describe(device: str, memory_kept: bool) -> dict:
     cpu = _cpuinfo()
     return {
         "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
-        "flags": [flag for flag in (cpu.get("flags") or cpu.get("Features") or "").split() if re.match(FLAGS, flag)],
+        "flags": [
+            flag for flag in (cpu.get("flags") or cpu.get("Features") or "").split() if re.match(FLAGS, flag)
+        ],
         "cores": os.cpu_count(),
         "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_before": load(),

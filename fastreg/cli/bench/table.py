@@ -28,7 +28,11 @@ def others(row: dict) -> str:
 def floor(row: dict) -> str:
     """Times the floor, with its target."""
     value = row["times_floor"]
-    return MISSING if value is None else f"{value['median']:.2f}{mark(row['met']['floor'], row['targets']['floor'], '≤')}"
+    return (
+        MISSING
+        if value is None
+        else f"{value['median']:.2f}{mark(row['met']['floor'], row['targets']['floor'], '≤')}"
+    )
 
 
 def quartiles(row: dict) -> str:
@@ -46,7 +50,9 @@ def size(count: int) -> str:
     """A number of bytes."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= factor:
-            return f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
+            return (
+                f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:,.0f} {unit}"
+            )
     return f"{count} B"
 
 
@@ -81,8 +87,10 @@ def machine(results: dict) -> str:
         on = f"{m['gpu']['name']} (CUDA {m['gpu']['cuda']}), {m['cpu']}"
     load = f"; load average {m['load_before'][0]:g} before" if m["load_before"] else ""
     return (
-        f"{on}, {build['instruction_set']} kernels, autograd in {m['autograd']['path']}, torch {m['torch']}, fastreg "
-        f"{build['version']} built by {build['compiler']}; copying moves {results['copy_bandwidth'] / 1e9:.1f} GB/s{load}."
+        f"{on}, {build['instruction_set']} kernels, autograd in {m['autograd']['path']}, torch {m['torch']}, "
+        f"fastreg "
+        f"{build['version']} built by {build['compiler']}; copying moves "
+        f"{results['copy_bandwidth'] / 1e9:.1f} GB/s{load}."
     )
 
 
@@ -142,9 +150,12 @@ def markdown(results: dict) -> str:
         "",
     ]
     if results["rows"]:
-        floors = dict.fromkeys(f"{row['op']}: {row['floor_is']}" for row in results["rows"] if row["floor_is"])
+        floors = dict.fromkeys(
+            f"{row['op']}: {row['floor_is']}" for row in results["rows"] if row["floor_is"]
+        )
         lines += [
-            f"{reached(results)} {spread(results)} Memory is ours : torch's. The floor is, for {'; '.join(floors)}.",
+            f"{reached(results)} {spread(results)} Memory is ours : torch's. The floor is, for "
+            f"{'; '.join(floors)}.",
             "",
         ]
     beside = [f"{name(row)}: {others(row)}" for row in ordered(results) if others(row)]

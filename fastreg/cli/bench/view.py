@@ -1,4 +1,6 @@
-"""What the terminal shows: a bar while the cases run, then the table. Where the output is no terminal, a line per case."""
+"""What the terminal shows: a bar while the cases run, then the table. Where the output is no terminal, a line
+per case.
+"""
 
 from pathlib import Path
 
@@ -47,7 +49,10 @@ class Progress:
         if not self.console.is_terminal:
             compiled = f", torch.compile {table.times(row, 'compile')}" if row["against_compile"] else ""
             others = f", {table.others(row)}" if row["against_others"] else ""
-            self.console.print(Text(f"{table.name(row)}: torch {table.times(row, 'eager')}{compiled}{others}"), soft_wrap=True)
+            self.console.print(
+                Text(f"{table.name(row)}: torch {table.times(row, 'eager')}{compiled}{others}"),
+                soft_wrap=True,
+            )
 
     def failed(self, message: str) -> None:
         """A case has none."""
@@ -78,7 +83,10 @@ class Progress:
         if results["rows"]:
             console.print(grid)
             console.print(f"{table.reached(results)} {table.spread(results)}")
-            console.print("[bright_black]Ratios are medians, quartiles are of the ratio to torch; memory is ours : torch's.[/]")
+            console.print(
+                "[bright_black]Ratios are medians, quartiles are of the ratio to torch; memory is ours : "
+                "torch's.[/]"
+            )
         for row in table.ordered(results):
             if row["against_others"]:
                 console.print(Text(f"{table.name(row)}: {table.others(row)}"), soft_wrap=True)

@@ -15,8 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo with the command line arguments `argv`.
 
     Returns:
-        0 if the run completed, whichever claims held; 2 for unusable data or options; 130 if it was interrupted, with a
-        partial report of the trainings that had finished.
+        0 if the run completed, whichever claims held; 2 for unusable data or options; 130 if it was
+        interrupted, with a partial report of the trainings that had finished.
     """
     options = _parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -43,10 +43,18 @@ def _parser() -> argparse.ArgumentParser:
         help="your own examples: an .npz file with arrays X and y, or a folder with one folder of images per class "
         "(default: 5,000 handwritten digits)",
     )
-    parser.add_argument("--out", metavar="FOLDER", default="report", help="where the report goes (default: %(default)s)")
+    parser.add_argument(
+        "--out", metavar="FOLDER", default="report", help="where the report goes (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed and fewer epochs: under a minute")
-    parser.add_argument("--only", metavar="NAME,...", help="some sections of the report alone, by their names: --only dropout,l1")
-    parser.add_argument("--seeds", type=positive, metavar="N", help="repetitions (default: 5; with --quick 1)")
+    parser.add_argument(
+        "--only",
+        metavar="NAME,...",
+        help="some sections of the report alone, by their names: --only dropout,l1",
+    )
+    parser.add_argument(
+        "--seeds", type=positive, metavar="N", help="repetitions (default: 5; with --quick 1)"
+    )
     parser.add_argument(
         "--threads",
         type=positive,
@@ -78,7 +86,13 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fastreg demo: {error}", file=sys.stderr)
         return 2
 
-    settings = {"seeds": seeds, "epochs": epochs, "quick": options.quick, "data": options.data, **train.SETTINGS}
+    settings = {
+        "seeds": seeds,
+        "epochs": epochs,
+        "quick": options.quick,
+        "data": options.data,
+        **train.SETTINGS,
+    }
     settings["sections"] = [section.key for section in sections]
     steps = len(report.recipes(sections)) + sum(section.measure is not None for section in sections)
     found = Results(examples, settings, report.titles(sections), planned=seeds * steps)
@@ -100,14 +114,19 @@ def _run(options: argparse.Namespace) -> int:
         write(folder / "results.json", json.dumps(found.jsonable(flat, summary), indent=1) + "\n")
         write(folder / "index.html", report.page(found, sections))
     except OSError as error:
-        print(f"fastreg demo: the report cannot be written ({error}); choose another folder with --out", file=sys.stderr)
+        print(
+            f"fastreg demo: the report cannot be written ({error}); choose another folder with --out",
+            file=sys.stderr,
+        )
         return 2
     view.summary(claims, folder / "index.html")
     return INTERRUPTED if interrupted else 0
 
 
 def _work(section, lab, view) -> None:
-    """Train what the section needs and no section before it has trained with this seed, then take its measurements."""
+    """Train what the section needs and no section before it has trained with this seed, then take its
+    measurements.
+    """
     from . import train
 
     for recipe in section.trained:

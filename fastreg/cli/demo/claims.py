@@ -1,9 +1,10 @@
 """What the lecture says about a method, checked against the numbers of this run. Two rules decide:
 
-- *changed*: the mean over seeds of the paired difference (same seed: same initial weights, same batches) has the
-  claimed sign and exceeds two of its standard errors. With one seed there is no standard error: the sign decides.
-- *no worse*, *the same*: the difference of the means is at most two combined standard errors plus 0.3 percentage
-  points. With one seed the standard error is that of counting errors among the test images.
+- *changed*: the mean over seeds of the paired difference (same seed: same initial weights, same batches) has
+  the claimed sign and exceeds two of its standard errors. With one seed there is no standard error: the sign
+  decides.
+- *no worse*, *the same*: the difference of the means is at most two combined standard errors plus 0.3
+  percentage points. With one seed the standard error is that of counting errors among the test images.
 
 Each function here makes a claim: a function from the results to a verdict with the numbers that led to it.
 """
@@ -76,7 +77,8 @@ def no_worse(title: str, variant: str, against: str) -> Claim:
         difference, allowed = _difference(found, (variant, "fastreg"), (against, "fastreg"))
         return difference <= allowed, (
             f"{found.titles[variant]}: {found.mean(variant, 'test_error'):.2f} %, {found.titles[against]}: "
-            f"{found.mean(against, 'test_error'):.2f} %; difference {difference:+.2f} pp, noise up to {allowed:.2f} pp"
+            f"{found.mean(against, 'test_error'):.2f} %; difference {difference:+.2f} pp, noise up to "
+            f"{allowed:.2f} pp"
         )
 
     return judged(title, judge)
@@ -89,7 +91,9 @@ def same_on_both_sides(title: str, variants: list[str]) -> Claim:
         rows = []
         for variant in variants:
             try:
-                rows.append((*_difference(found, (variant, "fastreg"), (variant, "torch")), found.titles[variant]))
+                rows.append(
+                    (*_difference(found, (variant, "fastreg"), (variant, "torch")), found.titles[variant])
+                )
             except NotMeasured:
                 continue
         if not rows:

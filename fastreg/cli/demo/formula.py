@@ -1,7 +1,8 @@
-"""Formulas as inline SVG: one path each, drawn by matplotlib's mathtext, in the colour and the size of the text around.
+"""Formulas as inline SVG: one path each, drawn by matplotlib's mathtext, in the colour and the size of the
+text around.
 
-The page reads no font from the network and needs none for mathematics from the reader's machine, so that a formula looks
-the same on a phone, in every browser and on paper."""
+The page reads no font from the network and needs none for mathematics from the reader's machine, so that a
+formula looks the same on a phone, in every browser and on paper."""
 
 from html import escape
 
@@ -21,7 +22,12 @@ def formula(tex: str) -> str:
     box = path.get_extents()
     x, y, width, height = box.x0 - 1, -box.y1 - 1, box.width + 2, box.height + 2
     drawn = "".join(
-        COMMANDS[code] + ("" if code == Path.CLOSEPOLY else " ".join(f"{(-v if i % 2 else v):.2f}" for i, v in enumerate(points)))
+        COMMANDS[code]
+        + (
+            ""
+            if code == Path.CLOSEPOLY
+            else " ".join(f"{(-v if i % 2 else v):.2f}" for i, v in enumerate(points))
+        )
         for points, code in path.iter_segments(simplify=False, curves=True)
     )
     return (

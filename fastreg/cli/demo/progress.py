@@ -21,7 +21,9 @@ USUAL_EXAMPLES = 1000  # training examples of the packaged digits, for which the
 
 
 class Progress:
-    """A context manager around the work; the methods that say what is done report from inside, `summary` after it."""
+    """A context manager around the work; the methods that say what is done report from inside, `summary`
+    after it.
+    """
 
     def __init__(self, found: Results, sections: tuple[Section, ...]):
         self.console = Console(highlight=False)
@@ -30,12 +32,16 @@ class Progress:
         plural = "s" if self.seeds > 1 else ""
         self.console.print(
             f"[bold]fastreg demo[/]  {escape(data.name)}\n"
-            f"{len(data.y_train):,} to train, {len(data.y_validation):,} to validate, {len(data.y_test):,} to test · "
-            f"{len(sections)} section{'s' if len(sections) > 1 else ''} × {self.seeds} seed{plural} · {self.epochs} epochs"
+            f"{len(data.y_train):,} to train, {len(data.y_validation):,} to validate, {len(data.y_test):,} "
+            f"to test · "
+            f"{len(sections)} section{'s' if len(sections) > 1 else ''} × {self.seeds} seed{plural} · "
+            f"{self.epochs} epochs"
         )
         times = len(data.y_train) / USUAL_EXAMPLES
         if times >= 2:
-            self.console.print(f"This is {times:.0f} times the usual number of images and takes as much longer.")
+            self.console.print(
+                f"This is {times:.0f} times the usual number of images and takes as much longer."
+            )
         self.console.print()
         self.bars = Bars(
             TextColumn("{task.description:<24}"),
@@ -50,7 +56,9 @@ class Progress:
             work = len({r.key for r in section.trained} - trained) * self.epochs
             work += self.epochs * (len(section.variants) or 1) if section.measure else 0
             trained |= {r.key for r in section.trained}
-            self.tasks[section] = self.bars.add_task(section.title, total=max(1, self.seeds * work), note="", start=False)
+            self.tasks[section] = self.bars.add_task(
+                section.title, total=max(1, self.seeds * work), note="", start=False
+            )
 
     def __enter__(self):
         self.bars.start()
@@ -75,7 +83,9 @@ class Progress:
         errors = " / ".join(f"{run.measured['test_error']:.1f}" for run in pair)
         self._show(section, f"test error {errors} %", 0)
         if not self.console.is_terminal:
-            self.console.print(f"seed {seed + 1}/{self.seeds}  {recipe.title:<24}  test error torch / fastreg {errors} %")
+            self.console.print(
+                f"seed {seed + 1}/{self.seeds}  {recipe.title:<24}  test error torch / fastreg {errors} %"
+            )
 
     def measured(self, section: Section, seed: int, record: dict) -> None:
         """One more record of a section's own measurements."""
@@ -103,14 +113,18 @@ class Progress:
         for variant in dict.fromkeys(recipe.key for section in self.sections for recipe in section.trained):
             found = self.found
             try:
-                cells = [f"{found.mean(variant, key or 'test_error', 'fastreg' if key else 'torch'):.1f}" for key in keys]
+                cells = [
+                    f"{found.mean(variant, key or 'test_error', 'fastreg' if key else 'torch'):.1f}"
+                    for key in keys
+                ]
                 table.add_row(found.titles[variant], *cells, f"{found.time_ratio(variant):.2f}")
             except NotMeasured:
                 continue
         if table.row_count:
             console.print(table)
             console.print(
-                "[bright_black]Errors, zero weights and accuracy under attack in percent, means over the seeds, with fastreg; "
+                "[bright_black]Errors, zero weights and accuracy under attack in percent, means over the "
+                "seeds, with fastreg; "
                 "then its time per epoch as a share of torch's.[/]\n"
             )
         marks = {True: ("✓", "blue"), False: ("✗", "red"), None: ("–", "bright_black")}
@@ -119,5 +133,8 @@ class Progress:
             console.print(Text(f"{mark} {claim.title}", style=style))
             console.print(Text(f"  {claim.evidence}", style="bright_black"))
         if self.found.finished < self.found.planned:
-            console.print(f"\nInterrupted after {self.found.finished} of {self.found.planned} trainings and measurements.")
+            console.print(
+                f"\nInterrupted after {self.found.finished} of {self.found.planned} trainings and "
+                f"measurements."
+            )
         console.print(f"\nReport: {page.resolve()}", soft_wrap=True, markup=False)

@@ -32,7 +32,9 @@ def titles(sections: tuple[Section, ...]) -> dict[str, str]:
 
 def same(sections: tuple[Section, ...]):
     """The claim over all sections."""
-    return same_on_both_sides("fastreg and torch reach the same test error with every method", [r.key for r in recipes(sections)])
+    return same_on_both_sides(
+        "fastreg and torch reach the same test error with every method", [r.key for r in recipes(sections)]
+    )
 
 
 def verdicts(found: Results, sections: tuple[Section, ...]) -> dict[str, list[Verdict]]:
@@ -51,7 +53,9 @@ def summary(found: Results, sections: tuple[Section, ...]) -> list[dict]:
             except NotMeasured:
                 continue
             row = {"variant": key, "title": title, "side": side, "seeds": len(records)}
-            for name in {name: None for record in records for name in record if name not in ("variant", "side", "seed")}:
+            for name in {
+                name: None for record in records for name in record if name not in ("variant", "side", "seed")
+            }:
                 values = [r[name] for r in records if isinstance(r.get(name), (int, float))]
                 if values:
                     row[name] = {"mean": statistics.fmean(values), "standard_error": standard_error(values)}
@@ -93,7 +97,9 @@ def contents(sections: tuple[Section, ...]) -> str:
         *((s.key, s.title, s.colour) for s in sections),
         ("method", "How measured", "muted"),
     ]
-    links = "".join(f'<li><a href="#{key}" style="--c: var(--{hue})">{title}</a></li>' for key, title, hue in entries)
+    links = "".join(
+        f'<li><a href="#{key}" style="--c: var(--{hue})">{title}</a></li>' for key, title, hue in entries
+    )
     return f'<nav aria-label="Contents"><b>fastreg demo</b><ol>{links}</ol></nav>'
 
 
@@ -121,11 +127,14 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
             (_change(found, "attacked_accuracy", ".0f"), "accuracy under attack [%], plain → all together"),
         ]
     if ratios:
-        tiles.append((f"{min(ratios):.2f}–{max(ratios):.2f}", "time of an epoch, fastreg / torch, over the methods"))
+        tiles.append(
+            (f"{min(ratios):.2f}–{max(ratios):.2f}", "time of an epoch, fastreg / torch, over the methods")
+        )
     return (
         f'<header id="top"><h1>{TITLE}</h1>'
         f'<p class="lead">A {layers} perceptron learns from {len(data.y_train):,} images and meets {len(data.y_test):,} '
-        f"new ones: {escape(data.name)}. It is trained without regularisation and with each method, in plain PyTorch and "
+        f"new ones: {escape(data.name)}. It is trained without regularisation and with each method, in plain "
+        f"PyTorch and "
         f"with fastreg, from the same initial weights and batches, {seeds}.</p>{partial}"
         f'<div class="tiles">{"".join(f"<div><b>{b}</b><span>{text}</span></div>" for b, text in tiles)}</div></header>'
     )
@@ -141,9 +150,16 @@ def _change(found, key, spec):
 def overview(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
     items = []
     for section in sections:
-        items += [_claim(v, f'<a href="#{section.key}">{v.title}</a>', section.colour, False) for v in judged[section.key]]
+        items += [
+            _claim(v, f'<a href="#{section.key}">{v.title}</a>', section.colour, False)
+            for v in judged[section.key]
+        ]
     items += [_claim(v, v.title, "ink", True) for v in judged.get("overview", ())]
-    drawn = [r for r in recipes(sections) if (r.key, "fastreg") in {(x["variant"], x["side"]) for x in found.records}]
+    drawn = [
+        r
+        for r in recipes(sections)
+        if (r.key, "fastreg") in {(x["variant"], x["side"]) for x in found.records}
+    ]
     shown = [
         figures_of(
             found,
@@ -155,8 +171,10 @@ def overview(found: Results, sections: tuple[Section, ...], judged: dict) -> str
     ] if drawn else []  # fmt: skip
     return (
         '<section id="overview"><h2>What the lecture says, and what happened here</h2>'
-        "<p>Each claim is decided by the numbers of this run. A change counts if its mean over the seeds is larger than twice "
-        "its standard error; two errors are the same if they differ by no more than twice their combined standard error plus 0.3 "
+        "<p>Each claim is decided by the numbers of this run. A change counts if its mean over the seeds is "
+        "larger than twice "
+        "its standard error; two errors are the same if they differ by no more than twice their combined "
+        "standard error plus 0.3 "
         f"percentage points.</p><ul class='claims summary'>{''.join(items)}</ul>{''.join(shown)}</section>"
     )
 
@@ -175,17 +193,25 @@ def chapter(found: Results, section: Section, number: int, judged: list[Verdict]
 def table(found: Results, section: Section) -> str:
     """Mean ± standard error over the seeds of every variant, torch beside fastreg."""
     measures = MEASURES | section.measures
-    heads = "".join(f"<th>{name}<i>{unit}</i></th>" for name, unit, _ in (measures[key] for key in section.columns))
+    heads = "".join(
+        f"<th>{name}<i>{unit}</i></th>" for name, unit, _ in (measures[key] for key in section.columns)
+    )
     rows = []
     for key, title, hue in section.rows:
-        sides = [side for side in SIDES if any((r["variant"], r["side"]) == (key, side) for r in found.records)]
+        sides = [
+            side for side in SIDES if any((r["variant"], r["side"]) == (key, side) for r in found.records)
+        ]
         for i, side in enumerate(sides):
-            cells = "".join(_cell(found, key, side, column, measures[column][2]) for column in section.columns)
+            cells = "".join(
+                _cell(found, key, side, column, measures[column][2]) for column in section.columns
+            )
             if i == 0:  # on a narrow screen the name stands above, elsewhere beside
                 rows.append(f'<tr class="name"><th colspan="{len(section.columns) + 1}">{title}</th></tr>')
             head = f'<th class="name" rowspan="{len(sides)}">{title}</th>' if i == 0 else ""
             inner = ' class="inner"' if i + 1 < len(sides) else ""
-            rows.append(f'<tr{inner} style="--r: var(--{hue})">{head}<td class="side {side}">{side}</td>{cells}</tr>')
+            rows.append(
+                f'<tr{inner} style="--r: var(--{hue})">{head}<td class="side {side}">{side}</td>{cells}</tr>'
+            )
     if not rows:
         return '<p class="note">No numbers: nothing of this section had been measured.</p>'
     note = f'<p class="note">{section.table_note}</p>' if section.table_note else ""
@@ -224,7 +250,9 @@ def figures_of(found: Results, *shown) -> str:
             continue
         if picture:
             caption = f"<figcaption>{figure.caption}</figcaption>"
-            drawn.append(f'<figure role="group" aria-label="{escape(figure.alt)}">{picture}{caption}</figure>')
+            drawn.append(
+                f'<figure role="group" aria-label="{escape(figure.alt)}">{picture}{caption}</figure>'
+            )
     if not drawn:
         return '<p class="note">No picture: what it would show had not been measured.</p>' if shown else ""
     return f'<div class="pictures">{"".join(drawn)}</div>'
@@ -235,14 +263,20 @@ def method(found: Results) -> str:
     load = f", load {here['load'][0]:.1f} when the report was written" if here["load"] else ""
     return (
         '<section id="method"><h2>How this was measured</h2>'
-        f"<p>{len(data.y_train):,} training, {len(data.y_validation):,} validation and {len(data.y_test):,} test examples, split "
-        f"alike within every class; {settings['epochs']} epochs of SGD, learning rate {settings['lr']:g}, momentum "
-        f"{settings['momentum']:g}, batches of up to {settings['batch']}; seeds 0 to {settings['seeds'] - 1}, ± is the standard "
-        "error of the mean over them. The strengths of the methods were set beforehand in trials on the 5,000 digits, so that "
-        "each effect shows. Cross-entropy is measured without smoothing. A time is that of the training steps alone, and its "
+        f"<p>{len(data.y_train):,} training, {len(data.y_validation):,} validation and {len(data.y_test):,} "
+        f"test examples, split "
+        f"alike within every class; {settings['epochs']} epochs of SGD, learning rate {settings['lr']:g}, "
+        f"momentum "
+        f"{settings['momentum']:g}, batches of up to {settings['batch']}; seeds 0 to "
+        f"{settings['seeds'] - 1}, ± is the standard "
+        "error of the mean over them. The strengths of the methods were set beforehand in trials on the "
+        "5,000 digits, so that "
+        "each effect shows. Cross-entropy is measured without smoothing. A time is that of the training "
+        "steps alone, and its "
         "ratio (×, fastreg / torch) the median over pairs of neighbouring epochs.</p>"
         f'<p class="note">{escape(here["cpu"])}, {here["cores"]} cores, {here["threads"]} threads{load}; '
-        f"{escape(here['system'])}, Python {here['python']}, torch {here['torch']}, fastreg {here['fastreg']}. All numbers, of "
+        f"{escape(here['system'])}, Python {here['python']}, torch {here['torch']}, fastreg "
+        f"{here['fastreg']}. All numbers, of "
         "every seed and every epoch, are in <code>results.json</code> beside this page.</p></section>"
     )
 
@@ -266,6 +300,4 @@ def _code(names: tuple[str, ...]) -> str:
         parts = [textwrap.dedent(inspect.getsource(getattr(side, name))) for name in names]
         text = "\n".join(part.replace("@staticmethod\n", "") for part in parts)
         columns.append(f"<div><h3>{side.name}</h3><pre>{escape(text)}</pre></div>")
-    return (
-        f'<details><summary>The code that ran, torch beside fastreg</summary><div class="code">{"".join(columns)}</div></details>'
-    )
+    return f'<details><summary>The code that ran, torch beside fastreg</summary><div class="code">{"".join(columns)}</div></details>'

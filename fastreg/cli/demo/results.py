@@ -1,4 +1,5 @@
-"""Everything measured, as plain data: what `results.json` holds, and what the page, its tables and claims read.
+"""Everything measured, as plain data: what `results.json` holds, and what the page, its tables and claims
+read.
 
 A record is one network, trained and measured:
 {"variant": "l1", "side": "fastreg", "seed": 0, "test_error": 9.7, ...}.
@@ -35,7 +36,9 @@ MEASURES = {  # key: (name, unit, format)
 
 
 class NotMeasured(Exception):
-    """A number or a network that this run does not have: what needs it is left out of the report, and says so."""
+    """A number or a network that this run does not have: what needs it is left out of the report, and says
+    so.
+    """
 
 
 @dataclass
@@ -94,7 +97,9 @@ class Results:
         ratios = [
             ours / theirs
             for seed, epochs in self.values(variant, "epochs_ms").items()
-            for ours, theirs in zip(epochs, torch_times.get(seed, ()), strict=False)  # either may have stopped earlier
+            for ours, theirs in zip(
+                epochs, torch_times.get(seed, ()), strict=False
+            )  # either may have stopped earlier
         ]
         if not ratios:
             raise NotMeasured(f"times of {variant}")

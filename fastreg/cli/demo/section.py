@@ -1,8 +1,9 @@
 """What a section of the report is: one method of the lecture.
 
-A section is declared, not programmed: trainings (`recipes`), further measurements (`measure`), and what the page says of
-them. All modules of `sections/` have this shape; copying one of them and listing it in `sections/__init__.py` makes a new
-section, with its entry in the contents, the table, the terminal and `--only`.
+A section is declared, not programmed: trainings (`recipes`), further measurements (`measure`), and what the
+page says of them. All modules of `sections/` have this shape; copying one of them and listing it in
+`sections/__init__.py` makes a new section, with its entry in the contents, the table, the terminal and
+`--only`.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,7 +50,9 @@ class Section:
     colour: str  # a name in style.PALETTE
     formulas: tuple[str, ...]
     text: str
-    recipes: tuple[Recipe, ...] = ()  # trained with torch and with fastreg, from the same weights on the same batches
+    recipes: tuple[
+        Recipe, ...
+    ] = ()  # trained with torch and with fastreg, from the same weights on the same batches
     measure: Callable[[Lab], Iterator[dict]] | None = None  # records of what no recipe gives, for one seed
     variants: tuple[tuple[str, str, str], ...] = ()  # (key, title, colour) of those records
     plain: bool = True  # whether the section compares with the network without regularisation
@@ -59,7 +62,9 @@ class Section:
     figures: tuple[Figure, ...] = ()
     packages: tuple[str, ...] = ()  # that are imported for it alone
     code: tuple[str, ...] = ()  # names of functions of train.Torch and train.Fastreg to show side by side
-    measures: dict[str, tuple[str, str, str]] = field(default_factory=dict)  # columns of this section alone, as results.MEASURES
+    measures: dict[str, tuple[str, str, str]] = field(
+        default_factory=dict
+    )  # columns of this section alone, as results.MEASURES
 
     @property
     def trained(self) -> tuple[Recipe, ...]:

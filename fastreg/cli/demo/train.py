@@ -1,8 +1,8 @@
 """One network, trained with every method twice: in plain PyTorch (`Torch`) and with fastreg (`Fastreg`).
 
 The two classes hold the same functions. Reading them side by side shows what a user changes in a training
-script to switch; everything below them is common to both. Both start from the same weights, see the same batches
-and train epoch by epoch in turn, so that whatever else the machine is doing slows both alike.
+script to switch; everything below them is common to both. Both start from the same weights, see the same
+batches and train epoch by epoch in turn, so that whatever else the machine is doing slows both alike.
 """
 
 import copy
@@ -25,8 +25,20 @@ BATCH = 100
 LENGTH = 9.0  # of an average input of the first layer
 EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
 BINS = 10  # of the reliability diagram
-POLICY = {"rotate": (-15, 15), "shear": (-10, 10), "stretch": (0.8, 1.2), "translate": (0.04, 0.04)}  # what digits allow
-SETTINGS = {"lr": LR, "momentum": MOMENTUM, "hidden": HIDDEN, "batch": BATCH, "attack_eps": EPS, "augmentation": POLICY}
+POLICY = {
+    "rotate": (-15, 15),
+    "shear": (-10, 10),
+    "stretch": (0.8, 1.2),
+    "translate": (0.04, 0.04),
+}  # what digits allow
+SETTINGS = {
+    "lr": LR,
+    "momentum": MOMENTUM,
+    "hidden": HIDDEN,
+    "batch": BATCH,
+    "attack_eps": EPS,
+    "augmentation": POLICY,
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,10 @@ class Torch:
     def optimizer(model, recipe):
         weights = [p for p in model.parameters() if p.ndim > 1]
         biases = [p for p in model.parameters() if p.ndim <= 1]
-        groups = [{"params": weights, "weight_decay": recipe.l2, "l1": recipe.l1}, {"params": biases, "l1": 0.0}]
+        groups = [
+            {"params": weights, "weight_decay": recipe.l2, "l1": recipe.l1},
+            {"params": biases, "l1": 0.0},
+        ]
         return torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
 
     @staticmethod
@@ -103,10 +118,15 @@ class Torch:
         def __call__(self, images):
             batch, _, height, width = images.shape
             half = torch.tensor([width, height]) / 2
-            shift = [(side * draw(batch, -t, t)).round() for side, t in zip((width, height), self.translate, strict=True)]
+            shift = [
+                (side * draw(batch, -t, t)).round()
+                for side, t in zip((width, height), self.translate, strict=True)
+            ]
             turn, slant = draw(batch, *self.rotate).deg2rad(), draw(batch, *self.shear).deg2rad().tan()
             cos, sin, factor = turn.cos(), turn.sin(), draw(batch, *self.stretch)
-            there = torch.stack([cos, -(cos * slant + sin) * factor, sin, (cos - sin * slant) * factor], 1).view(-1, 2, 2)
+            there = torch.stack(
+                [cos, -(cos * slant + sin) * factor, sin, (cos - sin * slant) * factor], 1
+            ).view(-1, 2, 2)
             back = torch.linalg.inv(there)  # from a pixel of the result to its place in the image
             theta = torch.cat([back * half, -back @ torch.stack(shift, 1)[..., None]], 2) / half[:, None]
             grid = F.affine_grid(theta, images.shape, align_corners=False)
@@ -188,8 +208,9 @@ class Fastreg:
 
 
 class Centre(nn.Module):
-    """Subtract the average grey of the training images and scale the rest to an average square of LENGTH², so that one
-    learning rate suits dark digits and bright photographs alike. Part of the network: attacks see pixels in [0, 1]."""
+    """Subtract the average grey of the training images and scale the rest to an average square of LENGTH², so
+    that one learning rate suits dark digits and bright photographs alike. Part of the network: attacks see
+    pixels in [0, 1]."""
 
     def __init__(self, x_train: torch.Tensor):
         super().__init__()
@@ -274,7 +295,9 @@ class Run:
             self.stop_epoch = len(self.epoch_ms) - 1
 
     def finish(self) -> None:
-        """Restore the best epoch if early stopping is on, then measure what the table shows, once, on test data."""
+        """Restore the best epoch if early stopping is on, then measure what the table shows, once, on test
+        data.
+        """
         if self.stopper is not None:
             self.stopper.restore()
             self.best_epoch = self.stopper.best_epoch
@@ -294,7 +317,12 @@ class Run:
             "confidence": 100 * logits.softmax(1).amax(1).double().mean().item(),
             "calibration_error": 100 * fr.calibration_error(logits, self.data.y_test, BINS).item(),
             "reliability": [
-                {"bin": i, "count": int(count[i]), "accuracy": accuracy[i].item(), "confidence": confidence[i].item()}
+                {
+                    "bin": i,
+                    "count": int(count[i]),
+                    "accuracy": accuracy[i].item(),
+                    "confidence": confidence[i].item(),
+                }
                 for i in range(BINS)
                 if count[i]
             ],
@@ -317,7 +345,9 @@ class Run:
 
 
 def augmented(x: torch.Tensor, data: Data, augment) -> torch.Tensor:
-    """Rows of pixels, [B, D], after `augment`, which takes images [B, C, H, W]. Features that are no images stay as they are."""
+    """Rows of pixels, [B, D], after `augment`, which takes images [B, C, H, W]. Features that are no images
+    stay as they are.
+    """
     height, width = data.picture_shape[:2]
     if height == 1:
         return x
@@ -352,8 +382,8 @@ def batches(examples: int, epochs: int) -> Iterator[torch.Tensor]:
 
 
 def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:
-    """Train `recipe` on both sides, yielding the two runs after every epoch (for the progress bar) and finished
-    at the end. The order of the two alternates, so that neither always finds the caches warm."""
+    """Train `recipe` on both sides, yielding the two runs after every epoch (for the progress bar) and
+    finished at the end. The order of the two alternates, so that neither always finds the caches warm."""
     torch.manual_seed(seed)
     start = network(Torch, recipe, data).state_dict()
     runs = []

@@ -20,7 +20,9 @@ REPLAYS = 4
 
 
 def free(lab):
-    """A network trained adversarially at the price of plain training: each batch replayed, a fraction of the epochs."""
+    """A network trained adversarially at the price of plain training: each batch replayed, a fraction of the
+    epochs.
+    """
     data = lab.data
     torch.manual_seed(lab.seed)
     model = network(Fastreg, RECIPE, data)
@@ -56,7 +58,9 @@ def measure(lab):
     }
     if lab.seed == 0:
         models = {recipe.key: lab.runs[recipe.key, "fastreg"].model for recipe in (PLAIN, RECIPE)}
-        curves = {key: [robust_accuracy(model, lab, EPS * s) for s in STRENGTHS] for key, model in models.items()}
+        curves = {
+            key: [robust_accuracy(model, lab, EPS * s) for s in STRENGTHS] for key, model in models.items()
+        }
         lab.keep("adversarial", curves=curves)
 
 
@@ -65,7 +69,14 @@ def strengths(found):
 
     def paint(axes):
         for recipe in (PLAIN, RECIPE):
-            axes.plot([EPS * s for s in STRENGTHS], curves[recipe.key], "o-", color=C[recipe.colour], ms=5, label=recipe.title)
+            axes.plot(
+                [EPS * s for s in STRENGTHS],
+                curves[recipe.key],
+                "o-",
+                color=C[recipe.colour],
+                ms=5,
+                label=recipe.title,
+            )
         axes.axvline(EPS, color=C["sand"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
         axes.annotate("trained for", (EPS, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
                       color=C["muted"], va="top")  # fmt: skip
@@ -103,7 +114,12 @@ def examples(found):
             f"{100 * confidence:.0f} %</p></div>"
         )
 
-    heads = ["clean", f"{EPS:g} × sign of gradient", "adversarial", "the same, trained for it" if trained else ""]
+    heads = [
+        "clean",
+        f"{EPS:g} × sign of gradient",
+        "adversarial",
+        "the same, trained for it" if trained else "",
+    ]
     cells = [f'<p class="head">{head}</p>' for head in heads]
     for index in chosen:
         x, y, shape = data.x_test[index], data.y_test[index], data.picture_shape
@@ -138,23 +154,31 @@ SECTION = Section(
         r"\tilde{J} = \dfrac{1}{2}\,J(x,y) + \dfrac{1}{2}\,J(x_{\mathrm{adv}},y)",
     ),
     text=f"<p>A step of ε = {EPS:g} per pixel along the sign of the gradient (FGSM) changes what the network reads, not what a "
-    "person reads. Training on such images beside the clean ones teaches the network to stand its ground. Every network is "
-    f"attacked through its own gradient, also with PGD: {STEPS} small steps from a random start, {RESTARTS} times, on {IMAGES} "
-    "test images; an image counts only if it withstands every attempt. The free variant takes the gradient of the image from the "
+    "person reads. Training on such images beside the clean ones teaches the network to stand its ground. "
+    "Every network is "
+    f"attacked through its own gradient, also with PGD: {STEPS} small steps from a random start, {RESTARTS} "
+    f"times, on {IMAGES} "
+    "test images; an image counts only if it withstands every attempt. The free variant takes the gradient "
+    "of the image from the "
     "backward pass of the weights, at the price of plain training.</p>",
     recipes=(RECIPE,),
     measure=measure,
     variants=(("adversarial_free", "Free adversarial", "rust"),),
     columns=("test_error", "attacked_accuracy", "robust_accuracy", "gap_loss", "epoch_ms"),
     claims=(
-        changed("Adversarial training raises accuracy under FGSM", "adversarial", "none", "attacked_accuracy", +1),
-        changed("Adversarial training raises accuracy under PGD", "adversarial", "none", "robust_accuracy", +1),
+        changed(
+            "Adversarial training raises accuracy under FGSM", "adversarial", "none", "attacked_accuracy", +1
+        ),
+        changed(
+            "Adversarial training raises accuracy under PGD", "adversarial", "none", "robust_accuracy", +1
+        ),
     ),
     figures=(
         Figure(
             examples,
             "Test images, the perturbation, and the attacked images",
-            "Below each picture: what the network reads in it and how confidently, bold where it is wrong. The sign picture is "
+            "Below each picture: what the network reads in it and how confidently, bold where it is wrong. "
+            "The sign picture is "
             "read alone, at full contrast; rust pixels are brightened, blue ones darkened.",
         ),
         Figure(

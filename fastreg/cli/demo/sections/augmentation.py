@@ -1,4 +1,6 @@
-"""Dataset augmentation, Goodfellow et al. 2016, section 7.4: new training images from those there are, the class kept."""
+"""Dataset augmentation, Goodfellow et al. 2016, section 7.4: new training images from those there are, the
+class kept.
+"""
 
 import statistics
 import time
@@ -13,7 +15,19 @@ from ..claims import changed
 from ..figures import INK, C, colour, compared_curves, draw, image, png
 from ..results import NotMeasured
 from ..section import Figure, Section
-from ..train import LR, MOMENTUM, PLAIN, POLICY, Fastreg, Recipe, Torch, augmented, batch_size, evaluate, network
+from ..train import (
+    LR,
+    MOMENTUM,
+    PLAIN,
+    POLICY,
+    Fastreg,
+    Recipe,
+    Torch,
+    augmented,
+    batch_size,
+    evaluate,
+    network,
+)
 from .semi_supervised import labelled_images
 
 RECIPE = Recipe("augmentation", "Augmentation", "leaf", augment=True)
@@ -33,7 +47,9 @@ VARIANTS = (
 
 
 def learn(data, policy, lab):
-    """A network that has seen these training images only, as they are or under a policy, for a fixed number of steps."""
+    """A network that has seen these training images only, as they are or under a policy, for a fixed number
+    of steps.
+    """
     torch.manual_seed(lab.seed)
     model, shuffle = network(Fastreg, PLAIN, data), torch.Generator().manual_seed(lab.seed)
     optimizer = fr.optim.SGD(model.parameters(), lr=LR / 2, momentum=MOMENTUM)
@@ -79,14 +95,23 @@ def measure(lab):
         yield {"variant": variant, **base, **found[0], "test_error_by_images": curve}
     if lab.seed == 0:
         models = {recipe: lab.runs[recipe.key, "fastreg"].model for recipe in (PLAIN, RECIPE)}
-        lab.keep("augmentation", turned={recipe: [turned(model, data, a) for a in TURNS] for recipe, model in models.items()})
+        lab.keep(
+            "augmentation",
+            turned={recipe: [turned(model, data, a) for a in TURNS] for recipe, model in models.items()},
+        )
 
 
 def turned(model, data, angle):
     """Test error in percent on images that are turned by this angle."""
     turn = fr.augment.Augment(rotate=(angle, angle), padding="border")
     with torch.no_grad():
-        return 100 * (model.eval()(augmented(data.x_test, data, turn)).argmax(1) != data.y_test).double().mean().item()
+        return (
+            100
+            * (model.eval()(augmented(data.x_test, data, turn)).argmax(1) != data.y_test)
+            .double()
+            .mean()
+            .item()
+        )
 
 
 def turns(found):
@@ -117,14 +142,18 @@ def sizes(found):
         for title, hue, seeds in curves:
             counts = [count for count, _ in seeds[0]]
             columns = [[error for _, error in points] for points in zip(*seeds, strict=True)]
-            axes.plot(counts, [statistics.fmean(errors) for errors in columns], "o-", color=hue, ms=6, label=title)
+            axes.plot(
+                counts, [statistics.fmean(errors) for errors in columns], "o-", color=hue, ms=6, label=title
+            )
             for count, errors in zip(counts, columns, strict=True):
                 axes.plot([count] * len(errors), errors, "_", color=hue, ms=9, mew=1)
         axes.set_xscale("log")
         axes.set_xticks(counts, [f"{count:,}" for count in counts])
         axes.minorticks_off()
         axes.set_xlim(counts[0] / 1.25, counts[-1] * 1.25)
-        axes.set_ylim(0, 1.1 * max(error for _, _, seeds in curves for points in seeds for _, error in points) or 1)
+        axes.set_ylim(
+            0, 1.1 * max(error for _, _, seeds in curves for points in seeds for _, error in points) or 1
+        )
         axes.set_xlabel("training images", color=INK)
         axes.set_ylabel("test error [%]")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4)
@@ -143,7 +172,8 @@ def own_images(found):
     augment = Fastreg.augmentation(**POLICY)
     rows = [("as it is", x), *((f"step {i + 1}", augmented(x, data, augment)) for i in range(DRAWS))]
     cells = [
-        f'<p class="head">{name}</p>' + "".join(f'<img src="{image(each, data.picture_shape)}" alt="{name}">' for each in row)
+        f'<p class="head">{name}</p>'
+        + "".join(f'<img src="{image(each, data.picture_shape)}" alt="{name}">' for each in row)
         for name, row in rows
     ]
     return f'<div class="strip" style="--n: {len(x)}">{"".join(cells)}</div>'
@@ -163,7 +193,9 @@ def photograph(found):
         return f'<div><img src="{png(pixels.permute(1, 2, 0).numpy())}" alt="{title or "under the policy"}">{name}</div>'
 
     alone = "".join(cell(pixels, title) for title, pixels in gallery.steps(photo))
-    batch = "".join(cell(pixels, "") for pixels in (255 * gallery.batch(photo / 255, policy, COLUMNS)).round().byte())
+    batch = "".join(
+        cell(pixels, "") for pixels in (255 * gallery.batch(photo / 255, policy, COLUMNS)).round().byte()
+    )
     title = "A batch of it under <code>Augment.imagenet()</code>: every image draws its own parameters"
     return f'<div class="gallery"><p class="head">One step alone</p>{alone}<p class="head">{title}</p>{batch}</div>'
 
@@ -177,11 +209,16 @@ SECTION = Section(
         r"\tilde{J} = \mathbb{E}_{M}\;J(\tilde{x},\,y)",
     ),
     text="<p>More images are the best regulariser, and some can be made from those there are: transformed so that the class "
-    "stays, drawn anew for each image in each step. The network then minimises its expected error under the transformations. "
-    f"Here they are turns and shears by up to {POLICY['rotate'][1]}°, a vertical stretch of {POLICY['stretch'][0]} to "
-    f"{POLICY['stretch'][1]}, and shifts by up to {100 * POLICY['translate'][0]:g}&nbsp;% of the side, on photographs also "
-    "mirror images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a pagoda, but a 6 "
-    "upside down is nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from such digits too. fastreg "
+    "stays, drawn anew for each image in each step. The network then minimises its expected error under the "
+    "transformations. "
+    f"Here they are turns and shears by up to {POLICY['rotate'][1]}°, a vertical stretch of "
+    f"{POLICY['stretch'][0]} to "
+    f"{POLICY['stretch'][1]}, and shifts by up to {100 * POLICY['translate'][0]:g}&nbsp;% of the side, on "
+    f"photographs also "
+    "mirror images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a "
+    "pagoda, but a 6 "
+    "upside down is nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from such "
+    "digits too. fastreg "
     "makes one matrix M of all geometric steps and resamples once; the colours follow in the same pass.</p>",
     recipes=(RECIPE,),
     measure=measure,
@@ -192,7 +229,13 @@ SECTION = Section(
     f"({QUICK_STEPS} with <code>--quick</code>).",
     claims=(
         changed("Augmentation lowers the test error", "augmentation", "none", "test_error", -1),
-        changed("Augmentation narrows the gap between test and training error", "augmentation", "none", "gap_error", -1),
+        changed(
+            "Augmentation narrows the gap between test and training error",
+            "augmentation",
+            "none",
+            "gap_error",
+            -1,
+        ),
         changed(
             "Augmentation of a tenth of the images lowers the test error",
             "augmentation_few",
@@ -217,7 +260,8 @@ SECTION = Section(
         Figure(
             compared_curves(RECIPE),
             "Cross-entropy with and without augmentation on training and validation data",
-            "Training (dotted, measured on the images as they are) and validation (solid), first seed. The bars at the right are "
+            "Training (dotted, measured on the images as they are) and validation (solid), first seed. The "
+            "bars at the right are "
             "the gap that is left.",
         ),
         Figure(

@@ -19,7 +19,9 @@ IMAGES = 300  # test images on which averages and folded networks are compared
 def linear(data):
     """A linear classifier trained with textbook dropout of its inputs."""
     model = nn.Sequential(
-        Centre(data.x_train), Fastreg.dropout(0.5, "inference"), nn.Linear(data.x_train.shape[1], len(data.classes))
+        Centre(data.x_train),
+        Fastreg.dropout(0.5, "inference"),
+        nn.Linear(data.x_train.shape[1], len(data.classes)),
     )
     optimizer = fr.optim.SGD(model.parameters(), lr=LR / 10, momentum=MOMENTUM)
     for batch in batches(len(data.x_train), epochs=3):
@@ -31,7 +33,9 @@ def linear(data):
 
 @torch.no_grad()
 def distances(model, folded, x, counts):
-    """How far the average logits of n masks are from the folded network's, as a share of these, for each n in counts."""
+    """How far the average logits of n masks are from the folded network's, as a share of these, for each n in
+    counts.
+    """
     target, total, found = folded(x), 0, []
     model.train()
     for n in range(1, counts[-1] + 1):
@@ -73,12 +77,19 @@ def averages(found):
     def paint(axes):
         ideal = [100 * kept["linear"][0] / n**0.5 for n in counts]
         axes.plot(counts, ideal, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="1/√n")
-        for key, name, hue in (("perceptron", "the perceptron", "teal"), ("linear", "a linear model", "rust")):
+        for key, name, hue in (
+            ("perceptron", "the perceptron", "teal"),
+            ("linear", "a linear model", "rust"),
+        ):
             axes.plot(counts, [100 * v for v in kept[key]], "o-", color=C[hue], ms=4.5, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(counts[::2], [str(n) for n in counts[::2]])
-        ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if 0.8 * min(ideal) <= t <= 250 * max(kept["perceptron"])]
+        ticks = [
+            t
+            for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+            if 0.8 * min(ideal) <= t <= 250 * max(kept["perceptron"])
+        ]
         axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
         axes.minorticks_off()
         axes.set_xlabel("masks averaged, n")
@@ -93,7 +104,8 @@ def exact(found):
     first, last, n = kept["linear"][0], kept["linear"][-1], kept["counts"][-1]
     expected = first / n**0.5
     return last < 1.5 * expected, (
-        f"one mask is {100 * first:.0f} % away, the average of {n} masks {100 * last:.2f} %; sampling alone leaves "
+        f"one mask is {100 * first:.0f} % away, the average of {n} masks {100 * last:.2f} %; sampling alone "
+        f"leaves "
         f"{100 * expected:.2f} %. The perceptron, for which folding is an approximation, stays "
         f"{100 * kept['perceptron'][-1]:.1f} % away"
     )
@@ -109,29 +121,45 @@ SECTION = Section(
         r"\mathrm{textbook:}\ \tilde{h} = m\odot h,\;\; w_{\mathrm{final}} = (1-p)\,w",
     ),
     text=f"<p>In every step each unit is left out with probability p = {RECIPE.dropout:g} (inputs: "
-    f"{0.4 * RECIPE.dropout:g}), so that none can rely on another: an ensemble of networks that share their weights. The "
-    "inverted form scales the units that stay while training; the textbook form trains with plain zeroing and scales the weights "
-    "once, at the end, which <code>fold_dropout</code> does. That one network stands for the average over all masks: exactly "
+    f"{0.4 * RECIPE.dropout:g}), so that none can rely on another: an ensemble of networks that share their "
+    f"weights. The "
+    "inverted form scales the units that stay while training; the textbook form trains with plain zeroing "
+    "and scales the weights "
+    "once, at the end, which <code>fold_dropout</code> does. That one network stands for the average over "
+    "all masks: exactly "
     "for a linear model, approximately for others. fastreg keeps one bit per unit for the backward pass.</p>",
     recipes=(RECIPE, TEXTBOOK),
     measure=measure,
-    variants=(("dropout_folded", "Textbook, folded", "teal"), ("dropout_average", f"Average of {AVERAGED} masks", "teal")),
+    variants=(
+        ("dropout_folded", "Textbook, folded", "teal"),
+        ("dropout_average", f"Average of {AVERAGED} masks", "teal"),
+    ),
     columns=("test_error", "gap_error", "gap_loss", "test_loss", "epoch_ms"),
     claims=(
-        changed("Dropout narrows the gap between test and training cross-entropy", "dropout", "none", "gap_loss", -1),
-        changed("Dropout narrows the gap between test and training error", "dropout", "none", "gap_error", -1),
+        changed(
+            "Dropout narrows the gap between test and training cross-entropy",
+            "dropout",
+            "none",
+            "gap_loss",
+            -1,
+        ),
+        changed(
+            "Dropout narrows the gap between test and training error", "dropout", "none", "gap_error", -1
+        ),
         judged("On a linear model the average over masks is the folded network, up to sampling", exact),
     ),
     figures=(
         Figure(
             compared_curves(RECIPE),
             "Cross-entropy with and without dropout on training and validation data",
-            "Training (dotted) and validation (solid), first seed. The bars at the right are the gap that is left.",
+            "Training (dotted) and validation (solid), first seed. The bars at the right are the gap that is "
+            "left.",
         ),
         Figure(
             averages,
             "Distance of the average over n masks to the folded network, against n",
-            f"Logits of {IMAGES} test images: the average over n masks against the folded network, as a share of its size.",
+            f"Logits of {IMAGES} test images: the average over n masks against the folded network, as a "
+            f"share of its size.",
         ),
     ),
     code=("dropout",),

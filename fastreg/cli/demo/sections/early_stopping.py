@@ -66,7 +66,9 @@ def learning_curve(quantity):
         def paint(axes):
             training, validation = run.curves[f"train_{quantity}"], run.curves[f"validation_{quantity}"]
             epochs = range(1, len(training) + 1)
-            axes.plot(epochs, training, color=C["grey"], linewidth=1.3, linestyle=(0, (2, 2)), label="training")
+            axes.plot(
+                epochs, training, color=C["grey"], linewidth=1.3, linestyle=(0, (2, 2)), label="training"
+            )
             axes.plot(epochs, validation, color=C["grey"], label="validation")
             axes.set_ylim(limits([validation]))
             axes.set_xlim(1, max(2, len(epochs)))
@@ -86,7 +88,9 @@ def learning_curve(quantity):
                                   rotation=90)  # fmt: skip
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             axes.set_xlabel("epoch")
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4)
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2, columnspacing=1.4
+            )
             axes.set_ylabel({"error": "error [%]", "loss": "cross-entropy [nats]"}[quantity])
 
         return draw(paint)
@@ -104,7 +108,8 @@ SECTION = Section(
         r"\mathrm{or:\ train\ anew\ on\ train + val\ for}\ t^*\ \mathrm{epochs}",
     ),
     text=f"<p>Training goes on while the validation error falls; when it has not fallen for {RECIPE.patience} epochs, training "
-    "ends. There are two uses of the epoch found: the weights of that epoch come back, or the network is trained anew for as "
+    "ends. There are two uses of the epoch found: the weights of that epoch come back, or the network is "
+    "trained anew for as "
     "many epochs on training and validation data together, so that no example is wasted.</p>",
     recipes=(RECIPE,),
     measure=measure,
@@ -113,19 +118,29 @@ SECTION = Section(
     measures={"best_epoch": ("epochs used", "", ",.0f")},
     table_note="Trained anew: on training and validation data together, for the epochs that early stopping found.",
     claims=(
-        no_worse("Early stopping is no worse on test images than training to the last epoch", "early", "none"),
-        changed("Training anew with the validation data lowers the test error", "early_retrained", "early", "test_error", -1),
+        no_worse(
+            "Early stopping is no worse on test images than training to the last epoch", "early", "none"
+        ),
+        changed(
+            "Training anew with the validation data lowers the test error",
+            "early_retrained",
+            "early",
+            "test_error",
+            -1,
+        ),
     ),
     figures=(
         Figure(
             learning_curve("error"),
             "Training and validation error against the epoch, with the epoch kept and the epoch stopped at",
-            "The first seed, trained to the end without early stopping; the marks show what early stopping did.",
+            "The first seed, trained to the end without early stopping; the marks show what early stopping "
+            "did.",
         ),
         Figure(
             learning_curve("loss"),
             "Training and validation cross-entropy against the epoch, with the same marks",
-            "Where the validation cross-entropy rises and the error does not, the network gets no more images wrong, but surer "
+            "Where the validation cross-entropy rises and the error does not, the network gets no more "
+            "images wrong, but surer "
             "of its mistakes.",
         ),
     ),

@@ -17,7 +17,8 @@ SECTION = Section(
         r"p(w) = e^{-|w|/\sigma}/(2\sigma),\quad \sigma = 1/(\lambda N)",
     ),
     text=f"<p>Every weight is pulled towards zero with the same force, however small it has become, and the proximal step "
-    f"leaves it at exactly zero once it gets there. Few weights remain, and these are larger than L2 would leave them. It is the "
+    f"leaves it at exactly zero once it gets there. Few weights remain, and these are larger than L2 would "
+    f"leave them. It is the "
     f"MAP estimate under a Laplace prior, which has its edge at zero. Here λ = {RECIPE.l1:g}.</p>",
     recipes=(l2.RECIPE, RECIPE),
     columns=("test_error", "gap_loss", "zero_weights", "weight_size", "epoch_ms"),
@@ -35,7 +36,8 @@ SECTION = Section(
         Figure(
             hidden_units(RECIPE, l2.RECIPE),
             "Weights of eight hidden units with L1 and with L2",
-            "What the eight strongest hidden units look for: their weights to the pixels, positive in rust, negative in blue, "
+            "What the eight strongest hidden units look for: their weights to the pixels, positive in rust, "
+            "negative in blue, "
             "each network scaled to its largest.",
         ),
     ),

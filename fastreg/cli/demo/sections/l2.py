@@ -40,7 +40,9 @@ def priors(found):
             each.set_ylim(bottom=0)
             each.set_xlabel("w")
         penalty.set_ylim(0, 4.2)
-        density.figure.legend(*penalty.get_legend_handles_labels(), loc="outside lower center", ncols=2, labelcolor=INK)
+        density.figure.legend(
+            *penalty.get_legend_handles_labels(), loc="outside lower center", ncols=2, labelcolor=INK
+        )
 
     return draw(paint, 3.1, ncols=2)
 
@@ -55,7 +57,8 @@ SECTION = Section(
         r"p(w) = \mathcal{N}(0,\,\sigma^2),\quad \sigma = 1/\sqrt{\lambda N}",
     ),
     text=f"<p>The size of the weights is added to the error, so that every step also shrinks each weight by the same fraction: "
-    f"large weights lose much, small ones almost nothing. Minimising the sum over N examples is the MAP estimate under a "
+    f"large weights lose much, small ones almost nothing. Minimising the sum over N examples is the MAP "
+    f"estimate under a "
     f"Gaussian prior of the weights with mean zero. Biases are left alone. Here λ = {RECIPE.l2:g}.</p>",
     recipes=(RECIPE,),
     columns=("test_error", "gap_error", "gap_loss", "weight_size", "epoch_ms"),
@@ -67,13 +70,16 @@ SECTION = Section(
         Figure(
             compared_curves(RECIPE),
             "Cross-entropy with and without L2 on training and validation data",
-            "Training (dotted) and validation (solid), first seed. The bars at the right are the gap that is left.",
+            "Training (dotted) and validation (solid), first seed. The bars at the right are the gap that is "
+            "left.",
         ),
         Figure(
             priors,
             "A Gaussian and a Laplace density, and their negative logarithms",
-            "The priors that the λ of this and of the next section stand for, for a likelihood that is the product over the "
-            "training examples. The penalty is the negative logarithm of the prior: L2 is flat at zero, L1 has an edge there.",
+            "The priors that the λ of this and of the next section stand for, for a likelihood that is the "
+            "product over the "
+            "training examples. The penalty is the negative logarithm of the prior: L2 is flat at zero, L1 "
+            "has an edge there.",
         ),
     ),
     code=("optimizer",),

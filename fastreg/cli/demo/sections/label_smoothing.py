@@ -17,14 +17,22 @@ SECTION = Section(
         r"\mathrm{others:}\ q_y = 1-\varepsilon,\;\; q_{i\neq y} = \varepsilon/(k-1)",
     ),
     text=f"<p>The target leaves a little probability to the other classes, so that no finite logit is ever large enough to be "
-    f"certain, and the network becomes less confident. Two conventions are in use: the mass ε goes to all k classes, as in "
-    f"torch, or to the others only, as in the textbook. Whether confidence then matches accuracy is what the calibration error "
+    f"certain, and the network becomes less confident. Two conventions are in use: the mass ε goes to all k "
+    f"classes, as in "
+    f"torch, or to the others only, as in the textbook. Whether confidence then matches accuracy is what the "
+    f"calibration error "
     f"(ECE) measures; too much smoothing overshoots. Here ε = {RECIPE.smoothing:g}.</p>",
     recipes=(RECIPE, OTHERS),
     columns=("test_error", "test_loss", "confidence", "calibration_error", "epoch_ms"),
     claims=(
         changed("Label smoothing makes the network less confident", "smoothing", "none", "confidence", -1),
-        changed("Label smoothing brings confidence closer to accuracy", "smoothing", "none", "calibration_error", -1),
+        changed(
+            "Label smoothing brings confidence closer to accuracy",
+            "smoothing",
+            "none",
+            "calibration_error",
+            -1,
+        ),
     ),
     figures=(
         Figure(
@@ -35,7 +43,8 @@ SECTION = Section(
         Figure(
             reliability(RECIPE),
             "Reliability diagram with label smoothing",
-            "Test images of all seeds in ten bins of confidence; the size of a dot is the number of images, bins with fewer than "
+            "Test images of all seeds in ten bins of confidence; the size of a dot is the number of images, "
+            "bins with fewer than "
             f"{FEWEST} are left out.",
         ),
     ),

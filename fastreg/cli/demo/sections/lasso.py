@@ -48,7 +48,9 @@ def measure(lab):
     strongest = (x.T @ y / len(x)).abs().max().item()  # from here on all coefficients are zero
     lambdas = np.geomspace(strongest, strongest / LEFT, 10 if lab.quick else 25)
     ours = path(x, y, lambdas, 700 if lab.quick else 1500)
-    theirs = np.stack([Lasso(alpha=a, tol=1e-12, max_iter=100_000).fit(x.numpy(), y.numpy()).coef_ for a in lambdas])
+    theirs = np.stack(
+        [Lasso(alpha=a, tol=1e-12, max_iter=100_000).fit(x.numpy(), y.numpy()).coef_ for a in lambdas]
+    )
     theirs = torch.from_numpy(theirs)
     lab.keep("lasso", lambdas=lambdas, ours=ours, theirs=theirs, names=names)
     for side, w in (("scikit-learn", theirs), ("fastreg", ours)):
@@ -71,7 +73,8 @@ def agrees(found):
     distance = (kept["ours"] - kept["theirs"]).abs().max().item()
     same = ((kept["ours"] != 0) == (kept["theirs"] != 0)).all(1)
     evidence = (
-        f"largest difference of a coefficient {distance:.1e}, over {len(same)} strengths; the same coefficients are zero "
+        f"largest difference of a coefficient {distance:.1e}, over {len(same)} strengths; the same "
+        f"coefficients are zero "
         f"in {int(same.sum())} of {len(same)}"
     )
     return distance < TOLERANCE and bool(same.all()), evidence
@@ -95,7 +98,13 @@ def picture(found):
     def paint(axes):
         for j in range(ours.shape[1]):
             hue = C[hues[j]] if j in hues else C["sand"]
-            axes.plot(lambdas, ours[:, j], color=hue, linewidth=1.8 if j in hues else 1.2, zorder=3 if j in hues else 2)
+            axes.plot(
+                lambdas,
+                ours[:, j],
+                color=hue,
+                linewidth=1.8 if j in hues else 1.2,
+                zorder=3 if j in hues else 2,
+            )
             axes.plot(lambdas, theirs[:, j], "o", color=hue, mfc="none", ms=4, mew=1, zorder=3)
         low, high = ours.min(), ours.max()
         axes.set_ylim(low - 0.12 * (high - low), high + 0.04 * (high - low))
@@ -120,7 +129,9 @@ def zeros(found):
         counts = (kept["ours"] != 0).sum(1).numpy()
         axes.step(lambdas, counts, where="mid", color=C["violet"])
         axes.fill_between(lambdas, counts, step="mid", color=C["violet"], alpha=0.15, linewidth=0)
-        axes.plot(lambdas, (kept["theirs"] != 0).sum(1).numpy(), "o", color=C["violet"], mfc="none", ms=4, mew=1)
+        axes.plot(
+            lambdas, (kept["theirs"] != 0).sum(1).numpy(), "o", color=C["violet"], mfc="none", ms=4, mew=1
+        )
         strengths(axes, lambdas)
         axes.set_ylim(0, len(kept["names"]) + 0.5)
         axes.set_ylabel("coefficients that are not zero")
@@ -134,8 +145,10 @@ SECTION = Section(
     colour="violet",
     formulas=(r"\min_w\;\dfrac{1}{2N}\,\Vert y - Xw\Vert_2^2 + \lambda\,\Vert w\Vert_1",),
     text="<p>On a linear model with squared error the L1 penalty is called LASSO, and it selects: the weaker the penalty, the "
-    "more inputs take part. The optimum is unique, so that fastreg’s proximal gradient steps must end where scikit-learn’s "
-    "coordinate descent does.</p><p><b>On data of its own:</b> scikit-learn’s diabetes data, ten measurements of 442 patients "
+    "more inputs take part. The optimum is unique, so that fastreg’s proximal gradient steps must end where "
+    "scikit-learn’s "
+    "coordinate descent does.</p><p><b>On data of its own:</b> scikit-learn’s diabetes data, ten "
+    "measurements of 442 patients "
     "and the progress of their disease after a year, standardised.</p>",
     measure=measure,
     packages=("sklearn",),
@@ -149,16 +162,21 @@ SECTION = Section(
         "lasso_distance": ("difference", "", ".0e"),
     },
     table_note="The difference is the largest between a coefficient of fastreg and the same of scikit-learn.",
-    claims=(judged("fastreg finds scikit-learn’s solution: the coefficients and which of them are zero", agrees),),
+    claims=(
+        judged("fastreg finds scikit-learn’s solution: the coefficients and which of them are zero", agrees),
+    ),
     figures=(
         Figure(
             picture,
             "Coefficients of the ten inputs against the strength of the penalty",
-            "Each line is a coefficient by fastreg, the rings are scikit-learn’s. From left to right the penalty weakens and one "
+            "Each line is a coefficient by fastreg, the rings are scikit-learn’s. From left to right the "
+            "penalty weakens and one "
             "input after the other joins.",
         ),
         Figure(
-            zeros, "Number of inputs used against the strength of the penalty", "How many inputs take part (rings: scikit-learn)."
+            zeros,
+            "Number of inputs used against the strength of the penalty",
+            "How many inputs take part (rings: scikit-learn).",
         ),
     ),
 )

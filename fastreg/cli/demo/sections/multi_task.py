@@ -30,7 +30,11 @@ class Network(nn.Module):
         first, second = HIDDEN
         outputs = {"digit": len(data.classes), "parity": 2, "ink": 1}
         self.trunk = nn.Sequential(
-            Centre(data.x_train), nn.Linear(data.x_train.shape[1], first), nn.ReLU(), nn.Linear(first, second), nn.ReLU()
+            Centre(data.x_train),
+            nn.Linear(data.x_train.shape[1], first),
+            nn.ReLU(),
+            nn.Linear(first, second),
+            nn.ReLU(),
         )
         self.heads = nn.ModuleDict({task: nn.Linear(second, outputs[task]) for task in tasks})
 
@@ -48,7 +52,9 @@ def targets(data, part):
 
 def losses(outputs, wanted):
     return {
-        task: F.mse_loss(output[:, 0], wanted[task]) if task == "ink" else fr.cross_entropy(output, wanted[task])
+        task: F.mse_loss(output[:, 0], wanted[task])
+        if task == "ink"
+        else fr.cross_entropy(output, wanted[task])
         for task, output in outputs.items()
     }
 
@@ -78,7 +84,9 @@ def errors(model, data):
     for task, output in model.eval()(data.x_test).items():
         if task == "ink":
             found["ink_error"] = (
-                100 * F.mse_loss(output[:, 0], wanted["ink"]).item() / wanted["ink"].var().clamp_min(1e-12).item()
+                100
+                * F.mse_loss(output[:, 0], wanted["ink"]).item()
+                / wanted["ink"].var().clamp_min(1e-12).item()
             )
         else:
             wrong = 100 * (output.argmax(1) != wanted[task]).double().mean().item()
@@ -97,7 +105,13 @@ def measure(lab):
     for variant, models in networks.items():
         measured = {key: value for model in models for key, value in errors(model, lab.data).items()}
         size = sum(p.numel() for model in models for p in model.parameters())
-        yield {"variant": variant, "side": "fastreg", "seed": lab.seed, **measured, "thousand_weights": size / 1000}
+        yield {
+            "variant": variant,
+            "side": "fastreg",
+            "seed": lab.seed,
+            **measured,
+            "thousand_weights": size / 1000,
+        }
 
 
 def learnt_weights(found):
@@ -131,7 +145,13 @@ def compared(found):
             axes.bar(places, values, 0.24, color=C[hue], alpha=0.85, label=title)
             for x, value in zip(places, values, strict=True):
                 axes.annotate(
-                    f"{value:.1f}", (x, value), (0, 3), textcoords="offset points", ha="center", fontsize=8.5, color=INK
+                    f"{value:.1f}",
+                    (x, value),
+                    (0, 3),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8.5,
+                    color=INK,
                 )
         axes.set_xticks(range(3), ["class", "parity", "ink"], color=INK)
         axes.grid(False, axis="x")
@@ -150,8 +170,10 @@ SECTION = Section(
         r"\mathrm{regression:}\ J_t/(2\sigma_t^2)",
     ),
     text="<p>Three tasks on the same images: their class, whether the number of the class is odd, and how much ink there is (the "
-    "mean of the pixels, a regression). One trunk serves all of them, with a head for each, so that what one task finds is there "
-    "for the others, and the trunk must suit them all. The weights of the tasks are equal, or learnt with them: σ² is the noise "
+    "mean of the pixels, a regression). One trunk serves all of them, with a head for each, so that what one "
+    "task finds is there "
+    "for the others, and the trunk must suit them all. The weights of the tasks are equal, or learnt with "
+    "them: σ² is the noise "
     "that the network grants a task, and the logarithm keeps it from granting ever more.</p>",
     measure=measure,
     variants=VARIANTS,
@@ -163,7 +185,11 @@ SECTION = Section(
         "thousand_weights": ("weights", "thousand", ",.0f"),
     },
     claims=(
-        no_worse("One trunk for three tasks reads the class no worse than a network of its own", "tasks_fixed", "tasks_alone"),
+        no_worse(
+            "One trunk for three tasks reads the class no worse than a network of its own",
+            "tasks_fixed",
+            "tasks_alone",
+        ),
         no_worse("So does one trunk with learnt weights of the tasks", "tasks_learnt", "tasks_alone"),
     ),
     figures=(

@@ -1,4 +1,6 @@
-"""Parameter sharing, Goodfellow et al. 2016, section 7.9: one detector at every place of the image, or one per place."""
+"""Parameter sharing, Goodfellow et al. 2016, section 7.9: one detector at every place of the image, or one
+per place.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,9 @@ class Places(nn.Module):
         return F.unfold(x, self.kernel, stride=self.stride).transpose(1, 2)
 
     def forward(self, x):
-        found = [layer(patch).relu() for layer, patch in zip(self.layers, self.patches(x).unbind(1), strict=True)]
+        found = [
+            layer(patch).relu() for layer, patch in zip(self.layers, self.patches(x).unbind(1), strict=True)
+        ]
         return self.head(torch.cat(found, 1))
 
 
@@ -101,8 +105,10 @@ SECTION = Section(
     colour="umber",
     formulas=(r"w^{(1)} = w^{(2)} = \ldots = w", r"\nabla_{\!w}J = \sum_i\,\nabla_{\!w^{(i)}}J"),
     text=f"<p>{FILTERS} detectors look at overlapping patches of the image. Each place may have detectors of its own, or all "
-    "places hold one and the same tensor, as a convolution does: what is learnt at one place is known at all, and far fewer "
-    "weights must be learnt. The gradient of the shared weights is the sum over the places; a penalty counts them once.</p>",
+    "places hold one and the same tensor, as a convolution does: what is learnt at one place is known at "
+    "all, and far fewer "
+    "weights must be learnt. The gradient of the shared weights is the sum over the places; a penalty counts "
+    "them once.</p>",
     measure=measure,
     variants=VARIANTS,
     plain=False,
@@ -113,7 +119,11 @@ SECTION = Section(
         changed("Sharing lowers the test error", "sharing_shared", "sharing_own", "test_error", -1),
     ),
     figures=(
-        Figure(error_bars(*VARIANTS), "Test error with own and with shared weights", "Mean over the seeds; a tick per seed."),
+        Figure(
+            error_bars(*VARIANTS),
+            "Test error with own and with shared weights",
+            "Mean over the seeds; a tick per seed.",
+        ),
         Figure(
             detectors,
             "Weights of eight detectors at two places, and of those shared by all",

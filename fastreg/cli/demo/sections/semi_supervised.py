@@ -1,4 +1,6 @@
-"""Semi-supervised learning, Goodfellow et al. 2016, section 7.6: pseudo-labels, and a representation from unlabelled data."""
+"""Semi-supervised learning, Goodfellow et al. 2016, section 7.6: pseudo-labels, and a representation from
+unlabelled data.
+"""
 
 import torch
 from torch import nn
@@ -70,7 +72,9 @@ def measure(lab):
     pretrained = encoder()
     decoder = fr.TiedDecoder(pretrained)
     epochs = 8 if lab.quick else 20
-    fr.pretrain_autoencoder(pretrained, centre(unlabelled), decoder, epochs=epochs, corruption=CORRUPTION, seed=lab.seed)
+    fr.pretrain_autoencoder(
+        pretrained, centre(unlabelled), decoder, epochs=epochs, corruption=CORRUPTION, seed=lab.seed
+    )
     lab.keep("semi-supervised", restored=restoration(data, centre, pretrained, decoder))
     start = {name: value.clone() for name, value in pretrained.state_dict().items()}
     for variant, indices, pretraining, pseudo in (
@@ -95,7 +99,9 @@ def measure(lab):
 
 @torch.no_grad()
 def restoration(data, centre, encode, decoder):
-    """Test images of different classes, the same with half of their pixels lost, and what the autoencoder makes of these."""
+    """Test images of different classes, the same with half of their pixels lost, and what the autoencoder
+    makes of these.
+    """
     chosen = torch.stack([(data.y_test == y).nonzero()[0, 0] for y in range(min(SHOWN, len(data.classes)))])
     clean = centre(data.x_test[chosen])
     lost = fr.dropout(clean, CORRUPTION, generator=torch.Generator().manual_seed(0))
@@ -124,9 +130,12 @@ SECTION = Section(
         r"\min_{f,g}\;\Vert g(f(\tilde{x})) - x\Vert^2",
     ),
     text=f"<p>Only one of {LABELLED} training images keeps its label (on the digits 100 of 1,000), all the others and the "
-    "validation images come without. <b>Pseudo-labels:</b> where the network is sure of an unlabelled image (probability "
-    f"p of at least τ = {THRESHOLD:g}), its own reading is the target for the same image seen through dropout. "
-    "<b>Autoencoder:</b> the hidden layers first learn to restore images half of whose pixels are lost, which needs no labels, "
+    "validation images come without. <b>Pseudo-labels:</b> where the network is sure of an unlabelled image "
+    "(probability "
+    f"p of at least τ = {THRESHOLD:g}), its own reading is the target for the same image seen through "
+    f"dropout. "
+    "<b>Autoencoder:</b> the hidden layers first learn to restore images half of whose pixels are lost, "
+    "which needs no labels, "
     "and the classifier starts from there.</p>",
     measure=measure,
     variants=VARIANTS,
