@@ -59,7 +59,7 @@ class Passes:
         return self.forward, self.back, self.weights
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # adversarial_loss
 def by_hand(model, x, y, eps, weight, loss=F.cross_entropy, norm="linf"):
     """(1 - weight) J(x) + weight J(x'), in the dtype of the model."""
@@ -194,6 +194,8 @@ def test_adversarial_training_makes_the_model_harder_to_fool():
 
 
 # -------------------------------------------------------------------------------------------------
+
+
 # adversarial_backward
 @pytest.mark.parametrize("weight", (0.2, 0.5, 0.9))
 @pytest.mark.parametrize("norm", ("linf", "l2"))
@@ -321,7 +323,7 @@ def test_fast_adversarial_loss_is_the_loss_of_those_examples():
         torch.testing.assert_close(loss, want)
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # restarts
 @pytest.mark.parametrize("targeted", (False, True))
 @pytest.mark.parametrize("norm", ("linf", "l2"))
@@ -358,7 +360,7 @@ def test_restarts_with_a_loss_of_ones_own():
     assert fr.pgd(model, x, y, 0.1, 0.05, 2, restarts=2, loss=nan).isfinite().all()
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # free
 def test_free_is_the_papers_loop():
     """delta lives on over batches of several lengths; sign steps of eps, clamped to the ball; one optimiser
@@ -420,7 +422,7 @@ def test_free_begins_anew_with_other_inputs_and_says_what_is_missing():
         next(iter(fr.FreeAdversarial(0.1, bounds=(1, 0))(torch.rand(2, 2))))
 
 
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # robust accuracy
 class Margin(nn.Module):
     """Two classes, logits (0, w x + b): within eps the margin falls by eps |w| in the dual norm, so
@@ -565,7 +567,7 @@ def test_robust_accuracy_refuses():
     assert model[4].weight.grad is None
 
 
-# -----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the digits
 def trained(digits, epochs, backward, replay=lambda x: [x]):
     x, y = digits

@@ -30,7 +30,7 @@ OP_APPLY = torch.ops.fastreg.dropout_apply.default
 MASK32 = 0xFFFFFFFF
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # references
 def philox(c0, c1, c2, c3, seed):
     """Philox4x32-10 after Salmon et al. 2011, on arrays of counters; four arrays of 32-bit words."""
@@ -88,7 +88,7 @@ def with_seed(seed, f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the bits
 KNOWN_ANSWERS = [  # Random123's kat_vectors: counter, key, result
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
@@ -338,7 +338,7 @@ def test_an_impossible_instruction_set_is_refused_at_import():
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the values
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9, 1e-12, 1 - 1e-9])
 def test_values_are_one_rounding_of_scale_times_x(dtype, p):
@@ -480,7 +480,7 @@ def test_more_than_two_to_the_31_elements():
     assert not y[5 :: 2**16][~kept].any() and 16000 < kept.sum() < 17000
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # autograd
 @pytest.mark.parametrize("noncontiguous", [False, True])
 def test_the_gradient_is_scale_where_kept(dtype, noncontiguous):
@@ -625,7 +625,7 @@ def test_negative_views():
         fr.dropout(view, inplace=True)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # doors of torch
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "empty"])
 def test_opcheck(dtype, layout):
@@ -882,7 +882,7 @@ def test_dtensor_draws_what_the_whole_tensor_draws(tmp_path):
     torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the family
 def sharing(y):
     """The number of leading dimensions that are decided one by one."""
@@ -1008,7 +1008,7 @@ def test_the_textbook_form():
     assert not fr.dropout(x, 1.0, False, rescale="inference").any()
 
 
-# --------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pack, unpack
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (9,), (3, 5, 7), (2, 0, 3)])
 def test_pack_and_unpack_are_inverse(shape):
@@ -1041,7 +1041,7 @@ def test_pack_and_unpack_errors():
         fr.unpack_mask(torch.zeros(1, 2, dtype=torch.uint8), (3, 4))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # hostile
 FUNCTIONS = [
     "dropout",

@@ -69,7 +69,7 @@ def assert_same(got, want):
     assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the values
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("p", [0.1, 0.5, 1 - 1e-9])
@@ -169,7 +169,7 @@ def test_no_dimensions(dtype):
     assert fr.dropout_add(x, residual, 0.0).shape == ()
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # autograd
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (4, 0), (3, 5, 130)])
@@ -256,7 +256,7 @@ def test_one_tensor_in_two_places():
     torch.testing.assert_close(x.grad, kept_by_dropout((8, 5), 0.4, 1) / 0.6 + 1.0, check_dtype=False)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # doors of torch
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "empty"])
 def test_opcheck(layout, dtype):
@@ -440,7 +440,7 @@ def test_dtensor_draws_what_the_whole_tensor_draws(tmp_path):
     torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the module
 def test_module():
     x, residual, bias = tensors((6, 5))
@@ -454,7 +454,7 @@ def test_module():
         fr.nn.DropoutAdd(1.5)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # hostile
 X = torch.randn(4, 6)
 WRONG = {

@@ -45,7 +45,7 @@ def _quiet():
         yield
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # imports
 def run_python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -76,7 +76,7 @@ def test_a_missing_package_is_named_with_its_remedy():
         assert "cannot import it" in line and line.endswith(f"pip install {remedy}")
 
 
-# ----------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lightning
 def lightning_parts():
     pytest.importorskip("lightning", reason=HINT)
@@ -222,7 +222,7 @@ def test_lightning_ranks_stop_together(tmp_path):
         assert torch.load(tmp_path / f"rank{rank}") == (5, 3.0, 1, True)
 
 
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformers
 def trainer_parts():
     pytest.importorskip("transformers", reason=HINT)
@@ -346,7 +346,7 @@ def test_transformers_resumes(cut, again, tmp_path):
         assert stop.stopper.epoch == trainer.state.epoch - cut and stop.stopper.best == 2.0 and not said
 
 
-# -------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ignite
 def ignite_parts(scores):
     pytest.importorskip("ignite", reason=HINT)

@@ -86,7 +86,7 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(module, "_chunk_rows", lambda hidden, classes: min(request.param, len(hidden)))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # values, gradients
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -218,7 +218,7 @@ def test_gradcheck_of_both_orders(reduction):
     assert gradgradcheck(f, (hidden, weight, bias))
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # memory
 class Largest(TorchDispatchMode):
     """Most bytes alive at once among the tensors that operations make while it is on."""
@@ -275,7 +275,7 @@ def test_chunks():
         assert module._chunk_rows(torch.empty(rows, 3), 5) == expected
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # doors
 def test_opcheck():
     hidden, weight, target, bias = case((9,), width=4, classes=5)
@@ -356,7 +356,7 @@ def test_inference_mode():
     assert torch.equal(inside.clone(), fr.linear_cross_entropy(hidden, weight, target, bias).detach())
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # errors
 def test_errors_name_the_op_and_the_remedy():
     hidden, weight, target, bias = (None if x is None else x.detach() for x in case())

@@ -33,7 +33,7 @@ def with_seed(seed, f, *args, **kwargs):
     return f(*args, **kwargs)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # modules
 @pytest.mark.parametrize("name", NAMES)
 def test_a_module_is_its_namesake_on_our_function(name):
@@ -135,7 +135,7 @@ def test_a_model_compiles_and_trains(name):
         torch.testing.assert_close(a, b)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # fold_dropout
 def textbook(p):
     return fr.nn.Dropout(p, rescale="inference")
