@@ -323,6 +323,6 @@ def run_alone(op):
     """
     import sys
 
-    from fastreg.cli import bench
+    from fastreg.benchmarks import command
 
-    raise SystemExit(bench.main(["--ops", op, *sys.argv[1:]]))
+    raise SystemExit(command.main(["--ops", op, *sys.argv[1:]]))

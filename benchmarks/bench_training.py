@@ -21,11 +21,11 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 from torch import nn
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 STEPS_CHECKED = 4
 FLOOR = "stock torch with dropout off"

@@ -22,11 +22,12 @@ for package in ("matplotlib", "PIL", "rich", "sklearn"):
 from PIL import Image  # noqa: E402
 
 import fastreg as fr  # noqa: E402
-from fastreg.cli import common, demo  # noqa: E402
-from fastreg.cli.demo import data, report, results, train  # noqa: E402
-from fastreg.cli.demo.formula import formula  # noqa: E402
-from fastreg.cli.demo.section import Section  # noqa: E402
-from fastreg.cli.demo.sections import (  # noqa: E402
+from fastreg.cli import common  # noqa: E402
+from fastreg.lecture import command as demo  # noqa: E402
+from fastreg.lecture import data, report, results, train  # noqa: E402
+from fastreg.lecture.formula import formula  # noqa: E402
+from fastreg.lecture.section import Section  # noqa: E402
+from fastreg.lecture.sections import (  # noqa: E402
     SECTIONS,
     augmentation,
     lasso,
@@ -315,7 +316,7 @@ def test_unusable_output_folder_is_refused_before_training(tmp_path, npz, capsys
     ("package", "name"), [("matplotlib", "matplotlib"), ("PIL", "PIL"), ("sklearn", "scikit-learn")]
 )
 def test_missing_package_names_the_remedy(package, name, npz, tmp_path):
-    command = f"import sys; sys.modules[{package!r}] = None; from fastreg.cli.demo import main; sys.exit(main(sys.argv[1:]))"
+    command = f"import sys; sys.modules[{package!r}] = None; from fastreg.lecture.command import main; sys.exit(main(sys.argv[1:]))"
     arguments = ["--data", str(npz), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -580,7 +581,7 @@ def test_control_c(tmp_path):
     """The real signal, in a real process, in the middle of training."""
     x, y = blobs(n=500)
     np.savez(tmp_path / "x.npz", X=x, y=y)
-    command = "import sys; from fastreg.cli.demo import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from fastreg.lecture.command import main; sys.exit(main(sys.argv[1:]))"
     arguments = [
         "--data",
         str(tmp_path / "x.npz"),
@@ -772,7 +773,7 @@ def test_lasso_path_solves_the_lasso():
 
 
 def test_average_of_masks_comes_to_the_folded_network():
-    from fastreg.cli.demo.sections import dropout
+    from fastreg.lecture.sections import dropout
 
     x, y = blobs(n=200)
     examples = data.split(x, y, "x")

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from . import Augment, apply, functional
+from fastreg.augment import Augment, apply, functional
 
 
 def steps(image):

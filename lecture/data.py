@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..common import UsageError
+from fastreg.cli.common import UsageError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 64  # folders with larger or unequal images are resized to RESIZED
@@ -74,6 +74,15 @@ def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
     return Data(name, [_class_name(c) for c in classes], picture_shape, *tensors)
 
 
+def labelled_images(data: Data, one_of: int) -> torch.Tensor:
+    """Indices of training images, one of `one_of` of each class, drawn at random."""
+    chosen = []
+    for y in data.y_train.unique():
+        own = (data.y_train == y).nonzero()[:, 0]
+        chosen.append(own[torch.randperm(len(own))[: max(1, len(own) // one_of)]])
+    return torch.cat(chosen)
+
+
 def _check(x: np.ndarray, y: np.ndarray) -> None:
     if x.dtype.kind not in "buif":
         raise DataError(
@@ -112,7 +121,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise DataError(
             f"every class needs at least {PARTS} examples (1 to train, 1 to validate, 3 to test), class "
             f"{_class_name(classes[counts.argmin()])!r} has {counts.min()}; add examples or leave the class "
-            f"out"
+            "out"
         )
     if x.min() == x.max():
         raise DataError(f"X must vary, got the same value {x.flat[0]} everywhere; check how it was saved")
