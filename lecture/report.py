@@ -81,11 +81,12 @@ def page(found: Results, sections: tuple[Section, ...]) -> str:
         f"<title>{TITLE} · fastreg</title>\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<style>{_style()}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        f"<style>{style()}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
 
 
-def _style() -> str:
+def style() -> str:
+    """The page's style sheet: the colours on white and on black, then page.css."""
     white, black = ("".join(f"--{name}: {pair[i]}; " for name, pair in PALETTE.items()) for i in (0, 1))
     return (
         f":root {{ color-scheme: light dark; --font: {FONT}; {white}}}\n"

@@ -44,7 +44,7 @@ class Network(nn.Module):
 
 
 def targets(data, part):
-    """Class, parity of the class's number, and the mean of the pixels, standardised by the training images."""
+    """Class, parity of the class's number, and mean of the pixels, standardised by the training images."""
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     ink, train = x.mean(1), data.x_train.mean(1)
     return {"digit": y, "parity": y % 2, "ink": (ink - train.mean()) / train.std().clamp_min(1e-6)}
