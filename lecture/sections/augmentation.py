@@ -9,10 +9,11 @@ from dataclasses import replace
 import torch
 
 import fastreg as fr
-from fastreg.augment import gallery
 
+from .. import gallery
 from ..claims import changed
-from ..figures import INK, C, colour, compared_curves, draw, image, png
+from ..data import labelled_images
+from ..figures import AT_HEIGHT, INK, C, colour, compared_curves, draw, image, note, png
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import (
@@ -28,7 +29,6 @@ from ..train import (
     evaluate,
     network,
 )
-from .semi_supervised import labelled_images
 
 RECIPE = Recipe("augmentation", "Augmentation", "leaf", augment=True)
 MIRRORED = POLICY | {"hflip": 0.5, "vflip": 0.5}  # which digits do not allow
@@ -119,8 +119,7 @@ def turns(found):
 
     def paint(axes):
         axes.axvspan(*POLICY["rotate"], color=C["sand"], alpha=0.3, linewidth=0)
-        axes.annotate("trained for", (0, 1), (0, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      color=C["muted"], ha="center", va="top")  # fmt: skip
+        note(axes, "trained for", (0, 1), (0, -3), coords=AT_HEIGHT, color=C["muted"], ha="center", va="top")
         for recipe, errors in kept.items():
             axes.plot(TURNS, errors, "o-", color=colour(recipe), ms=4.5, label=recipe.title)
         axes.set_xlim(TURNS[0], TURNS[-1])
@@ -135,8 +134,9 @@ def turns(found):
 
 def sizes(found):
     """Test error against the number of training images."""
-    curves = [(title, C[hue], [r["test_error_by_images"] for r in found.of(key)])
-              for (key, _, hue), title in zip(VARIANTS[:2], ("as they are", "augmented"), strict=True)]  # fmt: skip
+    curves = []
+    for (key, _, hue), title in zip(VARIANTS[:2], ("as they are", "augmented"), strict=True):
+        curves.append((title, C[hue], [record["test_error_by_images"] for record in found.of(key)]))
 
     def paint(axes):
         for title, hue, seeds in curves:
@@ -189,44 +189,45 @@ def photograph(found):
     policy = fr.augment.Augment.imagenet(size=SIDE)
 
     def cell(pixels, title):
-        name = f"<p>{title}</p>" if title else ""
-        return f'<div><img src="{png(pixels.permute(1, 2, 0).numpy())}" alt="{title or "under the policy"}">{name}</div>'
+        name, read_out = f"<p>{title}</p>" if title else "", title or "under the policy"
+        return f'<div><img src="{png(pixels.permute(1, 2, 0).numpy())}" alt="{read_out}">{name}</div>'
 
     alone = "".join(cell(pixels, title) for title, pixels in gallery.steps(photo))
     batch = "".join(
         cell(pixels, "") for pixels in (255 * gallery.batch(photo / 255, policy, COLUMNS)).round().byte()
     )
     title = "A batch of it under <code>Augment.imagenet()</code>: every image draws its own parameters"
-    return f'<div class="gallery"><p class="head">One step alone</p>{alone}<p class="head">{title}</p>{batch}</div>'
+    return (
+        f'<div class="gallery"><p class="head">One step alone</p>{alone}'
+        f'<p class="head">{title}</p>{batch}</div>'
+    )
 
 
 SECTION = Section(
     key="augmentation",
+    order=60,
     title="Dataset augmentation",
     colour="leaf",
     formulas=(
         r"\tilde{x}(u) = x(Mu),\;\; \tilde{y} = y",
         r"\tilde{J} = \mathbb{E}_{M}\;J(\tilde{x},\,y)",
     ),
-    text="<p>More images are the best regulariser, and some can be made from those there are: transformed so that the class "
-    "stays, drawn anew for each image in each step. The network then minimises its expected error under the "
-    "transformations. "
-    f"Here they are turns and shears by up to {POLICY['rotate'][1]}°, a vertical stretch of "
-    f"{POLICY['stretch'][0]} to "
-    f"{POLICY['stretch'][1]}, and shifts by up to {100 * POLICY['translate'][0]:g}&nbsp;% of the side, on "
-    f"photographs also "
-    "mirror images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a "
-    "pagoda, but a 6 "
-    "upside down is nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from such "
-    "digits too. fastreg "
-    "makes one matrix M of all geometric steps and resamples once; the colours follow in the same pass.</p>",
+    text="<p>More images are the best regulariser, and some can be made from those there are: transformed "
+    "so that the class stays, drawn anew for each image in each step. The network then minimises its "
+    "expected error under the transformations. Here they are turns and shears by up to "
+    f"{POLICY['rotate'][1]}°, a vertical stretch of {POLICY['stretch'][0]} to {POLICY['stretch'][1]}, and "
+    f"shifts by up to {100 * POLICY['translate'][0]:g}&nbsp;% of the side, on photographs also mirror "
+    "images, crops, colours and blur. <b>The class must not change:</b> a mirrored pagoda is a pagoda, but "
+    "a 6 upside down is nearly a 9 and a mirrored 5 nearly a 2: the last network of the table learns from "
+    "such digits too. fastreg makes one matrix M of all geometric steps and resamples once; the colours "
+    "follow in the same pass.</p>",
     recipes=(RECIPE,),
     measure=measure,
     variants=VARIANTS,
     columns=("test_error", "gap_error", "epoch_ms", "augment_ms"),
     measures={"augment_ms": ("of it augmenting", "ms", ".1f")},
-    table_note=f"The networks of a tenth of the images learn from as many images of each class, {STEPS} steps of {BATCH} images "
-    f"({QUICK_STEPS} with <code>--quick</code>).",
+    table_note=f"The networks of a tenth of the images learn from as many images of each class, {STEPS} "
+    f"steps of {BATCH} images ({QUICK_STEPS} with <code>--quick</code>).",
     claims=(
         changed("Augmentation lowers the test error", "augmentation", "none", "test_error", -1),
         changed(
@@ -261,8 +262,7 @@ SECTION = Section(
             compared_curves(RECIPE),
             "Cross-entropy with and without augmentation on training and validation data",
             "Training (dotted, measured on the images as they are) and validation (solid), first seed. The "
-            "bars at the right are "
-            "the gap that is left.",
+            "bars at the right are the gap that is left.",
         ),
         Figure(
             own_images,

@@ -10,6 +10,7 @@ RECIPE = Recipe(
 )
 SECTION = Section(
     key="together",
+    order=120,
     title="All together",
     colour="ink",
     formulas=(
@@ -18,8 +19,7 @@ SECTION = Section(
     ),
     text="<p>The methods do different things, so they can be combined, most of them weaker than alone: "
     f"λ<sub>2</sub> = {RECIPE.l2:g}, λ<sub>1</sub> = {RECIPE.l1:g}, dropout p = {RECIPE.dropout:g}, label "
-    f"smoothing "
-    f"{RECIPE.smoothing:g}, adversarial ε = {RECIPE.eps:g}, patience {RECIPE.patience}.</p>",
+    f"smoothing {RECIPE.smoothing:g}, adversarial ε = {RECIPE.eps:g}, patience {RECIPE.patience}.</p>",
     recipes=(RECIPE,),
     columns=("test_error", "gap_loss", "attacked_accuracy", "calibration_error", "zero_weights", "epoch_ms"),
     claims=(
@@ -37,8 +37,7 @@ SECTION = Section(
             hidden_units(PLAIN, RECIPE),
             "Weights of eight hidden units with all methods and with none",
             "What the eight strongest hidden units look for: their weights to the pixels, positive in rust, "
-            "negative in blue, "
-            "each network scaled to its largest.",
+            "negative in blue, each network scaled to its largest.",
         ),
     ),
     code=("loss",),

@@ -44,7 +44,7 @@ class Network(nn.Module):
 
 
 def targets(data, part):
-    """Class, parity of the class's number, and the mean of the pixels, standardised by the training images."""
+    """Class, parity of the class's number, and mean of the pixels, standardised by the training images."""
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     ink, train = x.mean(1), data.x_train.mean(1)
     return {"digit": y, "parity": y % 2, "ink": (ink - train.mean()) / train.std().clamp_min(1e-6)}
@@ -163,18 +163,18 @@ def compared(found):
 
 SECTION = Section(
     key="multi-task",
+    order=100,
     title="Multi-task learning",
     colour="indigo",
     formulas=(
         r"J = \sum_t\,J_t/\sigma_t^2 + \log(1 + \sigma_t^2)",
         r"\mathrm{regression:}\ J_t/(2\sigma_t^2)",
     ),
-    text="<p>Three tasks on the same images: their class, whether the number of the class is odd, and how much ink there is (the "
-    "mean of the pixels, a regression). One trunk serves all of them, with a head for each, so that what one "
-    "task finds is there "
-    "for the others, and the trunk must suit them all. The weights of the tasks are equal, or learnt with "
-    "them: σ² is the noise "
-    "that the network grants a task, and the logarithm keeps it from granting ever more.</p>",
+    text="<p>Three tasks on the same images: their class, whether the number of the class is odd, and how "
+    "much ink there is (the mean of the pixels, a regression). One trunk serves all of them, with a head "
+    "for each, so that what one task finds is there for the others, and the trunk must suit them all. The "
+    "weights of the tasks are equal, or learnt with them: σ² is the noise that the network grants a task, "
+    "and the logarithm keeps it from granting ever more.</p>",
     measure=measure,
     variants=VARIANTS,
     plain=False,

@@ -8,19 +8,15 @@ import fastreg as fr
 
 from ..claims import changed
 from ..figures import INK, C, compared_curves, draw
+from ..penalties import L1, L2
 from ..section import Figure, Section
-from ..train import Recipe
-
-RECIPE = Recipe("l2", "L2 penalty", "blue", l2=3e-3)
 
 
 def priors(found):
     """The densities of weights that L2 and L1 stand for, at the strengths of this report."""
-    from . import l1
-
     n = len(found.data.y_train)
-    sigma = fr.optim.prior_scale(RECIPE.l2, "gaussian", num_samples=n)
-    scale = fr.optim.prior_scale(l1.RECIPE.l1, "laplace", num_samples=n)
+    sigma = fr.optim.prior_scale(L2.l2, "gaussian", num_samples=n)
+    scale = fr.optim.prior_scale(L1.l1, "laplace", num_samples=n)
     w = np.linspace(-2.2, 2.2, 501) * max(sigma, scale)
 
     def paint(axes):
@@ -49,6 +45,7 @@ def priors(found):
 
 SECTION = Section(
     key="l2",
+    order=10,
     title="L2 penalty",
     colour="blue",
     formulas=(
@@ -56,11 +53,11 @@ SECTION = Section(
         r"w \leftarrow (1-\varepsilon\lambda)\,w - \varepsilon\nabla E(w)",
         r"p(w) = \mathcal{N}(0,\,\sigma^2),\quad \sigma = 1/\sqrt{\lambda N}",
     ),
-    text=f"<p>The size of the weights is added to the error, so that every step also shrinks each weight by the same fraction: "
-    f"large weights lose much, small ones almost nothing. Minimising the sum over N examples is the MAP "
-    f"estimate under a "
-    f"Gaussian prior of the weights with mean zero. Biases are left alone. Here λ = {RECIPE.l2:g}.</p>",
-    recipes=(RECIPE,),
+    text="<p>The size of the weights is added to the error, so that every step also shrinks each weight by "
+    "the same fraction: large weights lose much, small ones almost nothing. Minimising the sum over N "
+    "examples is the MAP estimate under a Gaussian prior of the weights with mean zero. Biases are left "
+    f"alone. Here λ = {L2.l2:g}.</p>",
+    recipes=(L2,),
     columns=("test_error", "gap_error", "gap_loss", "weight_size", "epoch_ms"),
     claims=(
         changed("L2 narrows the gap between test and training cross-entropy", "l2", "none", "gap_loss", -1),
@@ -68,7 +65,7 @@ SECTION = Section(
     ),
     figures=(
         Figure(
-            compared_curves(RECIPE),
+            compared_curves(L2),
             "Cross-entropy with and without L2 on training and validation data",
             "Training (dotted) and validation (solid), first seed. The bars at the right are the gap that is "
             "left.",
@@ -77,9 +74,8 @@ SECTION = Section(
             priors,
             "A Gaussian and a Laplace density, and their negative logarithms",
             "The priors that the λ of this and of the next section stand for, for a likelihood that is the "
-            "product over the "
-            "training examples. The penalty is the negative logarithm of the prior: L2 is flat at zero, L1 "
-            "has an edge there.",
+            "product over the training examples. The penalty is the negative logarithm of the prior: L2 is "
+            "flat at zero, L1 has an edge there.",
         ),
     ),
     code=("optimizer",),

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from ..style import LIGHT, STYLE
+from fastreg.cli.style import LIGHT, STYLE
+
 from .results import NotMeasured, Results
 from .train import BINS, PLAIN, Recipe, Run
 
@@ -27,6 +29,7 @@ C = LIGHT
 INK, MUTED, PAPER, SAND = (LIGHT[name] for name in ("ink", "muted", "paper", "sand"))
 FEWEST = 10  # examples a bin of the reliability diagram must hold to be drawn: fewer say nothing
 WIDTH = 4.4
+AT_HEIGHT = ("data", "axes fraction")  # coordinates: x as in the data, y as a share of the chart's height
 WEIGHTS = LinearSegmentedColormap.from_list("weights", [C["blue"], "#f4f5f7", C["rust"]]).with_extremes(
     bad="#00000000"
 )
@@ -58,6 +61,11 @@ def draw(paint, height: float = 3.1, **grid) -> str:
         svg,
     )
     return re.sub(r"\s*\n\s*", "\n", svg).strip()
+
+
+def note(axes: Axes, text: str, at: tuple, shift: tuple[float, float], coords="data", **style) -> None:
+    """Write `text` at a place of the chart, moved by `shift` points. `style` is matplotlib's."""
+    axes.annotate(text, at, shift, xycoords=coords, textcoords="offset points", **style)
 
 
 def colour(recipe: Recipe) -> str:
@@ -142,8 +150,8 @@ def error_bars(*variants: tuple[str, str, str]):
             for y, (_, hue, values) in enumerate(rows):
                 axes.barh(y, np.mean(values), height=0.5, color=hue, alpha=0.85)
                 axes.plot(values, [y] * len(values), "|", color=INK, ms=9, mew=1)
-                axes.annotate(f"{np.mean(values):.1f}", (max(values), y), (7, -0.5), textcoords="offset points", va="center",
-                              color=hue, weight="bold")  # fmt: skip
+                style = {"va": "center", "color": hue, "weight": "bold"}
+                note(axes, f"{np.mean(values):.1f}", (max(values), y), (7, -0.5), **style)
             axes.set_yticks(range(len(rows)), [title for title, _, _ in rows], color=INK)
             axes.set_ylim(len(rows) - 0.5, -0.5)
             axes.set_xlim(0, 1.18 * max(max(values) for _, _, values in rows) or 1)
@@ -173,10 +181,8 @@ def ratios(found: Results, recipes: Sequence[Recipe]) -> str:
         )
         axes.axvline(1, color=INK, linewidth=1.2, zorder=3)
         for y, value in enumerate(values):
-            axes.annotate(f"{value:.2f}", (0, y), (6, -0.5), textcoords="offset points", va="center", color=PAPER,
-                          weight="bold")  # fmt: skip
-        axes.annotate("torch", (1, 1), (0, 4), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      color=INK, ha="center")  # fmt: skip
+            note(axes, f"{value:.2f}", (0, y), (6, -0.5), va="center", color=PAPER, weight="bold")
+        note(axes, "torch", (1, 1), (0, 4), coords=AT_HEIGHT, color=INK, ha="center")
         axes.set_yticks(range(len(rows)), [recipe.title for recipe, _ in rows], color=INK)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, max(1.2, 1.15 * max(values)))
@@ -208,8 +214,8 @@ def compared_curves(*recipes: Recipe):
                 axes.plot(epochs, training, color=hue, linewidth=1.3, linestyle=(0, (2, 2)))
                 axes.plot(epochs, validation, color=hue, label=run.recipe.title)
                 axes.plot([place] * 2, [training[-1], validation[-1]], "_-", color=hue, linewidth=1.4, ms=8)
-                axes.annotate(f"{validation[-1] - training[-1]:.2f}", (place, validation[-1]), (0, 4),
-                              textcoords="offset points", ha="center", color=hue, weight="bold")  # fmt: skip
+                style = {"ha": "center", "color": hue, "weight": "bold"}
+                note(axes, f"{validation[-1] - training[-1]:.2f}", (place, validation[-1]), (0, 4), **style)
             axes.set_ylim(limits([run.curves["validation_loss"] for run in runs], room=1.25))
             axes.set_xlim(1, max(2, (1.14 + 0.11 * len(recipes)) * last))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
@@ -292,8 +298,8 @@ def weight_histograms(*recipes: Recipe):
                 each.yaxis.set_major_locator(LogLocator(10, numticks=5))
                 each.yaxis.set_minor_formatter(NullFormatter())
                 each.tick_params(which="minor", size=0)
-                each.annotate(f"{100 * count / len(w):.1f} % exactly 0", (0.03, 0.86), xycoords="axes fraction", color=hue,
-                              weight="bold", va="center")  # fmt: skip
+                text, style = f"{100 * count / len(w):.1f} % exactly 0", {"color": hue, "weight": "bold"}
+                each.annotate(text, (0.03, 0.86), xycoords="axes fraction", va="center", **style)
                 each.set_title(run.recipe.title, color=hue)
                 each.set_ylabel("weights")
             np.ravel(axes)[-1].set_xlabel("value of the weight")

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from importlib import import_module
 
-from ..common import INTERRUPTED, UsageError, positive, writable_folder, write
+from fastreg.cli.common import INTERRUPTED, UsageError, positive, writable_folder, write
 
 QUICK_EPOCHS, FULL_EPOCHS = 12, 30
 
@@ -40,8 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         metavar="FILE.npz|FOLDER",
-        help="your own examples: an .npz file with arrays X and y, or a folder with one folder of images per class "
-        "(default: 5,000 handwritten digits)",
+        help="your own examples: an .npz file with arrays X and y, or a folder with one folder of images "
+        "per class (default: 5,000 handwritten digits)",
     )
     parser.add_argument(
         "--out", metavar="FOLDER", default="report", help="where the report goes (default: %(default)s)"
@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         type=positive,
         metavar="N",
         default=1,
-        help="CPU threads (default: 1; the network is small, more threads gain little and wait for each other on a busy machine)",
+        help="CPU threads (default: 1; the network is small, more threads gain little and wait for each "
+        "other on a busy machine)",
     )
     return parser
 

@@ -8,7 +8,7 @@ import torch
 import fastreg as fr
 
 from ..claims import judged
-from ..figures import INK, C, draw
+from ..figures import INK, C, draw, note
 from ..section import Figure, Section
 
 TOLERANCE = 1e-3  # of the coefficients, in units of the standardised target
@@ -74,8 +74,7 @@ def agrees(found):
     same = ((kept["ours"] != 0) == (kept["theirs"] != 0)).all(1)
     evidence = (
         f"largest difference of a coefficient {distance:.1e}, over {len(same)} strengths; the same "
-        f"coefficients are zero "
-        f"in {int(same.sum())} of {len(same)}"
+        f"coefficients are zero in {int(same.sum())} of {len(same)}"
     )
     return distance < TOLERANCE and bool(same.all()), evidence
 
@@ -111,8 +110,8 @@ def picture(found):
         lowest = math.inf
         for j in sorted(shown, key=lambda j: -ours[-1, j]):  # names that would cover each other move down
             lowest = min(ours[-1, j], lowest - 0.055 * (high - low))
-            axes.annotate(kept["names"][j], (lambdas[-1], lowest), (6, 0), textcoords="offset points", color=C[hues[j]],
-                          va="center", weight="bold")  # fmt: skip
+            style = {"color": C[hues[j]], "va": "center", "weight": "bold"}
+            note(axes, kept["names"][j], (lambdas[-1], lowest), (6, 0), **style)
         axes.axhline(0, color=INK, linewidth=0.8)
         strengths(axes, lambdas)
         axes.set_xlim(lambdas[0], lambdas[-1] * 0.72)
@@ -141,15 +140,15 @@ def zeros(found):
 
 SECTION = Section(
     key="lasso",
+    order=30,
     title="LASSO",
     colour="violet",
     formulas=(r"\min_w\;\dfrac{1}{2N}\,\Vert y - Xw\Vert_2^2 + \lambda\,\Vert w\Vert_1",),
-    text="<p>On a linear model with squared error the L1 penalty is called LASSO, and it selects: the weaker the penalty, the "
-    "more inputs take part. The optimum is unique, so that fastreg’s proximal gradient steps must end where "
-    "scikit-learn’s "
-    "coordinate descent does.</p><p><b>On data of its own:</b> scikit-learn’s diabetes data, ten "
-    "measurements of 442 patients "
-    "and the progress of their disease after a year, standardised.</p>",
+    text="<p>On a linear model with squared error the L1 penalty is called LASSO, and it selects: the "
+    "weaker the penalty, the more inputs take part. The optimum is unique, so that fastreg’s proximal "
+    "gradient steps must end where scikit-learn’s coordinate descent does.</p><p><b>On data of its own:</b> "
+    "scikit-learn’s diabetes data, ten measurements of 442 patients and the progress of their disease after "
+    "a year, standardised.</p>",
     measure=measure,
     packages=("sklearn",),
     variants=(("lasso_strong", "Strong penalty", "violet"), ("lasso_weak", "Weak penalty", "violet")),
@@ -170,8 +169,7 @@ SECTION = Section(
             picture,
             "Coefficients of the ten inputs against the strength of the penalty",
             "Each line is a coefficient by fastreg, the rings are scikit-learn’s. From left to right the "
-            "penalty weakens and one "
-            "input after the other joins.",
+            "penalty weakens and one input after the other joins.",
         ),
         Figure(
             zeros,

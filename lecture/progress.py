@@ -31,11 +31,9 @@ class Progress:
         self.seeds, self.epochs = found.settings["seeds"], found.settings["epochs"]
         plural = "s" if self.seeds > 1 else ""
         self.console.print(
-            f"[bold]fastreg demo[/]  {escape(data.name)}\n"
-            f"{len(data.y_train):,} to train, {len(data.y_validation):,} to validate, {len(data.y_test):,} "
-            f"to test · "
-            f"{len(sections)} section{'s' if len(sections) > 1 else ''} × {self.seeds} seed{plural} · "
-            f"{self.epochs} epochs"
+            f"[bold]fastreg demo[/]  {escape(data.name)}\n{len(data.y_train):,} to train, "
+            f"{len(data.y_validation):,} to validate, {len(data.y_test):,} to test · {len(sections)} "
+            f"section{'s' if len(sections) > 1 else ''} × {self.seeds} seed{plural} · {self.epochs} epochs"
         )
         times = len(data.y_train) / USUAL_EXAMPLES
         if times >= 2:
@@ -124,8 +122,7 @@ class Progress:
             console.print(table)
             console.print(
                 "[bright_black]Errors, zero weights and accuracy under attack in percent, means over the "
-                "seeds, with fastreg; "
-                "then its time per epoch as a share of torch's.[/]\n"
+                "seeds, with fastreg; then its time per epoch as a share of torch's.[/]\n"
             )
         marks = {True: ("✓", "blue"), False: ("✗", "red"), None: ("–", "bright_black")}
         for claim in (claim for judged in claims.values() for claim in judged):

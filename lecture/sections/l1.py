@@ -2,13 +2,12 @@
 
 from ..claims import changed
 from ..figures import hidden_units, weight_histograms
+from ..penalties import L1, L2
 from ..section import Figure, Section
-from ..train import Recipe
-from . import l2
 
-RECIPE = Recipe("l1", "L1 penalty", "violet", l1=1e-3)
 SECTION = Section(
     key="l1",
+    order=20,
     title="L1 penalty",
     colour="violet",
     formulas=(
@@ -16,11 +15,11 @@ SECTION = Section(
         r"w \leftarrow \mathrm{sign}(w)\,\max(|w| - \varepsilon\lambda,\;0)",
         r"p(w) = e^{-|w|/\sigma}/(2\sigma),\quad \sigma = 1/(\lambda N)",
     ),
-    text=f"<p>Every weight is pulled towards zero with the same force, however small it has become, and the proximal step "
-    f"leaves it at exactly zero once it gets there. Few weights remain, and these are larger than L2 would "
-    f"leave them. It is the "
-    f"MAP estimate under a Laplace prior, which has its edge at zero. Here λ = {RECIPE.l1:g}.</p>",
-    recipes=(l2.RECIPE, RECIPE),
+    text="<p>Every weight is pulled towards zero with the same force, however small it has become, and the "
+    "proximal step leaves it at exactly zero once it gets there. Few weights remain, and these are larger "
+    "than L2 would leave them. It is the MAP estimate under a Laplace prior, which has its edge at zero. "
+    f"Here λ = {L1.l1:g}.</p>",
+    recipes=(L2, L1),
     columns=("test_error", "gap_loss", "zero_weights", "weight_size", "epoch_ms"),
     table_note="Biases are not counted; the mean absolute value is that of the weights that are not zero.",
     claims=(
@@ -29,16 +28,15 @@ SECTION = Section(
     ),
     figures=(
         Figure(
-            weight_histograms(RECIPE, l2.RECIPE),
+            weight_histograms(L1, L2),
             "Histograms of the weights with the L1 and with the L2 penalty",
             "All weights after training, first seed, on a logarithmic scale; the spike is the exact zeros.",
         ),
         Figure(
-            hidden_units(RECIPE, l2.RECIPE),
+            hidden_units(L1, L2),
             "Weights of eight hidden units with L1 and with L2",
             "What the eight strongest hidden units look for: their weights to the pixels, positive in rust, "
-            "negative in blue, "
-            "each network scaled to its largest.",
+            "negative in blue, each network scaled to its largest.",
         ),
     ),
     code=("optimizer", "step"),

@@ -82,14 +82,14 @@ def machine(results: dict) -> str:
     """One sentence on what the numbers were measured on."""
     m, build = results["machine"], results["machine"]["build"]
     threads = sorted({row["threads"] for row in results["rows"]}) or [results["settings"]["threads"]]
-    on = f"{' and '.join(map(str, threads))} thread{'s' if threads != [1] else ''} of {m['cpu']} ({m['cores']} cores)"
+    plural = "s" if threads != [1] else ""
+    on = f"{' and '.join(map(str, threads))} thread{plural} of {m['cpu']} ({m['cores']} cores)"
     if m["gpu"]:
         on = f"{m['gpu']['name']} (CUDA {m['gpu']['cuda']}), {m['cpu']}"
     load = f"; load average {m['load_before'][0]:g} before" if m["load_before"] else ""
     return (
-        f"{on}, {build['instruction_set']} kernels, autograd in {m['autograd']['path']}, torch {m['torch']}, "
-        f"fastreg "
-        f"{build['version']} built by {build['compiler']}; copying moves "
+        f"{on}, {build['instruction_set']} kernels, autograd in {m['autograd']['path']}, torch "
+        f"{m['torch']}, fastreg {build['version']} built by {build['compiler']}; copying moves "
         f"{results['copy_bandwidth'] / 1e9:.1f} GB/s{load}."
     )
 
@@ -110,7 +110,8 @@ def spread(results: dict) -> str:
     """How far the ratios scattered."""
     ratios = [row["against_eager"] for row in results["rows"]]
     wide = sorted(100 * (ratio["high"] - ratio["low"]) / ratio["median"] for ratio in ratios)
-    return f"Half of a row's ratios lie within {wide[len(wide) // 2]:.0f} % (median row), {wide[-1]:.0f} % (worst)."
+    median, worst = wide[len(wide) // 2], wide[-1]
+    return f"Half of a row's ratios lie within {median:.0f} % (median row), {worst:.0f} % (worst)."
 
 
 def columns(results: dict) -> list[tuple]:

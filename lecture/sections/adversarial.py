@@ -7,7 +7,7 @@ import torch
 import fastreg as fr
 
 from ..claims import changed
-from ..figures import INK, C, draw, image, sign_image
+from ..figures import AT_HEIGHT, INK, C, draw, image, note, sign_image
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import EPS, PLAIN, Fastreg, Recipe, Torch, attacked_accuracy, batches, evaluate, network
@@ -78,8 +78,7 @@ def strengths(found):
                 label=recipe.title,
             )
         axes.axvline(EPS, color=C["sand"], linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-        axes.annotate("trained for", (EPS, 1), (4, -2), xycoords=("data", "axes fraction"), textcoords="offset points",
-                      color=C["muted"], va="top")  # fmt: skip
+        note(axes, "trained for", (EPS, 1), (4, -2), coords=AT_HEIGHT, color=C["muted"], va="top")
         axes.set_ylim(-2, 102)
         axes.set_xlim(0, EPS * STRENGTHS[-1] * 1.03)
         axes.set_xlabel("ε of the attack", color=INK)
@@ -110,8 +109,8 @@ def examples(found):
         confidence, predicted = probabilities.max(0)
         name, kind = escape(data.classes[predicted]), "" if predicted == y else ' class="wrong"'
         return (
-            f'<div class="reading" data-sign="{sign}"><img src="{source}" alt="read as {name}"><p{kind}>“{name}”, '
-            f"{100 * confidence:.0f} %</p></div>"
+            f'<div class="reading" data-sign="{sign}"><img src="{source}" alt="read as {name}">'
+            f"<p{kind}>“{name}”, {100 * confidence:.0f} %</p></div>"
         )
 
     heads = [
@@ -147,19 +146,18 @@ def gradient_sign(model, x, y):
 
 SECTION = Section(
     key="adversarial",
+    order=70,
     title="Adversarial training",
     colour="rust",
     formulas=(
         r"x_{\mathrm{adv}} = \mathrm{clamp}(x + \varepsilon\,\mathrm{sign}\,\nabla_{\!x}J(x,y),\;0,\;1)",
         r"\tilde{J} = \dfrac{1}{2}\,J(x,y) + \dfrac{1}{2}\,J(x_{\mathrm{adv}},y)",
     ),
-    text=f"<p>A step of ε = {EPS:g} per pixel along the sign of the gradient (FGSM) changes what the network reads, not what a "
-    "person reads. Training on such images beside the clean ones teaches the network to stand its ground. "
-    "Every network is "
-    f"attacked through its own gradient, also with PGD: {STEPS} small steps from a random start, {RESTARTS} "
-    f"times, on {IMAGES} "
-    "test images; an image counts only if it withstands every attempt. The free variant takes the gradient "
-    "of the image from the "
+    text=f"<p>A step of ε = {EPS:g} per pixel along the sign of the gradient (FGSM) changes what the "
+    "network reads, not what a person reads. Training on such images beside the clean ones teaches the "
+    "network to stand its ground. Every network is attacked through its own gradient, also with PGD: "
+    f"{STEPS} small steps from a random start, {RESTARTS} times, on {IMAGES} test images; an image counts "
+    "only if it withstands every attempt. The free variant takes the gradient of the image from the "
     "backward pass of the weights, at the price of plain training.</p>",
     recipes=(RECIPE,),
     measure=measure,
@@ -178,8 +176,8 @@ SECTION = Section(
             examples,
             "Test images, the perturbation, and the attacked images",
             "Below each picture: what the network reads in it and how confidently, bold where it is wrong. "
-            "The sign picture is "
-            "read alone, at full contrast; rust pixels are brightened, blue ones darkened.",
+            "The sign picture is read alone, at full contrast; rust pixels are brightened, blue ones "
+            "darkened.",
         ),
         Figure(
             strengths,

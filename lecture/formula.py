@@ -31,6 +31,8 @@ def formula(tex: str) -> str:
         for points, code in path.iter_segments(simplify=False, curves=True)
     )
     return (
-        f'<svg class="math" role="img" aria-label="{escape(tex)}" viewBox="{x:.2f} {y:.2f} {width:.2f} {height:.2f}" '
-        f'style="width:{width / SIZE:.3f}em;vertical-align:{-(y + height) / SIZE:.3f}em"><path d="{drawn}"/></svg>'
+        f'<svg class="math" role="img" aria-label="{escape(tex)}" '
+        f'viewBox="{x:.2f} {y:.2f} {width:.2f} {height:.2f}" '
+        f'style="width:{width / SIZE:.3f}em;vertical-align:{-(y + height) / SIZE:.3f}em">'
+        f'<path d="{drawn}"/></svg>'
     )

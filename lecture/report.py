@@ -7,7 +7,8 @@ import textwrap
 from html import escape
 from pathlib import Path
 
-from ..style import PALETTE
+from fastreg.cli.style import PALETTE
+
 from . import figures
 from .claims import Verdict, same_on_both_sides
 from .formula import formula
@@ -76,13 +77,16 @@ def page(found: Results, sections: tuple[Section, ...]) -> str:
         "</main>",
     ]
     return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{TITLE} · fastreg</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<link rel="icon" href="data:,">\n'
-        f"<style>{_style()}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"<title>{TITLE} · fastreg</title>\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<style>{style()}</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
 
 
-def _style() -> str:
+def style() -> str:
+    """The page's style sheet: the colours on white and on black, then page.css."""
     white, black = ("".join(f"--{name}: {pair[i]}; " for name, pair in PALETTE.items()) for i in (0, 1))
     return (
         f":root {{ color-scheme: light dark; --font: {FONT}; {white}}}\n"
@@ -110,8 +114,9 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
     partial = ""
     if found.finished < found.planned:
         partial = (
-            f'<p class="partial"><b>Partial report.</b> The run was interrupted after {found.finished} of {found.planned} '
-            "trainings and measurements; everything below is what these gave.</p>"
+            '<p class="partial"><b>Partial report.</b> The run was interrupted after '
+            f"{found.finished} of {found.planned} trainings and measurements; everything below is what these "
+            "gave.</p>"
         )
     decided = [v.holds for verdict in judged.values() for v in verdict if v.holds is not None]
     ratios = []
@@ -130,13 +135,13 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
         tiles.append(
             (f"{min(ratios):.2f}–{max(ratios):.2f}", "time of an epoch, fastreg / torch, over the methods")
         )
+    shown = "".join(f"<div><b>{number}</b><span>{text}</span></div>" for number, text in tiles)
     return (
         f'<header id="top"><h1>{TITLE}</h1>'
-        f'<p class="lead">A {layers} perceptron learns from {len(data.y_train):,} images and meets {len(data.y_test):,} '
-        f"new ones: {escape(data.name)}. It is trained without regularisation and with each method, in plain "
-        f"PyTorch and "
-        f"with fastreg, from the same initial weights and batches, {seeds}.</p>{partial}"
-        f'<div class="tiles">{"".join(f"<div><b>{b}</b><span>{text}</span></div>" for b, text in tiles)}</div></header>'
+        f'<p class="lead">A {layers} perceptron learns from {len(data.y_train):,} images and meets '
+        f"{len(data.y_test):,} new ones: {escape(data.name)}. It is trained without regularisation and with "
+        "each method, in plain PyTorch and with fastreg, from the same initial weights and batches, "
+        f'{seeds}.</p>{partial}<div class="tiles">{shown}</div></header>'
     )
 
 
@@ -155,27 +160,25 @@ def overview(found: Results, sections: tuple[Section, ...], judged: dict) -> str
             for v in judged[section.key]
         ]
     items += [_claim(v, v.title, "ink", True) for v in judged.get("overview", ())]
-    drawn = [
-        r
-        for r in recipes(sections)
-        if (r.key, "fastreg") in {(x["variant"], x["side"]) for x in found.records}
-    ]
-    shown = [
-        figures_of(
-            found,
-            Figure(lambda found: figures.errors(found, drawn), "Test error of every method with torch and with fastreg",
-                   "Mean and range over the seeds, torch hollow, fastreg filled."),
-            Figure(lambda found: figures.ratios(found, drawn), "Time of an epoch with fastreg relative to torch",
-                   "Median over all epochs. Torch and fastreg train in turn, epoch by epoch."),
-        )
-    ] if drawn else []  # fmt: skip
+    measured = {(record["variant"], record["side"]) for record in found.records}
+    drawn = [recipe for recipe in recipes(sections) if (recipe.key, "fastreg") in measured]
+    errors = Figure(
+        lambda found: figures.errors(found, drawn),
+        "Test error of every method with torch and with fastreg",
+        "Mean and range over the seeds, torch hollow, fastreg filled.",
+    )
+    ratios = Figure(
+        lambda found: figures.ratios(found, drawn),
+        "Time of an epoch with fastreg relative to torch",
+        "Median over all epochs. Torch and fastreg train in turn, epoch by epoch.",
+    )
+    shown = figures_of(found, errors, ratios) if drawn else ""
     return (
         '<section id="overview"><h2>What the lecture says, and what happened here</h2>'
         "<p>Each claim is decided by the numbers of this run. A change counts if its mean over the seeds is "
-        "larger than twice "
-        "its standard error; two errors are the same if they differ by no more than twice their combined "
-        "standard error plus 0.3 "
-        f"percentage points.</p><ul class='claims summary'>{''.join(items)}</ul>{''.join(shown)}</section>"
+        "larger than twice its standard error; two errors are the same if they differ by no more than twice "
+        "their combined standard error plus 0.3 percentage points.</p>"
+        f"<ul class='claims summary'>{''.join(items)}</ul>{shown}</section>"
     )
 
 
@@ -184,7 +187,8 @@ def chapter(found: Results, section: Section, number: int, judged: list[Verdict]
     formulas = "".join(formula(tex) for tex in section.formulas)
     items = "".join(_claim(v, f"<b>{v.title}</b>", section.colour, True) for v in judged)
     return (
-        f'<section id="{section.key}" style="--c: var(--{section.colour})"><h2><small>{number}</small>{section.title}</h2>'
+        f'<section id="{section.key}" style="--c: var(--{section.colour})">'
+        f"<h2><small>{number}</small>{section.title}</h2>"
         f'<div class="formulas">{formulas}</div>{section.text}{table(found, section)}'
         f'{figures_of(found, *section.figures)}<ul class="claims">{items}</ul>{_code(section.code)}</section>'
     )
@@ -300,4 +304,7 @@ def _code(names: tuple[str, ...]) -> str:
         parts = [textwrap.dedent(inspect.getsource(getattr(side, name))) for name in names]
         text = "\n".join(part.replace("@staticmethod\n", "") for part in parts)
         columns.append(f"<div><h3>{side.name}</h3><pre>{escape(text)}</pre></div>")
-    return f'<details><summary>The code that ran, torch beside fastreg</summary><div class="code">{"".join(columns)}</div></details>'
+    return (
+        "<details><summary>The code that ran, torch beside fastreg</summary>"
+        f'<div class="code">{"".join(columns)}</div></details>'
+    )

@@ -9,6 +9,7 @@ RECIPE = Recipe("smoothing", "Label smoothing", "rose", smoothing=0.02)
 OTHERS = Recipe("smoothing_others", "Smoothing, others only", "rose", smoothing=0.02, convention="others")
 SECTION = Section(
     key="label-smoothing",
+    order=80,
     title="Label smoothing",
     colour="rose",
     formulas=(
@@ -16,12 +17,11 @@ SECTION = Section(
         r"\mathrm{uniform:}\ q_i = (1-\varepsilon)\,[i=y] + \varepsilon/k",
         r"\mathrm{others:}\ q_y = 1-\varepsilon,\;\; q_{i\neq y} = \varepsilon/(k-1)",
     ),
-    text=f"<p>The target leaves a little probability to the other classes, so that no finite logit is ever large enough to be "
-    f"certain, and the network becomes less confident. Two conventions are in use: the mass ε goes to all k "
-    f"classes, as in "
-    f"torch, or to the others only, as in the textbook. Whether confidence then matches accuracy is what the "
-    f"calibration error "
-    f"(ECE) measures; too much smoothing overshoots. Here ε = {RECIPE.smoothing:g}.</p>",
+    text="<p>The target leaves a little probability to the other classes, so that no finite logit is ever "
+    "large enough to be certain, and the network becomes less confident. Two conventions are in use: the "
+    "mass ε goes to all k classes, as in torch, or to the others only, as in the textbook. Whether "
+    "confidence then matches accuracy is what the calibration error (ECE) measures; too much smoothing "
+    f"overshoots. Here ε = {RECIPE.smoothing:g}.</p>",
     recipes=(RECIPE, OTHERS),
     columns=("test_error", "test_loss", "confidence", "calibration_error", "epoch_ms"),
     claims=(
@@ -44,8 +44,7 @@ SECTION = Section(
             reliability(RECIPE),
             "Reliability diagram with label smoothing",
             "Test images of all seeds in ten bins of confidence; the size of a dot is the number of images, "
-            "bins with fewer than "
-            f"{FEWEST} are left out.",
+            f"bins with fewer than {FEWEST} are left out.",
         ),
     ),
     code=("smoothed",),

@@ -105,14 +105,14 @@ def exact(found):
     expected = first / n**0.5
     return last < 1.5 * expected, (
         f"one mask is {100 * first:.0f} % away, the average of {n} masks {100 * last:.2f} %; sampling alone "
-        f"leaves "
-        f"{100 * expected:.2f} %. The perceptron, for which folding is an approximation, stays "
+        f"leaves {100 * expected:.2f} %. The perceptron, for which folding is an approximation, stays "
         f"{100 * kept['perceptron'][-1]:.1f} % away"
     )
 
 
 SECTION = Section(
     key="dropout",
+    order=50,
     title="Dropout",
     colour="teal",
     formulas=(
@@ -122,12 +122,10 @@ SECTION = Section(
     ),
     text=f"<p>In every step each unit is left out with probability p = {RECIPE.dropout:g} (inputs: "
     f"{0.4 * RECIPE.dropout:g}), so that none can rely on another: an ensemble of networks that share their "
-    f"weights. The "
-    "inverted form scales the units that stay while training; the textbook form trains with plain zeroing "
-    "and scales the weights "
-    "once, at the end, which <code>fold_dropout</code> does. That one network stands for the average over "
-    "all masks: exactly "
-    "for a linear model, approximately for others. fastreg keeps one bit per unit for the backward pass.</p>",
+    "weights. The inverted form scales the units that stay while training; the textbook form trains with "
+    "plain zeroing and scales the weights once, at the end, which <code>fold_dropout</code> does. That one "
+    "network stands for the average over all masks: exactly for a linear model, approximately for others. "
+    "fastreg keeps one bit per unit for the backward pass.</p>",
     recipes=(RECIPE, TEXTBOOK),
     measure=measure,
     variants=(

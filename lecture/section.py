@@ -1,9 +1,9 @@
 """What a section of the report is: one method of the lecture.
 
 A section is declared, not programmed: trainings (`recipes`), further measurements (`measure`), and what the
-page says of them. All modules of `sections/` have this shape; copying one of them and listing it in
-`sections/__init__.py` makes a new section, with its entry in the contents, the table, the terminal and
-`--only`.
+page says of them. Every module of `sections/` declares one, and is found there by itself: a copy of such a
+module with its own `key` and `order` is a new section, which also appears in the contents, the table, the
+terminal and `--only`.
 """
 
 from collections.abc import Callable, Iterator
@@ -46,6 +46,7 @@ class Section:
     """See the module. `formulas` are in TeX, `text` in HTML."""
 
     key: str  # in the address of the section and for --only
+    order: int  # its place in the lecture; steps of ten leave room between two
     title: str
     colour: str  # a name in style.PALETTE
     formulas: tuple[str, ...]

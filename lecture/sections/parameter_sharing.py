@@ -101,14 +101,14 @@ def detectors(found):
 
 SECTION = Section(
     key="parameter-sharing",
+    order=110,
     title="Parameter sharing",
     colour="umber",
     formulas=(r"w^{(1)} = w^{(2)} = \ldots = w", r"\nabla_{\!w}J = \sum_i\,\nabla_{\!w^{(i)}}J"),
-    text=f"<p>{FILTERS} detectors look at overlapping patches of the image. Each place may have detectors of its own, or all "
-    "places hold one and the same tensor, as a convolution does: what is learnt at one place is known at "
-    "all, and far fewer "
-    "weights must be learnt. The gradient of the shared weights is the sum over the places; a penalty counts "
-    "them once.</p>",
+    text=f"<p>{FILTERS} detectors look at overlapping patches of the image. Each place may have detectors "
+    "of its own, or all places hold one and the same tensor, as a convolution does: what is learnt at one "
+    "place is known at all, and far fewer weights must be learnt. The gradient of the shared weights is the "
+    "sum over the places; a penalty counts them once.</p>",
     measure=measure,
     variants=VARIANTS,
     plain=False,

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import fastreg as fr
-
-from .. import doctor
+from fastreg.cli import doctor
 
 FLAGS = (
     r"(sse4_2|avx\w*|fma|f16c|bmi2|amx\w*|asimd\w*|sve\w*|bf16|i8mm|fphp)$"  # those that kernels choose by

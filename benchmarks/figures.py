@@ -17,7 +17,8 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from ..style import BLUE, INK, MUTED, PAPER, RUST, SAND, STYLE
+from fastreg.cli.style import BLUE, INK, MUTED, PAPER, RUST, SAND, STYLE
+
 from .table import number, ordered
 
 SIDES = {  # colour, width, dashes
@@ -259,7 +260,8 @@ def losses(rows: list[dict]) -> Figure:
                     label=f"{side}, {milliseconds:.0f} ms a step",
                 )
             axes.set_title(
-                f"{_wrapped(row['work'].removeprefix('training step, '))}\n{number(row['against_eager']['median'])}× as fast"
+                f"{_wrapped(row['work'].removeprefix('training step, '))}\n"
+                f"{number(row['against_eager']['median'])}× as fast"
             )
             axes.set(xlabel="step", ylabel="training loss", ylim=(0, None))
             axes.legend(loc="best")

@@ -7,7 +7,7 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 import fastreg as fr
 
 from ..claims import changed, no_worse
-from ..figures import C, draw, limits
+from ..figures import AT_HEIGHT, C, draw, limits, note
 from ..results import NotMeasured
 from ..section import Figure, Section
 from ..train import PLAIN, Fastreg, Recipe, Torch, batch_size, evaluate, network
@@ -83,9 +83,9 @@ def learning_curve(quantity):
                     marks.append((stop, f"stopped: {stop}"))
                 for x, text in marks:
                     left = x > 0.75 * len(epochs)
-                    axes.annotate(text, (x, 1), (-4 if left else 4, -4), xycoords=("data", "axes fraction"),
-                                  textcoords="offset points", color=hue, ha="right" if left else "left", va="top",
-                                  rotation=90)  # fmt: skip
+                    side = "right" if left else "left"
+                    style = {"color": hue, "ha": side, "va": "top", "rotation": 90}
+                    note(axes, text, (x, 1), (-4 if left else 4, -4), coords=AT_HEIGHT, **style)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             axes.set_xlabel("epoch")
             axes.legend(
@@ -100,6 +100,7 @@ def learning_curve(quantity):
 
 SECTION = Section(
     key="early-stopping",
+    order=40,
     title="Early stopping",
     colour="ochre",
     formulas=(
@@ -107,16 +108,17 @@ SECTION = Section(
         r"w \leftarrow w_{t^*}",
         r"\mathrm{or:\ train\ anew\ on\ train + val\ for}\ t^*\ \mathrm{epochs}",
     ),
-    text=f"<p>Training goes on while the validation error falls; when it has not fallen for {RECIPE.patience} epochs, training "
-    "ends. There are two uses of the epoch found: the weights of that epoch come back, or the network is "
-    "trained anew for as "
-    "many epochs on training and validation data together, so that no example is wasted.</p>",
+    text="<p>Training goes on while the validation error falls; when it has not fallen for "
+    f"{RECIPE.patience} epochs, training ends. There are two uses of the epoch found: the weights of that "
+    "epoch come back, or the network is trained anew for as many epochs on training and validation data "
+    "together, so that no example is wasted.</p>",
     recipes=(RECIPE,),
     measure=measure,
     variants=(("early_retrained", "Trained anew", "ochre"),),
     columns=("test_error", "test_loss", "best_epoch", "epoch_ms"),
     measures={"best_epoch": ("epochs used", "", ",.0f")},
-    table_note="Trained anew: on training and validation data together, for the epochs that early stopping found.",
+    table_note="Trained anew: on training and validation data together, for the epochs that early stopping "
+    "found.",
     claims=(
         no_worse(
             "Early stopping is no worse on test images than training to the last epoch", "early", "none"
@@ -140,8 +142,7 @@ SECTION = Section(
             learning_curve("loss"),
             "Training and validation cross-entropy against the epoch, with the same marks",
             "Where the validation cross-entropy rises and the error does not, the network gets no more "
-            "images wrong, but surer "
-            "of its mistakes.",
+            "images wrong, but surer of its mistakes.",
         ),
     ),
     code=("early_stopping",),

@@ -9,7 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from ..common import INTERRUPTED, UsageError, positive, writable_folder, write
+import torch
+
+from fastreg.cli import doctor
+from fastreg.cli.common import INTERRUPTED, UsageError, positive, writable_folder, write
+
+from . import _timing, load, machine, ops, table
 
 SCHEMA = 1  # of results.json
 SECONDS = {"full": 3.0, "quick": 0.6, "tiny": 0.01}  # of measuring, for a usual case
@@ -30,9 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         0 if all cases ran, whatever they reached; 1 if one failed or its result was wrong; 2 for unusable
         options; 130 if it was interrupted, with the rows that had finished.
     """
-    from fastreg import benchmarks
-
-    options = _parser(benchmarks.ops()).parse_args(argv)
+    options = _parser(ops()).parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show ✓ shows ?
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.markdown:
             return _markdown(options.markdown)
         _check_device(options.device)
-        _check_ops(options.ops, benchmarks.ops())
+        _check_ops(options.ops, ops())
         if options.device == "cpu" and sys.platform == "linux" and not _memory_is_kept():
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser(ops: list[str]) -> argparse.ArgumentParser:
+def _parser(known: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastreg bench", description=__doc__.split(": ", 1)[1])
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="where the ops run (default: %(default)s)"
@@ -74,8 +77,8 @@ def _parser(ops: list[str]) -> argparse.ArgumentParser:
         "--ops",
         type=lambda text: [name.strip() for name in text.split(",") if name.strip()],
         metavar="NAME,...",
-        default=ops,
-        help=f"some of {', '.join(ops)} (default: all)",
+        default=known,
+        help=f"some of {', '.join(known)} (default: all)",
     )
     parser.add_argument(
         "--quick",
@@ -98,17 +101,15 @@ def _parser(ops: list[str]) -> argparse.ArgumentParser:
 
 
 def _check_device(device: str) -> None:
-    from .. import doctor
-
     cuda = doctor.collect()["cuda"]
     if device == "cuda" and not cuda["usable"]:
         raise UsageError(f"--device cuda: {cuda['why_not']}; or run with --device cpu")
 
 
-def _check_ops(names: list[str], ops: list[str]) -> None:
-    unknown = [name for name in names if name not in ops]
+def _check_ops(names: list[str], known: list[str]) -> None:
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise UsageError(f"--ops: expected some of {', '.join(ops)}, got {', '.join(unknown) or 'nothing'}")
+        raise UsageError(f"--ops: expected some of {', '.join(known)}, got {', '.join(unknown) or 'nothing'}")
 
 
 def _memory_is_kept() -> bool:
@@ -116,17 +117,12 @@ def _memory_is_kept() -> bool:
 
 
 def _run(options: argparse.Namespace) -> int:
-    import torch
-
-    from fastreg import benchmarks
-    from fastreg.benchmarks import _timing
-
-    from . import figures, machine, table, view
+    from . import figures, view  # which need matplotlib and rich
 
     folder = writable_folder(options.out)
     scale = "tiny" if options.tiny else "quick" if options.quick else "full"
     compiled = not (options.no_compile or options.quick)
-    cases = [case for op in options.ops for case in benchmarks.load(op).cases(scale)]
+    cases = [case for op in options.ops for case in load(op).cases(scale)]
     torch.set_num_threads(options.threads or 1)
     if compiled:
         torch._logging.set_logs(all=logging.ERROR)  # remarks on what is being compiled, across the bar
@@ -199,8 +195,6 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def _markdown(name: str) -> int:
-    from . import table
-
     try:
         results = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
         if not isinstance(results, dict) or results.get("schema") != SCHEMA:

@@ -1,13 +1,20 @@
-"""What augmentation looks like: one image under each step, and a batch of it under a policy."""
+"""What augmentation looks like: one image under each step, and a batch of it under a policy.
+
+`python -m fastreg.lecture.gallery docs/augment.png` draws the picture of the README, of a photograph that
+comes with matplotlib.
+"""
 
 import dataclasses
+import io
+import sys
 
 import torch
+from torch import Tensor
 
-from . import Augment, apply, functional
+from fastreg.augment import Augment, apply, functional
 
 
-def steps(image):
+def steps(image: Tensor) -> list[tuple[str, Tensor]]:
     """One image (C, H, W) under each step alone: a list of (what was done, image of the same size).
 
     Colour steps are left out where the image has other than 1 or 3 channels, saturation and hue where it has
@@ -46,7 +53,7 @@ def steps(image):
     ]
 
 
-def batch(image, augment, count, seed=0):
+def batch(image: Tensor, augment: Augment, count: int, seed: int = 0) -> Tensor:
     """`count` copies of an image (C, H, W) under a policy, without its normalisation: (count, C, *size)."""
     images = image.expand(count, *image.shape)
     params = augment.sample(images, seed=seed)
@@ -54,7 +61,7 @@ def batch(image, augment, count, seed=0):
     return apply(images, params)
 
 
-def figure(image, augment=None, columns=7, seed=0):
+def figure(image: Tensor, augment: Augment | None = None, columns: int = 7, seed: int = 0):
     """A matplotlib Figure: the image under each step, and below a batch under `augment` (`Augment.imagenet()`
     if None).
 
@@ -87,3 +94,28 @@ def figure(image, augment=None, columns=7, seed=0):
     ):
         show(axes, pixels)
     return result
+
+
+def photograph(side: int = 512) -> Tensor:
+    """The upper square of matplotlib's sample photograph: uint8 (3, side, side)."""
+    from matplotlib.cbook import get_sample_data
+    from PIL import Image
+
+    with get_sample_data("grace_hopper.jpg") as file:
+        picture = Image.open(file).convert("RGB")
+    width = min(picture.size)
+    picture = picture.crop((0, 0, width, width)).resize((side, side))
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(side, side, 3).movedim(2, 0)
+
+
+def main(path: str) -> None:
+    """Write the picture of the README, with 256 colours, which take a quarter of the bytes."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    figure(photograph()).savefig(file, dpi=90)
+    Image.open(file).convert("RGB").quantize(256).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

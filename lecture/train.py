@@ -43,7 +43,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training: which methods are on, and how strongly: enough that its effect shows on the digits."""
+    """One training: which methods are on, and how strongly. Each is strong enough to show on the digits."""
 
     key: str
     title: str
@@ -209,8 +209,9 @@ class Fastreg:
 
 class Centre(nn.Module):
     """Subtract the average grey of the training images and scale the rest to an average square of LENGTH², so
-    that one learning rate suits dark digits and bright photographs alike. Part of the network: attacks see
-    pixels in [0, 1]."""
+    that one learning rate suits dark digits and bright photographs alike. This layer is a part of the
+    network, so that attacks see pixels in [0, 1].
+    """
 
     def __init__(self, x_train: torch.Tensor):
         super().__init__()
@@ -223,7 +224,9 @@ class Centre(nn.Module):
 
 
 def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
-    """A perceptron with two hidden layers. A layer that drops nothing is left out, weights keep their names."""
+    """A perceptron with two hidden layers. Dropout that drops nothing is left out, so that the weights have
+    the same names in every network.
+    """
 
     def dropout(p):
         return side.dropout(p, recipe.rescale) if p else nn.Identity()
@@ -356,7 +359,7 @@ def augmented(x: torch.Tensor, data: Data, augment) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, part: str) -> dict[str, float]:
-    """Error in percent and plain cross-entropy in nats on a part of the data, without dropout or smoothing."""
+    """Error in percent and cross-entropy in nats on a part of the data, without dropout or smoothing."""
     y = getattr(data, f"y_{part}")
     logits = model.eval()(getattr(data, f"x_{part}"))
     error = 100 * (logits.argmax(1) != y).double().mean().item()
@@ -364,14 +367,14 @@ def evaluate(model: nn.Module, data: Data, part: str) -> dict[str, float]:
 
 
 def attacked_accuracy(side, model: nn.Module, data: Data) -> float:
-    """Accuracy in percent on test images after one step of EPS along the sign of the network's own gradient."""
+    """Accuracy in percent on test images after one step of EPS along the sign of the network's gradient."""
     attacked = side.attack(model.eval(), data.x_test, data.y_test, EPS)
     with torch.no_grad():
         return 100 * (model(attacked).argmax(1) == data.y_test).double().mean().item()
 
 
 def batch_size(examples: int) -> int:
-    """Few examples: still several steps, but no gradient of one image."""
+    """BATCH, or less where there are few examples: an epoch has several steps, a batch at least 16 images."""
     return min(BATCH, max(16, examples // 10))
 
 
