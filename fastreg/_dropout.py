@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import check_choice, check_dtype, check_no_overlap, check_number, check_tensor
+from ._checks import arithmetic_dtype, check_choice, check_dtype, check_no_overlap, check_number, check_tensor
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves
@@ -60,7 +60,7 @@ def scale_where_kept(
     `kept` has one value for each run of `inner` neighbouring elements.
     """
     kept = kept.view(-1, 1).expand(-1, inner).reshape(input.shape)
-    value = input.to(torch.promote_types(input.dtype, torch.float32)) * scale
+    value = input.to(arithmetic_dtype(input)) * scale
     if shift:  # x * scale + 0 would turn -0 into 0
         value = value + shift
     return torch.where(kept, value, dropped)

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import check_dtype, check_tensor
+from ._checks import arithmetic_dtype, check_dtype, check_tensor
 from ._dropout import (
     check_input,
     constants_of,
@@ -34,7 +34,7 @@ def add_where_kept(
     input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor, scale: float
 ) -> torch.Tensor:
     """(x + bias) * scale + residual where kept, residual elsewhere, in the type of the arithmetic."""
-    wide = torch.promote_types(input.dtype, torch.float32)
+    wide = arithmetic_dtype(input)
     value = input.to(wide) if bias is None else input.to(wide) + bias.to(wide)
     residual = residual.to(wide)
     return torch.where(kept, value * scale + residual, residual)
@@ -210,7 +210,7 @@ def dropout_add(
         seed = torch.zeros(1, dtype=torch.int64, device=input.device if is_compiling() else "cpu")
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
-        return torch.ops.fastreg.dropout_add_differentiable(input, residual, bias, p, seed)
+        return torch.ops.fastreg.dropout_add_traced(input, residual, bias, p, seed)
     derive = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, residual, bias)
     )
