@@ -44,7 +44,7 @@ def _round_stochastic(w: torch.Tensor, seed: torch.Tensor, tensor_index: int) ->
     """Finite float32 numbers rounded to bfloat16, up with the probability of what is cut off (Gupta et al.
     2015).
 
-    bfloat16 is the upper half of a float32: 16 random bits are added to the lower half, which is then cut off.
+    bfloat16 is the upper half of a float32: 16 random bits are added to the lower half, then it is cut off.
     """
     halves = random_halves(
         seed, 0, w.numel(), w.device, draw=tensor_index, purpose=Purpose.STOCHASTIC_ROUNDING
@@ -73,7 +73,7 @@ def sgd_plain(
     found_inf: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
 ) -> None:
-    """The operator `sgd_`: one step of all parameters. A found_inf other than 0 skips it, and nothing changes.
+    """The operator `sgd_`: one step of all parameters. A found_inf other than 0 skips it: nothing changes.
 
     momentum_buffers is empty without momentum, and momentum_started without dampening. A seed asks for
     stochastic rounding of bfloat16 parameters.
@@ -132,8 +132,8 @@ def sgd_plain(
 # --- The operator.
 
 # One call steps all tensors of a parameter group. momentum_started, one float32 flag per tensor that the
-# operator sets to 1, is only there with dampening, whose first step differs: only the operator knows whether a
-# step was skipped for an overflow, and so was not the first.
+# operator sets to 1, is only there with dampening, whose first step differs: only the operator knows whether
+# a step was skipped for an overflow, and so was not the first.
 define(
     "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_started, "
     "float lr, float momentum, float dampening, float weight_decay, float l1, bool nesterov, bool proximal, "
