@@ -26,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
+from fastreg import _patch
 
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 NAMES = (*DROPOUTS, "cross_entropy")
@@ -157,7 +158,7 @@ def test_nothing_in_torch_keeps_a_replacement():
         torch.fx.symbolic_trace(nn.Sequential(Functional(), nn.Dropout(0.5)))
     torch._dynamo.reset()
     gc.collect()
-    ours = vars(sys.modules["fastreg._patch"])
+    ours = vars(_patch)
     allowed = {id(holder) for holder in (ours, replacements, *ours.values())}
     for function in replacements:
         for holder in gc.get_referrers(function):
@@ -1384,7 +1385,7 @@ class TestAttention:
     def test_what_is_not_dropped_is_torchs(self, monkeypatch, dtype, mask, scale):
         (q, k, v), attn_mask = self.case(dtype, mask)
         options = dict(attn_mask=attn_mask, is_causal=mask == "causal", scale=scale)
-        monkeypatch.setattr(sys.modules["fastreg._patch"], "dropout", lambda input, p: input)
+        monkeypatch.setattr(_patch, "dropout", lambda input, p: input)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             want = NN.scaled_dot_product_attention(q, k, v, **options)
             with fr.patched():
