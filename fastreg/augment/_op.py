@@ -1,84 +1,78 @@
 """The operators behind `fastreg.augment`: schemas, fake kernels, autograd, and one function that calls them.
 
-Formulas stand in csrc/augment/augment_math.h. `matrices` (B, 2, 3) map an output pixel to its place in the
-source, pixel centres at whole numbers; `constants` are fill, erased value, scale and shift of each channel,
-in this order.
+Their definitions in plain torch are in _plain.py and _plain_draw.py, the formulas of the kernels in
+csrc/augment/augment_math.h and augment_draw.h. `matrices` (B, 2, 3) map an output pixel to its place in the
+source, pixel centres at whole numbers; `constants` are fill, erased value, scale and shift of each channel, in
+this order.
 """
 
+from __future__ import annotations
+
+import math
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._registry import define
+from . import _plain, _plain_draw
+from ._plain import INTERPOLATIONS, PADDINGS, like_images
+from ._plain_draw import COLUMNS, STEPS, number_dtype
+
+GEOMETRY = {"stretch", "scale", "angle", "shear_x"}  # columns that make a matrix
 
 _ARGUMENTS = (
-    "Tensor images, Tensor? matrices, Tensor? colour, Tensor? blur, Tensor? boxes, Tensor? windows, float[] "
-    "constants, "
-    "SymInt height, SymInt width, int blur_width, int blur_height, int colour_steps, int interpolation, int "
-    "padding, "
-    "bool antialias, bool normalise, ScalarType dtype"
+    "Tensor images, Tensor? matrices, Tensor? colour, Tensor? blur, Tensor? boxes, Tensor? windows, "
+    "float[] constants, SymInt height, SymInt width, int blur_width, int blur_height, int colour_steps, "
+    "int interpolation, int padding, bool antialias, bool normalise, ScalarType dtype"
 )
-define(f"augment({_ARGUMENTS}) -> Tensor")
-define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor")
+define(f"augment({_ARGUMENTS}) -> Tensor", _plain.augment)
+define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor", _plain.augment_backward)
 define(
     "augment_draw(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, "
-    "float[] high, int crop, "
-    "float[] crop_box, float[] erase_box, SymInt[] sizes, int blur_width, int blur_height) "
-    "-> (Tensor table, Tensor matrices, Tensor colour, Tensor blur, Tensor boxes)"
+    "float[] high, int crop, float[] crop_box, float[] erase_box, SymInt[] sizes, int blur_width, "
+    "int blur_height) -> (Tensor table, Tensor matrices, Tensor colour, Tensor blur, Tensor boxes)",
+    _plain_draw.augment_draw,
 )
 define(
-    "augment_matrices(Tensor like, Tensor? hflip, Tensor? vflip, Tensor? stretch, Tensor? scale, Tensor? "
-    "angle, "
-    "Tensor? translate, Tensor? shear, Tensor? crop, SymInt in_height, SymInt in_width, "
-    "SymInt out_height, SymInt out_width) -> Tensor"
+    "augment_matrices(Tensor like, Tensor? hflip, Tensor? vflip, Tensor? stretch, Tensor? scale, "
+    "Tensor? angle, Tensor? translate, Tensor? shear, Tensor? crop, SymInt in_height, SymInt in_width, "
+    "SymInt out_height, SymInt out_width) -> Tensor",
+    _plain_draw.augment_matrices,
 )
-define("augment_gaussian(Tensor sigma_x, Tensor sigma_y, int width, int height) -> Tensor")
-
-# Columns of the table of parameters, as ParamColumn in augment_draw.h.
-COLUMNS = (
-    "hflip", "vflip", "stretch", "scale", "angle", "translate_x", "translate_y", "shear_x", "shear_y",
-    "crop_top", "crop_left", "crop_height", "crop_width",
-    "brightness", "contrast", "saturation", "hue", "sigma",
-    "erase_top", "erase_left", "erase_height", "erase_width",
-)  # fmt: skip
-GEOMETRY = {"stretch", "scale", "angle", "shear_x"}
-STEPS = {"brightness": 1, "contrast": 2, "saturation": 4, "hue": 8}
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-PADDINGS = ("zeros", "border", "reflect", "fill")
-
-
-def _like(images, height, width, dtype):
-    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return images.new_empty((*images.shape[:2], height, width), dtype=dtype).contiguous(memory_format=layout)
+define(
+    "augment_gaussian(Tensor sigma_x, Tensor sigma_y, int width, int height) -> Tensor",
+    _plain_draw.augment_gaussian,
+)
 
 
 @torch.library.register_fake("fastreg::augment")
 def _(images, matrices, colour, blur, boxes, windows, constants, height, width, *static):
-    return _like(images, height, width, static[-1])
+    return like_images(images, height, width, static[-1])
 
 
 @torch.library.register_fake("fastreg::augment_backward")
 def _(grad, images, *rest):
-    return _like(images, images.shape[2], images.shape[3], images.dtype)
+    return like_images(images, images.shape[2], images.shape[3], images.dtype)
 
 
 @torch.library.register_fake("fastreg::augment_draw")
 def _(images, seed, offset, batch, *rest):
     shapes = ((batch, len(COLUMNS)), (batch, 2, 3), (batch, len(STEPS)), (batch, rest[-2] + rest[-1]))
-    return *(images.new_empty(shape, dtype=torch.float64) for shape in shapes), images.new_empty(
-        (batch, 4), dtype=torch.int64
-    )
+    tables = (images.new_empty(shape, dtype=number_dtype(images.device)) for shape in shapes)
+    return *tables, images.new_empty((batch, 4), dtype=torch.int64)
 
 
 @torch.library.register_fake("fastreg::augment_matrices")
 def _(like, *rest):
-    return like.new_empty((like.shape[0], 2, 3), dtype=torch.float64)
+    return like.new_empty((like.shape[0], 2, 3), dtype=number_dtype(like.device))
 
 
 @torch.library.register_fake("fastreg::augment_gaussian")
 def _(sigma_x, sigma_y, width, height):
-    return sigma_x.new_empty((sigma_x.shape[0], width + height), dtype=torch.float64)
+    return sigma_x.new_empty((sigma_x.shape[0], width + height), dtype=sigma_x.dtype)
 
 
 _augment = torch.ops.fastreg.augment.default
