@@ -171,7 +171,7 @@ def some_matrices(batch, height, width, size=None):
 def by_matrix(x, matrices, size=None, **settings):
     from fastreg.augment import _op
 
-    return _op.run("test", x, matrices=matrices, size=size, **settings)
+    return _op.augment_batch("test", x, matrices=matrices, size=size, **settings)
 
 
 # ---- single steps

@@ -25,14 +25,17 @@ column, because the filter is a product of matrices here.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ._plain_draw import STEPS, number_dtype
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
-PADDINGS = ("zeros", "border", "reflect", "fill")
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Padding = Literal["zeros", "border", "reflect", "fill"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)  # in the order of the kernels' enums
+PADDINGS: tuple[Padding, ...] = get_args(Padding)
 
 _FRACTION = 0xFFFFFFFF
 _ONE = 1 << 32  # a pixel, in the units of positions
