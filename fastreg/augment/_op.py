@@ -224,6 +224,6 @@ def per_channel(op: str, name: str, value: PerChannel, channels: int) -> list[fl
         raise ValueError(
             f"{op}: {name} must be one number, or one for each of {channels} channels, got {len(values)}"
         )
-    if not all(map(math.isfinite, values)):
+    if any(v != v or v in (math.inf, -math.inf) for v in values):  # torch.compile does not trace isfinite
         raise ValueError(f"{op}: {name} must be finite, got {value}")
     return values
