@@ -116,7 +116,7 @@ def with_scratch(machine, args, backward=False):
 
 def run(x, tables, size, static, dtype, grad=None, misaligned=0, **options):
     """(the operator's result, or with a gradient that of its backward, reports) of the CUDA launcher."""
-    like = _op._like(x, *size, dtype) if grad is None else _op._like(x, *x.shape[2:], x.dtype)
+    like = _op.like_images(x, *size, dtype) if grad is None else _op.like_images(x, *x.shape[2:], x.dtype)
     kept = []
 
     def make(machine):
