@@ -3,12 +3,15 @@ projection onto the eps-ball around an origin (Goodfellow, Shlens, Szegedy 2015;
 attacks themselves are in `attacks.py`.
 """
 
+from __future__ import annotations
+
 import math
 
 import torch
 
 from ._checks import check_number, check_tensor
 from ._registry import define
+from ._types import Bounds, Number
 
 # Each number of the formula is one value, or a tensor of values that broadcasts over neighbouring dimensions.
 define(
@@ -125,7 +128,24 @@ def bounds_of(op, lower, upper, x):
     return lower, upper
 
 
-def fgsm_step(x, grad, eps, lower=None, upper=None):
+def pair_of(op: str, bounds: Bounds | None) -> Bounds:
+    """(lower, upper) of the argument `bounds`, which is such a pair or None."""
+    if bounds is None:
+        return None, None
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{op}: bounds must be (lower, upper) or None, got {bounds!r}")
+    return bounds[0], bounds[1]
+
+
+def fgsm_step(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    eps: Number,
+    lower: Number | None = None,
+    upper: Number | None = None,
+    *,
+    bounds: Bounds | None = None,
+) -> torch.Tensor:
     """clamp(x + eps * sign(grad), lower, upper) in one pass over memory.
 
     Args:
@@ -133,24 +153,31 @@ def fgsm_step(x, grad, eps, lower=None, upper=None):
         grad: gradient of the loss with respect to x: its shape, dtype and device.
         eps: step, in the units of x: a number, or a tensor with one value per channel (C,) or (C, 1, 1), per
             sample (B,) or (B, 1, 1, 1), or per element. A negative step goes down the gradient.
-        lower, upper: bounds of the result, as `eps`; None for none.
+        bounds: (lower, upper) of the result, each like `eps` or None; None for no bounds.
+        lower, upper: the same two, each as an argument of its own.
 
     Returns:
         A new tensor like x, detached. sign(0) and sign(NaN) are 0, as in torch; a NaN in x stays.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, a dtype without
-            kernels.
+        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, bounds given
+            beside lower or upper, a dtype without kernels.
         TypeError: no tensor, or no number.
 
     Source: Goodfellow, Shlens, Szegedy 2015, Explaining and harnessing adversarial examples.
     """
     op = "fgsm_step"
     _check_pair(op, x, grad)
-    eps = number_of(op, "eps", eps, x)
-    lower, upper = bounds_of(op, lower, upper, x)
+    if bounds is not None:
+        if lower is not None or upper is not None:
+            raise ValueError(
+                f"{op}: give bounds or lower and upper, not both; bounds=(lower, upper) is enough"
+            )
+        lower, upper = pair_of(op, bounds)
+    step = number_of(op, "eps", eps, x)
+    low, high = bounds_of(op, lower, upper, x)
     with torch.no_grad():
-        return fgsm_step_op(x.detach(), grad.detach(), eps[0], lower[0], upper[0], eps[1], lower[1], upper[1])
+        return fgsm_step_op(x.detach(), grad.detach(), step[0], low[0], high[0], step[1], low[1], high[1])
 
 
 def value_of(number):
