@@ -11,10 +11,7 @@ import torch
 
 from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define
-
-# A number of the formula as the operators take it: (value, None) is one value, (0.0, values) is a tensor that
-# broadcasts to x and whose dimensions larger than 1 are neighbours.
-Number = tuple[float, torch.Tensor | None]
+from ._types import Bounds, Number, Value
 
 # --- The operators in plain torch: what the kernels compute, bit for bit.
 
@@ -117,7 +114,7 @@ def number_of(
     x: torch.Tensor,
     low: float = -math.inf,
     infinite: bool = False,
-) -> Number:
+) -> Value:
     """A number, or a tensor with one per channel, per sample or per element of x, as the operators take it.
 
     Raises unless all are at least `low`, and finite where `infinite` is not set. Values on a GPU are not
@@ -177,19 +174,17 @@ def _with_neighbouring_dimensions(value: torch.Tensor, x: torch.Tensor) -> torch
     return value.contiguous()
 
 
-def value_of(number: Number) -> float | torch.Tensor:
+def value_of(number: Value) -> float | torch.Tensor:
     """A number for use in torch's arithmetic."""
     return number[0] if number[1] is None else number[1]
 
 
-def times(number: Number, factor: float) -> Number:
+def times(number: Value, factor: float) -> Value:
     """A number times a factor."""
     return number[0] * factor, None if number[1] is None else number[1] * factor
 
 
-def bounds_of(
-    op: str, lower: float | torch.Tensor | None, upper: float | torch.Tensor | None, x: torch.Tensor
-) -> tuple[Number, Number]:
+def bounds_of(op: str, lower: Number | None, upper: Number | None, x: torch.Tensor) -> tuple[Value, Value]:
     """Both bounds as the operators take them, None being no bound; raises where lower exceeds upper."""
     lower_number = number_of(op, "lower", -math.inf if lower is None else lower, x, infinite=True)
     upper_number = number_of(op, "upper", math.inf if upper is None else upper, x, infinite=True)
@@ -202,6 +197,15 @@ def bounds_of(
     if crossed:
         raise ValueError(f"{op}: lower must not exceed upper, got {_text(low)} and {_text(high)}")
     return lower_number, upper_number
+
+
+def pair_of(op: str, bounds: Bounds | None) -> Bounds:
+    """(lower, upper) of the argument `bounds`, which is such a pair or None."""
+    if bounds is None:
+        return None, None
+    if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
+        raise ValueError(f"{op}: bounds must be (lower, upper) or None, got {bounds!r}")
+    return bounds[0], bounds[1]
 
 
 def _text(value: float | torch.Tensor) -> str:
@@ -226,9 +230,11 @@ def _check_pair(op: str, x: torch.Tensor, grad: torch.Tensor) -> None:
 def fgsm_step(
     x: torch.Tensor,
     grad: torch.Tensor,
-    eps: float | torch.Tensor,
-    lower: float | torch.Tensor | None = None,
-    upper: float | torch.Tensor | None = None,
+    eps: Number,
+    lower: Number | None = None,
+    upper: Number | None = None,
+    *,
+    bounds: Bounds | None = None,
 ) -> torch.Tensor:
     """clamp(x + eps * sign(grad), lower, upper) in one pass over memory.
 
@@ -237,20 +243,27 @@ def fgsm_step(
         grad: gradient of the loss with respect to x: its shape, dtype and device.
         eps: step, in the units of x: a number, or a tensor with one value per channel (C,) or (C, 1, 1), per
             sample (B,) or (B, 1, 1, 1), or per element. A negative step goes down the gradient.
-        lower, upper: bounds of the result, as `eps`; None for none.
+        bounds: (lower, upper) of the result, each like `eps` or None; None for no bounds.
+        lower, upper: the same two, each as an argument of its own.
 
     Returns:
         A new tensor like x, detached. sign(0) and sign(NaN) are 0, as in torch; a NaN in x stays.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, a dtype without
-            kernels.
+        ValueError: shapes, dtypes or devices that do not fit, NaN numbers, lower above upper, bounds given
+            beside lower or upper, a dtype without kernels.
         TypeError: no tensor, or no number.
 
     Source: Goodfellow, Shlens, Szegedy 2015, Explaining and harnessing adversarial examples.
     """
     op = "fgsm_step"
     _check_pair(op, x, grad)
+    if bounds is not None:
+        if lower is not None or upper is not None:
+            raise ValueError(
+                f"{op}: give bounds or lower and upper, not both; bounds=(lower, upper) is enough"
+            )
+        lower, upper = pair_of(op, bounds)
     step = number_of(op, "eps", eps, x)
     low, high = bounds_of(op, lower, upper, x)
     with torch.no_grad():

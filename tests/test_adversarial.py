@@ -270,7 +270,7 @@ def test_what_each_method_costs():
 
 
 def test_backward_through_float16_with_a_scaler():
-    """With scaler.scale the smallest gradients keep their signs, and the scaler's step is the unscaled one."""
+    """With scaler.scale the smallest gradients keep their signs; the scaler's step is the unscaled one."""
     model, (x, y) = net().half(), batch()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     fr.adversarial_backward(model, x.half(), y, 0.1, scale=scaler.scale)
@@ -358,6 +358,74 @@ def test_restarts_with_a_loss_of_ones_own():
         fr.pgd(model, x, y, 0.1, 0.05, 2, restarts=0)
     nan = lambda z, y: F.cross_entropy(z, y, reduction="none") * math.nan  # noqa: E731
     assert fr.pgd(model, x, y, 0.1, 0.05, 2, restarts=2, loss=nan).isfinite().all()
+
+
+# --------------------------------------------------------------------------------------------------
+# what a loss receives and gives
+def accuracy(*args, **options):
+    return torch.tensor(fr.robust_accuracy(args[0], args[1:3], *args[3:], **options))
+
+
+def gradients(model, *args, **options):
+    model.zero_grad()
+    fr.adversarial_backward(model, *args, **options)
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+TAKE_A_LOSS = {
+    "fgsm": fr.fgsm,
+    "pgd": lambda *args, **options: fr.pgd(*args, 0.05, 2, random_start=False, **options),
+    "adversarial_loss": fr.adversarial_loss,
+    "adversarial_backward": gradients,
+    "robust_accuracy": accuracy,
+}
+
+
+@pytest.mark.parametrize("op", TAKE_A_LOSS)
+def test_a_loss_may_give_one_number_or_one_value_per_sample(op):
+    model, (x, y) = net().eval(), batch(12)
+    want = TAKE_A_LOSS[op](model, x, y, 0.1)
+    seen = []
+
+    def loss(output, target):
+        seen.append((output.shape, target.shape))
+        return F.cross_entropy(output, target, reduction="none")
+
+    forms = {
+        "(B,)": loss,
+        "(B, 3)": lambda z, y: loss(z, y)[:, None].expand(-1, 3),
+        "()": lambda z, y: loss(z, y).mean(),
+        "(1,)": lambda z, y: loss(z, y).mean()[None],
+    }
+    for form, each in forms.items():
+        torch.manual_seed(0)
+        got = TAKE_A_LOSS[op](model, x, y, 0.1, loss=each)
+        assert got.shape == want.shape, form
+        if op != "robust_accuracy":  # its attack starts at random
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, msg=form)
+    assert all(output[1:] == (5,) and output[:1] == target for output, target in seen)
+
+
+def test_a_loss_of_several_values_is_summed_by_attacks_and_averaged_by_objectives():
+    model, (x, y) = net().eval(), batch(12)
+    ones = lambda z, y: F.cross_entropy(z, y, reduction="none")  # noqa: E731
+    assert fr.adversarial_loss(model, x, y, 0.1, weight=0, loss=ones) == ones(model(x), y).mean()
+    # 12 samples in one batch are attacked as each of them alone.
+    alone = torch.cat([fr.fgsm(model, x[i : i + 1], y[i : i + 1], 0.1, loss=ones) for i in range(12)])
+    torch.testing.assert_close(fr.fgsm(model, x, y, 0.1, loss=ones), alone)
+
+
+@pytest.mark.parametrize("op", TAKE_A_LOSS)
+def test_a_loss_that_gives_something_else_is_refused(op):
+    model, (x, y) = net().eval(), batch(12)
+    with torch.no_grad():
+        y = model(x).argmax(1)  # right, so that robust_accuracy has something to attack
+    with pytest.raises(
+        ValueError, match=rf"{op}: loss must give one number or one value per sample, \(12, .*60"
+    ):
+        TAKE_A_LOSS[op](model, x, y, 0.1, loss=lambda z, y: z.flatten())
+    with pytest.raises(TypeError, match=f"{op}: loss must give a tensor, got float"):
+        TAKE_A_LOSS[op](model, x, y, 0.1, loss=lambda z, y: F.cross_entropy(z, y).item())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -560,8 +628,6 @@ def test_robust_accuracy_refuses():
     for weight in (0, 1):
         with pytest.raises(ValueError, match=r"weight must be between 0 and 1, got .*; use adversarial_loss"):
             fr.adversarial_backward(model, x, y, 0.1, weight=weight)
-    with pytest.raises(ValueError, match="adversarial_backward: loss must give one number"):
-        fr.adversarial_backward(model, x, y, 0.1, loss=lambda z, y: F.cross_entropy(z, y, reduction="none"))
     with pytest.raises(ValueError, match="adversarial_backward: the loss does not depend on x"):
         fr.adversarial_backward(model, x, y, 0.1, loss=lambda z, y: model[0].weight.sum())
     assert model[4].weight.grad is None
