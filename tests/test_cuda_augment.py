@@ -13,7 +13,6 @@ from cuda_machine import (
     SCHEDULES,
     Seed,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     same,
     seed_at,
@@ -24,7 +23,7 @@ from cuda_machine import (
 import fastreg
 from fastreg.augment import _op
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 CPU = torch.ops.fastreg
 PIXELS = (*DTYPES, torch.uint8)

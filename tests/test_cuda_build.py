@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from cuda_machine import CSRC, built, interpreted, needs_cudacheck, needs_nvcc, sources
+from cuda_machine import CSRC, built, interpreted, needs_nvcc, sources
 
 import fastreg as fr
 from fastreg import _registry, _seeds
@@ -79,7 +79,6 @@ def registers_at_most(kernel):
 
 
 @needs_nvcc
-@needs_cudacheck
 @pytest.mark.parametrize("op", OPS)
 def test_no_float64_arithmetic_where_it_is_not_asked_for(op):
     names = 0

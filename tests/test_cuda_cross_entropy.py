@@ -10,13 +10,12 @@ from cuda_machine import (
     SCHEDULES,
     dtype_number,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     structure,
     traffic,
 )
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 Strides = structure("Strides", "int64 outer, position, cls")
 CrossEntropyArgs = structure(

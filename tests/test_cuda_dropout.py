@@ -9,7 +9,6 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     same,
     seed_at,
@@ -19,7 +18,7 @@ from cuda_machine import (
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 DropoutArgs = structure(
     "DropoutArgs",

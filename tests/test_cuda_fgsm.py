@@ -11,7 +11,6 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     same,
     structure,
@@ -20,7 +19,7 @@ from cuda_machine import (
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 FgsmNumber = structure("FgsmNumber", "double value\npointer values\nint64 inner, count")
 FgsmArgs = structure(

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import cuda_hosted
 import pytest
-from cuda_machine import hosted_library, needs_cudacheck, sanitizers
+from cuda_machine import hosted_library, sanitizers
 
-pytestmark = needs_cudacheck
 OPS = ("dropout", "sgd", "cross_entropy", "fgsm", "augment")
 
 

@@ -11,7 +11,6 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     same,
     seed_at,
@@ -21,7 +20,7 @@ from cuda_machine import (
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 SgdTensor = structure(
     "SgdTensor",
