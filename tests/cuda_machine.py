@@ -31,7 +31,9 @@ from cudacheck import hostrun, ptxrun
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+OPS = sorted(path.parent.name for path in CSRC.glob("*/*_cuda.cu"))  # that have CUDA kernels
 CUDACHECK = Path(__file__).with_name("cudacheck")
+TORCH = Path(torch.__file__).parent
 SCHEDULES = ("min-pc", "serial", "serial-reverse", "random")  # a missing barrier shows in one of them
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CACHE = Path(tempfile.gettempdir()) / f"fastreg-cuda-tests-{os.getuid()}"
@@ -39,40 +41,14 @@ CACHE = Path(tempfile.gettempdir()) / f"fastreg-cuda-tests-{os.getuid()}"
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
 
-# ---- the arguments of the launchers, as in csrc/common/device.h and csrc/<op>/<op>_math.h
+# ---- the arguments of the launchers, as in the headers of csrc
 
 
-class Layout(ctypes.Structure):
-    _fields_ = [
-        ("numel", ctypes.c_int64),
-        ("dims", ctypes.c_int),
-        ("contiguous", ctypes.c_bool),
-        ("size", ctypes.c_int64 * 16),
-        ("stride", ctypes.c_int64 * 16),
-    ]
-
-    @classmethod
-    def of(cls, tensor):
-        return cls(
-            tensor.numel(),
-            tensor.dim(),
-            tensor.is_contiguous() or tensor.numel() == 0,
-            (ctypes.c_int64 * 16)(*tensor.shape),
-            (ctypes.c_int64 * 16)(*tensor.stride()),
-        )
+STRUCTURES = {}  # every structure that the tests declare, by its name in C++
 
 
-class Seed(ctypes.Structure):
-    _fields_ = (("value", ctypes.c_uint64), ("at", ctypes.c_void_p))
-
-
-def seed_at(machine, tensor):
-    """A seed in the memory of the machine."""
-    return Seed(0, machine.put(tensor, "seed").at)
-
-
-def structure(name, fields, **more_types):
-    """A ctypes structure from lines of "type name, name, ..." ."""
+def structure(name, fields, base=ctypes.Structure, **more_types):
+    """A C++ struct of csrc in ctypes, from lines of "type name, name, ..."; it inherits from `base`."""
     types = {
         "double": ctypes.c_double,
         "int64": ctypes.c_int64,
@@ -80,15 +56,37 @@ def structure(name, fields, **more_types):
         "int": ctypes.c_int,
         "bool": ctypes.c_bool,
         "pointer": ctypes.c_void_p,
-        "Layout": Layout,
-        "Seed": Seed,
+        "dims": ctypes.c_int64 * 16,
+        **STRUCTURES,
         **more_types,
     }
     pairs = []
     for line in fields.strip().splitlines():
         kind, names = line.strip().split(" ", 1)
         pairs += [(field.strip(), types[kind]) for field in names.split(",")]
-    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+    assert name not in STRUCTURES, f"{name} is declared twice; import it from where it was declared"
+    STRUCTURES[name] = type(name, (base,), {"_fields_": pairs})
+    return STRUCTURES[name]
+
+
+Layout = structure("Layout", "int64 numel\nint dims\nbool contiguous\ndims size, stride")
+Seed = structure("Seed", "uint64 value\npointer at")
+
+
+def layout_of(tensor):
+    """The Layout of a tensor, no dimensions merged."""
+    return Layout(
+        tensor.numel(),
+        tensor.dim(),
+        tensor.is_contiguous() or tensor.numel() == 0,
+        (ctypes.c_int64 * 16)(*tensor.shape),
+        (ctypes.c_int64 * 16)(*tensor.stride()),
+    )
+
+
+def seed_at(machine, tensor):
+    """A seed in the memory of the machine."""
+    return Seed(0, machine.put(tensor, "seed").at)
 
 
 def same(a, b):
@@ -246,40 +244,42 @@ def traffic(reports, without=()):
 def interpreted(op, debug=False):
     """The kernels and launchers of an op; with their assertions if `debug`."""
     source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'ptx'}.so"
-    return Interpreted(built(name, sources(op), lambda path: compile_ptx(source, path, debug)))
+    inputs = [*sources(op), Path(hostrun.__file__)]
+    return Interpreted(built(name, inputs, lambda path: compile_ptx(source, path, debug)))
 
 
 # ---- the host's compiler
 
 
-def hosted_library(ops):
+SANITIZED = (
+    "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
+    "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)  # fmt: skip
+
+
+def hosted_object(op, kind):
+    """The CUDA kernels (`kind` is _cuda.cu) or the glue (_op.cpp) of an op, compiled for the CPU."""
+    source, header = CSRC / op / f"{op}{kind}", CUDACHECK / "cudahost" / "cudahost.h"
+    includes = ["-isystem", TORCH / "include", "-I", header.parent / "shim"]
+    return built(
+        f"{op}{kind}-torch{torch.__version__}.o",
+        [source, header, *sources(op)],
+        lambda path: subprocess.run(
+            [*SANITIZED, *includes, "-x", "c++", "-c", source, "-o", path], check=True
+        ),
+    )
+
+
+def hosted_library(ops=OPS):
     """The CUDA kernels, launches and glue of `ops`, compiled with sanitizers for the CPU:
     torch.ops.fastreg_cudahost.
     """
-    inputs = [path for op in (*ops, "common") for path in (CSRC / op).glob("*.*")] + [
-        CUDACHECK / "cudahost" / "cudahost.h"
-    ]
-    torch_root = Path(torch.__file__).parent
-    compiler = [
-        "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
-        "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-isystem", torch_root / "include", "-I", CUDACHECK / "cudahost" / "shim",
-    ]  # fmt: skip
-
-    def build(path):
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = [CSRC / op / f"{op}{kind}" for op in ops for kind in ("_cuda.cu", "_op.cpp")]
-            objects = [Path(folder) / f"{source.name}.o" for source in pairs]
-
-            def compile_one(source, target):
-                subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", target], check=True)
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile_one, pairs, objects))
-            libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
-            subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
-
-    return built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
+    parts = [(op, kind) for op in ops for kind in ("_cuda.cu", "_op.cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(hosted_object, *zip(*parts, strict=True)))
+    command = [*SANITIZED, "-shared", *objects, "-L", TORCH / "lib", "-ltorch_cpu"]
+    return built("cudahost.so", objects, lambda path: subprocess.run([*command, "-o", path], check=True))
 
 
 def sanitizers():
