@@ -1,8 +1,8 @@
 """The example, y = factor * x, against torch's own product. The floor is that product too: it moves the same
 bytes.
 
-Here belong the cases that `fastreg bench` times, each with a check of the result before anything is timed, and
-the targets. fastreg bench finds a file by its name, but does not list this one.
+Here belong the cases that `fastreg bench` times, each with a check of the result before anything is timed,
+and the targets. `fastreg bench` finds a file by its name, but does not list this one.
 """
 
 from functools import partial

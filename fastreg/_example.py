@@ -1,9 +1,9 @@
 """The example of an op, the smallest that there is, to be copied (docs/adding_an_op.md): y = factor * x.
 
 Here belongs all of the op that is Python: the formula with its source, the operator's schema, its definition
-in plain torch, its fake, which knows the shape of the result, its derivative, and the public function with its
-checks. The kernels are in csrc/example. This module is not part of an installed fastreg, and fastreg does not
-import it.
+in plain torch, its fake, which knows the shape of the result, its derivative, and the public function with
+its checks. The kernels are in csrc/example. This module is not part of an installed fastreg, and fastreg does
+not import it.
 """
 
 from __future__ import annotations

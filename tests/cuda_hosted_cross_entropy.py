@@ -1,5 +1,5 @@
-"""The operators of cross-entropy, for tests/cuda_hosted.py: the sums of a row are taken in another order than on
-the CPU."""
+"""The operators of cross-entropy, for tests/cuda_hosted.py: the sums of a row are taken in another order
+than on the CPU."""
 
 import itertools
 

@@ -17,7 +17,7 @@ from cuda_machine import (
 
 pytestmark = needs_nvcc
 
-Strides = structure("Strides", "int64 outer, position, cls")
+Strides = structure("CrossEntropyArgs::Strides", "int64 outer, position, cls")
 CrossEntropyArgs = structure(
     "CrossEntropyArgs",
     """int dtype, target_dtype

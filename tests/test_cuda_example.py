@@ -1,9 +1,10 @@
 """The CUDA kernels of the example, executed without a GPU, against the CPU operator: the same bits.
 
-Here belong: the launcher's arguments as a structure; `run`, which calls the launcher on the interpreter; every
-dtype and size in four schedules; unaligned and strided tensors; the bytes that are moved, held against the
-floor; indices beyond 2^31; and what the other tests take from here by name: `for_the_table` (the table in
-docs/cuda.md) and MUTATIONS (kernels that are broken on purpose).
+Here belong the launcher's arguments as a structure, `run`, which calls the launcher on the interpreter, and
+the tests: every dtype and size in four schedules, unaligned and strided tensors, the bytes that are moved,
+held against the floor, and indices beyond 2^31. Two names are taken from here by other tests, where they are
+there: `for_the_table`, the op's rows of the table in docs/cuda.md, and MUTATIONS, mistakes that must be
+noticed.
 """
 
 import numpy as np

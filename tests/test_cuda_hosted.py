@@ -1,5 +1,6 @@
-"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; the case of an
-op is in cuda_hosted_<op>.py."""
+"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; the case of
+an op is in cuda_hosted_<op>.py.
+"""
 
 import os
 import subprocess

@@ -107,12 +107,7 @@ def test_a_device_without_a_kernel_runs_the_plain_definition():
         (torch.ones(3), math.nan, ValueError, "example: factor must be finite, got nan"),
         (torch.ones(3), "2", TypeError, "example: factor must be a number, got str"),
         ([1.0], 2.0, TypeError, "example: input must be a torch.Tensor, got list"),
-        (
-            torch.ones(3, dtype=torch.int64),
-            2.0,
-            ValueError,
-            "example: input must be float32, .* got Long; convert",
-        ),
+        (torch.ones(3).int(), 2.0, ValueError, "example: input must be float32, .* got Int; convert"),
     ],
     ids=["NaN", "no number", "no tensor", "dtype"],
 )
