@@ -85,7 +85,7 @@ def test_bytes_moved(dtype):
 
 
 def test_more_than_2_31_elements():
-    n, written = 2**31 + 4 * 256 + 3, []
+    n, written = 2**31 + 4 * 256 * 5 + 3, []  # its last whole words are not the first block's
 
     def arguments(machine):
         x = machine.device.virtual(4 * n, "x", lambda offsets, width: (offsets // 4 % 251).astype(np.float32))
