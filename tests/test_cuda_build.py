@@ -73,7 +73,7 @@ def test_registers_and_spills(op):
 def registers_at_most(kernel):
     """64, for four blocks of 256 threads on a multiprocessor; 80, for three, where more than a pixel is kept;
     160, for one, where a pixel is the sum of many, where its gradient is taken, and for float64."""
-    if "Grid" in kernel or "backward" in kernel or "ImageId" in kernel:
+    if "Shrunken" in kernel or "backward" in kernel or "ImageId" in kernel:
         return 160
     return 80 if "grey_sums" in kernel or "augment_tiles" in kernel else 64
 
@@ -85,7 +85,7 @@ def test_no_float64_arithmetic_where_it_is_not_asked_for(op):
     names = 0
     for module in interpreted(op).modules:
         for name, function in module.functions.items():
-            if re.search(r"I(\w*E)?d[dLbE]|Id[,E]|GridId|ImageId", name) or any(
+            if re.search(r"I(\w*E)?d[dLbE]|Id[,E]|ShrunkenId|ImageId", name) or any(
                 rows in name for rows in ROWS
             ):
                 continue

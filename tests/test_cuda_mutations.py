@@ -82,11 +82,14 @@ MUTATIONS = {
 def test_a_broken_kernel_is_caught(name, tmp_path, monkeypatch):
     op, old, new, check, message = MUTATIONS[name]
     shutil.copytree(CSRC, tmp_path / "csrc")
-    source = tmp_path / "csrc" / op / f"{op}_cuda.cu"
-    text = source.read_text()
-    assert text.count(old) == 1, f"{source.name} no longer says {old!r} once: choose another place to break"
-    source.write_text(text.replace(old, new))
-    compile_ptx(source, tmp_path / "mutant.so")
+    folder = tmp_path / "csrc" / op
+    texts = {path: path.read_text() for path in folder.glob("*_cuda.*")}
+    assert sum(text.count(old) for text in texts.values()) == 1, (
+        f"the CUDA sources of {op} no longer say {old!r} once: choose another place to break"
+    )
+    for path, text in texts.items():
+        path.write_text(text.replace(old, new))
+    compile_ptx(folder / f"{op}_cuda.cu", tmp_path / "mutant.so")
     mutant = Interpreted(tmp_path / "mutant.so")
     monkeypatch.setattr(f"test_cuda_{op}.interpreted", lambda _: mutant)
     with pytest.raises(AssertionError) as caught:
