@@ -1,10 +1,11 @@
 // The gradient of augmentation on CUDA, with respect to the images: kernels and launch, the stages in
 // reverse. Part of augment_cuda.cu.
 //
-// Launches: the incoming gradient; with blur one along each axis; with contrast or saturation the sums of
-// grey and one back through both; one back through brightness and the resampling; and for 16-bit images one
-// that rounds. Bytes per value: 8 for each of these that reads and writes the float32 gradient of the output;
-// the images' for each that makes their pixels again; and 4 for each atomic addition to the result.
+// Launches, with their bytes per value of float32: the incoming gradient (8); with blur one along each axis
+// (8); with contrast or saturation the sums of grey (4, of the images) and one back through both (8, and 4 of
+// the images); one back through brightness and the resampling (4, with colour steps 4 of the images, and an
+// atomic addition for each tap, most of which meet in the cache); for 16-bit images one that rounds the sums
+// (6).
 #pragma once
 #include "augment_launch_cuda.h"
 
