@@ -40,7 +40,7 @@ def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = _name_of(schema)
     _declared[name] = plain
-    _library.impl(name, _no_kernel(name), "CompositeExplicitAutograd")
+    _library.impl(name, _no_kernel(name, plain), "CompositeExplicitAutograd")
 
 
 def declared() -> tuple[str, ...]:

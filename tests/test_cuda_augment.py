@@ -483,7 +483,7 @@ TABLE_DTYPES = (torch.float32, torch.uint8)  # of the images in tests/cuda_table
 FLOAT64_ROWS = ("draw_rows", "matrix_rows", "gaussian_rows", "shrink_rows")
 # 80 registers, for three blocks on a multiprocessor, where more than a pixel is kept; 160, for one, where a
 # pixel is the sum of many, where its gradient is taken, and for float64.
-REGISTERS = {"Grid": 160, "backward": 160, "ImageId": 160, "grey_sums": 80, "augment_tiles": 80}
+REGISTERS = {"Shrunken": 160, "backward": 160, "ImageId": 160, "grey_sums": 80, "augment_tiles": 80}
 
 # What tests/test_cuda_mutations.py breaks: the text of the kernel, what stands there instead, which test must
 # fail, and what it must say.
