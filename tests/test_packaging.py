@@ -13,8 +13,10 @@ import zipfile
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
+import fastreg as fr
+
 OTHER_TORCH = "2.14.1" if torch.__version__.startswith("2.13.") else "2.13.0"
 
 # Every op once, forward and backward, against numbers that do not depend on the build.
@@ -256,11 +258,24 @@ def test_an_unknown_cpu_capability_is_refused():
     assert "FASTREG_CPU_CAPABILITY" in line and "sse2" in line and "avx9000" in line
 
 
+def runs_on_a_gpu():
+    """Whether a kernel of fastreg's does run on a GPU of this machine."""
+    if not torch.cuda.is_available():
+        return False
+    x = torch.ones(2, device="cuda")
+    try:
+        return fr.fgsm_step(x, x, 0.5).tolist() == [1.5, 1.5]
+    except RuntimeError:
+        return False
+
+
 def test_doctor_says_what_is_there():
     printed = run(sys.executable, "-m", "fastreg", "doctor", cwd=ROOT)
     info = json.loads(run(sys.executable, "-m", "fastreg", "doctor", "--json", cwd=ROOT))
     assert torch.__version__ in printed and info["cpu"]["in_use"] in info["cpu"]["instruction_sets"]
-    assert info["cuda"]["usable"] is False and info["cuda"]["why_not"] in printed
+    cuda = info["cuda"]
+    assert cuda["usable"] is runs_on_a_gpu()
+    assert cuda["why_not"] is None if cuda["usable"] else cuda["why_not"] in printed
     forced = info["cpu"]["instruction_sets"][0]
     again = json.loads(
         run(
