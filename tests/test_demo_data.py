@@ -82,7 +82,7 @@ def test_pixels_end_in_the_unit_range(x, low, high):
     )
 
 
-# Grey images, with and without a channel, colour, a square of pixels in a row, and features that are no square.
+# Grey images with and without a channel, colour, a square of pixels in a row, and features in no square.
 @pytest.mark.parametrize(
     ("shape", "picture"),
     [((8, 6), (8, 6)), ((8, 6, 1), (8, 6)), ((8, 6, 3), (8, 6, 3)), ((49,), (7, 7)), ((10,), (1, 10))],
