@@ -32,7 +32,9 @@ def define(schema, plain=None):
     device without a kernel.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _declared[schema.split("(")[0]] = plain
+    name = schema.split("(")[0]
+    _declared[name] = plain
+    _library.impl(name, _no_kernel(name, plain), "CompositeExplicitAutograd")
 
 
 def declared():
@@ -67,8 +69,6 @@ def load_kernels():
             f"fastreg's compiled kernels cannot be loaded ({error}); install fastreg with `pip install .` "
             "for this Python, or run `make test` in a checkout"
         ) from error
-    for name, plain in _declared.items():
-        _library.impl(name, _no_kernel(name, plain), "CompositeExplicitAutograd")
     return _C
 
 

@@ -9,6 +9,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 SLOW = (
     "test_packaging",
+    "test_new_op",
     "test_cuda_hosted",
     "test_cuda_mutations",
 )  # few tests, of which each builds something

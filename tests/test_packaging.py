@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
         for name in names
         if name.startswith((".venv", "build/", "bench/", "report")) or name.endswith(".so")
     ]
+
+
+@pytest.mark.slow
+def test_the_example_of_an_op_is_not_in_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert "fastreg/benchmarks/bench_dropout.py" in names
+        assert not [name for name in names if "example" in name]
+        (module,) = (name for name in names if name.startswith("fastreg/_C."))
+        assert b"fgsm_step" in archive.read(module) and b"example" not in archive.read(module)
 
 
 @pytest.mark.slow
