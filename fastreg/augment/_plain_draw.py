@@ -138,8 +138,12 @@ def augment_draw(
     translate, shear = (
         torch.stack([columns[f"{name}_x"], columns[f"{name}_y"]], 1) for name in ("translate", "shear")
     )
-    scalars = (columns[name] for name in ("hflip", "vflip", "stretch", "scale", "angle"))
-    matrices = augment_matrices(table, *scalars, translate, shear, crops, *sizes)
+    hflip, vflip, stretch, scale, angle = (columns[name] for name in COLUMNS[:5])
+    in_height, in_width, out_height, out_width = sizes
+    matrices = augment_matrices(
+        table, hflip, vflip, stretch, scale, angle, translate, shear, crops, in_height, in_width, out_height,
+        out_width,
+    )  # fmt: skip
     colour = torch.stack([columns[name] for name in STEPS], 1)
     blur = augment_gaussian(columns["sigma"], columns["sigma"], blur_width, blur_height)
     return table, matrices, colour, blur, erased.to(torch.int64)

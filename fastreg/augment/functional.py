@@ -409,8 +409,9 @@ def erase(
         if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() == 1):
             v = torch.as_tensor(v).to(inpt.device, inpt.dtype).view(-1, 1, 1)
         box: Any = (..., slice(i, i + h), slice(j, j + w))
+        pixels: Any = v
         output = inpt if inplace else inpt.clone()
-        output[box] = v
+        output[box] = pixels
         return output
     sides = [numbers(op, name, n, inpt) for name, n in (("i", i), ("j", j), ("h", h), ("w", w))]
     return _augment(op, inpt, boxes=torch.stack(sides, 1).long(), erase_value=v)
