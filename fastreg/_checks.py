@@ -1,23 +1,52 @@
-"""Checks of arguments, with the errors that every op gives: op, what was expected, what came."""
+"""Checks of arguments, with the errors that every op raises: "op: what must be, got what; remedy"."""
+
+from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Collection
+from typing import Any
 
 import torch
 
-
-def check_number(op, name, value, low=-math.inf, high=math.inf):
-    """Raise unless `value` is a real number in [low, high]; NaN is in no interval."""
-    if not isinstance(value, (int, float, numbers.Real)) or isinstance(
-        value, bool
-    ):  # NumPy's scalars are Real
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
-        interval = "finite" if (low, high) == (-math.inf, math.inf) else f"in [{low:g}, {high:g}]"
-        raise ValueError(f"{op}: {name} must be {interval}, got {value}")
+# The element types that the kernels compute with; all others are refused, or left to torch.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
-def check_count(op, name, value):
+def check_number(
+    op: str,
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    finite: bool = False,
+    allow_bool: bool = False,
+) -> None:
+    """Raise unless `value` is a real number in [low, high], and not infinite where `finite` is set.
+
+    NaN is in no interval. NumPy's scalars are numbers; True and False only where `allow_bool` is set.
+    """
+    is_bool = isinstance(value, bool) and not allow_bool
+    if is_bool or not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
+    if low <= value <= high and not (finite and math.isinf(value)):
+        return
+    if low == -math.inf and high == math.inf:
+        expected = "finite"
+    elif finite and high == math.inf:
+        expected = f"finite and at least {low:g}"
+    else:
+        expected = f"in [{low:g}, {high:g}]"
+    raise ValueError(f"{op}: {name} must be {expected}, got {value}")
+
+
+def _kind(value: Any) -> str:
+    """The type of a value, and the value itself where it is a string: '0.1' explains the mistake."""
+    return f"{type(value).__name__} {value!r}" if isinstance(value, str) else type(value).__name__
+
+
+def check_count(op: str, name: str, value: Any) -> None:
     """Raise unless `value` is an integer of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
@@ -25,13 +54,31 @@ def check_count(op, name, value):
         raise ValueError(f"{op}: {name} must be at least 1, got {value}")
 
 
-def check_choice(op, name, value, choices):
+def check_choice(op: str, name: str, value: Any, choices: Collection[Any]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_tensor(op, name, value):
+def check_tensor(op: str, name: str, value: Any) -> None:
     """Raise unless `value` is a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_dtype(op: str, name: str, value: torch.Tensor) -> None:
+    """Raise unless `value` has one of `DTYPES`; the compiled kernels raise the same error."""
+    if value.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
+            "convert it with .float()"
+        )
+
+
+def check_no_overlap(op: str, name: str, value: torch.Tensor) -> None:
+    """Raise if elements of `value`, which is to be written to, share memory."""
+    if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        raise ValueError(
+            f"{op}: the elements of {name} must not share memory, got strides {value.stride()}; "
+            "call it on a .clone()"
+        )

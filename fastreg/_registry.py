@@ -1,13 +1,18 @@
-"""The operator library `torch.ops.fastreg`: loads the compiled kernels and declares operators.
+"""The operator library `torch.ops.fastreg`: declares operators and loads their compiled kernels.
 
-One place for everything that can be missing (torch, the compiled module, a kernel for a device), so that each
-is said in one sentence with its remedy.
+Whatever may be missing (torch, the compiled module, a kernel for a device) is found out here, and is reported
+in one sentence with its remedy.
 """
+
+from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 try:
     import torch
@@ -22,43 +27,53 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
     )
 
 _library = torch.library.Library("fastreg", "DEF")
-_declared = {}
+_declared: dict[
+    str, Callable[..., Any] | None
+] = {}  # name of an operator with kernels -> its plain definition
 
 
-def define(schema, plain=None):
-    """Declare an operator, `name(arguments) -> results`, before its kernels are loaded; returns nothing.
+def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
+    """Declare an operator, `name(arguments) -> results`, whose kernels `load_kernels` loads later.
 
-    `plain` is its definition in plain torch, with the operator's arguments and results: what it does on a
-    device without a kernel.
+    `plain` is its definition in plain torch, a function of the operator's arguments that returns its results.
+    It is what the operator does on a device without a kernel.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _declared[schema.split("(")[0]] = plain
+    _declared[_name_of(schema)] = plain
 
 
-def declared():
+def declared() -> tuple[str, ...]:
     """The names of the operators that have compiled kernels."""
     return tuple(_declared)
 
 
-def define_kernel(schema, function):
-    """Declare an operator whose kernel, on every device, is a Python function; autograd and torch.compile do
-    not look into it.
+def plain_definition(name: str) -> Callable[..., Any] | None:
+    """The definition in plain torch of a declared operator; None where it has none."""
+    return _declared[name]
+
+
+def define_kernel(schema: str, function: Callable[..., Any]) -> None:
+    """Declare an operator whose kernel is one Python function on every device.
+
+    Autograd and torch.compile do not look into it.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
+    _library.impl(_name_of(schema), function, "CompositeExplicitAutograd")
 
 
-def define_composite(schema, function):
-    """Declare an operator that is a Python function of other operators, and gives torch.compile one node to
-    look at.
+def define_composite(schema: str, function: Callable[..., Any]) -> None:
+    """Declare an operator that is a Python function of other operators.
+
+    Autograd looks into it. torch.compile sees one node at first, and AOTAutograd then looks into that.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(schema.split("(")[0], function, "CompositeImplicitAutograd")
+    _library.impl(_name_of(schema), function, "CompositeImplicitAutograd")
 
 
-def load_kernels():
-    """Import the extension modules, which register a CPU and, where built, a CUDA kernel for each declared
-    operator.
+def load_kernels() -> ModuleType:
+    """Import the compiled modules and return the one for the CPU.
+
+    Importing it registers a kernel for each declared operator. Devices without a kernel get a fallback here.
     """
     try:
         from fastreg import _C
@@ -72,8 +87,12 @@ def load_kernels():
     return _C
 
 
-def _load_cuda():
-    """(the module of the CUDA kernels for this torch or None, why not)."""
+def _name_of(schema: str) -> str:
+    return schema.split("(")[0]
+
+
+def _load_cuda() -> tuple[ModuleType | None, str | None]:
+    """(the module of the CUDA kernels for this torch, None), or (None, why there is none)."""
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
     name = f"fastreg._C_cuda{torch.version.cuda.split('.')[0]}"
@@ -86,13 +105,16 @@ def _load_cuda():
     try:
         return importlib.import_module(name), None
     except ImportError as error:
-        reason = f"fastreg's CUDA kernels, {name}, cannot be loaded ({error}); rebuild them with this torch: {rebuild}"
+        reason = (
+            f"fastreg's CUDA kernels, {name}, cannot be loaded ({error}); "
+            f"rebuild them with this torch: {rebuild}"
+        )
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return None, reason
 
 
-def _load_autograd():
-    """(the C++ fast path of autograd for this torch or None, why not)."""
+def _load_autograd() -> tuple[ModuleType | None, str | None]:
+    """(the C++ fast path of autograd for this torch, None), or (None, why there is none)."""
     wanted = os.environ.get("FASTREG_AUTOGRAD", "")
     if wanted not in ("", "python", "cpp"):
         raise ImportError(
@@ -120,16 +142,18 @@ def _load_autograd():
     return None, reason
 
 
-# With these functions an op tries the usual case first; they give None for every other, and never to
-# torch.compile.
+# The functions of this module do the usual case of an op quickly. They return None for every other case, and
+# must not be called while torch.compile traces.
 fast, why_not_fast = _load_autograd()
 
 # The CUDA kernels.
 cuda, why_no_cuda = _load_cuda()
 
 
-def _no_kernel(name, plain=None):
-    def kernel(*args, **kwargs):
+def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """What an operator does where no kernel is registered: its plain definition, or an error."""
+
+    def fallback(*args: Any, **kwargs: Any) -> Any:
         tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)]
         for tensor in tensors:
             if tensor.layout != torch.strided or tensor.is_quantized:
@@ -137,18 +161,20 @@ def _no_kernel(name, plain=None):
                     f"{name}: expected dense tensors, got {tensor.layout} of {tensor.dtype}; "
                     f"convert it with .{'dequantize' if tensor.is_quantized else 'to_dense'}()"
                 )
-        device = min({t.device.type for t in tensors} - {"cpu"}, default="cuda")
+        # A tensor on the CPU may stand beside those of the device: a seed, or one number.
+        devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
+        device = min((device.type for device in devices), default="cuda")
         if device == "cuda" and cuda is None:
             raise RuntimeError(
                 f"{name}: expected tensors on the CPU, got a tensor on 'cuda'; {why_no_cuda}, or move it "
-                f"with .cpu()"
+                "with .cpu()"
             )
-        if plain is not None and len({t.device for t in tensors if t.device.type != "cpu"}) == 1:
-            return plain(*args, **kwargs)
+        if plain is not None and device != "cuda" and len(devices) == 1:
+            with torch.no_grad():  # as of every kernel, derivatives are not its business
+                return plain(*args, **kwargs)
         raise RuntimeError(
             f"{name}: expected tensors on one device, the CPU{' or a GPU' if cuda else ''}, got a tensor on "
-            f"{device!r}; "
-            "move it with .cpu()"
+            f"{device!r}; move it with .cpu()"
         )
 
-    return kernel
+    return fallback

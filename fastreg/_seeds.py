@@ -1,24 +1,53 @@
-"""Randomness: one int64 seed is drawn per call, and every random number is a function of it and of an index."""
+"""Randomness: one int64 seed is drawn per call, and every random number is a function of that seed and of an
+index.
+
+The function is Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, Parallel random numbers: as easy as 1, 2, 3).
+The kernels compute it in csrc/common/philox.h. Here it stands in plain torch, for devices without kernels and
+for tests: valid for every counter and key, equal to the kernels in every bit (tests/test_seeds.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from enum import IntEnum
 
 import torch
 from torch.compiler import is_compiling
 
 
-def draw_seed(device, generator=None):
-    """One int64 seed from `generator` or the device's default generator, shape (1,), on `device` or on the
-    CPU.
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One int64 seed from `generator` or the default generator of the device, shape (1,), on `device` or on
+    the CPU.
 
-    A GPU's generator counts on the host: where nothing records the work for later (a CUDA graph,
-    torch.compile), the seed is made of its seed and its count, without a launch.
+    A CUDA generator counts on the host. Where nothing records the work for later (a CUDA graph or
+    torch.compile), the seed is made of its seed and its count, without a launch. A device that has no
+    generator of its own draws from the CPU's.
     """
     if device.type == "cuda" and not is_compiling():
         seed = _count_seed(device, generator)
         if seed is not None:
             return seed
-    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
+    if device.type in ("cpu", "cuda", "meta"):
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
+    if not is_compiling() and not _has_generator(device.type):
+        return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+    # Not every device draws integers from a range of more than 32 bits.
+    halves = torch.randint(0, 2**32, (2,), device=device, generator=generator)
+    return (halves[:1] << 32) | halves[1:]
 
 
-def _count_seed(device, generator):
+@functools.cache
+def _has_generator(device_type: str) -> bool:
+    try:
+        torch.Generator(device=device_type)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _count_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor | None:
+    """The seed that a CUDA generator's seed and count give, on the CPU; None where it has to be drawn."""
     if not torch.cuda.is_initialized():  # a fake GPU
         return None
     index = torch.cuda.current_device()
@@ -26,16 +55,15 @@ def _count_seed(device, generator):
         return None
     if generator is None:
         generator = torch.cuda.default_generators[index]
-    if generator.device != torch.device("cuda", index):  # torch says what is wrong
+    if generator.device != torch.device("cuda", index):  # torch.randint says what is wrong
         return None
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # a multiple of 4, as torch's kernels leave it
     return torch.tensor([mix_seed(generator.initial_seed(), offset)])
 
 
-def mix_seed(seed, offset):
-    """The int64 that a generator's seed and its offset stand for: splitmix64's `offset`-th number from
-    `seed`.
+def mix_seed(seed: int, offset: int) -> int:
+    """The int64 that a generator's seed and offset stand for: splitmix64's `offset`-th number from `seed`.
 
     Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
     """
@@ -46,7 +74,108 @@ def mix_seed(seed, offset):
     return z - 2**64 if z >= 2**63 else z
 
 
-def forked_generators():
+def forked_generators() -> contextlib.AbstractContextManager[None]:
     """A context at whose end torch's generators, the CPU's and those of GPUs in use, are as they were."""
-    # Only where CUDA is up: to read a device's state would start it.
+    # To read the state of a GPU's generator would initialize CUDA.
     return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())
+
+
+# --- Philox in plain torch. A 32-bit number is an int64 tensor with values in [0, 2^32).
+
+
+class Purpose(IntEnum):
+    """What random numbers are drawn for. Two uses of one seed have different numbers, so that they never see
+    the same bits; the values are those of `Purpose` in csrc/common/philox.h.
+    """
+
+    DROPOUT = 0
+    STOCHASTIC_ROUNDING = 1
+    AUGMENT = 2
+
+
+_LOW_16, _LOW_32 = 0xFFFF, 0xFFFFFFFF
+
+
+def _multiply(constant: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(upper, lower) 32 bits of the 64-bit product of two 32-bit numbers.
+
+    `x` is multiplied in two halves of 16 bits, because the whole product does not fit into an int64.
+    """
+    lower = constant * (x & _LOW_16)
+    upper = constant * (x >> 16) + (lower >> 16)
+    return upper >> 16, ((upper & _LOW_16) << 16) | (lower & _LOW_16)
+
+
+def philox4x32(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    key: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox4x32-10: the four words that a counter of four words and a key of two words give.
+
+    All are int64 tensors with values in [0, 2^32); their shapes broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        upper0, lower0 = _multiply(0xD2511F53, c0)
+        upper1, lower1 = _multiply(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = upper1 ^ c1 ^ k0, lower1, upper0 ^ c3 ^ k1, lower0
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW_32, (k1 + 0xBB67AE85) & _LOW_32
+    return c0, c1, c2, c3
+
+
+def random_words(
+    seed: torch.Tensor,
+    first: int,
+    count: int,
+    device: torch.device,
+    *,
+    draw: int = 0,
+    purpose: Purpose = Purpose.DROPOUT,
+) -> torch.Tensor:
+    """Words [first, first + count) of a seed: int64 of shape (count,) on `device`, values in [0, 2^32).
+
+    Word i is word i % 4 of group i // 4. A group is what Philox makes of the counter (lower and upper 32 bits
+    of the group's index, draw, purpose) and the key (lower and upper 32 bits of the seed).
+
+    Args:
+        seed: int64 tensor of one element, on any device; its value is not read on the host.
+        first: index of the first word, at least 0; below 2^65, so that the group's index fits an int64.
+        count: number of words.
+        draw: number of the draw, where an index needs more than one.
+        purpose: what the words are for.
+    """
+    seed = seed.reshape(()).to(device)
+    first_group, last_group = first // 4, (first + count + 3) // 4
+    group = torch.arange(last_group - first_group, device=device) + first_group
+    words = philox4x32(
+        (
+            group & _LOW_32,
+            (group >> 32) & _LOW_32,
+            torch.full_like(group, draw),
+            torch.full_like(group, int(purpose)),
+        ),
+        (seed & _LOW_32, (seed >> 32) & _LOW_32),
+    )
+    start = first - 4 * first_group
+    return torch.stack(words, 1).view(-1)[start : start + count]
+
+
+def random_halves(
+    seed: torch.Tensor,
+    first: int,
+    count: int,
+    device: torch.device,
+    *,
+    draw: int = 0,
+    purpose: Purpose = Purpose.DROPOUT,
+) -> torch.Tensor:
+    """Halves of words [first, first + count): int64 of shape (count,) on `device`, values in [0, 2^16).
+
+    Half i is the lower half of word i // 2 where i is even, and the upper half where i is odd.
+    Arguments as in `random_words`.
+    """
+    first_word, last_word = first // 2, (first + count + 1) // 2
+    words = random_words(seed, first_word, last_word - first_word, device, draw=draw, purpose=purpose)
+    start = first - 2 * first_word
+    return torch.stack((words & _LOW_16, words >> 16), 1).view(-1)[start : start + count]
