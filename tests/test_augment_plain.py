@@ -118,7 +118,7 @@ def test_words_are_those_of_the_compiled_philox():
     groups, draws = (5, 2**40 + 3, 2**64 - 1), (0, 2, 2**32 - 1)
     for seed in (0, 2**63 - 1, -123456789012345):
         signed = torch.tensor([group - 2**64 if group >= 2**63 else group for group in groups])
-        words = _plain_draw.random_words(torch.tensor(seed), signed[:, None], torch.tensor(draws))
+        words = _plain_draw.sample_words(torch.tensor(seed), signed[:, None], torch.tensor(draws))
         key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
         for (i, group), (k, draw) in itertools.product(enumerate(groups), enumerate(draws)):
             counter = (group & 0xFFFFFFFF, group >> 32, draw, 2)
@@ -362,7 +362,7 @@ def scratch_operators():
 
 def test_the_fallback_is_the_definition(scratch_operators):
     for name, plain in OPERATORS.items():
-        assert fr._registry._declared[name] is plain
+        assert fr._registry.plain_definition(name) is plain
     x = pictures(3, 3, 12, 13)
     aug = everything(size=(8, 9), hue=None)
     got = {}

@@ -66,11 +66,9 @@ def numbers(
     batch, dtype = images.shape[:-3].numel(), _op.number_dtype(images.device)
     if not isinstance(value, Tensor):
         check_number(op, name, value, low, high)
-        if abs(value) == math.inf or (above is not None and not value > above):
-            raise ValueError(
-                f"{op}: {name} must be finite{'' if above is None else f' and greater than {above}'}, got "
-                f"{value}"
-            )
+        check_number(op, name, value, finite=True)
+        if above is not None and not value > above:
+            raise ValueError(f"{op}: {name} must be finite and greater than {above}, got {value}")
         return torch.full((batch,), float(value), dtype=dtype, device=images.device)
     if value.is_complex():
         raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
