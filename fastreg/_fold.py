@@ -91,7 +91,7 @@ def fold_dropout(model: torch.nn.Module) -> torch.nn.Module:
                 scales[layer] = scales.get(layer, 1.0) * (1 - modules[node.target].p)
     with torch.no_grad():
         for layer, factor in scales.items():
-            layer.weight.mul_(factor)
+            layer.get_parameter("weight").mul_(factor)
 
     for name, module in modules.items():
         if module in textbook:
@@ -160,11 +160,16 @@ class _Uses:
                 f"fold_dropout: the weight of {name!r} is computed (a parametrization); make it a plain "
                 "parameter first, with torch.nn.utils.parametrize.remove_parametrizations"
             )
-        if self.calls[layer] > 1 or len(self.owners[layer.weight]) > 1:
+        if self.calls[layer] > 1 or len(self.owners[layer.get_parameter("weight")]) > 1:
             raise ValueError(
                 f"fold_dropout: the weight of {name!r} is used in several places and cannot be scaled for "
                 "one; give the dropout a layer of its own"
             )
+
+
+def _module_of(node: torch.fx.Node, modules: dict[str, torch.nn.Module]) -> torch.nn.Module | None:
+    """The module that a node of the graph calls, if it calls one."""
+    return modules[str(node.target)] if node.op == "call_module" else None
 
 
 def _readers_of(dropout_node: torch.fx.Node, modules: dict[str, torch.nn.Module]) -> list[torch.nn.Module]:
@@ -172,13 +177,14 @@ def _readers_of(dropout_node: torch.fx.Node, modules: dict[str, torch.nn.Module]
     Embedding before it where its input comes straight from one.
     """
     before = dropout_node.all_input_nodes[0]
-    layer = modules[before.target] if before.op == "call_module" else None
+    layer = _module_of(before, modules)
     if isinstance(layer, torch.nn.Embedding) and layer.max_norm is None and len(before.users) == 1:
         return [layer]
-    found, open_nodes = [], list(dropout_node.users)
+    found: list[torch.nn.Module] = []
+    open_nodes = list(dropout_node.users)
     while open_nodes:
         node = open_nodes.pop()
-        module = modules[node.target] if node.op == "call_module" else None
+        module = _module_of(node, modules)
         if isinstance(module, _WEIGHTED):
             found.append(module)
         elif (
