@@ -236,9 +236,9 @@ def test_in_inference_mode(corruption):
     encoder = nn.Linear(6, 3)
     with torch.inference_mode():
         _, history = fr.pretrain_autoencoder(
-            encoder, torch.randn(20, 6), epochs=3, corruption=corruption, generator=seeded(0)
+            encoder, torch.randn(20, 6), epochs=40, corruption=corruption, generator=seeded(0)
         )
-    assert history[2] < history[0]
+    assert history[-1] < history[0]
 
 
 def test_generators_in_the_same_state_give_the_same_encoder():
