@@ -1,13 +1,14 @@
-"""Ratios, not times: the sides of a case are timed in turn in one run, because the machine's speed drifts.
+"""How a case is measured. Ratios count, not times: all sides of a case are timed in turn in one run, because
+the machine's speed drifts.
 
-A case first shows that ours is right. Then each round times every side once, in an order that rotates, and
-gives one ratio theirs / ours; reported are the median of these ratios and their quartiles. `floor` is a plain
-torch operation that moves the bytes that cannot be avoided: how far from it an op is says how much is left to
-gain.
+A case first shows that fastreg's result is right. Then each round times every side once, in an order that
+rotates, and gives one ratio theirs / ours. The table reports the median of these ratios and their quartiles.
+`floor` is a plain torch operation that moves the bytes that cannot be avoided: the distance of an op from its
+floor is what is left to gain.
 
 Memory is what torch's allocator hands out while one call runs: the most that was held at one time, less what
-the call leaves behind (its result, the gradients); what a kernel or a matrix library takes from the system by
-itself is not seen. Kept for backward is what autograd saves, without the inputs, which live anyway.
+the call leaves behind (its result, the gradients). Memory that a kernel or a matrix library takes from the
+system by itself is not seen. Kept for backward is what autograd saves, without the inputs, which live anyway.
 """
 
 import contextlib
@@ -196,7 +197,7 @@ def peak_bytes(function, device):
 
 @contextlib.contextmanager
 def _silent():
-    """Without what the profiler's C++ writes to the terminal: that there is no GPU, that it starts and stops."""
+    """Keep off the terminal what the profiler's C++ writes there: that it finds no GPU, starts and stops."""
     try:
         saved = os.dup(2)
     except OSError:
@@ -295,7 +296,7 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
 
 
 def verdicts(row):
-    """Which targets of a row are met: True, False, or None where there is no target or it was not measured."""
+    """Which targets of a row are met: True, False, or None where there is no target or no measurement."""
     reached = {
         "eager": (row["against_eager"], True),
         "compile": (row["against_compile"], True),
@@ -323,6 +324,6 @@ def run_alone(op):
     """
     import sys
 
-    from fastreg.cli import bench
+    from fastreg.benchmarks import command
 
-    raise SystemExit(bench.main(["--ops", op, *sys.argv[1:]]))
+    raise SystemExit(command.main(["--ops", op, *sys.argv[1:]]))

@@ -10,10 +10,10 @@ import dataclasses
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 try:
     import torchvision.transforms.v2 as transforms

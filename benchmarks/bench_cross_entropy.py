@@ -8,10 +8,10 @@ import math
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 SMOOTHING = 0.1
 BOTH, FORWARD = "smoothed cross-entropy forward + backward", "smoothed cross-entropy forward"

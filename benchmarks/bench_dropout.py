@@ -8,10 +8,10 @@ At 2^4 elements it is the call that is timed.
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 LARGE = Targets(eager=12, compile=5, floor=1.8)
 TARGETS = {4: Targets(eager=1.05), 14: Targets(eager=4, compile=2, floor=2), 20: LARGE, 24: LARGE}

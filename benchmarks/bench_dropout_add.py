@@ -9,10 +9,10 @@ out. At 2^4 elements it is the call that is timed.
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 P = 0.1
 LARGE = Targets(eager=4, compile=4, floor=1.8)

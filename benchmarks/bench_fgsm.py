@@ -5,10 +5,10 @@ same bytes.
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 TARGETS = Targets(eager=2.5, compile=1, floor=1.2)
 POWERS = {"full": (20, 24), "quick": (20,), "tiny": (8, 10)}

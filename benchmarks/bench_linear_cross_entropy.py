@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 TARGETS = Targets(eager=1.11, compile=1, peak=0.1)
 SHAPES = {"full": (2048, 512, 32000), "quick": (256, 128, 4000), "tiny": (16, 8, 50)}

@@ -7,10 +7,10 @@ p and the momentum written.
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 import fastreg as fr
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 OPTIONS = dict(lr=1e-3, momentum=0.9, weight_decay=1e-4)
 L1 = 1e-5

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastreg as fr
-from fastreg.cli.demo.data import load
+from fastreg.lecture.data import load
 
 data = load(None)
 chosen = torch.cat([(data.y_train == digit).nonzero()[:20, 0] for digit in range(10)])  # 200 digits

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fastreg as fr
-from fastreg.cli.demo.data import load
+from fastreg.lecture.data import load
 
 data = load(None)
 mean, std = data.x_train.mean(), data.x_train.std()

@@ -2,19 +2,17 @@
 
 from . import _registry, augment, nn, optim
 from ._cross_entropy import cross_entropy
-from ._dropout import (
+from ._dropout import dropout, dropout_with_mask
+from ._dropout_add import dropout_add
+from ._dropout_family import (
     alpha_dropout,
     drop_path,
-    dropout,
     dropout1d,
     dropout2d,
     dropout3d,
-    dropout_with_mask,
     feature_alpha_dropout,
-    pack_mask,
-    unpack_mask,
 )
-from ._dropout_add import dropout_add
+from ._dropout_masks import pack_mask, unpack_mask
 from ._fgsm import fgsm_step
 from ._linear_cross_entropy import linear_cross_entropy
 from ._patch import convert, patch, patched, unpatch

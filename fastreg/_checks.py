@@ -13,6 +13,11 @@ import torch
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+def arithmetic_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """The type that an op computes with: float64 for float64, float32 for everything else."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 def check_number(
     op: str,
     name: str,
@@ -30,7 +35,8 @@ def check_number(
     is_bool = isinstance(value, bool) and not allow_bool
     if is_bool or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
-    if low <= value <= high and not (finite and math.isinf(value)):
+    # No math.isinf: torch.compile may hand in a symbol for the number.
+    if low <= value <= high and (not finite or -math.inf < value < math.inf):
         return
     if low == -math.inf and high == math.inf:
         expected = "finite"

@@ -1,42 +1,85 @@
-"""Bias, dropout and residual in one pass, on dropout's draw.
+"""Bias, dropout and residual in one pass, with the random numbers of dropout.
 
-y = (x + bias) / (1 - p) + residual where kept, residual elsewhere: how a residual block ends, as a single
-operator that reads x and the residual once and writes y and one bit per element. Dropout: Srivastava et al.
-2014; the three in one: Shoeybi et al. 2019, Megatron-LM.
+y = (x + bias) / (1 - p) + residual where kept, residual elsewhere: this is how a residual block ends. As a
+single operator it reads x and the residual once and writes y and one bit per element. Dropout: Srivastava et
+al. 2014; the three in one: Shoeybi et al. 2019, Megatron-LM.
 """
+
+from __future__ import annotations
 
 import functools
 
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import check_tensor
-from ._dropout import _backward, _by_torch, _check, _constants, _empty_mask, _run, _transformed
+from ._checks import arithmetic_dtype, check_dtype, check_tensor
+from ._dropout import (
+    check_input,
+    constants_of,
+    draw_decisions,
+    dropout_op,
+    is_sharded,
+    masked_gradient,
+    run_dropout,
+)
+from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed
+from ._transforms import is_transformed
+
+# --- The operator in plain torch: what the kernels compute, bit for bit.
+
+
+def add_where_kept(
+    input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """(x + bias) * scale + residual where kept, residual elsewhere, in the type of the arithmetic."""
+    wide = arithmetic_dtype(input)
+    value = input.to(wide) if bias is None else input.to(wide) + bias.to(wide)
+    residual = residual.to(wide)
+    return torch.where(kept, value * scale + residual, residual)
+
+
+def dropout_add_plain(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None,
+    p: float,
+    seed: torch.Tensor,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, mask) of the operator `dropout_add`."""
+    check_dtype("dropout_add", "input", input)
+    kept = draw_decisions(input.numel(), p, seed, 0, input.device)
+    value = add_where_kept(input, residual, bias, kept.view(input.shape), scale)
+    return torch.empty_like(input).copy_(value), pack_mask(kept)
+
+
+# --- The operator.
 
 define(
     "dropout_add(Tensor input, Tensor residual, Tensor? bias, float p, Tensor seed, float scale=1.0) "
-    "-> (Tensor output, Tensor mask)"
+    "-> (Tensor output, Tensor mask)",
+    plain=dropout_add_plain,
 )
 
 
 @torch.library.register_fake("fastreg::dropout_add")
 def _(input, residual, bias, p, seed, scale=1.0):
-    return torch.empty_like(input), _empty_mask(input, 1)
+    return torch.empty_like(input), empty_mask(input, 1)
 
 
-_dropout_add = torch.ops.fastreg.dropout_add.default
+dropout_add_op = torch.ops.fastreg.dropout_add.default
 
 
 class _DropoutAdd(torch.autograd.Function):
-    """The residual's gradient is the one that comes, the input's its dropout by the same mask, the bias's the
-    sum of that.
+    """The residual's gradient is the output's, the input's is the dropout of that by the same mask, and the
+    bias's is the sum of the input's over the rows.
     """
 
     @staticmethod
     def forward(ctx, input, residual, bias, p, seed, scale):
-        output, mask = _dropout_add(input, residual, bias, p, seed, scale)
+        output, mask = dropout_add_op(input, residual, bias, p, seed, scale)
         ctx.all_kept = p == 0
         if not ctx.all_kept:
             ctx.save_for_backward(mask)
@@ -48,7 +91,7 @@ class _DropoutAdd(torch.autograd.Function):
         wants_input, wants_residual, wants_bias = ctx.needs_input_grad[:3]
         grad_input = grad_bias = None
         if wants_input or wants_bias:
-            grad_input = grad if ctx.all_kept else _backward(ctx, grad)
+            grad_input = grad if ctx.all_kept else masked_gradient(ctx, grad)
         if wants_bias:
             grad_bias = grad_input.sum_to_size(grad.shape[-1:])
         return (
@@ -61,27 +104,29 @@ class _DropoutAdd(torch.autograd.Function):
         )
 
 
-def _traced(input, residual, bias, p, seed):
-    constants = _constants("inverted", p)
-    if not _transformed():
-        return _DropoutAdd.apply(input, residual, bias, p, seed, constants[0])
-    wide = torch.promote_types(input.dtype, torch.float32)  # one rounding, as in the kernel
-    value = input.to(wide) if bias is None else input.to(wide) + bias.to(wide)
-    return (_by_torch(value, p, seed, 0, 1, *constants)[0] + residual.to(wide)).to(input.dtype)
+def _differentiable(input, residual, bias, p, seed):
+    """The output with a derivative, under transforms by torch's operators (`_by_torch` in _dropout.py)."""
+    scale = constants_of("inverted", p)[0]
+    if not is_transformed():
+        return _DropoutAdd.apply(input, residual, bias, p, seed, scale)
+    mask = dropout_op(input.detach(), p, seed)[1]
+    kept = unpack_mask(mask, input.shape)
+    return add_where_kept(input, residual, bias, kept, scale).to(input.dtype)
 
 
-# What torch.compile sees, for the reasons told at dropout_traced.
+# What torch.compile sees, for the reasons given at dropout_traced.
 define_composite(
-    "dropout_add_traced(Tensor input, Tensor residual, Tensor? bias, float p, Tensor seed) -> Tensor", _traced
+    "dropout_add_traced(Tensor input, Tensor residual, Tensor? bias, float p, Tensor seed) -> Tensor",
+    _differentiable,
 )
 
 
-def _autocasts(device):
+def _autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _check_together(op, input, residual, bias):
-    """Raise unless the tensors fit."""
+def _check_together(op: str, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raise unless the tensors fit together."""
     if residual.shape != input.shape:
         raise ValueError(
             f"{op}: residual must have the shape of input, {tuple(input.shape)}, got "
@@ -103,7 +148,15 @@ def _check_together(op, input, residual, bias):
             )
 
 
-def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=None):
+def dropout_add(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    p: float = 0.5,
+    bias: torch.Tensor | None = None,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """dropout(input + bias) + residual in one pass: how a residual block ends.
 
     Computes (input + bias) / (1 - p) + residual where kept and residual elsewhere, in float32 (float64 for
@@ -113,15 +166,15 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
         input: tensor of any shape and strides; float32, float64, float16 or bfloat16.
         residual: tensor of the shape, dtype and device of `input`; any strides.
         p: probability of dropping an element, in [0, 1]; exact to 2^-32. 0 drops none, 1 gives the residual.
-        bias: (C,) for an input of shape (..., C), of its dtype and device: that of the linear layer before,
-            left out there.
+        bias: (C,) for an input of shape (..., C), of its dtype and device: the bias that the linear layer
+            before leaves out.
         training: if False, no element is dropped.
         generator: torch.Generator on the input's device to draw the seed from; the default generator if None.
 
     Returns:
         A new tensor like `input`, memory format kept. A dropped inf or NaN does not show. Saved for backward:
         one bit per element. Twice differentiable in the three tensors. Under autocast they may differ in
-        dtype: the widest is computed in and returned.
+        dtype; the widest is the one of the arithmetic and of the result.
 
     Raises:
         ValueError: p outside [0, 1] or NaN; a residual or bias of another shape, dtype or device; a dtype
@@ -135,7 +188,7 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
         if output is not None:
             return output
     op = "dropout_add"
-    p = _check(op, input, p)
+    p = check_input(op, input, p)
     check_tensor(op, "residual", residual)
     if bias is not None:
         check_tensor(op, "bias", bias)
@@ -148,12 +201,12 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
         p = 0.0
     if p == 0 and bias is None:
         return input + residual
-    if type(input) is not torch.Tensor and hasattr(input, "device_mesh"):
+    if is_sharded(input):
         input = input if bias is None else input + bias
-        return (_run(op, input, p, False, generator, 1, "inverted") if p else input) + residual
+        return (run_dropout(op, input, p, False, generator, 1, "inverted") if p else input) + residual
     if p:
         seed = draw_seed(input.device, generator)
-    else:  # for the form: on the CPU it costs a GPU nothing
+    else:  # The operator takes a seed but does not use it; on the CPU it costs a GPU nothing.
         seed = torch.zeros(1, dtype=torch.int64, device=input.device if is_compiling() else "cpu")
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
@@ -161,6 +214,6 @@ def dropout_add(input, residual, p=0.5, bias=None, training=True, *, generator=N
     derive = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (input, residual, bias)
     )
-    if derive or _transformed():
-        return _traced(input, residual, bias, p, seed)
-    return _dropout_add(input, residual, bias, p, seed, _constants("inverted", p)[0])[0]
+    if derive or is_transformed():
+        return _differentiable(input, residual, bias, p, seed)
+    return dropout_add_op(input, residual, bias, p, seed, constants_of("inverted", p)[0])[0]

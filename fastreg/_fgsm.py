@@ -1,6 +1,6 @@
-"""The step of an attack in the maximum norm, x' = clamp(x + eps sign(g), lower, upper), and the same with
-projection onto the eps-ball around an origin (Goodfellow, Shlens, Szegedy 2015; Madry et al. 2018). The
-attacks themselves are in `attacks.py`.
+"""The step of an attack in the maximum norm, x' = clamp(x + eps sign(g), lower, upper), and the same step
+with projection onto the eps-ball around an origin (Goodfellow, Shlens, Szegedy 2015; Madry et al. 2018). The
+attacks themselves are in attacks.py.
 """
 
 from __future__ import annotations
@@ -9,58 +9,136 @@ import math
 
 import torch
 
-from ._checks import check_number, check_tensor
+from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define
-from ._types import Bounds, Number
+from ._types import Bounds, Number, Value
 
-# Each number of the formula is one value, or a tensor of values that broadcasts over neighbouring dimensions.
+# --- The operators in plain torch: what the kernels compute, bit for bit.
+
+
+def _moved(x: torch.Tensor, grad: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """x + step * sign(grad), where the sign of 0 and of NaN is 0."""
+    return torch.where(grad > 0, x + step, torch.where(grad < 0, x - step, x))
+
+
+def _clamp(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
+    """x in [lower, upper]; a NaN in x stays, and a NaN among the bounds bounds nothing."""
+    x = torch.where(upper < x, upper, x)
+    return torch.where(lower > x, lower, x)
+
+
+def _number_tensor(value: float, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """A number as a tensor in the type of the arithmetic."""
+    wide = arithmetic_dtype(x)
+    return torch.tensor(value, dtype=wide, device=x.device) if values is None else values
+
+
+def fgsm_step_plain(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    eps: float,
+    lower: float,
+    upper: float,
+    eps_values: torch.Tensor | None = None,
+    lower_values: torch.Tensor | None = None,
+    upper_values: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator `fgsm_step`: clamp(x + eps * sign(grad), lower, upper)."""
+    check_dtype("fgsm_step", "x", x)
+    wide = arithmetic_dtype(x)
+    moved = _moved(x.to(wide), grad, _number_tensor(eps, eps_values, x))
+    box = _number_tensor(lower, lower_values, x), _number_tensor(upper, upper_values, x)
+    return torch.empty_like(x).copy_(_clamp(moved, *box))
+
+
+def pgd_step_plain(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    origin: torch.Tensor,
+    alpha: float,
+    eps: float,
+    lower: float,
+    upper: float,
+    alpha_values: torch.Tensor | None = None,
+    eps_values: torch.Tensor | None = None,
+    lower_values: torch.Tensor | None = None,
+    upper_values: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The operator `pgd_step`: x + alpha * sign(grad), clamped to [origin - eps, origin + eps] and then to
+    [lower, upper].
+    """
+    check_dtype("pgd_step", "x", x)
+    wide = arithmetic_dtype(x)
+    moved = _moved(x.to(wide), grad, _number_tensor(alpha, alpha_values, x))
+    center, radius = origin.to(wide), _number_tensor(eps, eps_values, x)
+    near = _clamp(moved, center - radius, center + radius)
+    box = _number_tensor(lower, lower_values, x), _number_tensor(upper, upper_values, x)
+    return torch.empty_like(x).copy_(_clamp(near, *box))
+
+
+# --- The operators.
+
 define(
     "fgsm_step(Tensor x, Tensor grad, float eps, float lower, float upper, Tensor? eps_values=None, "
-    "Tensor? lower_values=None, Tensor? upper_values=None) -> Tensor"
+    "Tensor? lower_values=None, Tensor? upper_values=None) -> Tensor",
+    plain=fgsm_step_plain,
 )
 define(
     "pgd_step(Tensor x, Tensor grad, Tensor origin, float alpha, float eps, float lower, float upper, "
-    "Tensor? alpha_values=None, Tensor? eps_values=None, Tensor? lower_values=None, Tensor? "
-    "upper_values=None) -> Tensor"
+    "Tensor? alpha_values=None, Tensor? eps_values=None, Tensor? lower_values=None, "
+    "Tensor? upper_values=None) -> Tensor",
+    plain=pgd_step_plain,
 )
 
 
 @torch.library.register_fake("fastreg::fgsm_step")
-def _(x, grad, eps, lower, upper, eps_values=None, lower_values=None, upper_values=None):
+def _(x, *others, **options):
     return torch.empty_like(x)
 
 
 @torch.library.register_fake("fastreg::pgd_step")
-def _(
-    x,
-    grad,
-    origin,
-    alpha,
-    eps,
-    lower,
-    upper,
-    alpha_values=None,
-    eps_values=None,
-    lower_values=None,
-    upper_values=None,
-):
+def _(x, *others, **options):
     return torch.empty_like(x)
 
 
 fgsm_step_op = torch.ops.fastreg.fgsm_step.default
 pgd_step_op = torch.ops.fastreg.pgd_step.default
 
+# --- Numbers and bounds, as the user gives them.
 
-def number_of(op, name, value, x, low=-math.inf, infinite=False):
-    """(float, None) for one number, (0.0, tensor) for one per channel, per sample or per element."""
+
+def number_of(
+    op: str,
+    name: str,
+    value: float | torch.Tensor,
+    x: torch.Tensor,
+    low: float = -math.inf,
+    infinite: bool = False,
+) -> Value:
+    """A number, or a tensor with one per channel, per sample or per element of x, as the operators take it.
+
+    Raises unless all are at least `low`, and finite where `infinite` is not set. Values on a GPU are not
+    looked at, because that would wait for the GPU.
+    """
     if not isinstance(value, torch.Tensor):
-        check_number(op, name, value, low)
-        if abs(value) == math.inf and not infinite:
-            raise ValueError(f"{op}: {name} must be finite, got {value}")
+        check_number(op, name, value, low, finite=not infinite)
         return float(value), None
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be real numbers, got {value.dtype}")
-    value = value.detach().to(x.device, torch.float64 if x.dtype == torch.float64 else torch.float32)
+    value = value.detach().to(x.device, arithmetic_dtype(x))
+    value = _aligned(op, name, value, x)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = value[~((value >= low) & (infinite | value.isfinite()))]
+        if wrong.numel():
+            least = "" if low == -math.inf else f" and at least {low:g}"
+            raise ValueError(
+                f"{op}: {name} must be {'numbers' if infinite else 'finite'}{least}, got {wrong[0].item()}"
+            )
+    return 0.0, _with_neighbouring_dimensions(value, x)
+
+
+def _aligned(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`value` in a shape that broadcasts to x; raises where it has none, or where it could have two."""
     if value.numel() == 1:
         value = value.reshape(())
     if value.dim() == 1 and x.dim() >= 2:
@@ -68,8 +146,7 @@ def number_of(op, name, value, x, low=-math.inf, infinite=False):
         if channel and sample:
             raise ValueError(
                 f"{op}: {name} of shape {tuple(value.shape)} fits the batch and the channels of x, "
-                f"{tuple(x.shape)}; "
-                f"give it as {(len(value), *(1,) * (x.dim() - 1))} or "
+                f"{tuple(x.shape)}; give it as {(len(value), *(1,) * (x.dim() - 1))} or "
                 f"{(1, len(value), *(1,) * (x.dim() - 2))}"
             )
         if channel:
@@ -85,47 +162,41 @@ def number_of(op, name, value, x, low=-math.inf, infinite=False):
             f"{op}: {name} must be a number, one per channel or one per sample of x, {tuple(x.shape)}, "
             f"got shape {tuple(value.shape)}"
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = value[~((value >= low) & (infinite | value.isfinite()))]
-        if wrong.numel():
-            least = "" if low == -math.inf else f" and at least {low:g}"
-            raise ValueError(
-                f"{op}: {name} must be {'numbers' if infinite else 'finite'}{least}, got {wrong[0].item()}"
-            )
+    return value
+
+
+def _with_neighbouring_dimensions(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`value`, contiguous, and expanded where a dimension of size 1 lies between larger ones."""
     wide = [d for d, size in enumerate(value.shape) if size != 1]
     lead = x.dim() - value.dim()
     if wide and any(value.shape[d] != x.shape[d + lead] for d in range(wide[0], wide[-1] + 1)):
         value = value.expand(x.shape)
-    return 0.0, value.contiguous()
+    return value.contiguous()
 
 
-def _check_pair(op, x, grad, name="grad"):
-    check_tensor(op, "x", x)
-    check_tensor(op, name, grad)
-    for what, got, expected in (
-        ("shape", tuple(grad.shape), tuple(x.shape)),
-        ("dtype", grad.dtype, x.dtype),
-        ("device", grad.device, x.device),
-    ):
-        if got != expected:
-            raise ValueError(f"{op}: {name} must have the {what} of x, {expected}, got {got}")
+def value_of(number: Value) -> float | torch.Tensor:
+    """A number for use in torch's arithmetic."""
+    return number[0] if number[1] is None else number[1]
 
 
-def _text(value):
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value:g}"
+def times(number: Value, factor: float) -> Value:
+    """A number times a factor."""
+    return number[0] * factor, None if number[1] is None else number[1] * factor
 
 
-def bounds_of(op, lower, upper, x):
-    lower = number_of(op, "lower", -math.inf if lower is None else lower, x, infinite=True)
-    upper = number_of(op, "upper", math.inf if upper is None else upper, x, infinite=True)
-    low, high = value_of(lower), value_of(upper)
-    if lower[1] is None and upper[1] is None:
-        crossed = low > high
-    else:  # where a look at the values costs nothing
-        crossed = x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((low > high).any())
+def bounds_of(op: str, lower: Number | None, upper: Number | None, x: torch.Tensor) -> tuple[Value, Value]:
+    """Both bounds as the operators take them, None being no bound; raises where lower exceeds upper."""
+    lower_number = number_of(op, "lower", -math.inf if lower is None else lower, x, infinite=True)
+    upper_number = number_of(op, "upper", math.inf if upper is None else upper, x, infinite=True)
+    low, high = value_of(lower_number), value_of(upper_number)
+    if lower_number[1] is None and upper_number[1] is None:
+        crossed = bool(low > high)
+    else:  # tensors are looked at where that costs nothing
+        looked_at = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        crossed = looked_at and bool(torch.as_tensor(low > high).any())
     if crossed:
         raise ValueError(f"{op}: lower must not exceed upper, got {_text(low)} and {_text(high)}")
-    return lower, upper
+    return lower_number, upper_number
 
 
 def pair_of(op: str, bounds: Bounds | None) -> Bounds:
@@ -135,6 +206,25 @@ def pair_of(op: str, bounds: Bounds | None) -> Bounds:
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
         raise ValueError(f"{op}: bounds must be (lower, upper) or None, got {bounds!r}")
     return bounds[0], bounds[1]
+
+
+def _text(value: float | torch.Tensor) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value:g}"
+
+
+def _check_pair(op: str, x: torch.Tensor, grad: torch.Tensor) -> None:
+    check_tensor(op, "x", x)
+    check_tensor(op, "grad", grad)
+    for what, got, expected in (
+        ("shape", tuple(grad.shape), tuple(x.shape)),
+        ("dtype", grad.dtype, x.dtype),
+        ("device", grad.device, x.device),
+    ):
+        if got != expected:
+            raise ValueError(f"{op}: grad must have the {what} of x, {expected}, got {got}")
+
+
+# --- The public function.
 
 
 def fgsm_step(
@@ -178,11 +268,3 @@ def fgsm_step(
     low, high = bounds_of(op, lower, upper, x)
     with torch.no_grad():
         return fgsm_step_op(x.detach(), grad.detach(), step[0], low[0], high[0], step[1], low[1], high[1])
-
-
-def value_of(number):
-    return number[0] if number[1] is None else number[1]
-
-
-def times(number, sign):
-    return number[0] * sign, None if number[1] is None else number[1] * sign

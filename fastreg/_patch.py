@@ -25,7 +25,8 @@ from torch.nn.functional import _VF, _Reduction, warnings  # noqa: F401  # isort
 
 from . import nn
 from ._cross_entropy import cross_entropy
-from ._dropout import alpha_dropout, dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ._dropout import dropout
+from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._registry import cuda, fast
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -27,9 +27,8 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
     )
 
 _library = torch.library.Library("fastreg", "DEF")
-_declared: dict[
-    str, Callable[..., Any] | None
-] = {}  # name of an operator with kernels -> its plain definition
+# The name of each operator with kernels, and its definition in plain torch.
+_declared: dict[str, Callable[..., Any] | None] = {}
 
 
 def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
@@ -39,7 +38,9 @@ def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
     It is what the operator does on a device without a kernel.
     """
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _declared[_name_of(schema)] = plain
+    name = _name_of(schema)
+    _declared[name] = plain
+    _library.impl(name, _no_kernel(name, plain), "CompositeExplicitAutograd")
 
 
 def declared() -> tuple[str, ...]:
@@ -73,7 +74,7 @@ def define_composite(schema: str, function: Callable[..., Any]) -> None:
 def load_kernels() -> ModuleType:
     """Import the compiled modules and return the one for the CPU.
 
-    Importing it registers a kernel for each declared operator. Devices without a kernel get a fallback here.
+    Importing it registers a kernel for each declared operator.
     """
     try:
         from fastreg import _C
@@ -82,8 +83,6 @@ def load_kernels() -> ModuleType:
             f"fastreg's compiled kernels cannot be loaded ({error}); install fastreg with `pip install .` "
             "for this Python, or run `make test` in a checkout"
         ) from error
-    for name, plain in _declared.items():
-        _library.impl(name, _no_kernel(name, plain), "CompositeExplicitAutograd")
     return _C
 
 

@@ -33,8 +33,8 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     if not is_compiling() and not _has_generator(device.type):
         return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
     # Not every device draws integers from a range of more than 32 bits.
-    halves = torch.randint(0, 2**32, (2,), device=device, generator=generator)
-    return (halves[:1] << 32) | halves[1:]
+    upper, lower = torch.randint(0, 2**32, (2,), device=device, generator=generator).split(1)
+    return (upper << 32) | lower
 
 
 @functools.cache

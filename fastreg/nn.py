@@ -6,16 +6,16 @@ import torch
 
 from ._checks import check_choice, check_number
 from ._cross_entropy import cross_entropy
-from ._dropout import (
+from ._dropout import dropout
+from ._dropout_add import dropout_add
+from ._dropout_family import (
     alpha_dropout,
     drop_path,
-    dropout,
     dropout1d,
     dropout2d,
     dropout3d,
     feature_alpha_dropout,
 )
-from ._dropout_add import dropout_add
 
 __all__ = [
     "AlphaDropout",

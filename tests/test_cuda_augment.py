@@ -7,13 +7,12 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_hosted import augmentations, pictures
+from cuda_hosted_augment import augmentations, pictures
 from cuda_machine import (
     DTYPES,
     SCHEDULES,
     Seed,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     same,
     seed_at,
@@ -24,7 +23,7 @@ from cuda_machine import (
 import fastreg
 from fastreg.augment import _op
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 CPU = torch.ops.fastreg
 PIXELS = (*DTYPES, torch.uint8)
@@ -116,7 +115,7 @@ def with_scratch(machine, args, backward=False):
 
 def run(x, tables, size, static, dtype, grad=None, misaligned=0, **options):
     """(the operator's result, or with a gradient that of its backward, reports) of the CUDA launcher."""
-    like = _op._like(x, *size, dtype) if grad is None else _op._like(x, *x.shape[2:], x.dtype)
+    like = _op.like_images(x, *size, dtype) if grad is None else _op.like_images(x, *x.shape[2:], x.dtype)
     kept = []
 
     def make(machine):
@@ -475,3 +474,30 @@ def test_weights_of_the_blur_are_the_cpus():
 
     interpreted("augment").run("augment_gaussian_cuda", gaussian, GaussianArgs)
     torch.testing.assert_close(kept[0].result(), CPU.augment_gaussian(sigma, sigma, 3, 5), rtol=1e-14, atol=0)
+
+
+TABLE_DTYPES = (torch.float32, torch.uint8)  # of the images in tests/cuda_table.py
+
+# What tests/test_cuda_build.py knows of the kernels by parts of their names. A row of float64 parameters for
+# each sample of a batch takes a few threads, once; cosines have a stack.
+FLOAT64_ROWS = ("draw_rows", "matrix_rows", "gaussian_rows", "shrink_rows")
+# 80 registers, for three blocks on a multiprocessor, where more than a pixel is kept; 160, for one, where a
+# pixel is the sum of many, where its gradient is taken, and for float64.
+REGISTERS = {"Shrunken": 160, "backward": 160, "ImageId": 160, "grey_sums": 80, "augment_tiles": 80}
+
+# What tests/test_cuda_mutations.py breaks: the text of the kernel, what stands there instead, which test must
+# fail, and what it must say.
+MUTATIONS = {
+    "missing barrier in shared memory": (
+        "    __syncthreads();\n    for_each_in(made_height, width,",
+        "    for_each_in(made_height, width,",
+        lambda: test_blur((3, 3), torch.float32),
+        "race",
+    ),
+    "no barrier between two samples": (
+        "  __syncthreads();  // no thread is at work on the last item\n  A mean = 0;",
+        "  A mean = 0;",
+        test_more_items_than_blocks,
+        "race",
+    ),
+}

@@ -10,15 +10,14 @@ from cuda_machine import (
     SCHEDULES,
     dtype_number,
     interpreted,
-    needs_cudacheck,
     needs_nvcc,
     structure,
     traffic,
 )
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
-Strides = structure("Strides", "int64 outer, position, cls")
+Strides = structure("CrossEntropyArgs::Strides", "int64 outer, position, cls")
 CrossEntropyArgs = structure(
     "CrossEntropyArgs",
     """int dtype, target_dtype
@@ -629,3 +628,15 @@ def for_the_table(dtype):
             reports,
             "cross_entropy",
         )
+
+
+# What tests/test_cuda_mutations.py breaks: the text of the kernel, what stands there instead, which test must
+# fail, and what it must say.
+MUTATIONS = {
+    "missing barrier": (
+        "  __syncthreads();\n  if (threadIdx.x >= kLanes) return;",
+        "  if (threadIdx.x >= kLanes) return;",
+        test_sums_of_many_rows,
+        "race",
+    ),
+}

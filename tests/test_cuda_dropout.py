@@ -9,7 +9,7 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
+    layout_of,
     needs_nvcc,
     same,
     seed_at,
@@ -19,7 +19,7 @@ from cuda_machine import (
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 DropoutArgs = structure(
     "DropoutArgs",
@@ -60,8 +60,9 @@ def run(
         slots["mask"] = machine.room(bits, "mask") if mask is None else machine.put(mask, "mask")
         return DropoutArgs(
             dtype_number(x.dtype), slots["x"].at, slots["y"].at, slots["mask"].at,
-            Layout.of(x), Layout.of(x if in_place else like),
-            decisions, inner, seed_at(machine, seed), offset, int((1 - p) * 2**32 + 0.5), scale, shift, dropped,
+            layout_of(x), layout_of(x if in_place else like),
+            decisions, inner, seed_at(machine, seed), offset, int((1 - p) * 2**32 + 0.5),
+            scale, shift, dropped,
         )  # fmt: skip
 
     launcher = "dropout_forward_cuda" if mask is None else "dropout_apply_cuda"
@@ -208,3 +209,39 @@ def test_more_than_2_31_elements():
         torch.ones(n % 8 + 72 if n % 8 else 80), 0.5, torch.tensor([5]), n // 8 * 8 - 72
     )[1]
     assert torch.equal(torch.from_numpy(tail[order][-len(expected) :]), expected)
+
+
+def for_the_table(dtype):
+    """What tests/cuda_table.py takes: (what, dtype, elements, floor in bytes, reports, op)."""
+    n, size = 2**17, dtype.itemsize
+    x = torch.randn(n).to(dtype)
+    _, mask, forward = run(x)
+    yield "dropout, forward", dtype, n, n * (2 * size + 1 / 8), forward, "dropout"
+    backward = run(x, mask=mask)[2]
+    yield "dropout, backward", dtype, n, n * (2 * size + 1 / 8), backward, "dropout"
+    channels = run(x, inner=64)[2]
+    yield "dropout2d, forward", dtype, n, n * (2 * size + 2 / 8 / 64), channels, "dropout"
+
+
+# What tests/test_cuda_mutations.py breaks: the text of the kernel, what stands there instead, which test must
+# fail, and what it must say.
+MUTATIONS = {
+    "tail off by one": (
+        "if (i >= w.numel) continue;",
+        "if (i > w.numel) continue;",
+        lambda: test_the_same_bits_as_on_the_cpu(5003, torch.float32, "min-pc"),
+        "out-of-bounds",
+    ),
+    "misaligned vector load": (
+        "word_aligned(a.input, a.output)",
+        "true",
+        lambda: test_unaligned(torch.float32, 8),
+        "misaligned",
+    ),
+    "int32 index": (
+        "base = tile * kTile,",
+        "base = int32_t(tile * kTile),",
+        test_more_than_2_31_elements,
+        "",
+    ),
+}

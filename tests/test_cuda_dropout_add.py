@@ -1,7 +1,5 @@
 """The CUDA kernels of dropout_add, executed without a GPU, against the CPU operator: the same bits."""
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
@@ -11,29 +9,30 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
+    layout_of,
     needs_nvcc,
     same,
     seed_at,
+    structure,
     traffic,
 )
 from test_cuda_dropout import DropoutArgs, numbers
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 SEED, SCALE = 0x1234_5678_9ABC_DEF0, 1 / 0.6
 
 
-class DropoutAddArgs(ctypes.Structure):
-    _fields_ = [
-        *DropoutArgs._fields_,
-        ("residual", ctypes.c_void_p),
-        ("residual_layout", Layout),
-        ("bias", ctypes.c_void_p),
-        ("columns", ctypes.c_int64),
-    ]
+DropoutAddArgs = structure(
+    "DropoutAddArgs",
+    """pointer residual
+    Layout residual_layout
+    pointer bias
+    int64 columns""",
+    base=DropoutArgs,
+)
 
 
 def run(x, residual, bias=None, p=0.4, *, misaligned=(0, 0, 0), **options):
@@ -45,10 +44,12 @@ def run(x, residual, bias=None, p=0.4, *, misaligned=(0, 0, 0), **options):
     def arguments(machine):
         slots["y"], slots["mask"] = machine.room(like, "y", offset=misaligned[0]), machine.room(bits, "mask")
         return DropoutAddArgs(
-            dtype_number(x.dtype), machine.put(x, "x", offset=misaligned[0]).at, slots["y"].at, slots["mask"].at,
-            Layout.of(x), Layout.of(like),
-            x.numel(), 1, seed_at(machine, torch.tensor([SEED])), 0, int((1 - p) * 2**32 + 0.5), SCALE, 0.0, 0.0,
-            machine.put(residual, "residual", offset=misaligned[1]).at, Layout.of(residual),
+            dtype_number(x.dtype),
+            machine.put(x, "x", offset=misaligned[0]).at, slots["y"].at, slots["mask"].at,
+            layout_of(x), layout_of(like),
+            x.numel(), 1, seed_at(machine, torch.tensor([SEED])), 0, int((1 - p) * 2**32 + 0.5),
+            SCALE, 0.0, 0.0,
+            machine.put(residual, "residual", offset=misaligned[1]).at, layout_of(residual),
             None if bias is None else machine.put(bias, "bias", offset=misaligned[2]).at, x.shape[-1],
         )  # fmt: skip
 
@@ -163,3 +164,11 @@ def test_more_than_2_31_elements():
     assert at.max() == n - 1 and len(set(at)) == len(at)
     dropped, kept = at % 127, 2 * (at % 251 + at % columns * 1000) + at % 127
     assert ((y == dropped) | (y == kept)).all() and 0.4 < (y == kept).mean() < 0.6
+
+
+def for_the_table(dtype):
+    """What tests/cuda_table.py takes: (what, dtype, elements, floor in bytes, reports, op)."""
+    n = 2**17
+    x = torch.randn(n).to(dtype)
+    reports = run(x.view(-1, 1024), x.view(-1, 1024), x[:1024])[2]
+    yield "dropout_add, forward", dtype, n, n * (3 * dtype.itemsize + 1 / 8), reports, "dropout"

@@ -11,7 +11,7 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
+    layout_of,
     needs_nvcc,
     same,
     structure,
@@ -20,7 +20,7 @@ from cuda_machine import (
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 FgsmNumber = structure("FgsmNumber", "double value\npointer values\nint64 inner, count")
 FgsmArgs = structure(
@@ -51,9 +51,10 @@ def run(x, grad, origin=None, *, step=0.03, radius=0.1, lower=0.0, upper=1.0, mi
 
         output[:] = [machine.room(like, "output", misaligned)]
         return FgsmArgs(
-            dtype_number(x.dtype), machine.put(x, "x", misaligned).at, machine.put(grad, "grad", misaligned).at,
+            dtype_number(x.dtype),
+            machine.put(x, "x", misaligned).at, machine.put(grad, "grad", misaligned).at,
             None if origin is None else machine.put(origin, "origin", misaligned).at, output[0].at,
-            Layout.of(x), Layout.of(grad), Layout() if origin is None else Layout.of(origin), Layout.of(like),
+            layout_of(x), layout_of(grad), Layout() if origin is None else layout_of(origin), layout_of(like),
             number(step, "step"), number(radius, "radius"), number(lower, "lower"), number(upper, "upper"),
         )  # fmt: skip
 
@@ -163,8 +164,8 @@ def test_more_than_2_31_elements():
         written[:] = [output]
         layout, one = Layout(n, 1, True), FgsmNumber(1.0, None, 1, 1)
         return FgsmArgs(
-            0, x.addr, grad.addr, None, output.addr, layout, layout, Layout(), layout, one, one, FgsmNumber(-1e9, None, 1, 1),
-            FgsmNumber(1e9, None, 1, 1),
+            0, x.addr, grad.addr, None, output.addr, layout, layout, Layout(), layout,
+            one, one, FgsmNumber(-1e9, None, 1, 1), FgsmNumber(1e9, None, 1, 1),
         )  # fmt: skip
 
     last = (n // 4 - 1) // 256
@@ -172,3 +173,11 @@ def test_more_than_2_31_elements():
     at, values = written[0].writes(np.float32)
     assert at.max() == n - 1 and len(set(at)) == len(at)
     np.testing.assert_array_equal(values, at % 251 + (at % 251 > 0))
+
+
+def for_the_table(dtype):
+    """What tests/cuda_table.py takes: (what, dtype, elements, floor in bytes, reports, op)."""
+    n, size = 2**17, dtype.itemsize
+    x = torch.randn(n).to(dtype)
+    yield "fgsm_step", dtype, n, 3 * n * size, run(x, x)[1], "fgsm"
+    yield "pgd_step", dtype, n, 4 * n * size, run(x, x, x)[1], "fgsm"

@@ -1,5 +1,5 @@
-"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; cases are in
-cuda_hosted.py.
+"""Kernels, launches and glue of the CUDA ops under sanitizers, compiled by the host's compiler; the case of
+an op is in cuda_hosted_<op>.py.
 """
 
 import os
@@ -9,18 +9,15 @@ from pathlib import Path
 
 import cuda_hosted
 import pytest
-from cuda_machine import hosted_library, needs_cudacheck, sanitizers
-
-pytestmark = needs_cudacheck
-OPS = ("dropout", "sgd", "cross_entropy", "fgsm", "augment")
+from cuda_machine import hosted_library, sanitizers
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
-@pytest.mark.parametrize("case", [case.__name__ for case in cuda_hosted.CASES])
+@pytest.mark.parametrize("case", cuda_hosted.CASES)
 def test_the_results_of_the_cpu_and_no_fault(case, order):
     """`order`: in which the threads of a block go on, where a missing barrier would show."""
     result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("cuda_hosted.py"), hosted_library(OPS), case],
+        [sys.executable, Path(__file__).with_name("cuda_hosted.py"), hosted_library(), case],
         capture_output=True,
         text=True,
         env={**os.environ, **sanitizers(), "CUDAHOST_ORDER": order},

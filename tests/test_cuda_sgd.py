@@ -11,7 +11,7 @@ from cuda_machine import (
     Layout,
     dtype_number,
     interpreted,
-    needs_cudacheck,
+    layout_of,
     needs_nvcc,
     same,
     seed_at,
@@ -21,7 +21,7 @@ from cuda_machine import (
 
 import fastreg  # noqa: F401
 
-pytestmark = [needs_cudacheck, needs_nvcc]
+pytestmark = needs_nvcc
 
 SgdTensor = structure(
     "SgdTensor",
@@ -48,7 +48,7 @@ def flat(*tensors):
     """
     strides = {t.stride() for t in tensors}
     dense = all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
-    layouts = [Layout.of(t) for t in tensors]
+    layouts = [layout_of(t) for t in tensors]
     if len(strides) == 1 and dense:
         for layout in layouts:
             layout.contiguous = True
@@ -58,9 +58,10 @@ def flat(*tensors):
 class Step:
     """Tensors and options of one step, for the machine and for the CPU."""
 
-    def __init__(self, params, grads, buffers=None, started=None, seed=None, lr=0.1, lr_tensor=None, grad_scale=None,
-                 found_inf=None, momentum=0.0, dampening=0.0, weight_decay=0.0, l1=0.0, nesterov=False, proximal=False,
-                 decoupled=False, maximize=False, misaligned=0):  # fmt: skip
+    def __init__(self, params, grads, buffers=None, started=None, seed=None, lr=0.1, lr_tensor=None,
+                 grad_scale=None, found_inf=None, momentum=0.0, dampening=0.0, weight_decay=0.0, l1=0.0,
+                 nesterov=False, proximal=False, decoupled=False, maximize=False,
+                 misaligned=0):  # fmt: skip
         self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
 
     def on_cpu(self):
@@ -68,8 +69,9 @@ class Step:
         buffers = [b.clone() for b in self.buffers or ()]
         started = [torch.tensor(float(s)) for s in self.started or ()]
         torch.ops.fastreg.sgd_(
-            params, self.grads, buffers, started, self.lr, self.momentum, self.dampening, self.weight_decay, self.l1,
-            self.nesterov, self.proximal, self.decoupled, self.maximize, self.lr_tensor, self.grad_scale, self.found_inf,
+            params, self.grads, buffers, started, self.lr, self.momentum, self.dampening, self.weight_decay,
+            self.l1, self.nesterov, self.proximal, self.decoupled, self.maximize, self.lr_tensor,
+            self.grad_scale, self.found_inf,
             None if self.seed is None else torch.tensor([self.seed]),
         )  # fmt: skip
         return params, buffers, started
@@ -92,18 +94,21 @@ class Step:
             for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
                 parts = [p, g, *(self.buffers[i : i + 1] if self.buffers else ())]
                 layouts = (
-                    flat(*parts) if self.seed is None or p.is_contiguous() else [Layout.of(t) for t in parts]
+                    flat(*parts) if self.seed is None or p.is_contiguous() else [layout_of(t) for t in parts]
                 )
                 tensors[i] = SgdTensor(
-                    dtype_number(p.dtype), slots["params"][i].at, slots["buffers"][i].at if self.buffers else None,
-                    machine.put(g, "grad", self.misaligned).at, slots["started"][i].at if self.started else None,
+                    dtype_number(p.dtype), slots["params"][i].at,
+                    slots["buffers"][i].at if self.buffers else None,
+                    machine.put(g, "grad", self.misaligned).at,
+                    slots["started"][i].at if self.started else None,
                     layouts[0], layouts[1], layouts[2] if self.buffers else Layout(),
                 )  # fmt: skip
             seed = seed_at(machine, torch.tensor([self.seed or 0]))
             wide = self.lr_tensor is not None and self.lr_tensor.dtype == torch.float64
             args = SgdArgs(
-                self.lr, self.momentum, self.dampening, self.weight_decay, self.l1, 1.0, self.nesterov, self.proximal,
-                self.decoupled, self.maximize, self.seed is not None, seed, number(self.lr_tensor, "lr"), wide,
+                self.lr, self.momentum, self.dampening, self.weight_decay, self.l1, 1.0,
+                self.nesterov, self.proximal, self.decoupled, self.maximize,
+                self.seed is not None, seed, number(self.lr_tensor, "lr"), wide,
                 number(self.grad_scale, "grad_scale"), number(self.found_inf, "found_inf"),
             )  # fmt: skip
             return ctypes.byref(args), tensors, ctypes.c_size_t(len(self.params))
@@ -246,3 +251,15 @@ def test_more_than_2_31_elements():
         at, values = buffer.writes(np.float32)
         assert at.max() == n - 1 and len(set(at)) == len(at)
         np.testing.assert_array_equal(values, (at % 251 * factor).astype(np.float32))
+
+
+def for_the_table(dtype):
+    """What tests/cuda_table.py takes: (what, dtype, elements, floor in bytes, reports, op)."""
+    n, size, step = 2**17, dtype.itemsize, dict(weight_decay=0.01, l1=0.01)
+    x = torch.randn(n).to(dtype)
+    yield "SGD", dtype, n, 3 * n * size, Step([x], [x], **step).on_machine()[3], "sgd"
+    reports = Step([x], [x], [x], momentum=0.9, **step).on_machine()[3]
+    yield "SGD, momentum", dtype, n, 5 * n * size, reports, "sgd"
+    if dtype == torch.bfloat16:
+        reports = Step([x], [x], [x], momentum=0.9, seed=1, **step).on_machine()[3]
+        yield "SGD, momentum, stochastic rounding", dtype, n, 5 * n * size, reports, "sgd"

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_same_bits, threads, with_seed
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
@@ -36,11 +37,6 @@ def tensors(shape, dtype=torch.float32, bias=True):
     return x, residual, torch.randn(shape[-1:]).to(dtype) if bias else None
 
 
-def with_seed(seed, f, *args, **kwargs):
-    torch.manual_seed(seed)
-    return f(*args, **kwargs)
-
-
 def kept_by_dropout(shape, p, seed):
     """What fr.dropout keeps of a tensor of that shape after torch.manual_seed(seed)."""
     return with_seed(seed, fr.dropout, torch.ones(shape, dtype=torch.float64), p) != 0
@@ -62,11 +58,6 @@ def assert_rounded(got, want, terms):
     arithmetic = torch.float64 if got.dtype == torch.float64 else torch.float32
     slack = 3 * torch.finfo(arithmetic).eps * terms
     assert (got.double() - want).abs().le(slack + torch.finfo(got.dtype).eps / 2 * want.abs()).all()
-
-
-def assert_same(got, want):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,7 +118,7 @@ def test_a_dropped_infinity_or_nan_does_not_show(dtype):
     kept = kept_by_dropout((400,), 0.5, 1)
     got = with_seed(1, fr.dropout_add, hostile, residual, 0.5)
     assert torch.equal(got[~kept], residual[~kept])
-    assert_same(got[kept], (hostile[kept].double() * 2 + residual[kept].double()).to(dtype))
+    assert_same_bits(got[kept], (hostile[kept].double() * 2 + residual[kept].double()).to(dtype))
     got = with_seed(1, fr.dropout_add, residual, hostile, 0.5)  # in the residual it stays
     assert torch.equal(got.isnan(), hostile.isnan()) and torch.equal(got.isinf(), hostile.isinf())
     got = with_seed(1, fr.dropout_add, residual.view(1, 400), residual.view(1, 400), 0.5, hostile)
@@ -153,13 +144,10 @@ def test_memory_layouts(layout, dtype):
 
 def test_threads_do_not_change_bits(dtype):
     x, residual, bias = tensors((70, 1999), dtype)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
             results.append(with_seed(4, fr.dropout_add, x, residual, 0.3, bias))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -1,59 +1,28 @@
 """Early stopping against the book's algorithm written out, retraining against the loop written by hand."""
 
 import copy
-import datetime
-import io
 import math
 import pickle
-import random
-import re
 import warnings
 from collections import OrderedDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from hypothesis import given, settings
+from early_stopping_cases import INF, NAN, Bag, Tied, run, score_lists, snapshot
+from helpers import has_state, state_of
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, TensorDataset
 
-from fastreg.early_stopping import EarlyStopping, retrain
-
-INF, NAN = math.inf, math.nan
-
-
-def run(stopper, scores):
-    """Index at which the stopper stops, None if it never does."""
-    return next((i for i, score in enumerate(scores) if stopper.step(score)), None)
-
-
-def through_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def values(module):
-    return {name: p.detach().clone() for name, p in module.state_dict().items()}
-
-
-def same(module, expected):
-    state = module.state_dict()
-    return state.keys() == expected.keys() and all(torch.equal(state[k], expected[k]) for k in expected)
+from fastreg.early_stopping import EarlyStopping
 
 
 @torch.no_grad()
 def disturb(module):
     for p in module.parameters():
         p.add_(torch.randn_like(p))
-
-
-# ---------------------------------------------------------------------------------------------- decisions
 
 
 @pytest.mark.parametrize(
@@ -134,9 +103,6 @@ def test_decisions(scores, options, stop, best_epoch):
     assert stopper.best == (None if best_epoch is None else scores[best_epoch])
     assert stopper.epoch == (len(scores) if stop is None else stop + 1)
     assert (stopper.reason is None) == (stop is None)
-
-
-score_lists = st.lists(st.one_of(st.integers(-3, 3).map(float), st.floats()), max_size=30)
 
 
 @given(score_lists, st.integers(1, 5), st.sampled_from(["min", "max"]))
@@ -321,25 +287,6 @@ def test_tracked_refused(tracked):
         EarlyStopping(tracked)
 
 
-# ---------------------------------------------------------------------------------------------- snapshot and
-# restore
-
-
-class Tied(nn.Module):
-    def __init__(self, words=7, width=4):
-        super().__init__()
-        self.embed = nn.Embedding(words, width)
-        self.out = nn.Linear(width, words)
-        self.out.weight = self.embed.weight
-
-    def forward(self, x):
-        return self.out(self.embed(x))
-
-
-def snapshot(stopper):
-    return stopper.state_dict()["snapshot"]
-
-
 def test_restore_brings_the_best_epoch_back_into_the_same_tensors():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     stopper = EarlyStopping(model)
@@ -347,14 +294,14 @@ def test_restore_brings_the_best_epoch_back_into_the_same_tensors():
     for score in [4, 2, 3, NAN, 5]:
         disturb(model)
         model(torch.randn(8, 3))  # moves the running statistics
-        history.append(values(model))
+        history.append(state_of(model))
         stopper.step(score)
     stopper.restore()
-    assert same(model, history[1])
+    assert has_state(model, history[1])
     assert all(a is b for a, b in zip(model.state_dict(keep_vars=True).values(), tensors, strict=True))
     disturb(model)
     stopper.restore()
-    assert same(model, history[1])
+    assert has_state(model, history[1])
 
 
 def test_nan_epoch_is_never_restored():
@@ -364,12 +311,12 @@ def test_nan_epoch_is_never_restored():
     with pytest.raises(RuntimeError, match="expected a snapshot, got none in 1 epochs; call step"):
         stopper.restore()
     stopper.step(1.0)
-    good = values(model)
+    good = state_of(model)
     with torch.no_grad():
         model.weight.fill_(NAN)
     stopper.step(NAN)
     stopper.restore()
-    assert same(model, good)
+    assert has_state(model, good)
 
 
 def test_restore_too_early():
@@ -387,12 +334,12 @@ def test_tied_weights_are_stored_once_and_stay_tied():
     stopper.step(2)
     disturb(model)
     stopper.step(1)  # the second snapshot goes into the memory of the first
-    best = values(model)
+    best = state_of(model)
     (state,) = snapshot(stopper)
     assert state["embed.weight"] is state["out.weight"]
     disturb(model)
     stopper.restore()
-    assert same(model, best)
+    assert has_state(model, best)
     assert model.out.weight is model.embed.weight
     (state,) = snapshot(stopper)
     assert state["embed.weight"] is state["out.weight"]
@@ -404,11 +351,11 @@ def test_weights_untied_between_two_snapshots():
     stopper.step(2)
     model.out.weight = nn.Parameter(torch.randn(7, 4))
     stopper.step(1)
-    best = values(model)
+    best = state_of(model)
     assert not torch.equal(best["out.weight"], best["embed.weight"])
     disturb(model)
     stopper.restore()
-    assert same(model, best)
+    assert has_state(model, best)
 
 
 def test_weights_tied_between_two_snapshots():
@@ -429,23 +376,10 @@ def test_a_parameter_of_two_tracked_objects_is_stored_once():
     stopper.step(1)
     first, second = snapshot(stopper)
     assert first["0.weight"] is second["1.weight"]
-    best = values(a), values(b)
+    best = state_of(a), state_of(b)
     disturb(b)
     stopper.restore()
-    assert same(a, best[0]) and same(b, best[1])
-
-
-class Bag:
-    """Anything with a state_dict; keeps what it is given, as many a hand-written EMA does."""
-
-    def __init__(self, **state):
-        self.state = state
-
-    def state_dict(self):
-        return self.state
-
-    def load_state_dict(self, state):
-        self.state = state
+    assert has_state(a, best[0]) and has_state(b, best[1])
 
 
 def test_views_of_one_storage():
@@ -607,12 +541,12 @@ def test_optimiser_goes_on_as_if_nothing_had_happened(make_optimizer, trained_be
         assert optimizer.param_groups[0]["lr"] == 0.1 and schedule.last_epoch == 0
         assert optimizer.param_groups[0]["params"][0] is model.weight
         assert len(optimizer.state) == len(twin.state)
-        assert same(model, values(twin_model))
+        assert has_state(model, state_of(twin_model))
     torch.manual_seed(1)
     train_some(model, optimizer)
     torch.manual_seed(1)
     train_some(twin_model, twin)
-    assert same(model, values(twin_model))
+    assert has_state(model, state_of(twin_model))
 
 
 def test_a_failing_restore_changes_nothing_and_names_the_object():
@@ -621,22 +555,22 @@ def test_a_failing_restore_changes_nothing_and_names_the_object():
     stopper = EarlyStopping(model, optimizer, tail)
     train_some(model, optimizer)
     stopper.step(1)
-    best = values(model)
+    best = state_of(model)
     train_some(model, optimizer)
     tail[1] = nn.Linear(2, 5)  # the first layer would load, the second does not
     disturb(tail)
-    now = values(model), values(tail), copy.deepcopy(optimizer.state_dict())
+    now = state_of(model), state_of(tail), copy.deepcopy(optimizer.state_dict())
     with pytest.raises(
         RuntimeError,
         match=r"restore: tracked\[2\], a Sequential, (.|\n)*size mismatch(.|\n)*nothing was restored",
     ):
         stopper.restore()
-    assert same(model, now[0]) and same(tail, now[1])
+    assert has_state(model, now[0]) and has_state(tail, now[1])
     assert repr(optimizer.state_dict()) == repr(now[2])
     train_some(model, optimizer)  # an optimiser still holding the snapshot's momentum would write into it
     tail[1] = nn.Linear(2, 2)
     stopper.restore()
-    assert same(model, best)
+    assert has_state(model, best)
 
 
 def test_an_interrupted_snapshot_is_not_restored():
@@ -664,12 +598,12 @@ def test_inside_inference_mode():
         stopper.step(torch.tensor(2.0))
     train_some(model, optimizer)
     stopper.step(1.0)  # rewrites what was allocated in there
-    best = values(model)
+    best = state_of(model)
     with torch.inference_mode():
         stopper.restore()
     train_some(model, optimizer)
     stopper.restore()
-    assert same(model, best)
+    assert has_state(model, best)
     assert torch.is_grad_enabled()
 
 
@@ -681,442 +615,5 @@ def test_deepcopied_and_pickled():
         disturb(other.tracked[0])
         assert other.step(2)
         other.restore()
-        assert other.tracked[0] is not model and same(other.tracked[0], values(model))
+        assert other.tracked[0] is not model and has_state(other.tracked[0], state_of(model))
     assert stopper.epoch == 3
-
-
-# ---------------------------------------------------------------------------------------------- resume
-
-options = st.fixed_dictionaries(
-    dict(
-        mode=st.sampled_from(["min", "max"]),
-        patience=st.integers(0, 5),
-        min_delta=st.sampled_from([0.0, 0.5, 1.0]),
-        relative=st.booleans(),
-        warmup=st.integers(0, 4),
-        nan=st.sampled_from(["skip", "stop"]),
-    )
-)
-
-
-@settings(deadline=None)
-@given(score_lists, options, st.integers(0, 30))
-def test_resume_changes_nothing(scores, options, cut):
-    def play(save_at):
-        bag = Bag(w=torch.zeros(2))
-        stopper, log = EarlyStopping(bag, **options), []
-        for i, score in enumerate(scores):
-            if i == save_at:
-                state = through_file(stopper.state_dict())
-                bag = Bag(w=torch.full((2,), -1.0))
-                stopper = EarlyStopping(bag, **options)
-                stopper.load_state_dict(state)
-            bag.state["w"].fill_(i)
-            log.append(
-                (stopper.step(score), stopper.best, stopper.best_epoch, stopper.bad_epochs, stopper.reason)
-            )
-        if stopper.best is not None:
-            stopper.restore()
-            assert bag.state["w"].tolist() == [stopper.best_epoch] * 2
-        return log
-
-    assert play(min(cut, len(scores))) == play(None)
-
-
-def test_state_round_trip_keeps_snapshot_and_ties():
-    model = Tied()
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.tensor([1, 2])).sum().backward()
-    optimizer.step()
-    stopper = EarlyStopping(model, optimizer)
-    run(stopper, [3, 2, 4])
-    best = values(model)
-    state = through_file(stopper.state_dict())
-    assert state["snapshot"][0]["embed.weight"].data_ptr() == state["snapshot"][0]["out.weight"].data_ptr()
-
-    fresh = Tied()
-    resumed = EarlyStopping(fresh, torch.optim.Adam(fresh.parameters()))
-    resumed.load_state_dict(state)
-    assert (resumed.epoch, resumed.best, resumed.best_epoch, resumed.bad_epochs) == (3, 2.0, 1, 1)
-    for t in state["snapshot"][0].values():
-        t.zero_()  # what was loaded is a copy
-    loaded = snapshot(resumed)[0]
-    assert loaded["embed.weight"] is loaded["out.weight"]
-    resumed.restore()
-    assert same(fresh, best) and fresh.out.weight is fresh.embed.weight
-
-
-def test_the_options_of_the_constructor_win_over_the_saved_run():
-    old = EarlyStopping(patience=2, min_delta=0.0)
-    run(old, [1, 2, 2])
-    new = EarlyStopping(patience=4, min_delta=0.5)
-    new.load_state_dict(old.state_dict())
-    assert (new.patience, new.min_delta) == (4, 0.5)
-    assert [new.step(s) for s in [0.75, 2]] == [False, True]
-    shorter = EarlyStopping(patience=1)
-    shorter.load_state_dict(old.state_dict())
-    assert shorter.step(5)
-
-
-def test_bad_states_are_refused_and_change_nothing():
-    model = nn.Linear(1, 1)
-    good = EarlyStopping(model)
-    good.step(1)
-    stopper = EarlyStopping(model)
-    stopper.step(7)
-    for state, words in [
-        ({}, "expected the keys"),
-        (None, "got 'a NoneType'"),
-        (good.state_dict() | {"patience": 3}, "expected the keys"),
-        (good.state_dict() | {"mode": "max"}, "expected mode 'min', got 'max'"),
-        (good.state_dict() | {"snapshot": []}, "tracked objects: 1, got 0"),
-    ]:
-        with pytest.raises(ValueError, match=f"EarlyStopping.load_state_dict: .*{words}"):
-            stopper.load_state_dict(state)
-        assert stopper.best == 7 and stopper.epoch == 1
-
-
-# ---------------------------------------------------------------------------------------------- several ranks
-
-
-def _rank(rank, file, out):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)  # fail, not hang, where the ranks part
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=limit)
-    log = {}
-    for name, options, ranks in RANK_CASES:
-        bag = Bag(w=torch.zeros(2))
-        stopper, stops = EarlyStopping(bag, **options), []
-        for i, score in enumerate(ranks[rank]):
-            bag.state["w"].fill_(10 * i + rank)
-            try:
-                stopped = stopper.step(torch.tensor(score, dtype=torch.float64) if rank else score)
-            except ValueError:
-                stopped = "raised"
-            stops.append(stopped)
-        stopper.restore()
-        log[name] = stops, stopper.best, stopper.best_epoch, stopper.reason, bag.state["w"].tolist()
-
-    alone = dist.new_group([0])  # a group of its own: ranks outside are told so, the one inside decides alone
-    stopper = EarlyStopping(group=alone)
-    try:
-        log["alone"] = stopper.step(1.0 + rank), stopper.best
-    except ValueError as error:
-        log["alone"] = str(error)
-
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (2,))
-    model = Tied()
-    full = torch.arange(28.0).view(7, 4)
-    model.embed.weight = model.out.weight = nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
-    stopper = EarlyStopping(model)
-    stopper.step(2)
-    first = stopper.state_dict()["snapshot"][0]["out.weight"]
-    stopper.step(1)
-    state = stopper.state_dict()["snapshot"][0]
-    with torch.no_grad():
-        model.out.weight.zero_()
-    stopper.restore()
-    log["dtensor"] = (
-        state["out.weight"] is state["embed.weight"] is first,
-        model.out.weight is model.embed.weight,
-        torch.equal(model.out.weight.full_tensor(), full),
-    )
-    torch.save(log, f"{out}.{rank}")
-    dist.barrier()  # or torch aborts a rank whose partner is gone
-    dist.destroy_process_group()
-
-
-RANK_CASES = [  # name, options, scores of rank 0 and of rank 1
-    ("mean", dict(patience=2), ([1, 3, 3, 3, 3], [9, 3, 1, 9, 9])),
-    ("nan on one", dict(patience=2), ([5, 4, 3, 6], [5, NAN, NAN, 6])),
-    ("nan stops", dict(nan="stop"), ([5, 4, 3], [5, 4, NAN])),
-    ("nan raises", dict(nan="raise"), ([5, NAN, 4], [5, 4, 4])),
-    ("target", dict(target=2), ([4, 1, 1], [4, 9, 3])),
-    ("last bit", dict(patience=1), ([0.1 + 0.2, 0.3], [0.1 + 0.2, 0.3])),
-    ("overflow", dict(), ([1.7e308, 1.6e308], [1.7e308, 1.6e308])),
-]
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_every_rank_takes_the_same_decision(tmp_path):
-    mp.spawn(_rank, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=2)
-    logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(2)]
-    expected = {
-        "mean": ([False, False, False, False, True], 2.0, 2),
-        "nan on one": ([False, False, True, True], 5.0, 0),
-        "nan stops": ([False, False, True], 4.0, 1),
-        "nan raises": ([False, "raised", False], 4.0, 1),
-        "target": ([False, False, True], 2.0, 2),
-        "last bit": ([False, False], 0.3, 1),
-        "overflow": ([False, False], 1.6e308, 1),
-    }
-    for name, want in expected.items():
-        for rank, log in enumerate(logs):
-            assert log[name][:3] == want, (name, rank)
-        assert logs[0][name][3] == logs[1][name][3]
-    # Each rank keeps its own state of the common best epoch.
-    assert [log["mean"][4] for log in logs] == [[20.0, 20.0], [21.0, 21.0]]
-    assert logs[0]["alone"] == (False, 1.0) and "expected a rank of group" in logs[1]["alone"]
-    assert [log["dtensor"] for log in logs] == [(True, True, True)] * 2
-
-
-def uneven_scores(rank):
-    """An overfitting curve per rank: each has its lowest point elsewhere, so that alone each would stop at
-    another epoch.
-    """
-    generator = random.Random(rank)
-    return [abs(i - 4 - 3 * rank) + generator.random() for i in range(40)]
-
-
-FOUR = {  # options, rank -> scores
-    "uneven": (dict(patience=3), uneven_scores),
-    "nan in the middle": (
-        dict(patience=3),
-        lambda rank: [NAN if rank == 2 and i in (1, 5, 9) else s for i, s in enumerate(uneven_scores(rank))],
-    ),
-    "nan from the start": (dict(patience=3), lambda rank: [NAN] * 40 if rank == 3 else uneven_scores(rank)),
-    "nan stops": (
-        dict(patience=3, nan="stop"),
-        lambda rank: [NAN if rank == 1 and i >= 4 else s for i, s in enumerate(uneven_scores(rank))],
-    ),
-}
-
-
-def _one_of_four(rank, file, out):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4, timeout=limit)
-    log = {}
-    for name, (options, scores) in FOUR.items():
-        model = nn.Linear(1, 1)
-        stopper = EarlyStopping(model, **options)
-        for epoch, score in enumerate(scores(rank)):
-            with torch.no_grad():
-                model.weight.fill_(epoch)
-            if stopper.step(score):
-                break
-        if stopper.best is not None:
-            stopper.restore()
-        log[name] = epoch, stopper.best_epoch, stopper.best, model.weight.item()
-    torch.save(log, f"{out}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_four_ranks_with_losses_of_their_own_stop_in_the_same_epoch(tmp_path):
-    mp.spawn(_one_of_four, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=4)
-    logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(4)]
-    for name, (options, scores) in FOUR.items():
-        alone = {run(EarlyStopping(**options), scores(rank)) for rank in range(4)}
-        assert len(alone) > 1, name  # else the agreement would be no news
-        one = EarlyStopping(**options)  # one process that sees the mean
-        stop = run(one, [sum(column) / 4 for column in zip(*map(scores, range(4)), strict=True)])
-        for log in logs:
-            epoch, best_epoch, best, weight = log[name]
-            assert (epoch, best_epoch) == (stop, one.best_epoch), name
-            assert (
-                best == logs[0][name][2] == (None if one.best is None else pytest.approx(one.best, rel=1e-12))
-            )
-            assert weight == (stop if one.best is None else one.best_epoch)
-
-
-# ---------------------------------------------------------------------------------------------- retraining
-
-
-def make_net():
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
-    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-
-
-def train_net(model, optimizer, loader):
-    for x, y in loader:
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-
-def make_data(n, seed):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 4, generator=g), torch.randint(3, (n,), generator=g)
-
-
-def by_hand(train, val, epochs, seed, **loader):
-    torch.manual_seed(seed)
-    model, optimizer = make_net()
-    data = ConcatDataset([TensorDataset(*train), TensorDataset(*val)])
-    batches = DataLoader(data, **loader)
-    for _ in range(epochs):
-        train_net(model, optimizer, batches)
-    return model
-
-
-@pytest.mark.parametrize(
-    "loader", [{}, dict(shuffle=False), dict(drop_last=True), dict(num_workers=1)], ids=str
-)
-def test_retrain_is_what_one_does_by_hand(loader):
-    train, val = make_data(21, 0), make_data(9, 1)
-    model, optimizer = retrain(make_net, train_net, train, val, epochs=3, seed=5, batch_size=8, **loader)
-    want = by_hand(train, val, 3, 5, **({"batch_size": 8, "shuffle": True} | loader))
-    assert same(model, values(want))
-    assert optimizer.param_groups[0]["params"][0] is model[0].weight
-    if not loader:  # and each ingredient counts
-        for other in [
-            by_hand(train, train, 3, 5, batch_size=8, shuffle=True),
-            by_hand(train, val, 2, 5, batch_size=8, shuffle=True),
-            by_hand(train, val, 3, 6, batch_size=8, shuffle=True),
-            by_hand(train, val, 3, 5, batch_size=8, shuffle=False),
-        ]:
-            assert not same(model, values(other))
-
-
-def test_retrain_sees_every_sample_once_per_epoch():
-    seen = []
-
-    def train_epoch(model, loader):
-        seen.append(torch.cat([x for (x,) in loader]).tolist())
-        return "dropped"
-
-    train, val = (torch.arange(10),), [torch.arange(10, 14)]
-    model = retrain(lambda: nn.Linear(1, 1), train_epoch, train, val, epochs=2, seed=0, batch_size=3)
-    assert isinstance(model, nn.Linear)
-    assert len(seen) == 2 and seen[0] != seen[1]
-    assert all(sorted(epoch) == list(range(14)) for epoch in seen)
-
-
-def test_retrain_takes_datasets_and_the_stoppers_epochs():
-    train, val = make_data(10, 0), make_data(6, 1)
-    stopper = EarlyStopping(patience=2)
-    run(stopper, [3, 2, 1, 2, 2])
-    got = retrain(
-        make_net, train_net, TensorDataset(*train), TensorDataset(*val), epochs=stopper, seed=1, batch_size=4
-    )
-    assert same(got[0], values(by_hand(train, val, 3, 1, batch_size=4, shuffle=True)))
-    pairs = [list(zip(*data, strict=True)) for data in (train, val)]  # a list of samples is a dataset as well
-    got = retrain(make_net, train_net, *pairs, epochs=3, seed=1, batch_size=4)
-    assert same(got[0], values(by_hand(train, val, 3, 1, batch_size=4, shuffle=True)))
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_retrain_puts_the_random_state_back(fails):
-    def train_epoch(*_):
-        torch.rand(3)
-        if fails:
-            raise KeyError
-
-    torch.manual_seed(3)
-    random.seed(3)
-    want = torch.rand(2), random.random()
-    torch.manual_seed(3)
-    random.seed(3)
-    data = (torch.ones(2),)
-    try:
-        retrain(lambda: None, train_epoch, data, data, epochs=1, seed=9, batch_size=1)
-    except KeyError:
-        assert fails
-    assert torch.equal(torch.rand(2), want[0]) and random.random() == want[1]
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([1])
-
-
-@pytest.mark.parametrize(
-    "change, error, words",
-    [
-        (dict(epochs=0), ValueError, "epochs must be at least 1, got 0"),
-        (dict(epochs=2.0), TypeError, "epochs must be an int or an EarlyStopping, got a float"),
-        (dict(epochs=True), TypeError, "epochs must be an int, got bool"),
-        (dict(epochs=EarlyStopping()), ValueError, "with a best epoch"),
-        (dict(seed=None), TypeError, "seed must be an int, got NoneType"),
-        (dict(seed=1.5), TypeError, "seed must be an int, got float"),
-        (dict(make=nn.Module), None, None),
-        (dict(make=3), TypeError, "make must be a function, got a int"),
-        (dict(train_epoch=None), TypeError, "train_epoch must be a function"),
-        (
-            dict(train_data=(torch.ones(3), torch.ones(4))),
-            ValueError,
-            r"train_data must be .*\[\(3,\), \(4,\)\]",
-        ),
-        (dict(train_data=(torch.tensor(3),)), ValueError, "train_data must be"),
-        (dict(val_data=torch.ones(3)), TypeError, r"val_data must be .*shape \[3\]"),
-        (dict(val_data=Stream()), TypeError, "val_data must be .*got a Stream"),
-        (dict(val_data=DataLoader([1, 2])), TypeError, "val_data must be .*DataLoader"),
-        (dict(val_data={"x": torch.ones(2)}), TypeError, "val_data must be .*got a dict"),
-        (dict(val_data=None), TypeError, "val_data must be .*NoneType"),
-        (dict(batch_size=0), ValueError, "batch_size"),
-    ],
-    ids=lambda value: re.sub(
-        " at 0x[0-9a-f]+", "", str(value)
-    ),  # an address differs between processes that share the tests
-)
-def test_retrain_checks_before_it_makes_anything(change, error, words):
-    made = []
-    arguments = dict(
-        make=lambda: made.append(1),
-        train_epoch=lambda *_: None,
-        train_data=(torch.ones(3),),
-        val_data=(torch.ones(2),),
-        epochs=1,
-        seed=0,
-        batch_size=2,
-    )
-    if error is None:
-        retrain(**(arguments | change))
-        return
-    with pytest.raises(error, match=words):
-        retrain(**(arguments | change))
-    assert not made
-
-
-def test_the_books_three_algorithms_on_a_problem_that_overfits():
-    """Few noisy samples, many weights: the validation error falls and rises again."""
-    g = torch.Generator().manual_seed(0)
-    truth = torch.randn(80, 1, generator=g) / 9
-
-    def sample(n):
-        x = torch.randn(n, 80, generator=g)
-        return x, x @ truth + torch.randn(n, 1, generator=g)
-
-    def make():
-        model = nn.Linear(80, 1)
-        return model, torch.optim.SGD(model.parameters(), lr=0.01)
-
-    def train_epoch(model, optimizer, loader):
-        for x, y in loader:
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-
-    def error(model, data):
-        with torch.no_grad():
-            return nn.functional.mse_loss(model(data[0]), data[1]).item()
-
-    train, val, test = sample(50), sample(25), sample(500)
-    torch.manual_seed(0)
-    model, optimizer = make()
-    loader = DataLoader(TensorDataset(*train), 25, shuffle=True)
-    stopper, curve = EarlyStopping(model, patience=10), []  # 7.1
-    for _ in range(200):
-        train_epoch(model, optimizer, loader)
-        curve.append(error(model, val))
-        if stopper.step(curve[-1]):
-            break
-    assert len(curve) == stopper.best_epoch + 11 < 200 and stopper.best_epoch > 5
-    assert error(model, val) > stopper.best
-    stopper.restore()
-    assert error(model, val) == stopper.best == min(curve)
-
-    again, _ = retrain(make, train_epoch, train, val, epochs=stopper, seed=0, batch_size=25)  # 7.2
-    assert error(again, test) < error(model, test)
-
-    goal, before = error(model, train), error(model, val)  # 7.3
-    onward = EarlyStopping(model, target=goal, patience=100)
-    everything = DataLoader(ConcatDataset([TensorDataset(*train), TensorDataset(*val)]), 25, shuffle=True)
-    while not onward.step(error(model, val)):
-        train_epoch(model, optimizer, everything)
-    assert goal < before and "reached target" in onward.reason and error(model, val) <= goal

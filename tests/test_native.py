@@ -1,8 +1,8 @@
 """The CPU kernels without torch, on every instruction set this machine can run and, by emulation, on aarch64.
 
-tests/native/kernel_test.cpp tests one instruction set; here it is built with the flags that CMakeLists.txt
-has for each, so that a new set is tested from the day it is named there. All of them must give the same
-bits."""
+tests/native is a program that tests the kernels of one instruction set. Here it is built with the flags that
+CMakeLists.txt has for each, so that a new set is tested from the day it is named there. The kernels and their
+tests are taken from the tree. All sets must give the same bits."""
 
 import functools
 import os
@@ -22,24 +22,25 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 CXX = os.environ.get("CXX", "g++")
 CROSS_CXX = "aarch64-linux-gnu-g++"
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-COARSE = 4099  # every COARSE-th float32 of the sweep of exp; natively all of it is done as well
+COARSE = 4099  # the sweep of exp takes every COARSE-th float32; what runs without emulation takes all as well
 
-# Sets that CMakeLists.txt names, with their flags; all but the baseline are x86's.
+# The sets that CMakeLists.txt names, with their flags. All but the baseline are x86's.
 FLAGS = {}
 for name, flags in re.findall(r"set\(flags_(\w+)([^)]*)\)", CMAKE):
     flags = re.sub(r"\$\{flags_(\w+)\}", lambda other: " ".join(FLAGS[other[1]]), flags)
     FLAGS[name] = flags.strip('" ').split()
 FLAGS = {name: flags for name, flags in FLAGS.items() if X86 or name == "baseline"}
-OPS = re.search(r"set\(ops ([^)]*)\)", CMAKE)[1].split()
+KERNELS = sorted(ROOT.glob("csrc/*/*_cpu.cpp"))
+TESTS = sorted(ROOT.glob("tests/native/*.cpp"))
 COMMON = [
     "-std=c++20",
     *(f for f in re.search(r"set\(cxx_flags ([^)]*)\)", CMAKE)[1].split() if "$" not in f),
 ]
-# Ops that fuse multiplication and addition have bits of their own where there is no such instruction: in
+# What fuses multiplication and addition has bits of its own where there is no such instruction, which is in
 # x86-64's baseline.
 FUSED = ("exp/float32", "cross_entropy")
-# Left out is what multiplies the time to compile tenfold and watches pointers that the address sanitizer
-# watches as well; its checks are calls, not inlined, for the same reason.
+# The checks that are left out make compiling ten times as slow, and they watch pointers that the address
+# sanitizer watches as well. Its own checks are calls and not inlined for the same reason.
 SANITIZERS = (
     "-O1",
     "-fsanitize=address,undefined",
@@ -52,7 +53,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which(CXX), reason=f"no compiler 
 
 
 def run(*command, **kwargs):
-    """Runs a command and gives what it prints; its errors are the failure's message."""
+    """What a command prints; what it writes to stderr is the message of the failure."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, timeout=600, **kwargs
     )
@@ -88,14 +89,17 @@ def can_run(isa):
 def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
     """Builds the test program of one set, runs it and gives what it prints."""
     with tempfile.TemporaryDirectory() as folder:
-        # Kernels of the narrow sets take twice as long to compile with -O2 as with -O1; the sweep of exp,
-        # which is in the test, ten times as long to run with -O1 as with -O2.
-        sources = {ROOT / "tests/native/kernel_test.cpp": "-O2"}
-        sources |= {ROOT / f"csrc/{op}/{op}_cpu.cpp": "-O2" if FLAGS[isa] else "-O1" for op in OPS}
+        # All tests are one translation unit: each alone would compile the standard library's headers again,
+        # which takes longer than its own code.
+        tests = Path(folder, "tests.cpp")
+        tests.write_text("".join(f'#include "{test}"\n' for test in TESTS))
+        # Kernels of the narrow sets take twice as long to compile with -O2 as with -O1. The sweep of exp,
+        # which is a test, takes ten times as long to run with -O1 as with -O2.
+        levels = {tests: "-O2"} | dict.fromkeys(KERNELS, "-O2" if FLAGS[isa] else "-O1")
         options = [*COMMON, *FLAGS[isa], *flags, f"-DFASTREG_ISA={isa}"]
         objects = []
-        for source, level in sources.items():
-            objects.append(Path(folder, source.stem + ".o"))
+        for source, level in levels.items():
+            objects.append(Path(folder, f"{len(objects)}.o"))
             run(compiler, level, *options, "-c", source, "-o", objects[-1])
         run(compiler, *flags, *objects, "-o", Path(folder, "kernel_test"))
         output = run(*emulator, Path(folder, "kernel_test"), stride)
@@ -107,8 +111,8 @@ def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
 
 @pytest.fixture(scope="module")
 def programs():
-    """{name: future of (measured, digests)}: each is a chain of compilations, so that a processor is given
-    one chain.
+    """{name: future of (measured, digests)}. Each is a chain of compilations, and each processor works on one
+    chain at a time.
     """
     with_sets = {isa: can_run(isa) for isa in FLAGS}
     widest = [isa for isa, runs in with_sets.items() if runs][-1]
@@ -130,8 +134,8 @@ def result(programs, name):
 
 
 def same_bits(programs, name):
-    """The program fails nowhere and has the digests of AVX2, the first set with fused arithmetic, or of the
-    only one there is.
+    """The program fails nowhere and has the digests of AVX2, the first set with fused arithmetic, or those of
+    the only set there is.
     """
     reference = "avx2" if "avx2" in programs else "baseline"
     mine, theirs = result(programs, name), result(programs, reference)
@@ -146,15 +150,13 @@ def same_bits(programs, name):
 
 
 @needs_compiler
-def test_every_instruction_set_is_found():
-    """What is read from CMakeLists.txt is what it builds: every set the library can choose from, every kernel
-    file.
+def test_every_instruction_set_and_op_is_found():
+    """The sets read from CMakeLists.txt are those that the library can choose from; every op with kernels has
+    a native test.
     """
     built = library_isa()[1]  # the first one is the baseline under its own name
     assert list(FLAGS) == ["baseline", *built[1:]]
-    assert {f"csrc/{op}/{op}_cpu.cpp" for op in OPS} == {
-        str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/*/*_cpu.cpp")
-    }
+    assert {kernel.parent.name for kernel in KERNELS} <= {test.stem.removesuffix("_test") for test in TESTS}
     assert {"-Wall", "-Wextra", "-Werror", "-ffp-contract=off"} <= set(COMMON)
 
 
@@ -162,8 +164,9 @@ def test_every_instruction_set_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FLAGS)
 def test_kernels(isa, programs):
-    """Against the references, nothing written outside, exp on all float32 where it is not constant; the bits
-    of other sets.
+    """The kernels agree with the references, write nothing outside and have the bits of the other sets.
+
+    exp is swept over all float32 where it is not constant.
     """
     if not can_run(isa):
         pytest.skip(f"this machine cannot run {isa}")

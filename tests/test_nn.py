@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import with_seed
 from torch import nn
 from torch.nn.utils import prune
 
@@ -26,11 +27,6 @@ FUNCTION = dict(
 
 def input_of(name):
     return torch.randn({"Dropout1d": (3, 4, 5), "Dropout3d": (2, 3, 2, 2, 2)}.get(name, (3, 4, 5, 6)))
-
-
-def with_seed(seed, f, *args, **kwargs):
-    torch.manual_seed(seed)
-    return f(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------------

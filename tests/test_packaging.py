@@ -9,11 +9,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import pytest
 import torch
+from helpers import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
+import fastreg as fr
+
 OTHER_TORCH = "2.14.1" if torch.__version__.startswith("2.13.") else "2.13.0"
 
 # Every op once, forward and backward, against numbers that do not depend on the build.
@@ -115,11 +118,22 @@ def test_sdist_has_all_that_a_build_needs_and_no_more(sdist):
         "fastreg/_dropout.py",
     } <= names
     assert {"benchmarks/_timing.py", "benchmarks/bench_dropout.py"} <= names
+    assert {"lecture/command.py", "lecture/page.css", "lecture/sections/dropout.py"} <= names
     assert not [
         name
         for name in names
         if name.startswith((".venv", "build/", "bench/", "report")) or name.endswith(".so")
     ]
+
+
+@pytest.mark.slow
+def test_the_example_of_an_op_is_not_in_the_wheel(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert "fastreg/benchmarks/bench_dropout.py" in names
+        assert not [name for name in names if "example" in name]
+        (module,) = (name for name in names if name.startswith("fastreg/_C."))
+        assert b"fgsm_step" in archive.read(module) and b"example" not in archive.read(module)
 
 
 @pytest.mark.slow
@@ -136,6 +150,10 @@ def test_one_wheel_runs_on_this_torch_and_on_another(wheel, other, tmp_path):
     assert run(here / "bin/python", "-c", SMOKE).split() == [torch.__version__] * 2
     run(here / "bin/fastreg", "bench", "--tiny", "--ops", "fgsm", "--no-compile", "--out", tmp_path / "bench")
     assert json.loads((tmp_path / "bench/results.json").read_text())["rows"]
+    lecture = (
+        "from fastreg.lecture import report, sections; print(len(sections.SECTIONS), len(report.style()))"
+    )
+    assert all(int(number) > 10 for number in run(here / "bin/python", "-c", lecture).split())
 
     run(other, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
     version, built_with = run(other, "-c", SMOKE).split()
@@ -240,11 +258,24 @@ def test_an_unknown_cpu_capability_is_refused():
     assert "FASTREG_CPU_CAPABILITY" in line and "sse2" in line and "avx9000" in line
 
 
+def runs_on_a_gpu():
+    """Whether a kernel of fastreg's does run on a GPU of this machine."""
+    if not torch.cuda.is_available():
+        return False
+    x = torch.ones(2, device="cuda")
+    try:
+        return fr.fgsm_step(x, x, 0.5).tolist() == [1.5, 1.5]
+    except RuntimeError:
+        return False
+
+
 def test_doctor_says_what_is_there():
     printed = run(sys.executable, "-m", "fastreg", "doctor", cwd=ROOT)
     info = json.loads(run(sys.executable, "-m", "fastreg", "doctor", "--json", cwd=ROOT))
     assert torch.__version__ in printed and info["cpu"]["in_use"] in info["cpu"]["instruction_sets"]
-    assert info["cuda"]["usable"] is False and info["cuda"]["why_not"] in printed
+    cuda = info["cuda"]
+    assert cuda["usable"] is runs_on_a_gpu()
+    assert cuda["why_not"] is None if cuda["usable"] else cuda["why_not"] in printed
     forced = info["cpu"]["instruction_sets"][0]
     again = json.loads(
         run(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fastreg as fr
-from fastreg.cli.demo.data import load
+from fastreg.lecture.data import load
 
 SEEDS = range(5)
 

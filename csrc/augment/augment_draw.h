@@ -1,14 +1,16 @@
 // What each sample of a batch draws, and the tables that the operator takes of it: matrices, factors of
-// colour, weights of the blur, boxes. Uniform in intervals, by a counter-based generator of (seed, global
-// index of the sample); boxes as torchvision's RandomResizedCrop and RandomErasing; the matrix is
-// torchvision's affine, then crop, stretch and flips. All in float64.
+// colour, weights of the blur, boxes. All of it is float64.
+//
+// Parameters are uniform in intervals, from Philox with the counter (global index of the sample, draw). Boxes
+// are drawn as torchvision's RandomResizedCrop and RandomErasing draw them. The matrix is torchvision's
+// affine, then crop, stretch and flips.
 #pragma once
 #include "../common/philox.h"
 #include "augment_math.h"
 
 namespace fastreg {
 
-// The columns of the table of parameters, a row for each sample.
+// The columns of the table of parameters, a row for each sample: COLUMNS in fastreg/augment.
 enum ParamColumn {
   kHFlip,
   kVFlip,
@@ -18,36 +20,65 @@ enum ParamColumn {
   kTranslateX,
   kTranslateY,
   kShearX,
-  kShearY,  // clang-format off
-  kCropTop, kCropLeft, kCropHeight, kCropWidth,
+  kShearY,
+  kCropTop,
+  kCropLeft,
+  kCropHeight,
+  kCropWidth,
   kGeometryColumns,
-  kBrightnessParam = kGeometryColumns, kContrastParam, kSaturationParam, kHueParam, kSigma,
-  kEraseTop, kEraseLeft, kEraseHeight, kEraseWidth, kParamColumns
-};  // clang-format on
+  kBrightnessParam = kGeometryColumns,
+  kContrastParam,
+  kSaturationParam,
+  kHueParam,
+  kSigma,
+  kEraseTop,
+  kEraseLeft,
+  kEraseHeight,
+  kEraseWidth,
+  kParamColumns
+};
+static_assert(kContrastParam - kBrightnessParam == kContrastColumn &&
+                  kSaturationParam - kBrightnessParam == kSaturationColumn &&
+                  kHueParam - kBrightnessParam == kHueColumn && kSigma - kBrightnessParam == kColourColumns,
+              "the factors of colour are copied as one run of columns");
+static_assert(kCropWidth == kCropTop + 3 && kEraseWidth == kEraseTop + 3,
+              "a box is one run of columns: top, left, height, width");
+
+// The Philox draws of a sample: its parameters, four columns to a draw, then the attempts at two boxes, a
+// draw each.
+constexpr uint32_t kParamDraws = 5, kCropDraw = 16, kEraseDraw = 32, kBoxAttempts = 10;
+static_assert(kSigma < 4 * kParamDraws && kParamDraws <= kCropDraw && kCropDraw + kBoxAttempts <= kEraseDraw,
+              "no two parameters may draw the same bits");
+
+enum class Crop : int { kNone, kByArea, kWindow, kCount };
 
 struct SampleArgs {
   Seed seed;
   uint64_t offset;
   int64_t batch;
   int64_t in_height, in_width, out_height, out_width;
-  double hflip, vflip, erase;                       // probabilities
-  double low[kParamColumns], high[kParamColumns];   // of what is uniform in an interval
-  int crop;                                         // 0: the whole image, 1: by area, 2: a window
-  double crop_area[2], crop_log_ratio[2], padding;  // the window's: pixels around the image
+  double hflip, vflip, erase;                      // probabilities
+  double low[kParamColumns], high[kParamColumns];  // the intervals of what is uniform
+  Crop crop;
+  double crop_area[2], crop_log_ratio[2];  // of Crop::kByArea
+  double padding;                          // of Crop::kWindow: pixels around the image
   double erase_area[2], erase_log_ratio[2];
   double* out;  // (batch, kParamColumns)
 };
+
+// ---- a sample's parameters
 
 // Uniform in (0, 1), never an end.
 FR_HD double uniform_of(uint32_t word) { return (double(word) + 0.5) * 0x1p-32; }
 FR_HD double between(double low, double high, uint32_t word) { return low + (high - low) * uniform_of(word); }
 FR_HD double whole_below(double n, uint32_t word) { return std::floor(n * uniform_of(word)); }  // 0 .. n - 1
 
-// A box of some share of the area and some ratio of width to height, as torchvision's RandomResizedCrop and
-// RandomErasing draw it: ten attempts, each with four words of its own. False if none fits.
+// A box of some share of the area and some ratio of width to height, as torchvision draws it: ten attempts,
+// each with four words of its own. False if none fits. A crop may be as large as the image, which `inside`
+// says; what is erased is smaller.
 FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const double* area,
                     const double* log_ratio, double height, double width, bool inside, double* box) {
-  for (uint32_t attempt = 0; attempt < 10; ++attempt) {
+  for (uint32_t attempt = 0; attempt < kBoxAttempts; ++attempt) {
     const PhiloxWords words = philox_group(a.seed.get(), index, draw + attempt, Purpose::kAugment);
     const double size = height * width * between(area[0], area[1], words.word[0]);
     const double ratio = std::exp(between(log_ratio[0], log_ratio[1], words.word[1]));
@@ -62,52 +93,59 @@ FR_HD bool draw_box(const SampleArgs& a, uint64_t index, uint32_t draw, const do
   return false;
 }
 
-// Row `i` of the table: each column depends on (seed, global index of the sample) alone, whichever other
-// steps are on.
+// The crop of a sample; `top` and `left` are words of its own.
+FR_HD void draw_crop(const SampleArgs& a, uint64_t index, uint32_t top, uint32_t left, double* crop) {
+  const double height = double(a.in_height), width = double(a.in_width);
+  crop[0] = crop[1] = 0;
+  crop[2] = height;
+  crop[3] = width;
+  if (a.crop == Crop::kByArea &&
+      !draw_box(a, index, kCropDraw, a.crop_area, a.crop_log_ratio, height, width, true, crop)) {
+    // torchvision's way out: the largest box in the middle whose ratio is allowed
+    const double ratio = width / height, smallest = std::exp(a.crop_log_ratio[0]),
+                 largest = std::exp(a.crop_log_ratio[1]);
+    if (ratio < smallest) crop[2] = std::nearbyint(width / smallest);
+    if (ratio > largest) crop[3] = std::nearbyint(height * largest);
+    crop[0] = std::floor((height - crop[2]) / 2);
+    crop[1] = std::floor((width - crop[3]) / 2);
+  }
+  if (a.crop == Crop::kWindow) {
+    crop[2] = double(a.out_height);
+    crop[3] = double(a.out_width);
+    crop[0] = whole_below(height + 2 * a.padding - crop[2] + 1, top) - a.padding;
+    crop[1] = whole_below(width + 2 * a.padding - crop[3] + 1, left) - a.padding;
+  }
+}
+
+// Row `i` of the table. Each column depends on the seed and the global index of the sample alone, whichever
+// other steps are on.
 FR_HD void sample_row(const SampleArgs& a, int64_t i) {
   const uint64_t index = a.offset + uint64_t(i);
   double* row = a.out + i * kParamColumns;
-  PhiloxWords words[5];
-  for (uint32_t draw = 0; draw < 5; ++draw)
+  PhiloxWords words[kParamDraws];
+  for (uint32_t draw = 0; draw < kParamDraws; ++draw)
     words[draw] = philox_group(a.seed.get(), index, draw, Purpose::kAugment);
   const auto word = [&](int column) { return words[column / 4].word[column % 4]; };
   row[kHFlip] = uniform_of(word(kHFlip)) < a.hflip;
   row[kVFlip] = uniform_of(word(kVFlip)) < a.vflip;
   for (int column = kStretch; column <= kShearY; ++column)
     row[column] = between(a.low[column], a.high[column], word(column));
-  for (int column = kBrightnessParam; column <= kSigma;
-       ++column)  // those of the crop's columns are drawn for the crop below
+  for (int column = kBrightnessParam; column <= kSigma; ++column)
     row[column] = between(a.low[column], a.high[column], word(column));
   row[kTranslateX] = std::nearbyint(row[kTranslateX]);  // whole pixels, as torchvision's RandomAffine
   row[kTranslateY] = std::nearbyint(row[kTranslateY]);
-  const double height = double(a.in_height), width = double(a.in_width);
-  double* crop = row + kCropTop;
-  crop[0] = crop[1] = 0;
-  crop[2] = height;
-  crop[3] = width;
-  if (a.crop == 1 && !draw_box(a, index, 16, a.crop_area, a.crop_log_ratio, height, width, true, crop)) {
-    // torchvision's way out: the largest box in the middle whose ratio is allowed
-    const double ratio = width / height, least = std::exp(a.crop_log_ratio[0]),
-                 most = std::exp(a.crop_log_ratio[1]);
-    if (ratio < least) crop[2] = std::nearbyint(width / least);
-    if (ratio > most) crop[3] = std::nearbyint(height * most);
-    crop[0] = std::floor((height - crop[2]) / 2);
-    crop[1] = std::floor((width - crop[3]) / 2);
-  }
-  if (a.crop == 2) {
-    crop[2] = double(a.out_height);
-    crop[3] = double(a.out_width);
-    crop[0] = whole_below(height + 2 * a.padding - crop[2] + 1, word(kCropTop)) - a.padding;
-    crop[1] = whole_below(width + 2 * a.padding - crop[3] + 1, word(kCropLeft)) - a.padding;
-  }
+  // The words of the crop's columns serve Crop::kWindow, and whether something is erased.
+  draw_crop(a, index, word(kCropTop), word(kCropLeft), row + kCropTop);
   double* erased = row + kEraseTop;
   erased[0] = erased[1] = erased[2] = erased[3] = 0;
   if (uniform_of(word(kCropHeight)) < a.erase)
-    draw_box(a, index, 32, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width), false,
-             erased);
+    draw_box(a, index, kEraseDraw, a.erase_area, a.erase_log_ratio, double(a.out_height), double(a.out_width),
+             false, erased);
 }
 
-// The parameters that make the matrices, by column; a column that is not there is neutral.
+// ---- the tables made of the parameters
+
+// The parameters that make the matrices, by column; a null column is neutral.
 struct MatrixArgs {
   int64_t batch, in_height, in_width, out_height, out_width;
   const double* column[kGeometryColumns];
@@ -115,8 +153,8 @@ struct MatrixArgs {
   double* out;                       // (batch, 2, 3)
 };
 
-// The inverse matrix of sample i: from an output pixel through crop, then C S^-1 R^-1 ... C^-1 about the
-// centre of the image (torchvision's affine), then stretch and flips, to the source.
+// The inverse matrix of sample i. From an output pixel it leads through the crop, then the inverse of
+// torchvision's affine about the centre of the image, then stretch and flips, to the source.
 FR_HD void matrix_row(const MatrixArgs& args, int64_t i) {
   const double height = double(args.in_height), width = double(args.in_width);
   double p[kGeometryColumns];
@@ -182,11 +220,11 @@ FR_HD void gaussian_row(const GaussianArgs& args, int64_t i) {
   gaussian(args.sigma_y[i * args.stride_y], args.height, row + args.width);
 }
 
-// All that a sample draws, and the tables that the operator takes of it.
+// All that a sample draws, and the tables that the operator takes.
 struct DrawArgs {
   SampleArgs sample;
   MatrixArgs matrix;  // of the sample's own columns
-  double* colour;     // (batch, 4)
+  double* colour;     // (batch, kColourColumns)
   int64_t blur_width, blur_height;
   double* blur;    // (batch, blur_width + blur_height)
   int64_t* boxes;  // (batch, 4)

@@ -1,14 +1,11 @@
-// torch.ops.fastreg.augment and its companions: checks, allocation, threads or launch. Schemas stand in
-// fastreg/augment/_op.py.
-#include <algorithm>
+// torch.ops.fastreg.augment and its gradient: checks, allocation, threads or launch. Schemas stand in
+// fastreg/augment/_op.py, the operators that make its tables in augment_draw_op.h.
 #include <cstdlib>
 #include <memory>
 #include <new>
-#include <tuple>
-#include <vector>
 
-#include "../common/backend.h"
-#include "augment_draw.h"
+#include "augment_draw_op.h"
+#include "augment_geometry.h"
 
 namespace fastreg {
 namespace {
@@ -45,7 +42,7 @@ const T* table(const char* name, const std::optional<Tensor>& t, const Tensor& i
   return static_cast<const T*>(t->const_data_ptr());
 }
 
-// As torch's, dimensions of size 1 having any stride.
+// As torch has it: a dimension of size 1 may have any stride.
 bool is_channels_last(const Tensor& t) {
   int64_t expected = 1;
   for (const int64_t d : {1, 3, 2, 0}) {
@@ -70,18 +67,18 @@ Tensor allocate_images(const Tensor& like, int64_t channels, int64_t height, int
   return allocate(like, sizes, strides, dtype);
 }
 
+// The arguments of a call, checked; the output is not allocated yet.
 struct Call {
   AugmentArgs args{};
-  ScalarType out_dtype;
 
   Call(const Tensor& images, const std::optional<Tensor>& matrices, const std::optional<Tensor>& colour,
        const std::optional<Tensor>& blur, const std::optional<Tensor>& boxes,
        const std::optional<Tensor>& windows, const std::vector<double>& constants, int64_t height,
        int64_t width, int64_t blur_width, int64_t blur_height, int64_t colour_steps, int64_t interpolation,
-       int64_t padding, bool antialias, bool normalise, ScalarType dtype)
-      : out_dtype(dtype) {
+       int64_t padding, bool antialias, bool normalise, ScalarType dtype) {
     const char* op = "augment";
     AugmentArgs& a = args;
+    // Types and sizes.
     check(images.dim() == 4, op, ": images must be (batch, channels, height, width), got ",
           shape_text(images), "; add a dimension with .unsqueeze(0)");
     a.in_type = pixel_type("images", images.scalar_type());
@@ -100,50 +97,54 @@ struct Call {
           ": without matrices the size is that of images");
     a.images = images.const_data_ptr();
     set_strides(a.in_stride, images);
+    const int64_t most = INT32_MAX;
+    check(a.in_height < most && a.in_width < most && height < most && width < most &&
+              (a.in_height == 0 || std::max(a.in_stride[2], a.in_width) <= most / a.in_height),
+          op, ": a plane may have 2^31 pixels at most, got ", shape_text(images), "; take a part of it");
+    // Tables.
     a.matrices = table<double>("matrices", matrices, images, 6);
     a.colour = table<double>("colour", colour, images, kColourColumns);
     a.blur = table<double>("blur", blur, images, blur_width + blur_height);
     a.boxes = table<int64_t>("boxes", boxes, images, 4);
     a.windows = table<int64_t>("windows", windows, images, 4);
-    check(int64_t(constants.size()) == 4 * a.channels, op, ": constants must be four per channel, ",
-          4 * a.channels, ", got ", constants.size());
+    check(int64_t(constants.size()) == kConstantRows * a.channels, op,
+          ": constants must be four per channel, ", kConstantRows * a.channels, ", got ", constants.size());
     a.constants = constants.data();
+    // Steps.
     check(!blur || (blur_width > 0 && blur_height > 0 && blur_width % 2 && blur_height % 2), op,
           ": the blur's kernel must be odd and positive, got (", blur_width, ", ", blur_height, ")");
     a.blur_width = blur_width;
     a.blur_height = blur_height;
-    check(colour_steps >= 0 && colour_steps < 16 && (colour || !colour_steps), op,
+    check(colour_steps >= 0 && colour_steps <= kAllColourSteps && (colour || !colour_steps), op,
           ": colour_steps needs colour");
     check(!(colour_steps & ~kBrightness) || a.channels == 1 || a.channels == 3, op,
           ": contrast, saturation and hue take images of 1 or 3 channels, got ", a.channels);
-    check(interpolation >= 0 && interpolation <= 2 && padding >= 0 && padding <= 3, op,
-          ": unknown interpolation or padding");
+    check(interpolation >= 0 && interpolation < int(Interpolation::kCount) && padding >= 0 &&
+              padding < int(Padding::kCount),
+          op, ": unknown interpolation or padding");
     a.colour_steps = int(colour_steps);
     a.interpolation = Interpolation(interpolation);
     a.padding = Padding(padding);
     a.antialias = antialias;
     a.normalise = normalise;
-    const int64_t most = INT32_MAX;
-    check(a.in_height < most && a.in_width < most && height < most && width < most &&
-              (a.in_height == 0 || std::max(a.in_stride[2], a.in_width) <= most / a.in_height),
-          op, ": a plane may have 2^31 pixels at most, got ", shape_text(images), "; take a part of it");
     check_values();
   }
 
   bool empty() const { return args.batch * args.channels * args.out_height * args.out_width == 0; }
 
-  // On a GPU this would wait for it: a sample whose matrix or window is no good becomes NaN there (0 in
-  // uint8).
+  // A GPU's tables cannot be looked at without waiting for it: there a sample whose matrix or window is no
+  // good becomes NaN (0 in uint8).
   void check_values() {
 #ifndef FASTREG_CUDA
     const char* op = "augment";
     const AugmentArgs& a = args;
-    for (int64_t i = 0; i < (a.windows ? a.batch : 0); ++i) {
-      const Window w = window_of(a, i);
-      check(w.lies_inside(a.in_height, a.in_width), op, ": the window of sample ", i,
-            " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w.top, ", left ",
-            w.left, ", height ", w.height, ", width ", w.width);
-    }
+    if (a.windows)
+      for (int64_t i = 0; i < a.batch; ++i) {
+        const Window w = window_of(a, i);
+        check(w.lies_inside(a.in_height, a.in_width), op, ": the window of sample ", i,
+              " must lie inside the image of (", a.in_height, ", ", a.in_width, "), got top ", w.top,
+              ", left ", w.left, ", height ", w.height, ", width ", w.width);
+      }
     if (a.matrices && !empty())
       for (int64_t i = 0; i < a.batch; ++i) {
         FixedMatrix unused;
@@ -157,7 +158,7 @@ struct Call {
 
 #ifdef FASTREG_CUDA
 
-void run(AugmentArgs& a, const Tensor& images) {
+void compute(AugmentArgs& a, const Tensor& images) {
   const int64_t bytes = augment_cuda_bytes(a);
   check(bytes >= 0, "augment: the blur's kernel of (", a.blur_width, ", ", a.blur_height,
         ") pixels is too large for this GPU's shared memory; use a smaller one, or .cpu()");
@@ -165,7 +166,7 @@ void run(AugmentArgs& a, const Tensor& images) {
   a.scratch = scratch.mutable_data_ptr();
   on_stream("augment", images, [&](void* stream) { return augment_cuda(a, stream); });
 }
-void run_backward(AugmentArgs& a, const Tensor& images) {
+void compute_backward(AugmentArgs& a, const Tensor& images) {
   const Tensor scratch = allocate_bytes(images, augment_backward_cuda_bytes(a));
   a.scratch = scratch.mutable_data_ptr();
   on_stream("augment", images, [&](void* stream) { return augment_backward_cuda(a, stream); });
@@ -174,7 +175,7 @@ void run_backward(AugmentArgs& a, const Tensor& images) {
 #else
 
 constexpr int64_t kGrain = 1 << 14;  // values per thread at least
-constexpr int64_t kSmallBatch = 16;  // fewer samples are divided between threads by rows, more by samples
+constexpr int64_t kSmallBatch = 16;  // fewer samples, where there are stages, are shared out by rows
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -197,36 +198,43 @@ void by_sample(int64_t begin, int64_t end, int64_t rows, F f) {
   }
 }
 
-void run(const AugmentArgs& a, const Tensor&) {
+// The stages before the last one, by the scratch memory of a sample: no bytes, no stage.
+struct Stages {
+  int64_t source_bytes, source_rows, image_bytes, sums_bytes;
+  Stages(const AugmentArgs& a, const AugmentKernels& kernels)
+      : source_bytes(kernels.source_bytes(a)),
+        source_rows(kernels.source_rows(a)),
+        image_bytes(kernels.image_bytes(a)),
+        sums_bytes(image_bytes ? a.out_height * int64_t(sizeof(double)) : 0) {}
+};
+
+// Many samples: each is done by one thread from beginning to end, in memory that stays in its cache.
+void compute_by_samples(const AugmentArgs& a, const AugmentKernels& kernels, const Stages& stages) {
   const int64_t values = a.channels * a.out_height * a.out_width;
-  const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
-  const int64_t source_bytes = kernels.source_bytes(a), image_bytes = kernels.image_bytes(a);
-  const int64_t source_rows = kernels.source_rows(a);
-  const int64_t sums_bytes = image_bytes ? a.out_height * int64_t(sizeof(double)) : 0;
-  const bool staged = source_bytes || image_bytes;
-  if (staged && a.batch >= kSmallBatch) {
-    parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
-      const Buffer source = buffer(source_bytes), image = buffer(image_bytes), sums = buffer(sums_bytes);
-      const Buffer rows = buffer(kernels.rows_bytes(a));
-      const AugmentScratch scratch = {source.get(), image.get(), sums.get(), rows.get()};
-      for (int64_t i = begin; i < end; ++i) {
-        if (source) kernels.source(a, scratch, i, 0, source_rows);
-        if (image) kernels.prepare(a, scratch, i, 0, a.out_height);
-        kernels.finish(a, scratch, i, 0, a.out_height);
-      }
-    });
-    return;
-  }
-  const int64_t samples = staged ? a.batch : 0;
-  const Buffer source = buffer(source_bytes * samples), image = buffer(image_bytes * samples),
-               sums = buffer(sums_bytes * samples);
+  parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
+    const Buffer source = buffer(stages.source_bytes), image = buffer(stages.image_bytes),
+                 sums = buffer(stages.sums_bytes), rows = buffer(kernels.rows_bytes(a));
+    const AugmentScratch scratch = {source.get(), image.get(), sums.get(), rows.get()};
+    for (int64_t i = begin; i < end; ++i) {
+      if (source) kernels.source(a, scratch, i, 0, stages.source_rows);
+      if (image) kernels.prepare(a, scratch, i, 0, a.out_height);
+      kernels.finish(a, scratch, i, 0, a.out_height);
+    }
+  });
+}
+
+// Few samples, or only the last stage: the threads share the rows of each stage.
+void compute_by_rows(const AugmentArgs& a, const AugmentKernels& kernels, const Stages& stages) {
+  const Buffer source = buffer(stages.source_bytes * a.batch), image = buffer(stages.image_bytes * a.batch),
+               sums = buffer(stages.sums_bytes * a.batch);
   const auto scratch_of = [&](int64_t sample, void* rows) {
     const auto part = [&](const Buffer& all, int64_t bytes) {
       return all ? static_cast<void*>(static_cast<char*>(all.get()) + sample * bytes) : nullptr;
     };
-    return AugmentScratch{part(source, source_bytes), part(image, image_bytes), part(sums, sums_bytes), rows};
+    return AugmentScratch{part(source, stages.source_bytes), part(image, stages.image_bytes),
+                          part(sums, stages.sums_bytes), rows};
   };
-  const auto stage = [&](auto kernel, int64_t rows, int64_t row_values) {
+  const auto compute_stage = [&](auto kernel, int64_t rows, int64_t row_values) {
     parallel(a.batch * rows, std::max<int64_t>(1, kGrain / row_values), [&](int64_t begin, int64_t end) {
       const Buffer of_thread = buffer(kernels.rows_bytes(a));
       by_sample(begin, end, rows, [&](int64_t sample, int64_t first, int64_t last) {
@@ -234,12 +242,22 @@ void run(const AugmentArgs& a, const Tensor&) {
       });
     });
   };
-  if (source) stage(kernels.source, source_rows, a.channels * a.in_width);
-  if (image) stage(kernels.prepare, a.out_height, a.channels * a.out_width);
-  stage(kernels.finish, a.out_height, a.channels * a.out_width);
+  if (source) compute_stage(kernels.source, stages.source_rows, a.channels * a.in_width);
+  if (image) compute_stage(kernels.prepare, a.out_height, a.channels * a.out_width);
+  compute_stage(kernels.finish, a.out_height, a.channels * a.out_width);
 }
 
-void run_backward(const AugmentArgs& a, const Tensor&) {
+void compute(const AugmentArgs& a, const Tensor&) {
+  const int64_t values = a.batch * a.channels * a.out_height * a.out_width;
+  const AugmentKernels& kernels = FR_KERNELS(augment_kernels, values);
+  const Stages stages(a, kernels);
+  if ((stages.source_bytes || stages.image_bytes) && a.batch >= kSmallBatch)
+    compute_by_samples(a, kernels, stages);
+  else
+    compute_by_rows(a, kernels, stages);
+}
+
+void compute_backward(const AugmentArgs& a, const Tensor&) {
   const int64_t values = a.channels * (a.out_height * a.out_width + a.in_height * a.in_width);
   const AugmentKernels& kernels = FR_KERNELS(augment_kernels, a.batch * values);
   parallel(a.batch, std::max<int64_t>(1, kGrain / values), [&](int64_t begin, int64_t end) {
@@ -263,7 +281,7 @@ Tensor augment(Tensor images, std::optional<Tensor> matrices, std::optional<Tens
         shape_text(images));
   call.args.output = output.mutable_data_ptr();
   set_strides(call.args.out_stride, output);
-  run(call.args, images);
+  compute(call.args, images);
   return output;
 }
 
@@ -290,137 +308,8 @@ Tensor augment_backward(Tensor grad, Tensor images, std::optional<Tensor> matric
   set_strides(a.out_stride, output);
   a.grad = grad.const_data_ptr();
   set_strides(a.grad_stride, grad);
-  run_backward(a, images);
+  compute_backward(a, images);
   return output;
-}
-
-// ---- parameters
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(
-    Tensor images, Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances,
-    std::vector<double> low, std::vector<double> high, int64_t crop, std::vector<double> crop_box,
-    std::vector<double> erase_box, std::vector<int64_t> sizes, int64_t blur_width, int64_t blur_height) {
-  check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 &&
-            crop_box.size() == 5 && erase_box.size() == 4 && sizes.size() == 4 && batch >= 0 &&
-            blur_width > 0 && blur_height > 0,
-        "augment_draw: unexpected lengths of its lists");
-  const auto rows = [&](int64_t columns, ScalarType dtype) {
-    return allocate(images, std::array<int64_t, 2>{batch, columns}, std::array<int64_t, 2>{columns, 1},
-                    dtype);
-  };
-  Tensor table = rows(kParamColumns, ScalarType::Double), colour = rows(kColourColumns, ScalarType::Double);
-  Tensor blur = rows(blur_width + blur_height, ScalarType::Double), boxes = rows(4, ScalarType::Long);
-  Tensor matrices = allocate(images, std::array<int64_t, 3>{batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1},
-                             ScalarType::Double);
-  DrawArgs args{};
-  SampleArgs& a = args.sample;
-  a.seed = seed_of("augment", seed, images);
-  a.offset = uint64_t(offset);
-  args.matrix.batch = a.batch = batch;
-  args.matrix.in_height = a.in_height = sizes[0];
-  args.matrix.in_width = a.in_width = sizes[1];
-  args.matrix.out_height = a.out_height = sizes[2];
-  args.matrix.out_width = a.out_width = sizes[3];
-  a.hflip = chances[0];
-  a.vflip = chances[1];
-  a.erase = chances[2];
-  std::copy(low.begin(), low.end(), a.low);
-  std::copy(high.begin(), high.end(), a.high);
-  a.crop = int(crop);
-  std::copy_n(crop_box.begin(), 2, a.crop_area);
-  std::copy_n(crop_box.begin() + 2, 2, a.crop_log_ratio);
-  a.padding = crop_box[4];
-  std::copy_n(erase_box.begin(), 2, a.erase_area);
-  std::copy_n(erase_box.begin() + 2, 2, a.erase_log_ratio);
-  a.out = static_cast<double*>(table.mutable_data_ptr());
-  for (int column = 0; column < kGeometryColumns; ++column) {
-    args.matrix.column[column] = a.out + column;
-    args.matrix.stride[column] = kParamColumns;
-  }
-  args.matrix.out = static_cast<double*>(matrices.mutable_data_ptr());
-  args.colour = static_cast<double*>(colour.mutable_data_ptr());
-  args.blur_width = blur_width;
-  args.blur_height = blur_height;
-  args.blur = static_cast<double*>(blur.mutable_data_ptr());
-  args.boxes = static_cast<int64_t*>(boxes.mutable_data_ptr());
-#ifdef FASTREG_CUDA
-  on_stream("augment", images, [&](void* stream) { return augment_draw_cuda(args, stream); });
-#else
-  for (int64_t i = 0; i < batch; ++i) draw_row(args, i);
-#endif
-  return {table, matrices, colour, blur, boxes};
-}
-
-Tensor augment_matrices(Tensor like, std::optional<Tensor> hflip, std::optional<Tensor> vflip,
-                        std::optional<Tensor> stretch, std::optional<Tensor> scale,
-                        std::optional<Tensor> angle, std::optional<Tensor> translate,
-                        std::optional<Tensor> shear, std::optional<Tensor> crop, int64_t in_height,
-                        int64_t in_width, int64_t out_height, int64_t out_width) {
-  MatrixArgs a{};
-  a.batch = like.size(0);
-  a.in_height = in_height;
-  a.in_width = in_width;
-  a.out_height = out_height;
-  a.out_width = out_width;
-  // `width` columns from the given one on: of (batch,), or of (batch, width).
-  const auto columns = [&](const char* name, const std::optional<Tensor>& t, int first, int64_t width) {
-    if (!t) return;
-    check_device("augment", name, *t, "the other parameters", like);
-    check(t->scalar_type() == ScalarType::Double && t->dim() == (width > 1 ? 2 : 1) &&
-              t->size(0) == a.batch && (width == 1 || t->size(1) == width),
-          "augment: ", name, " must be float64 of ", a.batch, width > 1 ? " rows, got " : " numbers, got ",
-          t->scalar_type(), " of shape ", shape_text(*t));
-    for (int64_t k = 0; k < width; ++k) {
-      a.column[first + k] =
-          static_cast<const double*>(t->const_data_ptr()) + (width > 1 ? k * t->stride(1) : 0);
-      a.stride[first + k] = t->stride(0);
-    }
-  };
-  columns("hflip", hflip, kHFlip, 1);
-  columns("vflip", vflip, kVFlip, 1);
-  columns("stretch", stretch, kStretch, 1);
-  columns("scale", scale, kScale, 1);
-  columns("angle", angle, kAngle, 1);
-  columns("translate", translate, kTranslateX, 2);
-  columns("shear", shear, kShearX, 2);
-  columns("crop", crop, kCropTop, 4);
-  Tensor out = allocate(like, std::array<int64_t, 3>{a.batch, 2, 3}, std::array<int64_t, 3>{6, 3, 1},
-                        ScalarType::Double);
-  a.out = static_cast<double*>(out.mutable_data_ptr());
-#ifdef FASTREG_CUDA
-  on_stream("augment", like, [&](void* stream) { return augment_matrices_cuda(a, stream); });
-#else
-  for (int64_t i = 0; i < a.batch; ++i) matrix_row(a, i);
-#endif
-  return out;
-}
-
-Tensor augment_gaussian(Tensor sigma_x, Tensor sigma_y, int64_t width, int64_t height) {
-  GaussianArgs a{};
-  a.batch = sigma_x.size(0);
-  a.width = width;
-  a.height = height;
-  check_device("augment", "sigma", sigma_y, "the other sigma", sigma_x);
-  for (const Tensor* t : {&sigma_x, &sigma_y})
-    check(t->scalar_type() == ScalarType::Double && t->dim() == 1 && t->size(0) == a.batch,
-          "augment: sigma must be float64 of ", a.batch, " numbers, got ", t->scalar_type(), " of shape ",
-          shape_text(*t));
-  check(width > 0 && height > 0, "augment: the blur's kernel must be positive, got (", width, ", ", height,
-        ")");
-  a.sigma_x = static_cast<const double*>(sigma_x.const_data_ptr());
-  a.sigma_y = static_cast<const double*>(sigma_y.const_data_ptr());
-  a.stride_x = sigma_x.stride(0);
-  a.stride_y = sigma_y.stride(0);
-  const int64_t columns = width + height;
-  Tensor out = allocate(sigma_x, std::array<int64_t, 2>{a.batch, columns}, std::array<int64_t, 2>{columns, 1},
-                        ScalarType::Double);
-  a.out = static_cast<double*>(out.mutable_data_ptr());
-#ifdef FASTREG_CUDA
-  on_stream("augment", sigma_x, [&](void* stream) { return augment_gaussian_cuda(a, stream); });
-#else
-  for (int64_t i = 0; i < a.batch; ++i) gaussian_row(a, i);
-#endif
-  return out;
 }
 
 }  // namespace

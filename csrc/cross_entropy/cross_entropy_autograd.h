@@ -2,26 +2,37 @@
 // fastreg/_cross_entropy.py.
 #pragma once
 #include "../common/autograd.h"
+#include "cross_entropy_math.h"
 
 namespace fastreg::autograd {
 
 struct LossOptions {
-  int64_t reduction, ignore_index;
-  double label_smoothing;
-  bool others;
-  double z_loss;
-  bool all_ignored_zero;
+  CrossEntropyOptions row;
+  CrossEntropyReduction reduction;
   std::optional<ScalarType> loss_dtype;
-};
 
-std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& input, const Tensor& target,
-                                                    const std::optional<Tensor>& weight, const LossOptions& o,
-                                                    bool with_grad) {
-  static const auto op = find<std::tuple<Tensor, Tensor, Tensor>(
-      const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t, int64_t, double, bool, double,
-      bool, std::optional<ScalarType>, bool)>("fastreg::cross_entropy");
-  return call(op, input, target, weight, o.reduction, o.ignore_index, o.label_smoothing, o.others, o.z_loss,
-              o.all_ignored_zero, o.loss_dtype, with_grad);
+  // In the order of the operator's schema, but for loss_dtype, of which no derivative knows.
+  auto all() const {
+    return std::tuple_cat(std::tuple(int64_t(reduction.kind)), row.all(),
+                          std::tuple(reduction.all_ignored_zero));
+  }
+};
+using LossOptionValues = decltype(LossOptions{}.all());
+
+template <class... Values>
+auto find_cross_entropy(std::tuple<Values...>*) {
+  return find<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                                 Values..., std::optional<ScalarType>, bool)>(
+      "fastreg::cross_entropy");
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& input, const Tensor& target,
+                                                           const std::optional<Tensor>& weight,
+                                                           const LossOptions& o, bool with_grad) {
+  static const auto op = find_cross_entropy(static_cast<LossOptionValues*>(nullptr));
+  return std::apply(
+      [&](auto... values) { return call(op, input, target, weight, values..., o.loss_dtype, with_grad); },
+      o.all());
 }
 
 inline void cross_entropy_scale_op(const Tensor& values, const Tensor& factor) {
@@ -29,31 +40,28 @@ inline void cross_entropy_scale_op(const Tensor& values, const Tensor& factor) {
   call(op, values, factor);
 }
 
-// d (<v, G> + <u, lse>) / d input, wanted too rarely to be written twice: the function of that name in
-// Python.
+// d (<v, G> + <u, lse>) / d input. It is wanted too rarely to be written twice: this calls the function of
+// that name in Python.
 inline Tensor second_order(const Tensor& v, const Tensor& u, const variable_list& saved,
                            AutogradContext* ctx) {
   const pybind11::gil_scoped_acquire gil;
   pybind11::list arguments;
   for (const Tensor& t : {v, u, saved[0], saved[1], saved[2], saved[3]})
     arguments.append(pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t)));
-  const auto whole = ctx->saved_data["whole"].toIntVector();
-  const auto real = ctx->saved_data["real"].toDoubleVector();
+  arguments.append(pybind11::cast(ctx->saved_data["options"].to<LossOptionValues>()));
   const auto function = pybind11::module_::import("fastreg._cross_entropy").attr("_second_order");
-  const pybind11::object result = function(*arguments, whole[1], whole[2], real[0], whole[3] != 0, real[1],
-                                           whole[4] != 0, pybind11::none());
+  const pybind11::object result = function(*arguments);
   return THPVariable_Unpack(result.ptr());
 }
 
-// (loss, G, lse): why G and lse are outputs of the node is told in fastreg/_cross_entropy.py.
+// (loss, G, lse): fastreg/_cross_entropy.py says why G and lse are outputs of the node.
 struct CrossEntropy : Function<CrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
                                const std::optional<Tensor>& weight, const LossOptions& o) {
     auto [loss, grad, lse] = cross_entropy_op(input, target, weight, o, true);
     ctx->save_for_backward({grad, lse, target, weight.value_or(Tensor())});
-    ctx->saved_data["whole"] = std::vector<int64_t>{int64_t(input.scalar_type()), o.reduction, o.ignore_index,
-                                                    o.others, o.all_ignored_zero};
-    ctx->saved_data["real"] = std::vector<double>{o.label_smoothing, o.z_loss};
+    ctx->saved_data["options"] = o.all();
+    ctx->saved_data["dtype"] = int64_t(input.scalar_type());
     ctx->set_materialize_grads(false);
     return {loss, grad, lse};
   }
@@ -64,7 +72,7 @@ struct CrossEntropy : Function<CrossEntropy> {
     Tensor g = grads[0], result;
     if (g.defined()) {
       // Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs no pass
-      // over it. A GPU's g is looked at by the kernel: to look at it here would be to wait.
+      // over it. The kernel looks at a GPU's g: to look at it here would be to wait for the GPU.
       const bool ours = !at::GradMode::is_enabled() &&
                         !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) &&
                         g.numel() == 1;
@@ -81,58 +89,69 @@ struct CrossEntropy : Function<CrossEntropy> {
       const Tensor second = second_order(grads[1], grads[2], saved, ctx);
       result = result.defined() ? result + second : second;
     }
-    if (result.defined()) result = result.to(ScalarType(ctx->saved_data["whole"].toIntList().get(0)));
+    if (result.defined()) result = result.to(ScalarType(ctx->saved_data["dtype"].toInt()));
     return {result, {}, {}, {}};
   }
 };
+
+// Reads the arguments of fastreg.cross_entropy that are options; false where they are for Python to look at.
+inline bool read_options(PyObject* const* args, LossOptions* o) {
+  if (args[3] != Py_None || args[5] != Py_None || !PyLong_CheckExact(args[4])) return false;
+  int overflow = 0;
+  o->row.ignore_index = PyLong_AsLongLongAndOverflow(args[4], &overflow);
+  const int kind = choice(args[6], {"none", "mean", "sum"});
+  const int others = choice(args[8], {"uniform", "others"}), zero = choice(args[10], {"nan", "zero"});
+  if (overflow || kind < 0 || others < 0 || zero < 0) return false;
+  o->reduction = {kind, zero == 1};
+  o->row.others = others == 1;
+  return number(args[7], 0, 1, &o->row.label_smoothing) &&
+         number(args[9], 0, std::numeric_limits<double>::max(), &o->row.z_loss);
+}
+
+// Whether logits, targets and class weights are as the kernel takes them.
+inline bool fit(const Tensor& input, const Tensor& target, const Tensor* weight, const LossOptions& o) {
+  const ScalarType dtype = input.scalar_type(), target_dtype = target.scalar_type();
+  const int64_t dims = input.dim();
+  // The positions after the classes must merge into one dimension.
+  if (!has_kernel(dtype) || dims < 2 || (dims > 3 && !input.is_contiguous())) return false;
+  const int64_t classes = input.size(1);
+  if (classes == 0 || (o.row.others && classes == 1)) return false;
+  if (has_kernel(target_dtype)) {
+    if (target.sizes() != input.sizes() || o.row.ignore_index >= 0 || wants_grad(target) ||
+        (dims > 3 && !target.is_contiguous()))
+      return false;
+  } else {
+    if (target_dtype != ScalarType::Long || target.dim() != dims - 1 || !target.is_contiguous() ||
+        target.size(0) != input.size(0) || target.sizes().slice(1) != input.sizes().slice(2))
+      return false;
+  }
+  return !weight || (!weight->requires_grad() && weight->dim() == 1 && weight->size(0) == classes &&
+                     weight->is_contiguous() &&
+                     weight->scalar_type() == (dtype == ScalarType::Double ? dtype : ScalarType::Float));
+}
+
+// The dtype that the loss is asked to have, or takes under autocast; false where it has no such loss.
+inline bool read_loss_dtype(PyObject* argument, const Tensor& input, LossOptions* o) {
+  const ScalarType dtype = input.scalar_type();
+  if (argument == Py_None) {
+    if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(input.device().type()))
+      o->loss_dtype = ScalarType::Float;
+    return true;
+  }
+  if (!THPDtype_Check(argument)) return false;
+  o->loss_dtype = reinterpret_cast<THPDtype*>(argument)->scalar_type;
+  return *o->loss_dtype == dtype || *o->loss_dtype == ScalarType::Float ||
+         *o->loss_dtype == ScalarType::Double;
+}
 
 // (input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing, smoothing, z_loss,
 // all_ignored, loss_dtype) -> loss or None
 inline PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   const Tensor *input = plain(args[0]), *target = plain(args[1]), *weight = nullptr;
-  if (!input || !target || args[3] != Py_None || args[5] != Py_None || !PyLong_CheckExact(args[4]))
-    Py_RETURN_NONE;
   LossOptions o{};
-  int overflow = 0;
-  o.ignore_index = PyLong_AsLongLongAndOverflow(args[4], &overflow);
-  o.reduction = choice(args[6], {"none", "mean", "sum"});
-  const int others = choice(args[8], {"uniform", "others"}), zero = choice(args[10], {"nan", "zero"});
-  if (overflow || o.reduction < 0 || others < 0 || zero < 0 || !number(args[7], 0, 1, &o.label_smoothing) ||
-      !number(args[9], 0, std::numeric_limits<double>::max(), &o.z_loss) || is_transformed())
-    Py_RETURN_NONE;
-  o.others = others == 1;
-  o.all_ignored_zero = zero == 1;
-
-  const ScalarType dtype = input->scalar_type(), target_dtype = target->scalar_type();
-  const int64_t dims = input->dim();
-  // The positions after the classes must merge into one dimension.
-  if (!has_kernel(dtype) || dims < 2 || (dims > 3 && !input->is_contiguous())) Py_RETURN_NONE;
-  const int64_t classes = input->size(1);
-  if (classes == 0 || (o.others && classes == 1)) Py_RETURN_NONE;
-  if (has_kernel(target_dtype)) {
-    if (target->sizes() != input->sizes() || o.ignore_index >= 0 || wants_grad(*target) ||
-        (dims > 3 && !target->is_contiguous()))
-      Py_RETURN_NONE;
-  } else {
-    if (target_dtype != ScalarType::Long || target->dim() != dims - 1 || !target->is_contiguous() ||
-        target->size(0) != input->size(0) || target->sizes().slice(1) != input->sizes().slice(2))
-      Py_RETURN_NONE;
-  }
-  if (args[2] != Py_None) {
-    weight = plain(args[2]);
-    if (!weight || weight->requires_grad() || weight->dim() != 1 || weight->size(0) != classes ||
-        !weight->is_contiguous() ||
-        weight->scalar_type() != (dtype == ScalarType::Double ? dtype : ScalarType::Float))
-      Py_RETURN_NONE;
-  }
-  if (args[11] != Py_None) {
-    if (!THPDtype_Check(args[11])) Py_RETURN_NONE;
-    o.loss_dtype = reinterpret_cast<THPDtype*>(args[11])->scalar_type;
-    if (*o.loss_dtype != dtype && *o.loss_dtype != ScalarType::Float && *o.loss_dtype != ScalarType::Double)
-      Py_RETURN_NONE;
-  } else if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(input->device().type())) {
-    o.loss_dtype = ScalarType::Float;
-  }
+  if (!input || !target || !read_options(args, &o) || is_transformed()) Py_RETURN_NONE;
+  if (args[2] != Py_None && !(weight = plain(args[2]))) Py_RETURN_NONE;
+  if (!fit(*input, *target, weight, o) || !read_loss_dtype(args[11], *input, &o)) Py_RETURN_NONE;
   return run([&] {
     const std::optional<Tensor> w = weight ? std::optional<Tensor>(*weight) : std::nullopt;
     return wants_grad(*input) ? CrossEntropy::apply(*input, *target, w, o)[0]

@@ -1,6 +1,9 @@
-// Cross-entropy where neighbouring rows lie side by side in memory, as the pixels of (N, C, H, W): a lane for
-// each row, so that nothing is transposed and nothing summed across lanes. Formula and arguments as in
+// Cross-entropy where neighbouring rows lie side by side in memory, as the pixels of (N, C, H, W): each row
+// has a lane, so that nothing is transposed and nothing is summed across lanes. Formula and arguments as in
 // cross_entropy_math.h; for cross_entropy_cpu.cpp alone.
+//
+// Bytes per float32 logit: reads 4 and writes 4, once each, as long as the logits and exponentials of
+// kLanes rows stay in the L2 cache.
 #pragma once
 #include <type_traits>
 #include <vector>
@@ -11,131 +14,184 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-constexpr int64_t kSumBlock =
-    64;  // classes summed before they join the sum: rounding errors stay those of short sums
+// So many classes are summed before they join the sum: rounding errors stay those of short sums.
+constexpr int64_t kSumBlock = 64;
 
-// Rows [first, first + lanes) of one batch element; x, grad and soft point at class 0 of the first of them.
-// exps: room for classes * lanes of a vector. index: of the first row among all.
+// Rows [first, first + lanes) of one batch element.
 template <bool kGeneral, class T, class G, class S, class A>
-void columns(const CrossEntropyArgs& a, const T* x, const S* soft, G* grad, int64_t index, int lanes,
-             A* exps) {
+struct Columns {
   using V = Vec<A>;
-  constexpr int kLanes = V::kLanes;
-  const int64_t k = a.classes;
+  static constexpr int kLanes = V::kLanes;
+  const CrossEntropyArgs& a;
+  const T* x;     // class 0 of the first row, as are
+  const S* soft;  // null, or probabilities, and
+  G* grad;        // null, or the gradient
+  int64_t index;  // of the first row among all
+  int lanes;
+  A* exps;  // room for classes * kLanes
   const A* weight = static_cast<const A*>(a.weight);
-  const A infinity = A(__builtin_inf());
-  const V zero{A(0)}, mix{A(a.mix)}, base{A(a.base)};
-  const bool spread = a.base != 0;
+  const int64_t k = a.classes;
 
-  // What of each row is at its target; of soft targets there is none.
-  A target_logit[kLanes] = {}, target_weight[kLanes] = {};
-  uint32_t kept = (1u << lanes) - 1u;
-  if (!soft) {
-    for (int j = 0; j < lanes; ++j) {
-      const int64_t t = a.target[index + j];
-      if (t == a.ignore_index) {
-        kept &= ~(1u << j);
+  // What each row has at its target; zeros where the targets are soft.
+  struct Targets {
+    A logit[kLanes] = {}, weight[kLanes] = {};
+    uint32_t kept;
+  };
+  struct Totals {
+    V exps, dot, mass;
+  };
+
+  FR_INLINE V q_at(int64_t c) const {
+    const V t = soft ? load(soft + c * a.target_stride.cls, lanes) : V(A(0));
+    return smoothed_target(t, V(weight ? weight[c] : A(1)), V(A(a.mix)), V(A(a.base)));
+  }
+
+  FR_INLINE Targets meet_targets() const {
+    Targets t;
+    t.kept = (1u << lanes) - 1u;
+    for (int j = 0; !soft && j < lanes; ++j) {
+      const int64_t target = a.target[index + j];
+      if (target == a.ignore_index) {
+        t.kept &= ~(1u << j);
         continue;
       }
-      target_logit[j] = to_float(x[t * a.logits_stride.cls + j]);
-      target_weight[j] = weight ? weight[t] : A(1);
+      t.logit[j] = to_float(x[target * a.logits_stride.cls + j]);
+      t.weight[j] = weight ? weight[target] : A(1);
     }
+    return t;
   }
-  const auto keep = V::from_bits(kept);
 
-  V top(-infinity);
-  for (int64_t c = 0; c < k; ++c) top = maximum(load(x + c * a.logits_stride.cls, lanes, -infinity), top);
-  const V origin = select(top == V(-infinity), zero, top);
+  FR_INLINE V largest() const {
+    const A infinity = A(__builtin_inf());
+    V top(-infinity);
+    for (int64_t c = 0; c < k; ++c) top = maximum(load(x + c * a.logits_stride.cls, lanes, -infinity), top);
+    return top;
+  }
 
-  const auto q_at = [&](int64_t c) __attribute__((always_inline)) {
-    const V t = soft ? load(soft + c * a.target_stride.cls, lanes) : zero;
-    return smoothed_target(t, V(weight ? weight[c] : A(1)), mix, base);
-  };
-  V total = zero, weighted = zero, mass = zero;
-  for (int64_t block = 0; block < k; block += kSumBlock) {
-    V block_total = zero, block_weighted = zero, block_mass = zero;
-    for (int64_t c = block; c < k && c < block + kSumBlock; ++c) {
-      const V shifted = load(x + c * a.logits_stride.cls, lanes) - origin, e = exp_nonpositive(shifted);
-      if (kGeneral) {
-        const V q = q_at(c);
-        block_weighted = block_weighted + weighted_logit(q, shifted);
-        block_mass = block_mass + q;
-      } else if (spread) {
-        block_weighted = block_weighted + shifted;
+  FR_INLINE Totals sweep(const V& origin) const {
+    const V zero{A(0)};
+    const bool spread = a.base != 0;
+    Totals all{zero, zero, zero};
+    for (int64_t block = 0; block < k; block += kSumBlock) {
+      V total = zero, dot = zero, mass = zero;
+      for (int64_t c = block; c < k && c < block + kSumBlock; ++c) {
+        const V shifted = load(x + c * a.logits_stride.cls, lanes) - origin, e = exp_nonpositive(shifted);
+        if (kGeneral) {
+          const V q = q_at(c);
+          dot = dot + weighted_logit(q, shifted);
+          mass = mass + q;
+        } else if (spread) {
+          dot = dot + shifted;
+        }
+        total = total + e;
+        store(exps + c * kLanes, e);
       }
-      block_total = block_total + e;
-      store(exps + c * kLanes, e);
+      all = {all.exps + total, all.dot + dot, all.mass + mass};
     }
-    total = total + block_total;
-    weighted = weighted + block_weighted;
-    mass = mass + block_mass;
+    return all;
   }
-  total = select(top == V(-infinity), V(A(__builtin_nan(""))), total);
 
-  // Where one class has nearly all the mass, its 1 has swallowed the last bits of the others'.
-  const auto peaked = total < V(A(1.125));
-  V rest = zero;
-  if (any(peaked)) {
+  FR_INLINE RowSums<V> sums(const V& top, const Totals& totals) const {
+    const V one{A(1)};
+    RowSums<V> s;
+    s.top = top;
+    s.sum = select(top == V(-A(__builtin_inf())), V(A(__builtin_nan(""))), totals.exps);
+    s.others = s.sum - one;
+    // Where one class has nearly all the mass, its 1 has swallowed the last bits of the others'.
+    const auto peaked = s.sum < V(A(1.125));
+    if (any(peaked)) {
+      V rest{A(0)};
+      for (int64_t c = 0; c < k; ++c) {
+        const V e = load(exps + c * kLanes);
+        rest = rest + select(e < V(A(0.5)), e, V(A(0)));
+      }
+      s.others = select(peaked, rest, s.others);
+      s.sum = select(peaked, one + rest, s.sum);
+      s.log_sum = select(peaked, log1p_small(rest), log_from_one(s.sum));
+    } else {
+      s.log_sum = log_from_one(s.sum);
+    }
+    s.dot = kGeneral ? totals.dot : V(A(a.base)) * totals.dot;
+    s.q_sum = kGeneral ? totals.mass : V(A(a.base * double(k)));
+    s.q_rest = s.q_sum;
+    return s;
+  }
+
+  // The targets' part in the sums.
+  FR_INLINE RowTarget<V> add_targets(const Targets& targets, const RowOptions<A>& options,
+                                     RowSums<V>& s) const {
+    const V zero{A(0)}, weights = load(targets.weight);
+    if (soft) return {zero, zero, zero, zero};
+    RowTarget<V> t{load(targets.logit) - s.top, zero, weights * V(options.own), weights * V(options.mix)};
+    s.q_rest = kGeneral ? s.q_sum - weights * V(options.base) : V(A(a.base * double(k - 1)));
+    s.q_sum = s.q_sum + t.open;
+    if (options.own == 0) leave_out_impossible_targets(targets, s, t);
+    if (grad) {
+      A at_target[kLanes] = {};
+      for (int j = 0; j < lanes; ++j)
+        if (targets.kept >> j & 1) at_target[j] = exps[a.target[index + j] * kLanes + j];
+      t.exp_shifted = load(at_target);
+    }
+    return t;
+  }
+
+  void leave_out_impossible_targets(const Targets& targets, RowSums<V>& s, RowTarget<V>& t) const {
+    A dots[kLanes], tops[kLanes], open[kLanes];
+    store(dots, s.dot);
+    store(tops, s.top);
+    store(open, t.open);
+    for (int j = 0; j < lanes; ++j) {
+      if ((targets.kept >> j & 1) == 0 || targets.logit[j] != -A(__builtin_inf())) continue;
+      dots[j] = dot_without_target(a, weight, a.target[index + j], tops[j],
+                                   [&](int64_t c) { return to_float(x[c * a.logits_stride.cls + j]); });
+      open[j] = 0;
+    }
+    s.dot = load(dots);
+    t.open = load(open);
+  }
+
+  FR_INLINE void write_losses(const RowLoss<V>& result, const typename V::Mask& keep) const {
+    A losses[kLanes], lses[kLanes];
+    store(losses, select(keep, result.loss, V(A(0))));
+    store(lses, select(keep, result.lse, V(A(0))));
+    for (int j = 0; j < lanes; ++j) {
+      a.row_loss[index + j] = losses[j];
+      a.row_lse[index + j] = lses[j];
+    }
+  }
+
+  FR_INLINE void write_gradient(const RowGradient<V>& gradient, const V& factor, uint32_t kept) const {
+    const V base{A(a.base)}, zero{A(0)};
+    const auto keep = V::from_bits(kept);
     for (int64_t c = 0; c < k; ++c) {
       const V e = load(exps + c * kLanes);
-      rest = rest + select(e < V(A(0.5)), e, zero);
+      const V g = cross_entropy_grad(e, kGeneral ? q_at(c) : base, gradient.softmax_factor, factor);
+      store(grad + c * a.grad_stride.cls, select(keep, g, zero), lanes);
     }
-    total = select(peaked, V(A(1)) + rest, total);
+    if (soft) return;
+    A at_target[kLanes];
+    store(at_target, gradient.at_target);
+    for (int j = 0; j < lanes; ++j)
+      if (kept >> j & 1) from_float(at_target[j], grad + a.target[index + j] * a.grad_stride.cls + j);
   }
-  const V log_sum = select(peaked, log1p_small(rest), log_from_one(total)), lse = top + log_sum;
+};
 
-  const V shifted = load(target_logit) - top, q_target = load(target_weight) * mix;
-  V q_sum = kGeneral ? mass : V(A(a.base * double(k))), dot = kGeneral ? weighted : base * weighted;
-  if (!soft) {
-    if (a.mix != 0) dot = dot + weighted_logit(q_target, shifted);
-    q_sum = q_sum + q_target;
-    if (a.mix + a.base ==
-        0) {  // "others" with eps = 1: a target of -inf has no mass, but dot became inf - inf
-      A dots[kLanes];
-      store(dots, dot);
-      for (int j = 0; j < lanes; ++j) {
-        if ((kept >> j & 1) == 0 || target_logit[j] != -infinity) continue;
-        A tops[kLanes], sum = 0;
-        store(tops, top);
-        for (int64_t c = 0; c < k; ++c) {
-          const A q = A(a.base) * (weight ? weight[c] : A(1));
-          if (c != a.target[index + j] && q != 0)
-            sum += q * (to_float(x[c * a.logits_stride.cls + j]) - tops[j]);
-        }
-        dots[j] = sum;
-      }
-      dot = load(dots);
-    }
-  }
-  V loss = q_sum * log_sum - dot;
-  if (a.z_loss != 0) loss = loss + V(A(a.z_loss)) * lse * lse;
-  A losses[kLanes], lses[kLanes];
-  store(losses, select(keep, loss, zero));
-  store(lses, select(keep, lse, zero));
-  for (int j = 0; j < lanes; ++j) {
-    a.row_loss[index + j] = losses[j];
-    a.row_lse[index + j] = lses[j];
-  }
-
-  if (!grad) return;
+template <bool kGeneral, class T, class G, class S, class A>
+void finish_columns(const Columns<kGeneral, T, G, S, A>& rows) {
+  using V = Vec<A>;
+  const CrossEntropyArgs& a = rows.a;
+  const RowOptions<A> options(a);
+  const auto targets = rows.meet_targets();
+  const V top = rows.largest();
+  const V origin = select(top == V(-A(__builtin_inf())), V(A(0)), top);
+  RowSums<V> sums = rows.sums(top, rows.sweep(origin));
+  const RowTarget<V> target = rows.add_targets(targets, options, sums);
+  const RowLoss<V> result = row_loss(sums, target, options);
+  rows.write_losses(result, V::from_bits(targets.kept));
+  if (!rows.grad) return;
   const V factor =
-      a.row_factor ? load(static_cast<const A*>(a.row_factor) + index, lanes) : V(A(a.grad_factor));
-  const V softmax_factor = (q_sum + V(A(2 * a.z_loss)) * (a.z_loss != 0 ? lse : zero)) * factor / total;
-  for (int64_t c = 0; c < k; ++c) {
-    const V g =
-        cross_entropy_grad(load(exps + c * kLanes), kGeneral ? q_at(c) : base, softmax_factor, factor);
-    store(grad + c * a.grad_stride.cls, select(keep, g, zero), lanes);
-  }
-  if (soft) return;
-  A factors[kLanes], softmax_factors[kLanes];
-  store(factors, factor);
-  store(softmax_factors, softmax_factor);
-  for (int j = 0; j < lanes; ++j) {
-    if ((kept >> j & 1) == 0) continue;
-    const int64_t t = a.target[index + j];
-    const A q = target_weight[j] * A(a.mix + a.base);
-    from_float(exps[t * kLanes + j] * softmax_factors[j] - q * factors[j], grad + t * a.grad_stride.cls + j);
-  }
+      a.row_factor ? load(static_cast<const A*>(a.row_factor) + rows.index, rows.lanes) : V(A(a.grad_factor));
+  rows.write_gradient(row_gradient(sums, target, result.lse, options, factor), factor, targets.kept);
 }
 
 // The rows of one block, a vector at a time.
@@ -148,10 +204,15 @@ void column_block(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t l
     if constexpr (std::is_same_v<typename Accumulate<S>::type, A>) {
       const S* soft =
           a.soft_target ? static_cast<const S*>(a.soft_target) + n * a.target_stride.outer : nullptr;
-      const auto run = soft || a.weight ? columns<true, T, G, S, A> : columns<false, T, G, S, A>;
       for (int64_t s = first; s < last; s += Vec<A>::kLanes) {
         const int lanes = int(last - s < Vec<A>::kLanes ? last - s : Vec<A>::kLanes);
-        run(a, x + s, soft ? soft + s : nullptr, grad ? grad + s : nullptr, n * a.positions + s, lanes, exps);
+        const S* const soft_at = soft ? soft + s : nullptr;
+        G* const grad_at = grad ? grad + s : nullptr;
+        const int64_t index = n * a.positions + s;
+        if (soft || a.weight)
+          finish_columns(Columns<true, T, G, S, A>{a, x + s, soft_at, grad_at, index, lanes, exps});
+        else
+          finish_columns(Columns<false, T, G, S, A>{a, x + s, soft_at, grad_at, index, lanes, exps});
       }
     }
   });

@@ -1,25 +1,55 @@
 // Cross-entropy of a softmax against smoothed targets, and its gradient.
 //
-//   q_c  = weight_c * (mix * t_c + base)      t the one-hot or soft target
+//   q_c  = weight_c * (mix * t_c + base)      t is the one-hot or soft target
 //     uniform (Szegedy et al. 2016, as in torch)      mix = 1 - eps,                 base = eps / k
 //     others (Goodfellow et al. 2016, section 7.5.1)  mix = 1 - eps - eps / (k - 1), base = eps / (k - 1)
 //   loss = sum_c q_c (lse - x_c) + z_loss * lse^2,    lse = log sum_c exp x_c
 //   dloss/dx_c = (sum q + 2 z_loss lse) p_c - q_c,    p = softmax(x)
 //
 // A class with q_c = 0 takes no part in the first sum, so that its logit may be -inf.
+//
+// A new option goes to:
+//   1. this file: a field of CrossEntropyOptions, its place in all(), and what it does to the end of a row
+//   2. cross_entropy_op.cpp: check_options
+//   3. cross_entropy_autograd.h: read_options, which reads Python's arguments
+//   4. fastreg/_cross_entropy.py: LossOptions, with its line of the schemas and its check
+//   5. fastreg/_cross_entropy.py: the formula in plain torch, _row_losses and _second_order
+//   6. fastreg/_cross_entropy.py: cross_entropy, the signature
+//   7. fastreg/_linear_cross_entropy.py: linear_cross_entropy, the signature
+//   8. fastreg/nn.py: CrossEntropyLoss, the signature
 #pragma once
+#include <tuple>
+
 #include "../common/device.h"
 #include "../common/isa.h"
 
 namespace fastreg {
 
-struct CrossEntropyArgs {
+// What the caller chooses about a row, in the order in which the operators take it.
+struct CrossEntropyOptions {
+  int64_t ignore_index;
+  double label_smoothing;
+  bool others;  // smoothing="others"
+  double z_loss;
+
+  auto all() const { return std::tuple(ignore_index, label_smoothing, others, z_loss); }
+};
+using CrossEntropyOptionValues = decltype(CrossEntropyOptions{}.all());
+
+// What the caller chooses about the sum over rows.
+struct CrossEntropyReduction {
+  enum Kind : int64_t { kNone, kMean, kSum };
+  int64_t kind;
+  bool all_ignored_zero;  // of a mean over no row at all
+};
+
+struct CrossEntropyArgs : CrossEntropyOptions {
   DType dtype, target_dtype;  // target_dtype: of soft targets
   const void* logits;
-  void* grad;             // null: no gradient wanted; may be the logits, which it then overwrites
+  void* grad;             // null: no gradient is wanted; may be the logits, which it then overwrites
   const int64_t* target;  // class indices, one per row; or null and
   const void* soft_target;
-  const void* weight;  // of the accumulation type, null: 1
+  const void* weight;  // of the accumulation type; null: 1
   double* row_loss;
   double* row_lse;
   // Row r = (r / positions, r % positions); strides in elements.
@@ -27,11 +57,17 @@ struct CrossEntropyArgs {
   struct Strides {
     int64_t outer, position, cls;
   } logits_stride, grad_stride, target_stride;
-  int64_t ignore_index;
-  double mix, base, z_loss;
+  double mix, base;        // of the options, by set_smoothing
   double grad_factor;      // 1 / normaliser of a mean, else 1; or
   const void* row_factor;  // one for each row, of the accumulation type
+
+  void set_smoothing() {
+    base = label_smoothing == 0 ? 0 : label_smoothing / double(others ? classes - 1 : classes);
+    mix = 1 - label_smoothing - (others ? base : 0);
+  }
 };
+
+// ---- one class
 
 template <class V>
 FR_HD V smoothed_target(V t, V weight, V mix, V base) {
@@ -47,24 +83,111 @@ FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) 
   return multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
 }
 
+// ---- the end of a row, the same for rows and columns of the CPU and for CUDA. V is a number, or a vector
+// that holds a number for each of several rows.
+
+// The options as numbers of the type in which a row is finished.
+template <class S>
+struct RowOptions {
+  S mix, base, own, z_loss;  // own: what the target has of its weight, mix + base
+
+  FR_HD explicit RowOptions(const CrossEntropyArgs& a)
+      : mix(S(a.mix)), base(S(a.base)), own(S(a.mix + a.base)), z_loss(S(a.z_loss)) {}
+};
+
+// What the sweep over the classes has found.
+template <class V>
+struct RowSums {
+  V top;                   // the largest logit
+  V sum, others, log_sum;  // sum_c exp(x_c - top); the same without one of the largest; its logarithm
+  V dot;                   // sum_c q_c (x_c - top), without `open` of the target
+  V q_sum, q_rest;         // sum_c q_c; the same without the target's class
+};
+
+// The class that is the target; all zeros where the target is soft.
+template <class V>
+struct RowTarget {
+  V shifted, exp_shifted;  // x - top, and its exponential
+  V q, open;               // q, and the part of it that `dot` lacks
+};
+
+template <class V>
+struct RowLoss {
+  V loss, lse;
+};
+template <class V, class S>
+FR_HD RowLoss<V> row_loss(const RowSums<V>& s, const RowTarget<V>& t, const RowOptions<S>& o) {
+  const V lse = s.top + s.log_sum, dot = s.dot + weighted_logit(t.open, t.shifted);
+  V loss = s.q_sum * s.log_sum - dot;
+  if (o.z_loss != S(0)) loss = loss + V(o.z_loss) * lse * lse;
+  return {loss, lse};
+}
+
+// What a row's gradient is made of: cross_entropy_grad(exp(x - top), q, softmax_factor, factor), but at the
+// target at_target.
+template <class V>
+struct RowGradient {
+  V softmax_factor, at_target;
+};
+
+// a / b for b >= 1. On a GPU a division of float64 is a call, around which registers are spilled: there
+// cross_entropy_row_cuda.h has another.
+struct Divide {
+  template <class V>
+  FR_HD V operator()(V a, V b) const {
+    return a / b;
+  }
+};
+
+// At the target the gradient is q_sum p - q. Where p is nearly 1, both are nearly the same, and the
+// difference is no better than the last bit of 1; it is then taken from what the other classes have, as
+// q_rest - q_sum (1 - p), where 1 - p is (others + (1 - exp)) / sum. The error is some units of the last
+// place of the result however confident the row is.
+template <class V, class S, class Quotient = Divide>
+FR_HD RowGradient<V> row_gradient(const RowSums<V>& s, const RowTarget<V>& t, V lse, const RowOptions<S>& o,
+                                  V factor, Quotient quotient = {}) {
+  const V z_slope = o.z_loss != S(0) ? V(S(2) * o.z_loss) * lse : V(S(0));
+  const V softmax_factor = quotient((s.q_sum + z_slope) * factor, s.sum);
+  const V missing = s.others + (V(S(1)) - t.exp_shifted);
+  const V from_others = factor * (s.q_rest + quotient(z_slope * t.exp_shifted - s.q_sum * missing, s.sum));
+  const V from_target = t.exp_shifted * softmax_factor - t.q * factor;
+  return {softmax_factor, select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_others)};
+}
+
+// The sum of q_c (x_c - top) without the target, one class after another. For "others" with eps = 1, where
+// the target may be -inf: it has no mass, but as base and mix apart it would count inf - inf. logit(c), and
+// weights or null.
+template <class S, class A, class Logit>
+FR_HD S dot_without_target(const CrossEntropyArgs& a, const A* weight, int64_t target, S top,
+                           const Logit& logit) {
+  S dot = 0;
+  for (int64_t c = 0; c < a.classes; ++c) {
+    const S q = S(a.base) * (weight ? S(weight[c]) : S(1));
+    if (c != target && q != 0) dot += q * (S(logit(c)) - top);
+  }
+  return dot;
+}
+
+// ---- launchers and kernels
+
 // What CUDA does in one go: the normaliser of a mean, the rows, and the sum of their losses, all on the
 // device.
 struct CrossEntropyLaunch {
   CrossEntropyArgs rows;  // row_loss, row_lse and grad_factor unused
-  int64_t reduction;      // 0 none, 1 mean, 2 sum
-  bool all_ignored_zero;
+  CrossEntropyReduction reduction;
   DType loss_dtype;
-  void* loss;     // one, or one for each row if reduction is none
+  void* loss;     // one, or one for each row where nothing is reduced
   void* lse;      // one for each row, of the accumulation type; null: unwanted
   void* scratch;  // cross_entropy_scratch() numbers of the accumulation type
 };
 constexpr int kSumBlocks = 256;
-inline int64_t cross_entropy_scratch(int64_t rows, int64_t reduction) {
-  return reduction == 0 ? 0 : 2 + 2 * kSumBlocks + rows;
+inline int64_t cross_entropy_scratch(int64_t rows, const CrossEntropyReduction& reduction) {
+  return reduction.kind == CrossEntropyReduction::kNone ? 0 : 2 + 2 * kSumBlocks + rows;
 }
 int cross_entropy_forward_cuda(const CrossEntropyLaunch&, void* stream);  // gives a cudaError_t
 
-// values *= *factor, read on the device, where a factor of 1, the usual one, ends it at once.
+// values *= *factor. The kernel reads the factor on the device and, where it is 1, as it usually is, moves
+// nothing.
 struct CrossEntropyScale {
   DType dtype, factor_dtype;
   void* values;  // without gaps

@@ -1,5 +1,6 @@
-// torch.ops.fastreg.cross_entropy and its relatives: checks, allocation, threads and the reduction in a fixed
-// order, or launch. Schemas stand in fastreg/_cross_entropy.py and fastreg/_linear_cross_entropy.py.
+// torch.ops.fastreg.cross_entropy and its relatives; the formula is in cross_entropy_math.h. Here are the
+// checks, the allocations and, on the CPU, the threads and the reduction in a fixed order, on CUDA the
+// launch. Schemas stand in fastreg/_cross_entropy.py and fastreg/_linear_cross_entropy.py.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -14,10 +15,8 @@
 namespace fastreg {
 namespace {
 
-enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
-
-// (N, C, positions...) as (outer, positions, classes). Positions must merge into one dimension; without any,
-// the rows of the batch are the positions, so that threads have something to split.
+// Strides of (N, C, positions...) as (outer, positions, classes). Positions must merge into one dimension;
+// where there are none, the rows of the batch are the positions, so that threads have something to split.
 CrossEntropyArgs::Strides strides_of(const Tensor& t, int64_t positions) {
   if (t.dim() == 2) return {0, t.stride(0), t.stride(1)};
   int64_t inner = 1;
@@ -35,65 +34,68 @@ bool positions_merge(const Tensor& t) {
   return true;
 }
 
-// What both operators check before they work.
-CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tensor& target,
-                                 const std::optional<Tensor>& weight, int64_t ignore_index,
-                                 double label_smoothing, bool others, double z_loss) {
-  check(input.dim() >= 2, op, ": input must be (N, C, ...), got ", shape_text(input));
-  const DType dtype = dtype_of(op, "input", input);
-  const int64_t n = input.size(0), k = input.size(1);
-  check(k >= 1, op, ": input must have at least one class, got ", shape_text(input));
-  check(label_smoothing >= 0 && label_smoothing <= 1, op, ": label_smoothing must be in [0, 1], got ",
-        label_smoothing);
-  check(std::isfinite(z_loss) && z_loss >= 0, op, ": z_loss must be finite and at least 0, got ", z_loss);
-  check(!others || label_smoothing == 0 || k > 1, op, ": smoothing='others' needs at least two classes, got ",
-        shape_text(input));
-  check_device(op, "target", target, "input", input);
-  check(positions_merge(input), op,
-        ": dimensions after the classes must merge into one; call .contiguous() first");
-  int64_t positions = 1;
-  for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
+void check_options(const char* op, const CrossEntropyOptions& o, const Tensor& input) {
+  check(o.label_smoothing >= 0 && o.label_smoothing <= 1, op, ": label_smoothing must be in [0, 1], got ",
+        o.label_smoothing);
+  check(std::isfinite(o.z_loss) && o.z_loss >= 0, op, ": z_loss must be finite and at least 0, got ",
+        o.z_loss);
+  check(!o.others || o.label_smoothing == 0 || input.size(1) > 1, op,
+        ": smoothing='others' needs at least two classes, got ", shape_text(input));
+}
 
-  CrossEntropyArgs a{};
+void set_target(const char* op, CrossEntropyArgs& a, const Tensor& target, const Tensor& input,
+                int64_t positions) {
+  check_device(op, "target", target, "input", input);
   if (target.scalar_type() != ScalarType::Long) {
     a.target_dtype = dtype_of(op, "a target of probabilities", target);
     check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ",
-          shape_text(input), ", got ", shape_text(target));
+          shape_text(input), ", got ", shape_text(target));  // (N, C, ...)
     check(positions_merge(target), op,
           ": dimensions after the classes must merge into one; call .contiguous() on target");
     a.soft_target = target.const_data_ptr();
     a.target_stride = strides_of(target, positions);
-  } else {
-    bool fits = target.dim() == input.dim() - 1 && target.size(0) == n;
-    for (int64_t d = 2; fits && d < input.dim(); ++d) fits = target.size(d - 1) == input.size(d);
-    check(fits && target.is_contiguous(), op,
-          ": a target of class indices must be contiguous and have the shape of input without "
-          "its classes, input ",
-          shape_text(input), ", got ", shape_text(target));
-    a.target = static_cast<const int64_t*>(target.const_data_ptr());
+    return;
   }
+  bool fits = target.dim() == input.dim() - 1 && target.size(0) == input.size(0);
+  for (int64_t d = 2; fits && d < input.dim(); ++d) fits = target.size(d - 1) == input.size(d);
+  check(fits && target.is_contiguous(), op,
+        ": a target of class indices must be contiguous and have the shape of input without "
+        "its classes, input ",
+        shape_text(input), ", got ", shape_text(target));  // (N, ...)
+  a.target = static_cast<const int64_t*>(target.const_data_ptr());
+}
+
+// The arguments of the kernels that both operators have in common, checked.
+CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tensor& target,
+                                 const std::optional<Tensor>& weight, const CrossEntropyOptions& options) {
+  check(input.dim() >= 2, op, ": input must be (N, C, ...), got ", shape_text(input));
+  CrossEntropyArgs a{};
+  static_cast<CrossEntropyOptions&>(a) = options;
+  a.dtype = dtype_of(op, "input", input);
+  const int64_t n = input.size(0), k = input.size(1);
+  check(k >= 1, op, ": input must have at least one class, got ", shape_text(input));
+  check_options(op, options, input);
+  check(positions_merge(input), op,
+        ": dimensions after the classes must merge into one; call .contiguous() first");
+  int64_t positions = 1;
+  for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
+  set_target(op, a, target, input, positions);
   if (weight) {
-    const ScalarType expected = dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+    const ScalarType expected = a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
     check(weight->dim() == 1 && weight->size(0) == k && weight->is_contiguous() &&
               weight->scalar_type() == expected,
           op, ": weight must have one value for each of the ", k, " classes, shape (", k, ",), got ",
-          shape_text(*weight));
+          shape_text(*weight));  // (C,)
     check_device(op, "weight", *weight, "input", input);
     a.weight = weight->const_data_ptr();
   }
-
-  a.dtype = dtype;
   a.logits = input.const_data_ptr();
   a.outer = input.dim() == 2 ? 1 : n;
   a.positions = input.dim() == 2 ? n : positions;
   a.classes = k;
   a.logits_stride = strides_of(input, positions);
-  a.ignore_index = ignore_index;
-  const double spread = label_smoothing == 0 ? 0 : label_smoothing / double(others ? k - 1 : k);
-  a.base = spread;
-  a.mix = 1 - label_smoothing - (others ? spread : 0);
-  a.z_loss = z_loss;
   a.grad_factor = 1;
+  a.set_smoothing();
   return a;
 }
 
@@ -101,16 +103,15 @@ ScalarType statistics_of(const CrossEntropyArgs& a) {
   return a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The gradient where one is wanted; loss, a number or one for each row; and lse, one for each row, unless
-// null. On the CPU every class index is looked at before anything is written; on CUDA that would wait for the
-// GPU.
+// compute() writes the gradient where one is wanted; loss, a number or one for each row; and lse, one for
+// each row, unless it is null. On the CPU every class index is looked at before anything is written; on CUDA
+// that would wait for the GPU.
 #ifdef FASTREG_CUDA
-void run(const char* op, const Tensor& input, const CrossEntropyArgs& a, Reduction reduction,
-         bool all_ignored_zero, const Tensor& loss, const Tensor* lse) {
+void compute(const char* op, const Tensor& input, const CrossEntropyArgs& a,
+             const CrossEntropyReduction& reduction, const Tensor& loss, const Tensor* lse) {
   CrossEntropyLaunch l{};
   l.rows = a;
   l.reduction = reduction;
-  l.all_ignored_zero = all_ignored_zero;
   l.loss_dtype = dtype_of(op, "loss", loss);
   l.loss = loss.mutable_data_ptr();
   l.lse = lse ? lse->mutable_data_ptr() : nullptr;
@@ -153,12 +154,13 @@ double normaliser_of(const char* op, const CrossEntropyArgs& a) {
   return a.weight && counted ? weights : double(counted);
 }
 
-void run(const char* op, const Tensor&, CrossEntropyArgs a, Reduction reduction, bool all_ignored_zero,
-         const Tensor& loss, const Tensor* lse) {
+void compute(const char* op, const Tensor&, CrossEntropyArgs a, const CrossEntropyReduction& reduction,
+             const Tensor& loss, const Tensor* lse) {
+  const bool mean = reduction.kind == CrossEntropyReduction::kMean;
   const double normaliser = normaliser_of(op, a);
   const int64_t rows = a.outer * a.positions;
-  const bool zero = normaliser == 0 && reduction == kMean && all_ignored_zero;
-  if (reduction == kMean) a.grad_factor = zero ? 0 : 1 / normaliser;
+  const bool zero = normaliser == 0 && mean && reduction.all_ignored_zero;
+  if (mean) a.grad_factor = zero ? 0 : 1 / normaliser;
   std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
   a.row_loss = row_loss.data();
   a.row_lse = row_lse.data();
@@ -168,83 +170,87 @@ void run(const char* op, const Tensor&, CrossEntropyArgs a, Reduction reduction,
     FR_KERNELS(cross_entropy_kernels, rows * a.classes).forward(a, begin, end);
   });
   if (lse) put(*lse, row_lse.data(), rows);
-  if (reduction == kNone) return put(loss, row_loss.data(), rows);
+  if (reduction.kind == CrossEntropyReduction::kNone) return put(loss, row_loss.data(), rows);
   double sum = 0;  // in the order of the rows, whatever thread computed them
   for (const double value : row_loss) sum += value;
-  if (reduction == kMean) sum = zero ? 0 : sum / normaliser;
+  if (mean) sum = zero ? 0 : sum / normaliser;
   put(loss, &sum, 1);
 }
 #endif
 
-// loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse:
-// (rows,).
-std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target, std::optional<Tensor> weight,
-                                                 int64_t reduction, int64_t ignore_index,
-                                                 double label_smoothing, bool others, double z_loss,
-                                                 bool all_ignored_zero, std::optional<ScalarType> loss_dtype,
-                                                 bool with_grad) {
-  const char* op = "cross_entropy";
-  CrossEntropyArgs a =
-      check_arguments(op, input, target, weight, ignore_index, label_smoothing, others, z_loss);
-  const ScalarType out_dtype = loss_dtype ? *loss_dtype : input.scalar_type();
-  check(out_dtype == input.scalar_type() || out_dtype == ScalarType::Float || out_dtype == ScalarType::Double,
-        op, ": loss_dtype must be torch.float32, torch.float64 or the dtype of input");
-  Tensor grad = input;
-  if (!with_grad) {
-    grad = allocate_flat(input, 0, input.scalar_type());
-  } else if (a.dtype == DType::kFloat16) {
-    grad = torch::stable::new_empty(input, input.sizes(), ScalarType::Float);
-  } else {
-    grad = allocate_like(input);
-  }
-  if (with_grad) {
-    a.grad = grad.mutable_data_ptr();
-    a.grad_stride = strides_of(grad, a.positions);
-  }
-  const int64_t rows = a.outer * a.positions;
-  const bool soft = target.scalar_type() != ScalarType::Long;
-  Tensor lse = allocate_flat(input, rows, statistics_of(a)), loss = lse;
-  if (reduction != kNone) {
-    constexpr std::array<int64_t, 0> scalar{};
-    loss = allocate(input, scalar, scalar, out_dtype);
-  } else if (soft || target.dim() == 1) {
-    loss = allocate_flat(input, rows, out_dtype);
-  } else {
-    loss = torch::stable::new_empty(target, target.sizes(), out_dtype);
-  }
-  run(op, input, a, Reduction(reduction), all_ignored_zero, loss, &lse);
-  if (reduction == kNone && soft && input.dim() > 2) {
-    std::vector<int64_t> shape{input.size(0)};
-    for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
-    loss = torch::stable::view(loss, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
-  }
-  return {loss, grad, lse};
+Tensor empty_gradient(const Tensor& input, const CrossEntropyArgs& a) {
+  return a.dtype == DType::kFloat16 ? torch::stable::new_empty(input, input.sizes(), ScalarType::Float)
+                                    : allocate_like(input);
 }
 
-// Overwrites each row of the logits, (rows, classes), with factor * its gradient; gives the losses of the
-// rows.
-Tensor cross_entropy_inplace(Tensor logits, Tensor target, Tensor factor, std::optional<Tensor> weight,
-                             int64_t ignore_index, double label_smoothing, bool others, double z_loss) {
-  const char* op = "cross_entropy_";
-  check(logits.dim() == 2 && logits.is_contiguous(), op, ": logits must be contiguous, (rows, classes), got ",
-        shape_text(logits));
-  CrossEntropyArgs a =
-      check_arguments(op, logits, target, weight, ignore_index, label_smoothing, others, z_loss);
-  const int64_t rows = logits.size(0);
-  check(factor.scalar_type() == statistics_of(a) && factor.is_contiguous() && factor.numel() == rows, op,
-        ": factor must have one value of the type of the statistics for each of the ", rows, " rows, got ",
-        factor.scalar_type(), " of shape ", shape_text(factor));
-  check_device(op, "factor", factor, "logits", logits);
-  a.row_factor = factor.const_data_ptr();
-  a.grad = logits.mutable_data_ptr();
-  a.grad_stride = a.logits_stride;
-  Tensor loss = allocate_flat(logits, rows, statistics_of(a));
-  run(op, logits, a, kNone, false, loss, nullptr);
-  return loss;
+// () or, where nothing is reduced, one for each row: of a target of probabilities it is still flat.
+Tensor empty_loss(const Tensor& input, const Tensor& target, int64_t rows, bool reduced, ScalarType dtype) {
+  constexpr std::array<int64_t, 0> scalar{};
+  if (reduced) return allocate(input, scalar, scalar, dtype);
+  const bool soft = target.scalar_type() != ScalarType::Long;
+  return soft || target.dim() == 1 ? allocate_flat(input, rows, dtype)
+                                   : torch::stable::new_empty(target, target.sizes(), dtype);
 }
+
+// The operators. `Values` are those of CrossEntropyOptions, one after another.
+template <class>
+struct Operators;
+template <class... Values>
+struct Operators<std::tuple<Values...>> {
+  // loss: () or the target's shape; grad: d loss / d input, of the input's shape, empty if not wanted; lse:
+  // (rows,).
+  static std::tuple<Tensor, Tensor, Tensor> cross_entropy(Tensor input, Tensor target,
+                                                          std::optional<Tensor> weight, int64_t reduction,
+                                                          Values... values, bool all_ignored_zero,
+                                                          std::optional<ScalarType> loss_dtype,
+                                                          bool with_grad) {
+    const char* op = "cross_entropy";
+    CrossEntropyArgs a = check_arguments(op, input, target, weight, CrossEntropyOptions{values...});
+    const ScalarType own = input.scalar_type(), out_dtype = loss_dtype ? *loss_dtype : own;
+    check(out_dtype == own || out_dtype == ScalarType::Float || out_dtype == ScalarType::Double, op,
+          ": loss_dtype must be torch.float32, torch.float64 or the dtype of input");
+    Tensor grad = with_grad ? empty_gradient(input, a) : allocate_flat(input, 0, own);
+    if (with_grad) {
+      a.grad = grad.mutable_data_ptr();
+      a.grad_stride = strides_of(grad, a.positions);
+    }
+    const int64_t rows = a.outer * a.positions;
+    const bool reduced = reduction != CrossEntropyReduction::kNone;
+    Tensor lse = allocate_flat(input, rows, statistics_of(a));
+    Tensor loss = empty_loss(input, target, rows, reduced, out_dtype);
+    compute(op, input, a, {reduction, all_ignored_zero}, loss, &lse);
+    if (!reduced && a.soft_target && input.dim() > 2) {
+      std::vector<int64_t> shape{input.size(0)};
+      for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
+      loss = torch::stable::view(loss, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));
+    }
+    return {loss, grad, lse};
+  }
+
+  // Overwrites each row of the logits, (rows, classes), with factor * its gradient; gives the losses of the
+  // rows.
+  static Tensor cross_entropy_inplace(Tensor logits, Tensor target, Tensor factor,
+                                      std::optional<Tensor> weight, Values... values) {
+    const char* op = "cross_entropy_";
+    check(logits.dim() == 2 && logits.is_contiguous(), op,
+          ": logits must be contiguous, (rows, classes), got ", shape_text(logits));
+    CrossEntropyArgs a = check_arguments(op, logits, target, weight, CrossEntropyOptions{values...});
+    const int64_t rows = logits.size(0);
+    check(factor.scalar_type() == statistics_of(a) && factor.is_contiguous() && factor.numel() == rows, op,
+          ": factor must have one value of the type of the statistics for each of the ", rows, " rows, got ",
+          factor.scalar_type(), " of shape ", shape_text(factor));
+    check_device(op, "factor", factor, "logits", logits);
+    a.row_factor = factor.const_data_ptr();
+    a.grad = logits.mutable_data_ptr();
+    a.grad_stride = a.logits_stride;
+    Tensor loss = allocate_flat(logits, rows, statistics_of(a));
+    compute(op, logits, a, {CrossEntropyReduction::kNone, false}, loss, nullptr);
+    return loss;
+  }
+};
 
 #ifdef FASTREG_CUDA
-// values *= factor, a number that the host does not look at. Of 1 nothing is moved.
+// values *= factor, a number that the host does not look at. Where it is 1 nothing is moved.
 void cross_entropy_scale(Tensor values, Tensor factor) {
   const char* op = "cross_entropy_scale_";
   const Layout layout = layout_of(op, values);
@@ -261,8 +267,9 @@ void cross_entropy_scale(Tensor values, Tensor factor) {
 }  // namespace fastreg
 
 FR_LIBRARY_IMPL(m) {
-  m.impl("cross_entropy", TORCH_BOX(&fastreg::cross_entropy));
-  m.impl("cross_entropy_", TORCH_BOX(&fastreg::cross_entropy_inplace));
+  using Operators = fastreg::Operators<fastreg::CrossEntropyOptionValues>;
+  m.impl("cross_entropy", TORCH_BOX(&Operators::cross_entropy));
+  m.impl("cross_entropy_", TORCH_BOX(&Operators::cross_entropy_inplace));
 #ifdef FASTREG_CUDA
   m.impl("cross_entropy_scale_", TORCH_BOX(&fastreg::cross_entropy_scale));
 #endif

@@ -9,15 +9,20 @@ contrast about the mean of the image as it is by then, saturation, hue; Gaussian
 a sample draws depends on the seed and its global index alone.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._checks import check_choice, check_number, check_tensor
 from .._seeds import draw_seed
 from . import _op, functional
+from ._op import Interpolation, Padding, PerChannel
 from .mix import cutmix, mixup
 
 __all__ = ["Augment", "Params", "Settings", "apply", "cutmix", "functional", "mixup"]
@@ -25,20 +30,24 @@ __all__ = ["Augment", "Params", "Settings", "apply", "cutmix", "functional", "mi
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all samples of a batch share."""
+    """What all samples of a batch share.
 
-    size: tuple | None = None  # (height, width) of the result; None for the images'
-    kernel: tuple = (1, 1)  # of the blur, along x and y
-    erase_value: float | tuple | None = None  # in the images' units; None for what becomes 0
-    mean: float | tuple | None = None
-    std: float | tuple | None = None
-    interpolation: str = "bilinear"
-    padding: str = "zeros"
-    fill: float | tuple = 0.0
+    `size` (height, width) of the result in pixels, None for the images'; `kernel` of the blur along (x, y) in
+    pixels; `erase_value` in the images' units, None for what becomes 0; `mean` and `std` for images in
+    [0, 1]; `fill` in the images' units; `dtype` of the result, None for the images', or float32 where uint8
+    is normalised. Numbers per channel are one for all, or a tuple. See `Augment`.
+    """
+
+    size: tuple[int, int] | None = None
+    kernel: tuple[int, int] = (1, 1)
+    erase_value: float | tuple[float, ...] | None = None
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+    interpolation: Interpolation = "bilinear"
+    padding: Padding = "zeros"
+    fill: float | tuple[float, ...] = 0.0
     antialias: bool = False
-    dtype: torch.dtype | None = (
-        None  # of the result; None for the images', or float32 where uint8 is normalised
-    )
+    dtype: torch.dtype | None = None
 
 
 @dataclasses.dataclass
@@ -47,32 +56,39 @@ class Params:
     is off.
 
     Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height,
-    width): `crop`, in the input's pixels, and `erase`, int64, in the output's. `angle` in degrees, clockwise;
-    `hue` in turns; flips 0 or 1.
+    width): `crop`, in the input's pixels, and `erase`, int64, in the output's. `angle` is in degrees,
+    clockwise; `hue` in turns; `sigma`, of the blur, in pixels; flips are 0 or 1; `stretch`, `scale`,
+    `brightness`, `contrast` and `saturation` are factors.
     """
 
-    hflip: torch.Tensor | None = None
-    vflip: torch.Tensor | None = None
-    stretch: torch.Tensor | None = None
-    scale: torch.Tensor | None = None
-    angle: torch.Tensor | None = None
-    translate: torch.Tensor | None = None  # (B, 2)
-    shear: torch.Tensor | None = None  # (B, 2)
-    crop: torch.Tensor | None = None  # (B, 4)
-    brightness: torch.Tensor | None = None
-    contrast: torch.Tensor | None = None
-    saturation: torch.Tensor | None = None
-    hue: torch.Tensor | None = None
-    sigma: torch.Tensor | None = None
-    erase: torch.Tensor | None = None  # (B, 4)
+    hflip: Tensor | None = None
+    vflip: Tensor | None = None
+    stretch: Tensor | None = None
+    scale: Tensor | None = None
+    angle: Tensor | None = None
+    translate: Tensor | None = None  # (B, 2)
+    shear: Tensor | None = None  # (B, 2)
+    crop: Tensor | None = None  # (B, 4)
+    brightness: Tensor | None = None
+    contrast: Tensor | None = None
+    saturation: Tensor | None = None
+    hue: Tensor | None = None
+    sigma: Tensor | None = None
+    erase: Tensor | None = None  # (B, 4)
     settings: Settings = Settings()
 
-    def matrices(self, height, width):
+    def matrices(self, height: int, width: int) -> Tensor | None:
         """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height,
-        width); None if there is nothing to warp."""
+        width), pixel centres at whole numbers; None if no pixel moves.
+
+        Raises:
+            ValueError: no parameter says how many samples there are.
+        """
         names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
         geometry = {
-            name: value.to(torch.float64) for name in names if (value := getattr(self, name)) is not None
+            name: value.to(_op.number_dtype(value.device))
+            for name in names
+            if (value := getattr(self, name)) is not None
         }
         size = self.settings.size or (height, width)
         if not geometry and size == (height, width):
@@ -82,7 +98,7 @@ class Params:
             raise ValueError(
                 "Params.matrices: no parameter says how many samples there are; set crop to the whole image"
             )
-        return _op.augment_matrices(some, (height, width), size, **geometry)
+        return _op.matrices_of(some, (height, width), size, **geometry)
 
 
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
@@ -91,13 +107,12 @@ _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
 
 
-def apply(images, params):
-    """Augment images with given parameters; pure, and differentiable with respect to the images (but for hue,
-    which is an error).
+def apply(images: Tensor, params: Params) -> Tensor:
+    """Augment images with given parameters; pure, and differentiable with respect to the images, but for hue.
 
     Args:
-        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8, float32, float64, float16 or
-            bfloat16.
+        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8 in [0, 255], or float32,
+            float64, float16 or bfloat16 in [0, 1].
         params: `Params`, of `Augment.sample` or made by hand.
 
     Returns:
@@ -107,11 +122,12 @@ def apply(images, params):
 
     Raises:
         ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue
-            with other than 1 or 3 channels, a matrix that is not finite or leads further than 2^30 pixels
-            away (on a GPU, for which that would mean to wait, the sample becomes NaN, or 0 in uint8).
+            with other than 1 or 3 channels, hue of images that need a gradient, a matrix that is not finite
+            or leads further than 2^30 pixels away (on a GPU, which that would make us wait for, the sample
+            becomes NaN, or 0 in uint8).
         TypeError: another dtype.
-        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, for the gradient
-            is added up in no fixed order there.
+        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, because the
+            gradient is added up in no fixed order there.
     """
     op = "augment"
     batch, lead = functional.batched(op, images)
@@ -130,7 +146,7 @@ def apply(images, params):
     height, width = batch.shape[2:]
     if params.settings.size is not None and all(getattr(params, name) is None for name in _FIELDS):
         params = dataclasses.replace(params, crop=_op.rows((0, 0, height, width), count, batch.device))
-    output = _op.run(
+    output = _op.augment_batch(
         op,
         batch,
         matrices=params.matrices(height, width),
@@ -142,7 +158,12 @@ def apply(images, params):
     return output if lead else output.squeeze(0)
 
 
-def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
+Range = float | Sequence[float]  # a distance to both sides, or (lo, hi)
+
+
+def _interval(
+    name: str, value: Any, centre: float | None = None, low: float = -math.inf, high: float = math.inf
+) -> tuple[float, float]:
     """(lo, hi) of a pair, or of a number that is the distance to both sides of `centre`, cut at `low` and
     `high`.
     """
@@ -168,6 +189,76 @@ def _interval(name, value, centre=None, low=-math.inf, high=math.inf):
     return float(value[0]), float(value[1])
 
 
+def _intervals(**given: Any) -> dict[str, tuple[float, float]]:
+    """The range of each column of the table that is drawn from one, of the arguments that are not None."""
+    limits = {
+        "rotate": (0, -math.inf, math.inf),
+        "stretch": (None, 0, math.inf),
+        "scale": (None, 0, math.inf),
+        "brightness": (1, 0, math.inf),
+        "contrast": (1, 0, math.inf),
+        "saturation": (1, 0, math.inf),
+        "hue": (0, -0.5, 0.5),
+    }
+    shear, hue = given.pop("shear"), given["hue"]
+    ranges = {
+        "angle" if name == "rotate" else name: _interval(name, value, *limits[name])
+        for name, value in given.items()
+        if value is not None
+    }
+    for name in ("stretch", "scale"):
+        if ranges.get(name, (1, 1))[0] <= 0:
+            raise ValueError(f"Augment: {name} must be greater than 0, got {ranges[name]}")
+    if isinstance(hue, (int, float)) and hue > 0.5:
+        raise ValueError(f"Augment: hue must be at most 0.5, got {hue}")
+    if shear is not None:
+        four = isinstance(shear, (tuple, list)) and len(shear) == 4
+        ranges["shear_x"] = _interval("shear", shear[:2] if four else shear, 0)
+        ranges["shear_y"] = _interval("shear", shear[2:], 0) if four else (0.0, 0.0)
+    return ranges
+
+
+def _translation(translate: Any) -> tuple[float, float] | None:
+    if translate is None:
+        return None
+    if not isinstance(translate, (tuple, list)) or len(translate) != 2:
+        raise ValueError(f"Augment: translate must be a pair (fx, fy), got {translate!r}")
+    for value in translate:
+        check_number("Augment", "translate", value, 0, 1)
+    return float(translate[0]), float(translate[1])
+
+
+def _output_size(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = tuple(functional.pair(size))
+    if len(sides) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sides):
+        raise ValueError(f"Augment: size must be whole numbers of at least 1, (height, width), got {size!r}")
+    return sides
+
+
+def _crop(crop: Any) -> int | tuple[float, float] | None:
+    """The padding of a window, or a range of shares of the area."""
+    if crop is None:
+        return None
+    if isinstance(crop, int) and not isinstance(crop, bool):
+        check_number("Augment", "crop", crop, 0, 2**20)
+        return crop
+    shares = _interval("crop", crop, None, 0, 1)
+    if not shares[0] > 0:
+        raise ValueError(f"Augment: crop must be shares of the area greater than 0, got {crop}")
+    return shares
+
+
+def _constant(name: str, value: PerChannel | None) -> Any:
+    """One number, or a tuple of one per channel: settings are compared and hashed."""
+    if value is None:
+        return None
+    count = 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
+    values = _op.per_channel("Augment", name, value, count)
+    return values[0] if len(values) == 1 else tuple(values)
+
+
 class Augment(nn.Module):
     """Augments batches of images, each sample with its own parameters, in one pass. Everything left out is
     off.
@@ -176,16 +267,17 @@ class Augment(nn.Module):
         hflip, vflip: probability of mirroring left and right, top and bottom.
         rotate: degrees to either side, or (lo, hi), clockwise.
         stretch: (lo, hi), factor along the height.
-        scale: (lo, hi), factor along both.
-        translate: (fx, fy), the largest shift to either side as a share of width and height; whole pixels.
+        scale: (lo, hi), factor along both axes.
+        translate: (fx, fy), the largest shift to either side as a share of width and height; the shift is
+            rounded to whole pixels.
         shear: degrees to either side, or (lo, hi), along x; or (lo_x, hi_x, lo_y, hi_y).
-        size: (height, width) of the result, or one for both; None for that of the images.
+        size: (height, width) of the result in pixels, or one for both; None for that of the images.
         crop: (lo, hi): a box of that share of the image's area, of ratio 3/4 to 4/3, is resized to `size`, as
             torchvision's RandomResizedCrop; a whole number p: a window of `size` of the image with p pixels
             of padding around, as RandomCrop. None: the whole image is resized to `size`.
         brightness, contrast, saturation: factors within that distance of 1, but not negative, or (lo, hi).
         hue: turns to either side, at most 0.5, or (lo, hi).
-        blur: (kernel, (lo, hi)): kernel size, odd, and range of sigma.
+        blur: (kernel, (lo, hi)): kernel size, odd, and range of sigma, both in pixels.
         erase: probability of erasing a box of 2 to 33 % of the result, of ratio 0.3 to 3.3.
         erase_value: what it is filled with, in the images' units, one or per channel; None for what becomes
             0.
@@ -201,36 +293,43 @@ class Augment(nn.Module):
     nothing is random: images are only brought to `size` (a window from the middle for crop=p) and normalised.
 
     Raises:
-        ValueError, TypeError: a probability outside [0, 1], ranges that are no ranges, unknown names.
+        ValueError: a probability outside [0, 1], ranges that are no ranges, unknown names.
+        TypeError: what should be a number and is none.
     """
+
+    chances: dict[str, float]  # of hflip, vflip and erase
+    ranges: dict[str, tuple[float, float]]  # by column of the table of parameters
+    translate: tuple[float, float] | None
+    size: tuple[int, int] | None
+    crop: int | tuple[float, float] | None
 
     def __init__(
         self,
         *,
-        hflip=0.0,
-        vflip=0.0,
-        rotate=None,
-        stretch=None,
-        scale=None,
-        translate=None,
-        shear=None,
-        size=None,
-        crop=None,
-        brightness=None,
-        contrast=None,
-        saturation=None,
-        hue=None,
-        blur=None,
-        erase=0.0,
-        erase_value=None,
-        mean=None,
-        std=None,
-        interpolation="bilinear",
-        padding="zeros",
-        fill=0.0,
-        antialias=False,
-        dtype=None,
-    ):
+        hflip: float = 0.0,
+        vflip: float = 0.0,
+        rotate: Range | None = None,
+        stretch: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,
+        translate: Sequence[float] | None = None,
+        shear: Range | None = None,
+        size: int | Sequence[int] | None = None,
+        crop: int | Sequence[float] | None = None,
+        brightness: Range | None = None,
+        contrast: Range | None = None,
+        saturation: Range | None = None,
+        hue: Range | None = None,
+        blur: tuple[int | Sequence[int], Sequence[float]] | None = None,
+        erase: float = 0.0,
+        erase_value: PerChannel | None = None,
+        mean: PerChannel | None = None,
+        std: PerChannel | None = None,
+        interpolation: Interpolation = "bilinear",
+        padding: Padding = "zeros",
+        fill: PerChannel = 0.0,
+        antialias: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         op = "Augment"
         for name, value in (("hflip", hflip), ("vflip", vflip), ("erase", erase)):
@@ -238,51 +337,11 @@ class Augment(nn.Module):
         check_choice(op, "interpolation", interpolation, _op.INTERPOLATIONS)
         check_choice(op, "padding", padding, _op.PADDINGS)
         self.chances = {"hflip": float(hflip), "vflip": float(vflip), "erase": float(erase)}
-        self.ranges = {}
-        optional = {
-            "angle": ("rotate", rotate, 0, -math.inf, math.inf),
-            "stretch": ("stretch", stretch, None, 0, math.inf),
-            "scale": ("scale", scale, None, 0, math.inf),
-            "brightness": ("brightness", brightness, 1, 0, math.inf),
-            "contrast": ("contrast", contrast, 1, 0, math.inf),
-            "saturation": ("saturation", saturation, 1, 0, math.inf),
-            "hue": ("hue", hue, 0, -0.5, 0.5),
-        }
-        for column, (name, value, centre, low, high) in optional.items():
-            if value is not None:
-                self.ranges[column] = _interval(name, value, centre, low, high)
-        for name in ("stretch", "scale"):
-            if self.ranges.get(name, (1, 1))[0] <= 0:
-                raise ValueError(f"{op}: {name} must be greater than 0, got {self.ranges[name]}")
-        if isinstance(hue, (int, float)) and hue > 0.5:
-            raise ValueError(f"{op}: hue must be at most 0.5, got {hue}")
-        self.translate = None
-        if translate is not None:
-            if not isinstance(translate, (tuple, list)) or len(translate) != 2:
-                raise ValueError(f"{op}: translate must be a pair (fx, fy), got {translate!r}")
-            for value in translate:
-                check_number(op, "translate", value, 0, 1)
-            self.translate = tuple(map(float, translate))
-        if shear is not None:
-            four = isinstance(shear, (tuple, list)) and len(shear) == 4
-            self.ranges["shear_x"] = _interval("shear", shear[:2] if four else shear, 0)
-            self.ranges["shear_y"] = _interval("shear", shear[2:], 0) if four else (0.0, 0.0)
-        self.size = None
-        if size is not None:
-            self.size = tuple(functional.pair(size))
-            if len(self.size) != 2 or any(
-                not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in self.size
-            ):
-                raise ValueError(
-                    f"{op}: size must be whole numbers of at least 1, (height, width), got {size!r}"
-                )
-        self.crop = crop
-        if isinstance(crop, int) and not isinstance(crop, bool):
-            check_number(op, "crop", crop, 0, 2**20)
-        elif crop is not None:
-            self.crop = _interval("crop", crop, None, 0, 1)
-            if not self.crop[0] > 0:
-                raise ValueError(f"{op}: crop must be shares of the area greater than 0, got {crop}")
+        self.ranges = _intervals(
+            rotate=rotate, stretch=stretch, scale=scale, brightness=brightness, contrast=contrast,
+            saturation=saturation, hue=hue, shear=shear,
+        )  # fmt: skip
+        self.translate, self.size, self.crop = _translation(translate), _output_size(size), _crop(crop)
         kernel = (1, 1)
         if blur is not None:
             if not isinstance(blur, (tuple, list)) or len(blur) != 2:
@@ -291,45 +350,25 @@ class Augment(nn.Module):
             self.ranges["sigma"] = _interval("blur", blur[1], None, 0)
         if dtype is not None and dtype not in functional.DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
-        constants = {"erase_value": erase_value, "mean": mean, "std": std, "fill": fill}
-        for (
-            name,
-            value,
-        ) in constants.items():  # tensors and lists as tuples: the settings are compared and hashed
-            if value is not None:
-                values = _op.per_channel(
-                    op,
-                    name,
-                    value,
-                    1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1)),
-                )
-                constants[name] = values[0] if len(values) == 1 else tuple(values)
-        ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
+        self.settings = Settings(
+            size=self.size, kernel=kernel, erase_value=_constant("erase_value", erase_value),
+            mean=_constant("mean", mean), std=_constant("std", std), interpolation=interpolation,
+            padding=padding, fill=_constant("fill", fill), antialias=antialias, dtype=dtype,
+        )  # fmt: skip
+        # What the operators take of it.
         self._steps = sum(bit for name, bit in _op.STEPS.items() if name in self.ranges)
         self._is_geometric = bool(
-            hflip
-            or vflip
-            or self.translate
-            or self.size
-            or crop is not None
+            hflip or vflip or self.translate or self.size or crop is not None
             or self.ranges.keys() & _op.GEOMETRY
-        )
+        )  # fmt: skip
+        ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
         self._ends = [[ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1)]
-        self.settings = Settings(
-            size=self.size,
-            kernel=kernel,
-            interpolation=interpolation,
-            padding=padding,
-            antialias=antialias,
-            dtype=dtype,
-            **constants,
-        )
 
     @classmethod
-    def cifar(cls, **changes):
+    def cifar(cls, **changes: Any) -> Augment:
         """A window of 32 × 32 from 4 pixels of padding around, mirrored half the time, normalised with
         CIFAR-10's statistics (He, Zhang, Ren, Sun 2016); `changes` are arguments of `Augment`."""
-        usual = {
+        usual: dict[str, Any] = {
             "hflip": 0.5,
             "size": 32,
             "crop": 4,
@@ -339,11 +378,11 @@ class Augment(nn.Module):
         return cls(**usual | changes)
 
     @classmethod
-    def imagenet(cls, **changes):
+    def imagenet(cls, **changes: Any) -> Augment:
         """A box of 8 to 100 % of the image resized to 224 × 224 (Szegedy et al. 2015), mirrored half the
         time, its colours jittered, normalised with ImageNet's statistics; `changes` are arguments of
         `Augment`."""
-        usual = {
+        usual: dict[str, Any] = {
             "hflip": 0.5,
             "size": 224,
             "crop": (0.08, 1.0),
@@ -358,7 +397,14 @@ class Augment(nn.Module):
         }
         return cls(**usual | changes)
 
-    def sample(self, batch, *, generator=None, seed=None, offset=0):
+    def sample(
+        self,
+        batch: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        offset: int = 0,
+    ) -> Params:
         """Draw `Params` for a batch.
 
         Args:
@@ -367,6 +413,10 @@ class Augment(nn.Module):
             seed: whole number, or int64 tensor of one element; drawn if None.
             offset: global index of the first sample: sample i draws what it would as number offset + i of one
                 large batch.
+
+        Raises:
+            ValueError: a batch of another shape, a seed that is not one int64, a window that does not fit.
+            TypeError: a batch that is no tensor, an offset that is no int.
         """
         count, (height, width), size = self._shapes(batch)
         if not self.training:
@@ -392,14 +442,14 @@ class Augment(nn.Module):
             fields["erase"] = boxes
         return Params(**fields, settings=self.settings)
 
-    def _shapes(self, batch):
+    def _shapes(self, batch: Tensor) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """(number of samples, (height, width) of the images, of the result)."""
         op = "Augment.sample"
         check_tensor(op, "batch", batch)
         if batch.dim() not in (3, 4):
             raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
         count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
-        size = self.size or (height, width)
+        size = self.size or (height, width)  # of the result
         if isinstance(self.crop, int) and (
             size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop
         ):
@@ -409,14 +459,20 @@ class Augment(nn.Module):
             )
         return count, (height, width), size
 
-    def _draw(self, batch, generator=None, seed=None, offset=0):
+    def _draw(
+        self,
+        batch: Tensor,
+        generator: torch.Generator | None = None,
+        seed: int | Tensor | None = None,
+        offset: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(table of all columns, matrices, colour, blur, boxes): what the samples draw, and what the operator
         takes of it.
         """
         count, (height, width), size = self._shapes(batch)
         if seed is None:
             seed = draw_seed(batch.device, generator)
-        elif not isinstance(seed, torch.Tensor):
+        elif not isinstance(seed, Tensor):
             seed = torch.tensor([seed], dtype=torch.int64)
         if not isinstance(offset, int) or isinstance(offset, bool):
             raise TypeError(f"Augment.sample: offset must be an int, got {type(offset).__name__}")
@@ -426,25 +482,23 @@ class Augment(nn.Module):
             for axis, share, extent in zip("xy", self.translate, (width, height), strict=True):
                 column = _COLUMN[f"translate_{axis}"]
                 low[column], high[column] = -share * extent, share * extent
-        is_window = isinstance(self.crop, int)
-        crop_box = [
-            *(self.crop if self.crop and not is_window else (1.0, 1.0)),
-            *_CROP_RATIO,
-            float(is_window and self.crop),
-        ]
+        shares, padding = (self.crop, 0) if isinstance(self.crop, tuple) else ((1.0, 1.0), self.crop or 0)
+        kind = 0 if self.crop is None else 1 if isinstance(self.crop, tuple) else 2
+        crop_box = [*shares, *_CROP_RATIO, float(padding)]
         return _op.augment_draw(
-            batch.detach(), seed, offset, count, list(self.chances.values()), low, high,
-            0 if self.crop is None else 2 if is_window else 1, crop_box, [*_ERASED_SHARE, *_ERASED_RATIO],
-            [height, width, *size], *self.settings.kernel,
+            batch.detach(), seed, offset, count, list(self.chances.values()), low, high, kind, crop_box,
+            [*_ERASED_SHARE, *_ERASED_RATIO], [height, width, *size], *self.settings.kernel,
         )  # fmt: skip
 
-    def forward(self, batch, generator=None):
-        """The augmented batch, of shape (B, C, *size); see `apply`."""
+    def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The augmented batch, of shape (B, C, *size), by parameters that are drawn from `generator` or the
+        default one; see `apply`.
+        """
         if not self.training:
             return apply(batch, self.sample(batch))
         images, lead = functional.batched("augment", batch)
         _, matrices, colour, blur, boxes = self._draw(batch, generator)
-        output = _op.run(
+        output = _op.augment_batch(
             "augment",
             images,
             matrices=matrices if self._is_geometric else None,
@@ -456,16 +510,16 @@ class Augment(nn.Module):
         )
         return output if lead else output.squeeze(0)
 
-    def collate(self, samples):
+    def collate(self, samples: list[Any]) -> Any:
         """For DataLoader(collate_fn=...): torch's default collation, then augmentation of the first part of
         each sample.
         """
         parts = torch.utils.data.default_collate(samples)
-        if isinstance(parts, torch.Tensor):
+        if isinstance(parts, Tensor):
             return self(parts)
         return [self(parts[0]), *parts[1:]]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """The steps that are on."""
         shown = {name: value for name, value in self.chances.items() if value} | self.ranges
         shown |= {

@@ -5,14 +5,24 @@ Han, Oh, Chun, Choe, Yoo 2019); y = lambda y_i + (1 - lambda) y_j. Each sample d
 own partner.
 """
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
 
 from .._checks import check_number, check_tensor
 from .functional import batched
 
 
-def _draw(op, images, targets, alpha, num_classes, generator):
-    """(soft targets, partners, lambda ~ Beta(alpha, alpha))."""
+def _draw(
+    op: str,
+    images: Tensor,
+    targets: Tensor,
+    alpha: float,
+    num_classes: int | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(soft targets (B, classes), partners (B,), lambda ~ Beta(alpha, alpha) (B,), float32)."""
     batched(op, images)
     check_tensor(op, "targets", targets)
     check_number(op, "alpha", alpha, 0)
@@ -40,24 +50,34 @@ def _draw(op, images, targets, alpha, num_classes, generator):
     return targets, partner, share
 
 
-def _mixed_targets(targets, partner, share):
+def _mixed_targets(targets: Tensor, partner: Tensor, share: Tensor) -> Tensor:
     return torch.lerp(targets[partner], targets, share[:, None].to(targets.dtype))
 
 
-def mixup(images, targets, alpha=0.2, num_classes=None, *, generator=None):
+def mixup(
+    images: Tensor,
+    targets: Tensor,
+    alpha: float = 0.2,
+    num_classes: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Mix each sample with another of the batch, and their labels.
 
     Args:
-        images: (B, C, H, W), uint8 (rounded) or floating point.
+        images: (B, C, H, W), uint8 (the result is rounded), float32, float64, float16 or bfloat16.
         targets: (B,) class indices, which need `num_classes`, or (B, classes) probabilities.
         alpha: of Beta(alpha, alpha), greater than 0; small values mix little.
-        generator: torch.Generator on the images' device.
+        num_classes: number of classes of class indices.
+        generator: torch.Generator on the images' device; None for the default one.
 
     Returns:
-        (images, targets (B, classes)) as `fastreg.cross_entropy` takes them.
+        (images, targets (B, classes)) as `fastreg.cross_entropy` takes them: the images of their dtype, the
+        targets float32 for class indices, else of their dtype.
 
     Raises:
         ValueError: shapes that do not fit, alpha not greater than 0, class indices without num_classes.
+        TypeError: images or targets that are no tensors, images of another dtype.
     """
     targets, partner, share = _draw("mixup", images, targets, alpha, num_classes, generator)
     weight = share.view(-1, 1, 1, 1)
@@ -68,7 +88,14 @@ def mixup(images, targets, alpha=0.2, num_classes=None, *, generator=None):
     return mixed, _mixed_targets(targets, partner, share)
 
 
-def cutmix(images, targets, alpha=1.0, num_classes=None, *, generator=None):
+def cutmix(
+    images: Tensor,
+    targets: Tensor,
+    alpha: float = 1.0,
+    num_classes: int | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Replace a box of each sample by that of another, and mix the labels by area.
 
     The box has a share 1 - lambda of the area and the image's ratio, its centre is uniform, and what lies

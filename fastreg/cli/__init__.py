@@ -1,26 +1,35 @@
-"""The command `fastreg`: doctor, bench and demo."""
+"""The command `fastreg`: doctor, bench and demo.
+
+This package holds the doors alone. What stands behind `bench` is `benchmarks/`, and behind `demo` it is
+`lecture/`; an installed fastreg has them as `fastreg.benchmarks` and `fastreg.lecture`.
+"""
 
 import argparse
+from collections.abc import Sequence
+from importlib import import_module
+
+COMMANDS = {  # name: (the module whose `main(arguments)` gives the exit status, the line of help)
+    "doctor": ("fastreg.cli.doctor", "what was built, what is loaded, what this machine can run"),
+    "bench": (
+        "fastreg.benchmarks.command",
+        "speed and memory against torch and torch.compile, on this machine",
+    ),
+    "demo": ("fastreg.lecture.command", "every method on real data, with a report to look at"),
+}
 
 
-def main(argv=None):
-    """Run `fastreg COMMAND ...`; gives the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `fastreg COMMAND ...` with these arguments, by default those of the process.
+
+    Returns:
+        The exit status of the command.
+    """
     parser = argparse.ArgumentParser(
         prog="fastreg", description="Fast, exact regularisation for PyTorch training."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser(
-        "doctor", help="what was built, what is loaded, what this machine can run", add_help=False
-    )
-    commands.add_parser(
-        "bench", help="speed and memory against torch and torch.compile, on this machine", add_help=False
-    )
-    commands.add_parser("demo", help="every method on real data, with a report to look at", add_help=False)
-    command, rest = parser.parse_known_args(argv)
-    if command.command == "doctor":
-        from . import doctor as run
-    elif command.command == "bench":
-        from . import bench as run
-    else:
-        from . import demo as run
-    return run.main(rest)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)  # the command has a --help of its own
+    chosen, rest = parser.parse_known_args(argv)
+    module, _ = COMMANDS[chosen.command]
+    return import_module(module).main(rest)

@@ -1,4 +1,6 @@
-"""What the commands share: numbers on the command line, a folder to write to, files that are written whole."""
+"""What the commands share: numbers on the command line, a folder to write to, and files that are written
+whole. `lecture/` and `benchmarks/` use it too.
+"""
 
 import argparse
 import os
@@ -20,8 +22,12 @@ def positive(text: str) -> int:
 
 
 def writable_folder(name: str) -> Path:
-    """The folder, made if need be. Asked first: nobody should learn after minutes of work that it cannot be
-    kept.
+    """The folder of this name, made where it is missing.
+
+    A command asks for it first, so that nobody learns after minutes of work that the work cannot be kept.
+
+    Raises:
+        UsageError: no file can be written there.
     """
     folder = Path(name).expanduser()
     try:
@@ -37,8 +43,8 @@ def writable_folder(name: str) -> Path:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write beside the file and rename: whoever reads it finds the old content or the new one, never half of
-    one.
+    """Write a file beside `path` and rename it: a reader of `path` finds the old content or the new one, and
+    never a part of either.
     """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

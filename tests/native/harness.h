@@ -19,7 +19,31 @@ constexpr bool kSanitized = true;
 constexpr bool kSanitized = false;
 #endif
 
+namespace fastreg::FASTREG_ISA {}
+
 namespace fastreg::test {
+
+namespace kernels = fastreg::FASTREG_ISA;
+
+// ---- cases: each file registers its own, and main.cpp runs all of them
+struct Case {
+  inline static const Case* last = nullptr;  // a constant, so that it is there before any case is constructed
+  explicit Case(void (*body)()) : body(body), before(last) { last = this; }
+  void (*const body)();
+  const Case* const before;
+};
+
+// The sweep of exp looks at every `sweep_stride`-th float32; an odd number, the argument of the program.
+inline uint32_t sweep_stride = 1;
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity(),
+                 kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+// Sizes around the widths of vectors and of a block (1024 elements), mostly odd.
+constexpr int64_t kSizes[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 63, 100, 1023, 1025, 2201};
+
+// The type that a kernel computes in.
+inline DType accumulation(DType dtype) { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
 
 // ---- failures: the first few in full, all of them counted
 inline std::string current_case;
@@ -256,6 +280,35 @@ class Array {
   int size_;
   size_t begin_, bytes_;
   std::unique_ptr<uint8_t[]> memory_;
+};
+
+// ---- Philox4x32-10, written from its paper
+struct Counter {
+  uint32_t word[4];
+};
+inline Counter philox_reference(Counter c, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = 0xd2511f53ull * c.word[0], b = 0xcd9e8d57ull * c.word[2];
+    c = {{uint32_t(b >> 32) ^ c.word[1] ^ k0, uint32_t(b), uint32_t(a >> 32) ^ c.word[3] ^ k1, uint32_t(a)}};
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
+  }
+  return c;
+}
+// The 16 bits of element i, remembering the last group.
+struct Halves {
+  uint64_t seed;
+  uint32_t draw, purpose;
+  uint64_t group = ~uint64_t(0);
+  Counter words{};
+  uint32_t at(uint64_t i) {
+    if (group != i / 8) {
+      group = i / 8;
+      words = philox_reference({{uint32_t(group), uint32_t(group >> 32), draw, purpose}}, uint32_t(seed),
+                               uint32_t(seed >> 32));
+    }
+    return words.word[i % 8 / 2] >> (i % 2 * 16) & 0xffff;
+  }
 };
 
 }  // namespace fastreg::test

@@ -1,0 +1,108 @@
+"""What several test files share: the dtypes of the ops, equality of bits, threads, other layouts, other
+processes.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastreg as fr
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(a, b):
+    """Whether two tensors have one dtype, one shape and the same bits; which NaN a NaN is does not count."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    integer = INTEGER_OF[a.element_size()]
+    equal = a.detach().contiguous().view(integer) == b.detach().contiguous().view(integer)
+    return bool((equal | (a.isnan() & b.isnan())).all())
+
+
+def assert_same_bits(got, want, what=""):
+    """Fail unless `same_bits`, and show where."""
+    assert got.dtype == want.dtype and got.shape == want.shape, (
+        what,
+        got.dtype,
+        got.shape,
+        want.dtype,
+        want.shape,
+    )
+    assert same_bits(got, want), (what, (got != want).nonzero()[:5].tolist(), got, want)
+
+
+def with_seed(seed, function, *args, **kwargs):
+    """The function's result after torch.manual_seed(seed)."""
+    torch.manual_seed(seed)
+    return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def threads(count):
+    """torch works on `count` threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def run_python(code, *arguments, check=False, **environment):
+    """The finished process that ran `code`, with variables set or, where None, unset; it failing is an error
+    if `check`.
+    """
+    variables = {
+        **os.environ,
+        **{name: str(value) for name, value in environment.items() if value is not None},
+    }
+    for name in [name for name, value in environment.items() if value is None]:
+        variables.pop(name, None)
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    assert not check or done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done
+
+
+def on_each_instruction_set(code, *arguments, **environment):
+    """{instruction set: what `code` printed in a process that uses it}, for the sets that this machine can
+    run.
+
+    An argument that is a function gets the name of the set.
+    """
+    built = fr._C.build_info()["instruction_sets"].split(",")
+    printed = {}
+    for name in built:
+        own = [argument(name) if callable(argument) else argument for argument in arguments]
+        # Threads that wait for others must not burn the time of the other test processes.
+        variables = {"GOMP_SPINCOUNT": "0", **environment, "FASTREG_CPU_CAPABILITY": name}
+        done = run_python(code, *own, **variables)
+        if "that this machine can run" in done.stderr:
+            continue
+        assert done.returncode == 0, done.stderr
+        printed[name] = done.stdout
+    used = fr._C.build_info()["instruction_set"]
+    assert set(built[: 1 + built.index(used)]) <= set(printed), (
+        f"{used} is in use, but only {list(printed)} ran"
+    )
+    return printed
+
+
+def state_of(module):
+    """A copy of a module's state dict."""
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def has_state(module, expected):
+    """Whether a module's state dict has the keys and values of one that `state_of` gave."""
+    state = module.state_dict()
+    return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)

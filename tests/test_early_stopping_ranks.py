@@ -1,0 +1,246 @@
+"""Early stopping resumed from a state dict, and on several ranks."""
+
+import datetime
+import io
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from early_stopping_cases import NAN, OPTION_SETS, Bag, Tied, run, score_lists, snapshot
+from helpers import has_state, state_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fastreg.early_stopping import EarlyStopping
+
+
+def through_file(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@settings(deadline=None)
+@given(score_lists, OPTION_SETS, st.integers(0, 30))
+def test_resume_changes_nothing(scores, options, cut):
+    def play(save_at):
+        bag = Bag(w=torch.zeros(2))
+        stopper, log = EarlyStopping(bag, **options), []
+        for i, score in enumerate(scores):
+            if i == save_at:
+                state = through_file(stopper.state_dict())
+                bag = Bag(w=torch.full((2,), -1.0))
+                stopper = EarlyStopping(bag, **options)
+                stopper.load_state_dict(state)
+            bag.state["w"].fill_(i)
+            log.append(
+                (stopper.step(score), stopper.best, stopper.best_epoch, stopper.bad_epochs, stopper.reason)
+            )
+        if stopper.best is not None:
+            stopper.restore()
+            assert bag.state["w"].tolist() == [stopper.best_epoch] * 2
+        return log
+
+    assert play(min(cut, len(scores))) == play(None)
+
+
+def test_state_round_trip_keeps_snapshot_and_ties():
+    model = Tied()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.tensor([1, 2])).sum().backward()
+    optimizer.step()
+    stopper = EarlyStopping(model, optimizer)
+    run(stopper, [3, 2, 4])
+    best = state_of(model)
+    state = through_file(stopper.state_dict())
+    assert state["snapshot"][0]["embed.weight"].data_ptr() == state["snapshot"][0]["out.weight"].data_ptr()
+
+    fresh = Tied()
+    resumed = EarlyStopping(fresh, torch.optim.Adam(fresh.parameters()))
+    resumed.load_state_dict(state)
+    assert (resumed.epoch, resumed.best, resumed.best_epoch, resumed.bad_epochs) == (3, 2.0, 1, 1)
+    for t in state["snapshot"][0].values():
+        t.zero_()  # what was loaded is a copy
+    loaded = snapshot(resumed)[0]
+    assert loaded["embed.weight"] is loaded["out.weight"]
+    resumed.restore()
+    assert has_state(fresh, best) and fresh.out.weight is fresh.embed.weight
+
+
+def test_the_options_of_the_constructor_win_over_the_saved_run():
+    old = EarlyStopping(patience=2, min_delta=0.0)
+    run(old, [1, 2, 2])
+    new = EarlyStopping(patience=4, min_delta=0.5)
+    new.load_state_dict(old.state_dict())
+    assert (new.patience, new.min_delta) == (4, 0.5)
+    assert [new.step(s) for s in [0.75, 2]] == [False, True]
+    shorter = EarlyStopping(patience=1)
+    shorter.load_state_dict(old.state_dict())
+    assert shorter.step(5)
+
+
+def test_bad_states_are_refused_and_change_nothing():
+    model = nn.Linear(1, 1)
+    good = EarlyStopping(model)
+    good.step(1)
+    stopper = EarlyStopping(model)
+    stopper.step(7)
+    for state, words in [
+        ({}, "expected the keys"),
+        (None, "got 'a NoneType'"),
+        (good.state_dict() | {"patience": 3}, "expected the keys"),
+        (good.state_dict() | {"mode": "max"}, "expected mode 'min', got 'max'"),
+        (good.state_dict() | {"snapshot": []}, "tracked objects: 1, got 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"EarlyStopping.load_state_dict: .*{words}"):
+            stopper.load_state_dict(state)
+        assert stopper.best == 7 and stopper.epoch == 1
+
+
+def _rank(rank, file, out):
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)  # fail, not hang, where the ranks part
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=limit)
+    log = {}
+    for name, options, ranks in RANK_CASES:
+        bag = Bag(w=torch.zeros(2))
+        stopper, stops = EarlyStopping(bag, **options), []
+        for i, score in enumerate(ranks[rank]):
+            bag.state["w"].fill_(10 * i + rank)
+            try:
+                stopped = stopper.step(torch.tensor(score, dtype=torch.float64) if rank else score)
+            except ValueError:
+                stopped = "raised"
+            stops.append(stopped)
+        stopper.restore()
+        log[name] = stops, stopper.best, stopper.best_epoch, stopper.reason, bag.state["w"].tolist()
+
+    alone = dist.new_group([0])  # a group of its own: ranks outside are told so, the one inside decides alone
+    stopper = EarlyStopping(group=alone)
+    try:
+        log["alone"] = stopper.step(1.0 + rank), stopper.best
+    except ValueError as error:
+        log["alone"] = str(error)
+
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    model = Tied()
+    full = torch.arange(28.0).view(7, 4)
+    model.embed.weight = model.out.weight = nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
+    stopper = EarlyStopping(model)
+    stopper.step(2)
+    first = stopper.state_dict()["snapshot"][0]["out.weight"]
+    stopper.step(1)
+    state = stopper.state_dict()["snapshot"][0]
+    with torch.no_grad():
+        model.out.weight.zero_()
+    stopper.restore()
+    log["dtensor"] = (
+        state["out.weight"] is state["embed.weight"] is first,
+        model.out.weight is model.embed.weight,
+        torch.equal(model.out.weight.full_tensor(), full),
+    )
+    torch.save(log, f"{out}.{rank}")
+    dist.barrier()  # or torch aborts a rank whose partner is gone
+    dist.destroy_process_group()
+
+
+RANK_CASES = [  # name, options, scores of rank 0 and of rank 1
+    ("mean", dict(patience=2), ([1, 3, 3, 3, 3], [9, 3, 1, 9, 9])),
+    ("nan on one", dict(patience=2), ([5, 4, 3, 6], [5, NAN, NAN, 6])),
+    ("nan stops", dict(nan="stop"), ([5, 4, 3], [5, 4, NAN])),
+    ("nan raises", dict(nan="raise"), ([5, NAN, 4], [5, 4, 4])),
+    ("target", dict(target=2), ([4, 1, 1], [4, 9, 3])),
+    ("last bit", dict(patience=1), ([0.1 + 0.2, 0.3], [0.1 + 0.2, 0.3])),
+    ("overflow", dict(), ([1.7e308, 1.6e308], [1.7e308, 1.6e308])),
+]
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_every_rank_takes_the_same_decision(tmp_path):
+    mp.spawn(_rank, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=2)
+    logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(2)]
+    expected = {
+        "mean": ([False, False, False, False, True], 2.0, 2),
+        "nan on one": ([False, False, True, True], 5.0, 0),
+        "nan stops": ([False, False, True], 4.0, 1),
+        "nan raises": ([False, "raised", False], 4.0, 1),
+        "target": ([False, False, True], 2.0, 2),
+        "last bit": ([False, False], 0.3, 1),
+        "overflow": ([False, False], 1.6e308, 1),
+    }
+    for name, want in expected.items():
+        for rank, log in enumerate(logs):
+            assert log[name][:3] == want, (name, rank)
+        assert logs[0][name][3] == logs[1][name][3]
+    # Each rank keeps its own state of the common best epoch.
+    assert [log["mean"][4] for log in logs] == [[20.0, 20.0], [21.0, 21.0]]
+    assert logs[0]["alone"] == (False, 1.0) and "expected a rank of group" in logs[1]["alone"]
+    assert [log["dtensor"] for log in logs] == [(True, True, True)] * 2
+
+
+def uneven_scores(rank):
+    """An overfitting curve per rank: each has its lowest point elsewhere, so that alone each would stop at
+    another epoch.
+    """
+    generator = random.Random(rank)
+    return [abs(i - 4 - 3 * rank) + generator.random() for i in range(40)]
+
+
+FOUR = {  # options, rank -> scores
+    "uneven": (dict(patience=3), uneven_scores),
+    "nan in the middle": (
+        dict(patience=3),
+        lambda rank: [NAN if rank == 2 and i in (1, 5, 9) else s for i, s in enumerate(uneven_scores(rank))],
+    ),
+    "nan from the start": (dict(patience=3), lambda rank: [NAN] * 40 if rank == 3 else uneven_scores(rank)),
+    "nan stops": (
+        dict(patience=3, nan="stop"),
+        lambda rank: [NAN if rank == 1 and i >= 4 else s for i, s in enumerate(uneven_scores(rank))],
+    ),
+}
+
+
+def _one_of_four(rank, file, out):
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4, timeout=limit)
+    log = {}
+    for name, (options, scores) in FOUR.items():
+        model = nn.Linear(1, 1)
+        stopper = EarlyStopping(model, **options)
+        for epoch, score in enumerate(scores(rank)):
+            with torch.no_grad():
+                model.weight.fill_(epoch)
+            if stopper.step(score):
+                break
+        if stopper.best is not None:
+            stopper.restore()
+        log[name] = epoch, stopper.best_epoch, stopper.best, model.weight.item()
+    torch.save(log, f"{out}.{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_four_ranks_with_losses_of_their_own_stop_in_the_same_epoch(tmp_path):
+    mp.spawn(_one_of_four, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=4)
+    logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(4)]
+    for name, (options, scores) in FOUR.items():
+        alone = {run(EarlyStopping(**options), scores(rank)) for rank in range(4)}
+        assert len(alone) > 1, name  # else the agreement would be no news
+        one = EarlyStopping(**options)  # one process that sees the mean
+        stop = run(one, [sum(column) / 4 for column in zip(*map(scores, range(4)), strict=True)])
+        for log in logs:
+            epoch, best_epoch, best, weight = log[name]
+            assert (epoch, best_epoch) == (stop, one.best_epoch), name
+            assert (
+                best == logs[0][name][2] == (None if one.best is None else pytest.approx(one.best, rel=1e-12))
+            )
+            assert weight == (stop if one.best is None else one.best_epoch)

@@ -1,0 +1,177 @@
+"""The house rules of the source tree, counted: lengths of files and functions, nothing twice, ops by name."""
+
+import ast
+import itertools
+import re
+import subprocess
+from collections import defaultdict
+
+import pytest
+from helpers import ROOT
+
+FILE_LINES, FUNCTION_LINES, TEST_LINES, SHARED_LINES, COLUMNS = 450, 90, 800, 12, 110
+CPP = (".h", ".cpp", ".cu")
+
+
+def tracked(*folders, endings):
+    """The files below `folders` with one of the endings: those that git knows, or all without git."""
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True).stdout
+    found = [ROOT / name for name in listed.splitlines()]
+    found = found or [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    return sorted(path for path in found if path.suffix in endings and path.is_file())
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def functions(text):
+    """(name, first line, number of lines) of each function of C++ in clang-format's Google style.
+
+    A definition starts on a line of its own indentation, its head has parentheses and ends with an opening brace, and
+    the brace that closes it stands alone at the same indentation.
+    """
+    lines = text.splitlines()
+    other = r"namespace|struct|enum|class|union|extern \"C\" \{|#|//|\}|\s"
+    head = re.compile(rf"^( {{0,4}})(?!{other})\S")
+    for first, line in enumerate(lines):
+        found = head.match(line)
+        if not found:
+            continue
+        last = first
+        while last < len(lines) and not re.search(r"[{;}]\s*(//.*)?$", lines[last]):
+            last += 1
+        signature = " ".join(lines[first : last + 1])
+        if last == len(lines) or "(" not in signature or not re.search(r"\{\s*(//.*)?$", signature):
+            continue
+        name = re.search(r"([\w:~]+|operator\S+)\s*\(", signature)
+        control = ("if", "for", "while", "switch", "else", "do", "catch", "try", "return")
+        if not name or name[1] in control or signature.lstrip().startswith(control):
+            continue
+        closing = re.compile(rf"^{found[1]}\}}[;,)]*\s*(//.*)?$")
+        end = next((i for i in range(last + 1, len(lines)) if closing.match(lines[i])), None)
+        if end is not None:
+            yield name[1], first + 1, end - first + 1
+
+
+def test_the_counter_counts():
+    source = "int f(int a,\n      int b) {\n  return a;\n}\nstruct S {\n  void g() {\n    h();\n  }\n};\n"
+    assert list(functions(source)) == [("f", 1, 4), ("g", 6, 3)]
+    counted = [n for path in tracked("csrc", endings=CPP) for _, _, n in functions(path.read_text())]
+    assert len(counted) > 300 and max(counted) > 20
+
+
+def test_no_file_of_csrc_is_long():
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in tracked("csrc", endings=CPP)}
+    assert {name: lines for name, lines in lengths.items() if lines > FILE_LINES} == {}
+
+
+def test_no_function_of_csrc_is_long():
+    long = {
+        f"{name_of(path)}:{line} {name}": lines
+        for path in tracked("csrc", endings=CPP)
+        for name, line, lines in functions(path.read_text())
+        if lines > FUNCTION_LINES
+    }
+    assert long == {}
+
+
+def test_no_test_file_is_long():
+    files = tracked("tests", endings=(".py", *CPP))
+    lengths = {name_of(path): len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in lengths.items() if lines > TEST_LINES} == {}
+
+
+def test_lines_of_csrc_fit():
+    files = [*tracked("csrc", "tests/native", "cmake", endings=(*CPP, ".cmake")), ROOT / "CMakeLists.txt"]
+    wide = [
+        f"{name_of(p)}:{i + 1}"
+        for p in files
+        for i, t in enumerate(p.read_text().splitlines())
+        if len(t) > COLUMNS
+    ]
+    assert wide == []
+
+
+def test_no_module_imports_a_private_name_of_another():
+    wrong, modules = [], {path.stem for path in tracked("fastreg", "benchmarks", endings=(".py",))} | {"_C"}
+    for path in tracked("fastreg", "lecture", "benchmarks", endings=(".py",)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("fastreg")):
+                private = [
+                    a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")
+                ]
+                private = [name for name in private if name not in modules]  # A module itself may be private.
+                wrong += [f"{name_of(path)}: {name}" for name in private]
+    assert wrong == []
+
+
+def statements(path):
+    """[(line number, line without white space)] of what is neither blank, comment, import nor punctuation."""
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = re.sub(r"\s+", "", line)
+        if re.search(r"\w", text) and not re.match(r"//|#|\*|import|from\w+import|using", text):
+            kept.append((number, text))
+    return kept
+
+
+def shared_runs():
+    """{(file and line, file and line)} where more than SHARED_LINES statements stand twice, first line of each run."""
+    places, runs, length = defaultdict(list), set(), SHARED_LINES + 1
+    for path in tracked("csrc", "fastreg", endings=(".py", *CPP)):
+        kept = statements(path)
+        for i in range(len(kept) - length + 1):
+            places["\n".join(text for _, text in kept[i : i + length])].append((path, kept[i][0]))
+    for found in places.values():
+        for (path, line), (other, other_line) in itertools.pairwise(found):
+            runs.add(((name_of(path), line), (name_of(other), other_line)))
+    return runs
+
+
+def test_nothing_stands_twice():
+    """More than twelve statements in two places are one piece of code that was written twice.
+
+    A reason that they are not stands at the first of the two, in a comment with the words "stands twice".
+    """
+    unexplained = []
+    for (path, line), (other, other_line) in shared_runs():
+        around = "\n".join((ROOT / path).read_text().splitlines()[max(0, line - 25) : line + SHARED_LINES])
+        if "stands twice" not in around:
+            unexplained.append(f"{path}:{line} ~ {other}:{other_line}")
+    assert sorted(unexplained) == []
+
+
+OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_op.cpp"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_is_found_by_its_name(op):
+    """Its files carry its name, wherever they stand: kernels, operator, Python, tests, benchmark."""
+    names = {
+        path.name for path in tracked(".", endings=(".py", *CPP)) if op in path.name or op in path.parent.name
+    }
+    wanted = {
+        f"{op}_math.h",
+        f"{op}_cpu.cpp",
+        f"{op}_cuda.cu",
+        f"{op}_op.cpp",
+        f"{op}_test.cpp",
+        f"bench_{op}.py",
+    }
+    wanted |= {f"test_cuda_{op}.py"}
+    assert wanted <= names, wanted - names
+    python = {f"_{op}.py"} <= names or (ROOT / "fastreg" / op).is_dir() or op == "example"
+    assert python and any(name.startswith(f"test_{op}") for name in names)
+
+
+def test_no_list_of_ops_outside_of_the_tree():
+    """No build file and no tool of the tests names the ops one after the other."""
+    several = re.compile(
+        r"dropout\W{1,6}sgd|sgd\W{1,6}dropout|sgd\W{1,6}fgsm|fgsm\W{1,6}sgd|dropout\W{1,6}cross_entropy"
+    )
+    files = [ROOT / "CMakeLists.txt", *tracked("cmake", "tests", "csrc", endings=(".py", ".cmake", *CPP))]
+    named = [
+        name_of(path) for path in files if path.name != "test_house.py" and several.search(path.read_text())
+    ]
+    assert named == []

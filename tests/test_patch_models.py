@@ -1,0 +1,437 @@
+"""fr.patch() under whole models: training, torch.compile, checkpoints, processes, an unchanged script."""
+
+import contextlib
+import copy
+import functools
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from patch_cases import (
+    INDICES,
+    MODELS,
+    TORCH,
+    TORCH_OPS,
+    Functional,
+    attention,
+    bert,
+    encoder,
+    gpt2,
+    mlp,
+    named,
+    ops_seen,
+    resnet,
+    train,
+    uses_fastreg,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastreg as fr
+
+
+def gradients(model):
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("make", MODELS, ids=named)
+def test_models_train_on_fastreg(make, autocast):
+    model, loss_of = make(0.1)
+    with fr.patched():
+        with ops_seen() as seen:
+            losses = train(model, loss_of, 1, 0.05, autocast)
+        losses += train(model, loss_of, 24, 0.05, autocast)
+    assert {"fastreg::dropout", "fastreg::cross_entropy"} <= seen
+    assert not seen & TORCH_OPS
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert statistics.fmean(losses[-3:]) < 0.9 * statistics.fmean(losses[:3]), losses
+    assert not uses_fastreg(lambda: loss_of(model), "fastreg::cross_entropy")
+
+
+@pytest.mark.parametrize("make", MODELS, ids=named)
+def test_without_dropout_training_is_torchs(make):
+    model, loss_of = make(0.0)
+    twin = copy.deepcopy(model)
+    expected = train(twin, loss_of, 5, 0.02)
+    with fr.patched():
+        result = train(model, loss_of, 5, 0.02)
+    assert result == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [bert, resnet], ids=named)
+def test_mean_loss_with_dropout_is_torchs(make):
+    model, loss_of = make(0.2)
+    model.train()
+    with torch.no_grad():
+        theirs = [loss_of(model).item() for _ in range(150)]
+        with fr.patched():
+            ours = [loss_of(model).item() for _ in range(150)]
+    error = ((statistics.variance(ours) + statistics.variance(theirs)) / 150) ** 0.5
+    assert statistics.stdev(ours) > 0
+    assert abs(statistics.fmean(ours) - statistics.fmean(theirs)) < 4.5 * error
+    assert 0.6 < statistics.stdev(ours) / statistics.stdev(theirs) < 1.6
+
+
+def uses_fastreg_compiled(model, loss_of, backend):
+    """Losses of a compiled training step and of the same steps eagerly, from the same seeds."""
+    eager = copy.deepcopy(model)
+    torch.manual_seed(5)
+    expected = train(eager, loss_of, 3, 0.02)
+    compiled = torch.compile(loss_of, backend=backend, fullgraph=True)
+    torch.manual_seed(5)
+    with ops_seen() as seen:
+        result = train(model, compiled, 3, 0.02)
+    assert {"fastreg::dropout", "fastreg::cross_entropy"} <= seen
+    assert not seen & TORCH_OPS
+    return result, expected
+
+
+@pytest.mark.parametrize(
+    "make", [bert, resnet, encoder, attention, pytest.param(gpt2, marks=pytest.mark.slow)], ids=named
+)
+def test_compiled_fullgraph(make):
+    with fr.patched():
+        result, expected = uses_fastreg_compiled(*make(0.1), "aot_eager")
+    assert result == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [mlp, encoder], ids=named)
+def test_compiled_by_inductor(make):
+    with fr.patched(), torch._inductor.config.patch(fallback_random=True):
+        result, expected = uses_fastreg_compiled(*make(0.1), "inductor")
+    assert result == pytest.approx(expected, rel=1e-4)
+
+
+def test_compiled_under_autocast():
+    model, loss_of = mlp(0.1)
+    with fr.patched(), ops_seen() as seen:
+        losses = train(model, torch.compile(loss_of, backend="aot_eager", fullgraph=True), 2, autocast=True)
+    assert {"fastreg::dropout", "fastreg::cross_entropy"} <= seen
+    assert all(map(torch.isfinite, map(torch.tensor, losses)))
+
+
+def traced_targets(function, *args):
+    """(compiled function, list to which each compilation adds the functions that its graph calls)."""
+    graphs = []
+
+    def backend(graph, _):
+        names = set()
+        for part in graph.modules():
+            if isinstance(part, torch.fx.GraphModule):
+                names |= {str(node.target) for node in part.graph.nodes if node.op == "call_function"}
+        graphs.append(names)
+        return graph.forward
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    compiled(*args)
+    return compiled, graphs
+
+
+@pytest.mark.parametrize("first", ["never compiled", "rules read before", "rules forgotten while patched"])
+def test_torch_compile_opens_the_replacements(first):
+    """torch.compile knows torch's functions by name; a name that it reads while patched must not hide what is
+    behind it.
+    """
+    x, target = torch.randn(4, 5, requires_grad=True), INDICES
+    from torch._dynamo import trace_rules
+
+    trace_rules.clear_lru_cache()
+    if first == "rules read before":
+        traced_targets(lambda v: F.dropout(v), x)
+    with fr.patched():
+        if first == "rules forgotten while patched":  # as torch.distributed does
+            trace_rules.clear_lru_cache()
+        graph = traced_targets(lambda v: F.dropout(v, 0.3), x)[1][0]
+        assert any("fastreg._dropout" in name for name in graph), graph
+        assert not any("function dropout" in name for name in graph), graph
+        graph = traced_targets(lambda v: F.cross_entropy(v, target), x)[1][0]
+        assert any("fastreg._cross_entropy" in name for name in graph), graph
+        graph = traced_targets(lambda v: F.dropout(v, 0.3), x.detach().to("meta"))[1][0]
+        assert str(TORCH["dropout"]) in graph, graph
+    graph = traced_targets(lambda v: F.dropout(v, 0.3), x)[1][0]
+    assert graph == {str(TORCH["dropout"])}
+
+
+@pytest.mark.parametrize(
+    "make", [Functional, lambda: nn.Dropout(0.4), lambda: nn.Sequential(nn.Dropout(0.4), nn.ReLU())]
+)
+def test_what_was_compiled_before_follows_patch_and_unpatch(make):
+    x = torch.ones(64, requires_grad=True)
+    compiled = torch.compile(make(), backend="aot_eager", fullgraph=True)
+    for patched in (False, True, False, True, False):
+        with fr.patched() if patched else contextlib.nullcontext():
+            assert uses_fastreg(lambda: compiled(x)) == patched
+
+
+def test_what_was_compiled_while_patched_follows_unpatch():
+    x = torch.ones(64, requires_grad=True)
+    model = nn.Dropout(0.4)
+    with fr.patched():
+        half = functools.partial(F.dropout, p=0.5)
+        compiled, partial = (torch.compile(f, backend="aot_eager", fullgraph=True) for f in (model, half))
+        assert uses_fastreg(lambda: compiled(x)) and uses_fastreg(lambda: partial(x))
+    assert not uses_fastreg(lambda: compiled(x))
+    assert not uses_fastreg(lambda: partial(x))
+
+
+def test_a_loss_made_inside_of_compiled_code():
+    """As Hugging Face's classifiers do it; torch.compile has a short cut for this class."""
+    x = torch.randn(4, 5, requires_grad=True)
+    weight = torch.rand(5)
+    cases = [
+        lambda x: nn.CrossEntropyLoss()(x, INDICES),
+        lambda x: nn.CrossEntropyLoss(weight, None, 2, reduction="sum", label_smoothing=0.1)(x, INDICES),
+    ]
+    for case in cases:
+        with fr.patched():
+            compiled = torch.compile(case, backend="aot_eager", fullgraph=True)
+            assert uses_fastreg(lambda compiled=compiled: compiled(x).backward(), "fastreg::cross_entropy")
+            torch.testing.assert_close(compiled(x), case(x))
+        assert not uses_fastreg(lambda compiled=compiled: compiled(x).backward(), "fastreg::cross_entropy")
+        torch.testing.assert_close(compiled(x), case(x))
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_compiled_attention(need_weights):
+    model = nn.MultiheadAttention(16, 2, 0.3, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    traced_targets(lambda v: v + 1, x)  # torch.compile reads its rules
+    with fr.patched():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        with ops_seen() as seen:
+            torch.manual_seed(7)
+            result = compiled(x, x, x, need_weights=need_weights)[0]
+            result.sum().backward()
+        assert ("fastreg::dropout" in seen) == need_weights  # without weights it is a kernel of torch's
+        if need_weights:
+            torch.manual_seed(7)
+            torch.testing.assert_close(result, model(x, x, x)[0])
+    assert not uses_fastreg(lambda: compiled(x, x, x))
+
+
+def test_compiled_transforms_go_to_torch():
+    x = torch.randn(4, 5)
+    cases = [
+        lambda x: torch.vmap(lambda v: F.dropout(v, 0.5), randomness="different")(x),
+        lambda x: torch.func.grad(lambda v: F.dropout(v, 0.5).sum())(x),
+        lambda x: torch.func.grad(lambda v: F.cross_entropy(v, INDICES))(x),
+    ]
+    with fr.patched():
+        for case in cases:
+            with ops_seen() as seen:
+                torch.compile(case, backend="aot_eager", fullgraph=True)(x)
+            assert not any(name.startswith("fastreg::") for name in seen)
+
+
+class Recomputed(nn.Module):
+    def __init__(self, model, use_reentrant):
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, *args):
+        if self.use_reentrant is None:
+            return self.model(*args)
+        return checkpoint(self.model, *args, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_checkpoint_recomputes_the_same_mask(use_reentrant, compiled):
+    if compiled and use_reentrant:
+        pytest.skip("torch.compile does not trace the reentrant kind")
+    body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 4))
+    x, target = torch.randn(32, 16, requires_grad=True), torch.randint(4, (32,))
+    results = []
+    with fr.patched():
+        for mode in (None, use_reentrant):
+            run = Recomputed(body, mode)
+            if compiled:
+                run = torch.compile(run, backend="aot_eager", fullgraph=True)
+            torch.manual_seed(9)
+            body.zero_grad()
+            x.grad = None
+            with ops_seen() as seen:
+                loss = F.cross_entropy(run(x), target)
+                loss.backward()
+            assert "fastreg::dropout" in seen
+            results.append([loss.detach(), x.grad, *(g.clone() for g in gradients(body))])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_checkpointed_bert_has_the_gradients_of_bert(use_reentrant):
+    model, loss_of = bert(0.2)
+    model.train()
+    results = []
+    with fr.patched():
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+                assert model.is_gradient_checkpointing
+            model.zero_grad()
+            torch.manual_seed(9)
+            loss_of(model).backward()
+            results.append([g.clone() for g in gradients(model)])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_no_grad_and_inference_mode():
+    model, loss_of = mlp(0.3)
+    with fr.patched():
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode(), ops_seen() as seen:
+                loss = loss_of(model.train())
+            assert not loss.requires_grad and {"fastreg::dropout", "fastreg::cross_entropy"} <= seen
+
+
+@contextlib.contextmanager
+def process_group(folder):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("door", ["patched", "convert"])
+def test_ddp_of_one(tmp_path, door):
+    model, loss_of = resnet(0.2)
+    alone = copy.deepcopy(model)
+    with process_group(tmp_path), fr.patched():
+        if door == "convert":
+            model = fr.convert(model)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with ops_seen() as seen:
+            torch.manual_seed(4)
+            loss_of(parallel).backward()
+        torch.manual_seed(4)
+        loss_of(alone).backward()
+    assert "fastreg::dropout" in seen
+    for ours, theirs in zip(gradients(model), gradients(alone), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist, fastreg as fr
+from torch import nn
+torch.set_num_threads(1)
+rank, store, door = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+if door == "patch":
+    fr.patch()
+else:
+    model = fr.convert(model)
+model = nn.parallel.DistributedDataParallel(model)
+if door == "patch":  # and compiled: starting torch.distributed makes torch.compile read its rules anew
+    model = torch.compile(model, backend="aot_eager")
+optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.2), nn.CrossEntropyLoss()
+torch.manual_seed(rank)
+x = torch.randn(64, 8)
+y = x[:, :3].argmax(1)
+losses = []
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    for step in range(30):
+        optimizer.zero_grad()
+        value = loss(model(x), y)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+seen = {event.key for event in profile.key_averages()}
+assert "fastreg::dropout" in seen and "aten::native_dropout" not in seen, sorted(seen)
+assert losses[-1] < 0.8 * losses[0], losses
+mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+both = [torch.empty_like(mine) for _ in range(2)]
+dist.all_gather(both, mine)
+assert torch.equal(*both)
+dist.barrier()  # or torch aborts a rank whose partner is gone
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+@pytest.mark.parametrize("door", ["patch", "convert"])
+def test_ddp_of_two(tmp_path, door):
+    command = [sys.executable, "-c", TWO_PROCESSES]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), door], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            assert not rank.wait(timeout=300), rank.stderr.read()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.stderr.close()
+
+
+SCRIPT = """
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, dropout
+
+
+@torch.jit.script
+def bias_dropout_add(x: torch.Tensor, bias: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    return torch.nn.functional.dropout(x + bias, p=p, training=training) + x
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.second(dropout(torch.relu(self.first(x)), 0.2, self.training))
+
+
+torch.manual_seed(0)
+x = torch.randn(128, 8)
+y = x[:, :3].argmax(1)
+net = Net()
+optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    for epoch in range(40):
+        optimizer.zero_grad()
+        loss = cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+print("ops", *sorted({event.key for event in profile.key_averages()}))
+print("loss", loss.item())
+bias_dropout_add(torch.ones(3), torch.ones(3), 0.5, True)
+"""
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_an_unchanged_script(tmp_path, patched):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    code = f"script = {str(script)!r}; exec(compile(open(script).read(), script, 'exec'))"
+    if patched:
+        code = f"import fastreg as fr; fr.patch(); {code}"
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    lines = dict(line.split(" ", 1) for line in run.stdout.splitlines() if " " in line)
+    ops = set(lines["ops"].split())
+    assert ({"fastreg::dropout", "fastreg::cross_entropy"} <= ops) == patched
+    assert bool(ops & TORCH_OPS) != patched
+    assert float(lines["loss"]) < 0.7

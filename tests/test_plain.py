@@ -1,0 +1,251 @@
+"""The operators in plain torch: the bits of the kernels, and what a device without kernels runs."""
+
+import itertools
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import foreign_device
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastreg as fr
+from fastreg import _dropout, _dropout_add, _fgsm, _registry, _sgd
+from fastreg._checks import DTYPES
+
+# None; one; less than a group; more than a group, not a multiple of one; four dimensions.
+SHAPES = ((0,), (), (7,), (5, 33), (4, 3, 6, 2))
+ODD = torch.tensor([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-40, -3.0, 0.05, -0.05])
+
+
+def same_bits(got, want):
+    """The same bits, but for those of a NaN, in the same memory format."""
+    return (
+        got.dtype == want.dtype
+        and got.stride() == want.stride()
+        and torch.equal(got.isnan(), want.isnan())
+        and torch.equal(got.nan_to_num(0.25), want.nan_to_num(0.25))
+        and torch.equal(got.signbit() & ~got.isnan(), want.signbit() & ~want.isnan())
+    )
+
+
+def numbers(shape, dtype, strided=True):
+    """Random numbers and, where there is room, zeros, infinities and NaN; strided ones in another order."""
+    t = torch.randn(shape, dtype=torch.float64)
+    if t.numel() > 2 * len(ODD):
+        t.view(-1)[torch.randperm(t.numel())[: len(ODD)]] = ODD.double()
+    t = t.to(dtype)
+    if strided and t.dim() == 4:
+        return t.to(memory_format=torch.channels_last)
+    return t.t().contiguous().t() if strided and t.dim() == 2 else t
+
+
+def seed():
+    return torch.randint(-(2**63), 2**63 - 1, (1,))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "p", [0.0, 0.1, 0.5, 1 / 3, 1 - 1e-9, 1.0]
+)  # none, with ties, without, nearly all, all
+def test_dropout(dtype, shape, p):
+    inners = {1, math.prod(shape[1:])}
+    for offset, inner, strided in itertools.product((0, 3, 8, 2**62 + 5), inners, (False, True)):
+        x = numbers(shape, dtype, strided)
+        for constants in ((1.3, 0.0, 0.0), (0.7, 0.3, -1.1)):
+            arguments = p, seed(), offset, inner, *constants
+            want, mask = _dropout.dropout_op(x, *arguments)
+            got = _dropout.dropout_plain(x, *arguments)
+            assert same_bits(got[0], want) and torch.equal(got[1], mask)
+            in_place = x.clone()
+            assert torch.equal(_dropout.dropout_inplace_plain(in_place, *arguments), mask)
+            assert same_bits(in_place, want)
+            again = _dropout.dropout_apply_plain(x, mask, inner, *constants)
+            assert same_bits(again, _dropout.dropout_apply_op(x, mask, inner, *constants))
+
+
+def test_the_last_16_bits_decide_as_in_the_kernels():
+    """One decision in 65,536 needs them; here there are some 30."""
+    x, p, at = torch.ones(2**21), 0.3, torch.tensor([5])
+    first = fr._seeds.random_halves(at, 0, x.numel(), x.device)
+    assert (first == _dropout.keep_threshold(p) >> 16).sum() > 10
+    assert torch.equal(_dropout.dropout_plain(x, p, at)[1], _dropout.dropout_op(x, p, at)[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
+def test_dropout_add(dtype, shape, p):
+    for strided, with_bias in itertools.product((False, True), (False, True) if shape else (False,)):
+        x, residual = numbers(shape, dtype, strided), numbers(shape, dtype)
+        arguments = x, residual, numbers(shape[-1:], dtype) if with_bias else None, p, seed(), 1.4
+        want, mask = _dropout_add.dropout_add_op(*arguments)
+        got = _dropout_add.dropout_add_plain(*arguments)
+        assert same_bits(got[0], want) and torch.equal(got[1], mask)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_fgsm_and_pgd(dtype, shape):
+    channels = [torch.rand(shape[1])] if len(shape) == 4 else []
+    steps = [0.1, torch.rand(()) * 0.3, *channels]
+    lowers = [None, -0.5, *(step - 0.9 for step in steps)]
+    uppers = [None, *(step + 0.9 for step in steps)]
+    for eps, lower, upper in itertools.product(steps, lowers, uppers):
+        x, grad, origin = (numbers(shape, dtype, strided) for strided in (True, False, True))
+        step = _fgsm.number_of("test", "eps", eps, x)
+        (low, lows), (high, highs) = _fgsm.bounds_of("test", lower, upper, x)
+        arguments = x, grad, step[0], low, high, step[1], lows, highs
+        assert same_bits(_fgsm.fgsm_step_plain(*arguments), _fgsm.fgsm_step_op(*arguments))
+        arguments = x, grad, origin, 0.2, step[0], low, high, None, step[1], lows, highs
+        assert same_bits(_fgsm.pgd_step_plain(*arguments), _fgsm.pgd_step_op(*arguments))
+
+
+def sgd_case(choose):
+    """Tensors and options of one step, chosen at random: all options meet each other in some cases."""
+    momentum = choose((0, 0.9))
+    dampening = choose((0, 0.3)) if momentum else 0
+    tensors = params, grads, buffers, started = [], [], [], []
+    for shape in SHAPES:
+        dtype = choose(DTYPES)
+        params.append(numbers(shape, dtype, choose((False, True))))
+        grads.append(numbers(shape, dtype, choose((False, True))))
+        if momentum:
+            fresh = choose((False, True))
+            buffers.append(torch.zeros_like(params[-1]) if fresh else numbers(shape, dtype))
+            if dampening:
+                started.append(torch.tensor(float(not fresh)))
+    options = dict(
+        lr=choose((0.0, 0.1, 1 / 3)),
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=choose((0, 0.01)),
+        l1=choose((0, 0.02, 0.5)),
+        nesterov=bool(momentum) and not dampening and choose((False, True)),
+        proximal=choose((False, True)),
+        decoupled=choose((False, True)),
+        maximize=choose((False, True)),
+        lr_tensor=choose((None, torch.tensor(0.07), torch.tensor([0.07], dtype=torch.float64))),
+        grad_scale=choose((None, torch.tensor(3.0), torch.tensor([7.0], dtype=torch.float64))),
+        found_inf=choose((None, None, torch.tensor(0.0), torch.tensor(1.0))),
+        seed=choose((None, seed())),
+    )
+    return tensors, options
+
+
+def test_sgd():
+    choose = random.Random(7).choice
+    for _ in range(300):
+        tensors, options = sgd_case(choose)
+        want, got = ([[t.clone() for t in group] for group in tensors] for _ in range(2))
+        _sgd.sgd_(*want, **options)
+        _sgd.sgd_plain(*got, **options)
+        for mine, theirs in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
+            assert same_bits(mine, theirs), options
+
+
+def test_sgd_checks_all_before_it_steps_any():
+    w, wrong = torch.ones(3), torch.ones(3, dtype=torch.int64)
+    options = 0.1, 0, 0, 0, 0, False, False, False, False
+    with pytest.raises(ValueError, match="SGD: a parameter must be float32"):
+        _sgd.sgd_plain([w, wrong], [w, wrong], [], [], *options)
+    assert torch.equal(w, torch.ones(3))
+
+
+# ---- devices without kernels
+
+OPERATORS = ("dropout", "dropout_", "dropout_apply", "dropout_add", "fgsm_step", "pgd_step", "sgd_")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operator_has_a_plain_definition_with_its_arguments(name):
+    plain = _registry.plain_definition(name)
+    schema = getattr(torch.ops.fastreg, name).default._schema
+    arguments = [argument.name for argument in schema.arguments]
+    assert list(plain.__code__.co_varnames[: plain.__code__.co_argcount]) == arguments
+    defaults = [a.default_value for a in schema.arguments if a.has_default_value()]
+    assert list(plain.__defaults__ or ()) == defaults
+
+
+@pytest.fixture(scope="module")
+def on_foreign_device():
+    """{name: None or the error} of the checks in foreign_device.py."""
+    from torch.utils import backend_registration
+
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} cannot make a device in Python")
+    run = subprocess.run(
+        [sys.executable, Path(foreign_device.__file__)], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("check", foreign_device.CHECKS)
+def test_on_a_device_without_kernels(check, on_foreign_device):
+    assert on_foreign_device[check] is None, on_foreign_device[check]
+
+
+CALLS = {
+    "dropout": lambda x: fr.dropout(x, 0.3),
+    "dropout in place": lambda x: fr.dropout(x * 1, 0.3, inplace=True),
+    "dropout2d": lambda x: fr.dropout2d(x, 0.3),
+    "alpha_dropout": lambda x: fr.alpha_dropout(x, 0.3, True),
+    "dropout_with_mask": lambda x: fr.dropout_with_mask(x, 0.3, seed=3)[0],
+    "dropout_add": lambda x: fr.dropout_add(x, x * 2, 0.3, torch.empty(5, device=x.device)),
+    "fgsm_step": lambda x: fr.fgsm_step(x, x, 0.1, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_on_meta_tensors(call):
+    x = channels_last("meta").requires_grad_()
+    output = CALLS[call](x)
+    assert output.shape == x.shape and output.is_meta and output.stride() == x.stride()
+    if call != "fgsm_step":
+        output.sum().backward()
+        assert x.grad.shape == x.shape and x.grad.is_meta
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_on_fake_tensors(call, device):
+    """Without derivatives: torch's autograd crashes there if torch was not built for the device."""
+    with FakeTensorMode():
+        x = channels_last(device)
+        output = CALLS[call](x)
+    assert output.shape == x.shape and output.device == x.device and output.stride() == x.stride()
+
+
+def channels_last(device):
+    return torch.empty(2, 3, 4, 5, device=device).to(memory_format=torch.channels_last)
+
+
+def test_a_gpu_without_its_kernels_is_an_error(monkeypatch):
+    """The plain definition would work there, and hide that the kernels are missing."""
+    monkeypatch.setattr(_registry, "cuda", None)
+    monkeypatch.setattr(_registry, "why_no_cuda", "fastreg was built without them; rebuild it")
+
+    class OnGpu(torch.Tensor):
+        device = torch.device("cuda", 0)
+
+    fallback = _registry._no_kernel("dropout", lambda *arguments: pytest.fail("it ran"))
+    with pytest.raises(RuntimeError, match=r"dropout: .* on 'cuda'; .*rebuild it, or move it with .cpu\(\)"):
+        fallback(torch.ones(3).as_subclass(OnGpu), 0.5, seed())
+
+
+def test_tensors_on_two_devices_are_an_error():
+    here, there = (torch.ones(3, device="meta").as_subclass(kind) for kind in (OnMps, OnXpu))
+    fallback = _registry._no_kernel("dropout_add", lambda *arguments: pytest.fail("it ran"))
+    with pytest.raises(RuntimeError, match="dropout_add: expected tensors on one device"):
+        fallback(here, there)
+
+
+class OnMps(torch.Tensor):
+    device = torch.device("mps", 0)
+
+
+class OnXpu(torch.Tensor):
+    device = torch.device("xpu", 0)
