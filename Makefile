@@ -17,6 +17,7 @@ test: .venv/.test
 lint: .venv/.lint
 	$(venv)/ruff check .
 	$(venv)/ruff format --check .
+	$(venv)/mypy
 	$(venv)/clang-format --dry-run -Werror $$(find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 bench: .venv/.bench
@@ -54,8 +55,9 @@ build: .venv/.built
 	@$(venv)/python -c 'import torchvision' 2>/dev/null || $(venv)/pip uninstall -q -y timm torchvision
 	touch $@
 
-.venv/.lint: .venv/.python pyproject.toml
-	$(venv)/pip install -q $$($(PYTHON) -c "import re; print(*re.findall(r'\"((?:ruff|clang-format)[^\"]*)\"', open('pyproject.toml').read()))")
+# mypy reads torch, which .venv/.built installs, and looks for the compiled modules.
+.venv/.lint: .venv/.built
+	$(venv)/pip install -q --no-build-isolation -e ".[lint]"
 	touch $@
 
 clean:

@@ -52,12 +52,12 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, str) else type(value).__name__
 
 
-def check_count(op: str, name: str, value: Any) -> None:
-    """Raise unless `value` is an integer of at least 1."""
+def check_count(op: str, name: str, value: Any, low: float = 1) -> None:
+    """Raise unless `value` is an integer of at least `low`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    if value < low:
+        raise ValueError(f"{op}: {name} must be at least {low}, got {value}")
 
 
 def check_choice(op: str, name: str, value: Any, choices: Collection[Any]) -> None:

@@ -197,7 +197,8 @@ def prepare(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, norm: 
     check_choice(op, "norm", norm, ("linf", "l2"))
     lower, upper = pair_of(op, bounds)
     size = number_of(op, "eps", eps, x, low=0)
-    return Ball(size, *bounds_of(op, lower, upper, x), norm)
+    box = bounds_of(op, lower, upper, x)
+    return Ball(size, box[0], box[1], norm)
 
 
 def fgsm(

@@ -1,22 +1,29 @@
 """Semi-supervised learning by representation: learn to encode unlabelled data, then classify from the code.
 
-    min over encoder f, decoder g of the mean of |g(f(corrupt(x))) - x|^2,    corrupt: dropout on the inputs
+    min over encoder f, decoder g of the mean of |g(f(corrupt(x))) - x|^2,    corrupt: dropout on the input
 
 Denoising autoencoder: Vincent, Larochelle, Bengio, Manzagol 2008; Goodfellow, Bengio, Courville 2016,
 sections 14.5 and 15.1.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import math
-import numbers
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ._checks import check_count, check_number
 from ._dropout import dropout
+from ._losses import trained_loss
 from ._seeds import forked_generators
+from ._types import Loss
+
+__all__ = ["TiedDecoder", "pretrain_autoencoder"]
 
 
 class TiedDecoder(torch.nn.Module):
@@ -37,9 +44,10 @@ class TiedDecoder(torch.nn.Module):
         ValueError: a layer that has no such mirror; it is named.
     """
 
-    def __init__(self, encoder):
+    def __init__(self, encoder: torch.nn.Module) -> None:
         super().__init__()
-        between, layers = [], []  # activations since the last Linear
+        between: list[torch.nn.Module] = []  # activations since the last Linear
+        layers: list[tuple[torch.nn.Linear, torch.nn.Module]] = []
         for name, module in _chain(encoder):
             if isinstance(module, torch.nn.Linear):
                 layers.insert(0, (module, torch.nn.Sequential(*between) if layers else torch.nn.Identity()))
@@ -53,8 +61,8 @@ class TiedDecoder(torch.nn.Module):
             ):
                 raise ValueError(
                     f"TiedDecoder: expected Linear layers, activations, dropout and Flatten, got "
-                    f"{type(module).__name__} at "
-                    f"{name or 'the top'!r}; give pretrain_autoencoder a decoder of your own"
+                    f"{type(module).__name__} at {name or 'the top'!r}; give pretrain_autoencoder a decoder "
+                    f"of your own"
                 )
         if not layers:
             raise ValueError(
@@ -64,14 +72,16 @@ class TiedDecoder(torch.nn.Module):
         self.activations = torch.nn.ModuleList(activation for _, activation in layers)
         self.biases = torch.nn.ParameterList(layer.weight.new_zeros(layer.in_features) for layer, _ in layers)
 
-    def forward(self, code):
+    def forward(self, code: torch.Tensor) -> torch.Tensor:
         """Reconstruct the input."""
         for layer, activation, bias in zip(self.layers, self.activations, self.biases, strict=True):
-            code = activation(torch.nn.functional.linear(code, layer.weight.t(), bias))
+            weight: Any = layer.weight
+            code = activation(torch.nn.functional.linear(code, weight.t(), bias))
         return code
 
 
-def _chain(module, name=""):
+def _chain(module: torch.nn.Module, name: str = "") -> list[tuple[str, torch.nn.Module]]:
+    """The layers of nested Sequentials in order, with their names."""
     if not isinstance(module, torch.nn.Sequential):
         return [(name, module)]
     return [
@@ -79,21 +89,20 @@ def _chain(module, name=""):
     ]
 
 
-@torch.inference_mode(False)  # whatever the caller has switched off
+@torch.inference_mode(False)  # It trains even where the caller has switched gradients off.
 @torch.enable_grad()
 def pretrain_autoencoder(
-    encoder,
-    data,
-    decoder=None,
+    encoder: torch.nn.Module,
+    data: torch.Tensor | Dataset | DataLoader,
+    decoder: torch.nn.Module | None = None,
     *,
-    epochs=20,
-    batch_size=100,
-    corruption=0.5,
-    loss=None,
-    optimizer=None,
-    generator=None,
-    seed=None,
-):
+    epochs: int = 20,
+    batch_size: int = 100,
+    corruption: float = 0.5,
+    loss: Loss | None = None,
+    optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.nn.Module, list[float]]:
     """Train an encoder on unlabelled data to keep what is needed to restore its input; a classifier then
     starts from its code.
 
@@ -117,47 +126,35 @@ def pretrain_autoencoder(
         corruption: probability p of zeroing an element of the encoder's input, by `fastreg.dropout` (which
             scales the others by 1 / (1 - p)); 0 is the plain autoencoder, which needs a code smaller than its
             input.
-        loss: callable(reconstruction, x) -> mean over the batch, both [B, elements];
-            `torch.nn.functional.mse_loss` if None. `binary_cross_entropy_with_logits` suits pixels in [0, 1].
+        loss: loss(reconstruction, x) -> tensor, both [B, elements], with one number or one value per sample
+            as in `fgsm`, of which the mean is taken; `torch.nn.functional.mse_loss` if None.
+            `binary_cross_entropy_with_logits` suits pixels in [0, 1].
         optimizer: callable(parameters) -> optimiser; `torch.optim.Adam` with its defaults if None.
-        generator: torch.Generator on the CPU that the seed is drawn from.
-        seed: int. With neither, what is random starts from the state that torch's generators are in.
+        generator: torch.Generator on the CPU. A seed for all that is random is drawn from it; without it
+            that starts from the state that torch's generators are in.
 
     Returns:
         (encoder, history): the encoder itself, and a list of the mean loss of each epoch (floats).
 
     Nothing else changes: training or evaluation mode of each submodule, `.grad`, and torch's generators, CPU
-    and CUDA, are put back. Works under no_grad. Where training fails the parameters and buffers are put back,
-    too.
+    and CUDA, are put back. Works under no_grad. Where training fails, the parameters and buffers are put back
+    as well.
 
     Raises:
-        ValueError: no data, a reconstruction of another size, numbers out of range, generator and seed
-            together, nothing to train, a loss that is not finite, an encoder that `TiedDecoder` does not
-            take.
+        ValueError: no data, a reconstruction of another size, numbers out of range, nothing to train, a loss
+            that is not finite or is neither one number nor one value per sample, an encoder that
+            `TiedDecoder` does not take.
         TypeError: an argument of the wrong kind, data that are not floating point.
 
     Source: Vincent et al. 2008, Extracting and composing robust features with denoising autoencoders; Hinton
     and Salakhutdinov 2006.
     """
     op = "pretrain_autoencoder"
-    for name, module in (("encoder", encoder), ("decoder", decoder)):
-        if not isinstance(module, torch.nn.Module) and not (module is None and name == "decoder"):
-            raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(module).__name__}")
     check_count(op, "epochs", epochs)
     check_count(op, "batch_size", batch_size)
-    if seed is not None and (not isinstance(seed, numbers.Integral) or isinstance(seed, bool)):
-        raise TypeError(f"{op}: seed must be an int, got {type(seed).__name__}")
     check_number(op, "corruption", corruption, 0, 1)
-    if generator is not None and seed is not None:
-        raise ValueError(f"{op}: give generator or seed, not both")
+    _check_modules(op, encoder, decoder)
     batches = _batches(op, data, batch_size)
-    if any(
-        torch.nn.parameter.is_lazy(p)
-        for module in (encoder, decoder)
-        if module is not None
-        for p in module.parameters()
-    ):
-        raise ValueError(f"{op}: a lazy layer has no shape yet; run encoder and decoder once first")
     decoder = TiedDecoder(encoder) if decoder is None else decoder
     both = torch.nn.ModuleList([encoder, decoder])
     parameters = [p for p in both.parameters() if p.requires_grad]
@@ -166,22 +163,18 @@ def pretrain_autoencoder(
             f"{op}: encoder and decoder have no parameter that requires a gradient; unfreeze them"
         )
     loss = torch.nn.functional.mse_loss if loss is None else loss
-    device, history = next(both.parameters()).device, []
+    device = next(both.parameters()).device
+    history: list[float] = []
 
-    with _restored(both), _seeded(generator, seed):
+    with _restored(both), _seeded(generator):
         both.train()
         steps = (torch.optim.Adam if optimizer is None else optimizer)(parameters)
-        for _ in range(epochs):
-            total = count = 0
+        for epoch in range(epochs):
+            total: Any = 0
+            count = 0
             for batch in batches():
                 x = _inputs(op, batch, device)
-                reconstruction = decoder(encoder(dropout(x, corruption)))
-                if reconstruction.numel() != x.numel():
-                    raise ValueError(
-                        f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got "
-                        f"{tuple(reconstruction.shape)}"
-                    )
-                value = loss(reconstruction.reshape(len(x), -1), x.reshape(len(x), -1))
+                value = _restoration(op, encoder, decoder, x, corruption, loss)
                 steps.zero_grad()
                 value.backward()
                 steps.step()
@@ -190,21 +183,49 @@ def pretrain_autoencoder(
             if not math.isfinite(history[-1]):
                 what = f"the loss is {history[-1]}" if count else "there are no data"
                 raise ValueError(
-                    f"{op}: {what} in epoch {len(history) - 1}; look for NaN in the data or lower the "
-                    f"learning rate"
+                    f"{op}: {what} in epoch {epoch}; look for NaN in the data or lower the learning rate"
                 )
     return encoder, history
 
 
-def _batches(op, data, batch_size):
+def _check_modules(op: str, encoder: Any, decoder: Any) -> None:
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+        if module is None and name == "decoder":
+            continue
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"{op}: {name} must be a torch.nn.Module, got {type(module).__name__}")
+        if any(torch.nn.parameter.is_lazy(p) for p in module.parameters()):
+            raise ValueError(f"{op}: a lazy layer has no shape yet; run encoder and decoder once first")
+
+
+def _restoration(
+    op: str,
+    encoder: torch.nn.Module,
+    decoder: torch.nn.Module,
+    x: torch.Tensor,
+    corruption: float,
+    loss: Loss,
+) -> torch.Tensor:
+    """The mean loss of the batch x, restored from its corrupted form."""
+    reconstruction = decoder(encoder(dropout(x, corruption)))
+    if reconstruction.numel() != x.numel():
+        raise ValueError(
+            f"{op}: the reconstruction needs the elements of x, {tuple(x.shape)}, got "
+            f"{tuple(reconstruction.shape)}"
+        )
+    return trained_loss(op, loss, reconstruction.reshape(len(x), -1), x.reshape(len(x), -1), len(x))
+
+
+def _batches(op: str, given: Any, batch_size: int) -> Callable[[], Iterable[Any]]:
     """A function that gives the batches of one epoch."""
-    if isinstance(data, DataLoader):
+    data: Any = given  # torch gives a Dataset no length in its types
+    if isinstance(given, DataLoader):
         return lambda: data
-    if not isinstance(data, (torch.Tensor, Dataset)):
+    if not isinstance(given, (torch.Tensor, Dataset)):
         raise TypeError(f"{op}: data must be a tensor, a Dataset or a DataLoader, got {type(data).__name__}")
-    if isinstance(data, IterableDataset):
+    if isinstance(given, IterableDataset):
         return lambda: DataLoader(data, batch_size)
-    if (isinstance(data, torch.Tensor) and data.dim() < 2) or len(data) == 0:
+    if (isinstance(given, torch.Tensor) and given.dim() < 2) or len(data) == 0:
         raise ValueError(
             f"{op}: data must be at least one sample, [N, ...], got {tuple(getattr(data, 'shape', [0]))}"
         )
@@ -213,7 +234,8 @@ def _batches(op, data, batch_size):
     return lambda: DataLoader(data, batch_size, shuffle=True)
 
 
-def _inputs(op, batch, device):
+def _inputs(op: str, batch: Any, device: torch.device) -> torch.Tensor:
+    """The inputs of a batch, on the device of the model."""
     x = batch[0] if isinstance(batch, (tuple, list)) else batch
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
@@ -222,16 +244,16 @@ def _inputs(op, batch, device):
             f"with .float()"
         )
     x = x.detach().to(device)
-    return (
-        x.clone() if x.is_inference() else x
-    )  # one that was born in inference_mode cannot be saved for backward
+    # A tensor that was made in inference mode cannot be saved for the backward pass.
+    return x.clone() if x.is_inference() else x
 
 
 @contextlib.contextmanager
-def _seeded(generator, seed):
-    """torch's generators start from the seed, if there is one, and are put back at the end."""
-    if generator is not None:
-        seed = int(torch.randint(2**62, (), generator=generator))
+def _seeded(generator: torch.Generator | None) -> Iterator[None]:
+    """torch's generators start from a seed drawn from `generator`, if there is one, and are put back at the
+    end.
+    """
+    seed = None if generator is None else int(torch.randint(2**62, (), generator=generator))
     with forked_generators():
         if seed is not None:
             for each in (
@@ -243,8 +265,8 @@ def _seeded(generator, seed):
 
 
 @contextlib.contextmanager
-def _restored(model):
-    """Modes and gradients are put back at the end; parameters and buffers, too, after an error."""
+def _restored(model: torch.nn.Module) -> Iterator[None]:
+    """Modes and gradients are put back at the end, and after an error parameters and buffers as well."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(p, p.grad) for p in model.parameters()]
     before = copy.deepcopy(model.state_dict())

@@ -1,8 +1,12 @@
-"""Calibration of a classifier: whether it is right as often as its confidence, max_k softmax(logits)_k, says.
+"""Calibration of a classifier: is it right as often as its confidence, max_k softmax(logits)_k, says?
 
-Label smoothing and early stopping make networks less overconfident; the expected calibration error measures
-it.
+    error = sum over bins of count / N * |accuracy - confidence|
+
+Label smoothing and early stopping make networks less overconfident, and this error measures by how much
+(Guo, Pleiss, Sun, Weinberger 2017).
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -10,16 +14,18 @@ import torch
 
 from ._checks import check_count, check_tensor
 
+__all__ = ["CalibrationCurve", "calibration_curve", "calibration_error"]
+
 
 class CalibrationCurve(NamedTuple):
     """What `calibration_curve` gives, one value per bin."""
 
-    count: torch.Tensor
+    count: torch.Tensor  # type: ignore[assignment]  # It hides tuple.count.
     accuracy: torch.Tensor
     confidence: torch.Tensor
 
 
-def calibration_curve(logits, target, bins=15):
+def calibration_curve(logits: torch.Tensor, target: torch.Tensor, *, bins: int = 15) -> CalibrationCurve:
     """Accuracy and mean confidence of the predictions in each of `bins` intervals of confidence, (m / bins,
     (m + 1) / bins].
 
@@ -42,7 +48,7 @@ def calibration_curve(logits, target, bins=15):
     return CalibrationCurve(count, accuracy / count, confidence / count)
 
 
-def calibration_error(logits, target, bins=15):
+def calibration_error(logits: torch.Tensor, target: torch.Tensor, *, bins: int = 15) -> torch.Tensor:
     """Expected calibration error: sum over bins of count / N * |accuracy - confidence|.
 
     Args as in `calibration_curve`.
@@ -59,7 +65,9 @@ def calibration_error(logits, target, bins=15):
 
 
 @torch.no_grad()
-def _sums(op, logits, target, bins):
+def _sums(
+    op: str, logits: torch.Tensor, target: torch.Tensor, bins: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per bin: how many predictions, how many of them right, the sum of their confidences."""
     check_tensor(op, "logits", logits)
     check_tensor(op, "target", target)
@@ -82,4 +90,8 @@ def _sums(op, logits, target, bins):
     confidence = confidence.nan_to_num()
     which = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     right = (predicted == target).double()
-    return [confidence.new_zeros(bins).index_add(0, which, known * v) for v in (known, right, confidence)]
+
+    def per_bin(v: torch.Tensor) -> torch.Tensor:
+        return confidence.new_zeros(bins).index_add(0, which, known * v)
+
+    return per_bin(known), per_bin(right), per_bin(confidence)

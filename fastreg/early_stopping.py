@@ -2,11 +2,11 @@
 
     bad <- 0, w* <- w   if E_val fell, else   bad <- bad + 1;      stop at bad = patience;      w <- w*
 
-Algorithm 7.1 of Goodfellow, Bengio, Courville, "Deep Learning" (2016), section 7.8, counted in epochs (one
-per score); `retrain` is algorithm 7.2. Algorithm 7.3 needs no code: `restore()`, then go on with all data
-under a second stopper whose `target` is the training error of the best epoch (its patience ends it where that
-is out of reach). Beyond the book: a least gain, a warm-up, a target, bounds for divergence and collapse,
-scores that are not finite, several ranks.
+This is algorithm 7.1 of Goodfellow, Bengio, Courville, "Deep Learning" (2016), section 7.8, counted in
+epochs (one per score); `retrain` is algorithm 7.2. Algorithm 7.3 needs no code: call `restore()`, then go on
+with all data under a second stopper whose `target` is the training error of the best epoch (its patience ends
+the training where the target is out of reach). Beyond the book there are a least gain, a warm-up, a target,
+bounds for divergence and collapse, scores that are not finite, and several ranks.
 """
 
 from __future__ import annotations
@@ -16,15 +16,34 @@ import math
 import numbers
 import statistics
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
+from ._checks import check_choice, check_count, check_number
 from ._seeds import forked_generators
 
 __all__ = ["EarlyStopping", "retrain"]
+
+# Examples to train on: a Dataset with a length, or tensors [N, ...] that share N.
+Examples: TypeAlias = Dataset | tuple[torch.Tensor, ...] | list[torch.Tensor]
+
+
+class StoppingOptions(TypedDict, total=False):
+    """The options of `EarlyStopping`, for the callbacks that pass them on."""
+
+    mode: Literal["min", "max"]
+    patience: int
+    min_delta: float
+    relative: bool
+    warmup: int
+    target: float | None
+    diverged: float | None
+    collapse: float | None
+    nan: Literal["skip", "stop", "raise"]
+    group: dist.ProcessGroup | None
 
 
 class EarlyStopping:
@@ -58,7 +77,7 @@ class EarlyStopping:
             Kolter 2020).
         nan: what NaN does: "skip" counts an epoch without improvement, "stop" stops, "raise" raises
             ValueError. An infinity in the improving direction (an overflow, the log of 0) is no achievement
-            and goes the same way; in the other direction it is just a very bad score. Neither is ever the
+            and is treated as NaN; in the other direction it is just a very bad score. Neither is ever the
             best.
         group: process group of the ranks that decide together (None: the default one). Where
             torch.distributed is initialised, every rank calls step with its own score, and all go by the
@@ -88,29 +107,25 @@ class EarlyStopping:
         collapse: float | None = None,
         nan: Literal["skip", "stop", "raise"] = "skip",
         group: dist.ProcessGroup | None = None,
-    ):
+    ) -> None:
+        op = "EarlyStopping"
         for obj in tracked:
             if isinstance(obj, type) or not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
                 raise TypeError(
                     f"EarlyStopping: expected objects with state_dict and load_state_dict, got {_name(obj)}; "
                     "pass every model and optimiser as an argument of its own, and options by name"
                 )
-        choices = {
-            "mode": (mode, "min", "max"),
-            "nan": (nan, "skip", "stop", "raise"),
-            "relative": (relative, False, True),
-        }
-        for name, (value, *allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"EarlyStopping: {name} must be one of {allowed}, got {value!r}")
-        for name, value in {"patience": patience, "warmup": warmup}.items():
-            _number("EarlyStopping", name, value, "an integer >= 0", numbers.Integral, least=0)
-        _number("EarlyStopping", "min_delta", min_delta, "a finite number >= 0", least=0)
+        check_choice(op, "mode", mode, ("min", "max"))
+        check_choice(op, "nan", nan, ("skip", "stop", "raise"))
+        check_choice(op, "relative", relative, (False, True))
+        check_count(op, "patience", patience, 0)
+        check_count(op, "warmup", warmup, 0)
+        check_number(op, "min_delta", min_delta, 0, finite=True)
         for name, value in {"target": target, "diverged": diverged}.items():
             if value is not None:
-                _number("EarlyStopping", name, value, "a finite number or None")
+                check_number(op, name, value, finite=True)
         if collapse is not None:
-            _number("EarlyStopping", "collapse", collapse, "a finite number >= 0 or None", least=0)
+            check_number(op, "collapse", collapse, 0, finite=True)
         self._sign = 1 if mode == "min" else -1
         if target is not None and diverged is not None and self._sign * target > self._sign * diverged:
             raise ValueError(
@@ -124,7 +139,7 @@ class EarlyStopping:
         self.best_epoch: int | None = None
         self.epoch = self.bad_epochs = 0
         self.reason: str | None = None
-        self._snapshot: list | None = None
+        self._snapshot: list[Any] | None = None
 
     def step(self, score: float | torch.Tensor) -> bool:
         """Judge one epoch by its validation score; True means stop.
@@ -136,46 +151,47 @@ class EarlyStopping:
             TypeError: any other score.
             ValueError: NaN under nan="raise", on all ranks alike; the epoch is not counted.
         """
-        score = _mean_over_ranks(_as_float(score), self.group)
+        value = _mean_over_ranks(_as_float(score), self.group)
         sign, epoch = self._sign, self.epoch
-        broken = math.isnan(score) or sign * score == -math.inf
+        broken = math.isnan(value) or sign * value == -math.inf
         if broken and self.nan == "raise":
             raise ValueError(
-                f"EarlyStopping.step: expected a finite score, got {score} at epoch {epoch}; "
+                f"EarlyStopping.step: expected a finite score, got {value} at epoch {epoch}; "
                 'look into the training, or construct with nan="skip" or nan="stop"'
             )
 
+        # Is it the best so far?
         needed = self.min_delta * (abs(self.best) if self.relative and self.best is not None else 1.0)
-        gain = (
-            0.0 if not math.isfinite(score) else math.inf if self.best is None else sign * (self.best - score)
-        )
-        reached = not broken and self.target is not None and sign * score <= sign * self.target
+        gain = 0.0
+        if math.isfinite(value):
+            gain = math.inf if self.best is None else sign * (self.best - value)
+        reached = not broken and self.target is not None and sign * value <= sign * self.target
         if gain > needed or (reached and gain > 0):
             self._take_snapshot(self._snapshot)
-            self.best, self.best_epoch, self.bad_epochs = score, epoch, 0
+            self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
         elif epoch >= self.warmup:
             self.bad_epochs += 1
         self.epoch += 1
 
-        self.reason = None
-        if broken and self.nan == "stop":
-            self.reason = f"the score is {score} at epoch {epoch}"
-        elif reached:
-            self.reason = f"score {score:g} reached target={self.target:g} at epoch {epoch}"
-        elif self.diverged is not None and sign * score > sign * self.diverged:
-            self.reason = f"score {score:g} is worse than diverged={self.diverged:g} at epoch {epoch}"
-        elif (
-            self.collapse is not None and self.best is not None and sign * (score - self.best) > self.collapse
-        ):
-            self.reason = f"score {score:g} is worse than the best, {self.best:g}, by over {self.collapse:g} at epoch {epoch}"
-        elif self.bad_epochs >= max(self.patience, 1):
-            best = (
-                "no finite score yet"
-                if self.best is None
-                else f"best {self.best:g} at epoch {self.best_epoch}"
-            )
-            self.reason = f"no improvement in {self.bad_epochs} epochs up to epoch {epoch}: {best}"
+        self.reason = self._why_stop(value, epoch, broken, reached)
         return self.reason is not None
+
+    def _why_stop(self, score: float, epoch: int, broken: bool, reached: bool) -> str | None:
+        """The first rule that ends training at this score, in words; None to go on."""
+        sign, best = self._sign, self.best
+        if broken and self.nan == "stop":
+            return f"the score is {score} at epoch {epoch}"
+        if reached:
+            return f"score {score:g} reached target={self.target:g} at epoch {epoch}"
+        if self.diverged is not None and sign * score > sign * self.diverged:
+            return f"score {score:g} is worse than diverged={self.diverged:g} at epoch {epoch}"
+        if self.collapse is not None and best is not None and sign * (score - best) > self.collapse:
+            over = f"by over {self.collapse:g} at epoch {epoch}"
+            return f"score {score:g} is worse than the best, {best:g}, {over}"
+        if self.bad_epochs >= max(self.patience, 1):
+            so_far = "no finite score yet" if best is None else f"best {best:g} at epoch {self.best_epoch}"
+            return f"no improvement in {self.bad_epochs} epochs up to epoch {epoch}: {so_far}"
+        return None
 
     def restore(self) -> None:
         """Load the best epoch into the tracked objects: into all of them or, on an error, into none.
@@ -209,8 +225,8 @@ class EarlyStopping:
                 f"({error}); "
                 "nothing was restored; undo what changed its structure since the best epoch"
             ) from error
-        # Optimisers keep the very tensors they are given and would train inside the snapshot. Let them have
-        # those, and read the snapshot back into the copy that is no longer needed.
+        # Optimisers keep the very tensors that they are given and would train inside the snapshot. They may
+        # have those, and the snapshot is read back into the copy that is no longer needed.
         self._take_snapshot(before)
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +247,7 @@ class EarlyStopping:
             ValueError: not such a dict, or one of the other mode or of another number of tracked objects.
         """
 
-        def check(what, expected, got, remedy):
+        def check(what: str, expected: Any, got: Any, remedy: str) -> None:
             if expected != got:
                 raise ValueError(
                     f"EarlyStopping.load_state_dict: expected {what} {expected!r}, got {got!r}; {remedy}"
@@ -248,9 +264,10 @@ class EarlyStopping:
         for name in keys - {"snapshot"}:
             setattr(self, name, state[name])
 
-    def _take_snapshot(self, old: list | None) -> None:
+    def _take_snapshot(self, old: list[Any] | None) -> None:
         states = [obj.state_dict() for obj in self.tracked]
-        # None meanwhile: a copy cut short (out of memory, Ctrl-C) mixes two epochs and must not be restored.
+        # There is no snapshot meanwhile: a copy that is cut short (out of memory, Ctrl-C) mixes two epochs
+        # and must not be restored.
         self._snapshot = None
         self._snapshot = _copy(states, old)
 
@@ -258,8 +275,8 @@ class EarlyStopping:
 def retrain(
     make: Callable[[], Any],
     train_epoch: Callable[..., Any],
-    train_data: Dataset | tuple[torch.Tensor, ...] | list[torch.Tensor],
-    val_data: Dataset | tuple[torch.Tensor, ...] | list[torch.Tensor],
+    train_data: Examples,
+    val_data: Examples,
     *,
     epochs: int | EarlyStopping,
     seed: int,
@@ -285,8 +302,9 @@ def retrain(
         train_data, val_data: Datasets with a length, or tuples of tensors [N, ...] that share N. Validation
             data are trained on as they come: give them the transforms of the training data.
         epochs: passes over the data, >= 1; or a stopper, for its best_epoch + 1.
-        seed: of torch's generators, set before make(). The caller's states (CPU, and CUDA if in use) are put
-            back.
+        seed: an int for torch.manual_seed before make(). What draws random numbers are the functions given
+            here, from torch's own generators, so that a generator cannot be passed on. The caller's states
+            (CPU, and CUDA if in use) are put back.
         batch_size, shuffle, **loader_kwargs: as for torch.utils.data.DataLoader.
 
     Returns:
@@ -295,19 +313,22 @@ def retrain(
     Raises:
         TypeError, ValueError: an argument is none of these. Checked before make() is called.
     """
+    op = "retrain"
     for name, value in {"make": make, "train_epoch": train_epoch}.items():
         if not callable(value):
-            raise TypeError(f"retrain: {name} must be a function, got {_name(value)}; pass it uncalled")
+            raise TypeError(f"{op}: {name} must be a function, got {_name(value)}; pass it uncalled")
     if isinstance(epochs, EarlyStopping):
         if epochs.best_epoch is None:
             raise ValueError(
-                "retrain: expected a stopper with a best epoch, got one without; call its step first"
+                f"{op}: expected a stopper with a best epoch, got one without; call its step first"
             )
         epochs = epochs.best_epoch + 1
-    _number("retrain", "epochs", epochs, "an integer >= 1 or an EarlyStopping", numbers.Integral, least=1)
-    _number("retrain", "seed", seed, "an integer", numbers.Integral)
-    data = ConcatDataset([_dataset("train_data", train_data), _dataset("val_data", val_data)])
-    loader = DataLoader(data, batch_size=batch_size, shuffle=shuffle, **loader_kwargs)
+    elif not isinstance(epochs, numbers.Integral):
+        raise TypeError(f"{op}: epochs must be an int or an EarlyStopping, got {_name(epochs)}")
+    check_count(op, "epochs", epochs)
+    check_count(op, "seed", seed, -math.inf)
+    data: Dataset = ConcatDataset([_dataset("train_data", train_data), _dataset("val_data", val_data)])
+    loader: DataLoader = DataLoader(data, batch_size=batch_size, shuffle=shuffle, **loader_kwargs)
 
     with forked_generators():
         torch.manual_seed(seed)
@@ -318,20 +339,20 @@ def retrain(
     return made
 
 
-@torch.inference_mode(
-    False
-)  # validation often runs in it, and a buffer born there can never be rewritten outside
+# Validation often runs in inference mode, and a buffer that is made there can never be rewritten outside.
+@torch.inference_mode(False)
 @torch.no_grad()
 def _copy(value: Any, old: Any = None) -> Any:
     """Deep copy of nested state, written into the tensors of `old`, an earlier copy, where they fit."""
-    copies, taken = {}, set()
+    copies: dict[Any, torch.Tensor] = {}
+    taken: set[int] = set()
 
-    def walk(value, old):
+    def walk(value: Any, old: Any) -> Any:
         if isinstance(value, torch.Tensor):
             region = _region(value)
             if region not in copies:
-                # Two names tied in `old` share a tensor there; once they differ, only the first of them may
-                # have it.
+                # Two names that were tied share a tensor in `old`. Once they differ, only the first of them
+                # may have it.
                 if id(old) not in taken and _form(old) is not None and _form(old) == _form(value.detach()):
                     copies[region] = old.copy_(value)
                     taken.add(id(old))
@@ -339,9 +360,9 @@ def _copy(value: Any, old: Any = None) -> Any:
                     copies[region] = value.clone()
             return copies[region]
         if isinstance(value, dict):
-            made = copy.copy(
-                value
-            )  # keeps the class and its attributes: a module's state_dict has its version there
+            # A module's state_dict keeps its version in an attribute, and so the class and its attributes
+            # are copied too.
+            made = copy.copy(value)
             for key in value:
                 made[key] = walk(value[key], old.get(key) if isinstance(old, dict) else None)
             return made
@@ -353,17 +374,19 @@ def _copy(value: Any, old: Any = None) -> Any:
     return walk(value, old)
 
 
-def _form(tensor: Any) -> tuple | None:
-    """What two tensors must share for one to be rewritten as the other; None for what is never rewritten."""
+def _form(tensor: Any) -> tuple[Any, ...] | None:
+    """What two tensors must have in common for one to be rewritten as the other; None for what is never
+    rewritten.
+    """
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
         return None
     t = tensor
     return type(t), t.shape, t.stride(), t.dtype, t.device, t.is_conj(), t.is_neg()
 
 
-def _region(tensor: torch.Tensor) -> tuple:
-    """What two names of one tensor have in common. Views that merely overlap differ, and are copied one by
-    one.
+def _region(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What two names of one tensor have in common. Views that merely overlap differ in it, and each is copied
+    by itself.
     """
     tensor_id, tensor = id(tensor), tensor.detach()
     local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor: this rank's part
@@ -391,8 +414,8 @@ def _mean_over_ranks(score: float, group: dist.ProcessGroup | None) -> float:
         raise ValueError(
             "EarlyStopping.step: expected a rank of group, got one outside; step only on its ranks"
         )
-    # All ranks take the mean of one list; a sum by all_reduce need not have the same last bit everywhere. And
-    # this mean is rounded once: scores that agree already come back unchanged.
+    # All ranks take the mean of one list, since a sum by all_reduce need not have the same last bit on every
+    # rank. statistics.mean rounds once, so that scores that agree already come back unchanged.
     scores: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(scores, score, group=group)
     return statistics.mean(scores)
@@ -410,15 +433,6 @@ def _dataset(name: str, data: Any) -> Dataset:
             "of a DataLoader pass its .dataset, of one tensor x (x,)"
         )
     return data
-
-
-def _number(
-    op: str, name: str, value: Any, expected: str, kind: type = numbers.Real, least: float = -math.inf
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{op}: {name} must be {expected}, got {_name(value)} {value!r}")
-    if not (value >= least and -math.inf < value < math.inf):
-        raise ValueError(f"{op}: {name} must be {expected}, got {value!r}")
 
 
 def _name(value: Any) -> str:

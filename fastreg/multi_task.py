@@ -9,11 +9,20 @@ Kendall, Gal, Cipolla 2018, equations 7 and 10. Bounded: log(1 + sigma^2) in pla
 Körner 2018.
 """
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from ._checks import check_number, check_tensor
+
+__all__ = ["MultiTaskLoss"]
+
+# How a task is weighted: by a fixed number, or by a learnt variance in one of two forms.
+Form: TypeAlias = float | Literal["regression", "classification"]
 
 _FACTORS = {"regression": 0.5, "classification": 1.0}
 
@@ -25,7 +34,7 @@ class MultiTaskLoss(torch.nn.Module):
 
         total = fr.MultiTaskLoss({"digit": 1.0, "parity": 0.3})
         total = fr.MultiTaskLoss({"digit": "classification", "ink": "regression"})
-        groups = fr.optim.penalty_groups(nn.ModuleList([model, total]), l2=1e-4)  # learns its variances, without decay
+        groups = fr.optim.penalty_groups(nn.ModuleList([model, total]), l2=1e-4)  # no decay of the variances
         loss = total({"digit": fr.cross_entropy(digit, y), "ink": F.mse_loss(ink, t)})
 
     Args:
@@ -54,10 +63,10 @@ class MultiTaskLoss(torch.nn.Module):
     Körner 2018, Auxiliary tasks in multi-task learning.
     """
 
-    def __init__(self, tasks, *, bounded=False):
+    def __init__(self, tasks: Mapping[Any, Form] | Sequence[Form], *, bounded: bool = False) -> None:
         super().__init__()
         op = "MultiTaskLoss"
-        if not isinstance(tasks, (dict, list, tuple)):
+        if not isinstance(tasks, (Mapping, list, tuple)):
             raise TypeError(
                 f"{op}: tasks must be a dict or a sequence of weights and forms, got {type(tasks).__name__}"
             )
@@ -65,8 +74,8 @@ class MultiTaskLoss(torch.nn.Module):
             raise ValueError(f"{op}: tasks must name at least one task")
         if not isinstance(bounded, bool):
             raise TypeError(f"{op}: bounded must be a bool, got {type(bounded).__name__}")
-        self.tasks = dict(tasks) if isinstance(tasks, dict) else dict(enumerate(tasks))
-        self.bounded, self._named = bounded, isinstance(tasks, dict)
+        self.tasks: dict[Any, Form] = dict(tasks) if isinstance(tasks, Mapping) else dict(enumerate(tasks))
+        self.bounded, self._named = bounded, isinstance(tasks, Mapping)
         for name, form in self.tasks.items():
             if isinstance(form, str):
                 if form not in _FACTORS:
@@ -83,52 +92,59 @@ class MultiTaskLoss(torch.nn.Module):
             else:
                 check_number(op, f"the weight of task {name!r}", form, 0, sys.float_info.max)
 
-    def forward(self, losses):
+    def forward(self, losses: Mapping[Any, torch.Tensor] | Sequence[torch.Tensor]) -> torch.Tensor:
         """The total, of shape ()."""
         terms = []
         for name, loss in self._match(losses):
-            s = getattr(self, f"log_variance_{name}", None)
-            if s is None:
-                terms.append(self.tasks[name] * loss)
+            form = self.tasks[name]
+            if not isinstance(form, str):
+                terms.append(form * loss)
                 continue
-            s = s.squeeze()
+            s = self._log_variance(name).squeeze()
             spread = torch.nn.functional.softplus(s) if self.bounded else 0.5 * s
-            terms.append(_FACTORS[self.tasks[name]] * torch.exp(-s) * loss + spread)
+            terms.append(_FACTORS[form] * torch.exp(-s) * loss + spread)
         return sum(terms[1:], terms[0])
 
-    def weights(self):
+    def weights(self) -> dict[Any, float] | list[float]:
         """What each task's loss is multiplied by now: floats, in a dict or list as `tasks` was given."""
         values = {}
         for name, form in self.tasks.items():
-            s = getattr(self, f"log_variance_{name}", None)
-            values[name] = float(form) if s is None else _FACTORS[form] * torch.exp(-s.detach()).item()
+            if isinstance(form, str):
+                values[name] = _FACTORS[form] * torch.exp(-self._log_variance(name).detach()).item()
+            else:
+                values[name] = float(form)
         return values if self._named else list(values.values())
 
-    def extra_repr(self):
+    def _log_variance(self, name: Any) -> torch.Tensor:
+        return getattr(self, f"log_variance_{name}")
+
+    def extra_repr(self) -> str:
         """The tasks, and `bounded` where it is not the default."""
         tasks = self.tasks if self._named else list(self.tasks.values())
         return f"{tasks}" + (", bounded=True" if self.bounded else "")
 
-    def _match(self, losses):
+    def _match(self, losses: Any) -> list[tuple[Any, torch.Tensor]]:
         """[(name, loss)] in the order of the tasks, checked."""
         op = "MultiTaskLoss"
-        if isinstance(losses, dict) != self._named or not isinstance(losses, (dict, list, tuple)):
+        if isinstance(losses, Mapping) != self._named or not isinstance(losses, (Mapping, list, tuple)):
             expected = "a dict" if self._named else "a list or tuple"
             raise TypeError(f"{op}: losses must be {expected}, as tasks was, got {type(losses).__name__}")
-        got = losses if self._named else dict(enumerate(losses))
+        got = dict(losses) if isinstance(losses, Mapping) else dict(enumerate(losses))
         if got.keys() != self.tasks.keys():
             raise ValueError(f"{op}: losses must be those of the tasks {list(self.tasks)}, got {list(got)}")
         for name in self.tasks:
-            loss, s = got[name], getattr(self, f"log_variance_{name}", None)
+            loss = got[name]
             check_tensor(op, f"the loss of task {name!r}", loss)
             if loss.shape != ():
                 raise ValueError(
                     f"{op}: the loss of task {name!r} must have shape (), got {tuple(loss.shape)}; reduce it "
                     f"with .mean()"
                 )
-            if s is not None and s.device != loss.device:
-                raise ValueError(
-                    f"{op}: the loss of task {name!r} is on {loss.device}, its variance on {s.device}; move "
-                    f"the module with .to()"
-                )
+            if isinstance(self.tasks[name], str):
+                device = self._log_variance(name).device
+                if device != loss.device:
+                    raise ValueError(
+                        f"{op}: the loss of task {name!r} is on {loss.device}, its variance on {device}; "
+                        f"move the module with .to()"
+                    )
         return [(name, got[name]) for name in self.tasks]

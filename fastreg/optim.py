@@ -1,21 +1,34 @@
-"""SGD with momentum and both norm penalties in one pass over memory, and the norm penalties as the lecture
-writes them.
+"""SGD with momentum and both norm penalties in one pass over memory, and the penalties by themselves.
 
-w <- w - lr * (dE/dw + weight_decay * w + l1 * sign(w)): the gradient of E + l1 |w|_1 + weight_decay / 2
-|w|_2^2 (Goodfellow, Bengio, Courville 2016, section 7.1).
+    w <- w - lr * (dE/dw + weight_decay * w + l1 * sign(w))
+
+is a step down the gradient of E + l1 |w|_1 + weight_decay / 2 |w|_2^2 (Goodfellow, Bengio, Courville 2016,
+section 7.1).
 """
+
+from __future__ import annotations
 
 import fnmatch
 import math
-import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import check_choice, check_number, check_tensor
+from ._checks import DTYPES, check_choice, check_number, check_tensor
 from ._registry import fast
 from ._seeds import draw_seed
 from ._sgd import sgd_
+from ._types import Number
+
+__all__ = ["SGD", "penalty", "penalty_groups", "prior_scale", "sparsity"]
+
+# What torch takes as parameters: tensors, (name, tensor) pairs, or groups, dicts whose "params" are either.
+Params: TypeAlias = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
+
+# The tensors of one device in a step: params, grads, momentum_buffers, momentum_started.
+Work: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
 
 
 class SGD(torch.optim.SGD):
@@ -26,8 +39,8 @@ class SGD(torch.optim.SGD):
     parameter's first step; w = w - lr * (g + momentum * v if nesterov else v).
 
     Args:
-        params: parameters or groups, as in torch; see `penalty_groups`. A parameter listed twice in a group
-            is taken once.
+        params: parameters or parameter groups, as in torch; see `penalty_groups`. A parameter listed twice in
+            a group is taken once.
         lr: learning rate, a float or a tensor of one element on the parameters' device (float32 or float64).
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.
         l1: factor of the L1 penalty, at least 0.
@@ -39,7 +52,7 @@ class SGD(torch.optim.SGD):
         stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the
             mean; no effect on float32 and float64. The seed comes from the device's default generator:
             data-parallel ranks must seed it alike.
-        foreach, fused: accepted and ignored, there is one implementation.
+        foreach, fused: accepted and ignored, since there is one implementation.
         differentiable: must be False.
 
     All of these but the last three may differ per group. Parameters are float32, float64, float16 or
@@ -62,22 +75,22 @@ class SGD(torch.optim.SGD):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        momentum=0,
-        dampening=0,
-        weight_decay=0,
-        nesterov=False,
+        params: Params,
+        lr: Number = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
         *,
-        l1=0.0,
-        l1_mode="subgradient",
-        decoupled=False,
-        maximize=False,
-        stochastic_rounding=False,
-        foreach=None,
-        differentiable=False,
-        fused=None,
-    ):
+        l1: float = 0.0,
+        l1_mode: Literal["subgradient", "proximal"] = "subgradient",
+        decoupled: bool = False,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -96,10 +109,11 @@ class SGD(torch.optim.SGD):
         _check_group(defaults)
         torch.optim.Optimizer.__init__(self, params, defaults)
 
-    def add_param_group(self, param_group):
-        """Add a group, checked as in the constructor."""
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, checked as in the constructor."""
         if not isinstance(param_group, dict) or isinstance(param_group["params"], set):
-            return super().add_param_group(param_group)  # torch says what is wrong
+            super().add_param_group(param_group)  # torch says what is wrong
+            return
         group = {**self.defaults, **param_group}
         _check_group(group)
         params = group["params"]
@@ -110,7 +124,7 @@ class SGD(torch.optim.SGD):
                 _check_param(group, _tensor_of(p))
         super().add_param_group({**param_group, "params": list(unique.values())})
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of `torch.optim.SGD`, whose groups lack l1 and keep this
         optimiser's.
         """
@@ -123,61 +137,40 @@ class SGD(torch.optim.SGD):
         super().load_state_dict(state_dict)
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Perform one step; `closure` recomputes the loss and gives it, as in torch."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; `closure` recomputes the loss, which is returned, as in torch."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for group in self.param_groups:
             _check_group(group)
-        usual = fast is not None and grad_scale is None and found_inf is None and not is_compiling()
-        if usual and fast.sgd(self.param_groups, self.state):
+        # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        usual = grad_scale is None and found_inf is None and not is_compiling()
+        if usual and fast is not None and fast.sgd(self.param_groups, self.state):
             return loss
-        works = [
-            self._collect(group) for group in self.param_groups
-        ]  # all of them first: an error finds nothing stepped
+        # All groups are collected before the first is stepped, so that an error leaves everything as it was.
+        works = [self._collect(group) for group in self.param_groups]
         for group, work in zip(self.param_groups, works, strict=True):
             for device, lists in work.items():
-                if (
-                    not is_compiling()
-                ):  # there the compiler does it; a graph that saved a weight must find out
-                    torch.autograd.graph.increment_version(lists[0])
-                lr = group["lr"]
-                lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
-                sgd_(
-                    *lists,
-                    0.0 if lr_tensor is not None else float(lr),
-                    float(group["momentum"]),
-                    float(group["dampening"]),
-                    float(group["weight_decay"]),
-                    float(group["l1"]),
-                    bool(group["nesterov"]),
-                    group["l1_mode"] == "proximal",
-                    bool(group["decoupled"]),
-                    bool(group["maximize"]),
-                    lr_tensor,
-                    None if grad_scale is None else grad_scale.to(device),
-                    None if found_inf is None else found_inf.to(device),
-                    draw_seed(device) if group["stochastic_rounding"] else None,
-                )
+                _step(group, device, lists, grad_scale, found_inf)
         return loss
 
-    def _collect(self, group):
-        """{device: (params, grads, momentum_buffers, momentum_started)} of a group, checked; local shards for
-        DTensors.
+    def _collect(self, group: dict[str, Any]) -> dict[torch.device, Work]:
+        """The tensors of a parameter group by device, checked; of a DTensor the local shard.
 
-        Written for many small tensors, for which this loop is most of a step: no call and no container per
+        With many small tensors this loop is most of a step. It therefore makes no call and no container per
         parameter.
         """
-        work, momentum, dampening = {}, group["momentum"] != 0, group["dampening"] != 0
+        work: dict[torch.device, Work] = {}
+        momentum, dampening = group["momentum"] != 0, group["dampening"] != 0
         for p in group["params"]:
             grad = p.grad
             if grad is None:
                 continue
             dtype, device = p.dtype, p.device
-            if grad.layout != torch.strided or grad.dtype != dtype or dtype not in _DTYPES:
+            if grad.layout != torch.strided or grad.dtype != dtype or dtype not in DTYPES:
                 _refuse_gradient(p, grad)
             if dtype == torch.float16 and group["stochastic_rounding"]:
                 _check_param(group, p)
@@ -199,19 +192,51 @@ class SGD(torch.optim.SGD):
                 flag = state.get("momentum_started")
                 if flag is None:
                     flag = torch.full((), 0.0 if fresh else 1.0, dtype=torch.float32, device=device)
-                state["momentum_started"] = flag = (
-                    flag.float()
-                )  # load_state_dict gives it the parameter's dtype
+                # load_state_dict gives the flag the dtype of the parameter; the operator wants float32.
+                state["momentum_started"] = flag = flag.float()
                 lists[3].append(flag)
         return work
 
 
-def _tensor_of(param):
-    return param[1] if isinstance(param, tuple) else param  # torch takes (name, parameter) too
+def _step(
+    group: dict[str, Any],
+    device: torch.device,
+    lists: Work,
+    grad_scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None,
+) -> None:
+    """One call of the operator: the tensors of a parameter group on one device."""
+    # torch.compile counts the versions itself. Elsewhere a graph that has saved a weight must find out that
+    # the weight has changed.
+    if not is_compiling():
+        torch.autograd.graph.increment_version(lists[0])
+    lr = group["lr"]
+    lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
+    sgd_(
+        *lists,
+        0.0 if lr_tensor is not None else float(lr),
+        float(group["momentum"]),
+        float(group["dampening"]),
+        float(group["weight_decay"]),
+        float(group["l1"]),
+        bool(group["nesterov"]),
+        group["l1_mode"] == "proximal",
+        bool(group["decoupled"]),
+        bool(group["maximize"]),
+        lr_tensor,
+        None if grad_scale is None else grad_scale.to(device),
+        None if found_inf is None else found_inf.to(device),
+        draw_seed(device) if group["stochastic_rounding"] else None,
+    )
 
 
-def _like_placed(grad, param):
-    """A DTensor's gradient sharded as the parameter is: partial sums and replicas would update a shard with
+def _tensor_of(param: Any) -> Any:
+    """A parameter; torch also takes (name, parameter)."""
+    return param[1] if isinstance(param, tuple) else param
+
+
+def _like_placed(grad: Any, param: Any) -> Any:
+    """A DTensor's gradient, sharded as the parameter is. Partial sums and replicas would update a shard with
     the wrong numbers.
     """
     if hasattr(grad, "placements") and grad.placements != param.placements:
@@ -219,7 +244,7 @@ def _like_placed(grad, param):
     return grad
 
 
-def _check_group(group):
+def _check_group(group: dict[str, Any]) -> None:
     op = "SGD"
     lr = group["lr"]
     if isinstance(lr, torch.Tensor):
@@ -228,13 +253,13 @@ def _check_group(group):
                 f"{op}: lr must be a number or a float32 or float64 tensor of one element, got {lr.dtype} "
                 f"{tuple(lr.shape)}"
             )
-        if lr.device.type == "cpu" and not is_compiling():  # elsewhere it would be a sync
-            _check_finite(op, "lr", lr.item())
+        if lr.device.type == "cpu" and not is_compiling():  # on other devices this would be a sync
+            _check_factor(op, "lr", lr.item())
     else:
-        _check_finite(op, "lr", lr)
+        _check_factor(op, "lr", lr)
     for name in ("momentum", "weight_decay", "l1"):
-        _check_finite(op, name, group[name])
-    _check_finite(op, "dampening", group["dampening"], -math.inf)
+        _check_factor(op, name, group[name])
+    check_number(op, "dampening", group["dampening"], finite=True, allow_bool=True)
     check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
@@ -248,16 +273,12 @@ def _check_group(group):
         )
 
 
-def _check_finite(op, name, value, low=0):
-    if not isinstance(
-        value, (int, float, numbers.Real)
-    ):  # numpy's scalars are Real: a schedule may well leave one behind
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__} {value!r}")
-    if not low <= value < math.inf or value == -math.inf:
-        raise ValueError(f"{op}: {name} must be finite{' and at least 0' if low == 0 else ''}, got {value}")
+def _check_factor(op: str, name: str, value: Any) -> None:
+    """torch takes True and False as 1 and 0, and so do the factors of a parameter group."""
+    check_number(op, name, value, 0, finite=True, allow_bool=True)
 
 
-def _check_param(group, p):
+def _check_param(group: dict[str, Any], p: torch.Tensor) -> None:
     if group["stochastic_rounding"] and p.dtype == torch.float16:
         raise ValueError(
             "SGD: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off"
@@ -270,8 +291,8 @@ def _check_param(group, p):
         )
 
 
-def _refuse_gradient(p, grad):
-    if p.dtype not in _DTYPES:
+def _refuse_gradient(p: torch.Tensor, grad: torch.Tensor) -> NoReturn:
+    if p.dtype not in DTYPES:
         raise TypeError(
             f"SGD: parameters must be float32, float64, float16 or bfloat16, got {p.dtype}; use "
             f"torch.optim.SGD"
@@ -286,7 +307,6 @@ def _refuse_gradient(p, grad):
     )
 
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _NORMS = (
     torch.nn.modules.batchnorm._NormBase,
     torch.nn.LayerNorm,
@@ -296,7 +316,13 @@ _NORMS = (
 )
 
 
-def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
+def penalty_groups(
+    model: torch.nn.Module,
+    *,
+    l1: float = 0.0,
+    l2: float = 0.0,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """Parameter groups for `SGD` with a penalty on the weights alone.
 
     Biases, parameters of normalisation layers and all others of fewer than two dimensions get no penalty:
@@ -306,56 +332,68 @@ def penalty_groups(model, l1=0.0, l2=0.0, overrides=None):
         model: Module. A parameter under several names is one parameter and is penalised once.
         l1, l2: factors of |w|_1 and of 1/2 |w|_2^2; l2 is what torch calls weight_decay.
         overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`,
-            "encoder.*"). l1, l2 (or weight_decay) and any other option of a group, lr for one. They win over
-            the rule above; where several patterns match, the later wins.
+            "encoder.*"). l1, l2 (or weight_decay) and any other option of a parameter group, such as lr. They
+            win over the rule above; where several patterns match, the later wins.
 
     Returns:
-        List of groups, dicts with "params", "l1", "weight_decay" and what overrides adds; parameters that do
-        not require a gradient are left out.
+        List of parameter groups, dicts with "params", "l1", "weight_decay" and what overrides adds;
+        parameters that do not require a gradient are left out.
 
     Raises:
         ValueError: a negative or NaN factor, or a pattern that matches no parameter.
     """
     op = "penalty_groups"
     for name, value in (("l1", l1), ("l2", l2)):
-        _check_finite(op, name, value)
-    overrides = {pattern: _options(op, options) for pattern, options in (overrides or {}).items()}
-    names, free = {}, set()
+        _check_factor(op, name, value)
+    changes = {pattern: _options(op, options) for pattern, options in (overrides or {}).items()}
+
+    # Every parameter with all of its names, and which of them no penalty acts on.
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    free: set[torch.nn.Parameter] = set()
     for module_name, module in model.named_modules(remove_duplicate=False):
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(p, []).append(f"{module_name}.{leaf}" if module_name else leaf)
             if p.dim() < 2 or isinstance(module, _NORMS) or leaf.endswith("bias"):
                 free.add(p)
-    for pattern in overrides:
+    for pattern in changes:
         if not any(fnmatch.fnmatchcase(name, pattern) for own in names.values() for name in own):
             raise ValueError(
                 f"{op}: overrides pattern {pattern!r} matches no parameter; see model.named_parameters()"
             )
-    groups = {}
+
+    # Parameters with the same options are one group.
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p, own in names.items():
         if not p.requires_grad:
             continue
-        options = {"l1": 0.0, "weight_decay": 0.0} if p in free else {"l1": l1, "weight_decay": l2}
-        for pattern, changed in overrides.items():
+        options: dict[str, Any] = {"l1": 0.0, "weight_decay": 0.0}
+        if p not in free:
+            options = {"l1": l1, "weight_decay": l2}
+        for pattern, changed in changes.items():
             if any(fnmatch.fnmatchcase(name, pattern) for name in own):
                 options = {**options, **changed}
-        groups.setdefault(tuple(sorted(options.items(), key=str)), {"params": [], **options})[
-            "params"
-        ].append(p)
+        same = tuple(sorted(options.items(), key=str))
+        groups.setdefault(same, {"params": [], **options})["params"].append(p)
     return list(groups.values())
 
 
-def _options(op, options):
-    options = dict(options)
+def _options(op: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of one pattern under the optimiser's names, checked."""
+    options = dict(given)
     if "l2" in options:
         options["weight_decay"] = options.pop("l2")
     for name in ("l1", "weight_decay"):
         if name in options:
-            _check_finite(op, name, options[name])
+            _check_factor(op, name, options[name])
     return options
 
 
-def penalty(params_or_groups, *, l1=0.0, l2=0.0):
+def penalty(
+    params_or_groups: Params | torch.optim.Optimizer | torch.nn.Module | torch.Tensor | dict[str, Any],
+    *,
+    l1: float = 0.0,
+    l2: float = 0.0,
+) -> torch.Tensor:
     """The regulariser lambda * Omega(w) = sum of l1 |w|_1 + l2 / 2 |w|_2^2, to report E + lambda * Omega or
     to add it to a loss.
 
@@ -369,17 +407,18 @@ def penalty(params_or_groups, *, l1=0.0, l2=0.0):
         0 is 0). A parameter that comes twice counts once.
     """
     for name, value in (("l1", l1), ("l2", l2)):
-        _check_finite("penalty", name, value)
-    source = params_or_groups
+        _check_factor("penalty", name, value)
+    source: Any = params_or_groups
     if isinstance(source, torch.optim.Optimizer):
         source = source.param_groups
     elif isinstance(source, torch.nn.Module):
         source = source.parameters()
     elif isinstance(source, (torch.Tensor, dict)):
         source = [source]
-    seen, total = set(), None
+    seen: set[int] = set()
+    total: torch.Tensor | None = None
     for item in source:
-        group = item if isinstance(item, dict) else {"params": [item]}
+        group: dict[str, Any] = item if isinstance(item, dict) else {"params": [item]}
         group_l1, group_l2 = group.get("l1", l1), group.get("weight_decay", l2)
         for p in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
             p = _tensor_of(p)
@@ -389,7 +428,8 @@ def penalty(params_or_groups, *, l1=0.0, l2=0.0):
             seen.add(id(p))
             w = p if p.dtype == torch.float64 else p.float()
             term = w.new_zeros(())
-            if group_l1:  # a factor of 0 leaves out the pass over memory, and the NaN that it makes of an inf
+            # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
+            if group_l1:
                 term = term + group_l1 * w.abs().sum()
             if group_l2:
                 term = term + 0.5 * group_l2 * (w * w).sum()
@@ -398,13 +438,18 @@ def penalty(params_or_groups, *, l1=0.0, l2=0.0):
     return torch.zeros(()) if total is None else total
 
 
-def _whole(tensor):
-    return (
-        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    )  # a DTensor: the sum over all shards
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sum over all elements; of a DTensor, over all of its shards."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
+def prior_scale(
+    value: float,
+    prior: Literal["gaussian", "laplace"] = "gaussian",
+    *,
+    num_samples: float = 1,
+    inverse: bool = False,
+) -> float:
     """The prior whose MAP estimate a penalty is: from the penalty's factor to the prior's scale, or back.
 
     With a loss that is the mean of -log p(y | x, w) over `num_samples` examples, minimising loss + penalty
@@ -439,23 +484,23 @@ def prior_scale(value, prior="gaussian", *, num_samples=1, inverse=False):
     check_choice(op, "prior", prior, ("gaussian", "laplace"))
     if value == 0:
         return math.inf
-    # Divided one after the other, squares last: value * value and value * num_samples can leave the range
-    # that the result is in.
-    if prior == "laplace":  # its own inverse
+    # The divisions come one after the other and the square last, since value * value and value * num_samples
+    # can leave the range of a float where the result does not.
+    if prior == "laplace":  # The map is its own inverse.
         return 1 / value / num_samples
     if inverse:
         return (1 / value / math.sqrt(num_samples)) * (1 / value / math.sqrt(num_samples))
     return 1 / math.sqrt(value) / math.sqrt(num_samples)
 
 
-def sparsity(model):
+def sparsity(model: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> float:
     """Share of exactly zero elements among the parameters of a Module, or of the given tensors; shared ones
     count once.
 
     Returns:
         float in [0, 1]; 0 for no parameters at all.
     """
-    tensors = model.parameters() if isinstance(model, torch.nn.Module) else model
-    tensors = {id(p): p for p in ([tensors] if isinstance(tensors, torch.Tensor) else tensors)}.values()
+    given = model.parameters() if isinstance(model, torch.nn.Module) else model
+    tensors = {id(p): p for p in ([given] if isinstance(given, torch.Tensor) else given)}.values()
     total = sum(p.numel() for p in tensors)
     return sum(int(_whole((p == 0).sum())) for p in tensors) / total if total else 0.0

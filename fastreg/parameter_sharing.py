@@ -4,12 +4,21 @@ One parameter in several places is the constraint that these weights are equal. 
 the places; an optimiser steps it, and a penalty counts it, once (Goodfellow, Bengio, Courville 2016, section
 7.9). A convolution is the same idea inside one layer: one small weight at every position.
 
-Plain `b.weight = a.weight` does that, too, until something gives a module new parameters:
+Plain `b.weight = a.weight` shares a parameter too, until something gives a module new parameters:
 load_state_dict(assign=True), or to_empty of a model on the meta device, puts a tensor of its own into each
-place. Here those two ways in are watched.
+place. Here the two methods through which this happens are watched.
 """
 
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
 import torch
+
+__all__ = ["share_parameters", "unshare_parameters"]
+
+# Where a parameter stands: the module and the parameter's name there.
+Place: TypeAlias = tuple[torch.nn.Module, str]
 
 # The two methods of a module through which torch replaces parameters; it has hooks around neither.
 _REPLACING = ("_apply", "_load_from_state_dict")
@@ -17,55 +26,57 @@ _REPLACING = ("_apply", "_load_from_state_dict")
 
 class _Keeper:
     """Stands in one module for a method that may replace parameters: what was one tensor before the call is
-    one after it.
+    one tensor after it.
 
-    groups: lists of places (module, name of the parameter there), shared among the keepers of all modules
-    concerned. Deep copies and pickles take the groups along, so that the copies' keepers watch the copies.
+    sharing: lists of places that share a parameter; the keepers of all modules concerned hold the same lists.
+    Deep copies and pickles take the lists along, so that the keepers of a copy watch the copy.
     """
 
-    def __init__(self, module, method, groups):
-        self.module, self.method, self.groups = module, method, groups
+    def __init__(self, module: torch.nn.Module, method: str, sharing: list[list[Place]]) -> None:
+        self.module, self.method, self.sharing = module, method, sharing
 
-    def __call__(self, *args, **kwargs):
-        before = [_tensors(group) for group in self.groups]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = [_tensors(places) for places in self.sharing]
         result = getattr(type(self.module), self.method)(self.module, *args, **kwargs)
-        for group, old in zip(self.groups, before, strict=True):
-            if all(p is old[0] for p in old):  # not if someone has given a place a parameter of its own since
-                new = next((p for p in _tensors(group) if p is not old[0]), old[0])
-                _tie(group, new)
+        for places, old in zip(self.sharing, before, strict=True):
+            # Where someone has given a place a parameter of its own since, nothing is tied again.
+            if all(p is old[0] for p in old):
+                new = next((p for p in _tensors(places) if p is not old[0]), old[0])
+                _tie(places, new)
         return result
 
 
-def _tensors(group):
-    return [module._parameters.get(leaf) for module, leaf in group]
+def _tensors(places: list[Place]) -> list[torch.nn.Parameter | None]:
+    return [module._parameters.get(leaf) for module, leaf in places]
 
 
-def _tie(group, parameter):
-    for module, leaf in group:
+def _tie(places: list[Place], parameter: torch.nn.Parameter | None) -> None:
+    for module, leaf in places:
         module._parameters[leaf] = parameter
 
 
-def _groups(module):
+def _sharing(module: torch.nn.Module) -> list[list[Place]]:
+    """The lists of places that the module's keepers watch."""
     keeper = module.__dict__.get(_REPLACING[0])
-    return keeper.groups if isinstance(keeper, _Keeper) else []
+    return keeper.sharing if isinstance(keeper, _Keeper) else []
 
 
-def _watch(module, groups):
-    """Let the module's keepers watch these groups; none, and they are gone."""
+def _watch(module: torch.nn.Module, sharing: list[list[Place]]) -> None:
+    """Let the module's keepers watch these lists of places; without any, the keepers are removed."""
     for method in _REPLACING:
-        if groups:
-            module.__dict__[method] = _Keeper(module, method, groups)
+        if sharing:
+            module.__dict__[method] = _Keeper(module, method, sharing)
         elif isinstance(module.__dict__.get(method), _Keeper):
             del module.__dict__[method]
 
 
-def share_parameters(*modules_or_names):
+def share_parameters(*modules_or_names: torch.nn.Module | str) -> None:
     """Make parameters of several modules one tensor that stays one.
 
     ::
 
-        fr.share_parameters(first, second)  # modules: each parameter of `first` is that of `second`, too
-        fr.share_parameters(model, "embedding.weight", "head.weight")  # names of parameters, or of submodules, of `model`
+        fr.share_parameters(first, second)  # modules: each parameter of `first` is also that of `second`
+        fr.share_parameters(model, "embedding.weight", "head.weight")  # parameters or submodules of `model`
 
     The values (and the gradient, if any) of the first named are kept, those of the others are dropped: share
     before an optimiser is made. The tensor has all its names in `state_dict`, where its memory is one; where
@@ -95,49 +106,49 @@ def share_parameters(*modules_or_names):
     if len(sides) < 2:
         raise ValueError(f"{op}: expected at least two modules or names to share, got {len(sides)}")
     (first_label, first), *others = sides
-    for label, places in others:
-        if places.keys() != first.keys():
+    for label, other in others:
+        if other.keys() != first.keys():
             raise ValueError(
                 f"{op}: expected the same parameters in both, got {sorted(first)} in {first_label}, "
-                f"{sorted(places)} in {label}; "
+                f"{sorted(other)} in {label}; "
                 "share them by name, share_parameters(model, 'a.weight', 'b.weight')"
             )
         for name in first:
             _check_equal(
                 op,
                 first[name],
-                places[name],
+                other[name],
                 *(f"{side}.{name}".rstrip(".") for side in (first_label, label)),
             )
-    groups = [[side[name] for _, side in sides] for name in first]
-    for group in groups:
-        if len({(id(module), leaf) for module, leaf in group}) < len(group):
+    sharing = [[side[name] for _, side in sides] for name in first]
+    for places in sharing:
+        if len({(id(module), leaf) for module, leaf in places}) < len(places):
             raise ValueError(f"{op}: expected different parameters, got the same one twice; name each once")
-    for group in groups:
-        _join(group)
+    for places in sharing:
+        _join(places)
 
 
-def _join(group):
-    """Tie the places of a group, and of all that share with one of them, and watch them."""
-    whole = [*group]
-    for module, leaf in group:
-        for other in _groups(module):
+def _join(places: list[Place]) -> None:
+    """Tie these places, and all that share with one of them already, and watch them."""
+    whole = [*places]
+    for module, leaf in places:
+        for other in _sharing(module):
             if _has(other, module, leaf):
                 held = module._parameters[leaf]
                 whole += [
                     place for place in other if _tensors([place])[0] is held and not _has(whole, *place)
                 ]
-    _tie(whole, group[0][0]._parameters[group[0][1]])
+    _tie(whole, _tensors(places)[0])
     for module in {id(module): module for module, _ in whole}.values():
-        rest = [g for g in _groups(module) if not any(_has(whole, *place) for place in g)]
+        rest = [other for other in _sharing(module) if not any(_has(whole, *place) for place in other)]
         _watch(module, [*rest, whole])
 
 
-def _has(group, module, leaf):
-    return any(module is other and leaf == name for other, name in group)
+def _has(places: list[Place], module: torch.nn.Module, leaf: str) -> bool:
+    return any(module is other and leaf == name for other, name in places)
 
 
-def unshare_parameters(*modules_or_names):
+def unshare_parameters(*modules_or_names: torch.nn.Module | str) -> None:
     """End the sharing: give each place a parameter of its own, with the values it has now.
 
     Args:
@@ -152,23 +163,26 @@ def unshare_parameters(*modules_or_names):
     sides = _resolve("unshare_parameters", modules_or_names)
     for _, places in reversed(sides):
         for module, leaf in reversed(places.values()):
-            for group in [g for g in _groups(module) if _has(g, module, leaf)]:
-                rest = [place for place in group if not (place[0] is module and place[1] == leaf)]
-                shared = module._parameters[leaf]
-                if any(p is shared for p in _tensors(rest)):
-                    own = torch.nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad)
-                    module._parameters[leaf] = own
-                for owner in {id(m): m for m, _ in group}.values():
-                    kept = [g for g in _groups(owner) if g is not group]
-                    _watch(
-                        owner, [*kept, rest] if len(rest) > 1 and any(m is owner for m, _ in rest) else kept
-                    )
+            for shared in [one for one in _sharing(module) if _has(one, module, leaf)]:
+                _leave(shared, module, leaf)
 
 
-def _resolve(op, modules_or_names):
-    """[(label, {name below it: (module, name there)})] of what is to be shared, one entry for each module or
-    name.
-    """
+def _leave(shared: list[Place], module: torch.nn.Module, leaf: str) -> None:
+    """Take one place out of those that share a parameter."""
+    rest = [place for place in shared if not (place[0] is module and place[1] == leaf)]
+    held = module._parameters[leaf]
+    if held is not None and any(p is held for p in _tensors(rest)):
+        own = torch.nn.Parameter(held.detach().clone(), requires_grad=held.requires_grad)
+        module._parameters[leaf] = own
+    for owner in {id(m): m for m, _ in shared}.values():
+        kept = [other for other in _sharing(owner) if other is not shared]
+        if len(rest) > 1 and any(m is owner for m, _ in rest):
+            kept.append(rest)
+        _watch(owner, kept)
+
+
+def _resolve(op: str, modules_or_names: tuple[Any, ...]) -> list[tuple[str, dict[str, Place]]]:
+    """[(label, {name below it: place})] of what is to be shared, one entry for each module or name."""
     root, *names = modules_or_names or (None,)
     if not isinstance(root, torch.nn.Module) or not (
         all(isinstance(n, str) for n in names) or all(isinstance(n, torch.nn.Module) for n in names)
@@ -178,7 +192,7 @@ def _resolve(op, modules_or_names):
             f"{op}: expected modules, or one module and names of parameters or submodules, got ({got})"
         )
     if not names or isinstance(names[0], torch.nn.Module):
-        chosen = [(type(module).__name__, module) for module in (root, *names)]
+        chosen: list[tuple[str, Any]] = [(type(module).__name__, module) for module in (root, *names)]
     else:
         modules = dict(root.named_modules(remove_duplicate=False))
         chosen = []
@@ -202,7 +216,8 @@ def _resolve(op, modules_or_names):
     return sides
 
 
-def _places(root):
+def _places(root: torch.nn.Module) -> dict[str, Place]:
+    """Where the parameters below a module stand, by name."""
     return {
         f"{name}.{leaf}".lstrip("."): (module, leaf)
         for name, module in root.named_modules(remove_duplicate=False)
@@ -211,8 +226,10 @@ def _places(root):
     }
 
 
-def _check_equal(op, first, second, first_name, second_name):
-    a, b = (module._parameters[leaf] for module, leaf in (first, second))
+def _check_equal(op: str, first: Place, second: Place, first_name: str, second_name: str) -> None:
+    """Raise unless one parameter can stand at both places."""
+    held: list[Any] = [module._parameters[leaf] for module, leaf in (first, second)]
+    a, b = held
     for name, p in ((first_name, a), (second_name, b)):
         if torch.nn.parameter.is_lazy(p):
             raise ValueError(f"{op}: {name} has no shape yet; run the model once first")

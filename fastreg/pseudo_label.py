@@ -1,31 +1,60 @@
 """Semi-supervised learning by pseudo-labels: the network's own confident predictions become targets.
 
-    p = softmax(weak / T),  q = one-hot(argmax p),  loss = 1/N sum over i of [max p_i >= threshold] * H(q_i,
-    softmax(strong_i))
+    p = softmax(weak / T),    q = one-hot(argmax p)
+    loss = 1/N sum over i of [max p_i >= threshold] * H(q_i, softmax(strong_i))
 
 Lee 2013, "Pseudo-label"; with two views of each input and a threshold Sohn et al. 2020, "FixMatch". Beyond
 them: soft targets q = p.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Literal, overload
 
 import torch
 
 from ._checks import check_number, check_tensor
 from ._cross_entropy import cross_entropy
 
+__all__ = ["pseudo_label_loss"]
+
 _IGNORED = -100
 
 
+@overload
 def pseudo_label_loss(
-    strong_logits,
-    weak_logits=None,
-    threshold=0.95,
-    temperature=1.0,
+    strong_logits: torch.Tensor,
+    weak_logits: torch.Tensor | None = None,
     *,
-    hard=True,
-    return_mask_rate=False,
-):
+    threshold: float = 0.95,
+    temperature: float = 1.0,
+    hard: bool = True,
+    return_mask_rate: Literal[False] = False,
+) -> torch.Tensor: ...
+
+
+@overload
+def pseudo_label_loss(
+    strong_logits: torch.Tensor,
+    weak_logits: torch.Tensor | None = None,
+    *,
+    threshold: float = 0.95,
+    temperature: float = 1.0,
+    hard: bool = True,
+    return_mask_rate: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def pseudo_label_loss(
+    strong_logits: torch.Tensor,
+    weak_logits: torch.Tensor | None = None,
+    *,
+    threshold: float = 0.95,
+    temperature: float = 1.0,
+    hard: bool = True,
+    return_mask_rate: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of unlabelled samples against what the network itself is sure of.
 
     Add it to the supervised loss, `cross_entropy(logits, y) + weight * pseudo_label_loss(...)`.
@@ -60,8 +89,39 @@ def pseudo_label_loss(
     Source: Lee 2013, Pseudo-label: the simple and efficient semi-supervised learning method for deep neural
     networks; Sohn et al. 2020, FixMatch; soft targets: Xie et al. 2020, Unsupervised data augmentation.
     """
-    op = "pseudo_label_loss"
     weak_logits = strong_logits if weak_logits is None else weak_logits
+    _check(strong_logits, weak_logits, threshold, temperature)
+
+    # The targets, and which samples count.
+    with torch.no_grad():
+        weak = weak_logits if weak_logits.dtype == torch.float64 else weak_logits.float()
+        p = (weak / temperature).softmax(1)
+        confidence, label = p.max(1)
+        counted = confidence >= threshold  # False for NaN
+
+    # Their loss. Samples that do not count are taken out of it by ignore_index, or where targets are
+    # probabilities by zeros in the logits too, since 0 * NaN would be NaN.
+    statistics_dtype = torch.promote_types(strong_logits.dtype, torch.float32)
+    if hard:
+        logits, target = strong_logits, label.where(counted, _IGNORED)
+    else:
+        inside = counted.unsqueeze(1)
+        logits, target = strong_logits.where(inside, 0), p.where(inside, 0)
+    # A float16 sum may overflow where its mean does not.
+    loss = cross_entropy(
+        logits, target, ignore_index=_IGNORED, reduction="sum", loss_dtype=statistics_dtype
+    ) / max(label.numel(), 1)
+    if not torch.is_autocast_enabled(strong_logits.device.type):
+        loss = loss.to(strong_logits.dtype)
+    if not return_mask_rate:
+        return loss
+    return loss, counted.sum(dtype=torch.float32) / max(label.numel(), 1)
+
+
+def _check(
+    strong_logits: torch.Tensor, weak_logits: torch.Tensor, threshold: float, temperature: float
+) -> None:
+    op = "pseudo_label_loss"
     for name, logits in (("strong_logits", strong_logits), ("weak_logits", weak_logits)):
         check_tensor(op, name, logits)
         if not logits.is_floating_point():
@@ -74,9 +134,9 @@ def pseudo_label_loss(
             )
     if strong_logits.shape != weak_logits.shape or strong_logits.device != weak_logits.device:
         raise ValueError(
-            f"{op}: both views must have one shape and device, got {tuple(strong_logits.shape)} on "
-            f"{strong_logits.device} and "
-            f"{tuple(weak_logits.shape)} on {weak_logits.device}; pass the logits of the same samples"
+            f"{op}: both views must have one shape and device, got "
+            f"{tuple(strong_logits.shape)} on {strong_logits.device} and {tuple(weak_logits.shape)} on "
+            f"{weak_logits.device}; pass the logits of the same samples"
         )
     check_number(op, "threshold", threshold, 0, 1)
     check_number(op, "temperature", temperature)
@@ -84,24 +144,3 @@ def pseudo_label_loss(
         raise ValueError(
             f"{op}: temperature must be positive and finite, got {temperature}; hard=True is the limit 0"
         )
-
-    with torch.no_grad():
-        weak = weak_logits if weak_logits.dtype == torch.float64 else weak_logits.float()
-        p = (weak / temperature).softmax(1)
-        confidence, label = p.max(1)
-        counted = confidence >= threshold  # False for NaN
-    statistics_dtype = torch.promote_types(strong_logits.dtype, torch.float32)
-    if hard:
-        logits, target = strong_logits, label.where(counted, _IGNORED)
-    else:  # ignore_index is for classes; 0 * NaN would be NaN
-        inside = counted.unsqueeze(1)
-        logits, target = strong_logits.where(inside, 0), p.where(inside, 0)
-    # A float16 sum may overflow where its mean does not.
-    loss = cross_entropy(
-        logits, target, ignore_index=_IGNORED, reduction="sum", loss_dtype=statistics_dtype
-    ) / max(label.numel(), 1)
-    if not torch.is_autocast_enabled(strong_logits.device.type):
-        loss = loss.to(strong_logits.dtype)
-    if not return_mask_rate:
-        return loss
-    return loss, counted.sum(dtype=torch.float32) / max(label.numel(), 1)

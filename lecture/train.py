@@ -310,7 +310,7 @@ class Run:
         with torch.no_grad():
             logits = self.model(self.data.x_test)
         weights = torch.cat([p.detach().flatten() for p in self.model.parameters() if p.ndim > 1])
-        count, accuracy, confidence = fr.calibration_curve(logits, self.data.y_test, BINS)
+        count, accuracy, confidence = fr.calibration_curve(logits, self.data.y_test, bins=BINS)
         measured |= {
             "gap_error": measured["test_error"] - measured["train_error"],
             "gap_loss": measured["test_loss"] - measured["train_loss"],
@@ -318,7 +318,7 @@ class Run:
             "weight_size": weights[weights != 0].abs().double().mean().item(),
             "attacked_accuracy": attacked_accuracy(self.side, self.model, self.data),
             "confidence": 100 * logits.softmax(1).amax(1).double().mean().item(),
-            "calibration_error": 100 * fr.calibration_error(logits, self.data.y_test, BINS).item(),
+            "calibration_error": 100 * fr.calibration_error(logits, self.data.y_test, bins=BINS).item(),
             "reliability": [
                 {
                     "bin": i,

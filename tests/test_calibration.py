@@ -32,7 +32,10 @@ def reference(logits, target, bins):
 def test_against_the_reference(shape, bins, dtype):
     logits, target = (3 * torch.randn(shape)).to(dtype), torch.randint(shape[1], shape[:1])
     target = torch.where(torch.rand(shape[0]) < 0.6, logits.argmax(1), target)
-    curve, error = fr.calibration_curve(logits, target, bins), fr.calibration_error(logits, target, bins)
+    curve, error = (
+        fr.calibration_curve(logits, target, bins=bins),
+        fr.calibration_error(logits, target, bins=bins),
+    )
     want, want_error = reference(logits, target, bins)
     assert (
         all(v.dtype == torch.float64 and v.shape == (bins,) for v in curve)
@@ -43,8 +46,8 @@ def test_against_the_reference(shape, bins, dtype):
         torch.stack(curve, 1), torch.tensor(want, dtype=torch.float64), rtol=1e-12, atol=1e-12, equal_nan=True
     )
     assert error.item() == pytest.approx(want_error, abs=1e-12)
-    torch.testing.assert_close(fr.calibration_error(logits.T.contiguous().T, target, bins), error)
-    assert fr.calibration_error(logits.requires_grad_(), target, bins).requires_grad is False
+    torch.testing.assert_close(fr.calibration_error(logits.T.contiguous().T, target, bins=bins), error)
+    assert fr.calibration_error(logits.requires_grad_(), target, bins=bins).requires_grad is False
 
 
 def test_by_hand():
@@ -54,7 +57,18 @@ def test_by_hand():
     got = fr.calibration_error(logits, (~right).long(), bins=10)
     # (0.9, 1] holds 5, 4 of them right, confidence 0.96; (0.5, 0.6] holds 2, 1 of them right, 0.55
     assert got.item() == pytest.approx((5 * abs(0.8 - 0.96) + 2 * 0.05) / 7, abs=1e-12)
-    assert fr.calibration_curve(logits, (~right).long(), 10).count.tolist() == [0, 0, 0, 0, 0, 2, 0, 0, 0, 5]
+    assert fr.calibration_curve(logits, (~right).long(), bins=10).count.tolist() == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        2,
+        0,
+        0,
+        0,
+        5,
+    ]
 
 
 def test_ends():

@@ -158,7 +158,7 @@ def test_lightning_options_decision_only_and_several_validations_per_epoch():
     assert stop.stopper.epoch == 0
     with pytest.raises(ValueError, match=r"expected the metric 'val_acc', got \['val_loss'\]; log it with"):
         fit(Scripted(SCORES), EarlyStopping("val_acc"))
-    with pytest.raises(ValueError, match="patience must be an integer >= 0"):
+    with pytest.raises(ValueError, match="patience must be at least 0, got -1"):
         EarlyStopping("val_loss", patience=-1)
     assert EarlyStopping("a").state_key != EarlyStopping("b").state_key
 

@@ -49,7 +49,7 @@ def test_loss_gradient_and_mask_rate(dtype, shape, layout, hard):
     for threshold, temperature in ((0.8, 1.0), (0.5, 2.5), (0.95, 0.3)):
         strong.grad = None
         loss, rate = fr.pseudo_label_loss(
-            strong, weak, threshold, temperature, hard=hard, return_mask_rate=True
+            strong, weak, threshold=threshold, temperature=temperature, hard=hard, return_mask_rate=True
         )
         want, want_grad, want_rate = reference(strong, weak, threshold, temperature, hard)
         assert (
@@ -76,7 +76,8 @@ def test_the_classic_form_uses_one_view():
     torch.testing.assert_close(loss, want)
     torch.testing.assert_close(grad, torch.autograd.grad(want, logits)[0])
     assert torch.equal(
-        fr.pseudo_label_loss(logits, threshold=0.6), fr.pseudo_label_loss(logits, logits.detach(), 0.6)
+        fr.pseudo_label_loss(logits, threshold=0.6),
+        fr.pseudo_label_loss(logits, logits.detach(), threshold=0.6),
     )
 
 
@@ -113,7 +114,12 @@ def test_the_mean_is_over_all_samples():
 def test_who_counts(weak, threshold, temperature, counted, hard):
     strong = torch.tensor([[0.3, -0.7]], requires_grad=True)
     loss, rate = fr.pseudo_label_loss(
-        strong, torch.tensor([weak]), threshold, temperature, hard=hard, return_mask_rate=True
+        strong,
+        torch.tensor([weak]),
+        threshold=threshold,
+        temperature=temperature,
+        hard=hard,
+        return_mask_rate=True,
     )
     loss.backward()
     assert rate.item() == counted
@@ -152,9 +158,9 @@ def test_float16_sums_do_not_overflow():
 
 def test_views_may_differ_in_dtype_and_autocast_gives_float32():
     strong, weak = torch.randn(6, 3, dtype=torch.bfloat16), torch.randn(6, 3, dtype=torch.float64)
-    assert fr.pseudo_label_loss(strong, weak, 0.4).dtype == torch.bfloat16
+    assert fr.pseudo_label_loss(strong, weak, threshold=0.4).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        loss = fr.pseudo_label_loss(strong, weak, 0.4)
+        loss = fr.pseudo_label_loss(strong, weak, threshold=0.4)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(reference(strong, weak, 0.4, 1.0, True)[0], rel=1e-6)
 
@@ -162,7 +168,7 @@ def test_views_may_differ_in_dtype_and_autocast_gives_float32():
 @pytest.mark.parametrize("hard", [True, False])
 def test_under_compile_and_without_gradients(hard):
     def function(strong, weak):
-        return fr.pseudo_label_loss(strong, weak, 0.6, hard=hard, return_mask_rate=True)
+        return fr.pseudo_label_loss(strong, weak, threshold=0.6, hard=hard, return_mask_rate=True)
 
     strong, weak = torch.randn(20, 4, requires_grad=True), torch.randn(20, 4).mul(3)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -114,12 +114,12 @@ class Stream(IterableDataset):
 @pytest.mark.parametrize(
     "change, error, words",
     [
-        (dict(epochs=0), ValueError, "epochs must be an integer >= 1"),
-        (dict(epochs=2.0), TypeError, "epochs must be an integer >= 1"),
-        (dict(epochs=True), TypeError, "epochs must be"),
+        (dict(epochs=0), ValueError, "epochs must be at least 1, got 0"),
+        (dict(epochs=2.0), TypeError, "epochs must be an int or an EarlyStopping, got a float"),
+        (dict(epochs=True), TypeError, "epochs must be an int, got bool"),
         (dict(epochs=EarlyStopping()), ValueError, "with a best epoch"),
-        (dict(seed=None), TypeError, "seed must be an integer"),
-        (dict(seed=1.5), TypeError, "seed must be an integer"),
+        (dict(seed=None), TypeError, "seed must be an int, got NoneType"),
+        (dict(seed=1.5), TypeError, "seed must be an int, got float"),
         (dict(make=nn.Module), None, None),
         (dict(make=3), TypeError, "make must be a function, got a int"),
         (dict(train_epoch=None), TypeError, "train_epoch must be a function"),

@@ -1,7 +1,9 @@
 """Early stopping for PyTorch-Ignite, by `fastreg.EarlyStopping`."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import early_stopping
 
@@ -12,6 +14,12 @@ except ImportError as error:
         f"fastreg.integrations.ignite needs PyTorch-Ignite and cannot import it ({error}); pip install "
         f"pytorch-ignite"
     ) from error
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["EarlyStopping"]
 
 
 class EarlyStopping:
@@ -25,8 +33,8 @@ class EarlyStopping:
     Args:
         score_function: callable(engine) -> number; as in ignite's own handler, higher is better unless
             mode="min" is given.
-        trainer: Engine to terminate; also restored at its COMPLETED, before the handlers attached there
-            later.
+        trainer: Engine to terminate. At its COMPLETED the best state is restored, before the handlers that
+            are attached there later.
         *tracked: what is brought back: anything with state_dict and load_state_dict; none for the decision
             alone.
         **options: mode (here "max" by default), patience, min_delta and the others of
@@ -42,15 +50,22 @@ class EarlyStopping:
         TypeError, ValueError: arguments refused.
     """
 
-    def __init__(self, score_function: Callable[[Engine], Any], trainer: Engine, *tracked: Any, **options):
+    def __init__(
+        self,
+        score_function: Callable[[Engine], Any],
+        trainer: Engine,
+        *tracked: Any,
+        **options: Unpack[early_stopping.StoppingOptions],
+    ) -> None:
         if not callable(score_function) or not isinstance(trainer, Engine):
             raise TypeError(
                 "EarlyStopping: expected a function and an ignite Engine, got "
-                f"{type(score_function).__name__} and {type(trainer).__name__}; see the order in ignite's "
-                f"own handler"
+                f"{type(score_function).__name__} and {type(trainer).__name__}; they come in the order "
+                "of ignite's own handler"
             )
         self.score_function, self.trainer = score_function, trainer
-        self.stopper = early_stopping.EarlyStopping(*tracked, **{"mode": "max", **options})
+        options.setdefault("mode", "max")
+        self.stopper = early_stopping.EarlyStopping(*tracked, **options)
         trainer.add_event_handler(Events.COMPLETED, self._restore)
 
     def __call__(self, engine: Engine) -> None:
@@ -58,7 +73,7 @@ class EarlyStopping:
         if self.stopper.step(self.score_function(engine)):
             self.trainer.terminate()
 
-    def _restore(self, engine):
+    def _restore(self, engine: Engine) -> None:
         if self.stopper.tracked and self.stopper.best is not None:
             self.stopper.restore()
 

@@ -1,5 +1,11 @@
 """Early stopping for Lightning's Trainer, by `fastreg.EarlyStopping`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
 from .. import early_stopping
 
 try:
@@ -12,6 +18,12 @@ except ImportError:
             f"fastreg.integrations.lightning needs Lightning and cannot import it ({error}); pip install "
             f"lightning"
         ) from error
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["EarlyStopping"]
 
 
 class EarlyStopping(Callback):
@@ -31,8 +43,8 @@ class EarlyStopping(Callback):
     Args:
         monitor: name of the metric, as in `self.log(name, ...)`.
         restore: keep a copy of the best weights in memory and load it at the end of training. With False only
-            the decision is taken; do so where a strategy shards the module itself and ModelCheckpoint keeps
-            the best epoch.
+            the decision is taken; that suits a strategy that shards the module itself, where ModelCheckpoint
+            keeps the best epoch.
         **options: mode, patience, min_delta and the others of `fastreg.EarlyStopping`, its defaults included.
 
     Attributes:
@@ -44,19 +56,19 @@ class EarlyStopping(Callback):
             refused.
     """
 
-    def __init__(self, monitor: str, *, restore: bool = True, **options):
+    def __init__(
+        self, monitor: str, *, restore: bool = True, **options: Unpack[early_stopping.StoppingOptions]
+    ) -> None:
         self.monitor, self.restore, self.options = monitor, restore, options
         self.stopper = early_stopping.EarlyStopping(**options)
-        self._module = None
+        self._module: torch.nn.Module | None = None
 
     @property
     def state_key(self) -> str:
-        """What the callback's state is filed under in a checkpoint; two callbacks on two metrics do not
-        collide.
-        """
+        """The name of the callback's state in a checkpoint; callbacks on two metrics have two."""
         return self._generate_state_key(monitor=self.monitor)
 
-    def setup(self, trainer, pl_module, stage):
+    def setup(self, trainer: Any, pl_module: torch.nn.Module, stage: str) -> None:
         """A new module begins with a new stopper."""
         if stage == "fit" and self._module is not pl_module:
             self._module = pl_module
@@ -64,41 +76,40 @@ class EarlyStopping(Callback):
                 *([pl_module] if self.restore else []), **self.options
             )
 
-    def on_train_epoch_end(self, trainer, pl_module):
+    def on_train_epoch_end(self, trainer: Any, pl_module: torch.nn.Module) -> None:
         """Judge an epoch that has been validated at most once."""
         if _once_per_epoch(trainer):
             self._judge(trainer)
 
-    def on_validation_end(self, trainer, pl_module):
+    def on_validation_end(self, trainer: Any, pl_module: torch.nn.Module) -> None:
         """Judge where epochs and validations do not go one to one."""
         if not _once_per_epoch(trainer):
             self._judge(trainer)
 
-    def _judge(self, trainer):
+    def _judge(self, trainer: Any) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
             return
         if self.monitor not in trainer.callback_metrics:
             raise ValueError(
                 f"EarlyStopping: expected the metric {self.monitor!r}, got "
-                f"{sorted(trainer.callback_metrics)}; "
-                f"log it with self.log({self.monitor!r}, ...)"
+                f"{sorted(trainer.callback_metrics)}; log it with self.log({self.monitor!r}, ...)"
             )
         if self.stopper.step(trainer.callback_metrics[self.monitor].squeeze()):
             trainer.should_stop = True
 
-    def on_train_end(self, trainer, pl_module):
+    def on_train_end(self, trainer: Any, pl_module: torch.nn.Module) -> None:
         """Load the best weights, if there was a best epoch."""
         if self.restore and self.stopper.best is not None:
             self.stopper.restore()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
         return self.stopper.state_dict()
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the checkpoint."""
         self.stopper.load_state_dict(state_dict)
 
 
-def _once_per_epoch(trainer):
+def _once_per_epoch(trainer: Any) -> bool:
     return trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1

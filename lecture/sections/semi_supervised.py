@@ -58,7 +58,9 @@ def measure(lab: Lab) -> Iterator[dict]:
                 with torch.no_grad():
                     weak = model.eval()(others)  # as it is; the other view has dropout, on the pixels too
                 strong = model.train()(others)
-                loss = loss + min(1, 2 * step / steps) * fr.pseudo_label_loss(strong, weak, THRESHOLD)
+                loss = loss + min(1, 2 * step / steps) * fr.pseudo_label_loss(
+                    strong, weak, threshold=THRESHOLD
+                )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -67,8 +69,9 @@ def measure(lab: Lab) -> Iterator[dict]:
     pretrained = encoder()
     decoder = fr.TiedDecoder(pretrained)
     epochs = 8 if lab.quick else 20
+    generator = torch.Generator().manual_seed(lab.seed)
     fr.pretrain_autoencoder(
-        pretrained, centre(unlabelled), decoder, epochs=epochs, corruption=CORRUPTION, seed=lab.seed
+        pretrained, centre(unlabelled), decoder, epochs=epochs, corruption=CORRUPTION, generator=generator
     )
     lab.keep("semi-supervised", restored=restoration(data, centre, pretrained, decoder))
     start = {name: value.clone() for name, value in pretrained.state_dict().items()}
