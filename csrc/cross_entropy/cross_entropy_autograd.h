@@ -48,7 +48,16 @@ inline Tensor second_order(const Tensor& v, const Tensor& u, const variable_list
   pybind11::list arguments;
   for (const Tensor& t : {v, u, saved[0], saved[1], saved[2], saved[3]})
     arguments.append(pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t)));
-  arguments.append(pybind11::cast(ctx->saved_data["options"].to<LossOptionValues>()));
+  pybind11::list options;
+  for (const c10::IValue& value : ctx->saved_data["options"].toTupleRef().elements()) {
+    if (value.isBool())
+      options.append(value.toBool());
+    else if (value.isInt())
+      options.append(value.toInt());
+    else
+      options.append(value.toDouble());
+  }
+  arguments.append(options);
   const auto function = pybind11::module_::import("fastreg._cross_entropy").attr("_second_order");
   const pybind11::object result = function(*arguments);
   return THPVariable_Unpack(result.ptr());
