@@ -1,5 +1,5 @@
-"""Twenty digits of each class are few; turned, stretched, shifted and sheared anew in every step they teach
-more.
+"""Augmentation: twenty digits of each class are few. Turned, stretched, shifted and sheared anew in every
+step, they teach more.
 """
 
 import torch

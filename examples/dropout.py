@@ -1,5 +1,5 @@
-"""Dropout in the textbook form: zero units while training, then scale the weights by 1 - p once and be rid of
-the layer.
+"""Dropout in the textbook form: it zeroes units while training; then the weights are scaled by 1 - p once and
+the layer is removed.
 """
 
 import torch
@@ -36,11 +36,10 @@ def train(p_input, p_hidden):
 
 for p_input, p_hidden in ((0, 0), (0.2, 0.5)):
     model = train(p_input, p_hidden)
-    folded = fr.nn.fold_dropout(model)  # Linear and ReLU alone, what one ships
+    folded = fr.nn.fold_dropout(model)  # only Linear and ReLU are left
     with torch.no_grad():
-        average = torch.stack([model(x_test).softmax(1) for _ in range(30)]).mean(
-            0
-        )  # of 30 sampled subnetworks
+        sampled = torch.stack([model(x_test).softmax(1) for _ in range(30)])  # 30 subnetworks
+        average = sampled.mean(0)
         accuracy = [(p.argmax(1) == y_test).double().mean() for p in (folded(x_test), average)]
     print(
         f"p = {p_input} of inputs, {p_hidden} of units: folded {accuracy[0]:.2%} right, mean of 30 masks "

@@ -1,4 +1,4 @@
-"""Label smoothing: the same network with and without, by accuracy and by how far its confidence can be
+"""Label smoothing: the same network with and without it, by accuracy and by how far its confidence can be
 believed.
 """
 

@@ -1,5 +1,5 @@
-"""One trunk, three tasks: which digit, odd or even, and how slanted; the digit is better read for the other
-two.
+"""Multi-task learning: one trunk tells which digit it is, whether it is odd, and how slanted it is. Learning
+the other two makes it read the digit better.
 """
 
 import torch

@@ -25,7 +25,7 @@ for l1 in (30.0, 10.0, 3.0, 1.0):
     gap = abs(model.weight.detach().numpy() - Lasso(l1, tol=1e-8).fit(x, y).coef_).max()
     print(f"l1 = {l1:4}: {(model.weight != 0).sum()} of 10 coefficients, within {gap:.0e} of scikit-learn's")
 
-# The digits: under L1 a weight is more often 0, and those that are left are larger.
+# The digits: under L1 more weights are 0, and the others are larger.
 x, y = mnist_data()
 x, y = torch.tensor(x, dtype=torch.float32) / 255, torch.tensor(y)
 for name, penalty in (("none", {}), ("L2", dict(l2=3e-3)), ("L1", dict(l1=5e-4))):

@@ -1,5 +1,5 @@
-"""Four quadrants of a digit, read by four layers or by one: the idea that a convolution carries to every
-position.
+"""Parameter sharing: four layers, or one layer, read the four quadrants of a digit. A convolution shares its
+weights in the same way, over every position.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Pseudo-labels: 100 labelled digits, and 2,000 whose labels are not looked at, against the 100 alone."""
+"""Pseudo-labels: 100 labelled digits and 2,000 whose labels are not used, against the 100 alone."""
 
 import torch
 from torch import nn
