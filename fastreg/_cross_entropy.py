@@ -11,7 +11,7 @@ csrc/cross_entropy/cross_entropy_math.h lists.
 from __future__ import annotations
 
 import sys
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -523,7 +523,7 @@ def cross_entropy(
     check_tensor(op, "input", input)
     check_tensor(op, "target", target)
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        reduction = cast(Reduction, torch.nn._reduction.legacy_get_string(size_average, reduce))
     narrow = input.dtype in (torch.float16, torch.bfloat16)
     if loss_dtype is None and narrow and torch.is_autocast_enabled(input.device.type):
         loss_dtype = torch.float32

@@ -197,7 +197,8 @@ def _differentiable_gradients(ctx, g: Tensor) -> list[Tensor | None]:
     """For derivatives of derivatives, in operations that have them, with all logits at once."""
     hidden, weight, bias, target, factor, class_weight = ctx.saved_tensors[:6]
     logits = torch.nn.functional.linear(hidden, weight, bias)
-    losses = loss_of(logits, target, class_weight, LossOptions(0, *ctx.options, loss_dtype=factor.dtype))
+    options = LossOptions(0, *ctx.options)._replace(loss_dtype=factor.dtype)
+    losses = loss_of(logits, target, class_weight, options)
     loss = losses if ctx.each else _weighted_sum(losses, factor)
     inputs = {name: x for name, x in zip("hwb", (hidden, weight, bias), strict=True) if name in ctx.wants}
     gradients = torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True)

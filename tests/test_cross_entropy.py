@@ -108,7 +108,7 @@ def test_agrees_with_torch_wherever_torch_has_it(shape, real, soft):
         torch.testing.assert_close(got_grad, want_grad, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("legacy", itertools.product((None, True, False), (None, True, False)), ids=str)
+@pytest.mark.parametrize("legacy", list(itertools.product((None, True, False), repeat=2)), ids=str)
 def test_deprecated_arguments_mean_what_they_mean_in_torch(legacy):
     x, target = case((6, 10), torch.float64)
     with warnings.catch_warnings():

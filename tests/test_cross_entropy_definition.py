@@ -50,8 +50,10 @@ def exact_of_confident(x, target, mass=0.0, z_loss=0.0):
 
 
 def noise_of(loss, dtype):
-    """Relative error of a sum of thousands of exponentials, in the kernel and, in float64, here as well. Where
-    the others have a little over an eighth of the 1, the sum counts last bits of 1, 8 of their own."""
+    """Relative error of a sum of thousands of exponentials, in the kernel and, in float64, here as well.
+
+    Where the others have a little over an eighth of the 1, the sum counts last bits of 1, 8 of their own.
+    """
     others = loss.expm1()
     units = (40 if dtype == torch.float64 else 12) + torch.where(others > 0.12, 4 / others, 0)
     return units * (2.0**-52 if dtype == torch.float64 else 2.0**-23)
@@ -138,7 +140,8 @@ def cases(dtype):
     yield hostile, torch.tensor([0, -100, -100, -100, 3, 2]), None, -100
     yield torch.zeros(3, 4, dtype=dtype), torch.full((3,), -100), None, -100
     yield torch.zeros(0, 4, dtype=dtype), torch.zeros(0, dtype=torch.int64), None, -100
-    yield torch.zeros(0, 4, dtype=dtype), torch.zeros(0, 4, dtype=dtype), None, -100
+    for shape in ((0, 4), (0, 4, 3), (2, 4, 0)):
+        yield torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), None, -100
 
 
 OPTIONS = list(
