@@ -74,7 +74,13 @@ MUTATIONS = {
         two_samples,
         "race",
     ),
-    "int32 index": ("dropout", "base = tile * kTile,", "base = int32_t(tile * kTile),", dropout_large, ""),
+    "int32 index": (
+        "dropout",
+        "base = chunk * kChunk,",
+        "base = int32_t(chunk * kChunk),",
+        dropout_large,
+        "",
+    ),
 }
 
 

@@ -133,13 +133,13 @@ inline PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   } else if (at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(input->device().type())) {
     o.loss_dtype = ScalarType::Float;
   }
-  return run([&] {
+  return without_lock([&] {
     const std::optional<Tensor> w = weight ? std::optional<Tensor>(*weight) : std::nullopt;
     return wants_grad(*input) ? CrossEntropy::apply(*input, *target, w, o)[0]
                               : std::get<0>(cross_entropy_op(*input, *target, w, o, false));
   });
 }
 
-inline PyMethodDef cross_entropy_methods[] = {method<cross_entropy, 12>("cross_entropy"), {}};
+inline const Method<cross_entropy, 12> register_cross_entropy("cross_entropy");
 
 }  // namespace fastreg::autograd
