@@ -239,8 +239,8 @@ MUTATIONS = {
         "misaligned",
     ),
     "int32 index": (
-        "base = tile * kTile,",
-        "base = int32_t(tile * kTile),",
+        "base = chunk * kChunk,",
+        "base = int32_t(chunk * kChunk),",
         test_more_than_2_31_elements,
         "",
     ),

@@ -161,13 +161,13 @@ inline PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   if (!input || !target || !read_options(args, &o) || is_transformed()) Py_RETURN_NONE;
   if (args[2] != Py_None && !(weight = plain(args[2]))) Py_RETURN_NONE;
   if (!fit(*input, *target, weight, o) || !read_loss_dtype(args[11], *input, &o)) Py_RETURN_NONE;
-  return run([&] {
+  return without_lock([&] {
     const std::optional<Tensor> w = weight ? std::optional<Tensor>(*weight) : std::nullopt;
     return wants_grad(*input) ? CrossEntropy::apply(*input, *target, w, o)[0]
                               : std::get<0>(cross_entropy_op(*input, *target, w, o, false));
   });
 }
 
-inline PyMethodDef cross_entropy_methods[] = {method<cross_entropy, 12>("cross_entropy"), {}};
+inline const Method<cross_entropy, 12> register_cross_entropy("cross_entropy");
 
 }  // namespace fastreg::autograd
