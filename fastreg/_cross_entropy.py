@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ._checks import check_choice, check_number, check_tensor
+from ._checks import DTYPES, check_choice, check_number, check_tensor
 from ._registry import define, fast
 
 Reduction = Literal["none", "mean", "sum"]
@@ -25,7 +25,6 @@ Smoothing = Literal["uniform", "others"]
 AllIgnored = Literal["nan", "zero"]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class LossOptions(NamedTuple):
@@ -376,7 +375,7 @@ def check_classes(
     expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the
     caller's user knows `input` and `weight` by.
     """
-    if input.dtype not in _DTYPES:
+    if input.dtype not in DTYPES:
         raise ValueError(
             f"{op}: {name} must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with "
             f".float()"
@@ -411,7 +410,7 @@ def check_classes(
             f"{op}: smoothing='others' needs at least two classes, got {name} of shape {tuple(input.shape)}"
         )
     if soft:
-        if target.dtype not in _DTYPES:
+        if target.dtype not in DTYPES:
             raise ValueError(
                 f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; "
                 f"convert with .float()"

@@ -91,11 +91,11 @@ class _DropoutAdd(torch.autograd.Function):
         wants_input, wants_residual, wants_bias = ctx.needs_input_grad[:3]
         grad_input = grad_bias = None
         if wants_input or wants_bias:
-            grad_input = grad if ctx.all_kept else masked_gradient(ctx, grad)
-        if wants_bias:
-            grad_bias = grad_input.sum_to_size(grad.shape[-1:])
+            kept = grad if ctx.all_kept else masked_gradient(ctx, grad)
+            grad_input = kept if wants_input else None
+            grad_bias = kept.sum_to_size(grad.shape[-1:]) if wants_bias else None
         return (
-            grad_input if wants_input else None,
+            grad_input,
             grad if wants_residual else None,
             grad_bias,
             None,

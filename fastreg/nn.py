@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from ._checks import check_choice, check_number
-from ._cross_entropy import cross_entropy
+from ._cross_entropy import AllIgnored, LossOptions, Reduction, Smoothing, cross_entropy
 from ._dropout import dropout
 from ._dropout_add import dropout_add
 from ._dropout_family import (
@@ -181,10 +181,11 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """
 
     # For a module that `convert` made of torch's, without a call of __init__.
-    smoothing: Literal["uniform", "others"] = "uniform"
+    smoothing: Smoothing = "uniform"
     z_loss: float = 0.0
-    all_ignored: Literal["nan", "zero"] = "nan"
+    all_ignored: AllIgnored = "nan"
     loss_dtype: torch.dtype | None = None
+    reduction: Reduction  # Set by torch, whose annotation is str.
 
     def __init__(
         self,
@@ -192,20 +193,25 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: Literal["none", "mean", "sum"] = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         *,
-        smoothing: Literal["uniform", "others"] = "uniform",
+        smoothing: Smoothing = "uniform",
         z_loss: float = 0.0,
-        all_ignored: Literal["nan", "zero"] = "nan",
+        all_ignored: AllIgnored = "nan",
         loss_dtype: torch.dtype | None = None,
     ) -> None:
         op = "CrossEntropyLoss"
-        check_choice(op, "reduction", reduction, ("none", "mean", "sum"))
-        check_choice(op, "smoothing", smoothing, ("uniform", "others"))
-        check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
-        check_number(op, "label_smoothing", label_smoothing, 0, 1)
-        check_number(op, "z_loss", z_loss, 0)
+        LossOptions.checked(
+            op,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            smoothing=smoothing,
+            z_loss=z_loss,
+            all_ignored=all_ignored,
+            loss_dtype=loss_dtype,
+        )
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.smoothing, self.z_loss = smoothing, z_loss
         self.all_ignored, self.loss_dtype = all_ignored, loss_dtype

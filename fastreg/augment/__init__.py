@@ -344,7 +344,7 @@ class Augment(nn.Module):
                 raise ValueError(f"{op}: blur must be (kernel, (lo, hi)), got {blur!r}")
             kernel = functional.check_kernel(op, blur[0])
             self.ranges["sigma"] = _interval("blur", blur[1], None, 0)
-        if dtype is not None and dtype not in functional.DTYPES:
+        if dtype is not None and dtype not in functional.IMAGE_DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
         self.settings = Settings(
             size=self.size, kernel=kernel, erase_value=_constant("erase_value", erase_value),

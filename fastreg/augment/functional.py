@@ -22,19 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_number, check_tensor
+from .._checks import DTYPES, check_choice, check_number, check_tensor
 from . import _op
 from ._op import Interpolation, Padding, PerChannel
 
 Number = float | Tensor  # one number, or one for each sample
 
-DTYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+IMAGE_DTYPES = (torch.uint8, *DTYPES)
 
 
 def batched(op: str, images: Tensor) -> tuple[Tensor, torch.Size]:
     """(images (..., C, H, W) as (B, C, H, W), their leading shape)."""
     check_tensor(op, "images", images)
-    if images.dtype not in DTYPES:
+    if images.dtype not in IMAGE_DTYPES:
         raise TypeError(
             f"{op}: images must be uint8, float32, float64, float16 or bfloat16, got {images.dtype}; convert "
             f"them with .float()"
