@@ -1,5 +1,6 @@
-# make demo: the main job on real data, with a report to look at.   make test: the tests.   make bench: speed and memory, in bench/.
-# Each makes .venv, installs torch and the build tools into it, and build. TORCH=torch==2.13.0 chooses another torch.
+# make demo: the main job on real data, with a report to look at.   make test: the tests.
+# make bench: speed and memory, in bench/.   make lint: style.
+# Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
@@ -51,7 +52,8 @@ build: .venv/.built
 .venv/.test: .venv/.built
 	$(venv)/pip install -q --no-build-isolation -e ".[demo,test]"
 	@# Models to try, where there are some for this torch; without them their tests are skipped and say so.
-	-$(venv)/pip install -q timm torchvision "torch==$$($(venv)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
+	-$(venv)/pip install -q timm torchvision \
+	  "torch==$$($(venv)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
 	@$(venv)/python -c 'import torchvision' 2>/dev/null || $(venv)/pip uninstall -q -y timm torchvision
 	touch $@
 

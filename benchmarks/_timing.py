@@ -16,9 +16,11 @@ import gc
 import math
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 
@@ -48,20 +50,17 @@ class Targets:
 class Work:
     """A case with its tensors."""
 
-    sides: dict[
-        str, Callable
-    ]  # "fastreg", "torch", and where there is one "compile" (torch's, compiled), "floor" and others
-    check: Callable  # raises AssertionError where ours is wrong
+    # "fastreg" and "torch"; where the case has them "compile" (torch's, compiled), "floor" and others.
+    sides: dict[str, Callable]
+    check: Callable  # raises AssertionError where fastreg's result is wrong
     moved: int | None = None  # bytes that any implementation reads and writes
-    forward: dict[str, Callable] = field(
-        default_factory=dict
-    )  # "fastreg", "torch": the forward pass alone, if there is a backward
+    # "fastreg" and "torch": the forward pass alone, where there is a backward pass.
+    forward: dict[str, Callable] = field(default_factory=dict)
     inputs: tuple = ()  # they live anyway: not counted as kept for backward
     peak_of: tuple[str, int] | None = None  # of what, and how many bytes, the extra memory is a share
     losses: dict[str, list] | None = None  # "fastreg", "torch": the loss of each step that was run
-    around: dict[str, Callable] = field(
-        default_factory=dict
-    )  # a side's context manager, in which it runs and which is not timed
+    # The context manager in which a side runs, and which is not timed.
+    around: dict[str, Callable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,10 @@ class Case:
     targets: Targets = Targets()
     threads: int = 1  # unless the user chose
     rounds: int = 7  # at least
-    scales: bool = True  # belongs into the picture of time against size
+    scales: bool = True  # whether the picture of time against size shows it
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The row's first cells in one line."""
         return f"{self.work}, {str(self.dtype).removeprefix('torch.')}, {self.size}"
 
@@ -89,10 +88,10 @@ class Case:
 class Clock:
     """Times calls on one device."""
 
-    def __init__(self, device):
+    def __init__(self, device: str):
         self.cuda = device == "cuda"
 
-    def seconds(self, function, calls=1):
+    def seconds(self, function: Callable, calls: int = 1) -> float:
         """Seconds per call of `calls` calls in a row. On a GPU from event to event, so that what was queued
         before and what the host does after is not counted."""
         if not self.cuda:
@@ -109,7 +108,13 @@ class Clock:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / calls
 
-    def measure(self, functions, seconds, rounds, around=None):
+    def measure(
+        self,
+        functions: dict[str, Callable],
+        seconds: float,
+        rounds: int,
+        around: dict[str, Callable] | None = None,
+    ) -> dict[str, list[float]]:
         """Seconds per call of each of `functions` (a dict) in every round, for about `seconds` in all and at
         least `rounds`.
         """
@@ -135,7 +140,7 @@ class Clock:
                 gc.enable()
         return times
 
-    def copy_bandwidth(self, size=COPY):
+    def copy_bandwidth(self, size: int = COPY) -> float:
         """Bytes per second, read and written, of copying a large tensor on this device."""
         source = torch.ones(size // 4, device="cuda" if self.cuda else "cpu")
         target = torch.zeros_like(source)
@@ -143,7 +148,7 @@ class Clock:
         return 2 * size / statistics.median(times)
 
 
-def ratio(numerator, denominator):
+def ratio(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Median and quartiles of the ratios of two lists of times, round by round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     low, median, high = (
@@ -152,7 +157,7 @@ def ratio(numerator, denominator):
     return {"median": median, "low": low, "high": high}
 
 
-def saved_bytes(function, inputs=()):
+def saved_bytes(function: Callable, inputs: Iterable[torch.Tensor] = ()) -> int:
     """Bytes of the memory that autograd keeps for backward when `function` runs, beyond that of `inputs`."""
     kept = {}
 
@@ -169,7 +174,7 @@ def saved_bytes(function, inputs=()):
     return sum(kept.values())
 
 
-def peak_bytes(function, device):
+def peak_bytes(function: Callable, device: str) -> int:
     """The most memory that torch's allocator had handed out at one time while `function` ran, less what it
     left behind.
     """
@@ -212,7 +217,15 @@ def _silent():
             os.close(saved)
 
 
-def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=None):
+def measure_case(
+    case: Case,
+    device: str,
+    *,
+    seconds: float = 3.0,
+    threads: int | None = None,
+    compiled: bool = True,
+    bandwidth: float | None = None,
+) -> dict:
     """Check and measure a case; gives its row, a dict of plain values.
 
     Raises:
@@ -295,7 +308,7 @@ def run(case, device, *, seconds=3.0, threads=None, compiled=True, bandwidth=Non
     return row
 
 
-def verdicts(row):
+def verdicts(row: dict) -> dict[str, bool | None]:
     """Which targets of a row are met: True, False, or None where there is no target or no measurement."""
     reached = {
         "eager": (row["against_eager"], True),
@@ -313,17 +326,13 @@ def verdicts(row):
     return met
 
 
-def tolerance(dtype):
+def tolerance(dtype: torch.dtype) -> float:
     """rtol of a value that was computed exactly and rounded once or twice."""
     return {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
 
 
-def run_alone(op):
-    """`fastreg bench` of this op alone, with the same options: what a benchmark's file does when it is run
-    itself.
-    """
-    import sys
-
+def run_alone(op: str) -> NoReturn:
+    """End the process with `fastreg bench` of this op alone, which takes the same options."""
     from fastreg.benchmarks import command
 
     raise SystemExit(command.main(["--ops", op, *sys.argv[1:]]))

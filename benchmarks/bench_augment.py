@@ -7,6 +7,7 @@ over the samples, and kornia where it is installed. All give float32, from float
 """
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from fastreg.benchmarks._timing import Case, Targets, Work
 try:
     import torchvision.transforms.v2 as transforms
     import torchvision.transforms.v2.functional as vision
-except ImportError:  # not made for every torch
+except ImportError:  # torchvision is not made for every torch
     vision = None
 try:
     import kornia.augmentation as kornia
@@ -34,14 +35,11 @@ CHAINS = {
     "without blur": (GEOMETRY | COLOUR | NORMALISE, Targets(floor=8)),
     "geometry": (GEOMETRY, Targets(eager=2.5)),
 }
-OTHERS = {
-    224: {"kornia": 12, "loop": 12},
-    32: {"kornia": 12, "loop": 100},
-}  # targets, by the side of the images
+OTHERS = {224: {"kornia": 12, "loop": 12}, 32: {"kornia": 12, "loop": 100}}  # targets, by the images' side
 SHAPES = {"full": ((256, 32), (32, 224)), "quick": ((256, 32), (32, 224)), "tiny": ((2, 9),)}
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     for dtype in (torch.float32, torch.uint8) if vision else ():
         for batch, side in SHAPES[scale]:
@@ -123,9 +121,8 @@ def _build(steps, batch, side, dtype, everything, device):
     drawn = per_sample(aug.sample(x, seed=1))
 
     def check():
-        images = x[:2].double() / (
-            255 if dtype == torch.uint8 else 1
-        )  # without the roundings that uint8 takes on its way
+        # In float64, without the roundings that uint8 takes on its way.
+        images = x[:2].double() / (255 if dtype == torch.uint8 else 1)
         got = fr.augment.apply(x[:2], aug.sample(x[:2], seed=1)).double()
         want = torch.cat([by_torchvision(image, p) for image, p in zip(images.split(1), drawn, strict=False)])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-3)

@@ -5,6 +5,7 @@ reading it.
 """
 
 import math
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -34,7 +35,7 @@ def _targets(classes, dtype):
     return Targets(eager=4.5, compile=3, floor=2.6) if classes == 1000 else Targets(eager=1.5, compile=1)
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     for dtype in _timing.DTYPES:
         for work, *shape in SHAPES[scale]:
@@ -53,7 +54,7 @@ def _build(shape, backward, dtype, device):
     def theirs(z, y):
         return torch.nn.functional.cross_entropy(z, y, label_smoothing=SMOOTHING)
 
-    def run(function):
+    def both(function):
         z.grad = None
         loss = function(z, y)
         if backward:
@@ -75,7 +76,8 @@ def _build(shape, backward, dtype, device):
     plain = z.detach()
     functions = {"fastreg": ours, "torch": theirs, "compile": torch.compile(theirs, dynamic=False)}
     return Work(
-        {side: partial(run, function) for side, function in functions.items()} | {"floor": lambda: plain * 2},
+        {side: partial(both, function) for side, function in functions.items()}
+        | {"floor": lambda: plain * 2},
         check,
         moved=(1 + backward) * z.numel() * z.element_size(),
         forward={"fastreg": lambda: ours(z, y), "torch": lambda: theirs(z, y)} if backward else {},

@@ -5,6 +5,7 @@ Bytes that cannot be avoided: four elements (x, y and their gradients), and the 
 At 2^4 elements it is the call that is timed.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ SIZES = {
 }
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     for dtype in _timing.DTYPES:
         for power, p in SIZES[scale]:

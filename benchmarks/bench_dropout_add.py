@@ -6,6 +6,7 @@ bit written and read. The residual's gradient is the one that comes, which costs
 out. At 2^4 elements it is the call that is timed.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ TARGETS = {4: Targets(eager=1.05), 14: Targets(eager=3, compile=2), 20: LARGE, 2
 SIZES = {"full": (4, 14, 20, 24), "quick": (4, 14, 20), "tiny": (4, 10)}
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     for dtype in _timing.DTYPES:
         for power in SIZES[scale]:

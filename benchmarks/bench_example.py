@@ -8,10 +8,10 @@ and the targets. `fastreg bench` finds a file by its name, but does not list thi
 from functools import partial
 
 import torch
-from fastreg.benchmarks import _timing
-from fastreg.benchmarks._timing import Case, Targets, Work
 
 from fastreg._example import example
+from fastreg.benchmarks import _timing
+from fastreg.benchmarks._timing import Case, Targets, Work
 
 TARGETS = Targets(floor=1.2)
 POWERS = {"full": (20, 24), "quick": (20,), "tiny": (8, 10)}

@@ -2,6 +2,7 @@
 same bytes.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ POWERS = {"full": (20, 24), "quick": (20,), "tiny": (8, 10)}
 EPS = 0.1
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     for dtype in _timing.DTYPES:
         for power in POWERS[scale]:

@@ -2,6 +2,7 @@
 backward, without ever holding all logits. What counts is the memory beyond the inputs and their gradients, as
 a share of the logits' bytes."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ SMOOTHING = 0.1
 FLOOR = "the three matrix products alone, of all rows at once"
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     tokens, width, classes = SHAPES[scale]
     targets = TARGETS if scale == "full" else Targets()
@@ -41,7 +42,7 @@ def _build(tokens, width, classes, dtype, device):
     def theirs(hidden, weight):
         return F.cross_entropy(F.linear(hidden, weight), target, label_smoothing=SMOOTHING)
 
-    def run(function):
+    def both(function):
         hidden.grad = weight.grad = None
         function(hidden, weight).backward()
 
@@ -71,7 +72,7 @@ def _build(tokens, width, classes, dtype, device):
         torch.mm(logits.t(), plain, out=d_weight)
 
     return Work(
-        {side: partial(run, function) for side, function in functions.items()} | {"floor": floor},
+        {side: partial(both, function) for side, function in functions.items()} | {"floor": floor},
         check,
         forward={"fastreg": lambda: ours(hidden, weight), "torch": lambda: theirs(hidden, weight)},
         inputs=(hidden, weight, target),

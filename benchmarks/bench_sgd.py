@@ -4,6 +4,7 @@ The floor is torch's fused SGD, which has no L1. Five elements cannot be avoided
 p and the momentum written.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -21,11 +22,8 @@ def resnet50():
     """The shapes of the 161 parameters of a ResNet-50 (He et al. 2016), in the order of torchvision's."""
 
     def convolution(inputs, outputs, kernel):
-        return [
-            (outputs, inputs, kernel, kernel),
-            (outputs,),
-            (outputs,),
-        ]  # and its batch norm's weight and bias
+        """The weight, then weight and bias of its batch norm."""
+        return [(outputs, inputs, kernel, kernel), (outputs,), (outputs,)]
 
     shapes, inputs = convolution(3, 64, 7), 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -53,7 +51,7 @@ SIZES = {
 }
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     for dtype in _timing.DTYPES:
         for size, shapes, targets in SIZES[scale]:

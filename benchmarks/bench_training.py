@@ -17,6 +17,7 @@ steps of both give the same losses.
 
 import functools
 import os
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 
@@ -95,7 +96,7 @@ class Transformer(nn.Module):
             yield x.view(batch, cls.length).to(device), answers[x].to(device)
 
 
-def cases(scale):
+def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     tiny, full = scale == "tiny", scale == "full"
     threads = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from . import _timing, load, machine, ops, table
 SCHEMA = 1  # of results.json
 SECONDS = {"full": 3.0, "quick": 0.6, "tiny": 0.01}  # of measuring, for a usual case
 
-# Memory that is given back to the system and fetched again at each call costs more than the work on it. glibc
-# reads these when a process starts.
+# Memory that a process gives back to the system and fetches again at each call costs more time than the work
+# on it. glibc reads these variables when a process starts.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -28,7 +29,7 @@ ALLOCATOR = {
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks with the command line arguments `argv`.
 
     Returns:
@@ -94,9 +95,8 @@ def _parser(known: list[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--markdown", metavar="FILE.json", help="only print the table of earlier results as Markdown"
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help=argparse.SUPPRESS
-    )  # for the tests: numbers that mean nothing
+    # For the tests: the numbers mean nothing.
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -125,7 +125,7 @@ def _run(options: argparse.Namespace) -> int:
     cases = [case for op in options.ops for case in load(op).cases(scale)]
     torch.set_num_threads(options.threads or 1)
     if compiled:
-        torch._logging.set_logs(all=logging.ERROR)  # remarks on what is being compiled, across the bar
+        torch._logging.set_logs(all=logging.ERROR)  # its remarks would be written across the bar
     results = {
         "schema": SCHEMA,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -152,7 +152,7 @@ def _run(options: argparse.Namespace) -> int:
             for case in cases:
                 progress.begins(case)
                 try:
-                    row = _timing.run(
+                    row = _timing.measure_case(
                         case,
                         options.device,
                         seconds=SECONDS[scale],

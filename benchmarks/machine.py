@@ -10,9 +10,8 @@ import torch
 import fastreg as fr
 from fastreg.cli import doctor
 
-FLAGS = (
-    r"(sse4_2|avx\w*|fma|f16c|bmi2|amx\w*|asimd\w*|sve\w*|bf16|i8mm|fphp)$"  # those that kernels choose by
-)
+# The processor's flags by which kernels are chosen.
+FLAGS = r"(sse4_2|avx\w*|fma|f16c|bmi2|amx\w*|asimd\w*|sve\w*|bf16|i8mm|fphp)$"
 
 
 def describe(device: str, memory_kept: bool) -> dict:

@@ -1,7 +1,8 @@
-# The CUDA extension module `_C_cuda<major>`. Included by CMakeLists.txt once torch has CUDA and a compiler was found.
+# The CUDA extension module `_C_cuda<major>`. CMakeLists.txt includes this where torch has CUDA and there is a
+# compiler for it.
 
-# Real code for every generation, PTX of the last for those to come. Never what GPU the build machine has. TORCH_CUDA_ARCH_LIST as
-# torch's own extensions read it: "8.0;9.0+PTX".
+# The module has real code for every generation of GPUs and PTX of the last, for those to come. The GPU of the
+# build machine is never looked at. TORCH_CUDA_ARCH_LIST is read as torch's own extensions do: "8.0;9.0+PTX".
 set(cuda_archs "${FASTREG_CUDA_ARCHS}")
 if(NOT cuda_archs AND DEFINED ENV{TORCH_CUDA_ARCH_LIST})
   string(REPLACE " " ";" listed "$ENV{TORCH_CUDA_ARCH_LIST}")
@@ -12,7 +13,8 @@ if(NOT cuda_archs AND DEFINED ENV{TORCH_CUDA_ARCH_LIST})
     elseif(number MATCHES "^[0-9]+[a-z]?$")
       list(APPEND cuda_archs "${number}-real")
     else()
-      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must list numbers such as 8.0 or 9.0+PTX, got ${arch}; or set FASTREG_CUDA_ARCHS")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must list numbers such as 8.0 or 9.0+PTX, got ${arch}; "
+                          "or set FASTREG_CUDA_ARCHS")
     endif()
   endforeach()
 endif()
@@ -36,14 +38,16 @@ string(REGEX MATCH "^[0-9]+" torch_cuda_major "${torch_cuda}")
 string(REGEX MATCH "^[0-9]+" nvcc_major "${CMAKE_CUDA_COMPILER_VERSION}")
 if(NOT torch_cuda_major STREQUAL nvcc_major)
   if(NOT FASTREG_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "FASTREG_CUDA=${FASTREG_CUDA}, but torch ${torch_version} has CUDA ${torch_cuda} and nvcc is "
-                        "${CMAKE_CUDA_COMPILER_VERSION}; set CUDACXX to an nvcc ${torch_cuda_major}.x")
+    message(FATAL_ERROR "FASTREG_CUDA=${FASTREG_CUDA}, but torch ${torch_version} has CUDA ${torch_cuda} "
+                        "and nvcc is ${CMAKE_CUDA_COMPILER_VERSION}; "
+                        "set CUDACXX to an nvcc ${torch_cuda_major}.x")
   endif()
-  message(STATUS "fastreg: no CUDA kernels: nvcc is ${CMAKE_CUDA_COMPILER_VERSION}, torch has CUDA ${torch_cuda}")
+  message(STATUS "fastreg: no CUDA kernels: "
+                 "nvcc is ${CMAKE_CUDA_COMPILER_VERSION}, torch has CUDA ${torch_cuda}")
   return()
 endif()
 
-# No -fmad: what is fused is written so, the same as on the CPU.
+# Without -fmad the compiler fuses no multiplication and addition by itself, as on the CPU.
 set(nvcc_flags --fmad=false -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-ffp-contract=off)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   list(APPEND nvcc_flags --compress-mode=size)
@@ -51,22 +55,21 @@ endif()
 
 set(module "_C_cuda${torch_cuda_major}")
 find_library(TORCH_CUDA_LIBRARY torch_cuda PATHS "${torch_dir}/lib" NO_DEFAULT_PATH REQUIRED)
-add_library(cuda_kernels OBJECT)
-add_library(cuda_glue OBJECT)
-foreach(op IN LISTS ops)
-  target_sources(cuda_kernels PRIVATE csrc/${op}/${op}_cuda.cu)
-  target_sources(cuda_glue PRIVATE csrc/${op}/${op}_op.cpp)
-endforeach()
+add_library(cuda_kernels OBJECT ${cuda_files})
+add_library(cuda_glue OBJECT ${glue_files})
 target_compile_options(cuda_kernels PRIVATE -O3 ${nvcc_flags})
 target_compile_definitions(cuda_glue PRIVATE FASTREG_CUDA TORCH_TARGET_VERSION=0x020a000000000000)
-target_include_directories(cuda_glue SYSTEM PRIVATE "${torch_dir}/include" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
+target_include_directories(cuda_glue SYSTEM PRIVATE
+  "${torch_dir}/include" ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 
-pybind11_add_module(${module} NO_EXTRAS csrc/module_cuda.cpp $<TARGET_OBJECTS:cuda_glue> $<TARGET_OBJECTS:cuda_kernels>)
+pybind11_add_module(${module} NO_EXTRAS csrc/module_cuda.cpp
+  $<TARGET_OBJECTS:cuda_glue> $<TARGET_OBJECTS:cuda_kernels>)
 string(REPLACE ";" " " archs_text "${CMAKE_CUDA_ARCHITECTURES}")
 target_compile_definitions(${module} PRIVATE
   FASTREG_CUDA_MODULE=${module} FASTREG_BUILT_WITH_TORCH="${torch_version}"
   FASTREG_NVCC="${CMAKE_CUDA_COMPILER_VERSION}" FASTREG_CUDA_ARCHS="${archs_text}")
 target_include_directories(${module} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(${module} PRIVATE "${TORCH_CPU_LIBRARY}" "${TORCH_CUDA_LIBRARY}")
-set_target_properties(${module} PROPERTIES SKIP_BUILD_RPATH ON LINKER_LANGUAGE CXX CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
+set_target_properties(${module} PROPERTIES
+  SKIP_BUILD_RPATH ON LINKER_LANGUAGE CXX CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
 install(TARGETS ${module} LIBRARY DESTINATION fastreg)

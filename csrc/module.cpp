@@ -1,17 +1,19 @@
-// The extension module: importing it registers the CPU ops that are linked beside it. No torch header here.
+// The extension module. Importing it registers the CPU ops that are linked beside it. No torch header is
+// included here, since pybind11 and torch's stable headers alone keep a wheel independent of torch's version.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstring>
 
+#include "common/capsule.h"
 #include "common/isa.h"
 #include "common/philox.h"
-#include "sgd/sgd_math.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  fastreg::isa();  // an impossible FASTREG_CPU_CAPABILITY is said here, not at the first op
+  fastreg::isa();  // an impossible FASTREG_CPU_CAPABILITY fails here and not at the first op
   m.def("build_info", [] {
     py::dict info;
     info["version"] = FASTREG_VERSION;
@@ -23,8 +25,8 @@ PYBIND11_MODULE(_C, m) {
     info["instruction_set"] = fastreg::isa_name();
     return info;
   });
-  // For the fast path, which has checked the tensors itself.
-  m.attr("sgd_step") = py::capsule(reinterpret_cast<const void*>(&fastreg::sgd_step), "fastreg._C.sgd_step");
+  for (const auto* c = fastreg::Capsule::last; c; c = c->before)
+    m.attr(std::strrchr(c->name, '.') + 1) = py::capsule(c->function, c->name);
   m.def(
       "philox4x32",
       [](std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {

@@ -1,5 +1,5 @@
-// The CUDA extension module: importing it registers the CUDA ops that are linked beside it. No torch header
-// here.
+// The CUDA extension module. Importing it registers the CUDA ops that are linked beside it. No torch header
+// is included here, as in module.cpp.
 #include <pybind11/pybind11.h>
 
 #include "common/cuda_error.h"

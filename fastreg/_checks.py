@@ -32,8 +32,8 @@ def check_number(
 
     NaN is in no interval. NumPy's scalars are numbers; True and False only where `allow_bool` is set.
     """
-    is_bool = isinstance(value, bool) and not allow_bool
-    if is_bool or not isinstance(value, (int, float, numbers.Real)):
+    is_number = isinstance(value, (int, float, numbers.Real))
+    if not is_number or (isinstance(value, bool) and not allow_bool):
         raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
     # No math.isinf: torch.compile may hand in a symbol for the number.
     if low <= value <= high and (not finite or -math.inf < value < math.inf):

@@ -3,55 +3,263 @@
 loss = -sum_c q_c log softmax(x)_c + z_loss * lse^2 for targets q that move a mass eps off the true class:
 onto all k classes alike (Szegedy, Vanhoucke, Ioffe, Shlens, Wojna 2016), or onto the k - 1 others
 (Goodfellow, Bengio, Courville 2016, 7.5.1).
+
+The definition in plain torch is `_row_losses`, `_rows` and `_plain` below. An option goes to the places that
+csrc/cross_entropy/cross_entropy_math.h lists.
 """
 
+from __future__ import annotations
+
 import sys
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from ._checks import check_choice, check_number, check_tensor
 from ._registry import define, fast
 
+Reduction = Literal["none", "mean", "sum"]
+Smoothing = Literal["uniform", "others"]
+AllIgnored = Literal["nan", "zero"]
+
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# grad is d loss / d input: of the reduced loss, or of each element's own loss; empty unless with_grad.
-define(
-    "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
-    "float label_smoothing=0.0, bool others=False, float z_loss=0.0, bool all_ignored_zero=False, "
-    "ScalarType? loss_dtype=None, bool with_grad=False) -> (Tensor loss, Tensor grad, Tensor lse)"
+
+class LossOptions(NamedTuple):
+    """The options of the loss, as the operator `cross_entropy` takes them, in its order."""
+
+    reduction: int = 1  # 0: none, 1: mean, 2: sum
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    others: bool = False  # smoothing="others"
+    z_loss: float = 0.0
+    all_ignored_zero: bool = False
+    loss_dtype: torch.dtype | None = None
+
+    @classmethod
+    def checked(
+        cls,
+        op: str,
+        *,
+        reduction: Reduction,
+        ignore_index: int,
+        label_smoothing: float,
+        smoothing: Smoothing,
+        z_loss: float,
+        all_ignored: AllIgnored,
+        loss_dtype: torch.dtype | None,
+    ) -> LossOptions:
+        """The options that the caller named; raise unless the op has every one of them."""
+        check_choice(op, "reduction", reduction, _REDUCTIONS)
+        check_choice(op, "smoothing", smoothing, ("uniform", "others"))
+        check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
+        check_number(op, "label_smoothing", label_smoothing, 0, 1)
+        check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
+        if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+            raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+        return cls(
+            _REDUCTIONS[reduction],
+            ignore_index,
+            label_smoothing,
+            smoothing == "others",
+            z_loss,
+            all_ignored == "zero",
+            loss_dtype,
+        )
+
+    def of_row(self) -> tuple[int, float, bool, float]:
+        """The options of a row, without those of the reduction: what `cross_entropy_` takes."""
+        return self[1:5]
+
+    def smoothed(self, targets: Tensor, weight: Tensor | None) -> Tensor:
+        """q of targets (N, C, ...): smoothed and weighted."""
+        k, eps = targets.shape[1], self.label_smoothing
+        base = 0.0 if eps == 0 else eps / (k - 1 if self.others else k)
+        q = (1 - eps - (base if self.others else 0.0)) * targets + base
+        return q if weight is None else q * weight.to(q.dtype).view(1, k, *(1,) * (targets.dim() - 2))
+
+
+# What the schemas say of LossOptions.of_row(), without and with its defaults.
+ROW_OPTIONS = "int ignore_index, float label_smoothing, bool others, float z_loss"
+ROW_OPTIONS_WITH_DEFAULTS = (
+    "int ignore_index=-100, float label_smoothing=0.0, bool others=False, float z_loss=0.0"
 )
-# values *= factor; CUDA only, where the kernel looks at the factor and moves nothing if it is 1.
-define("cross_entropy_scale_(Tensor(a!) values, Tensor factor) -> ()")
 
 
-@torch.library.register_fake("fastreg::cross_entropy")
-def _(
-    input,
-    target,
-    weight=None,
-    reduction=1,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    others=False,
-    z_loss=0.0,
-    all_ignored_zero=False,
-    loss_dtype=None,
-    with_grad=False,
-):
+def statistics_dtype(input: Tensor) -> torch.dtype:
+    """The dtype in which a row is computed."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def rows_of(input: Tensor) -> int:
+    """Number of rows, that is of class distributions, in (N, C, ...)."""
+    return input.numel() // max(input.shape[1], 1)
+
+
+# ---- the definition in plain torch: what the operators do on a device without a kernel
+
+
+class _Softmax(NamedTuple):
+    """What a row has, classes in dimension 1 of each."""
+
+    log_sum: Tensor  # (N, 1, ...), log of sum_c exp(x_c - top)
+    lse: Tensor  # (N, 1, ...)
+    p: Tensor  # (N, C, ...)
+    missing: Tensor  # (N, C, ...), 1 - p, also where p is nearly 1
+
+
+def _softmax(x: Tensor) -> tuple[Tensor, _Softmax]:
+    """(x_c - top, the softmax). One largest logit stays out of the sum: where it has nearly all the mass, its
+    1 would swallow the last digits of the others', which are the whole loss."""
+    top, at = x.max(1, keepdim=True)
+    shifted = x - top
+    e = shifted.exp()
+    others = e.scatter(1, at, 0).sum(1, keepdim=True)
+    others = torch.where(top.isinf(), torch.nan, others)  # inf - inf
+    log_sum, total = others.log1p(), 1 + others
+    return shifted, _Softmax(log_sum, top + log_sum, e / total, (others + (1 - e)) / total)
+
+
+def _row_losses(x: Tensor, q: Tensor, z_loss: float) -> tuple[Tensor, _Softmax]:
+    """(sum_c q_c (lse - x_c) + z_loss lse^2 of each row, the softmax). A class with q_c = 0 may be -inf."""
+    shifted, softmax = _softmax(x)
+    distance = softmax.log_sum - shifted
+    distance = torch.where((q == 0) & (distance == torch.inf), 0, distance)
+    return (q * distance).sum(1) + z_loss * softmax.lse.squeeze(1) ** 2, softmax
+
+
+class _Targets(NamedTuple):
+    one_hot: Tensor  # (N, C, ...), or the probabilities
+    kept: Tensor  # (N, 1, ...), bool: rows that count
+    valid: Tensor  # (N, 1, ...), bool: rows whose class index is ignore_index or in range
+    normaliser: Tensor  # of a mean
+
+
+def _read_targets(
+    target: Tensor, weight: Tensor | None, ignore_index: int, shape: torch.Size, dtype: torch.dtype
+) -> _Targets:
+    """What `target` says of logits of `shape`, without a look at its values."""
+    rows = (shape[0], 1, *shape[2:])
+    if target.is_floating_point():
+        count = rows_of(target)
+        all_rows = torch.ones(rows, dtype=torch.bool, device=target.device)
+        return _Targets(target.to(dtype), all_rows, all_rows, target.new_full((), count, dtype=dtype))
+    index = target.unsqueeze(1)
+    kept, in_range = index != ignore_index, (index >= 0) & (index < shape[1])
+    index = index.where(in_range, 0)
+    one_hot = torch.zeros(shape, dtype=dtype, device=target.device).scatter_(1, index, 1.0)
+    each = kept.to(dtype)
+    if weight is not None:
+        each = torch.where(kept & in_range, weight.to(dtype)[index], 0)
+    return _Targets(one_hot, kept, in_range | ~kept, each.sum())
+
+
+def _rows(
+    input: Tensor, targets: _Targets, weight: Tensor | None, options: LossOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, its gradient, lse) of each row: (N, ...), (N, C, ...), (N, ...).
+
+    gradient_c = (sum q + 2 z_loss lse) p_c - q_c, taken from what the other classes have where p_c is nearly
+    1: the difference would lose their digits.
+    """
+    q = options.smoothed(targets.one_hot, weight)
+    x = input.to(q.dtype)
+    loss, softmax = _row_losses(x, q, options.z_loss)
+    q_sum, p, missing = q.sum(1, keepdim=True), softmax.p, softmax.missing
+    gradient = torch.where(p < 0.5, q_sum * p - q, (q_sum - q) - q_sum * missing)
+    gradient = gradient + 2 * options.z_loss * softmax.lse * p
+    gradient = torch.where(targets.valid, gradient, torch.nan).where(targets.kept, 0)
+    kept, valid = targets.kept.squeeze(1), targets.valid.squeeze(1)
+    loss = torch.where(valid, loss, torch.nan).where(kept, 0)
+    return loss, gradient, softmax.lse.squeeze(1).where(kept, 0)
+
+
+def _plain(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, with_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, d loss / d input or nothing, lse) of the operator `cross_entropy`.
+
+    A class index out of range makes its row NaN, as on CUDA: to raise would be to wait for the device.
+    """
+    targets = _read_targets(target, weight, options.ignore_index, input.shape, statistics_dtype(input))
+    loss, gradient, lse = _rows(input, targets, weight, options)
+    if options.reduction == 1:
+        loss, gradient = loss.sum() / targets.normaliser, gradient / targets.normaliser
+        if options.all_ignored_zero:
+            loss = torch.where(targets.normaliser == 0, 0, loss)
+            gradient = torch.where(targets.normaliser == 0, 0, gradient)
+        gradient = torch.where(targets.kept, gradient, 0)
+    elif options.reduction == 2:
+        loss = loss.sum()
+    grad = _empty_grad(input, with_grad)
+    if with_grad:
+        grad.copy_(gradient)
+    return loss.to(options.loss_dtype or input.dtype), grad, lse.reshape(-1)
+
+
+def _empty_grad(input: Tensor, with_grad: bool) -> Tensor:
+    """A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift
+    them."""
+    if not with_grad:
+        return input.new_empty((0,))
+    if input.dtype == torch.float16:
+        return input.new_empty(input.shape, dtype=torch.float32)
+    return torch.empty_like(input)
+
+
+def _fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, with_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = (input.shape[0], *input.shape[2:])
     numel = 1
     for size in rows:
         numel = numel * size
-    loss = input.new_empty(rows if reduction == 0 else (), dtype=loss_dtype or input.dtype)
-    if not with_grad:
-        grad = input.new_empty((0,))
-    elif input.dtype == torch.float16:
-        grad = input.new_empty(input.shape, dtype=torch.float32)
-    else:
-        grad = torch.empty_like(input)
-    return loss, grad, input.new_empty((numel,), dtype=_statistics_dtype(input))
+    loss = input.new_empty(rows if options.reduction == 0 else (), dtype=options.loss_dtype or input.dtype)
+    return loss, _empty_grad(input, with_grad), input.new_empty((numel,), dtype=statistics_dtype(input))
+
+
+def _with_options(function):
+    """`function` with the operator's arguments, whose options come one after another."""
+
+    def operator(input, target, weight=None, *rest):
+        count = len(LossOptions._fields)
+        return function(input, target, weight, LossOptions(*rest[:count]), *rest[count:])
+
+    return operator
+
+
+def plain_rows_(
+    logits: Tensor, target: Tensor, factor: Tensor, weight: Tensor | None = None, *of_row: Any
+) -> Tensor:
+    """The operator `cross_entropy_`: overwrites each row of the logits, (rows, classes), with factor * its
+    gradient; gives the losses of the rows."""
+    options = LossOptions(0, *of_row)
+    targets = _read_targets(target, weight, options.ignore_index, logits.shape, statistics_dtype(logits))
+    loss, gradient, _ = _rows(logits, targets, weight, options)
+    logits.copy_(torch.where(targets.kept, gradient * factor.unsqueeze(1), 0))
+    return loss
+
+
+def _plain_scale_(values: Tensor, factor: Tensor) -> None:
+    dtype = statistics_dtype(values)
+    values.copy_(values.to(dtype) * factor.reshape(()).to(dtype))
+
+
+# ---- the operators
+
+# grad is d loss / d input: of the reduced loss, or of each element's own loss; empty unless with_grad.
+define(
+    "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, "
+    f"{ROW_OPTIONS_WITH_DEFAULTS}, bool all_ignored_zero=False, ScalarType? loss_dtype=None, "
+    "bool with_grad=False) -> (Tensor loss, Tensor grad, Tensor lse)",
+    plain=_with_options(_plain),
+)
+torch.library.register_fake("fastreg::cross_entropy", _with_options(_fake))
+# values *= factor; there is a kernel on CUDA only, which looks at the factor and moves nothing if it is 1.
+define("cross_entropy_scale_(Tensor(a!) values, Tensor factor) -> ()", plain=_plain_scale_)
 
 
 @torch.library.register_fake("fastreg::cross_entropy_scale_")
@@ -62,10 +270,6 @@ def _(values, factor):
 _cross_entropy = torch.ops.fastreg.cross_entropy.default
 _cross_entropy_scale_ = torch.ops.fastreg.cross_entropy_scale_.default
 _keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
-
-
-def _statistics_dtype(input):
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -91,14 +295,14 @@ class _CrossEntropy(torch.autograd.Function):
         grad, lse, target, weight = ctx.saved_tensors
         result = None
         if g_loss is not None:
-            result = _scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss)
+            result = scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss)
         if g_grad is not None or g_lse is not None:
-            second = _second_order(g_grad, g_lse, grad, lse, target, weight, *ctx.options)
+            second = _second_order(g_grad, g_lse, grad, lse, target, weight, ctx.options)
             result = second if result is None else result + second
         return (None if result is None else result.to(ctx.dtype)), *(None,) * (2 + len(ctx.options))
 
 
-def _scaled(gradient, g):
+def scaled(gradient: Tensor, g: Tensor) -> Tensor:
     """gradient * g. Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs
     no pass over it.
     """
@@ -119,80 +323,55 @@ def _scaled(gradient, g):
     return gradient * g.to(gradient.dtype)
 
 
-def _second_order(v, u, grad, lse, target, weight, reduction, ignore_index, eps, others, z_loss, zero, _):
+def _second_order(
+    v: Tensor | None,
+    u: Tensor | None,
+    grad: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: tuple,
+) -> Tensor:
     """d (<v, G> + <u, lse>) / d input for G = s (b p - q), b = sum q + 2 z lse, with p taken from G.
 
-    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u.
+    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u. options: those of LossOptions, in order.
     """
-    dtype = _statistics_dtype(grad)
-    grad, k = grad.to(dtype), grad.shape[1]
-    rows = (grad.shape[0], 1, *grad.shape[2:])
-    if target.is_floating_point():
-        one_hot, keep, count = (
-            target.to(dtype),
-            torch.ones(rows, dtype=dtype, device=grad.device),
-            rows_of(grad),
-        )
-    else:
-        kept = (target != ignore_index).unsqueeze(1)
-        index = target.clamp(0, k - 1).unsqueeze(1)
-        one_hot = torch.zeros_like(grad).scatter_(1, index, 1.0)
-        keep = kept.to(dtype)
-        count = (keep if weight is None else keep * weight.to(dtype)[index]).sum()
-    spread = 0.0 if eps == 0 else eps / (k - 1 if others else k)
-    q = (1 - eps - (spread if others else 0.0)) * one_hot + spread
-    if weight is not None:
-        q = q * weight.to(dtype).view(1, k, *(1,) * (grad.dim() - 2))
-    s = keep
-    if reduction == 1:
-        s = torch.where(keep == 0, 0, keep / count)
-        if zero and not target.is_floating_point():  # the loss is 0 whatever the logits are
-            s = torch.where(count == 0, 0, s)
-    b = q.sum(1, keepdim=True) + 2 * z_loss * lse.to(dtype).view(rows)
+    o, dtype = LossOptions(*options), statistics_dtype(grad)
+    grad = grad.to(dtype)
+    targets = _read_targets(target, weight, o.ignore_index, grad.shape, dtype)
+    q = o.smoothed(targets.one_hot, weight)
+    s = targets.kept.to(dtype)
+    if o.reduction == 1:
+        s = torch.where(targets.kept, s / targets.normaliser, 0)
+        if o.all_ignored_zero:  # the loss is 0 whatever the logits are
+            s = torch.where(targets.normaliser == 0, 0, s)
+    lse = lse.to(dtype).view(s.shape)
+    b = q.sum(1, keepdim=True) + 2 * o.z_loss * lse
     safe = (s != 0) & (b != 0)
     p = torch.where(safe, (grad / s.where(safe, 1) + q) / b.where(safe, 1), 0)
-    result = 0
+    result = torch.zeros_like(p)
     if v is not None:
         v = v.to(dtype)
         pv = (p * v).sum(1, keepdim=True)
-        result = s.where(safe, 0) * p * (b * (v - pv) + 2 * z_loss * pv)
+        result = s.where(safe, 0) * p * (b * (v - pv) + 2 * o.z_loss * pv)
     if u is not None:
-        result = result + p * u.to(dtype).view(rows)
+        result = result + p * u.to(dtype).view(s.shape)
     return result
 
 
-def rows_of(input):
-    """Number of rows, that is of class distributions, in (N, C, ...)."""
-    return input.numel() // max(input.shape[1], 1)
-
-
-def check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index):
-    """Raise unless every option is one that the op has."""
-    check_choice(op, "reduction", reduction, _REDUCTIONS)
-    check_choice(op, "smoothing", smoothing, ("uniform", "others"))
-    check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
-    check_number(op, "label_smoothing", label_smoothing, 0, 1)
-    check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
-    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
-        raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
-
-
 def check_classes(
-    op,
-    input,
-    target,
-    weight,
+    op: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: LossOptions,
     *,
-    classes,
-    expected,
-    ignore_index,
-    label_smoothing,
-    smoothing,
-    loss_dtype,
-    name="input",
-    weight_name="weight",
-):
-    """Raise unless targets and class weights fit `input`; gives both in the form that the kernel takes.
+    classes: int,
+    expected: tuple[torch.Size, torch.Size],
+    name: str = "input",
+    weight_name: str = "weight",
+) -> tuple[Tensor, Tensor | None]:
+    """Raise unless targets and class weights fit `input`; returns both in the form that the kernel takes.
 
     expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the
     caller's user knows `input` and `weight` by.
@@ -202,10 +381,10 @@ def check_classes(
             f"{op}: {name} must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with "
             f".float()"
         )
-    if loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
+    if options.loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
         raise ValueError(
             f"{op}: loss_dtype must be torch.float32, torch.float64 or {name}'s {input.dtype}, got "
-            f"{loss_dtype}"
+            f"{options.loss_dtype}"
         )
     if target.device != input.device:
         raise ValueError(
@@ -216,14 +395,18 @@ def check_classes(
         raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
     soft = target.is_floating_point()
     if target.shape != expected[soft]:
+        remedy = (
+            "class indices must be int64, convert them with .long()"
+            if soft
+            else "probabilities must be floating point"
+        )
         raise ValueError(
             f"{op}: target must have shape {tuple(expected[soft])} for {name} of shape {tuple(input.shape)}, "
-            f"got {tuple(target.shape)}; "
-            f"{'class indices must be int64, convert them with .long()' if soft else 'probabilities must be floating point'}"
+            f"got {tuple(target.shape)}; {remedy}"
         )
     if classes == 0:
         raise ValueError(f"{op}: there must be at least one class, got {name} of shape {tuple(input.shape)}")
-    if smoothing == "others" and label_smoothing > 0 and classes == 1:
+    if options.others and options.label_smoothing > 0 and classes == 1:
         raise ValueError(
             f"{op}: smoothing='others' needs at least two classes, got {name} of shape {tuple(input.shape)}"
         )
@@ -233,9 +416,10 @@ def check_classes(
                 f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; "
                 f"convert with .float()"
             )
-        if ignore_index >= 0:
+        if options.ignore_index >= 0:
             raise ValueError(
-                f"{op}: ignore_index must be negative with a target of probabilities, got {ignore_index}"
+                f"{op}: ignore_index must be negative with a target of probabilities, got "
+                f"{options.ignore_index}"
             )
     else:
         target = target.to(torch.int64).contiguous()
@@ -259,25 +443,25 @@ def check_classes(
             raise ValueError(
                 f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}"
             )
-        weight = weight.detach().to(_statistics_dtype(input)).contiguous()
+        weight = weight.detach().to(statistics_dtype(input)).contiguous()
     return target, weight
 
 
 def cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
     *,
-    smoothing="uniform",
-    z_loss=0.0,
-    all_ignored="nan",
-    loss_dtype=None,
-):
+    smoothing: Smoothing = "uniform",
+    z_loss: float = 0.0,
+    all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Cross-entropy between logits and classes or class probabilities; drop-in for
     `torch.nn.functional.cross_entropy`.
 
@@ -339,8 +523,20 @@ def cross_entropy(
     check_tensor(op, "input", input)
     check_tensor(op, "target", target)
     if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index)
+        reduction = cast(Reduction, torch.nn._reduction.legacy_get_string(size_average, reduce))
+    narrow = input.dtype in (torch.float16, torch.bfloat16)
+    if loss_dtype is None and narrow and torch.is_autocast_enabled(input.device.type):
+        loss_dtype = torch.float32
+    options = LossOptions.checked(
+        op,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        all_ignored=all_ignored,
+        loss_dtype=loss_dtype,
+    )
     if input.dim() == 0:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
     unbatched = input.dim() == 1
@@ -350,12 +546,9 @@ def cross_entropy(
         input,
         target,
         weight,
+        options,
         classes=input.shape[0 if unbatched else 1],
         expected=expected,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        loss_dtype=loss_dtype,
     )
     soft = target.is_floating_point()
     if unbatched:
@@ -366,28 +559,8 @@ def cross_entropy(
         target = target.flatten(2) if soft else target.flatten(1)
     else:
         shape = None
-    if (
-        loss_dtype is None
-        and input.dtype in (torch.float16, torch.bfloat16)
-        and torch.is_autocast_enabled(input.device.type)
-    ):
-        loss_dtype = torch.float32
 
-    options = (
-        _REDUCTIONS[reduction],
-        ignore_index,
-        label_smoothing,
-        smoothing == "others",
-        z_loss,
-        all_ignored == "zero",
-        loss_dtype,
-    )
-    if torch.is_grad_enabled() and target.requires_grad:
-        loss = _differentiable_in_target(input, target, weight, *options)
-    elif torch.is_grad_enabled() and input.requires_grad:
-        loss = _CrossEntropy.apply(input, target, weight, *options)[0]
-    else:
-        loss = _cross_entropy(input, target, weight, *options)[0]
+    loss = loss_of(input, target, weight, options)
     if reduction == "none":
         if unbatched:
             return loss.squeeze(0)
@@ -396,23 +569,26 @@ def cross_entropy(
     return loss
 
 
+def loss_of(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    """The loss of arguments that are checked, with as much of autograd as they ask for."""
+    if torch.is_grad_enabled() and target.requires_grad:
+        return _differentiable_in_target(input, target, weight, options)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _CrossEntropy.apply(input, target, weight, *options)[0]
+    return _cross_entropy(input, target, weight, *options)[0]
+
+
 def _differentiable_in_target(
-    input, target, weight, reduction, ignore_index, eps, others, z_loss, zero, loss_dtype
-):
+    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> Tensor:
     """The same loss in plain torch operations, for the rare target that wants a gradient itself, as of a
     teacher that learns.
     """
-    dtype, k = _statistics_dtype(input), input.shape[1]
-    x = input.to(dtype)
-    lse = x.logsumexp(1)
-    spread = 0.0 if eps == 0 else eps / (k - 1 if others else k)
-    q = (1 - eps - (spread if others else 0.0)) * target.to(dtype) + spread
-    if weight is not None:
-        q = q * weight.view(1, k, *(1,) * (x.dim() - 2))
-    log_p = x - lse.unsqueeze(1)
-    log_p = torch.where((q == 0) & (log_p == -torch.inf), 0, log_p)
-    loss = -(q * log_p).sum(1) + z_loss * lse**2
-    if zero and reduction == 1 and rows_of(input) == 0:
-        return loss.sum().to(loss_dtype or input.dtype)
-    loss = loss.mean() if reduction == 1 else loss.sum() if reduction == 2 else loss
-    return loss.to(loss_dtype or input.dtype)
+    dtype = statistics_dtype(input)
+    q = options.smoothed(target.to(dtype), weight)
+    loss, _ = _row_losses(input.to(dtype), q, options.z_loss)
+    if options.reduction == 2 or (options.reduction == 1 and options.all_ignored_zero and not loss.numel()):
+        loss = loss.sum()
+    elif options.reduction == 1:
+        loss = loss.mean()
+    return loss.to(options.loss_dtype or input.dtype)

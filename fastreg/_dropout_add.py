@@ -195,7 +195,8 @@ def dropout_add(
     dtypes = {t.dtype for t in (input, residual, bias) if t is not None}
     if len(dtypes) > 1 and _autocasts(input.device.type):
         widest = functools.reduce(torch.promote_types, dtypes)
-        input, residual, bias = (t if t is None else t.to(widest) for t in (input, residual, bias))
+        input, residual = input.to(widest), residual.to(widest)
+        bias = None if bias is None else bias.to(widest)
     _check_together(op, input, residual, bias)
     if not training or not input.numel():
         p = 0.0

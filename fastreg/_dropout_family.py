@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch
 
 from ._checks import check_tensor
-from ._dropout import check_input, run_dropout
+from ._dropout import Form, check_input, run_dropout
 
 
 def _elements_per_decision(input: torch.Tensor, batch_dims: int) -> int:
@@ -185,5 +185,5 @@ def drop_path(
         raise ValueError("drop_path: input must be (N, ...), got a tensor without dimensions")
     if not training or p == 0 or input.numel() == 0:
         return input
-    form = "inverted" if scale_by_keep else "textbook"
+    form: Form = "inverted" if scale_by_keep else "textbook"
     return run_dropout("drop_path", input, p, inplace, generator, _elements_per_decision(input, 1), form)

@@ -6,23 +6,38 @@ takes its place. Nothing is computed twice. Gradients in the forward pass, by ch
 kernel: efficient Triton kernels for LLM training.
 """
 
+from __future__ import annotations
+
 import torch
+from torch import Tensor
 
 from ._checks import check_tensor
-from ._cross_entropy import _scaled, _statistics_dtype, check_classes, check_options, cross_entropy
+from ._cross_entropy import (
+    ROW_OPTIONS,
+    ROW_OPTIONS_WITH_DEFAULTS,
+    AllIgnored,
+    LossOptions,
+    Reduction,
+    Smoothing,
+    check_classes,
+    loss_of,
+    plain_rows_,
+    scaled,
+    statistics_dtype,
+)
 from ._registry import define, define_kernel
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
-    "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor factor, Tensor? weight=None, int "
-    "ignore_index=-100, "
-    "float label_smoothing=0.0, bool others=False, float z_loss=0.0) -> Tensor"
+    "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor factor, Tensor? weight=None, "
+    f"{ROW_OPTIONS_WITH_DEFAULTS}) -> Tensor",
+    plain=plain_rows_,
 )
 
 
 @torch.library.register_fake("fastreg::cross_entropy_")
 def _(logits, target, factor, *args, **kwargs):
-    return logits.new_empty(logits.shape[:1], dtype=_statistics_dtype(logits))
+    return logits.new_empty(logits.shape[:1], dtype=statistics_dtype(logits))
 
 
 _cross_entropy_ = torch.ops.fastreg.cross_entropy_.default
@@ -31,7 +46,7 @@ _STEP = 32  # rows by which matrix products work (171 take longer than 192), and
 _MOST_BYTES = 2**26  # of a chunk: more and nothing gets faster
 
 
-def _sums_are_wide(hidden):
+def _sums_are_wide(hidden: Tensor) -> bool:
     """Whether the chunks' parts of the weight's gradient are added up in float32 where the weight is not.
 
     Always in float16, which ends at 6e-8, where gradients may lie before a loss scale has lifted them. In
@@ -41,26 +56,32 @@ def _sums_are_wide(hidden):
     return hidden.dtype == torch.float16 or (hidden.dtype == torch.bfloat16 and 20 * width <= rows)
 
 
-def _chunk_rows(hidden, classes):
+def _chunk_rows(hidden: Tensor, classes: int) -> int:
     """Rows in a chunk: less than a tenth of all of them, but never so few that matrix products crawl."""
     rows = len(hidden)
-    chunk = int(
-        rows * (0.095 if hidden.element_size() > 2 else 0.085)
-    )  # products of 16-bit matrices take scratch memory, too
-    if hidden.dtype != torch.bfloat16 or _sums_are_wide(
-        hidden
-    ):  # else each chunk costs the sum a rounding: few of them
+    # Products of 16-bit matrices take scratch memory, too.
+    chunk = int(rows * (0.095 if hidden.element_size() > 2 else 0.085))
+    # Where bfloat16 sums are narrow, each chunk costs the sum a rounding: there must be few of them.
+    if hidden.dtype != torch.bfloat16 or _sums_are_wide(hidden):
         chunk = min(chunk, _MOST_BYTES // max(classes * hidden.element_size(), 1))
     return min(max(chunk // _STEP, 1) * _STEP, rows)
 
 
 @torch.no_grad()
 def _forward(
-    hidden, weight, bias, target, factor, class_weight, wants, ignore_index, label_smoothing, others, z_loss
-):
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor,
+    class_weight: Tensor | None,
+    wants: str,
+    *of_row,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses of the rows, gradients of sum_r factor_r * loss_r with respect to hidden, weight and bias).
 
-    factor: (rows,). wants: which gradients, letters of "hwb"; the others come back empty.
+    factor: (rows,). wants: which gradients, letters of "hwb"; the others come back empty. of_row: as in
+    LossOptions.of_row().
     """
     rows, classes, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     losses, d_hidden, d_weight, d_bias = _empty_results(hidden, weight, wants)
@@ -68,9 +89,7 @@ def _forward(
     if not rows:
         d_weight.zero_()
     scale = None
-    if (
-        dtype == torch.float16 and rows
-    ):  # factors of at most 1 inside, so that the logits' gradients fit the range
+    if dtype == torch.float16 and rows:  # factors are at most 1 inside: the logits' gradients fit the range
         scale = factor.abs().max()
         scale = torch.where(scale > 0, scale, 1)
         factor = factor / scale
@@ -84,8 +103,7 @@ def _forward(
                 torch.mm(h, weight.t(), out=logits)
             else:
                 torch.addmm(bias, h, weight.t(), out=logits)
-            options = ignore_index, label_smoothing, others, z_loss
-            losses[part] = _cross_entropy_(logits, target[part], factor[part], class_weight, *options)
+            losses[part] = _cross_entropy_(logits, target[part], factor[part], class_weight, *of_row)
             if "h" in wants:
                 _add_product(d_hidden[part], logits, weight, first=True)
             if "w" in wants:
@@ -98,7 +116,7 @@ def _forward(
     return losses, d_hidden, d_weight, d_bias
 
 
-def _add_product(total, a, b, first):
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a @ b, or total = a @ b."""
     if total.dtype != a.dtype:
         total.copy_(a @ b) if first else total.add_(a @ b)
@@ -108,8 +126,8 @@ def _add_product(total, a, b, first):
         total.addmm_(a, b)
 
 
-def _empty_results(hidden, weight, wants):
-    statistics, empty = _statistics_dtype(hidden), hidden.new_empty
+def _empty_results(hidden: Tensor, weight: Tensor, wants: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics, empty = statistics_dtype(hidden), hidden.new_empty
     narrow, wide = hidden.dtype == torch.float16, _sums_are_wide(hidden)
     return (
         empty(hidden.shape[0], dtype=statistics),
@@ -120,10 +138,8 @@ def _empty_results(hidden, weight, wants):
 
 
 define_kernel(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor factor, Tensor? "
-    "class_weight, "
-    "str wants, int ignore_index, float label_smoothing, bool others, float z_loss) -> (Tensor, Tensor, "
-    "Tensor, Tensor)",
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor factor, "
+    f"Tensor? class_weight, str wants, {ROW_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
 )
 
@@ -163,53 +179,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )[1:]
             results = [d.to(hidden.dtype) for d in gradients]
         else:
-            results = [_scaled(d, g).to(hidden.dtype) for d in gradients]
+            results = [scaled(d, g).to(hidden.dtype) for d in gradients]
         wanted = (d if name in ctx.wants else None for name, d in zip("hwb", results, strict=True))
         return *wanted, *(None,) * (4 + len(ctx.options))
 
 
-def _weighted_sum(losses, factor):
-    return (losses.double() * factor).sum()
+def _sum_dtype(like: Tensor) -> torch.dtype:
+    """The dtype of sums over rows: float64, but on the GPUs that have none."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-def _differentiable_gradients(ctx, g):
+def _weighted_sum(losses: Tensor, factor: Tensor) -> Tensor:
+    return (losses.to(_sum_dtype(losses)) * factor).sum()
+
+
+def _differentiable_gradients(ctx, g: Tensor) -> list[Tensor | None]:
     """For derivatives of derivatives, in operations that have them, with all logits at once."""
     hidden, weight, bias, target, factor, class_weight = ctx.saved_tensors[:6]
-    ignore_index, label_smoothing, others, z_loss = ctx.options
-    losses = cross_entropy(
-        torch.nn.functional.linear(hidden, weight, bias),
-        target,
-        class_weight,
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
-        smoothing="others" if others else "uniform",
-        z_loss=z_loss,
-        loss_dtype=factor.dtype,
-    )
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    options = LossOptions(0, *ctx.options)._replace(loss_dtype=factor.dtype)
+    losses = loss_of(logits, target, class_weight, options)
     loss = losses if ctx.each else _weighted_sum(losses, factor)
     inputs = {name: x for name, x in zip("hwb", (hidden, weight, bias), strict=True) if name in ctx.wants}
-    found = dict(
-        zip(inputs, torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True), strict=True)
-    )
+    gradients = torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True)
+    found = dict(zip(inputs, gradients, strict=True))
     return [found.get(name) for name in "hwb"]
 
 
 def linear_cross_entropy(
-    hidden,
-    weight,
-    target,
-    bias=None,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
     *,
-    class_weight=None,
-    ignore_index=-100,
-    reduction="mean",
-    label_smoothing=0.0,
-    smoothing="uniform",
-    z_loss=0.0,
-    all_ignored="nan",
-    loss_dtype=None,
-):
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    smoothing: Smoothing = "uniform",
+    z_loss: float = 0.0,
+    all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
     """cross_entropy(linear(hidden, weight, bias), target) without ever holding all logits.
 
     Args:
@@ -240,44 +251,30 @@ def linear_cross_entropy(
     `cross_entropy`.
     """
     op = "linear_cross_entropy"
-    check_options(op, reduction, smoothing, all_ignored, label_smoothing, z_loss, ignore_index)
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
         if name != "bias" or bias is not None:
             check_tensor(op, name, value)
-    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"{op}: weight must be (C, H) for hidden of shape (..., H), got {tuple(weight.shape)} for "
-            f"{tuple(hidden.shape)}"
-        )
-    classes = weight.shape[0]
-    if bias is not None and bias.shape != (classes,):
-        raise ValueError(
-            f"{op}: bias must have one value per class, shape ({classes},), got {tuple(bias.shape)}"
-        )
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
-        loss_dtype = loss_dtype or torch.float32
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and (value.dtype != hidden.dtype or value.device != hidden.device):
-            raise ValueError(
-                f"{op}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on "
-                f"{value.device}; "
-                "convert it with .to(hidden)"
-            )
-    shape = hidden.shape[:-1]
+    hidden, weight, bias, autocast = _as_autocast(hidden, weight, bias)
+    options = LossOptions.checked(
+        op,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        all_ignored=all_ignored,
+        loss_dtype=loss_dtype or (torch.float32 if autocast else None),
+    )
+    _check_layer(op, hidden, weight, bias)
+    classes, shape = weight.shape[0], hidden.shape[:-1]
     target, class_weight = check_classes(
         op,
         hidden,
         target,
         class_weight,
+        options,
         classes=classes,
-        expected=(shape, (*shape, classes)),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        loss_dtype=loss_dtype,
+        expected=(shape, torch.Size((*shape, classes))),
         name="hidden",
         weight_name="class_weight",
     )
@@ -285,32 +282,64 @@ def linear_cross_entropy(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     target = target.detach().reshape(-1, classes) if soft else target.reshape(-1)
 
-    statistics = _statistics_dtype(hidden)
+    factor = _row_factor(hidden, target, class_weight, options)
     each = reduction == "none"
-    inverse = torch.ones((), dtype=torch.float64, device=hidden.device)
-    if reduction == "mean":
-        if soft:
-            normaliser = torch.full_like(inverse, len(target))
-        else:
-            counted = target != ignore_index
-            if class_weight is None:
-                normaliser = counted.sum()
-            else:
-                normaliser = (
-                    class_weight[target.clamp(0, classes - 1)].where(counted, 0).sum(dtype=torch.float64)
-                )
-        inverse = 1 / normaliser.double()
-        if all_ignored == "zero":
-            inverse = torch.where(normaliser == 0, 0.0, inverse)
-    factor = inverse.to(statistics).expand(len(hidden)).contiguous()
-    options = ignore_index, float(label_smoothing), smoothing == "others", float(z_loss)
     arguments = hidden, weight, bias, target, factor, class_weight
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
-        loss = _LinearCrossEntropy.apply(*arguments, each, *options)
+        loss = _LinearCrossEntropy.apply(*arguments, each, *options.of_row())
     else:
-        losses = _linear_cross_entropy(*arguments, "", *options)[0]
+        losses = _linear_cross_entropy(*arguments, "", *options.of_row())[0]
         loss = losses if each else _weighted_sum(losses, factor)
     if reduction == "mean" and not len(hidden) and all_ignored == "nan":
         loss = loss + torch.nan
-    loss = loss.to(loss_dtype or hidden.dtype)
+    loss = loss.to(options.loss_dtype or hidden.dtype)
     return loss.view(shape) if each else loss
+
+
+def _as_autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """The arguments of the linear layer in the dtype of autocast, and whether it is on for them."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+        return hidden, weight, bias, False
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
+
+
+def _check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless the shapes, dtypes and devices of the linear layer fit."""
+    if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{op}: weight must be (C, H) for hidden of shape (..., H), got {tuple(weight.shape)} for "
+            f"{tuple(hidden.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{op}: bias must have one value per class, shape ({weight.shape[0]},), got {tuple(bias.shape)}"
+        )
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and (value.dtype != hidden.dtype or value.device != hidden.device):
+            raise ValueError(
+                f"{op}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on "
+                f"{value.device}; convert it with .to(hidden)"
+            )
+
+
+def _row_factor(hidden: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions) -> Tensor:
+    """What each row's loss counts in the reduced one, (rows,): 1, or 1 / normaliser of a mean."""
+    inverse = torch.ones((), dtype=_sum_dtype(hidden), device=hidden.device)
+    if options.reduction == 1:
+        if target.is_floating_point():
+            normaliser = torch.full_like(inverse, len(target))
+        else:
+            counted = target != options.ignore_index
+            if class_weight is None:
+                normaliser = counted.sum()
+            else:
+                weights = class_weight[target.clamp(0, len(class_weight) - 1)].where(counted, 0)
+                normaliser = weights.sum(dtype=inverse.dtype)
+        inverse = 1 / normaliser.to(inverse.dtype)
+        if options.all_ignored_zero:
+            inverse = torch.where(normaliser == 0, 0.0, inverse)
+    return inverse.to(statistics_dtype(hidden)).expand(len(hidden)).contiguous()

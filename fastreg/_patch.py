@@ -1,11 +1,13 @@
-"""fastreg under code that knows only torch: for a block of code, for the process, or for one model.
+"""fastreg for code that knows only torch: in a `with` block, in the whole process, or in one model.
 
 Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`,
 `cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of torch.nn.functional, under
 every name that a loaded module has for them. torch's modules (nn.Dropout, nn.CrossEntropyLoss,
-nn.TransformerEncoderLayer, nn.MultiheadAttention) call these and so change with them. Dropout in torch's RNN
-kernels, and that of attention under torch.compile, stays torch's.
+nn.TransformerEncoderLayer, nn.MultiheadAttention) call these functions and so change with them. The dropout
+in torch's RNN kernels, and that of attention under torch.compile, stay torch's.
 """
+
+from __future__ import annotations
 
 import contextlib
 import functools
@@ -13,58 +15,56 @@ import importlib
 import inspect
 import sys
 import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-# torch.jit.script compiles a patched function from the source of torch's own, but looks names up here.
-from torch.nn.functional import _VF, _Reduction, warnings  # noqa: F401  # isort: skip
+# torch.jit.script compiles a patched function from the source of torch's own function, but looks up here the
+# names that it uses.
+from torch.nn.functional import _VF, _Reduction, warnings  # type: ignore[attr-defined]  # noqa: F401  # isort: skip
 
 from . import nn
+from ._checks import DTYPES
 from ._cross_entropy import cross_entropy
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._registry import cuda, fast
+from ._transforms import is_transformed
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# While False the replacements are torch's functions, so that one kept in a partial or a graph ends with the
-# patch.
+# While this is False the replacements call torch's functions, so that the patch also ends for a replacement
+# that a partial or a graph keeps.
 _patched = False
 
 
-def _has_kernel(tensor):
+def _has_kernel(tensor: Any) -> bool:
     return (
         type(tensor) in _PLAIN
         and (tensor.is_cpu or (tensor.is_cuda and cuda is not None))
-        and tensor.dtype in _DTYPES
+        and tensor.dtype in DTYPES
         and tensor.layout == torch.strided
         and not tensor.is_nested
     )
 
 
-def _is_replaced():
-    # The operators have no forward-mode derivative and no batching rule; a jit trace would record them
-    # without a derivative.
-    return (
-        _patched
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
-    )
+def _is_replaced() -> bool:
+    # Under transforms the operators have no rules, and a jit trace would record them without a derivative.
+    return _patched and not is_transformed() and not torch.jit.is_tracing()
 
 
-# In both replacements the usual case comes first: `fast` takes only what passes all that is asked after it.
+# In both replacements the usual case comes first: what `fast` takes meets all the conditions that follow.
 
 
-def _instead_of(original, ours):
+def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in the place of one of torch's functions for dropout."""
     usual = fast.dropout if fast is not None and ours is dropout else None
 
-    # A subclass of Tensor, a Proxy of torch.fx or a mode is told of torch's function, which is the one its
-    # tables know.
+    # A subclass of Tensor, a Proxy of torch.fx and a mode are given torch's function, because that is the one
+    # in their tables.
     @functools.wraps(original)
     def run_dropout(input, p=0.5, training=ours.__defaults__[1], inplace=False):
         if usual is not None and _patched and not is_compiling():
@@ -75,8 +75,8 @@ def _instead_of(original, ours):
             _has_kernel(input)
             and isinstance(p, (float, int))
             and _is_replaced()
-            # Compiled for a GPU, torch's dropout becomes part of its neighbours' kernels: fewer bytes than
-            # any of its own.
+            # Compiled for a GPU, torch's dropout becomes part of the kernels of its neighbours. That moves
+            # fewer bytes than any kernel of its own.
             and not (input.is_cuda and is_compiling())
         ):
             return ours(input, p, training, inplace)
@@ -87,7 +87,9 @@ def _instead_of(original, ours):
     return run_dropout
 
 
-def _instead_of_cross_entropy(original, ours):
+def _instead_of_cross_entropy(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in the place of torch's cross_entropy."""
+
     @functools.wraps(original)
     def run_cross_entropy(
         input,
@@ -139,7 +141,9 @@ def _instead_of_cross_entropy(original, ours):
     return run_cross_entropy
 
 
-def _instead_of_attention(original):
+def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in the place of torch's scaled_dot_product_attention."""
+
     @functools.wraps(original)
     def run_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
@@ -161,9 +165,9 @@ def _instead_of_attention(original):
     return run_attention
 
 
-def _fits_attention(query, key, value, attn_mask, is_causal):
-    """Whether these are what torch takes, too; it says what is wrong with the others, and knows heads without
-    any width.
+def _fits_attention(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool) -> bool:
+    """Whether `_attention` takes this. All else is left to torch: it says what is wrong, or knows heads
+    without any width.
     """
     return (
         all(
@@ -183,10 +187,16 @@ def _fits_attention(query, key, value, attn_mask, is_causal):
     )
 
 
-def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
-    """What torch itself computes on a CPU when there is dropout: softmax(query @ key.T * scale + mask),
-    dropout, @ value.
-    """
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> torch.Tensor:
+    """dropout(softmax(query @ key.T * scale + mask)) @ value, as torch itself computes it on a CPU."""
     if torch.is_autocast_enabled("cpu"):
         lower = torch.get_autocast_dtype("cpu")
         query, key, value = (t if t.dtype == torch.float64 else t.to(lower) for t in (query, key, value))
@@ -194,9 +204,8 @@ def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
     with torch.autocast("cpu", enabled=False):
         if dtype in (torch.float16, torch.bfloat16):
             query, key, value = query.float(), key.float(), value.float()
-        factor = (
-            scale if scale is not None else query.shape[-1] ** -0.5
-        ) ** 0.5  # of each side: the product keeps its range
+        # Each side takes the root of the scale, so that the product keeps its range.
+        factor = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
         weights = (query * factor) @ (key * factor).transpose(-2, -1)
         if is_causal:
             attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
@@ -207,7 +216,7 @@ def _attention(query, key, value, attn_mask, dropout_p, is_causal, scale):
                 weights = weights.masked_fill(attn_mask.logical_not(), -torch.inf)
             else:
                 weights = weights + attn_mask
-            weights = torch.ops.aten._safe_softmax(weights, -1)  # a row without any key is 0
+            weights = torch.ops.aten._safe_softmax(weights, -1)  # gives 0 for a query that may see no key
         return (dropout(weights, dropout_p) @ value).to(dtype)
 
 
@@ -220,16 +229,20 @@ for _ours in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_a
         _original, _ours
     )
 _ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
-# torch.jit.script knows attention, which has no source in Python, by the object.
+# torch.jit.script knows attention by its object, because it has no source in Python.
 torch.jit._builtins._register_builtin(
     _REPLACEMENTS[F.scaled_dot_product_attention], "aten::scaled_dot_product_attention"
 )
-_changed = []  # namespaces in which a name was changed; a module may leave sys.modules before `unpatch`
+# Namespaces in which a name was changed; a module may leave sys.modules before `unpatch`.
+_changed: list[dict[str, Any]] = []
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
 
-def _exchange(table):
-    """Exchange functions by `table` in every loaded module; the namespaces where there was one."""
+Table = dict[Callable[..., Any], Callable[..., Any]]  # function -> what takes its place
+
+
+def _exchange(table: Table) -> list[dict[str, Any]]:
+    """Exchange functions by `table` in every loaded module; gives the namespaces that held one."""
     found = []
     for name, module in list(sys.modules.items()):
         namespace = getattr(module, "__dict__", None)
@@ -240,8 +253,9 @@ def _exchange(table):
     return found
 
 
-def _exchange_in(namespace, table):
-    # Only functions are looked up: hashing whatever else a module holds may run any code.
+def _exchange_in(namespace: dict[str, Any], table: Table) -> list[str]:
+    """Exchange functions by `table` in a namespace; gives their names."""
+    # Only functions are looked up, because hashing other things that a module holds may run any code.
     functions = types.FunctionType, types.BuiltinFunctionType
     names = [name for name, value in list(namespace.items()) if type(value) in functions and value in table]
     for name in names:
@@ -249,15 +263,15 @@ def _exchange_in(namespace, table):
     return names
 
 
-def _tell_dynamo(patched):
-    """Let torch.compile see the replacements: three places of it know torch's functions by name and would
-    hide ours.
+def _tell_dynamo(patched: bool) -> None:
+    """Let torch.compile see the replacements, which would be hidden by the three places in it that know
+    torch's functions by name.
 
     Its table of functions that go into a graph unopened holds names and is read when it is first needed. A
     replacement found there under a name of torch.nn.functional would be traced with tensors for which fastreg
-    has no kernel, and be cached as torch's: while the patch lasts, that entry names torch's own function,
-    wherever it is. Attention, whose dropout is to be found, must be opened. And an nn.CrossEntropyLoss made
-    inside of compiled code is never called.
+    has no kernel, and be cached as torch's. While the patch lasts, that entry therefore names torch's own
+    function, wherever that is. Attention must be opened, so that its dropout is found. And an
+    nn.CrossEntropyLoss that is made inside compiled code is never called.
     """
     # every torch.optim.Optimizer imports them too
     rules = importlib.import_module("torch._dynamo.trace_rules")
@@ -276,10 +290,11 @@ def _tell_dynamo(patched):
         classes._call_cross_entropy_loss = _dynamo_loss.pop()
 
 
-_dynamo_loss = []  # torch.compile's own method while it is exchanged
+_dynamo_loss: list[Any] = []  # torch.compile's own method while it is exchanged
 
 
-def _loss_in_dynamo(self, tx, args, kwargs):
+def _loss_in_dynamo(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+    """Makes the nn.CrossEntropyLoss that compiled code asks for, on our function."""
     from torch._dynamo.variables.base import VariableTracker
     from torch._dynamo.variables.misc import LambdaVariable
 
@@ -290,16 +305,17 @@ def _loss_in_dynamo(self, tx, args, kwargs):
     return LambdaVariable(lambda input, target: function.call_function(tx, [input, target], options))
 
 
-def patch():
+def patch() -> None:
     """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until
     `unpatch`.
 
-    Attention with dropout computes what torch does on a CPU, with fastreg's dropout in it; on a GPU it stays
-    torch's, as does dropout under torch.compile there, which fuses it into the operations around it.
+    On a CPU, attention with dropout computes what torch computes, with fastreg's dropout in it. On a GPU it
+    stays torch's, and so does all dropout under torch.compile, which fuses it into the operations around it.
     `fastreg.dropout` by name is always ours.
 
-    Every loaded module's global that is one of the patched functions is exchanged, `from torch.nn.functional
-    import dropout` included; functions kept elsewhere (in a partial, a default argument) are not found.
+    The patched functions are exchanged among the globals of every loaded module, also after `from
+    torch.nn.functional import dropout`. Functions kept elsewhere (in a partial, a default argument) are not
+    found.
     Inputs for which fastreg has no kernel (other devices and dtypes, tensor subclasses, weights that require
     a gradient) and transforms (functorch, forward-mode derivatives, torch.jit) go to torch as before. Calling
     it twice does no harm.
@@ -307,14 +323,15 @@ def patch():
     global _patched
     if _patched:
         return
-    torch.overrides.get_testing_overrides()  # both keep the functions that they find at their first call
+    # Both keep the functions that they find at their first call, which must be torch's.
+    torch.overrides.get_testing_overrides()
     torch.overrides.get_overridable_functions()
     _tell_dynamo(True)
     _patched = True
     _changed.extend(_exchange(_REPLACEMENTS))
 
 
-def unpatch():
+def unpatch() -> None:
     """Undo `patch`: every name refers to torch's own function again. Without a patch it does nothing.
 
     A replacement kept elsewhere while patched calls torch's function from now on.
@@ -331,7 +348,7 @@ def unpatch():
 
 
 @contextlib.contextmanager
-def patched():
+def patched() -> Iterator[None]:
     """`patch` for a block of code; inside another patch it changes nothing.
 
     >>> with fastreg.patched():
@@ -365,7 +382,10 @@ _MODULES = {
 }
 
 
-def convert(model):
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+
+def convert(model: _Model) -> _Model:
     """Exchange the dropout and cross-entropy modules of a model for fastreg's, in place.
 
     Modules keep their identity, name, mode, hooks and attributes; subclasses of torch's modules are left
@@ -388,9 +408,9 @@ def convert(model):
         if type(module) in _MODULES:
             module.__class__ = _MODULES[type(module)]
         elif kind == "timm.layers.drop.DropPath":
-            module.p = module.drop_prob or 0.0
+            module.p = module.drop_prob or 0.0  # type: ignore[assignment]
             module.__class__ = nn.DropPath
         elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
-            module.scale_by_keep = True
+            module.scale_by_keep = True  # type: ignore[assignment]
             module.__class__ = nn.DropPath
     return model

@@ -17,7 +17,7 @@ from statistics import fmean
 
 from .results import MEASURES, NotMeasured, Results, standard_error
 
-MARGIN = 0.3  # percentage points; differences below it interest nobody, however many seeds confirm them
+MARGIN = 0.3  # percentage points: a smaller difference does not matter, however many seeds confirm it
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 
@@ -11,7 +12,7 @@ from fastreg.cli.common import INTERRUPTED, UsageError, positive, writable_folde
 QUICK_EPOCHS, FULL_EPOCHS = 12, 30
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo with the command line arguments `argv`.
 
     Returns:

@@ -63,8 +63,8 @@ def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
     picture_shape = _picture_shape(x.shape[1:])
     x = _to_unit_range(x).reshape(len(x), -1)
 
-    # Shuffled, then sorted by class, then dealt like cards: every class is split 1 : 1 : 3 to within one
-    # example.
+    # The examples are shuffled, sorted by class and dealt out like cards, so that every class is split
+    # 1 : 1 : 3 to within one example.
     order = np.random.default_rng(0).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     hand = np.arange(len(y)) % PARTS

@@ -9,7 +9,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,13 +29,14 @@ C = LIGHT
 INK, MUTED, PAPER, SAND = (LIGHT[name] for name in ("ink", "muted", "paper", "sand"))
 FEWEST = 10  # examples a bin of the reliability diagram must hold to be drawn: fewer say nothing
 WIDTH = 4.4
+Picture = Callable[[Results], str]  # what draws a chart, or gives nothing where the data have none
 AT_HEIGHT = ("data", "axes fraction")  # coordinates: x as in the data, y as a share of the chart's height
 WEIGHTS = LinearSegmentedColormap.from_list("weights", [C["blue"], "#f4f5f7", C["rust"]]).with_extremes(
     bad="#00000000"
 )
 
 
-def draw(paint, height: float = 3.1, **grid) -> str:
+def draw(paint: Callable, height: float = 3.1, **grid) -> str:
     """A chart: `paint(axes)` fills it; grid: arguments of Figure.subplots for several axes."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), layout="constrained", facecolor="none")
@@ -87,6 +88,7 @@ def sign_image(sign: torch.Tensor, shape: tuple[int, ...]) -> str:
 
 
 def png(pixels: np.ndarray, largest: int = 168) -> str:
+    """The `data:` address of an image, enlarged by the largest whole factor that keeps it in `largest`."""
     factor = max(1, largest // max(pixels.shape[:2]))
     pixels = pixels.repeat(factor, 0).repeat(factor, 1)
     file = io.BytesIO()
@@ -115,7 +117,7 @@ def errors(found: Results, recipes: Sequence[Recipe]) -> str:
     if not rows:
         raise NotMeasured("test errors")
 
-    def paint(axes):
+    def paint(axes) -> None:
         for y, (recipe, sides) in enumerate(rows):
             for side, offset in (("torch", -0.16), ("fastreg", 0.16)):
                 values, hue = sides[side], colour(recipe)
@@ -133,7 +135,7 @@ def errors(found: Results, recipes: Sequence[Recipe]) -> str:
     return draw(paint, 1.0 + 0.36 * len(rows))
 
 
-def error_bars(*variants: tuple[str, str, str]):
+def error_bars(*variants: tuple[str, str, str]) -> Picture:
     """Mean test error of each variant (key, title, colour), with a tick per seed."""
 
     def picture(found: Results) -> str:
@@ -146,7 +148,7 @@ def error_bars(*variants: tuple[str, str, str]):
         if not rows:
             raise NotMeasured("test errors")
 
-        def paint(axes):
+        def paint(axes) -> None:
             for y, (_, hue, values) in enumerate(rows):
                 axes.barh(y, np.mean(values), height=0.5, color=hue, alpha=0.85)
                 axes.plot(values, [y] * len(values), "|", color=INK, ms=9, mew=1)
@@ -174,7 +176,7 @@ def ratios(found: Results, recipes: Sequence[Recipe]) -> str:
     if not rows:
         raise NotMeasured("times")
 
-    def paint(axes):
+    def paint(axes) -> None:
         values = [ratio for _, ratio in rows]
         axes.barh(
             range(len(rows)), values, height=0.5, color=[colour(recipe) for recipe, _ in rows], alpha=0.85
@@ -199,13 +201,13 @@ def limits(curves: Sequence[Sequence[float]], skip: int = 3, room: float = 1.3) 
     return -0.02 * top, top
 
 
-def compared_curves(*recipes: Recipe):
+def compared_curves(*recipes: Recipe) -> Picture:
     """Cross-entropy of trainings on training and on validation data, with the gap that is left at the end."""
 
     def picture(found: Results) -> str:
         runs = [found.run(recipe.key) for recipe in (PLAIN, *recipes)]
 
-        def paint(axes):
+        def paint(axes) -> None:
             last = max(len(run.epoch_ms) for run in runs)
             for i, run in enumerate(runs):
                 hue, place = colour(run.recipe), (1.06 + 0.11 * i) * last
@@ -231,7 +233,7 @@ def compared_curves(*recipes: Recipe):
     return picture
 
 
-def hidden_units(*recipes: Recipe):
+def hidden_units(*recipes: Recipe) -> Picture:
     """What the eight strongest hidden units of each network look for: their weights to the pixels, as
     pictures.
     """
@@ -254,7 +256,7 @@ def hidden_units(*recipes: Recipe):
                 np.concatenate([np.concatenate(tiles[:4], axis=1), np.concatenate(tiles[4:], axis=1)])
             )
 
-        def paint(axes):
+        def paint(axes) -> None:
             for each, mosaic, run in zip(axes, rows, runs, strict=True):
                 each.imshow(mosaic, cmap=WEIGHTS, vmin=-1, vmax=1, interpolation="none")
                 each.set_title(run.recipe.title, color=colour(run.recipe))
@@ -271,7 +273,7 @@ def weights(run: Run) -> np.ndarray:
     return torch.cat([p.detach().flatten() for p in run.model.parameters() if p.ndim > 1]).numpy()
 
 
-def weight_histograms(*recipes: Recipe):
+def weight_histograms(*recipes: Recipe) -> Picture:
     """All weights of each network on a logarithmic count and a common axis; the exactly zero ones are a spike
     of their own.
     """
@@ -284,7 +286,7 @@ def weight_histograms(*recipes: Recipe):
             return ""
         limit = 1.02 * limit or 1.0
 
-        def paint(axes):
+        def paint(axes) -> None:
             for each, run, w in zip(np.ravel(axes), runs, drawn, strict=True):
                 hue, count = colour(run.recipe), int((w == 0).sum())
                 counts, edges = np.histogram(w[w != 0], bins=81, range=(-limit, limit))
@@ -309,7 +311,7 @@ def weight_histograms(*recipes: Recipe):
     return picture
 
 
-def reliability(recipe: Recipe):
+def reliability(recipe: Recipe) -> Picture:
     """Accuracy against confidence on test data, all seeds together; on the diagonal the network means what it
     says.
     """
@@ -318,7 +320,7 @@ def reliability(recipe: Recipe):
         points, hue = merged_bins(found, recipe.key), colour(recipe)
         points = [b for b in points if b["count"] >= FEWEST]
 
-        def paint(axes):
+        def paint(axes) -> None:
             x, y = [[b[key] for b in points] for key in ("confidence", "accuracy")]
             axes.bar([(b["bin"] + 0.5) / BINS for b in points], y, 0.92 / BINS, color=hue, alpha=0.22)
             axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))

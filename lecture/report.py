@@ -10,7 +10,7 @@ from pathlib import Path
 from fastreg.cli.style import PALETTE
 
 from . import figures
-from .claims import Verdict, same_on_both_sides
+from .claims import Claim, Verdict, same_on_both_sides
 from .formula import formula
 from .results import MEASURES, NotMeasured, Results, machine, standard_error
 from .section import Figure, Section
@@ -31,7 +31,7 @@ def titles(sections: tuple[Section, ...]) -> dict[str, str]:
     return {key: title for section in sections for key, title, _ in section.rows}
 
 
-def same(sections: tuple[Section, ...]):
+def same(sections: tuple[Section, ...]) -> Claim:
     """The claim over all sections."""
     return same_on_both_sides(
         "fastreg and torch reach the same test error with every method", [r.key for r in recipes(sections)]

@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,13 +81,13 @@ class Results:
     def mean(self, variant: str, key: str, side: str = "fastreg") -> float:
         return statistics.fmean(self.values(variant, key, side).values())
 
-    def run(self, variant: str):
+    def run(self, variant: str) -> Any:
         """fastreg's training of the first seed: the one the pictures show."""
         if variant not in self.runs:
             raise NotMeasured(variant)
         return self.runs[variant]
 
-    def keep(self, section: str):
+    def keep(self, section: str) -> Any:
         if section not in self.kept:
             raise NotMeasured(section)
         return self.kept[section]
@@ -97,9 +98,8 @@ class Results:
         ratios = [
             ours / theirs
             for seed, epochs in self.values(variant, "epochs_ms").items()
-            for ours, theirs in zip(
-                epochs, torch_times.get(seed, ()), strict=False
-            )  # either may have stopped earlier
+            # Either side may have stopped earlier.
+            for ours, theirs in zip(epochs, torch_times.get(seed, ()), strict=False)
         ]
         if not ratios:
             raise NotMeasured(f"times of {variant}")
@@ -130,7 +130,7 @@ class Results:
         )
 
 
-def standard_error(values) -> float | None:
+def standard_error(values: Iterable[float]) -> float | None:
     """Of the mean; one value has none."""
     values = list(values)
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -155,7 +155,7 @@ def machine() -> dict:
     }
 
 
-def jsonable(value):
+def jsonable(value: Any) -> Any:
     """NaN and infinities have no JSON: they become null."""
     if isinstance(value, dict):
         return {key: jsonable(v) for key, v in value.items()}

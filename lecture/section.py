@@ -51,9 +51,8 @@ class Section:
     colour: str  # a name in style.PALETTE
     formulas: tuple[str, ...]
     text: str
-    recipes: tuple[
-        Recipe, ...
-    ] = ()  # trained with torch and with fastreg, from the same weights on the same batches
+    # Trainings, with torch and with fastreg, from the same weights on the same batches.
+    recipes: tuple[Recipe, ...] = ()
     measure: Callable[[Lab], Iterator[dict]] | None = None  # records of what no recipe gives, for one seed
     variants: tuple[tuple[str, str, str], ...] = ()  # (key, title, colour) of those records
     plain: bool = True  # whether the section compares with the network without regularisation
@@ -63,9 +62,8 @@ class Section:
     figures: tuple[Figure, ...] = ()
     packages: tuple[str, ...] = ()  # that are imported for it alone
     code: tuple[str, ...] = ()  # names of functions of train.Torch and train.Fastreg to show side by side
-    measures: dict[str, tuple[str, str, str]] = field(
-        default_factory=dict
-    )  # columns of this section alone, as results.MEASURES
+    # Columns of this section alone, in the form of results.MEASURES.
+    measures: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
     @property
     def trained(self) -> tuple[Recipe, ...]:

@@ -25,12 +25,12 @@ BATCH = 100
 LENGTH = 9.0  # of an average input of the first layer
 EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
 BINS = 10  # of the reliability diagram
-POLICY = {
+POLICY = {  # transformations that do not change the class of a digit
     "rotate": (-15, 15),
     "shear": (-10, 10),
     "stretch": (0.8, 1.2),
     "translate": (0.04, 0.04),
-}  # what digits allow
+}
 SETTINGS = {
     "lr": LR,
     "momentum": MOMENTUM,
@@ -243,7 +243,7 @@ def network(side, recipe: Recipe, data: Data) -> nn.Sequential:
         dropout(recipe.dropout),
         nn.Linear(second, len(data.classes)),
     )
-    if recipe.rescale == "inference":  # its units are smaller by 1 - p: begin where the inverted form does
+    if recipe.rescale == "inference":  # its units are smaller by 1 - p; larger weights make up for it
         with torch.no_grad():
             for drop, layer in zip(model[1::3], model[2::3], strict=True):
                 layer.weight /= 1 - getattr(drop, "p", 0.0)
@@ -331,7 +331,7 @@ class Run:
             ],
             "epoch_ms": statistics.median(self.epoch_ms),
         }
-        self.optimizer = self.stopper = None  # the run is kept for the pictures, these would only hold memory
+        self.optimizer = self.stopper = None  # the pictures need the run, but not these, which hold memory
 
     def record(self) -> dict:
         """What `results.json` holds of this training."""

@@ -118,7 +118,7 @@ def test_words_are_those_of_the_compiled_philox():
     groups, draws = (5, 2**40 + 3, 2**64 - 1), (0, 2, 2**32 - 1)
     for seed in (0, 2**63 - 1, -123456789012345):
         signed = torch.tensor([group - 2**64 if group >= 2**63 else group for group in groups])
-        words = _plain_draw.random_words(torch.tensor(seed), signed[:, None], torch.tensor(draws))
+        words = _plain_draw.sample_words(torch.tensor(seed), signed[:, None], torch.tensor(draws))
         key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
         for (i, group), (k, draw) in itertools.product(enumerate(groups), enumerate(draws)):
             counter = (group & 0xFFFFFFFF, group >> 32, draw, 2)
@@ -277,8 +277,8 @@ def test_nan_pixels_stay_where_they_are_when_whole_pixels_move():
 
 
 def call_of(index, dtype, interpolation, padding, antialias, steps, blur, erase, normalise):
-    """Arguments of the operator: 4 samples turned and scaled; some calls with windows, shrinking far, channels
-    last.
+    """Arguments of the operator: 4 samples, turned and scaled; some calls with windows, shrinking far, or
+    channels last.
     """
     batch, channels, height, width, size = 4, 3, 9, 13, (7, 11)
     chance = random.Random(index)
@@ -362,7 +362,7 @@ def scratch_operators():
 
 def test_the_fallback_is_the_definition(scratch_operators):
     for name, plain in OPERATORS.items():
-        assert fr._registry._declared[name] is plain
+        assert fr._registry.plain_definition(name) is plain
     x = pictures(3, 3, 12, 13)
     aug = everything(size=(8, 9), hue=None)
     got = {}
@@ -404,7 +404,7 @@ def test_other_devices(device):
         x = torch.empty(4, 3, 9, 13, device=device)
         drawn = _plain_draw.augment_draw(x, *draw_arguments((9, 13), (7, 11), 1, 3, 0, batch=4)[1:])
         assert all(t.device.type == device for t in drawn)
-        for antialias, dtype in itertools.product((False, True), (torch.float32, torch.uint8)):
+        for antialias, dtype in ((False, torch.uint8), (True, torch.float32)):
             images = x.to(dtype)
             windows = torch.empty(4, 4, dtype=torch.int64, device=device)
             tables = (drawn[1], drawn[2], drawn[3], drawn[4], windows)

@@ -273,7 +273,7 @@ def test_a_training_that_diverges_is_refused():
     losses = {"fastreg": [1.0, math.nan], "torch": [1.0, 2.0]}
     work = Work({"fastreg": lambda: None, "torch": lambda: None}, lambda: None, losses=losses)
     with pytest.raises(_timing.WrongResult, match="diverged"):
-        _timing.run(Case("x", "x", "1", 1, torch.float32, lambda device: work), "cpu", seconds=0.01)
+        _timing.measure_case(Case("x", "x", "1", 1, torch.float32, lambda device: work), "cpu", seconds=0.01)
 
 
 def test_a_case_that_fails_costs_the_others_nothing(tmp_path, monkeypatch):
@@ -299,7 +299,7 @@ def test_a_compiler_that_fails_costs_its_column_only():
     case = Case(
         "x", "x", "1", 1, torch.float32, lambda device: Work(sides, lambda: None), targets=Targets(compile=1)
     )
-    row = _timing.run(case, "cpu", seconds=0.01)
+    row = _timing.measure_case(case, "cpu", seconds=0.01)
     assert row["against_compile"] is None and row["met"]["compile"] is None
     assert row["notes"] == ["torch.compile failed: RuntimeError: no C++ compiler"]
 
@@ -441,6 +441,7 @@ def test_cells():
     assert table.peak(row) == "128 KiB : 4 MiB (3.1 % of the logits ✗ ≤ 10)"
 
 
+# Either side of each change of unit, and where the thousands get a comma.
 @pytest.mark.parametrize(
     ("count", "text"),
     [
@@ -513,7 +514,7 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, capsys, missing):
 
 
 def test_interrupt_leaves_the_rows_that_had_finished(tmp_path, monkeypatch, capsys):
-    real, calls = _timing.run, []
+    real, calls = _timing.measure_case, []
 
     def interrupted(case, *args, **kwargs):
         calls.append(case)
@@ -521,7 +522,7 @@ def test_interrupt_leaves_the_rows_that_had_finished(tmp_path, monkeypatch, caps
             raise KeyboardInterrupt
         return real(case, *args, **kwargs)
 
-    monkeypatch.setattr(_timing, "run", interrupted)
+    monkeypatch.setattr(_timing, "measure_case", interrupted)
     assert main(tmp_path, "--ops", "fgsm") == 130
     results = read(tmp_path)
     assert results["partial"] is True and len(results["rows"]) == 2 and results["planned"] == 4

@@ -96,10 +96,12 @@ def arguments(machine, x, tables, size, static, out_dtype, output, grad=None, mi
         at[name] = None if table is None else machine.put(table, name).at
     four = ctypes.c_int64 * 4
     return AugmentArgs(
-        PIXELS.index(x.dtype), PIXELS.index(out_dtype), *x.shape, *size, machine.put(x, "images", misaligned).at, output.at,
-        four(*x.stride()), four(*output.like.stride()), at["matrices"], at["colour"], at["blur"], at["boxes"], at["windows"],
+        PIXELS.index(x.dtype), PIXELS.index(out_dtype), *x.shape, *size,
+        machine.put(x, "images", misaligned).at, output.at, four(*x.stride()), four(*output.like.stride()),
+        at["matrices"], at["colour"], at["blur"], at["boxes"], at["windows"],
         ctypes.addressof(held), blur_width, blur_height, steps, interpolation, padding, antialias, normalise,
-        None if grad is None else machine.put(grad, "grad").at, four(*(grad.stride() if grad is not None else ())), None,
+        None if grad is None else machine.put(grad, "grad").at,
+        four(*(grad.stride() if grad is not None else ())), None,
     ), held  # fmt: skip
 
 
@@ -378,8 +380,8 @@ def test_more_items_than_blocks():
         written[:] = [output, held]
         strides = (ctypes.c_int64 * 4)(1, 1, 1, 1)
         return AugmentArgs(
-            0, 0, batch, 1, 1, 1, 1, 1, images.addr, output.addr, strides, strides, None, colour.addr, None, None, None,
-            ctypes.addressof(held), 1, 1, 1, 1, 0, False, False, None, strides, None,
+            0, 0, batch, 1, 1, 1, 1, 1, images.addr, output.addr, strides, strides, None, colour.addr, None,
+            None, None, ctypes.addressof(held), 1, 1, 1, 1, 0, False, False, None, strides, None,
         )  # fmt: skip
 
     interpreted("augment").run("augment_cuda", make, AugmentArgs, blocks=[0, 2, 5])
@@ -404,8 +406,8 @@ def test_more_than_2_31_values():
         written[:] = [output, held]
         strides = (ctypes.c_int64 * 4)(3 * side * side, side * side, side, 1)
         return AugmentArgs(
-            0, 0, batch, 3, side, side, side, side, images.addr, output.addr, strides, strides, None, None, None, None, None,
-            ctypes.addressof(held), 1, 1, 0, 1, 0, False, True, None, strides, None,
+            0, 0, batch, 3, side, side, side, side, images.addr, output.addr, strides, strides, None, None,
+            None, None, None, ctypes.addressof(held), 1, 1, 0, 1, 0, False, True, None, strides, None,
         )  # fmt: skip
 
     last = batch * side * side // 1024 - 1
@@ -437,8 +439,9 @@ def test_parameters_are_the_cpus(crop):
         two, columns = ctypes.c_double * 2, ctypes.c_double * 22
         kept[:] = [machine.room(t, f"result {i}") for i, t in enumerate(want)]
         sample = SampleArgs(
-            seed_at(machine, seed) if crop else Seed(2**64 - 5, None), 7, batch, *sizes, *chances, columns(*low), columns(*high),
-            crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4], two(*erase_box[:2]), two(*erase_box[2:]), kept[0].at,
+            seed_at(machine, seed) if crop else Seed(2**64 - 5, None), 7, batch, *sizes, *chances,
+            columns(*low), columns(*high), crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4],
+            two(*erase_box[:2]), two(*erase_box[2:]), kept[0].at,
         )  # fmt: skip
         own = (ctypes.c_void_p * 13)(*[kept[0].at + 8 * i for i in range(13)])
         matrix = MatrixArgs(batch, *sizes, own, (ctypes.c_int64 * 13)(*[22] * 13), kept[1].at)

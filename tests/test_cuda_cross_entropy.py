@@ -20,23 +20,27 @@ pytestmark = needs_nvcc
 Strides = structure("CrossEntropyArgs::Strides", "int64 outer, position, cls")
 CrossEntropyArgs = structure(
     "CrossEntropyArgs",
-    """int dtype, target_dtype
+    """int64 ignore_index
+    double label_smoothing
+    bool others
+    double z_loss
+    int dtype, target_dtype
     pointer logits, grad, target, soft_target, weight, row_loss, row_lse
     int64 outer, positions, classes
     Strides logits_stride, grad_stride, target_stride
-    int64 ignore_index
-    double mix, base, z_loss, grad_factor
+    double mix, base, grad_factor
     pointer row_factor""",
     Strides=Strides,
 )
+CrossEntropyReduction = structure("CrossEntropyReduction", "int64 kind\nbool all_ignored_zero")
 CrossEntropyLaunch = structure(
     "CrossEntropyLaunch",
     """CrossEntropyArgs rows
-    int64 reduction
-    bool all_ignored_zero
+    CrossEntropyReduction reduction
     int loss_dtype
     pointer loss, lse, scratch""",
     CrossEntropyArgs=CrossEntropyArgs,
+    CrossEntropyReduction=CrossEntropyReduction,
 )
 CrossEntropyScale = structure(
     "CrossEntropyScale", "int dtype, factor_dtype\npointer values\nint64 numel\npointer factor"
@@ -49,9 +53,25 @@ def coefficients(k, eps, others):
     return 1 - eps - (spread if others else 0.0), spread
 
 
-def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, others=False, z_loss=0.0, zero=False,
-        loss_dtype=None, with_grad=True, row_factor=None, in_place=False, like=None, misaligned=0, debug=False,
-        **options):  # fmt: skip
+def run(
+    x,
+    target,
+    weight=None,
+    reduction="mean",
+    ignore_index=-100,
+    eps=0.0,
+    others=False,
+    z_loss=0.0,
+    zero=False,
+    loss_dtype=None,
+    with_grad=True,
+    row_factor=None,
+    in_place=False,
+    like=None,
+    misaligned=0,
+    debug=False,
+    **options,
+):
     """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, positions); like: the form of the
     gradient.
     """
@@ -93,14 +113,35 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
         mix, base = coefficients(k, eps, others)
         form = slots["grad"].like if with_grad else x
         args = CrossEntropyArgs(
-            dtype_number(x.dtype), dtype_number(target.dtype) if soft else 0,
-            at["x"], at.get("grad"), None if soft else at["target"], at["target"] if soft else None, at.get("weight"), None, None,
-            outer, positions, k, strides(x), strides(form), strides(target) if soft else Strides(),
-            ignore_index, mix, base, z_loss, 1.0, at.get("row_factor"),
-        )  # fmt: skip
-        number = ("none", "mean", "sum").index(reduction)
+            ignore_index=ignore_index,
+            label_smoothing=eps,
+            others=others,
+            z_loss=z_loss,
+            dtype=dtype_number(x.dtype),
+            target_dtype=dtype_number(target.dtype) if soft else 0,
+            logits=at["x"],
+            grad=at.get("grad"),
+            target=None if soft else at["target"],
+            soft_target=at["target"] if soft else None,
+            weight=at.get("weight"),
+            outer=outer,
+            positions=positions,
+            classes=k,
+            logits_stride=strides(x),
+            grad_stride=strides(form),
+            target_stride=strides(target) if soft else Strides(),
+            mix=mix,
+            base=base,
+            grad_factor=1.0,
+            row_factor=at.get("row_factor"),
+        )
         return CrossEntropyLaunch(
-            args, number, zero, dtype_number(loss_dtype), at["loss"], at["lse"], at.get("scratch")
+            args,
+            CrossEntropyReduction(("none", "mean", "sum").index(reduction), zero),
+            dtype_number(loss_dtype),
+            at["loss"],
+            at["lse"],
+            at.get("scratch"),
         )
 
     kernels = interpreted("cross_entropy", debug=True) if debug else interpreted("cross_entropy")
@@ -109,8 +150,19 @@ def run(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, ot
     return slots["loss"].result(), grad, slots["lse"].result(), reports
 
 
-def exact(x, target, weight=None, reduction="mean", ignore_index=-100, eps=0.0, others=False, z_loss=0.0, zero=False,
-          row_factor=None, **_):  # fmt: skip
+def exact(
+    x,
+    target,
+    weight=None,
+    reduction="mean",
+    ignore_index=-100,
+    eps=0.0,
+    others=False,
+    z_loss=0.0,
+    zero=False,
+    row_factor=None,
+    **_,
+):
     """(loss, grad, lse, parts) in float64, rows in the order of the kernel; loss of each row if reduction is
     none.
 
@@ -563,10 +615,19 @@ def test_more_than_2_31_elements(layout):
         written.update(grad=grad, loss=loss, lse=lse)
         strides = Strides(0, 1, n) if layout == "columns" else Strides(0, k, 1)
         args = CrossEntropyArgs(
-            0, 0, x.addr, grad.addr, target.addr, None, None, None, None, 1, n, k, strides, strides, Strides(), -100,
-            1.0, 0.0, 0.0, 1.0, None,
-        )  # fmt: skip
-        return CrossEntropyLaunch(args, 0, False, 0, loss.addr, lse.addr, None)
+            ignore_index=-100,
+            logits=x.addr,
+            grad=grad.addr,
+            target=target.addr,
+            outer=1,
+            positions=n,
+            classes=k,
+            logits_stride=strides,
+            grad_stride=strides,
+            mix=1.0,
+            grad_factor=1.0,
+        )
+        return CrossEntropyLaunch(args, CrossEntropyReduction(0, False), 0, loss.addr, lse.addr, None)
 
     last = (n - 1) // threads
     interpreted("cross_entropy").run(

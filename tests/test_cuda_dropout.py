@@ -67,7 +67,7 @@ def run(
 
     launcher = "dropout_forward_cuda" if mask is None else "dropout_apply_cuda"
     reports = interpreted("dropout").run(launcher, arguments, DropoutArgs, **options)
-    return slots["y"].result(), slots["mask"].result(), reports
+    return slots["y"].result(changed=True), slots["mask"].result(), reports
 
 
 def on_cpu(x, p=0.4, *, inner=1, offset=0, scale=1 / 0.6, shift=0.0, dropped=0.0):
@@ -239,8 +239,8 @@ MUTATIONS = {
         "misaligned",
     ),
     "int32 index": (
-        "base = tile * kTile,",
-        "base = int32_t(tile * kTile),",
+        "base = chunk * kChunk,",
+        "base = int32_t(chunk * kChunk),",
         test_more_than_2_31_elements,
         "",
     ),

@@ -347,6 +347,7 @@ def test_unknown_sections_are_refused_with_a_list(only, message, capsys, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+# Features that are no square have no picture; images in colour have a third axis.
 @pytest.mark.parametrize("shape", [(10,), (8, 8, 3)])
 def test_features_and_colour_images_run_too(tmp_path, quick, shape):
     x, y = blobs(shape=shape)
@@ -611,6 +612,7 @@ def test_average_of_masks_comes_to_the_folded_network():
     assert many == pytest.approx(one / 20, rel=0.5)
 
 
+# The digits' own size, and small images in colour whose sides are odd and unequal.
 @pytest.mark.parametrize("shape", [(2, 1, 28, 28), (3, 3, 9, 14)])
 @pytest.mark.parametrize(
     ("turn", "slant", "factor"), [(12, 0, 1.0), (0, -9, 1.0), (0, 0, 1.3), (-20, 7, 0.8)]
@@ -644,6 +646,7 @@ def test_augmentation_shifts_by_whole_pixels_to_either_side(side):
     assert moved[:, 1].round().unique().tolist() == [6, 7, 8, 9, 10, 11, 12, 13, 14]
 
 
+# Sides are unequal, so that a transposition would show; the last are features that are no image.
 @pytest.mark.parametrize("shape", [(6, 8), (6, 8, 3), (10,)])
 def test_rows_of_pixels_are_augmented_as_images(shape):
     examples = data.split(*blobs(shape=shape), "x")

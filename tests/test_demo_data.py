@@ -82,6 +82,7 @@ def test_pixels_end_in_the_unit_range(x, low, high):
     )
 
 
+# Grey images with and without a channel, colour, a square of pixels in a row, and features in no square.
 @pytest.mark.parametrize(
     ("shape", "picture"),
     [((8, 6), (8, 6)), ((8, 6, 1), (8, 6)), ((8, 6, 3), (8, 6, 3)), ((49,), (7, 7)), ((10,), (1, 10))],
@@ -176,6 +177,7 @@ def _images(folder, mode="L", size=(9, 7), n=8):
             Image.fromarray(pixels).save(folder / name / f"{i}.{'PNG' if i % 2 else 'png'}")
 
 
+# Wider than high, so that a transposition would show; 80 pixels are more than the demo takes as they are.
 @pytest.mark.parametrize(
     ("mode", "size", "picture"),
     [("L", (9, 7), (7, 9)), ("RGB", (9, 7), (7, 9, 3)), ("L", (80, 80), (32, 32))],

@@ -277,7 +277,7 @@ WRONG = {
     "x a list": (TypeError, "x must be a torch.Tensor", lambda: fr.fgsm(MODEL, [1.0], Y, 0.1)),
     "fgsm eps negative": (
         ValueError,
-        r"fgsm: eps must be in \[0, inf\], got -0.1",
+        r"fgsm: eps must be finite and at least 0, got -0.1",
         lambda: fr.fgsm(MODEL, X, Y, -0.1),
     ),
     "fgsm eps negative somewhere": (

@@ -184,7 +184,7 @@ def test_float16_gradients_below_its_range_survive_a_loss_scale():
 
 
 def test_bfloat16_sums_of_many_chunks(monkeypatch):
-    """Ten thousand rows of a narrow layer in 400 chunks, too small to count beside their own sum in bfloat16."""
+    """Ten thousand rows of a narrow layer in 400 chunks, each too small to count beside the bfloat16 sum."""
     hidden, weight, target, _ = case((10000,), width=16, classes=40, dtype=torch.bfloat16, bias=False)
     with torch.no_grad():
         hidden += 3  # a sum that grows steadily

@@ -2,7 +2,6 @@
 
 import contextlib
 import pickle
-import sys
 
 import pytest
 import torch

@@ -1,6 +1,8 @@
 // What the fast paths of autograd in csrc/<op>/<op>_autograd.h share: calls of the raw operators, the test of
-// what is usual, readers of Python's arguments, the seed. For csrc/autograd.cpp only: this sees torch's C++
-// headers, which change with each minor version.
+// what is usual, readers of Python's arguments, the seed, the methods of the module. This is for
+// csrc/autograd.cpp only, since it sees torch's C++ headers, which change with each minor version.
+//
+// What stands in Python as well is held together by tests/test_twins.py.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -31,8 +33,8 @@ using torch::autograd::variable_list;
 
 // ---- the raw operators
 
-// Straight to the kernel: autograd is what stands in this file. A kernel's std::invalid_argument becomes
-// torch's ValueError, which the backward engine passes on as one.
+// Goes straight to the kernel, below torch's autograd. A kernel's std::invalid_argument becomes torch's
+// ValueError, which the backward engine passes on as one.
 template <class Signature, class... Args>
 auto call(const c10::TypedOperatorHandle<Signature>& op, Args&&... args) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -67,8 +69,8 @@ inline bool is_plain(const Tensor& t) {
   return t.defined() && (cpu.has_all(t.key_set()) || (cuda.has_all(t.key_set()) && has_cuda()));
 }
 
-// A GPU's seed is its generator's count unless a CUDA graph is being captured, which must draw one when it is
-// replayed.
+// Whether a seed can be made of the count of a GPU's generator: not while a CUDA graph is captured, which
+// must draw its seed when it is replayed, and only on the current GPU.
 inline bool counts_seed(const Tensor& input) {
   if (c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice() != input.device()) return false;
   static PyObject* const capturing =
@@ -90,7 +92,8 @@ inline bool has_kernel(ScalarType t) {
          t == ScalarType::BFloat16;
 }
 
-// Something listens to or changes what operators do: a mode, a transform of torch.func, a tangent, a trace.
+// Whether something listens to or changes what operators do: a mode, a transform of torch.func, a tangent, a
+// trace.
 inline bool is_transformed() {
   return !c10::default_included_set.has_all(c10::impl::tls_local_dispatch_key_set().included_) ||
          at::impl::torch_function_mode_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0);
@@ -100,7 +103,7 @@ inline bool wants_grad(const Tensor& t) { return t.requires_grad() && at::GradMo
 
 inline bool is_bool(PyObject* object) { return object == Py_True || object == Py_False; }
 
-// A float or int in [low, high]; bool and NumPy's scalars are for Python.
+// Reads a float or int in [low, high]. A bool or a scalar of NumPy is left to Python.
 inline bool number(PyObject* object, double low, double high, double* value) {
   if (PyFloat_CheckExact(object)) {
     *value = PyFloat_AS_DOUBLE(object);
@@ -123,9 +126,9 @@ int choice(PyObject* object, const char* const (&choices)[n]) {
   return -1;
 }
 
-// Runs `work` without Python's lock; its errors become Python's.
+// What `work` gives, which runs without Python's lock; its errors become Python's.
 template <class Work>
-PyObject* run(Work work) {
+PyObject* without_lock(Work work) {
   try {
     Tensor result;
     {
@@ -173,13 +176,7 @@ inline Tensor draw_seed(const Tensor& input) {
 
 // ---- methods of the module
 
-// (seed, offset) -> the seed that they stand for
-inline PyObject* mix(PyObject*, PyObject* const* args, Py_ssize_t) {
-  const uint64_t seed = PyLong_AsUnsignedLongLong(args[0]), offset = PyLong_AsUnsignedLongLong(args[1]);
-  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(int64_t(mix_seed(seed, offset)));
-}
-
-// Counts are checked here once, so that the functions may read their arguments.
+// Counts of arguments are checked here once, so that the functions may read them.
 template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
 PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (((count == counts) || ...)) return function(self, args, count);
@@ -187,10 +184,25 @@ PyObject* entry(PyObject* self, PyObject* const* args, Py_ssize_t count) {
                       count);
 }
 
-template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
-PyMethodDef method(const char* name) {
-  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<function, counts...>)),
-          METH_FASTCALL, nullptr};
+// The methods of the module. Each <op>_autograd.h registers its own, with the counts of arguments it takes:
+//   inline const Method<dropout, 4, 9> register_dropout("dropout");
+inline std::vector<PyMethodDef>& methods() {
+  static std::vector<PyMethodDef> all;
+  return all;
 }
+template <PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t), Py_ssize_t... counts>
+struct Method {
+  explicit Method(const char* name) {
+    const auto call = reinterpret_cast<void (*)()>(&entry<function, counts...>);
+    methods().push_back({name, reinterpret_cast<PyCFunction>(call), METH_FASTCALL, nullptr});
+  }
+};
+
+// (seed, offset) -> the seed that they stand for
+inline PyObject* mix_seed_method(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const uint64_t seed = PyLong_AsUnsignedLongLong(args[0]), offset = PyLong_AsUnsignedLongLong(args[1]);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(int64_t(mix_seed(seed, offset)));
+}
+inline const Method<mix_seed_method, 2> register_mix_seed("mix_seed");
 
 }  // namespace fastreg::autograd

@@ -26,8 +26,8 @@
 
 namespace fastreg {
 
-// The one int64 of a seed tensor. On a GPU it is left to the kernel to read, for this would wait for the GPU;
-// a seed that lies on the CPU is read now.
+// The one int64 of a seed tensor. One on a GPU is left for the kernel to read, since reading it here would
+// wait for the GPU; one on the CPU is read now.
 inline Seed seed_of(const char* op, const Tensor& seed, const Tensor& input) {
   check(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op, ": seed must be one int64, got ",
         seed.scalar_type(), " of shape ", shape_text(seed),

@@ -1,5 +1,5 @@
-// Checks that every op makes before it works, and what it needs to know of a tensor. For *_op.cpp only: this
-// knows torch. std::invalid_argument reaches Python as a ValueError.
+// Checks that every op makes before it works, and what it needs to know of a tensor. This is for *_op.cpp
+// only, since it sees torch. std::invalid_argument reaches Python as a ValueError.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -33,8 +33,8 @@ void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// Written out only where a check fails: as a string, made for each check that holds, it cost a small loss a
-// quarter of its time.
+// A shape that is written out only where a check fails. Made into a string for every check that holds, it
+// took a quarter of the time of a small loss.
 struct ShapeText {
   const Tensor& tensor;
 };
@@ -75,7 +75,7 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
         " must be on the device of ", like_name, "; move it with .to(", like_name, ".device)");
 }
 
-// Text is built only for a check that fails: an optimiser comes here for every tensor of a step.
+// The text is built only for a check that fails, since an optimiser comes here for every tensor of a step.
 inline void check_same(const char* op, const char* name, const Tensor& t, const char* like_name,
                        const Tensor& like) {
   check(t.scalar_type() == like.scalar_type(), op, ": ", name, " must have the dtype of ", like_name,
@@ -142,8 +142,8 @@ inline Layout layout_of(const char* op, const Tensor& t) {
   return layout;
 }
 
-// No two elements at one address: what an in-place op needs. Sorted by stride, each must step over all that
-// lies below.
+// Whether two elements lie at one address, which an in-place op cannot have. Sorted by stride, each dimension
+// must step over everything that the smaller ones reach.
 inline bool overlaps_itself(const Layout& layout) {
   if (layout.contiguous) return false;
   int order[kMaxDims];
@@ -160,8 +160,8 @@ inline bool overlaps_itself(const Layout& layout) {
   return false;
 }
 
-// Tensors that fill their memory without gaps in the same order can be walked as flat memory by an
-// elementwise op.
+// Whether two tensors fill their memory without gaps and in the same order: an elementwise op can walk such
+// tensors as flat memory.
 inline bool same_dense_order(const Layout& a, const Layout& b) {
   if (a.contiguous || b.contiguous) return a.contiguous && b.contiguous;
   if (a.dims != b.dims) return false;

@@ -1,6 +1,6 @@
-// What the *_cuda.cu files share: launching, 16-byte words, conversions by the hardware, positions in strided
-// tensors. No torch header, so that kernels and launches can be executed without a GPU: their PTX by an
-// interpreter, their source by the host's compiler (FASTREG_CUDAHOST).
+// What the *_cuda.cu files share: launching, 16-byte words, conversions by the hardware, offsets in strided
+// tensors. There is no torch header here, so that kernels and launches can be executed without a GPU: their
+// PTX by an interpreter, their source by the host's compiler (FASTREG_CUDAHOST).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -13,8 +13,8 @@ namespace fastreg {
 constexpr int kThreads = 256, kLanes = 32, kWarps = kThreads / kLanes;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Blocks enough for `work` items of which a block does `per_block` at a time; beyond 2^20 blocks each does
-// several.
+// The grid for `work` items of which a block does `per_block` at a time. It has at most 2^20 blocks; with
+// more work each block does several turns.
 inline unsigned blocks_for(int64_t work, int64_t per_block) {
   const int64_t blocks = (work + per_block - 1) / per_block, most = int64_t(1) << 20;
   return unsigned(blocks < most ? blocks : most);
@@ -44,7 +44,7 @@ int launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, siz
   (void)shared, (void)stream;
   cudahost::launch(kernel, dim3(blocks), dim3(threads), Parameters(arguments)...);
 #else
-  if (shared > 48 << 10) {  // more than every GPU has is to be asked for
+  if (shared > 48 << 10) {  // what not every GPU has must be asked for
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error) return int(error);
@@ -107,8 +107,8 @@ struct Word {
   T value[kSize];
 };
 
-// Put together by hand and stored by an intrinsic: of an assignment the compiler made four stores, here and
-// there.
+// A word is put together by hand and stored by an intrinsic: in some kernels the compiler split a plain
+// assignment into four stores.
 template <class T>
 __device__ __forceinline__ Word<T> unpack_word(uint4 four) {
   const uint32_t bits[4] = {four.x, four.y, four.z, four.w};
@@ -174,14 +174,14 @@ struct Divider {
   }
 };
 
-// Memory offset, in elements, of a logical element.
-struct Positions {
+// The memory offset, in elements, of a logical element.
+struct Offsets {
   int dims = 0;  // 0: contiguous
   Divider size[kMaxDims];
   int64_t stride[kMaxDims];
 
-  Positions() = default;
-  explicit Positions(const Layout& layout) : dims(layout.contiguous ? 0 : layout.dims) {
+  Offsets() = default;
+  explicit Offsets(const Layout& layout) : dims(layout.contiguous ? 0 : layout.dims) {
     for (int d = 0; d < dims; ++d) {
       size[d] = Divider(layout.size[d]);
       stride[d] = layout.stride[d];

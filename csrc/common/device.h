@@ -22,8 +22,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// Gives f(a null pointer of the storage type): how a kernel meets the dtype of its tensors. Always inlined,
-// for what it calls is compiled once per instruction set.
+// Gives f(a null pointer of the storage type): how a kernel meets the dtype of its tensors. It is always
+// inlined, since what it calls is compiled once per instruction set.
 template <class F>
 inline __attribute__((always_inline)) auto with_dtype(DType dtype, F f) {
   switch (dtype) {
@@ -72,7 +72,8 @@ FR_HD float to_float(Half x) {
   return bits_float(sign | magnitude);
 }
 
-// Round to nearest, ties to even; NaN stays NaN. To bytes: whole numbers, cut off at 0 and 255; NaN is 0.
+// Rounds to nearest, ties to even; a NaN stays one. Bytes are cut off to whole numbers and at 0 and 255; a
+// NaN is 0.
 FR_HD void from_float(float x, uint8_t* out) { *out = uint8_t(x > 0 ? (x < 255 ? x : 255.f) : 0.f); }
 FR_HD void from_float(float x, float* out) { *out = x; }
 FR_HD void from_float(double x, double* out) { *out = x; }
@@ -112,7 +113,7 @@ FR_HD T minimum(T a, T b) {
 }
 
 // Sizes and strides in elements, after dimensions that can be walked as one have been merged. `contiguous`
-// means that logical order is memory order, so that the rest need not be looked at.
+// means that logical order is memory order; then the sizes and strides need not be set.
 constexpr int kMaxDims = 16;
 struct Layout {
   int64_t numel = 0;
@@ -122,8 +123,8 @@ struct Layout {
   int64_t stride[kMaxDims];
 };
 
-// Calls f(position, offset, stride, count) for runs that cover logical elements [begin, end): element
-// position + j lies at memory offset + j * stride.
+// Calls f(position, offset, stride, count) for runs that cover logical elements [begin, end): for j < count,
+// element position + j lies at memory offset + j * stride.
 template <class F>
 FR_HD void for_each_run(const Layout& layout, int64_t begin, int64_t end, F f) {
   if (begin >= end) return;

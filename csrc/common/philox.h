@@ -1,8 +1,12 @@
-// Philox4x32-10, a counter-based generator: 128 random bits from a 128-bit counter and a 64-bit key, with no
-// state. Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
+// Philox4x32-10, a counter-based generator: 128 random bits, a group of four words, from a 128-bit counter
+// and a 64-bit key, with no state. Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3.
+// SC 2011.
 //
-// In fastreg the key is the seed and the counter is (element group: 64 bits, draw: 32 bits, purpose: 32
-// bits): what an element draws depends on the seed and its own index, on nothing else.
+// In fastreg the key is the seed and the counter is (group: 64 bits, draw: 32 bits, purpose: 32 bits). What
+// an element draws depends on the seed and its own index, on nothing else.
+//
+// Limits: any seed; 2^64 groups, which serve 2^67 elements with 16 bits each; 2^32 draws. The bits are exact.
+// tests/native/common_test.cpp tests them against the known answers of Random123.
 #pragma once
 #include "device.h"
 
@@ -12,11 +16,11 @@ constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 =
                    kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
-// Two uses of one seed must not see the same bits, so each use has a number of its own.
+// Two uses of one seed must not see the same bits, so that each use has a number of its own.
 enum class Purpose : uint32_t { kDropout = 0, kStochasticRounding = 1, kAugment = 2 };
 
-// The seed of a call: a value, or where one lies in the memory of the device, so that a CUDA graph replays
-// with the seed of the day and no launch waits for the host.
+// The seed of a call: a value, or where one lies in the memory of the device, so that a replayed CUDA graph
+// reads the seed of that replay, and no launch waits for the host.
 struct Seed {
   uint64_t value;
   const uint64_t* at;  // null: value

@@ -48,7 +48,16 @@ inline Tensor second_order(const Tensor& v, const Tensor& u, const variable_list
   pybind11::list arguments;
   for (const Tensor& t : {v, u, saved[0], saved[1], saved[2], saved[3]})
     arguments.append(pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t)));
-  arguments.append(pybind11::cast(ctx->saved_data["options"].to<LossOptionValues>()));
+  pybind11::list options;
+  for (const c10::IValue& value : ctx->saved_data["options"].toTupleRef().elements()) {
+    if (value.isBool())
+      options.append(value.toBool());
+    else if (value.isInt())
+      options.append(value.toInt());
+    else
+      options.append(value.toDouble());
+  }
+  arguments.append(options);
   const auto function = pybind11::module_::import("fastreg._cross_entropy").attr("_second_order");
   const pybind11::object result = function(*arguments);
   return THPVariable_Unpack(result.ptr());
@@ -152,13 +161,13 @@ inline PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   if (!input || !target || !read_options(args, &o) || is_transformed()) Py_RETURN_NONE;
   if (args[2] != Py_None && !(weight = plain(args[2]))) Py_RETURN_NONE;
   if (!fit(*input, *target, weight, o) || !read_loss_dtype(args[11], *input, &o)) Py_RETURN_NONE;
-  return run([&] {
+  return without_lock([&] {
     const std::optional<Tensor> w = weight ? std::optional<Tensor>(*weight) : std::nullopt;
     return wants_grad(*input) ? CrossEntropy::apply(*input, *target, w, o)[0]
                               : std::get<0>(cross_entropy_op(*input, *target, w, o, false));
   });
 }
 
-inline PyMethodDef cross_entropy_methods[] = {method<cross_entropy, 12>("cross_entropy"), {}};
+inline const Method<cross_entropy, 12> register_cross_entropy("cross_entropy");
 
 }  // namespace fastreg::autograd

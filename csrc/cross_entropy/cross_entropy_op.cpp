@@ -216,10 +216,11 @@ struct Operators<std::tuple<Values...>> {
     }
     const int64_t rows = a.outer * a.positions;
     const bool reduced = reduction != CrossEntropyReduction::kNone;
+    const bool soft = target.scalar_type() != ScalarType::Long;  // memory of no element is null
     Tensor lse = allocate_flat(input, rows, statistics_of(a));
     Tensor loss = empty_loss(input, target, rows, reduced, out_dtype);
     compute(op, input, a, {reduction, all_ignored_zero}, loss, &lse);
-    if (!reduced && a.soft_target && input.dim() > 2) {
+    if (!reduced && soft && input.dim() > 2) {
       std::vector<int64_t> shape{input.size(0)};
       for (int64_t d = 2; d < input.dim(); ++d) shape.push_back(input.size(d));
       loss = torch::stable::view(loss, torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()));

@@ -1,5 +1,5 @@
 // The usual case of dropout and dropout_add in C++. The formulas are those of the torch.autograd.Functions in
-// fastreg/_dropout.py and fastreg/_dropout_add.py.
+// fastreg/_dropout.py and fastreg/_dropout_add.py, whose comments say why.
 #pragma once
 #include "../common/autograd.h"
 #include "dropout_math.h"
@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor> dropout_add_op(const Tensor& input, const Tensor& res
 
 inline Tensor apply_mask(const Tensor& grad, const Tensor& mask, int64_t inner, double scale);
 
-// What backward needs of a mask beside it; a list, because compiled autograd makes variables of lone numbers.
+// Saves what backward needs. The numbers are a list, because compiled autograd makes variables of lone
+// numbers.
 inline void keep(AutogradContext* ctx, const Tensor& mask, int64_t inner, double scale) {
   ctx->save_for_backward({mask});
   ctx->saved_data["form"] = std::vector<double>{double(inner), scale};
@@ -55,7 +56,7 @@ inline Tensor backward_of(AutogradContext* ctx, const Tensor& grad) {
   return apply_mask(grad, mask, int64_t(form.get(0)), form.get(1));
 }
 
-// scale * x where kept, of a given mask; its derivative is a function of the same kind.
+// scale * x where kept, by a given mask. Its derivative is a function of the same kind.
 struct Masked : Function<Masked> {
   static Tensor forward(AutogradContext* ctx, const Tensor& input, const Tensor& mask, int64_t inner,
                         double scale) {
@@ -103,6 +104,7 @@ struct DropoutAdd : Function<DropoutAdd> {
   }
 };
 
+// The inverse of the probability that is drawn with, a multiple of 2^-32.
 inline double inverted_scale(double p) {
   const uint64_t threshold = dropout_threshold(p);
   return threshold ? 0x1p32 / double(threshold) : 0;
@@ -132,7 +134,7 @@ inline PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (PyErr_Occurred()) return nullptr;
   }
   if (!seed.defined() && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
-  return run([&] {
+  return without_lock([&] {
     if (!seed.defined()) seed = draw_seed(*input);
     if (inplace) {
       dropout_inplace_op(*input, p, seed, form);
@@ -159,7 +161,7 @@ inline PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
     Py_RETURN_NONE;
   if (args[4] == Py_False || input->numel() == 0) p = 0;
   if (p != 0 && input->is_cuda() && !counts_seed(*input)) Py_RETURN_NONE;
-  return run([&] {
+  return without_lock([&] {
     if (p == 0 && !given) return at::add(*input, *residual);
     const std::optional<Tensor> bias = given ? std::optional<Tensor>(*given) : std::nullopt;
     const Tensor seed = p == 0 ? at::zeros({1}, ScalarType::Long) : draw_seed(*input);
@@ -170,7 +172,14 @@ inline PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
-inline PyMethodDef dropout_methods[] = {
-    method<dropout, 4, 9>("dropout"), method<dropout_add, 5>("dropout_add"), {}};
+// p -> the scale of what is kept, for tests
+inline PyObject* dropout_scale(PyObject*, PyObject* const* args, Py_ssize_t) {
+  const double p = PyFloat_AsDouble(args[0]);
+  return PyErr_Occurred() ? nullptr : PyFloat_FromDouble(inverted_scale(p));
+}
+
+inline const Method<dropout_scale, 1> register_dropout_scale("dropout_scale");
+inline const Method<dropout, 4, 9> register_dropout("dropout");
+inline const Method<dropout_add, 5> register_dropout_add("dropout_add");
 
 }  // namespace fastreg::autograd

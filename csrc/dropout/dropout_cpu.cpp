@@ -9,7 +9,7 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Mask bytes of whole global groups.
+// Mask bytes of `count` groups from `group` on, counted globally.
 void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* out) {
   if (a.threshold == 0 || a.threshold >> 32) {
     memset(out, a.threshold ? 0xff : 0, size_t(count));
@@ -33,15 +33,15 @@ void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* o
   }
 }
 
-// Mask bytes [begin, end), at most kTile of them. Where the offset is not a multiple of 8, each straddles two
-// groups.
+// Mask bytes [begin, end), at most kBlock of them. Where the offset is not a multiple of 8, a byte holds
+// decisions of two groups.
 void draw_bytes(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) {
   const uint64_t group = a.offset / 8 + uint64_t(begin);
   const unsigned shift = unsigned(a.offset % 8);
   if (shift == 0) {
     draw_groups(a, group, end - begin, out);
   } else {
-    uint8_t bytes[kTile + 1];
+    uint8_t bytes[kBlock + 1];
     draw_groups(a, group, end - begin + 1, bytes);
     for (int64_t i = 0; i < end - begin; ++i)
       out[i] = uint8_t(bytes[i] >> shift | bytes[i + 1] << (8 - shift));
@@ -51,11 +51,11 @@ void draw_bytes(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) 
 }
 
 void draw(const DropoutArgs& a, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; b += kTile)
-    draw_bytes(a, b, b + kTile < end ? b + kTile : end, a.mask + b);
+  for (int64_t b = begin; b < end; b += kBlock)
+    draw_bytes(a, b, b + kBlock < end ? b + kBlock : end, a.mask + b);
 }
 
-// The whole blocks of 32 among n bfloat16; gives how many elements that were.
+// Does the bfloat16 among n that fill vectors of pairs, 32 at a time, and gives how many those are.
 template <bool kShift, class V>
 FR_INLINE int64_t apply_pairs(const BFloat16* in, BFloat16* out, const uint8_t* mask, int64_t n, V scale,
                               V shift, V dropped) {
@@ -77,29 +77,29 @@ FR_INLINE int64_t apply_pairs(const BFloat16* in, BFloat16* out, const uint8_t* 
 }
 
 template <bool kShift, class T>
-void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
+void apply_blocks(const DropoutArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
   const V scale{A(a.scale)}, shift{A(a.shift)}, dropped{A(a.dropped)};
-  T in_buffer[kTile], out_buffer[kTile];
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t n = end - tile < kTile ? end - tile : kTile;
-    const T* in = read_tile(a.input_layout, static_cast<const T*>(a.input), tile, tile + n, in_buffer);
-    T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
+  T in_buffer[kBlock], out_buffer[kBlock];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t n = end - block < kBlock ? end - block : kBlock;
+    const T* in = read_block(a.input_layout, static_cast<const T*>(a.input), block, block + n, in_buffer);
+    T* out = block_to_write(a.output_layout, static_cast<T*>(a.output), block, out_buffer);
     if (a.inner == 1) {
       int64_t done = 0;
       if constexpr (std::is_same_v<T, BFloat16>)
-        done = apply_pairs<kShift>(in, out, a.mask + tile / 8, n, scale, shift, dropped);
+        done = apply_pairs<kShift>(in, out, a.mask + block / 8, n, scale, shift, dropped);
       for_each_vector<A>(n - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
         const int64_t i = done + j;
-        uint32_t bits = a.mask[(tile + i) / 8];
-        if (V::kLanes == 16 && lanes > 8) bits |= uint32_t(a.mask[(tile + i) / 8 + 1]) << 8;
+        uint32_t bits = a.mask[(block + i) / 8];
+        if (V::kLanes == 16 && lanes > 8) bits |= uint32_t(a.mask[(block + i) / 8 + 1]) << 8;
         store(out + i,
               dropout_element<kShift>(load(in + i, lanes), V::from_bits(bits), scale, shift, dropped), lanes);
       });
     } else {
       for (int64_t i = 0; i < n;) {
-        const int64_t decision = (tile + i) / a.inner, rest = (decision + 1) * a.inner - (tile + i);
+        const int64_t decision = (block + i) / a.inner, rest = (decision + 1) * a.inner - (block + i);
         const int64_t run = rest < n - i ? rest : n - i;
         const auto kept = V::from_bits(a.mask[decision / 8] >> (decision % 8) & 1 ? 0xffff : 0);
         for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
@@ -109,42 +109,42 @@ void apply_tiles(const DropoutArgs& a, int64_t begin, int64_t end) {
         i += run;
       }
     }
-    write_tile(a.output_layout, static_cast<T*>(a.output), tile, tile + n, out);
+    write_block(a.output_layout, static_cast<T*>(a.output), block, block + n, out);
   }
 }
 
 void apply(const DropoutArgs& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    a.shift != 0 ? apply_tiles<true, T>(a, begin, end) : apply_tiles<false, T>(a, begin, end);
+    a.shift != 0 ? apply_blocks<true, T>(a, begin, end) : apply_blocks<false, T>(a, begin, end);
   });
 }
 
-void forward(const DropoutArgs& a, int64_t begin,
-             int64_t end) {  // tile by tile, so that the mask is still in cache
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t stop = tile + kTile < end ? tile + kTile : end;
-    draw(a, tile / 8, (stop + 7) / 8);
-    apply(a, tile, stop);
+// Block by block, so that the mask is read while it is in the cache.
+void forward(const DropoutArgs& a, int64_t begin, int64_t end) {
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t stop = block + kBlock < end ? block + kBlock : end;
+    draw(a, block / 8, (stop + 7) / 8);
+    apply(a, block, stop);
   }
 }
 
-// bias[(position + i) % columns] for a tile, i < kTile, in one piece. A short bias is repeated once, so that
-// a tile may start anywhere in it.
+// bias[(position + i) % columns] of a block, i < kBlock, as contiguous memory. A short bias is repeated, so
+// that a block may start anywhere in it.
 template <class T>
-class BiasTiles {
+class BiasBlocks {
  public:
-  BiasTiles(const DropoutAddArgs& a, int64_t room)
+  BiasBlocks(const DropoutAddArgs& a, int64_t room)
       : bias_(static_cast<const T*>(a.bias)), columns_(a.columns) {
-    if (!bias_ || columns_ >= kTile) return;
-    const int64_t count = columns_ + (room < kTile ? room : kTile);
+    if (!bias_ || columns_ >= kBlock) return;
+    const int64_t count = columns_ + (room < kBlock ? room : kBlock);
     memcpy(buffer_, bias_, size_t(columns_) * sizeof(T));
     for (int64_t done = columns_; done < count; done *= 2)
       memcpy(buffer_ + done, buffer_, size_t(done < count - done ? done : count - done) * sizeof(T));
   }
   const T* at(int64_t position, int64_t n) {
     const int64_t column = position % columns_, rest = columns_ - column;
-    if (columns_ < kTile) return buffer_ + column;
+    if (columns_ < kBlock) return buffer_ + column;
     if (n <= rest) return bias_ + column;
     memcpy(buffer_, bias_ + column, size_t(rest) * sizeof(T));
     memcpy(buffer_ + rest, bias_, size_t(n - rest) * sizeof(T));
@@ -154,7 +154,7 @@ class BiasTiles {
  private:
   const T* bias_;
   int64_t columns_;
-  T buffer_[2 * kTile];
+  T buffer_[2 * kBlock];
 };
 
 // As apply_pairs; where dropped, the residual needs no rounding.
@@ -181,21 +181,21 @@ FR_INLINE int64_t add_pairs(const BFloat16* in, const BFloat16* residual, const 
 }
 
 template <bool kBias, class T>
-void add_tiles(const DropoutAddArgs& a, int64_t begin, int64_t end) {
+void add_blocks(const DropoutAddArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
   const V scale{A(a.scale)};
-  BiasTiles<T> bias_tiles(a, end - begin);
-  T in_buffer[kTile], residual_buffer[kTile], out_buffer[kTile];
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t n = end - tile < kTile ? end - tile : kTile;
-    draw(a, tile / 8, (tile + n + 7) / 8);
-    const uint8_t* mask = a.mask + tile / 8;
-    const T* in = read_tile(a.input_layout, static_cast<const T*>(a.input), tile, tile + n, in_buffer);
+  BiasBlocks<T> bias_blocks(a, end - begin);
+  T in_buffer[kBlock], residual_buffer[kBlock], out_buffer[kBlock];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t n = end - block < kBlock ? end - block : kBlock;
+    draw(a, block / 8, (block + n + 7) / 8);
+    const uint8_t* mask = a.mask + block / 8;
+    const T* in = read_block(a.input_layout, static_cast<const T*>(a.input), block, block + n, in_buffer);
     const T* residual =
-        read_tile(a.residual_layout, static_cast<const T*>(a.residual), tile, tile + n, residual_buffer);
-    const T* bias = kBias ? bias_tiles.at(tile, n) : nullptr;
-    T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
+        read_block(a.residual_layout, static_cast<const T*>(a.residual), block, block + n, residual_buffer);
+    const T* bias = kBias ? bias_blocks.at(block, n) : nullptr;
+    T* out = block_to_write(a.output_layout, static_cast<T*>(a.output), block, out_buffer);
     int64_t done = 0;
     if constexpr (std::is_same_v<T, BFloat16>)
       done = add_pairs<kBias>(in, residual, bias, out, mask, n, scale);
@@ -207,14 +207,14 @@ void add_tiles(const DropoutAddArgs& a, int64_t begin, int64_t end) {
       if (kBias) x = x + load(bias + i, lanes);
       store(out + i, dropout_add_element(x, V::from_bits(bits), scale, load(residual + i, lanes)), lanes);
     });
-    write_tile(a.output_layout, static_cast<T*>(a.output), tile, tile + n, out);
+    write_block(a.output_layout, static_cast<T*>(a.output), block, block + n, out);
   }
 }
 
 void add(const DropoutAddArgs& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    a.bias ? add_tiles<true, T>(a, begin, end) : add_tiles<false, T>(a, begin, end);
+    a.bias ? add_blocks<true, T>(a, begin, end) : add_blocks<false, T>(a, begin, end);
   });
 }
 

@@ -2,9 +2,9 @@
 // Bytes per 16-bit element: forward reads 2, writes 2 and 1/8 of mask; backward reads 2 1/8, writes 2: the
 // floor. With a residual added forward reads 2 more; the bias comes from the cache. float32: 4 for 2.
 //
-// A warp takes tiles of 256 elements, a group of 8 decisions for each lane, which draws them with one call of
-// Philox and holds them as its mask byte. Memory is not read in that order: lane after lane takes 16-byte
-// word after word, and a lane asks the one that drew for the word it has.
+// A warp takes chunks of 256 elements. Each lane draws 8 decisions with one call of Philox and holds them as
+// its byte of the mask. Memory is not read in that order: neighbouring lanes take neighbouring 16-byte words,
+// and a lane asks the one that drew for the decisions of the word it has.
 #include <type_traits>
 
 #include "../common/cuda.h"
@@ -13,7 +13,7 @@
 namespace fastreg {
 namespace {
 
-constexpr int kTile = 8 * kLanes;
+constexpr int kChunk = 8 * kLanes;  // elements of a warp
 
 template <class T>
 struct DropoutWork {
@@ -24,7 +24,7 @@ struct DropoutWork {
   int64_t numel, decisions;
   Seed seed;
   uint64_t offset, threshold;
-  A scale, shift, dropped;  // shift -0, not 0, for none: x + -0 is x, for every x, and there is no branch
+  A scale, shift, dropped;  // no shift is -0, not 0: x + -0 is x for every x, without a branch
 
   explicit DropoutWork(const DropoutArgs& a)
       : input(static_cast<const T*>(a.input)),
@@ -45,7 +45,7 @@ struct DropoutWork {
     return result;
   }
 
-  // Decisions [8 * byte, 8 * byte + 8). Where the offset is not a multiple of 8, they straddle two groups.
+  // Decisions [8 * byte, 8 * byte + 8). Where the offset is not a multiple of 8, they are of two groups.
   __device__ __forceinline__ uint32_t draw(uint64_t seed_value, int64_t byte) const {
     const uint64_t group = offset / 8 + uint64_t(byte);
     const unsigned skip = unsigned(offset % 8);
@@ -57,8 +57,7 @@ struct DropoutWork {
   }
 };
 
-// What is added in the same pass: to the element the bias, to what is left of it the residual. Its words are
-// held as x's are.
+// What is added in the same pass: the bias before dropout, the residual after it.
 template <class T>
 struct Addends {
   static constexpr bool kAdd = true;
@@ -67,14 +66,14 @@ struct Addends {
   const T* bias;  // or null
   Divider columns;
   bool bias_words;  // a word of elements has a word of bias
-  Positions position;
+  Offsets residual_at;
 
   explicit Addends(const DropoutAddArgs& a)
       : residual(static_cast<const T*>(a.residual)),
         bias(static_cast<const T*>(a.bias)),
         columns(a.columns),
         bias_words(a.columns % Word<T>::kSize == 0 && word_aligned(a.bias)),
-        position(a.residual_layout) {}
+        residual_at(a.residual_layout) {}
 
   __device__ __forceinline__ int64_t column(int64_t i) const {
     return i - columns.divide(i) * int64_t(columns.divisor);
@@ -106,19 +105,21 @@ struct NoAddends {
 
 // Every element has its own decision.
 template <class T, bool kDraw, bool kWords, class Add>
-__global__ void __launch_bounds__(kThreads) dropout_elements(const DropoutWork<T> w, const Positions input,
-                                                             const Positions output, const Add addends) {
+__global__ void __launch_bounds__(kThreads)
+    dropout_elements(const DropoutWork<T> w, const Offsets input, const Offsets output, const Add addends) {
   constexpr int kSize = Word<T>::kSize, kCount = 8 / kSize;  // words per lane
-  constexpr bool kHeld = Add::kAdd && sizeof(T) < 8;  // with four words of doubles more it were 76 registers
+  // The residual is loaded early too, but of float64: four more words would take 76 registers.
+  constexpr bool kHeld = Add::kAdd && sizeof(T) < 8;
   const int lane = threadIdx.x % kLanes;
   const uint64_t seed = kDraw ? w.seed.get() : 0;
-  const int64_t tiles = (w.numel + kTile - 1) / kTile, bytes = (w.numel + 7) / 8;
-  for (int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; tile < tiles;
-       tile += int64_t(gridDim.x) * kWarps) {
-    const int64_t base = tile * kTile, byte = tile * kLanes + lane;
-    const bool words = kWords && base + kTile <= w.numel;
+  const int64_t chunks = (w.numel + kChunk - 1) / kChunk, bytes = (w.numel + 7) / 8;
+  for (int64_t chunk = int64_t(blockIdx.x) * kWarps + threadIdx.x / kLanes; chunk < chunks;
+       chunk += int64_t(gridDim.x) * kWarps) {
+    const int64_t base = chunk * kChunk, byte = chunk * kLanes + lane;
+    const bool words = kWords && base + kChunk <= w.numel;
     Word<T> x[kCount], residual[kHeld ? kCount : 1];
-    if (words) {  // asked for before the draw, which fills the wait
+    // ---- memory is asked for before the draw, which fills the wait
+    if (words) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         const int64_t i = base + (j * kLanes + lane) * kSize;
@@ -126,11 +127,13 @@ __global__ void __launch_bounds__(kThreads) dropout_elements(const DropoutWork<T
         if constexpr (kHeld) residual[j] = load_word(addends.residual + i);
       }
     }
+    // ---- the lane's 8 decisions
     uint32_t bits = 0;
     if (byte < bytes) {
       bits = kDraw ? w.draw(seed, byte) : w.mask[byte];
       if (kDraw) w.mask[byte] = uint8_t(bits);
     }
+    // ---- apply
     if (words) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) dropout_elements(const DropoutWork<T
         T result;
         if constexpr (Add::kAdd)
           result = addends.add(w, x, addends.bias ? addends.bias[addends.column(i)] : T{}, kept,
-                               addends.residual[kWords ? i : addends.position[i]]);
+                               addends.residual[kWords ? i : addends.residual_at[i]]);
         else
           result = w.apply(x, kept);
         w.output[kWords ? i : output[i]] = result;
@@ -180,10 +183,11 @@ __global__ void __launch_bounds__(kThreads) dropout_draw(const DropoutWork<T> w)
     w.mask[byte] = uint8_t(w.draw(seed, byte));
 }
 
-// `inner` neighbours share a decision: a word at once where it lies within one, else an element.
+// Where `inner` neighbours share a decision: a thread does a word where it lies within one run, else an
+// element.
 template <class T, bool kWords>
 __global__ void __launch_bounds__(kThreads)
-    dropout_runs(const DropoutWork<T> w, const Divider inner, const Positions input, const Positions output) {
+    dropout_runs(const DropoutWork<T> w, const Divider inner, const Offsets input, const Offsets output) {
   constexpr int kSize = kWords ? Word<T>::kSize : 1;
   for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < w.numel / kSize;
        n += int64_t(gridDim.x) * kThreads) {
@@ -201,10 +205,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, bool kDraw, class Add>
-int run_elements(const DropoutArgs& a, bool flat, const Add& addends, void* stream) {
+int launch_elements(const DropoutArgs& a, bool flat, const Add& addends, void* stream) {
   const DropoutWork<T> w(a);
-  const Positions input(a.input_layout), output(a.output_layout);
-  const unsigned blocks = blocks_for(w.numel, kTile * kWarps);
+  const Offsets input(a.input_layout), output(a.output_layout);
+  const unsigned blocks = blocks_for(w.numel, kChunk * kWarps);
   return flat ? launch(dropout_elements<T, kDraw, true, Add>, blocks, kThreads, 0, stream, w, input, output,
                        addends)
               : launch(dropout_elements<T, kDraw, false, Add>, blocks, kThreads, 0, stream, w, input, output,
@@ -216,11 +220,11 @@ bool is_flat(const DropoutArgs& a) {
 }
 
 template <class T, bool kDraw>
-int run(const DropoutArgs& a, void* stream) {
+int launch_dropout(const DropoutArgs& a, void* stream) {
   const bool flat = is_flat(a);
-  if (a.inner == 1) return run_elements<T, kDraw>(a, flat, NoAddends(), stream);
+  if (a.inner == 1) return launch_elements<T, kDraw>(a, flat, NoAddends(), stream);
   const DropoutWork<T> w(a);
-  const Positions input(a.input_layout), output(a.output_layout);
+  const Offsets input(a.input_layout), output(a.output_layout);
   if (kDraw) {
     const int error =
         launch(dropout_draw<T>, blocks_for((a.decisions + 7) / 8, kThreads), kThreads, 0, stream, w);
@@ -238,19 +242,21 @@ int run(const DropoutArgs& a, void* stream) {
 }  // namespace
 
 int dropout_forward_cuda(const DropoutArgs& a, void* stream) {
-  return with_dtype(a.dtype,
-                    [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, true>(a, stream); });
+  return with_dtype(a.dtype, [&](auto* type) {
+    return launch_dropout<std::remove_pointer_t<decltype(type)>, true>(a, stream);
+  });
 }
 int dropout_apply_cuda(const DropoutArgs& a, void* stream) {
-  return with_dtype(a.dtype,
-                    [&](auto* type) { return run<std::remove_pointer_t<decltype(type)>, false>(a, stream); });
+  return with_dtype(a.dtype, [&](auto* type) {
+    return launch_dropout<std::remove_pointer_t<decltype(type)>, false>(a, stream);
+  });
 }
 
 int dropout_add_cuda(const DropoutAddArgs& a, void* stream) {
   return with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const bool flat = is_flat(a) && a.residual_layout.contiguous && word_aligned(a.residual);
-    return run_elements<T, true>(a, flat, Addends<T>(a), stream);
+    return launch_elements<T, true>(a, flat, Addends<T>(a), stream);
   });
 }
 

@@ -1,16 +1,15 @@
 // Dropout: y = kept ? scale * x + shift : dropped, kept with probability 1 - p.
 //
-//   inverted dropout (Srivastava et al. 2014, as in torch)  scale 1 / (1 - p), shift 0, dropped 0
-//   textbook dropout (Goodfellow et al. 2016, 7.12)         scale 1, and the weights are multiplied by 1 - p
-//   after training alpha dropout (Klambauer et al. 2017)                   mean and variance of a SELU's
-//   output are kept
+//   inverted dropout (Srivastava et al. 2014, torch's)   scale 1 / (1 - p), shift 0, dropped 0
+//   textbook dropout (Goodfellow et al. 2016, 7.12)      scale 1; later, weights are multiplied by 1 - p
+//   alpha dropout (Klambauer et al. 2017)                keeps mean and variance of a SELU's output
 //
 // and, in one pass, what a residual block does with it: y = kept ? scale * (x + bias) + residual : residual.
 //
 // One decision may cover `inner` neighbouring elements: a channel (dropout2d) or a sample (drop_path).
-// Decision i is made by 16 bits of Philox group i / 8; the one in 65,536 that those leave open is settled by
-// 16 further bits, so that P(kept) = threshold / 2^32 exactly. The mask holds one bit per decision: bit i % 8
-// of byte i / 8, 1 = kept.
+// Decision i is made by 16 bits of Philox group i / 8. Those leave one in 65,536 open, which 16 further bits
+// settle, so that P(kept) = threshold / 2^32 exactly. The mask holds one bit per decision: bit i % 8 of byte
+// i / 8, 1 = kept.
 #pragma once
 #include "../common/device.h"
 #include "../common/isa.h"
@@ -31,7 +30,7 @@ struct DropoutArgs {
   double scale, shift, dropped;
 };
 
-// inner == 1, shift and dropped are not looked at.
+// Here inner is 1, and shift and dropped are not looked at.
 struct DropoutAddArgs : DropoutArgs {
   const void* residual;
   Layout residual_layout;
@@ -47,8 +46,8 @@ FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
   const PhiloxWords high = philox_group(seed, group, 0, Purpose::kDropout);
   const uint32_t upper = uint32_t(threshold >> 16), lower = uint32_t(threshold & 0xffff),
                  both = upper << 16 | upper;
-  uint32_t bits = 0,
-           ties = 0;  // ties: not zero where one of the eight is `upper`, by the search for a zero in a word
+  // `ties` is not zero where one of the eight values is `upper`: the usual search for a zero in a word.
+  uint32_t bits = 0, ties = 0;
   for (int w = 0; w < 4; ++w) {
     const uint32_t two = high.word[w], difference = two ^ both;
     bits |= uint32_t(two << 16 < upper << 16) << (2 * w);
@@ -77,10 +76,9 @@ FR_HD V dropout_add_element(V x, M kept, V scale, V residual) {
 struct DropoutKernels {
   void (*draw)(const DropoutArgs&, int64_t begin, int64_t end);   // mask bytes [begin, end)
   void (*apply)(const DropoutArgs&, int64_t begin, int64_t end);  // elements [begin, end) by the mask
-  void (*forward)(const DropoutArgs&, int64_t begin,
-                  int64_t end);  // both, for inner == 1; begin a multiple of 8
-  void (*add)(const DropoutAddArgs&, int64_t begin,
-              int64_t end);  // draws and applies as well; begin a multiple of 8
+  // Both draw and apply, for inner == 1, elements [begin, end); begin is a multiple of 8.
+  void (*forward)(const DropoutArgs&, int64_t begin, int64_t end);
+  void (*add)(const DropoutAddArgs&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(DropoutKernels, dropout_kernels)
 

@@ -20,8 +20,8 @@ void add(const char* op, const Tensor& input, const DropoutAddArgs& a) {
   on_stream(op, input, [&](void* stream) { return dropout_add_cuda(a, stream); });
 }
 #else
-constexpr int64_t kGrain =
-    1 << 15;  // elements per thread at least; a multiple of 8, so that no two threads share a mask byte
+// A thread gets at least so many elements; a multiple of 8, so that no two threads share a byte of the mask.
+constexpr int64_t kGrain = 1 << 15;
 
 void apply(const char*, const Tensor&, const DropoutArgs& a) {
   const int64_t numel = a.input_layout.numel;
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> dropout_add(Tensor input, Tensor residual, std::optio
   a.residual = residual.const_data_ptr();
   a.residual_layout = layout_of(op, residual);
   a.bias = bias ? bias->const_data_ptr() : nullptr;
-  a.columns = columns ? columns : 1;  // it divides, be there an element or not
+  a.columns = columns ? columns : 1;  // a divisor, even where there is no element
   add(op, input, a);
   return {output, mask};
 }

@@ -18,15 +18,15 @@ template <class T>
 void scale_blocks(const ExampleArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   const Vec<A> factor{A(a.factor)};
-  T input_buffer[kTile], output_buffer[kTile];
-  for (int64_t block = begin; block < end; block += kTile) {
-    const int64_t n = end - block < kTile ? end - block : kTile;
-    const T* x = read_tile(a.input_layout, static_cast<const T*>(a.input), block, block + n, input_buffer);
-    T* y = tile_to_write(a.output_layout, static_cast<T*>(a.output), block, output_buffer);
+  T input_buffer[kBlock], output_buffer[kBlock];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t n = end - block < kBlock ? end - block : kBlock;
+    const T* x = read_block(a.input_layout, static_cast<const T*>(a.input), block, block + n, input_buffer);
+    T* y = block_to_write(a.output_layout, static_cast<T*>(a.output), block, output_buffer);
     for_each_vector<A>(n, [&](int64_t i, int lanes) __attribute__((always_inline)) {
       store(y + i, example_element(load(x + i, lanes), factor), lanes);
     });
-    write_tile(a.output_layout, static_cast<T*>(a.output), block, block + n, y);
+    write_block(a.output_layout, static_cast<T*>(a.output), block, block + n, y);
   }
 }
 

@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kThreads)
 // Any other tensors: an element per thread, at the place that its layout says.
 template <class T, class A>
 __global__ void __launch_bounds__(kThreads)
-    example_elements(const T* input, T* output, int64_t numel, A factor, const Positions input_at,
-                     const Positions output_at) {
+    example_elements(const T* input, T* output, int64_t numel, A factor, const Offsets input_at,
+                     const Offsets output_at) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel;
        i += int64_t(gridDim.x) * kThreads)
     store_float(example_element(A(load_float(input[input_at[i]])), factor), &output[output_at[i]]);
@@ -53,7 +53,7 @@ int scale(const ExampleArgs& a, void* stream) {
     return launch(example_words<T, A>, blocks_for(numel, kThreads * kSize), kThreads, 0, stream, input,
                   output, numel, A(a.factor));
   return launch(example_elements<T, A>, blocks_for(numel, kThreads), kThreads, 0, stream, input, output,
-                numel, A(a.factor), Positions(a.input_layout), Positions(a.output_layout));
+                numel, A(a.factor), Offsets(a.input_layout), Offsets(a.output_layout));
 }
 
 }  // namespace

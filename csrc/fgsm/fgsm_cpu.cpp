@@ -9,7 +9,7 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Elements from i on that see one value.
+// The length of the run from element i on that sees one value.
 FR_INLINE int64_t run_length(const FgsmNumber& number, int64_t i) {
   return number.values && number.inner > 1 ? number.inner - i % number.inner : INT64_MAX;
 }
@@ -26,7 +26,7 @@ FR_INLINE Vec<A> value_at(const FgsmNumber& number, int64_t i, int lanes) {
   return load(lane);
 }
 
-// 32 elements. origin is looked at only to project.
+// 32 elements. The origin is read only to project.
 template <bool kProject, class V>
 FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat16* origin, BFloat16* out,
                           V step, V radius, V lower, V upper) {
@@ -46,21 +46,21 @@ FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat1
 }
 
 template <class T, bool kProject>
-void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
+void step_blocks(const FgsmArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
-  T x_buffer[kTile], grad_buffer[kTile], origin_buffer[kTile], out_buffer[kTile];
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t n = end - tile < kTile ? end - tile : kTile;
-    const T* x = read_tile(a.x_layout, static_cast<const T*>(a.x), tile, tile + n, x_buffer);
-    const T* grad = read_tile(a.grad_layout, static_cast<const T*>(a.grad), tile, tile + n, grad_buffer);
+  T x_buffer[kBlock], grad_buffer[kBlock], origin_buffer[kBlock], out_buffer[kBlock];
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t n = end - block < kBlock ? end - block : kBlock;
+    const T* x = read_block(a.x_layout, static_cast<const T*>(a.x), block, block + n, x_buffer);
+    const T* grad = read_block(a.grad_layout, static_cast<const T*>(a.grad), block, block + n, grad_buffer);
     const T* origin = nullptr;
     if (kProject)
-      origin = read_tile(a.origin_layout, static_cast<const T*>(a.origin), tile, tile + n, origin_buffer);
-    T* out = tile_to_write(a.output_layout, static_cast<T*>(a.output), tile, out_buffer);
+      origin = read_block(a.origin_layout, static_cast<const T*>(a.origin), block, block + n, origin_buffer);
+    T* out = block_to_write(a.output_layout, static_cast<T*>(a.output), block, out_buffer);
     for (int64_t i = 0; i < n;) {
       int64_t run = n - i;
       for (const FgsmNumber* number : {&a.step, &a.radius, &a.lower, &a.upper}) {
-        const int64_t same = run_length(*number, tile + i);
+        const int64_t same = run_length(*number, block + i);
         run = same < run ? same : run;
       }
       const bool per_element =
@@ -75,7 +75,7 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
         else
           store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
       };
-      const int64_t at = tile + i;
+      const int64_t at = block + i;
       if (per_element) {
         for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
           body(j, lanes, value_at<A>(a.step, at + j, lanes), value_at<A>(a.radius, at + j, lanes),
@@ -95,14 +95,14 @@ void step_tiles(const FgsmArgs& a, int64_t begin, int64_t end) {
       }
       i += run;
     }
-    write_tile(a.output_layout, static_cast<T*>(a.output), tile, tile + n, out);
+    write_block(a.output_layout, static_cast<T*>(a.output), block, block + n, out);
   }
 }
 
 void step(const FgsmArgs& a, int64_t begin, int64_t end) {
   with_dtype(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    a.origin ? step_tiles<T, true>(a, begin, end) : step_tiles<T, false>(a, begin, end);
+    a.origin ? step_blocks<T, true>(a, begin, end) : step_blocks<T, false>(a, begin, end);
   });
 }
 

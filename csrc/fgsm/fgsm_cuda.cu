@@ -70,14 +70,14 @@ __global__ void __launch_bounds__(kThreads)
                                      numbers.radius(i), numbers.lower(i), numbers.upper(i));
 }
 
-struct FgsmPositions {
-  Positions x, grad, origin, output;
+struct FgsmOffsets {
+  Offsets x, grad, origin, output;
 };
 
 template <class T, bool kProject>
 __global__ void __launch_bounds__(kThreads)
     fgsm_elements(const T* x, const T* grad, const T* origin, T* output, int64_t numel,
-                  const Numbers<typename Accumulate<T>::type> numbers, const FgsmPositions at) {
+                  const Numbers<typename Accumulate<T>::type> numbers, const FgsmOffsets at) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < numel;
        i += int64_t(gridDim.x) * kThreads)
     output[at.output[i]] =
@@ -101,8 +101,8 @@ int step(const FgsmArgs& a, void* stream) {
   if (words)
     return launch(fgsm_words<T, kProject>, blocks_for(numel, kThreads * kSize), kThreads, 0, stream, x, grad,
                   origin, output, numel, numbers);
-  const FgsmPositions at{Positions(a.x_layout), Positions(a.grad_layout),
-                         kProject ? Positions(a.origin_layout) : Positions(), Positions(a.output_layout)};
+  const FgsmOffsets at{Offsets(a.x_layout), Offsets(a.grad_layout),
+                       kProject ? Offsets(a.origin_layout) : Offsets(), Offsets(a.output_layout)};
   return launch(fgsm_elements<T, kProject>, blocks_for(numel, kThreads), kThreads, 0, stream, x, grad, origin,
                 output, numel, numbers, at);
 }

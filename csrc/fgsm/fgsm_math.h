@@ -1,8 +1,9 @@
 // One step against or along the sign of a gradient, then into the allowed box:
 //
-//   x' = clamp(x + step * sign(g), lower, upper)                                     FGSM, Goodfellow,
-//   Shlens, Szegedy 2015 x' = clamp(clip(x + step * sign(g), origin - radius, origin + radius), lower, upper)
-//   PGD, Madry et al. 2018
+//   x' = clamp(x + step * sign(g), lower, upper)
+//        FGSM: Goodfellow, Shlens, Szegedy 2015
+//   x' = clamp(clamp(x + step * sign(g), origin - radius, origin + radius), lower, upper)
+//        PGD: Madry, Makelov, Schmidt, Tsipras, Vladu 2018
 //
 // sign(0) = sign(NaN) = 0 as in torch; a NaN in x stays.
 #pragma once

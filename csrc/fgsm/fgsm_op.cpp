@@ -6,8 +6,8 @@
 namespace fastreg {
 namespace {
 
-// A tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner, count); it is
-// contiguous and has the type of accumulation, which the Python side saw to.
+// One value, or a tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner,
+// count). The Python side has made it contiguous and of the type of accumulation.
 FgsmNumber number(const char* op, const char* name, const Tensor& x, double value,
                   const std::optional<Tensor>& values) {
   FgsmNumber result{value, nullptr, 1, 1};
@@ -28,7 +28,7 @@ FgsmNumber number(const char* op, const char* name, const Tensor& x, double valu
           " over neighbouring dimensions; expand it to the shape of x");
     result.inner *= x.size(d + lead);
   }
-  if (result.count == 1) result.inner = x.numel() + 1;  // one value for all: never found at an element's edge
+  if (result.count == 1) result.inner = x.numel() + 1;  // one value for all, in a run without end
   result.values = t.const_data_ptr();
   return result;
 }

@@ -1,11 +1,13 @@
-// A step of SGD over many small tensors, of which most would be spent in Python.
+// A step of SGD over many small tensors, most of which would be spent in Python. The rules are those of
+// SGD._collect and the checks beside it in fastreg/optim.py.
 #pragma once
 #include "../common/autograd.h"
 #include "sgd_math.h"
 
 namespace fastreg::autograd {
 
-// A tensor on the CPU that fills its memory without gaps, so that elementwise work may take it for flat.
+// A tensor on the CPU that fills its memory without gaps, so that elementwise work can walk it as flat
+// memory.
 inline const Tensor* flat(PyObject* object) {
   const Tensor* t = plain(object);
   return t && t->is_cpu() && has_kernel(t->scalar_type()) && t->is_non_overlapping_and_dense() ? t : nullptr;
@@ -16,14 +18,21 @@ inline bool same_form(const Tensor& a, const Tensor& b) {
          a.strides() == b.strides();
 }
 
-// What a step needs of a group of parameters.
+inline DType dtype_of(ScalarType type) {  // one that has kernels
+  return type == ScalarType::Float    ? DType::kFloat32
+         : type == ScalarType::Double ? DType::kFloat64
+         : type == ScalarType::Half   ? DType::kFloat16
+                                      : DType::kBFloat16;
+}
+
+// What a step needs of a parameter group.
 struct SgdGroup {
   SgdArgs args{};
   std::unique_ptr<SgdTensor[]> tensors;
   std::vector<Tensor> params;  // those with a gradient
 };
 
-// False for a group that is not the usual case. That its numbers are in range, Python has checked.
+// False for a parameter group that is not the usual case. Python has checked that its numbers are in range.
 inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
   SgdArgs& a = result->args;
   const auto item = [&](const char* name) { return PyDict_GetItemString(group, name); };
@@ -43,8 +52,8 @@ inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
   a.maximize = item("maximize") == Py_True;
   a.proximal = choice(mode, {"subgradient", "proximal"}) == 1;
   const Py_ssize_t count = PyList_GET_SIZE(list);
-  result->tensors =
-      std::make_unique_for_overwrite<SgdTensor[]>(size_t(count));  // not zeroed: mostly layouts nobody reads
+  // Not zeroed: most of it are layouts that nobody reads.
+  result->tensors = std::make_unique_for_overwrite<SgdTensor[]>(size_t(count));
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(list, i);
     const Tensor* param = flat(object);
@@ -60,10 +69,7 @@ inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
     if (!same_form(*param, grad) || (a.momentum != 0 && !(buffer && same_form(*param, *buffer))))
       return false;
     SgdTensor& t = result->tensors[result->params.size()];
-    t.dtype = param->scalar_type() == ScalarType::Float    ? DType::kFloat32
-              : param->scalar_type() == ScalarType::Double ? DType::kFloat64
-              : param->scalar_type() == ScalarType::Half   ? DType::kFloat16
-                                                           : DType::kBFloat16;
+    t.dtype = dtype_of(param->scalar_type());
     t.param = param->mutable_data_ptr();
     t.grad = grad.const_data_ptr();
     t.momentum = buffer ? buffer->mutable_data_ptr() : nullptr;
@@ -98,6 +104,6 @@ inline PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t) {
   Py_RETURN_TRUE;
 }
 
-inline PyMethodDef sgd_methods[] = {method<sgd, 2>("sgd"), {}};
+inline const Method<sgd, 2> register_sgd("sgd");
 
 }  // namespace fastreg::autograd

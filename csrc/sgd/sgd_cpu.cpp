@@ -24,7 +24,7 @@ void store_stochastic(BFloat16* out, const Vec<float>& v, int lanes, const uint1
   }
 }
 
-// The same for pairs of neighbours.
+// The same for pairs.
 FR_INLINE Pairs pack_stochastic(const Vec<float>& even, const Vec<float>& odd, const uint16_t* random) {
   Pairs pairs;
   for (int i = 0; i < Vec<float>::kParts; ++i) {
@@ -38,9 +38,10 @@ FR_INLINE Pairs pack_stochastic(const Vec<float>& even, const Vec<float>& odd, c
   return pairs;
 }
 
+// 32 elements.
 template <SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
 FR_INLINE void step_pairs(BFloat16* param, const BFloat16* grad, BFloat16* momentum, const uint16_t* random,
-                          const SgdNumbers<V>& n) {  // 32 elements
+                          const SgdNumbers<V>& n) {
   V w_even, w_odd, g_even, g_odd, v_even(0), v_odd(0);
   load_pairs(param, w_even, w_odd);
   load_pairs(grad, g_even, g_odd);
@@ -51,14 +52,14 @@ FR_INLINE void step_pairs(BFloat16* param, const BFloat16* grad, BFloat16* momen
   store_pairs(param, random ? pack_stochastic(w_even, w_odd, random) : pack_pairs(w_even, w_odd));
 }
 
-// The arithmetic on contiguous memory. Apart from what reads and writes strided tensors, which it would
-// multiply by nine.
+// The arithmetic on contiguous memory. It is a function of its own so that the code for strided tensors is
+// not compiled for each of its nine forms.
 template <class T, SgdMomentum kMomentum, SgdPenalty kPenalty, class V>
 __attribute__((noinline)) void step_vectors(T* param, const T* grad, T* momentum, int64_t count,
                                             const uint16_t* random, const SgdNumbers<V>& numbers) {
   constexpr bool has_momentum = kMomentum != SgdMomentum::kNone;
   const SgdNumbers<V> n =
-      numbers;  // a copy: for all the compiler knows, a store to param changes the original
+      numbers;  // a copy, since the compiler must assume that a store changes the original
   int64_t done = 0;
   if constexpr (std::is_same_v<T, BFloat16>) {
     for (; done + 32 <= count; done += 32)
@@ -86,7 +87,7 @@ auto choose_penalty(SgdPenalty penalty) {
 }
 
 template <class T>
-void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
+void step_blocks(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   using V = Vec<A>;
   const SgdNumbers<V> numbers = sgd_numbers<V>(SgdConstants<A>(a), t.started && *t.started == 0);
@@ -95,33 +96,32 @@ void step_tiles(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int
                             : a.nesterov ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
                                          : choose_penalty<T, V, SgdMomentum::kHeavyBall>(penalty);
   const bool stochastic = std::is_same_v<T, BFloat16> && a.stochastic_rounding;
-  T param_buffer[kTile], grad_buffer[kTile], momentum_buffer[kTile];
-  uint16_t random[kTile + 64];
+  T param_buffer[kBlock], grad_buffer[kBlock], momentum_buffer[kBlock];
+  uint16_t random[kBlock + 64];
   const bool in_place =
       t.param_layout.contiguous && t.grad_layout.contiguous && (!t.momentum || t.momentum_layout.contiguous);
-  const int64_t tile_size =
-      in_place && !stochastic ? end - begin : kTile;  // the buffers are what makes tiles necessary
-  for (int64_t tile = begin; tile < end; tile += tile_size) {
-    const int64_t next = end - tile < tile_size ? end : tile + tile_size;
+  const int64_t block_size = in_place && !stochastic ? end - begin : kBlock;  // without buffers, one block
+  for (int64_t block = begin; block < end; block += block_size) {
+    const int64_t next = end - block < block_size ? end : block + block_size;
     T* param =
-        const_cast<T*>(read_tile(t.param_layout, static_cast<const T*>(t.param), tile, next, param_buffer));
-    const T* grad = read_tile(t.grad_layout, static_cast<const T*>(t.grad), tile, next, grad_buffer);
+        const_cast<T*>(read_block(t.param_layout, static_cast<const T*>(t.param), block, next, param_buffer));
+    const T* grad = read_block(t.grad_layout, static_cast<const T*>(t.grad), block, next, grad_buffer);
     T* momentum = nullptr;
     if (t.momentum)
       momentum = const_cast<T*>(
-          read_tile(t.momentum_layout, static_cast<const T*>(t.momentum), tile, next, momentum_buffer));
+          read_block(t.momentum_layout, static_cast<const T*>(t.momentum), block, next, momentum_buffer));
     if (stochastic)
-      philox_bulk(a.seed.get(), uint64_t(tile) / 8, (next - tile + 7) / 8, tensor_index,
+      philox_bulk(a.seed.get(), uint64_t(block) / 8, (next - block + 7) / 8, tensor_index,
                   Purpose::kStochasticRounding, random);
-    step_vectors(param, grad, momentum, next - tile, stochastic ? random : nullptr, numbers);
-    write_tile(t.param_layout, static_cast<T*>(t.param), tile, next, param);
-    if (t.momentum) write_tile(t.momentum_layout, static_cast<T*>(t.momentum), tile, next, momentum);
+    step_vectors(param, grad, momentum, next - block, stochastic ? random : nullptr, numbers);
+    write_block(t.param_layout, static_cast<T*>(t.param), block, next, param);
+    if (t.momentum) write_block(t.momentum_layout, static_cast<T*>(t.momentum), block, next, momentum);
   }
 }
 
 void step(const SgdArgs& a, const SgdTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
   with_dtype(t.dtype, [&](auto* type) {
-    step_tiles<std::remove_pointer_t<decltype(type)>>(a, t, tensor_index, begin, end);
+    step_blocks<std::remove_pointer_t<decltype(type)>>(a, t, tensor_index, begin, end);
   });
 }
 

@@ -1,9 +1,9 @@
 // The SGD step on CUDA, formula in sgd_math.h.
 // Bytes per float32 element: reads w, g, v, writes w, v: 20, the floor; 12 without momentum.
 //
-// One launch steps as many tensors as fit in a kernel's parameters. A block takes tiles of 2048 elements of
-// all of them in one numbering. Learning rate, loss scale and overflow are read from the GPU's memory: no
-// step waits for the host.
+// One launch steps as many tensors as fit in a kernel's parameters. A block takes chunks of 2048 elements,
+// which are numbered through all tensors. Learning rate, loss scale and overflow are read from the GPU's
+// memory, so that no step waits for the host.
 #include <type_traits>
 
 #include "../common/cuda.h"
@@ -12,9 +12,9 @@
 namespace fastreg {
 namespace {
 
-constexpr int kTile = 2048;
-constexpr int kTensors =
-    80;  // 80 * 44 bytes and the numbers: below the 4096 bytes of parameters that every driver takes
+constexpr int kChunk = 2048;  // elements of a block
+// 80 * 44 bytes and the numbers are below the 4096 bytes of parameters that every driver takes.
+constexpr int kTensors = 80;
 
 struct SgdPointers {
   void* param;
@@ -56,7 +56,7 @@ struct SgdBatch {
   SgdWork<A> work;
   int count;
   uint32_t first_index;  // of tensor 0 in the whole step
-  uint32_t first_tile[kTensors + 1];
+  uint32_t first_chunk[kTensors + 1];
   SgdPointers tensor[kTensors];
 };
 static_assert(sizeof(SgdBatch<double>) <= 4096, "kernel parameters");
@@ -97,18 +97,19 @@ __global__ void __launch_bounds__(kThreads) sgd_tensors(const SgdBatch<typename 
   if (work.skipped()) return;
   const bool stochastic = std::is_same_v<T, BFloat16> && work.args.stochastic_rounding;
   const uint64_t seed = stochastic ? work.args.seed.get() : 0;
-  const uint32_t tiles = batch.first_tile[batch.count];
-  for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    int low = 0, high = batch.count;  // the tensor of this tile: first_tile[low] <= tile < first_tile[high]
+  const uint32_t chunks = batch.first_chunk[batch.count];
+  for (uint32_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    int low = 0,
+        high = batch.count;  // the tensor of this chunk: first_chunk[low] <= chunk < first_chunk[high]
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      if (batch.first_tile[middle] <= tile)
+      if (batch.first_chunk[middle] <= chunk)
         low = middle;
       else
         high = middle;
     }
     const SgdPointers& t = batch.tensor[low];
-    const int64_t base = int64_t(tile - batch.first_tile[low]) * kTile;
+    const int64_t base = int64_t(chunk - batch.first_chunk[low]) * kChunk;
     T* const param = static_cast<T*>(t.param);
     const T* const grad = static_cast<const T*>(t.grad);
     T* const momentum = static_cast<T*>(t.momentum);
@@ -116,9 +117,9 @@ __global__ void __launch_bounds__(kThreads) sgd_tensors(const SgdBatch<typename 
     const SgdNumbers<A> n = work.numbers(t.started && *t.started == 0);
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(param) | reinterpret_cast<uintptr_t>(grad) |
                                 (kMomentum ? reinterpret_cast<uintptr_t>(momentum) : 0);
-    if (base + kTile <= t.numel && addresses % 16 == 0) {
+    if (base + kChunk <= t.numel && addresses % 16 == 0) {
 #pragma unroll 2
-      for (int j = 0; j < kTile / (kThreads * kSize); ++j) {
+      for (int j = 0; j < kChunk / (kThreads * kSize); ++j) {
         const int64_t i = base + (j * kThreads + int(threadIdx.x)) * kSize;
         Word<T> w = load_word(param + i), v{};
         const Word<T> g = load_word(grad + i);
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) sgd_tensors(const SgdBatch<typename 
         if (kMomentum) store_word(momentum + i, v);
       }
     } else {
-      for (int64_t i = base + threadIdx.x; i < base + kTile && i < t.numel; i += kThreads) {
+      for (int64_t i = base + threadIdx.x; i < base + kChunk && i < t.numel; i += kThreads) {
         T w = param[i], v{};
         if (kMomentum) v = momentum[i];
         uint32_t random = 0;
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) sgd_tensors(const SgdBatch<typename 
 template <class T, bool kMomentum>
 __global__ void __launch_bounds__(kThreads)
     sgd_strided(const SgdWork<typename Accumulate<T>::type> work, const SgdPointers t, const uint32_t index,
-                const Positions param_at, const Positions grad_at, const Positions momentum_at) {
+                const Offsets param_at, const Offsets grad_at, const Offsets momentum_at) {
   using A = typename Accumulate<T>::type;
   if (work.skipped()) return;
   const bool stochastic = std::is_same_v<T, BFloat16> && work.args.stochastic_rounding;
@@ -188,7 +189,7 @@ SgdPointers pointers_of(const SgdTensor& t) {
 // The tensors of one dtype from `begin` on that are flat memory, in launches of at most kTensors neighbours;
 // the others alone.
 template <class T, bool kMomentum>
-int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t end, void* stream) {
+int launch_steps(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t end, void* stream) {
   using A = typename Accumulate<T>::type;
   const SgdWork<A> work(a);
   for (size_t i = begin; i < end;) {
@@ -197,8 +198,8 @@ int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t en
     if (!t.param_layout.contiguous || !t.grad_layout.contiguous ||
         (kMomentum && !t.momentum_layout.contiguous)) {
       error = launch(sgd_strided<T, kMomentum>, blocks_for(t.param_layout.numel, kThreads), kThreads, 0,
-                     stream, work, pointers_of(t), uint32_t(i), Positions(t.param_layout),
-                     Positions(t.grad_layout), kMomentum ? Positions(t.momentum_layout) : Positions());
+                     stream, work, pointers_of(t), uint32_t(i), Offsets(t.param_layout),
+                     Offsets(t.grad_layout), kMomentum ? Offsets(t.momentum_layout) : Offsets());
       ++i;
     } else {
       SgdBatch<A> batch{work, 0, uint32_t(i), {}, {}};
@@ -207,13 +208,13 @@ int step_run(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_t en
         if (!next.param_layout.contiguous || !next.grad_layout.contiguous ||
             (kMomentum && !next.momentum_layout.contiguous))
           break;
-        const int64_t tiles = (next.param_layout.numel + kTile - 1) / kTile;
-        if (batch.count && tiles > int64_t(UINT32_MAX) - batch.first_tile[batch.count]) break;
+        const int64_t chunks = (next.param_layout.numel + kChunk - 1) / kChunk;
+        if (batch.count && chunks > int64_t(UINT32_MAX) - batch.first_chunk[batch.count]) break;
         batch.tensor[batch.count] = pointers_of(next);
-        batch.first_tile[batch.count + 1] = batch.first_tile[batch.count] + uint32_t(tiles);
+        batch.first_chunk[batch.count + 1] = batch.first_chunk[batch.count] + uint32_t(chunks);
         ++batch.count;
       }
-      error = launch(sgd_tensors<T, kMomentum>, blocks_for(batch.first_tile[batch.count], 1), kThreads, 0,
+      error = launch(sgd_tensors<T, kMomentum>, blocks_for(batch.first_chunk[batch.count], 1), kThreads, 0,
                      stream, batch);
     }
     if (error) return error;
@@ -228,8 +229,8 @@ int sgd_step_cuda(const SgdArgs& a, const SgdTensor* tensors, size_t count, void
     while (end < count && tensors[end].dtype == tensors[begin].dtype) ++end;
     const int error = with_dtype(tensors[begin].dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      return a.momentum == 0 ? step_run<T, false>(a, tensors, begin, end, stream)
-                             : step_run<T, true>(a, tensors, begin, end, stream);
+      return a.momentum == 0 ? launch_steps<T, false>(a, tensors, begin, end, stream)
+                             : launch_steps<T, true>(a, tensors, begin, end, stream);
     });
     if (error) return error;
   }

@@ -4,10 +4,10 @@
 //   v <- momentum * v + (1 - dampening) * g             (v <- g in the first step)
 //   w <- w - lr * (nesterov ? g + momentum * v : v)
 //
-// proximal: l1 leaves the gradient, and w <- sign(w) max(|w| - lr * l1, 0) follows the step, so that weights
-// become exactly 0 (Daubechies, Defrise, De Mol 2004; Parikh and Boyd 2014). decoupled: both penalties act on
-// the weight beside the step, not through the momentum (Loshchilov and Hutter 2019). maximize negates dE/dw
-// alone, as torch does.
+// proximal: l1 is not in the gradient, and w <- sign(w) max(|w| - lr * l1, 0) follows the step, so that
+// weights become exactly 0 (Daubechies, Defrise, De Mol 2004; Parikh and Boyd 2014). decoupled: both
+// penalties act on the weight beside the step and not through the momentum (Loshchilov and Hutter 2019).
+// maximize negates dE/dw alone, as torch does.
 #pragma once
 #include <cstddef>
 
@@ -21,8 +21,8 @@ struct SgdTensor {
   DType dtype;
   void *param, *momentum;  // momentum null: plain SGD
   const void* grad;
-  float* started;  // 0 before the first step; null without dampening: a fresh buffer of zeros needs no first
-                   // step then
+  // 0 before the first step. Null without dampening, where a fresh buffer of zeros needs no first step.
+  float* started;
   Layout param_layout, grad_layout, momentum_layout;
 };
 
@@ -32,21 +32,18 @@ struct SgdArgs {
   bool nesterov, proximal, decoupled, maximize;
   bool stochastic_rounding;  // of bfloat16 parameters
   Seed seed;
-  // Numbers in a GPU's memory, which only the kernel may look at; null: the values above, and no overflow
-  // found.
+  // Numbers in a GPU's memory, which only the kernel may look at. Null stands for the values above, and for
+  // no overflow.
   const void* lr_at;  // float64 if lr_wide, else float32
   bool lr_wide;
   const float *grad_scale_at, *found_inf_at;
 };
 
-// What changes the instructions of an element. The CPU fixes it at compile time, where it would cost more
-// than the arithmetic; on a GPU it costs less than the code of all cases.
+// What changes the instructions of an element. On the CPU it is fixed at compile time, since choosing at run
+// time would cost more than the arithmetic; on a GPU choosing costs less than the code of all cases would.
 enum class SgdMomentum { kNone, kHeavyBall, kNesterov };
-enum class SgdPenalty {
-  kNone,
-  kInGradient,
-  kDecoupled
-};  // of weight_decay and of l1 in the subgradient form
+// Of weight_decay, and of l1 in the subgradient form.
+enum class SgdPenalty { kNone, kInGradient, kDecoupled };
 
 // The numbers of a call in the type of the arithmetic.
 template <class A>
@@ -120,16 +117,17 @@ FR_HD void sgd_element(SgdMomentum momentum, SgdPenalty penalty, V& w, V g, V& v
 }
 
 struct SgdKernels {
-  void (*step)(const SgdArgs&, const SgdTensor&, uint32_t tensor_index, int64_t begin,
-               int64_t end);  // elements [begin, end)
+  // Elements [begin, end) of a tensor; begin is a multiple of 8. Its index among those of the step is its
+  // draw.
+  void (*step)(const SgdArgs&, const SgdTensor&, uint32_t tensor_index, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(SgdKernels, sgd_kernels)
 
-// On a CUDA stream, in sgd_cuda.cu; gives a cudaError_t. Sets `started` where it is there and the step was
-// not skipped.
+// On a CUDA stream, in sgd_cuda.cu; gives a cudaError_t. Sets `started`, where it is not null, to 1 unless
+// the step was skipped.
 int sgd_step_cuda(const SgdArgs&, const SgdTensor* tensors, size_t count, void* stream);
 
-// One step of all tensors over torch's threads, in sgd_op.cpp: nothing is checked any more.
+// One step of all tensors over torch's threads, in sgd_op.cpp. It checks nothing: its callers have.
 void sgd_step(const SgdArgs&, const SgdTensor* tensors, size_t count);
 
 }  // namespace fastreg

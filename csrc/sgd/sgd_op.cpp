@@ -1,11 +1,11 @@
-// torch.ops.fastreg.sgd_: checks, threads over the tiles of all tensors or launches. The schema stands in
-// fastreg/optim.py.
+// torch.ops.fastreg.sgd_: checks, threads over all tensors or launches. The schema stands in fastreg/_sgd.py.
 #include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
 
 #include "../common/backend.h"
+#include "../common/capsule.h"
 #include "sgd_math.h"
 
 namespace fastreg {
@@ -34,38 +34,81 @@ double value_of(const Tensor& t) {
 }
 #endif
 
+// What the operator takes beside its lists and numbers; each may be missing.
+struct Given {
+  std::optional<Tensor> lr, grad_scale, found_inf, seed;
+};
+
+// The numbers of `a`, checked, with those that are tensors read or left for the kernel to read.
+void check_numbers(SgdArgs* a, const Given& given, const Tensor* first) {
+  if (given.lr) check_scalar("lr", *given.lr, first);
+  if (given.grad_scale) check_scalar("grad_scale", *given.grad_scale, first);
+  if (given.found_inf) check_scalar("found_inf", *given.found_inf, first);
+  a->grad_scale = 1;
+#ifdef FASTREG_CUDA
+  a->lr_at = given.lr ? given.lr->const_data_ptr() : nullptr;
+  a->lr_wide = given.lr && given.lr->scalar_type() == ScalarType::Double;
+  a->grad_scale_at = number_at("grad_scale", given.grad_scale);
+  a->found_inf_at = number_at("found_inf", given.found_inf);
+#else
+  if (given.lr) a->lr = value_of(*given.lr);
+  if (given.grad_scale) a->grad_scale = value_of(*given.grad_scale);
+#endif
+  for (const double number : {a->lr, a->momentum, a->weight_decay, a->l1})
+    check(std::isfinite(number) && number >= 0,
+          "SGD: lr, momentum, weight_decay and l1 must be finite and at least 0, got ", number);
+  check(std::isfinite(a->dampening), "SGD: dampening must be finite, got ", a->dampening);
+  a->stochastic_rounding = given.seed.has_value();
+  if (given.seed) a->seed = seed_of("SGD", *given.seed, first ? *first : *given.seed);
+}
+
+// One parameter with its gradient and, with momentum, its buffer and flag; either may be null. Stochastic
+// rounding draws by the logical index, so that only a contiguous parameter can be walked as flat memory then.
+void fill_tensor(SgdTensor* t, const Tensor& param, const Tensor& grad, const Tensor* buffer,
+                 const Tensor* flag, bool stochastic_rounding) {
+  const char* op = "SGD";
+  t->dtype = dtype_of(op, "a parameter", param);
+  check_same(op, "a gradient", grad, "its parameter", param);
+  t->param_layout = layout_of(op, param);
+  t->grad_layout = layout_of(op, grad);
+  check(!overlaps_itself(t->param_layout), "SGD: a parameter's elements must not share memory; use .clone()");
+  bool flat = same_dense_order(t->param_layout, t->grad_layout) &&
+              !(stochastic_rounding && !t->param_layout.contiguous);
+  t->param = param.mutable_data_ptr();
+  t->grad = grad.const_data_ptr();
+  t->momentum = nullptr;
+  t->started = nullptr;
+  if (buffer) {
+    check_same(op, "a momentum buffer", *buffer, "its parameter", param);
+    t->momentum_layout = layout_of(op, *buffer);
+    check(!overlaps_itself(t->momentum_layout),
+          "SGD: a momentum buffer's elements must not share memory; use .clone()");
+    flat = flat && same_dense_order(t->param_layout, t->momentum_layout);
+    t->momentum = buffer->mutable_data_ptr();
+  }
+  if (flag) {
+    check(flag->scalar_type() == ScalarType::Float && flag->numel() == 1,
+          "SGD: momentum_started must be one float32; convert it with .float()");
+    check_device(op, "momentum_started", *flag, "its parameter", param);
+    t->started = static_cast<float*>(flag->mutable_data_ptr());
+  }
+  if (flat) t->param_layout.contiguous = t->grad_layout.contiguous = t->momentum_layout.contiguous = true;
+}
+
 void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
          std::vector<Tensor> momentum_started, double lr, double momentum, double dampening,
          double weight_decay, double l1, bool nesterov, bool proximal, bool decoupled, bool maximize,
          std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
          std::optional<Tensor> seed) {
-  const char* op = "SGD";
   const size_t count = params.size();
   check(grads.size() == count &&
             (momentum == 0 ? momentum_buffers.empty() : momentum_buffers.size() == count) &&
             (momentum_started.empty() || momentum_started.size() == count),
         "SGD: expected one gradient and, with momentum, one buffer for each of ", count, " parameters, got ",
         grads.size(), " and ", momentum_buffers.size());
-  const Tensor* first = count ? &params[0] : nullptr;
-  if (lr_tensor) check_scalar("lr", *lr_tensor, first);
-  if (grad_scale) check_scalar("grad_scale", *grad_scale, first);
-  if (found_inf) check_scalar("found_inf", *found_inf, first);
+  const Given given{lr_tensor, grad_scale, found_inf, seed};
   SgdArgs a{};
   a.lr = lr;
-  a.grad_scale = 1;
-#ifdef FASTREG_CUDA
-  a.lr_at = lr_tensor ? lr_tensor->const_data_ptr() : nullptr;
-  a.lr_wide = lr_tensor && lr_tensor->scalar_type() == ScalarType::Double;
-  a.grad_scale_at = number_at("grad_scale", grad_scale);
-  a.found_inf_at = number_at("found_inf", found_inf);
-#else
-  if (lr_tensor) a.lr = value_of(*lr_tensor);
-  if (grad_scale) a.grad_scale = value_of(*grad_scale);
-#endif
-  for (const double number : {a.lr, momentum, weight_decay, l1})
-    check(std::isfinite(number) && number >= 0,
-          "SGD: lr, momentum, weight_decay and l1 must be finite and at least 0, got ", number);
-  check(std::isfinite(dampening), "SGD: dampening must be finite, got ", dampening);
   a.momentum = momentum;
   a.dampening = dampening;
   a.weight_decay = weight_decay;
@@ -74,47 +117,19 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
   a.proximal = proximal;
   a.decoupled = decoupled;
   a.maximize = maximize;
-  a.stochastic_rounding = seed.has_value();
-  if (seed) a.seed = seed_of(op, *seed, first ? *first : *seed);
+  check_numbers(&a, given, count ? &params[0] : nullptr);
 
-  const auto tensors =
-      std::make_unique_for_overwrite<SgdTensor[]>(count);  // not zeroed: most of it are layouts nobody reads
-  for (size_t i = 0; i < count; ++i) {
-    SgdTensor& t = tensors[i];
-    t.dtype = dtype_of(op, "a parameter", params[i]);
-    check_same(op, "a gradient", grads[i], "its parameter", params[i]);
-    t.param_layout = layout_of(op, params[i]);
-    t.grad_layout = layout_of(op, grads[i]);
-    check(!overlaps_itself(t.param_layout),
-          "SGD: a parameter's elements must not share memory; use .clone()");
-    bool flat = same_dense_order(t.param_layout, t.grad_layout) && !(seed && !t.param_layout.contiguous);
-    t.param = params[i].mutable_data_ptr();
-    t.grad = grads[i].const_data_ptr();
-    t.momentum = nullptr;
-    t.started = nullptr;
-    if (momentum != 0) {
-      check_same(op, "a momentum buffer", momentum_buffers[i], "its parameter", params[i]);
-      t.momentum_layout = layout_of(op, momentum_buffers[i]);
-      check(!overlaps_itself(t.momentum_layout),
-            "SGD: a momentum buffer's elements must not share memory; use .clone()");
-      flat = flat && same_dense_order(t.param_layout, t.momentum_layout);
-      t.momentum = momentum_buffers[i].mutable_data_ptr();
-      if (!momentum_started.empty()) {
-        const Tensor& flag = momentum_started[i];
-        check(flag.scalar_type() == ScalarType::Float && flag.numel() == 1,
-              "SGD: momentum_started must be one float32; convert it with .float()");
-        check_device(op, "momentum_started", flag, "its parameter", params[i]);
-        t.started = static_cast<float*>(flag.mutable_data_ptr());
-      }
-    }
-    if (flat) t.param_layout.contiguous = t.grad_layout.contiguous = t.momentum_layout.contiguous = true;
-  }
+  // Not zeroed: most of it are layouts that nobody reads.
+  const auto tensors = std::make_unique_for_overwrite<SgdTensor[]>(count);
+  for (size_t i = 0; i < count; ++i)
+    fill_tensor(&tensors[i], params[i], grads[i], momentum != 0 ? &momentum_buffers[i] : nullptr,
+                momentum != 0 && !momentum_started.empty() ? &momentum_started[i] : nullptr,
+                seed.has_value());
 #ifdef FASTREG_CUDA
   if (count)
-    on_stream(op, params[0], [&](void* stream) { return sgd_step_cuda(a, tensors.get(), count, stream); });
+    on_stream("SGD", params[0], [&](void* stream) { return sgd_step_cuda(a, tensors.get(), count, stream); });
 #else
-  if (found_inf && value_of(*found_inf) != 0)
-    return;  // the step is skipped: nothing changes, momentum included
+  if (found_inf && value_of(*found_inf) != 0) return;  // a skipped step changes nothing, momentum included
   sgd_step(a, tensors.get(), count);
   for (size_t i = 0; i < count; ++i)
     if (tensors[i].started) *tensors[i].started = 1;
@@ -124,7 +139,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
 }  // namespace
 
 #ifndef FASTREG_CUDA
-constexpr int64_t kGrain = 1 << 15;  // elements per piece of work; a multiple of the tile
+constexpr int64_t kGrain = 1 << 15;  // elements per piece of work; a multiple of 8, as a span begins
 
 void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
   std::vector<int64_t> first_piece(count + 1, 0);
@@ -152,6 +167,8 @@ void sgd_step(const SgdArgs& a, const SgdTensor* tensors, size_t count) {
     torch::stable::parallel_for(0, pieces, std::max<int64_t>(1, pieces * kGrain / elements), work);
   }
 }
+// For sgd_autograd.h, which has checked the tensors itself.
+const Capsule step_capsule("fastreg._C.sgd_step", reinterpret_cast<const void*>(&sgd_step));
 #endif
 
 }  // namespace fastreg

@@ -170,11 +170,8 @@ def _interval(
     op = "Augment"
     if isinstance(value, (int, float)) and centre is not None:
         check_number(op, name, value, 0)
-        value = (
-            (max(centre - value, low), min(centre + value, high))
-            if math.isfinite(value)
-            else (-math.inf, math.inf)
-        )
+        check_number(op, name, value, finite=True)
+        value = (max(centre - value, low), min(centre + value, high))
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise ValueError(
             f"{op}: {name} must be {'a number or ' if centre is not None else ''}a pair (lo, hi), got "
@@ -182,8 +179,7 @@ def _interval(
         )
     for end in value:
         check_number(op, name, end, low, high)
-        if not math.isfinite(end):
-            raise ValueError(f"{op}: {name} must be finite, got {value}")
+        check_number(op, name, end, finite=True)
     if value[0] > value[1]:
         raise ValueError(f"{op}: {name} must be (lo, hi) with lo <= hi, got {value}")
     return float(value[0]), float(value[1])

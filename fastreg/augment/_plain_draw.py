@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._seeds import Purpose, philox4x32
+
 # Columns of the table of parameters, as ParamColumn in csrc/augment/augment_draw.h.
 COLUMNS = (
     "hflip", "vflip", "stretch", "scale", "angle", "translate_x", "translate_y", "shear_x", "shear_y",
@@ -22,7 +24,6 @@ COLUMNS = (
 )  # fmt: skip
 STEPS = {"brightness": 1, "contrast": 2, "saturation": 4, "hue": 8}
 
-_PURPOSE = 2  # Purpose::kAugment in csrc/common/philox.h
 _WORD = 0xFFFFFFFF
 
 
@@ -31,27 +32,14 @@ def number_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def random_words(seed: Tensor, groups: Tensor, draw: Tensor) -> Tensor:
-    """Philox4x32-10: the four words of each group and draw, int64 in [0, 2^32), with a last dimension of 4.
+def sample_words(seed: Tensor, samples: Tensor, draw: Tensor) -> Tensor:
+    """The four words of each sample and draw, int64 in [0, 2^32), with a last dimension of 4.
 
-    The key is the seed, the counter is (group: 64 bits, draw: 32 bits, purpose: 32 bits). Salmon, Moraes,
-    Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.
+    The words of a sample are those of the Philox group of its global index, by the key `seed`.
     """
-    counter = [groups & _WORD, groups >> 32 & _WORD, draw, torch.full_like(draw, _PURPOSE)]
-    key = [seed & _WORD, seed >> 32 & _WORD]
-    for _ in range(10):
-        high0, low0 = _word_product(0xD2511F53, counter[0])
-        high1, low1 = _word_product(0xCD9E8D57, counter[2])
-        counter = [high1 ^ counter[1] ^ key[0], low1, high0 ^ counter[3] ^ key[1], low0]
-        key = [(key[0] + 0x9E3779B9) & _WORD, (key[1] + 0xBB67AE85) & _WORD]
-    return torch.stack(torch.broadcast_tensors(*counter), -1)
-
-
-def _word_product(factor: int, word: Tensor) -> tuple[Tensor, Tensor]:
-    """(high, low) word of a product of two words. Products with half a word fit into int64."""
-    low, high = factor * (word & 0xFFFF), factor * (word >> 16)
-    low = low + ((high & 0xFFFF) << 16)
-    return (high >> 16) + (low >> 32), low & _WORD
+    counter = (samples & _WORD, samples >> 32 & _WORD, draw, torch.full_like(draw, int(Purpose.AUGMENT)))
+    words = philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
+    return torch.stack(torch.broadcast_tensors(*words), -1)
 
 
 def _uniform(words: Tensor) -> Tensor:
@@ -63,7 +51,7 @@ def _draw_box(seed, index, draw, area, log_ratio, height, width, inside) -> tupl
     """(boxes (B, 4), whether one was found): of some share of the area and some ratio of width to height, the
     first of ten attempts that fits, as torchvision's RandomResizedCrop and RandomErasing draw it.
     """
-    u = _uniform(random_words(seed, index[:, None], draw + torch.arange(10, device=index.device)))
+    u = _uniform(sample_words(seed, index[:, None], draw + torch.arange(10, device=index.device)))
     size = height * width * (area[0] + (area[1] - area[0]) * u[..., 0])
     ratio = (log_ratio[0] + (log_ratio[1] - log_ratio[0]) * u[..., 1]).exp()
     h, w = (size / ratio).sqrt().round(), (size * ratio).sqrt().round()
@@ -118,7 +106,7 @@ def augment_draw(
         )
     seed = seed.reshape(()).to(device)
     index = offset + torch.arange(batch, device=device)
-    u = _uniform(random_words(seed, index[:, None], torch.arange(5, device=device))).flatten(1)
+    u = _uniform(sample_words(seed, index[:, None], torch.arange(5, device=device))).flatten(1)
     # Each column has a word of its own, so that what it draws does not depend on the other steps.
     count = COLUMNS.index("erase_top")
     first, last = (torch.tensor(ends[:count], dtype=dtype, device=device) for ends in (low, high))
@@ -138,8 +126,12 @@ def augment_draw(
     translate, shear = (
         torch.stack([columns[f"{name}_x"], columns[f"{name}_y"]], 1) for name in ("translate", "shear")
     )
-    scalars = (columns[name] for name in ("hflip", "vflip", "stretch", "scale", "angle"))
-    matrices = augment_matrices(table, *scalars, translate, shear, crops, *sizes)
+    hflip, vflip, stretch, scale, angle = (columns[name] for name in COLUMNS[:5])
+    in_height, in_width, out_height, out_width = sizes
+    matrices = augment_matrices(
+        table, hflip, vflip, stretch, scale, angle, translate, shear, crops, in_height, in_width, out_height,
+        out_width,
+    )  # fmt: skip
     colour = torch.stack([columns[name] for name in STEPS], 1)
     blur = augment_gaussian(columns["sigma"], columns["sigma"], blur_width, blur_height)
     return table, matrices, colour, blur, erased.to(torch.int64)

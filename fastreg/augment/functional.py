@@ -66,11 +66,9 @@ def numbers(
     batch, dtype = images.shape[:-3].numel(), _op.number_dtype(images.device)
     if not isinstance(value, Tensor):
         check_number(op, name, value, low, high)
-        if abs(value) == math.inf or (above is not None and not value > above):
-            raise ValueError(
-                f"{op}: {name} must be finite{'' if above is None else f' and greater than {above}'}, got "
-                f"{value}"
-            )
+        check_number(op, name, value, finite=True)
+        if above is not None and not value > above:
+            raise ValueError(f"{op}: {name} must be finite and greater than {above}, got {value}")
         return torch.full((batch,), float(value), dtype=dtype, device=images.device)
     if value.is_complex():
         raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
@@ -409,8 +407,9 @@ def erase(
         if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() == 1):
             v = torch.as_tensor(v).to(inpt.device, inpt.dtype).view(-1, 1, 1)
         box: Any = (..., slice(i, i + h), slice(j, j + w))
+        pixels: Any = v
         output = inpt if inplace else inpt.clone()
-        output[box] = v
+        output[box] = pixels
         return output
     sides = [numbers(op, name, n, inpt) for name, n in (("i", i), ("j", j), ("h", h), ("w", w))]
     return _augment(op, inpt, boxes=torch.stack(sides, 1).long(), erase_value=v)

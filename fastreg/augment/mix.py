@@ -7,6 +7,8 @@ own partner.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ def _draw(
     batched(op, images)
     check_tensor(op, "targets", targets)
     check_number(op, "alpha", alpha, 0)
-    if not 0 < alpha < float("inf"):
+    if not 0 < alpha < math.inf:
         raise ValueError(f"{op}: alpha must be finite and greater than 0, got {alpha}")
     if images.dim() != 4 or len(targets) != len(images):
         raise ValueError(

@@ -7,14 +7,16 @@ import importlib.util
 import json
 import os
 import platform
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 import fastreg
 
 
-def collect():
-    """Everything the report says, as a dict of plain values."""
+def collect() -> dict[str, Any]:
+    """Everything that the report says, as plain values."""
     build = fastreg._C.build_info()
     optional = {
         name: importlib.util.find_spec(name) is not None for name in ("mlxtend", "matplotlib", "rich", "PIL")
@@ -51,7 +53,7 @@ def collect():
     }
 
 
-def _cuda():
+def _cuda() -> dict[str, Any]:
     kernels, reason = fastreg._registry.cuda, fastreg._registry.why_no_cuda
     built = [major for major in (12, 13) if importlib.util.find_spec(f"fastreg._C_cuda{major}")]
     info = kernels.build_info() if kernels else {}
@@ -82,9 +84,10 @@ def _cuda():
     }
 
 
-def _runs(capability, architectures):
-    """Whether code for these architectures runs there: real code within a generation upward, PTX on
-    everything newer.
+def _runs(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code for these architectures runs on a GPU of this capability.
+
+    Real code runs on its own generation from its own version on, PTX on everything newer.
     """
     for architecture in architectures.split():
         number = int("".join(filter(str.isdigit, architecture)))
@@ -97,7 +100,7 @@ def _runs(capability, architectures):
     return False
 
 
-def _lines(info):
+def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     build, cpu, cuda, demo, autograd = (info[name] for name in ("build", "cpu", "cuda", "demo", "autograd"))
     forced = f", forced by FASTREG_CPU_CAPABILITY={cpu['forced']}" if cpu["forced"] else ""
     yes = {True: "yes", False: "no"}
@@ -129,7 +132,7 @@ def _lines(info):
     )
 
 
-def main(argv):
+def main(argv: Sequence[str] | None = None) -> int:
     """Print the report; gives the exit status."""
     parser = argparse.ArgumentParser(prog="fastreg doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="as JSON")

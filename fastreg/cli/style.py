@@ -1,4 +1,4 @@
-"""How the pictures look: the colours of the report, on white and on black, and matplotlib's settings."""
+"""How the pictures of demo and bench look: colours, on white and on black, and matplotlib's settings."""
 
 PALETTE = {  # name: (on white, on black); methods take theirs by name
     "ink": ("#1c2733", "#e8edf2"),
@@ -21,9 +21,8 @@ PALETTE = {  # name: (on white, on black); methods take theirs by name
 }
 LIGHT = {name: white for name, (white, _) in PALETTE.items()}
 INK, MUTED, GRID, PAPER = (LIGHT[name] for name in ("ink", "muted", "line", "paper"))
-BLUE, RUST, SAND = (
-    LIGHT[name] for name in ("blue", "rust", "sand")
-)  # the method in question, its opposite, the background
+# The method in question, its opposite, and the background.
+BLUE, RUST, SAND = (LIGHT[name] for name in ("blue", "rust", "sand"))
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 10,

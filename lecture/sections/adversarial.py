@@ -1,15 +1,17 @@
 """Adversarial training, Goodfellow et al. 2016, section 7.13; attacked harder than it was trained for."""
 
+from collections.abc import Iterator
 from html import escape
 
 import torch
+from torch import Tensor, nn
 
 import fastreg as fr
 
 from ..claims import changed
 from ..figures import AT_HEIGHT, INK, C, draw, image, note, sign_image
-from ..results import NotMeasured
-from ..section import Figure, Section
+from ..results import NotMeasured, Results
+from ..section import Figure, Lab, Section
 from ..train import EPS, PLAIN, Fastreg, Recipe, Torch, attacked_accuracy, batches, evaluate, network
 
 RECIPE = Recipe("adversarial", "Adversarial training", "rust", eps=EPS)
@@ -19,7 +21,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)  # of the attacks in the picture, in
 REPLAYS = 4
 
 
-def free(lab):
+def free(lab: Lab) -> nn.Module:
     """A network trained adversarially at the price of plain training: each batch replayed, a fraction of the
     epochs.
     """
@@ -35,14 +37,14 @@ def free(lab):
     return model
 
 
-def robust_accuracy(model, lab, eps=EPS):
+def robust_accuracy(model: nn.Module, lab: Lab, eps: float = EPS) -> float:
     every = max(1, len(lab.data.y_test) // IMAGES)  # the parts are sorted by class
     examples = lab.data.x_test[::every], lab.data.y_test[::every]
     generator = torch.Generator().manual_seed(lab.seed)
     return 100 * fr.robust_accuracy(model, examples, eps, steps=STEPS, restarts=RESTARTS, generator=generator)
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     for recipe in (PLAIN, RECIPE):
         for side in (Torch, Fastreg):
             accuracy = robust_accuracy(lab.runs[recipe.key, side.name].model, lab)
@@ -64,10 +66,10 @@ def measure(lab):
         lab.keep("adversarial", curves=curves)
 
 
-def strengths(found):
+def strengths(found: Results) -> str:
     curves = found.keep("adversarial")["curves"]
 
-    def paint(axes):
+    def paint(axes) -> None:
         for recipe in (PLAIN, RECIPE):
             axes.plot(
                 [EPS * s for s in STRENGTHS],
@@ -88,7 +90,7 @@ def strengths(found):
     return draw(paint, 3.4)
 
 
-def examples(found):
+def examples(found: Results) -> str:
     """Three test images that the plain network reads rightly until it is attacked."""
     data, model = found.data, found.run(PLAIN.key).model.eval()
     try:
@@ -139,7 +141,7 @@ def examples(found):
     return f'<div class="attack">{"".join(cells)}</div>'
 
 
-def gradient_sign(model, x, y):
+def gradient_sign(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     x = x.clone().requires_grad_(True)
     return torch.autograd.grad(fr.cross_entropy(model(x), y), x)[0].sign()
 

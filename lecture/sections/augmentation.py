@@ -4,18 +4,20 @@ class kept.
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 import fastreg as fr
 
 from .. import gallery
 from ..claims import changed
-from ..data import labelled_images
+from ..data import Data, labelled_images
 from ..figures import AT_HEIGHT, INK, C, colour, compared_curves, draw, image, note, png
-from ..results import NotMeasured
-from ..section import Figure, Section
+from ..results import NotMeasured, Results
+from ..section import Figure, Lab, Section
 from ..train import (
     LR,
     MOMENTUM,
@@ -46,7 +48,7 @@ VARIANTS = (
 )
 
 
-def learn(data, policy, lab):
+def learn(data: Data, policy: dict, lab: Lab) -> dict[str, float]:
     """A network that has seen these training images only, as they are or under a policy, for a fixed number
     of steps.
     """
@@ -64,7 +66,7 @@ def learn(data, policy, lab):
     return measured | {"gap_error": measured["test_error"] - measured["train_error"]}
 
 
-def milliseconds(data):
+def milliseconds(data: Data) -> dict[str, float]:
     """Of an epoch's augmentation, for each side; the two in turn."""
     policies = {side.name: side.augmentation(**POLICY) for side in (Torch, Fastreg)}
     times = {name: [] for name in policies}
@@ -77,7 +79,7 @@ def milliseconds(data):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     data, base = lab.data, {"side": "fastreg", "seed": lab.seed}
     if data.picture_shape[0] == 1:  # features that are no images have no turns and shifts
         return
@@ -101,7 +103,7 @@ def measure(lab):
         )
 
 
-def turned(model, data, angle):
+def turned(model: nn.Module, data: Data, angle: float) -> float:
     """Test error in percent on images that are turned by this angle."""
     turn = fr.augment.Augment(rotate=(angle, angle), padding="border")
     with torch.no_grad():
@@ -114,10 +116,10 @@ def turned(model, data, angle):
         )
 
 
-def turns(found):
+def turns(found: Results) -> str:
     kept = found.keep("augmentation")["turned"]
 
-    def paint(axes):
+    def paint(axes) -> None:
         axes.axvspan(*POLICY["rotate"], color=C["sand"], alpha=0.3, linewidth=0)
         note(axes, "trained for", (0, 1), (0, -3), coords=AT_HEIGHT, color=C["muted"], ha="center", va="top")
         for recipe, errors in kept.items():
@@ -132,13 +134,13 @@ def turns(found):
     return draw(paint)
 
 
-def sizes(found):
+def sizes(found: Results) -> str:
     """Test error against the number of training images."""
     curves = []
     for (key, _, hue), title in zip(VARIANTS[:2], ("as they are", "augmented"), strict=True):
         curves.append((title, C[hue], [record["test_error_by_images"] for record in found.of(key)]))
 
-    def paint(axes):
+    def paint(axes) -> None:
         for title, hue, seeds in curves:
             counts = [count for count, _ in seeds[0]]
             columns = [[error for _, error in points] for points in zip(*seeds, strict=True)]
@@ -161,7 +163,7 @@ def sizes(found):
     return draw(paint)
 
 
-def own_images(found):
+def own_images(found: Results) -> str:
     """Training images of different classes, and what the network saw of them in three steps."""
     data = found.data
     if data.picture_shape[0] == 1 or RECIPE.key not in found.runs:
@@ -179,7 +181,7 @@ def own_images(found):
     return f'<div class="strip" style="--n: {len(x)}">{"".join(cells)}</div>'
 
 
-def photograph(found):
+def photograph(found: Results) -> str:
     """A photograph under each step, and a batch of it under the policy that is usual on ImageNet."""
     from sklearn.datasets import load_sample_image
 

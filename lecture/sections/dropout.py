@@ -1,13 +1,17 @@
 """Dropout, inverted and in the textbook form, Goodfellow et al. 2016, section 7.12."""
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastreg as fr
 
 from ..claims import changed, judged
+from ..data import Data
 from ..figures import MUTED, C, compared_curves, draw
-from ..section import Figure, Section
+from ..results import Results
+from ..section import Figure, Lab, Section
 from ..train import LR, MOMENTUM, Centre, Fastreg, Recipe, batches, evaluate
 
 RECIPE = Recipe("dropout", "Dropout, inverted", "teal", dropout=0.5)
@@ -16,7 +20,7 @@ AVERAGED = 100  # masks, for the table
 IMAGES = 300  # test images on which averages and folded networks are compared
 
 
-def linear(data):
+def linear(data: Data) -> nn.Sequential:
     """A linear classifier trained with textbook dropout of its inputs."""
     model = nn.Sequential(
         Centre(data.x_train),
@@ -32,7 +36,7 @@ def linear(data):
 
 
 @torch.no_grad()
-def distances(model, folded, x, counts):
+def distances(model: nn.Module, folded: nn.Module, x: Tensor, counts: list[int]) -> list[float]:
     """How far the average logits of n masks are from the folded network's, as a share of these, for each n in
     counts.
     """
@@ -45,7 +49,7 @@ def distances(model, folded, x, counts):
     return found
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     data, run = lab.data, lab.runs[TEXTBOOK.key, "fastreg"]
     folded = fr.nn.fold_dropout(run.model)
     torch.manual_seed(lab.seed)
@@ -70,11 +74,11 @@ def measure(lab):
         run.model.eval()
 
 
-def averages(found):
+def averages(found: Results) -> str:
     kept = found.keep("dropout")
     counts = kept["counts"]
 
-    def paint(axes):
+    def paint(axes) -> None:
         ideal = [100 * kept["linear"][0] / n**0.5 for n in counts]
         axes.plot(counts, ideal, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label="1/√n")
         for key, name, hue in (
@@ -99,7 +103,7 @@ def averages(found):
     return draw(paint)
 
 
-def exact(found):
+def exact(found: Results) -> tuple[bool, str]:
     kept = found.keep("dropout")
     first, last, n = kept["linear"][0], kept["linear"][-1], kept["counts"][-1]
     expected = first / n**0.5

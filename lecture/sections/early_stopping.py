@@ -1,5 +1,8 @@
 """Early stopping and both uses of what it finds, Goodfellow et al. 2016, section 7.8."""
 
+from collections.abc import Callable, Iterator
+from typing import Literal
+
 import torch
 from matplotlib.ticker import MaxNLocator
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
@@ -8,14 +11,14 @@ import fastreg as fr
 
 from ..claims import changed, no_worse
 from ..figures import AT_HEIGHT, C, draw, limits, note
-from ..results import NotMeasured
-from ..section import Figure, Section
+from ..results import NotMeasured, Results
+from ..section import Figure, Lab, Section
 from ..train import PLAIN, Fastreg, Recipe, Torch, batch_size, evaluate, network
 
 RECIPE = Recipe("early", "Early stopping", "ochre", patience=8)
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     """Train anew on training and validation data together, for as many epochs as the best one took."""
     data = lab.data
     parts = [(data.x_train, data.y_train), (data.x_validation, data.y_validation)]
@@ -53,17 +56,17 @@ def measure(lab):
         }
 
 
-def learning_curve(quantity):
+def learning_curve(quantity: Literal["error", "loss"]) -> Callable[[Results], str]:
     """Training and validation error or cross-entropy against the epoch, with what early stopping did."""
 
-    def picture(found):
+    def picture(found: Results) -> str:
         run = found.run(PLAIN.key)
         try:
             early = found.run(RECIPE.key)
         except NotMeasured:
             early = None
 
-        def paint(axes):
+        def paint(axes) -> None:
             training, validation = run.curves[f"train_{quantity}"], run.curves[f"validation_{quantity}"]
             epochs = range(1, len(training) + 1)
             axes.plot(

@@ -9,17 +9,18 @@ import fastreg as fr
 from ..claims import changed
 from ..figures import INK, C, compared_curves, draw
 from ..penalties import L1, L2
+from ..results import Results
 from ..section import Figure, Section
 
 
-def priors(found):
+def priors(found: Results) -> str:
     """The densities of weights that L2 and L1 stand for, at the strengths of this report."""
     n = len(found.data.y_train)
     sigma = fr.optim.prior_scale(L2.l2, "gaussian", num_samples=n)
     scale = fr.optim.prior_scale(L1.l1, "laplace", num_samples=n)
     w = np.linspace(-2.2, 2.2, 501) * max(sigma, scale)
 
-    def paint(axes):
+    def paint(axes) -> None:
         density, penalty = axes
         gaussian, laplace = (w / sigma) ** 2 / 2, np.abs(w) / scale
         for minus_log, norm, hue, name in (

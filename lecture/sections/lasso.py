@@ -1,21 +1,25 @@
 """LASSO: least squares with an L1 penalty, on data of its own, against scikit-learn."""
 
 import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from torch import Tensor
 
 import fastreg as fr
 
 from ..claims import judged
 from ..figures import INK, C, draw, note
-from ..section import Figure, Section
+from ..results import Results
+from ..section import Figure, Lab, Section
 
 TOLERANCE = 1e-3  # of the coefficients, in units of the standardised target
 LEFT = 60  # of the strongest penalty, the weakest is 1 / LEFT
 
 
-def diabetes():
+def diabetes() -> tuple[Tensor, Tensor, list[str]]:
     """Ten measurements of 442 patients, and the progress of their disease a year later, all standardised."""
     from sklearn.datasets import load_diabetes
 
@@ -24,7 +28,7 @@ def diabetes():
     return x, y, list(file.feature_names)
 
 
-def path(x, y, lambdas, steps):
+def path(x: Tensor, y: Tensor, lambdas: Sequence[float], steps: int) -> list[Tensor]:
     """fastreg's coefficients for each λ, from the strongest down, each starting where the last one ended."""
     w = torch.nn.Parameter(torch.zeros(x.shape[1], dtype=x.dtype))
     gram, moment = x.T @ x / len(x), x.T @ y / len(x)
@@ -39,7 +43,7 @@ def path(x, y, lambdas, steps):
     return torch.stack(found)
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     if lab.seed:  # neither data nor optimum depend on the seed
         return
     from sklearn.linear_model import Lasso
@@ -68,7 +72,7 @@ def measure(lab):
             }
 
 
-def agrees(found):
+def agrees(found: Results) -> tuple[bool, str]:
     kept = found.keep("lasso")
     distance = (kept["ours"] - kept["theirs"]).abs().max().item()
     same = ((kept["ours"] != 0) == (kept["theirs"] != 0)).all(1)
@@ -79,7 +83,7 @@ def agrees(found):
     return distance < TOLERANCE and bool(same.all()), evidence
 
 
-def strengths(axes, lambdas):
+def strengths(axes: Axes, lambdas: Sequence[float]) -> None:
     axes.set_xscale("log")
     axes.set_xlim(lambdas[0], lambdas[-1])
     ticks = [t for t in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01) if lambdas[-1] < t < lambdas[0]]
@@ -88,13 +92,13 @@ def strengths(axes, lambdas):
     axes.set_xlabel("λ, weaker to the right")
 
 
-def picture(found):
+def picture(found: Results) -> str:
     kept = found.keep("lasso")
     lambdas, ours, theirs = kept["lambdas"], kept["ours"].numpy(), kept["theirs"].numpy()
     shown = np.abs(ours[-1]).argsort()[::-1][:5].tolist()
     hues = dict(zip(shown, ("violet", "blue", "rust", "pine", "ochre"), strict=True))
 
-    def paint(axes):
+    def paint(axes) -> None:
         for j in range(ours.shape[1]):
             hue = C[hues[j]] if j in hues else C["sand"]
             axes.plot(
@@ -120,11 +124,11 @@ def picture(found):
     return draw(paint, 3.6)
 
 
-def zeros(found):
+def zeros(found: Results) -> str:
     kept = found.keep("lasso")
     lambdas = kept["lambdas"]
 
-    def paint(axes):
+    def paint(axes) -> None:
         counts = (kept["ours"] != 0).sum(1).numpy()
         axes.step(lambdas, counts, where="mid", color=C["violet"])
         axes.fill_between(lambdas, counts, step="mid", color=C["violet"], alpha=0.15, linewidth=0)

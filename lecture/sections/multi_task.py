@@ -1,14 +1,18 @@
 """Multi-task learning on a shared trunk, Goodfellow et al. 2016, section 7.7."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastreg as fr
 
 from ..claims import no_worse
+from ..data import Data
 from ..figures import INK, C, draw
-from ..section import Figure, Section
+from ..results import Results
+from ..section import Figure, Lab, Section
 from ..train import HIDDEN, Centre, batches
 
 LR, WEIGHTS_LR = 2e-3, 1e-2
@@ -43,7 +47,7 @@ class Network(nn.Module):
         return {task: head(features) for task, head in self.heads.items()}
 
 
-def targets(data, part):
+def targets(data: Data, part: str) -> tuple[Tensor, Tensor, Tensor]:
     """Class, parity of the class's number, and mean of the pixels, standardised by the training images."""
     x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
     ink, train = x.mean(1), data.x_train.mean(1)
@@ -94,7 +98,7 @@ def errors(model, data):
     return found
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     learnt, history = fit(lab, TASKS)
     lab.keep("multi-task", weights=history)
     networks = {
@@ -114,10 +118,10 @@ def measure(lab):
         }
 
 
-def learnt_weights(found):
+def learnt_weights(found: Results) -> str:
     history = found.keep("multi-task")["weights"]
 
-    def paint(axes):
+    def paint(axes) -> None:
         epochs = range(1, len(history) + 1)
         for task, hue in HUES.items():
             axes.plot(epochs, [weights[task] for weights in history], color=C[hue], label=NAMES[task])
@@ -135,10 +139,10 @@ def learnt_weights(found):
     return draw(paint)
 
 
-def compared(found):
+def compared(found: Results) -> str:
     keys = ("test_error", "parity_error", "ink_error")
 
-    def paint(axes):
+    def paint(axes) -> None:
         for i, (variant, title, hue) in enumerate(VARIANTS):
             values = [found.mean(variant, key) for key in keys]
             places = [j + 0.27 * (i - 1) for j in range(3)]

@@ -2,6 +2,8 @@
 per place.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,7 +12,8 @@ import fastreg as fr
 
 from ..claims import changed, judged
 from ..figures import WEIGHTS, C, draw, error_bars
-from ..section import Figure, Section
+from ..results import Results
+from ..section import Figure, Lab, Section
 from ..train import LR, MOMENTUM, Centre, batches, evaluate
 
 FILTERS = 24
@@ -46,7 +49,7 @@ class Places(nn.Module):
         return self.head(torch.cat(found, 1))
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     data = lab.data
     for variant, _, _ in VARIANTS:
         torch.manual_seed(lab.seed)
@@ -68,12 +71,12 @@ def measure(lab):
         }
 
 
-def fewer(found):
+def fewer(found: Results) -> tuple[bool, str]:
     own, shared = (found.mean(variant, "detector_weights") for variant, _, _ in VARIANTS)
     return shared < own, f"{own:,.0f} weights and biases in the detectors, {shared:,.0f} when they are shared"
 
 
-def detectors(found):
+def detectors(found: Results) -> str:
     """The strongest detectors of two places, and those that all places share."""
     models = found.keep("parameter-sharing")
     own, shared = (models[variant] for variant, _, _ in VARIANTS)
@@ -86,7 +89,7 @@ def detectors(found):
         ("shared by all", "umber", shared.layers[0]),
     ]
 
-    def paint(axes):
+    def paint(axes) -> None:
         for each, (title, hue, layer) in zip(axes, rows, strict=True):
             w = layer.weight.detach()
             w = w[w.norm(dim=1).argsort(descending=True)[:8]]

@@ -2,15 +2,18 @@
 unlabelled data.
 """
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastreg as fr
 
 from ..claims import changed
-from ..data import labelled_images
+from ..data import Data, labelled_images
 from ..figures import error_bars, image
-from ..section import Figure, Section
+from ..results import Results
+from ..section import Figure, Lab, Section
 from ..train import HIDDEN, Centre, evaluate
 
 LABELLED = 10  # one of so many training images keeps its label: 100 of the 1,000 digits
@@ -28,7 +31,7 @@ VARIANTS = (
 )
 
 
-def measure(lab):
+def measure(lab: Lab) -> Iterator[dict]:
     data, steps = lab.data, QUICK_STEPS if lab.quick else STEPS
     unlabelled = torch.cat([data.x_train, data.x_validation])
     centre, (first, second) = Centre(data.x_train), HIDDEN
@@ -93,7 +96,7 @@ def measure(lab):
 
 
 @torch.no_grad()
-def restoration(data, centre, encode, decoder):
+def restoration(data: Data, centre: Centre, encode: nn.Module, decoder: nn.Module) -> list[Tensor]:
     """Test images of different classes, the same with half of their pixels lost, and what the autoencoder
     makes of these.
     """
@@ -105,7 +108,7 @@ def restoration(data, centre, encode, decoder):
     return [row / centre.scale + centre.mean for row in rows]
 
 
-def restored_images(found):
+def restored_images(found: Results) -> str:
     rows, shape = found.keep("semi-supervised")["restored"], found.data.picture_shape
     if shape[0] == 1:
         return ""
