@@ -1,6 +1,4 @@
-"""Augmentation: twenty digits of each class are few. Turned, stretched, shifted and sheared anew in every
-step, they teach more.
-"""
+"""Augmentation: twenty digits of each class, changed anew in every step, teach more than as they are."""
 
 import torch
 from torch import nn
@@ -16,28 +14,16 @@ background = x.min().item()  # what comes into view at the border
 
 policies = {
     "as they are": {},
-    "a vertical stretch": {"stretch": (0.8, 1.2)},
-    "turn, stretch, shift, shear": {
-        "rotate": 15,
-        "stretch": (0.8, 1.2),
-        "translate": (0.1, 0.1),
-        "shear": 10,
-    },
+    "a vertical stretch": dict(stretch=(0.8, 1.2)),
+    "turn, stretch, shift, shear": dict(rotate=15, stretch=(0.8, 1.2), translate=(0.1, 0.1), shear=10),
 }
 
 
 def train(options, seed, steps=300):
     torch.manual_seed(seed)
     augment = fr.augment.Augment(**options, padding="fill", fill=background)
-    layers = [
-        nn.Conv2d(1, 16, 5, 2),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 5, 2),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(512, 10),
-    ]
-    model = nn.Sequential(augment, *layers)
+    first, second = nn.Conv2d(1, 16, 5, 2), nn.Conv2d(16, 32, 5, 2)
+    model = nn.Sequential(augment, first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(512, 10))
     optimizer = fr.optim.SGD(model.parameters(), lr=0.03, momentum=0.9)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -49,6 +35,4 @@ def train(options, seed, steps=300):
 
 for name, options in policies.items():
     errors = [train(options, seed) for seed in range(3)]
-    print(
-        f"{name:<28} test error {sum(errors) / len(errors):.1f} %  ({', '.join(f'{e:.1f}' for e in errors)})"
-    )
+    print(f"{name:<28} test error {sum(errors) / 3:.1f} %  ({', '.join(f'{e:.1f}' for e in errors)})")

@@ -10,8 +10,7 @@ import fastreg as fr
 
 torch.manual_seed(0)
 
-# LASSO: least squares / 2 plus l1 |w|_1. The proximal step makes weights exactly 0; the bias is not
-# penalised.
+# LASSO: least squares / 2 plus l1 |w|_1. The proximal step makes weights exactly 0; the bias is free.
 x, y = load_diabetes(return_X_y=True)
 x = StandardScaler().fit_transform(x)
 data, target = torch.tensor(x), torch.tensor(y)[:, None]
@@ -30,15 +29,12 @@ x, y = mnist_data()
 x, y = torch.tensor(x, dtype=torch.float32) / 255, torch.tensor(y)
 for name, penalty in (("none", {}), ("L2", dict(l2=3e-3)), ("L1", dict(l1=5e-4))):
     model = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
-    optimizer = fr.optim.SGD(
-        fr.optim.penalty_groups(model, **penalty), lr=0.1, momentum=0.9, l1_mode="proximal"
-    )
+    groups = fr.optim.penalty_groups(model, **penalty)
+    optimizer = fr.optim.SGD(groups, lr=0.1, momentum=0.9, l1_mode="proximal")
     for batch in (b for _ in range(10) for b in torch.randperm(len(x)).split(100)):
         optimizer.zero_grad()
         fr.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
     w = model[0].weight.detach()
-    print(
-        f"{name:4}: {(w == 0).double().mean():5.1%} of the weights are 0, the others "
-        f"{w[w != 0].abs().mean():.3f} in the mean"
-    )
+    zeros, others = (w == 0).double().mean(), w[w != 0].abs().mean()
+    print(f"{name:4}: {zeros:5.1%} of the weights are 0, the others {others:.3f} in the mean")

@@ -1,6 +1,4 @@
-"""Parameter sharing: four layers, or one layer, read the four quadrants of a digit. A convolution shares its
-weights in the same way, over every position.
-"""
+"""Parameter sharing: four layers, or one, read the quadrants of a digit; a convolution shares as the one."""
 
 import torch
 from torch import nn
@@ -34,11 +32,9 @@ def train(seed, shared):
             optimizer.zero_grad()
             fr.cross_entropy(model(data.x_train[batch]), data.y_train[batch]).backward()
             optimizer.step()
-    return model, 100 * (model(data.x_test).argmax(1) != data.y_test).double().mean().item()
+    return model, (model(data.x_test).argmax(1) != data.y_test).double().mean().item()
 
 
 for name, shared in (("four layers", False), ("one, shared", True)):
     models, errors = zip(*(train(seed, shared) for seed in range(3)), strict=True)
-    print(
-        f"{name}: {sum(p.numel() for p in models[0].parameters())} parameters, {sum(errors) / 3:.1f} % wrong"
-    )
+    print(f"{name}: {sum(p.numel() for p in models[0].parameters())} parameters, {sum(errors) / 3:.1%} wrong")

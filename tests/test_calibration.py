@@ -99,13 +99,15 @@ def test_refused():
                 r"target must be class indices \(4,\), got torch.int64 \(2,\)",
             ),
             ((logits, logits), ValueError, r"of probabilities take .argmax\(1\)"),
-            ((logits, target, 0), ValueError, "bins must be at least 1, got 0"),
-            ((logits, target, 2.0), TypeError, "bins must be an int"),
         ):
             with pytest.raises(
                 error, match=f"{call.__name__}: {message}" if "argmax" not in message else message
             ):
                 call(*arguments)
+        with pytest.raises(ValueError, match=f"{call.__name__}: bins must be at least 1, got 0"):
+            call(logits, target, bins=0)
+        with pytest.raises(TypeError, match=f"{call.__name__}: bins must be an int"):
+            call(logits, target, bins=2.0)
 
 
 def test_label_smoothing_calibrates_a_network_on_the_digits(digits):
