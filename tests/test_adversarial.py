@@ -623,7 +623,7 @@ def test_robust_accuracy_refuses():
     ):
         with pytest.raises(error, match=message):
             fr.robust_accuracy(model, data, 0.1, **options)
-    with pytest.raises(ValueError, match="eps must be finite and at least 0, got -0.1"):
+    with pytest.raises(ValueError, match=r"eps must be finite and at least 0, got -0\.1"):
         fr.robust_accuracy(model, (x, y), -0.1)
     for weight in (0, 1):
         with pytest.raises(ValueError, match=r"weight must be between 0 and 1, got .*; use adversarial_loss"):
