@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from ._checks import DTYPES, check_choice, check_number, check_tensor
 from ._registry import define, fast
+from ._transforms import autocast_dtype
 
 Reduction = Literal["none", "mean", "sum"]
 Smoothing = Literal["uniform", "others"]
@@ -524,7 +525,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = cast(Reduction, torch.nn._reduction.legacy_get_string(size_average, reduce))
     narrow = input.dtype in (torch.float16, torch.bfloat16)
-    if loss_dtype is None and narrow and torch.is_autocast_enabled(input.device.type):
+    if loss_dtype is None and narrow and autocast_dtype(input.device.type):
         loss_dtype = torch.float32
     options = LossOptions.checked(
         op,

@@ -25,7 +25,7 @@ from ._dropout import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed
-from ._transforms import is_transformed
+from ._transforms import autocast_dtype, is_transformed
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 
@@ -121,10 +121,6 @@ define_composite(
 )
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def _check_together(op: str, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raise unless the tensors fit together."""
     if residual.shape != input.shape:
@@ -193,7 +189,7 @@ def dropout_add(
     if bias is not None:
         check_tensor(op, "bias", bias)
     dtypes = {t.dtype for t in (input, residual, bias) if t is not None}
-    if len(dtypes) > 1 and _autocasts(input.device.type):
+    if len(dtypes) > 1 and autocast_dtype(input.device.type):
         widest = functools.reduce(torch.promote_types, dtypes)
         input, residual = input.to(widest), residual.to(widest)
         bias = None if bias is None else bias.to(widest)

@@ -26,6 +26,7 @@ from ._cross_entropy import (
     statistics_dtype,
 )
 from ._registry import define, define_kernel
+from ._transforms import autocast_dtype, without_autocast
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
@@ -95,7 +96,7 @@ def _forward(
         factor = factor / scale
     chunk = _chunk_rows(hidden, classes)
     buffer = hidden.new_empty(chunk, classes)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         for begin in range(0, rows, max(chunk, 1)):
             part = slice(begin, min(begin + chunk, rows))
             logits, h = buffer[: part.stop - begin], hidden[part]
@@ -300,10 +301,9 @@ def _as_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """The arguments of the linear layer in the dtype of autocast, and whether it is on for them."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
+    dtype = autocast_dtype(hidden.device.type)
+    if dtype is None or hidden.dtype == torch.float64:
         return hidden, weight, bias, False
-    dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
 
 

@@ -1,4 +1,6 @@
-"""Whether something listens to operators that only torch's own operators know how to answer."""
+"""What surrounds a call and changes what its operators do: torch.func, forward mode, autocast."""
+
+import contextlib
 
 import torch
 from torch.autograd import forward_ad
@@ -11,3 +13,17 @@ def is_transformed() -> bool:
     made of torch's operators.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast computes with on a device; None where it is off, or the device has none."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which operators on a device compute in the dtypes that they are given."""
+    if autocast_dtype(device_type) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -19,6 +19,7 @@ import torch
 from ._checks import check_choice, check_count, check_tensor
 from ._fgsm import bounds_of, fgsm_step_op, number_of, pair_of, pgd_step_op, times, value_of
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
+from ._transforms import autocast_dtype
 from ._types import Bounds, Loss, Model, Norm, Number, Value
 
 __all__ = ["fgsm", "pgd"]
@@ -180,7 +181,7 @@ def computes_in_float16(model: Any, x: torch.Tensor) -> bool:
     device = x.device.type
     return (
         x.dtype == torch.float16
-        or (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16)
+        or autocast_dtype(device) == torch.float16
         or (isinstance(model, torch.nn.Module) and any(p.dtype == torch.float16 for p in model.parameters()))
     )
 

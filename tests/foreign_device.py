@@ -104,9 +104,14 @@ def check_tensors_move_and_are_views():
     assert torch.equal(there.cpu(), torch.cat((x[:1] + 1, x[1:])))
 
 
-def on_both(function, *tensors):
+def near(got, want):
+    """Whether float32 sums of some hundred terms agree that were taken in another order."""
+    return torch.allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+def on_both(function, *tensors, same=torch.equal):
     """(function(tensors), the gradients of its sum) on the CPU and on the device, from the same state of the
-    generator; both must have the same bits.
+    generator; both must be the `same`.
     """
     results = []
     for device in ("cpu", DEVICE):
@@ -118,7 +123,7 @@ def on_both(function, *tensors):
         grads = [None if t is None else t.grad.cpu() for t in leaves]
         results.append((output.detach().cpu(), *grads))
     for want, got in zip(*results, strict=True):
-        assert want is got is None or (torch.equal(got, want) and got.dtype == want.dtype), (got, want)
+        assert want is got is None or (same(got, want) and got.dtype == want.dtype), (got, want)
     return results[0]
 
 
@@ -198,6 +203,53 @@ def check_sgd():
                 sgd.step()
             results.append((p.detach().cpu(), sgd.state[p]["momentum_buffer"].cpu()))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def check_cross_entropy():
+    logits, target = torch.randn(9, 7) * 3, torch.tensor([0, 6, 2, -100, 1, 5, 3, 3, 2])
+    weight = torch.rand(7) + 0.5
+    for options in (
+        {},
+        dict(label_smoothing=0.1),
+        dict(label_smoothing=0.2, smoothing="others", z_loss=0.01),
+    ):
+        for reduction in ("mean", "sum", "none"):
+
+            def loss(x, options=options, reduction=reduction):
+                given = dict(weight=weight.to(x.device), reduction=reduction, **options)
+                return fr.cross_entropy(x, target.to(x.device), **given)
+
+            on_both(loss, logits, same=near)
+    soft = torch.softmax(torch.randn(9, 7), 1)
+    on_both(lambda x: fr.cross_entropy(x, soft.to(x.device)), logits, same=near)
+
+
+def check_linear_cross_entropy():
+    hidden, weight, bias = torch.randn(9, 5), torch.randn(7, 5), torch.randn(7)
+    target = torch.tensor([0, 6, 2, -100, 1, 5, 3, 3, 2])
+
+    def loss(h, w, b):
+        return fr.linear_cross_entropy(h, w, target.to(h.device), b, label_smoothing=0.1)
+
+    on_both(loss, hidden, weight, bias, same=near)
+
+
+def check_augment():
+    images = torch.rand(5, 3, 17, 23)
+    augment = fr.augment.Augment(hflip=0.5, rotate=20, shear=5, brightness=0.3, contrast=0.3, erase=0.5)
+
+    def augmented(x):
+        return fr.augment.apply(x, augment.sample(x, seed=3, offset=7))
+
+    on_both(augmented, images, same=lambda got, want: torch.allclose(got, want, rtol=1e-4, atol=1e-4))
+
+
+def check_attacks():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    x, y = torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 3, 1])
+    want = fr.pgd(model, x, y, 0.1, 0.05, 3, random_start=False)
+    got = fr.pgd(model.to(DEVICE), x.to(DEVICE), y.to(DEVICE), 0.1, 0.05, 3, random_start=False)
+    assert got.device.type == DEVICE and torch.equal(got.cpu(), want)
 
 
 def refuses(kind, text, function, *args, **options):
