@@ -1,4 +1,4 @@
-"""Multi-task learning: one trunk for the digit, its parity and its slant, with fixed and with learnt weights."""
+"""Multi-task learning: one trunk for the digit, its parity and its slant, with fixed or learnt weights."""
 
 import torch
 from torch import nn

@@ -92,8 +92,8 @@ class _DropoutAdd(torch.autograd.Function):
         grad_input = grad_bias = None
         if wants_input or wants_bias:
             grad_input = grad if ctx.all_kept else masked_gradient(ctx, grad)
-        if wants_bias:
-            grad_bias = grad_input.sum_to_size(grad.shape[-1:])
+            if wants_bias:
+                grad_bias = grad_input.sum_to_size(grad.shape[-1:])
         return (
             grad_input if wants_input else None,
             grad if wants_residual else None,

@@ -62,11 +62,12 @@ def _is_replaced() -> bool:
 def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """What stands in the place of one of torch's functions for dropout."""
     usual = fast.dropout if fast is not None and ours is dropout else None
+    defaults: Any = ours.__defaults__  # of p, training and inplace
 
     # A subclass of Tensor, a Proxy of torch.fx and a mode are given torch's function, because that is the one
     # in their tables.
     @functools.wraps(original)
-    def run_dropout(input, p=0.5, training=ours.__defaults__[1], inplace=False):
+    def run_dropout(input, p=0.5, training=defaults[1], inplace=False):
         if usual is not None and _patched and not is_compiling():
             output = usual(input, p, training, inplace)
             if output is not None:

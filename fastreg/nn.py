@@ -186,6 +186,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     all_ignored: Literal["nan", "zero"] = "nan"
     loss_dtype: torch.dtype | None = None
 
+    reduction: Literal["none", "mean", "sum"]
+
     def __init__(
         self,
         weight: torch.Tensor | None = None,
