@@ -121,7 +121,7 @@ def _copy_in_evaluation(model: torch.nn.Module) -> torch.nn.Module:
 class _Tracer(torch.fx.Tracer):
     """Sees the modules of fastreg.nn as torch.fx sees torch's: as one call each."""
 
-    def is_leaf_module(self, module, name):
+    def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return type(module).__module__ == "fastreg.nn" or super().is_leaf_module(module, name)
 
 

@@ -187,6 +187,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     loss_dtype: torch.dtype | None = None
     reduction: Reduction  # Set by torch, whose annotation is str.
 
+    reduction: Literal["none", "mean", "sum"]
+
     def __init__(
         self,
         weight: torch.Tensor | None = None,

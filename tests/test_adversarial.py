@@ -429,6 +429,35 @@ def test_a_loss_that_gives_something_else_is_refused(op):
 
 
 # --------------------------------------------------------------------------------------------------
+# bounds
+def test_fgsm_step_takes_bounds_as_one_argument_or_as_two():
+    x, g = torch.rand(3, 4), torch.randn(3, 4)
+    low, high = torch.rand(3, 1) / 2, torch.rand(3, 1) / 2 + 0.5
+    for bounds in ((0, 1), [0.2, 0.8], (low, high), (None, 0.9), (low, None), (None, None)):
+        assert torch.equal(fr.fgsm_step(x, g, 0.1, bounds=bounds), fr.fgsm_step(x, g, 0.1, *bounds))
+    assert torch.equal(fr.fgsm_step(x, g, 0.1, bounds=None), fr.fgsm_step(x, g, 0.1))
+    for both in (dict(lower=0), dict(upper=1), dict(lower=0, upper=1)):
+        with pytest.raises(ValueError, match="fgsm_step: give bounds or lower and upper, not both"):
+            fr.fgsm_step(x, g, 0.1, **both, bounds=(0, 1))
+
+
+@pytest.mark.parametrize("bounds", [1.0, (0.0,), (0, 0.5, 1), "01", torch.zeros(2)], ids=str)
+def test_bounds_that_are_no_pair_are_refused_everywhere(bounds):
+    model, (x, y) = net(), batch()
+    for op, call in {
+        "fgsm_step": lambda **options: fr.fgsm_step(x, x, 0.1, **options),
+        "fgsm": lambda **options: fr.fgsm(model, x, y, 0.1, **options),
+        "pgd": lambda **options: fr.pgd(model, x, y, 0.1, 0.1, 1, **options),
+        "adversarial_loss": lambda **options: fr.adversarial_loss(model, x, y, 0.1, **options),
+        "adversarial_backward": lambda **options: fr.adversarial_backward(model, x, y, 0.1, **options),
+        "robust_accuracy": lambda **options: fr.robust_accuracy(model, (x, y), 0.1, **options),
+        "FreeAdversarial": lambda **options: fr.FreeAdversarial(0.1, **options),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{op}: bounds must be \(lower, upper\) or None, got"):
+            call(bounds=bounds)
+
+
+# --------------------------------------------------------------------------------------------------
 # free
 def test_free_is_the_papers_loop():
     """delta lives on over batches of several lengths; sign steps of eps, clamped to the ball; one optimiser
