@@ -46,8 +46,7 @@ struct Columns {
     return smoothed_target(t, V(weight ? weight[c] : A(1)), V(A(a.mix)), V(A(a.base)));
   }
 
-  FR_INLINE Targets meet_targets() const {
-    Targets t;
+  FR_INLINE void meet_targets(Targets& t) const {
     t.kept = (1u << lanes) - 1u;
     for (int j = 0; !soft && j < lanes; ++j) {
       const int64_t target = a.target[index + j];
@@ -58,7 +57,6 @@ struct Columns {
       t.logit[j] = to_float(x[target * a.logits_stride.cls + j]);
       t.weight[j] = weight ? weight[target] : A(1);
     }
-    return t;
   }
 
   FR_INLINE V largest() const {
@@ -118,24 +116,23 @@ struct Columns {
   }
 
   // The targets' part in the sums.
-  FR_INLINE RowTarget<V> add_targets(const Targets& targets, const RowOptions<A>& options,
-                                     RowSums<V>& s) const {
-    const V zero{A(0)}, weights = load(targets.weight);
-    if (soft) return {zero, zero, zero, zero};
-    RowTarget<V> t{load(targets.logit) - s.top, zero, weights * V(options.own), weights * V(options.mix)};
+  FR_INLINE void add_targets(const Targets& targets, const RowOptions<A>& options, RowSums<V>& s,
+                             RowTarget<V>& t) const {
+    const V weights = load(targets.weight);
+    t.shifted = load(targets.logit) - s.top;
+    t.q = weights * V(options.own);
+    t.open = weights * V(options.mix);
     s.q_rest = kGeneral ? s.q_sum - weights * V(options.base) : V(A(a.base * double(k - 1)));
     s.q_sum = s.q_sum + t.open;
     if (options.own == 0) leave_out_impossible_targets(targets, s, t);
-    if (grad) {
-      A at_target[kLanes] = {};
-      for (int j = 0; j < lanes; ++j)
-        if (targets.kept >> j & 1) at_target[j] = exps[a.target[index + j] * kLanes + j];
-      t.exp_shifted = load(at_target);
-    }
-    return t;
+    if (!grad) return;
+    A at_target[kLanes] = {};
+    for (int j = 0; j < lanes; ++j)
+      if (targets.kept >> j & 1) at_target[j] = exps[a.target[index + j] * kLanes + j];
+    t.exp_shifted = load(at_target);
   }
 
-  void leave_out_impossible_targets(const Targets& targets, RowSums<V>& s, RowTarget<V>& t) const {
+  FR_INLINE void leave_out_impossible_targets(const Targets& targets, RowSums<V>& s, RowTarget<V>& t) const {
     A dots[kLanes], tops[kLanes], open[kLanes];
     store(dots, s.dot);
     store(tops, s.top);
@@ -176,16 +173,20 @@ struct Columns {
   }
 };
 
+// Losses, lse and, unless grad is null, the gradient of the rows. Inlined for the reason of finish_row.
 template <bool kGeneral, class T, class G, class S, class A>
-void finish_columns(const Columns<kGeneral, T, G, S, A>& rows) {
+FR_INLINE void finish_columns(const Columns<kGeneral, T, G, S, A> rows) {
   using V = Vec<A>;
   const CrossEntropyArgs& a = rows.a;
   const RowOptions<A> options(a);
-  const auto targets = rows.meet_targets();
+  typename Columns<kGeneral, T, G, S, A>::Targets targets;
+  rows.meet_targets(targets);
   const V top = rows.largest();
   const V origin = select(top == V(-A(__builtin_inf())), V(A(0)), top);
   RowSums<V> sums = rows.sums(top, rows.sweep(origin));
-  const RowTarget<V> target = rows.add_targets(targets, options, sums);
+  const V zero{A(0)};
+  RowTarget<V> target{zero, zero, zero, zero};
+  if (!rows.soft) rows.add_targets(targets, options, sums, target);
   const RowLoss<V> result = row_loss(sums, target, options);
   rows.write_losses(result, V::from_bits(targets.kept));
   if (!rows.grad) return;

@@ -45,7 +45,11 @@ FR_INLINE int64_t place_of(int64_t i, int64_t k) {
 template <bool linear, class T, class V>
 FR_INLINE void store_two(T* p, const V& a, const V& b) {
   if constexpr (std::is_same_v<T, BFloat16> && !linear) {
-    store_pairs(p, pack_pairs(a, b));
+    // Part by part: gcc 12 takes the copy of the whole, as in store_pairs, through memory and other
+    // registers.
+    const Pairs pairs = pack_pairs(a, b);
+    for (int i = 0; i < V::kParts; ++i)
+      memcpy(p + i * V::kPartLanes * 2, &pairs.part[i], sizeof pairs.part[i]);
   } else {
     store(p, a);
     store(p + V::kLanes, b);
@@ -268,9 +272,10 @@ struct Row {
   }
 };
 
-// Loss, lse and, unless grad is null, the gradient of one row.
+// Loss, lse and, unless grad is null, the gradient of one row. Inlined, the fields of `row` are registers:
+// stores of 16-bit numbers could otherwise change them, so that loops would read them again and again.
 template <bool kGeneral, class T, class G, class A>
-void finish_row(const Row<kGeneral, T, G, A>& row, double row_factor, double* loss, double* lse) {
+FR_INLINE void finish_row(const Row<kGeneral, T, G, A> row, double row_factor, double* loss, double* lse) {
   const RowOptions<double> options(row.a);
   row.sweep();
   RowSums<double> sums = row.sums();
