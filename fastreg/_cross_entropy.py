@@ -294,17 +294,20 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, g_loss, g_grad, g_lse):
         grad, lse, target, weight = ctx.saved_tensors
         result = None
-        if g_loss is not None:
-            result = scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss)
+        # The second derivative comes first: it reads G, which `scaled` may overwrite.
         if g_grad is not None or g_lse is not None:
-            second = _second_order(g_grad, g_lse, grad, lse, target, weight, ctx.options)
-            result = second if result is None else result + second
+            result = _second_order(g_grad, g_lse, grad, lse, target, weight, ctx.options)
+        if g_loss is not None:
+            first = scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss)
+            result = first if result is None else first + result
         return (None if result is None else result.to(ctx.dtype)), *(None,) * (2 + len(ctx.options))
 
 
 def scaled(gradient: Tensor, g: Tensor) -> Tensor:
-    """gradient * g. Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs
-    no pass over it.
+    """gradient * g, with g in its own dtype: rounded to bfloat16 it would put the whole gradient off.
+
+    If nothing else reads the gradient it is scaled in place, and the usual loss.backward(), with a g of 1,
+    costs no pass over it.
     """
     if (
         type(g) is torch.Tensor
@@ -316,11 +319,11 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
         if g.device.type == "cpu":
             if g == 1:
                 return gradient.detach()
-        elif g.device.type == "cuda":  # to look at the value here would be to wait for the GPU
+        elif g.device.type == "cuda":  # The kernel reads g, because reading it here would wait for the GPU.
             gradient = gradient.detach()
             _cross_entropy_scale_(gradient, g)
             return gradient
-    return gradient * g.to(gradient.dtype)
+    return gradient * g
 
 
 def _second_order(

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from ._checks import arithmetic_dtype, check_choice, check_dtype, check_no_overlap, check_number, check_tensor
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
-from ._seeds import draw_seed, random_halves
+from ._seeds import draw_seed, random_halves, seed_tensor
 from ._transforms import is_transformed
 
 Form = Literal["inverted", "textbook", "alpha"]
@@ -487,19 +487,10 @@ def dropout_with_mask(
 
 
 def _seed_tensor(op: str, seed: int | torch.Tensor, input: torch.Tensor) -> torch.Tensor:
-    """A seed that the caller gave as the operator takes it."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=input.device)
-    if not isinstance(seed, torch.Tensor):
-        raise TypeError(f"{op}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if seed.device != input.device:
+    """A seed that the caller gave, on the device of the input."""
+    if isinstance(seed, torch.Tensor) and seed.device != input.device:
         raise ValueError(
             f"{op}: seed must be on {input.device} like input, got {seed.device}; move it with "
             ".to(input.device)"
         )
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise ValueError(
-            f"{op}: seed must be an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}; "
-            "draw it with torch.randint(-(2**63), 2**63 - 1, (1,))"
-        )
-    return seed
+    return seed_tensor(op, seed).to(input.device)

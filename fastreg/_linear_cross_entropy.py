@@ -92,7 +92,7 @@ def _forward(
     scale = None
     if dtype == torch.float16 and rows:  # factors are at most 1 inside: the logits' gradients fit the range
         scale = factor.abs().max()
-        scale = torch.where(scale > 0, scale, 1)
+        scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)  # inf: a mean over no row
         factor = factor / scale
     chunk = _chunk_rows(hidden, classes)
     buffer = hidden.new_empty(chunk, classes)

@@ -37,6 +37,20 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     return (upper << 32) | lower
 
 
+def seed_tensor(op: str, seed: int | torch.Tensor) -> torch.Tensor:
+    """A seed that the caller gave as an operator takes it: one int64, taken modulo 2^64 from an int."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return torch.tensor([(seed + 2**63) % 2**64 - 2**63])
+    if not isinstance(seed, torch.Tensor):
+        raise TypeError(f"{op}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"{op}: seed must be an int or one int64, got {seed.dtype} of shape {tuple(seed.shape)}; "
+            "draw it with torch.randint(-(2**63), 2**63 - 1, (1,))"
+        )
+    return seed
+
+
 @functools.cache
 def _has_generator(device_type: str) -> bool:
     try:

@@ -185,9 +185,8 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     z_loss: float = 0.0
     all_ignored: AllIgnored = "nan"
     loss_dtype: torch.dtype | None = None
-    reduction: Reduction  # Set by torch, whose annotation is str.
-
-    reduction: Literal["none", "mean", "sum"]
+    # torch sets it, with the annotation str.
+    reduction: Reduction
 
     def __init__(
         self,

@@ -501,3 +501,15 @@ def test_nothing_is_made_on_another_device():
         for result in calls(torch.empty(4, 3, 12, 13, device="cuda")):
             assert result.device.type == "cuda"
     assert all(result.device.type == "cpu" for result in calls(pictures(4, 3, 12, 13)))
+
+
+def test_seed_and_offset_of_sample_are_checked():
+    augment, x = fr.augment.Augment(rotate=20), torch.rand(3, 3, 8, 8)
+    same = [augment.sample(x, seed=seed).angle for seed in (5, 5 + 2**64, torch.tensor([5]))]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+    with pytest.raises(TypeError, match=r"Augment.sample: seed must be an int or an int64 tensor, got float"):
+        augment.sample(x, seed=1.5)
+    with pytest.raises(ValueError, match=r"Augment.sample: seed must be an int or one int64"):
+        augment.sample(x, seed=torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"Augment.sample: offset must be at least 0, got -1"):
+        augment.sample(x, seed=1, offset=-1)

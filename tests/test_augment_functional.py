@@ -454,3 +454,35 @@ def test_a_step_so_large_that_positions_would_wrap_around():
             m[0, row, 0] = 2.0**25
             want = x[:, :, 3:5, 3:5].mean((2, 3), keepdim=True)
             assert_images(by_matrix(x, m, (1, 1)), want.double(), tolerance=1e-6)
+
+
+@pytest.mark.parametrize(
+    "box", [(-2, -4, 5, 10), (3, -4, 60, 6), (-5, 2, 3, 3), (4, 6, 2, 60), (0, -9, 4, 3)]
+)
+def test_a_box_may_begin_outside_of_the_image(box):
+    """The part inside is erased, and no other: on every path, wherever the box begins."""
+    x = torch.rand(2, 3, 8, 8)
+    i, j, h, w = box
+    rows, columns = torch.arange(8).view(-1, 1), torch.arange(8)
+    inside = (rows >= i) & (rows < i + h) & (columns >= j) & (columns < j + w)
+    assert torch.equal(AF.erase(x, *box, 7.0), torch.where(inside, 7.0, x))
+    assert torch.equal(AF.erase(x.clone(), *box, 7.0, inplace=True), torch.where(inside, 7.0, x))
+    pixels = torch.rand(3, h, w)
+    want = x.clone()
+    for r, c in inside.nonzero().tolist():
+        want[..., r, c] = pixels[:, r - i, c - j]
+    assert torch.equal(AF.erase(x, *box, pixels), want)
+
+
+def test_one_column_of_pixels_that_shrinks_for_one_sample():
+    """Such images need no copy, whatever the stride of a line is."""
+    x = torch.rand(2, 3, 100, 1)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for height in (torch.tensor([100.0, 4.0]), torch.tensor([4.0, 100.0])):
+        got, want = (AF.resized_crop(images, 0, 0, height, 1, (8, 8)) for images in (last, x))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_rotate_with_expand_wants_images():
+    with pytest.raises(TypeError, match="rotate"):
+        AF.rotate([[0.0]], 10, expand=True)

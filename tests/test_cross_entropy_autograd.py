@@ -24,6 +24,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
+from fastreg import _cross_entropy
 
 # ---------------------------------------------------------------- derivatives
 
@@ -439,3 +440,30 @@ def test_opcheck(with_grad, dtype):
                     with_grad,
                 ),
             )
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_a_float32_loss_scales_bfloat16_gradients_in_float32(retain_graph):
+    """0.3 is 0.30078 in bfloat16, which would be wrong by more than the gradient's own rounding."""
+    x = torch.randn(40, 50).bfloat16().requires_grad_()
+    target = torch.randint(50, (40,))
+    loss = fr.cross_entropy(x, target, reduction="sum", loss_dtype=torch.float32)
+    loss.backward(torch.tensor(0.3), retain_graph=retain_graph)
+    wide = x.detach().double().requires_grad_()
+    (0.3 * torch.nn.functional.cross_entropy(wide, target, reduction="sum")).backward()
+    bias = (x.grad.double() * wide.grad).sum() / wide.grad.square().sum()
+    assert abs(bias - 1) < 3e-4
+
+
+@pytest.mark.parametrize("path", ["cpp", "python"])
+def test_a_gradient_for_the_loss_and_for_its_gradient_together(path, monkeypatch):
+    if path == "python":
+        monkeypatch.setattr(_cross_entropy, "fast", None)
+    results = []
+    for function in (fr.cross_entropy, torch.nn.functional.cross_entropy):
+        x = torch.linspace(-2, 3, 35, dtype=torch.float64).view(5, 7).requires_grad_()
+        loss = function(x, torch.tensor([0, 6, 2, 1, 3]), label_smoothing=0.1)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (0.5 * loss + gradient.square().sum()).backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)

@@ -150,6 +150,18 @@ def test_a_graph_replays_with_new_masks_and_new_numbers():
     assert not torch.equal(*masks) and all(0.45 < (m > 0).float().mean() < 0.55 for m in masks)
 
 
+def test_a_gradient_for_the_loss_and_for_its_gradient_together():
+    """The kernel that scales the saved gradient in place runs after the second derivative has read it."""
+    results = []
+    for device in ("cuda", "cpu"):
+        x = torch.linspace(-2, 3, 35, dtype=torch.float64, device=device).view(5, 7).requires_grad_()
+        loss = fr.cross_entropy(x, torch.tensor([0, 6, 2, 1, 3], device=device), label_smoothing=0.1)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (0.5 * loss + gradient.square().sum()).backward()
+        results.append(x.grad.cpu())
+    torch.testing.assert_close(*results)
+
+
 AUGMENT = {"hflip": 0.5, "rotate": 15, "crop": (0.5, 1.0), "size": 24, "brightness": 0.3, "contrast": 0.3,
            "saturation": 0.3, "blur": (3, (0.1, 2.0)), "erase": 0.5, "mean": 0.5, "std": 0.25,
            "antialias": True}  # fmt: skip

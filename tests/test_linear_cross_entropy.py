@@ -417,3 +417,15 @@ def test_not_a_number_in_one_row_stays_in_it(value):
     assert losses[3].isnan() and losses.isnan().sum() == 1
     d_hidden = torch.autograd.grad(losses.nan_to_num(0).sum(), hidden)[0]
     assert not d_hidden[torch.arange(37) != 3].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_of_a_mean_over_no_row_are_zero(dtype):
+    hidden, weight = (
+        torch.randn(6, 8).to(dtype).requires_grad_(),
+        torch.randn(5, 8).to(dtype).requires_grad_(),
+    )
+    loss = fr.linear_cross_entropy(hidden, weight, torch.full((6,), -100))
+    assert loss.isnan()
+    loss.backward()
+    assert not hidden.grad.any() and not weight.grad.any()

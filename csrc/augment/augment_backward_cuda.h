@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class A, int C>
 int backward_of_channels(const AugmentArgs& a, const Scratch<A>& scratch, const Sums<A>& sums, int first,
                          int channels, void* stream) {
-  const int64_t skipped = first * a.out_height * a.out_width;
-  A *grad = scratch.grad + skipped, *spare = scratch.spare + skipped;
+  const int64_t before = first * a.out_height * a.out_width;
+  A *grad = skipped(scratch.grad, before), *spare = skipped(scratch.spare, before);
   const Pass<A> by_channel = pass_of(a, scratch, first, channels, channels, pixel_pieces(a));
   if (const int error = launch_pass(incoming_gradient<A>, by_channel, 0, stream, grad)) return error;
   if (a.blur) {

@@ -92,8 +92,11 @@ struct Erased {
     if (!a.boxes) return;
     const int64_t* box = a.boxes + 4 * sample;
     if (y < box[0] || y - box[0] >= box[2]) return;
-    begin = clamped(box[1], int64_t(0), a.out_width);
-    end = clamped(box[1] + least(box[3], a.out_width), begin, a.out_width);
+    // The right edge comes from the left one as it is: a box may begin outside of the image.
+    const int64_t left = least(box[1], a.out_width);
+    const int64_t right = box[3] < a.out_width - left ? left + box[3] : a.out_width;
+    begin = most(left, int64_t(0));
+    end = most(right, begin);
   }
 };
 
@@ -158,8 +161,7 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
 // ---- the table
 
 int64_t source_bytes(const AugmentArgs& a) {
-  const bool copies = a.in_stride[3] != 1 && a.in_width != 1;
-  int64_t bytes = copies ? a.channels * a.in_height * a.in_width * pixel_bytes(a.in_type) : 0;
+  int64_t bytes = copies_images(a) ? a.channels * a.in_height * a.in_width * pixel_bytes(a.in_type) : 0;
   for_each_shrink(a, [&](const Shrink& s) {
     bytes = most(bytes, a.channels * s.size[0] * s.size[1] * accumulated_bytes(a));
   });
@@ -192,7 +194,7 @@ void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample,
           .make_rows(begin, least(end, shrink.size[1]), static_cast<A*>(scratch.source), line);
       return;
     }
-    if (a.in_stride[3] == 1) return;
+    if (!copies_images(a)) return;
     for (int64_t c = 0; c < a.channels; ++c)
       for (int64_t y = begin; y < least(end, a.in_height); ++y) {
         const T* from = static_cast<const T*>(a.images) + sample * a.in_stride[0] + c * a.in_stride[1] +

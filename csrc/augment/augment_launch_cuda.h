@@ -63,6 +63,12 @@ int64_t row_pieces(const AugmentArgs& a) {
   return divide_up(a.out_height, kThreads / kSumLanes<A>);
 }
 
+// A pointer moved by `count`; null stays null.
+template <class T>
+T* skipped(T* pointer, int64_t count) {
+  return pointer ? pointer + count : pointer;
+}
+
 // A pass over channels [first, first + channels) in `groups`, each of `pieces`. To its kernels the first of
 // them is channel 0.
 template <class A>
@@ -72,14 +78,14 @@ Pass<A> pass_of(const AugmentArgs& a, const Scratch<A>& scratch, int first, int 
   pass.a = a;
   pass.a.images = static_cast<const char*>(a.images) + first * a.in_stride[1] * pixel_bytes(a.in_type);
   pass.a.output = static_cast<char*>(a.output) + first * a.out_stride[1] * pixel_bytes(a.out_type);
-  pass.a.grad = static_cast<const char*>(a.grad) + first * a.grad_stride[1] * pixel_bytes(a.out_type);
+  pass.a.grad = skipped(static_cast<const char*>(a.grad), first * a.grad_stride[1] * pixel_bytes(a.out_type));
   pass.items = a.batch * groups * pieces;
   pass.pieces = Divider(pieces);
   pass.channel_groups = Divider(groups);
   pass.width = Divider(a.out_width);
   pass.shrinks = scratch.shrinks;
   pass.sums = scratch.sums;
-  pass.blurred = scratch.blurred + first * a.out_height * a.out_width;
+  pass.blurred = skipped(scratch.blurred, first * a.out_height * a.out_width);
   for (int i = 0; i < kMostChannels; ++i) {
     const auto constant = [&](ConstantRow row) {
       return i < channels ? A(a.constant(row, first + i)) : A(0);

@@ -87,12 +87,15 @@ struct Source {
   int64_t count() const { return (height - 1) * row_stride + width; }
 };
 
+// Whether the rows of a sample are copied, because neighbours in a row are not neighbours in memory.
+inline bool copies_images(const AugmentArgs& a) { return a.in_stride[3] != 1 && a.in_width != 1; }
+
 // The window of a sample in the images, or in their copy where there is one.
 template <class T>
 Source<T> source_of(const AugmentArgs& a, const void* copied, int64_t sample) {
   Source<T> source = {};
   source.channels = a.channels;
-  if (copied && a.in_stride[3] != 1) {
+  if (copied && copies_images(a)) {
     source.data = static_cast<const T*>(copied);
     source.plane_stride = a.in_height * a.in_width;
     source.row_stride = a.in_width;

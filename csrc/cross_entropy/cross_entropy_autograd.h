@@ -79,24 +79,24 @@ struct CrossEntropy : Function<CrossEntropy> {
     const variable_list saved = ctx->get_saved_variables();
     const Tensor& grad = saved[0];
     Tensor g = grads[0], result;
+    // The second derivative comes first: it reads G, which the kernel below may overwrite.
+    if (grads[1].defined() || grads[2].defined()) result = second_order(grads[1], grads[2], saved, ctx);
     if (g.defined()) {
-      // Where nobody else will read the gradient, the usual loss.backward(), with a g of 1, costs no pass
-      // over it. The kernel looks at a GPU's g: to look at it here would be to wait for the GPU.
+      // If nothing else reads the gradient it is scaled in place, and the usual loss.backward(), with a g of
+      // 1, costs no pass over it. On a GPU the kernel reads g, because reading it here would wait for it.
       const bool ours = !at::GradMode::is_enabled() &&
                         !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) &&
                         g.numel() == 1;
+      Tensor first;
       if (ours && g.is_cuda()) {
-        result = grad.detach();
-        cross_entropy_scale_op(result, g);
+        first = grad.detach();
+        cross_entropy_scale_op(first, g);
       } else if (ours && g.item().toDouble() == 1) {
-        result = grad.detach();
+        first = grad.detach();
       } else {
-        result = grad * (g.dim() ? g.unsqueeze(1) : g).to(grad.scalar_type());
+        first = grad * (g.dim() ? g.unsqueeze(1) : g);
       }
-    }
-    if (grads[1].defined() || grads[2].defined()) {
-      const Tensor second = second_order(grads[1], grads[2], saved, ctx);
-      result = result.defined() ? result + second : second;
+      result = result.defined() ? first + result : first;
     }
     if (result.defined()) result = result.to(ScalarType(ctx->saved_data["dtype"].toInt()));
     return {result, {}, {}, {}};

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_number, check_tensor
-from .._seeds import draw_seed
+from .._checks import check_choice, check_count, check_number, check_tensor
+from .._seeds import draw_seed, seed_tensor
 from . import _op, functional
 from ._op import Interpolation, Padding, PerChannel
 from .mix import cutmix, mixup
@@ -466,12 +466,8 @@ class Augment(nn.Module):
         takes of it.
         """
         count, (height, width), size = self._shapes(batch)
-        if seed is None:
-            seed = draw_seed(batch.device, generator)
-        elif not isinstance(seed, Tensor):
-            seed = torch.tensor([seed], dtype=torch.int64)
-        if not isinstance(offset, int) or isinstance(offset, bool):
-            raise TypeError(f"Augment.sample: offset must be an int, got {type(offset).__name__}")
+        seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
+        check_count("Augment.sample", "offset", offset, low=0)
         low, high = self._ends
         if self.translate is not None:
             low, high = low.copy(), high.copy()

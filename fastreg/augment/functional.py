@@ -205,6 +205,7 @@ def rotate(
     op = "rotate"
     size: tuple[int, int] | None = None
     if expand:
+        batched(op, inpt)
         check_number(op, "angle", angle)
         height, width = inpt.shape[-2:]
         c, s = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
@@ -404,12 +405,18 @@ def erase(
     if inplace or shaped:
         if any(isinstance(n, Tensor) for n in (i, j, h, w)):
             raise ValueError(f"{op}: inplace=True and a v of pixels take one box for all samples")
-        if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() == 1):
-            v = torch.as_tensor(v).to(inpt.device, inpt.dtype).view(-1, 1, 1)
-        box: Any = (..., slice(i, i + h), slice(j, j + w))
         pixels: Any = v
+        if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() == 1):
+            pixels = torch.as_tensor(v).to(inpt.device, inpt.dtype).view(-1, 1, 1)
+        above, before, high, wide = (int(n) for n in (i, j, h, w))
+        top, bottom = max(above, 0), min(above + high, inpt.shape[-2])
+        left, right = max(before, 0), min(before + wide, inpt.shape[-1])
         output = inpt if inplace else inpt.clone()
-        output[box] = pixels
+        if top < bottom and left < right:
+            if shaped:  # What lies outside of the image is cut off of the pixels, too.
+                pixels = pixels.expand(*pixels.shape[:-2], high, wide)
+                pixels = pixels[..., top - above : bottom - above, left - before : right - before]
+            output[..., top:bottom, left:right] = pixels
         return output
     sides = [numbers(op, name, n, inpt) for name, n in (("i", i), ("j", j), ("h", h), ("w", w))]
     return _augment(op, inpt, boxes=torch.stack(sides, 1).long(), erase_value=v)
