@@ -32,7 +32,7 @@ _declared: dict[str, Callable[..., Any] | None] = {}
 
 
 def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
-    """Declare an operator, `name(arguments) -> results`, whose kernels `load_kernels` loads later.
+    """Declare an operator, `name(arguments) -> results`, whose kernels the compiled modules register.
 
     `plain` is its definition in plain torch, a function of the operator's arguments that returns its results.
     It is what the operator does on a device without a kernel.
@@ -72,7 +72,7 @@ def define_composite(schema: str, function: Callable[..., Any]) -> None:
 
 
 def load_kernels() -> ModuleType:
-    """Import the compiled modules and return the one for the CPU.
+    """Import the module of the CPU's kernels and return it; `cuda` below holds the other.
 
     Importing it registers a kernel for each declared operator.
     """
