@@ -415,7 +415,7 @@ def test_wrong_input():
         AF.normalize(x, 0.1, (0.1, 0.0, 0.2))
     with pytest.raises(ValueError, match="does not fit"):
         Augment(size=20, crop=4)(x)
-    with pytest.raises(ValueError, match="seed must be one int64"):
+    with pytest.raises(ValueError, match="seed must be an int or one int64"):
         Augment(rotate=3).sample(x, seed=torch.zeros(2))
     with pytest.raises(TypeError, match="offset must be an int"):
         Augment(rotate=3).sample(x, seed=1, offset=0.5)

@@ -444,7 +444,7 @@ def test_opcheck(with_grad, dtype):
 
 @pytest.mark.parametrize("retain_graph", [False, True])
 def test_a_float32_loss_scales_bfloat16_gradients_in_float32(retain_graph):
-    """0.3 is 0.30078 in bfloat16, which would be wrong by more than the gradient's own rounding."""
+    """0.3 is 0.30078 in bfloat16: the whole gradient would be 2.6e-3 too large."""
     x = torch.randn(40, 50).bfloat16().requires_grad_()
     target = torch.randint(50, (40,))
     loss = fr.cross_entropy(x, target, reduction="sum", loss_dtype=torch.float32)
@@ -452,7 +452,7 @@ def test_a_float32_loss_scales_bfloat16_gradients_in_float32(retain_graph):
     wide = x.detach().double().requires_grad_()
     (0.3 * torch.nn.functional.cross_entropy(wide, target, reduction="sum")).backward()
     bias = (x.grad.double() * wide.grad).sum() / wide.grad.square().sum()
-    assert abs(bias - 1) < 3e-4
+    assert abs(bias - 1) < 1e-3
 
 
 @pytest.mark.parametrize("path", ["cpp", "python"])
