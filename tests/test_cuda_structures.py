@@ -65,12 +65,13 @@ def program(csrc, structures):
         defined = [path for path in headers if re.search(rf"^ *struct {last}\b.*{{", text[path], re.M)]
         assert len(defined) == 1, f"struct {name} is defined in {[str(path) for path in defined]}"
         needed += defined
-        if structure.__base__ is ctypes.Structure:
-            names = ", ".join(own_fields(structure))
-            bindings.append(f"void all_fields(const {name}& whole_) {{ const auto& [{names}] = whole_; }}")
-        else:
+        if structure.__base__ is not ctypes.Structure:
             base = f"std::is_base_of_v<{structure.__base__.__name__}, {name}>"
             bindings.append(f'static_assert({base}, "{name} inherits from something else");')
+        elif not re.search(rf"^ *struct {last}\s*:", text[defined[0]], re.M):
+            # C++ does not decompose a struct with bases; its size shows a field that was added there.
+            names = ", ".join(own_fields(structure))
+            bindings.append(f"void all_fields(const {name}& whole_) {{ const auto& [{names}] = whole_; }}")
         fields = "\n".join(f"  FIELD({name}, {field});" for field in all_fields(structure))
         reports.append(f'  printf("\\"{name}\\": [%zu", sizeof({name}));\n{fields}\n  printf("]");')
     return PROGRAM.format(
