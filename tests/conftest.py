@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers import DTYPES
 
+import fastreg as fr
+
 # Few tests, of which each builds something.
 SLOW = ("test_packaging", "test_new_op", "test_cuda_hosted", "test_cuda_mutations")
 
@@ -23,6 +25,15 @@ def _fresh_state():
     torch.manual_seed(20260101)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _unpatched(request):
+    """What a test of patch or convert leaves behind is gone before the next."""
+    yield
+    if request.node.path.stem.startswith(("test_patch", "test_convert")):
+        fr.unpatch()
+        torch._dynamo.reset()
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

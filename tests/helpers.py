@@ -106,3 +106,10 @@ def has_state(module, expected):
     """Whether a module's state dict has the keys and values of one that `state_of` gave."""
     state = module.state_dict()
     return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+def same_values(a, b):
+    """Whether two tensors have one dtype, one shape and the same values; NaN is NaN, and -0 is 0."""
+    if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.isnan(), b.isnan()):
+        return False
+    return torch.equal(a.nan_to_num(), b.nan_to_num())
