@@ -5,6 +5,8 @@ import math
 import numpy as np
 import torch
 
+import fastreg  # noqa: F401  It declares the operators, for processes that import this file first.
+
 OP = torch.ops.fastreg.dropout.default
 
 

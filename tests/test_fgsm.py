@@ -9,7 +9,6 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from attack_cases import INF, NAN, assert_step, reference_step
 from helpers import on_each_instruction_set
 from torch import nn
@@ -327,10 +326,8 @@ WRONG = {
     "weight NaN": (ValueError, "weight must be", lambda: fr.adversarial_loss(MODEL, X, Y, 0.1, weight=NAN)),
     "loss of many numbers": (
         ValueError,
-        "loss must give one number",
-        lambda: fr.adversarial_loss(
-            MODEL, X, Y, 0.1, loss=lambda z, y: F.cross_entropy(z, y, reduction="none")
-        ),
+        "loss must give one number or one value per sample",
+        lambda: fr.adversarial_loss(MODEL, X, Y, 0.1, loss=lambda z, y: z),
     ),
     "objective without x": (
         ValueError,
