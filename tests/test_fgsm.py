@@ -327,7 +327,7 @@ WRONG = {
     "loss of many numbers": (
         ValueError,
         "loss must give one number or one value per sample",
-        lambda: fr.adversarial_loss(MODEL, X, Y, 0.1, loss=lambda z, y: z),
+        lambda: fr.adversarial_loss(MODEL, X, Y, 0.1, loss=lambda z, y: z.repeat(2, 1)),
     ),
     "objective without x": (
         ValueError,
