@@ -19,7 +19,7 @@ NAME = "halve"
 CXX = os.environ.get("CXX", "g++")
 EXAMPLE = re.compile("example(?!s)")
 PARTS = ("CMakeLists.txt", "cmake", "fastreg", "csrc/common", "csrc/module.cpp", "csrc/module_cuda.cpp")
-TESTS = ("conftest.py", "cuda_machine.py", "cuda_hosted.py", "test_cuda_hosted.py", "cudacheck")
+TESTS = ("conftest.py", "helpers.py", "cuda_machine.py", "cuda_hosted.py", "test_cuda_hosted.py", "cudacheck")
 NATIVE = ("harness.h", "main.cpp")
 # Python finds this file by itself when it starts. An editable install of this tree would be found before the
 # copy, wherever the path begins.

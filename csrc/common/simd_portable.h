@@ -119,7 +119,8 @@ FR_INLINE U32Part select_halves(uint32_t bits, int i, U32Part yes, U32Part no) {
   constexpr int halves = FR_VECTOR_BYTES / 2;
   Halves lane_bit;
   for (int j = 0; j < halves; ++j) lane_bit[j] = uint16_t(1u << (j % 16));
-  const Halves spread = uint16_t(bits >> (i * halves)) - Halves{};
+  const uint16_t of_part = uint16_t(bits >> (i * halves));
+  const Halves spread = of_part - Halves{};
   return (U32Part)((spread & lane_bit) == lane_bit ? (Halves)yes : (Halves)no);
 }
 
