@@ -33,7 +33,7 @@ def _one_thread():
 
 
 def test_composition():
-    """All steps at once are one warp by the product of their matrices, then the colours, blur, normalise,
+    """All steps at once are one resampling by the product of their matrices, then the colours, blur, normalise,
     erase.
     """
     x = pictures(6, 3, 33, 37)

@@ -128,7 +128,7 @@ class TestReference:
 
     @pytest.mark.parametrize("n", [1, 15, 16, 17, 1023, 1024, 1025, 32767, 32768, 32769, 2 * 32768 + 5])
     def test_sizes(self, n, dtype):
-        """Borders of the vector, of the tile and of the piece that one thread takes."""
+        """Borders of the vector, of the block and of the span that one thread takes."""
         start, grads = [torch.randn(n).to(dtype)], [[torch.randn(n).to(dtype)] for _ in range(2)]
         options = dict(lr=0.1, momentum=0.9, weight_decay=0.1, l1=0.05, dampening=0.2)
         for count in (1, 2):

@@ -34,7 +34,8 @@ void blur_backward(const AugmentArgs& a, int64_t sample, A* plane, A* spare) {
 
 // ---- colour
 
-// The mean of grey that forward had, of the image before brightness; 0 where contrast does not need it.
+// The mean of grey that forward had; `image` is the one before brightness. It is 0 where contrast does not
+// need it.
 template <int kChannels, class A>
 A grey_mean(const AugmentArgs& a, int64_t sample, const A* image) {
   if (!(a.colour_steps & kContrast)) return 0;

@@ -1,9 +1,9 @@
 // Augmentation on the CPU: the loop over the rows of a sample, stages as in augment_math.h. Each row passes
 // through buffers in the first-level cache: resampled, coloured, blurred from a ring of rows, normalised, and
-// written once. Only contrast, which needs the mean of the image as it is by then, keeps a whole sample.
+// written once. Only contrast, which needs the mean of the image at that point, keeps a whole sample.
 //
 // There is neither multiply_add nor a reduction in another order: the bits are the same on every instruction
-// set. Bytes per value: the source's, read once but for rows that the cache has lost, and the output's,
+// set. Bytes per value: the source is read once, apart from rows that the cache has lost, and the output is
 // written once.
 #include "augment_backward_cpu.h"
 

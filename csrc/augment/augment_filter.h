@@ -30,8 +30,8 @@ FR_HD Shrink shrink_of(const double* m, int64_t in_height, int64_t in_width, int
   for (int axis = 0; axis < 2; ++axis) {
     const double across = m[3 * axis], down = m[3 * axis + 1],
                  shrinks = std::sqrt(across * across + down * down);
-    // With antialias torch's cubic is another one, even where nothing shrinks, so that bicubic always
-    // filters.
+    // torch's cubic has another coefficient with antialias than without, also where nothing shrinks. Bicubic
+    // therefore always filters.
     s.on = s.on || shrinks > (straight ? (interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
     double step, start;
     if (straight) {

@@ -52,11 +52,16 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 // ---- the usual case
 
-// Whether this build has CUDA kernels; they are registered before the first call.
+// Whether this build has CUDA kernels, of whatever op; they are registered before the first call.
 inline bool has_cuda() {
-  static const bool has = c10::Dispatcher::singleton()
-                              .findSchemaOrThrow("fastreg::dropout", "")
-                              .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  static const bool has = [] {
+    auto& dispatcher = c10::Dispatcher::singleton();
+    for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
+      const auto op = name.getNamespace() == "fastreg" ? dispatcher.findSchema(name) : std::nullopt;
+      if (op && op->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) return true;
+    }
+    return false;
+  }();
   return has;
 }
 

@@ -7,7 +7,7 @@
 namespace fastreg {
 
 struct Capsule {
-  inline static const Capsule* last = nullptr;  // a constant, so that it is there before any is constructed
+  inline static const Capsule* last = nullptr;  // initialised before any constructor runs
   Capsule(const char* name, const void* function) : name(name), function(function), before(last) {
     last = this;
   }

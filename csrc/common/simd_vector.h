@@ -57,7 +57,8 @@ struct Vec {
 
   friend FR_INLINE bool any(const Mask& m) { return any_part<A>(m.part); }
 
-  // f of pairs at distance 8, 4, 2, 1: the same tree on every instruction set.
+  // f of all lanes, of those at distance 8, 4, 2 and 1 in turn (half as many of float64): the same tree on
+  // every instruction set.
   template <class F>
   FR_INLINE A fold(F f) const {
     constexpr int kQuarterLanes = kLanes / 4;

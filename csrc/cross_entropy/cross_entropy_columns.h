@@ -15,7 +15,7 @@ namespace fastreg::FASTREG_ISA {
 namespace {
 
 // So many classes are summed before they join the sum: rounding errors stay those of short sums.
-constexpr int64_t kSumBlock = 64;
+constexpr int64_t kShortSum = 64;
 
 // Rows [first, first + lanes) of one batch element.
 template <bool kGeneral, class T, class G, class S, class A>
@@ -23,7 +23,7 @@ struct Columns {
   using V = Vec<A>;
   static constexpr int kLanes = V::kLanes;
   const CrossEntropyArgs& a;
-  const T* x;     // class 0 of the first row, as are
+  const T* x;     // class 0 of the first row, as in the next two
   const S* soft;  // null, or probabilities, and
   G* grad;        // null, or the gradient
   int64_t index;  // of the first row among all
@@ -70,9 +70,9 @@ struct Columns {
     const V zero{A(0)};
     const bool spread = a.base != 0;
     Totals all{zero, zero, zero};
-    for (int64_t block = 0; block < k; block += kSumBlock) {
+    for (int64_t first = 0; first < k; first += kShortSum) {
       V total = zero, dot = zero, mass = zero;
-      for (int64_t c = block; c < k && c < block + kSumBlock; ++c) {
+      for (int64_t c = first; c < k && c < first + kShortSum; ++c) {
         const V shifted = load(x + c * a.logits_stride.cls, lanes) - origin, e = exp_nonpositive(shifted);
         if (kGeneral) {
           const V q = q_at(c);
@@ -195,9 +195,9 @@ FR_INLINE void finish_columns(const Columns<kGeneral, T, G, S, A> rows) {
   rows.write_gradient(row_gradient(sums, target, result.lse, options, factor), factor, targets.kept);
 }
 
-// The rows of one block, a vector at a time.
+// The rows of one tile, a vector at a time.
 template <class T, class G, class A>
-void column_block(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t last, A* exps) {
+void column_tile(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t last, A* exps) {
   const T* x = static_cast<const T*>(a.logits) + n * a.logits_stride.outer;
   G* grad = a.grad ? static_cast<G*>(a.grad) + n * a.grad_stride.outer : nullptr;
   with_dtype(a.soft_target ? a.target_dtype : a.dtype, [&](auto* type) {
@@ -219,7 +219,7 @@ void column_block(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t l
   });
 }
 
-// Of more classes a block no longer stays in the L2 cache over three passes, and transposing it once is
+// Of more classes a tile no longer stays in the L2 cache over three passes, and transposing it once is
 // faster.
 constexpr int64_t kMostClasses = 4096;
 

@@ -3,7 +3,7 @@
 //   contiguous    cross_entropy_rows.h: 8 bytes per float32 logit, 4 read and 4 written, the floor; 4 without
 //                 a gradient
 //   side by side  cross_entropy_columns.h: the same bytes
-//   otherwise     kRowBlock rows are gathered into a buffer, computed as contiguous ones and scattered: the
+//   otherwise     kTileRows rows are gathered into a buffer, computed as contiguous ones and scattered: the
 //                 same bytes of memory, and the buffer's 8 in the cache
 #include <type_traits>
 #include <vector>
@@ -30,8 +30,8 @@ struct Buffers {
         keeps_exps(a.grad && !(direct && std::is_same_v<A, G> && a.grad != a.logits)),
         exps(keeps_exps ? size_t(a.classes) : 0),
         soft(a.soft_target ? size_t(a.classes) : 0),
-        logits(direct ? 0 : size_t(a.classes * kRowBlock)),
-        grads(direct || !a.grad ? 0 : size_t(a.classes * kRowBlock)) {}
+        logits(direct ? 0 : size_t(a.classes * kTileRows)),
+        grads(direct || !a.grad ? 0 : size_t(a.classes * kTileRows)) {}
 };
 
 template <class A>
@@ -68,13 +68,13 @@ void one_row(const CrossEntropyArgs& a, int64_t n, int64_t position, const T* x,
     finish_row(Row<false, T, G, A>{a, x, soft, target, exps, g, buffers.segments}, factor, loss, lse);
 }
 
-// Rows of blocks [begin, end): visit(batch element, first row, row after the last).
+// Rows of tiles [begin, end): visit(batch element, first row, row after the last).
 template <class Visit>
-void for_each_block(const CrossEntropyArgs& a, int64_t begin, int64_t end, const Visit& visit) {
-  const int64_t per_outer = (a.positions + kRowBlock - 1) / kRowBlock;
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block % per_outer * kRowBlock;
-    visit(block / per_outer, first, first + kRowBlock < a.positions ? first + kRowBlock : a.positions);
+void for_each_tile(const CrossEntropyArgs& a, int64_t begin, int64_t end, const Visit& visit) {
+  const int64_t per_outer = (a.positions + kTileRows - 1) / kTileRows;
+  for (int64_t tile = begin; tile < end; ++tile) {
+    const int64_t first = tile % per_outer * kTileRows;
+    visit(tile / per_outer, first, first + kTileRows < a.positions ? first + kTileRows : a.positions);
   }
 }
 
@@ -83,11 +83,11 @@ void forward_rows(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   const int64_t k = a.classes;
   const auto &xs = a.logits_stride, &gs = a.grad_stride;
   Buffers<T, G, typename Accumulate<T>::type> buffers(a);
-  for_each_block(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
+  for_each_tile(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
     const int64_t rows = last - first;
     const T* x = static_cast<const T*>(a.logits) + n * xs.outer + first * xs.position;
     G* g = a.grad ? static_cast<G*>(a.grad) + n * gs.outer + first * gs.position : nullptr;
-    // A block is gathered once per cache line, not once per row: neighbours in memory are neighbouring rows.
+    // A tile is gathered once per cache line, not once per row: neighbours in memory are neighbouring rows.
     if (!buffers.direct) {
       for (int64_t c = 0; c < k; ++c)
         for (int64_t r = 0; r < rows; ++r)
@@ -110,8 +110,8 @@ void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
   if (!lies_in_columns<A>(a)) return forward_rows<T, G>(a, begin, end);
   std::vector<A> exps(size_t(a.classes) * Vec<A>::kLanes);
-  for_each_block(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
-    column_block<T, G>(a, n, first, last, exps.data());
+  for_each_tile(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
+    column_tile<T, G>(a, n, first, last, exps.data());
   });
 }
 

@@ -35,9 +35,9 @@ struct SumWork {
   const A* weight;
   const A* loss;
   int64_t rows, classes, ignore_index;
-  Pair<A>* partial;  // one for each block
-  A normaliser;      // of a mean over probabilities
-  A* shared;         // {normaliser, 1 / normaliser}, made before the rows and read after them
+  Compensated<A>* partial;  // one for each block
+  A normaliser;             // of a mean over probabilities
+  A* shared;                // {normaliser, 1 / normaliser}, made before the rows and read after them
   bool mean, hard, zero;
   void* result;
   DType result_dtype;
@@ -65,8 +65,8 @@ struct SumWork {
 // kLast: one block adds up the sums of the others. Where one block took all rows, it is the last one too.
 template <Sum kSum, bool kLast, class A>
 __global__ void __launch_bounds__(kThreads) sum_rows(const SumWork<A> w, int blocks) {
-  __shared__ Pair<A> of_warp[kWarps];
-  Pair<A> sum{};
+  __shared__ Compensated<A> of_warp[kWarps];
+  Compensated<A> sum{};
   if (kLast) {
     if (int(threadIdx.x) < blocks) sum = w.partial[threadIdx.x];
   } else {
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) sum_rows(const SumWork<A> w, int blo
   if (threadIdx.x % kLanes == 0) of_warp[threadIdx.x / kLanes] = sum;
   __syncthreads();
   if (threadIdx.x >= kLanes) return;
-  sum = int(threadIdx.x) < kWarps ? of_warp[threadIdx.x] : Pair<A>{};
+  sum = int(threadIdx.x) < kWarps ? of_warp[threadIdx.x] : Compensated<A>{};
   add_lanes();
   if (threadIdx.x) return;
   if (kLast || blocks == 1)
@@ -162,10 +162,11 @@ bool words_in_phase(const CrossEntropyArgs& a) {
 template <class T, class G>
 int launch_warps(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream) {
   constexpr int kSize = Word<T>::kSize;
-  constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a lane's one element is as good
+  constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a thread's one element is as good
   const int64_t k = a.classes;
   const bool words = kMayBeWords && !w.general && a.logits_stride.cls == 1 && words_in_phase<T, G>(a);
-  const int64_t work = words ? k / kSize : k / 4;  // a lane has about 4 to 16 words
+  const int64_t work =
+      words ? k / kSize : k / 4;  // so that a thread has about 4 to 16 words, where 512 are enough
   const int wanted = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : 512;
   const int threads = wanted < kMostRowThreads<T> ? wanted : kMostRowThreads<T>;
   const int in_block = threads == kLanes ? 4 : 1;
@@ -205,7 +206,7 @@ int launch_forward(const CrossEntropyLaunch& l, void* stream) {
     sum.classes = a.classes;
     sum.ignore_index = a.ignore_index;
     sum.shared = scratch;
-    sum.partial = reinterpret_cast<Pair<A>*>(scratch + 2);
+    sum.partial = reinterpret_cast<Compensated<A>*>(scratch + 2);
     sum.loss = scratch + 2 + 2 * kSumBlocks;
     sum.normaliser = A(w.rows);
     sum.mean = mean;

@@ -40,7 +40,7 @@ using CrossEntropyOptionValues = decltype(CrossEntropyOptions{}.all());
 struct CrossEntropyReduction {
   enum Kind : int64_t { kNone, kMean, kSum };
   int64_t kind;
-  bool all_ignored_zero;  // of a mean over no row at all
+  bool all_ignored_zero;  // a mean whose normaliser is 0 is 0 and not NaN
 };
 
 struct CrossEntropyArgs : CrossEntropyOptions {
@@ -139,8 +139,8 @@ struct Divide {
   }
 };
 
-// At the target the gradient is q_sum p - q. Where p is nearly 1, both are nearly the same, and the
-// difference is no better than the last bit of 1; it is then taken from what the other classes have, as
+// At the target the gradient is q_sum p - q. Where p is at least 1/2, both may be nearly the same, and
+// the difference is no better than the last bit of 1; it is then taken from what the other classes have, as
 // q_rest - q_sum (1 - p), where 1 - p is (others + (1 - exp)) / sum. The error is some units of the last
 // place of the result however confident the row is.
 template <class V, class S, class Quotient = Divide>
@@ -173,7 +173,7 @@ FR_HD S dot_without_target(const CrossEntropyArgs& a, const A* weight, int64_t t
 // What CUDA does in one go: the normaliser of a mean, the rows, and the sum of their losses, all on the
 // device.
 struct CrossEntropyLaunch {
-  CrossEntropyArgs rows;  // row_loss, row_lse and grad_factor unused
+  CrossEntropyArgs rows;  // row_loss and row_lse unused
   CrossEntropyReduction reduction;
   DType loss_dtype;
   void* loss;     // one, or one for each row where nothing is reduced
@@ -197,16 +197,16 @@ struct CrossEntropyScale {
 int cross_entropy_scale_cuda(const CrossEntropyScale&, void* stream);
 
 struct CrossEntropyKernels {
-  // Blocks of rows [begin, end), in the numbering of cross_entropy_blocks.
+  // Tiles [begin, end), in the numbering of cross_entropy_tiles.
   void (*forward)(const CrossEntropyArgs&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
 
-// Rows that lie side by side in memory (N-d inputs) are transposed through a buffer of this many rows at a
-// time.
-constexpr int64_t kRowBlock = 16;
-inline int64_t cross_entropy_blocks(const CrossEntropyArgs& a) {
-  return a.outer * ((a.positions + kRowBlock - 1) / kRowBlock);
+// A tile is this many neighbouring rows with all of their classes. In N-d inputs such rows lie side by side
+// in memory: a cache line of the logits holds one class of all of them.
+constexpr int64_t kTileRows = 16;
+inline int64_t cross_entropy_tiles(const CrossEntropyArgs& a) {
+  return a.outer * ((a.positions + kTileRows - 1) / kTileRows);
 }
 
 }  // namespace fastreg

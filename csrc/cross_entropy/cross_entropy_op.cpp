@@ -164,9 +164,9 @@ void compute(const char* op, const Tensor&, CrossEntropyArgs a, const CrossEntro
   std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
   a.row_loss = row_loss.data();
   a.row_lse = row_lse.data();
-  const int64_t blocks = rows > 0 ? cross_entropy_blocks(a) : 0;
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.classes * kRowBlock));
-  parallel(blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t tiles = rows > 0 ? cross_entropy_tiles(a) : 0;
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.classes * kTileRows));
+  parallel(tiles, grain, [&](int64_t begin, int64_t end) {
     FR_KERNELS(cross_entropy_kernels, rows * a.classes).forward(a, begin, end);
   });
   if (lse) put(*lse, row_lse.data(), rows);

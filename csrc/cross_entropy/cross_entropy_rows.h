@@ -14,8 +14,6 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-constexpr int64_t kBlock = 1024;
-
 // Blocks whose exponentials are relative to one number, the largest logit up to there (Milakov and
 // Gimelshein 2018). Whenever a block has a larger one, a segment ends.
 template <class A>

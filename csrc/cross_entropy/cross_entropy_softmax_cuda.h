@@ -80,10 +80,10 @@ __device__ __forceinline__ A warp_max(A x) {
 
 // ---- a sum
 template <class A>
-struct Pair {
+struct Compensated {
   A high, low;
 
-  __device__ __forceinline__ void add(const Pair& x) {  // Knuth 1969
+  __device__ __forceinline__ void add(const Compensated& x) {  // Knuth 1969
     const A sum = high + x.high, part = sum - high;
     low += (high - (sum - part)) + (x.high - part) + x.low;
     high = sum;
@@ -102,8 +102,8 @@ struct Pair {
 template <class A>
 struct RunningSoftmax {
   A top, origin;
-  Pair<A> others;     // sum of exp(x - origin) over all but one of the largest
-  Pair<A> dot, mass;  // sums of q * (x - origin) and of q
+  Compensated<A> others;     // sum of exp(x - origin) over all but one of the largest
+  Compensated<A> dot, mass;  // sums of q * (x - origin) and of q
 
   // Before any class. The origin is finite, so that a logit of -inf less the origin is -inf.
   static __device__ __forceinline__ RunningSoftmax none() { return {-kInfinity<A>, -kMost<A>, {}, {}, {}}; }

@@ -1,7 +1,7 @@
 // Cross-entropy on CUDA with a warp or a block for each row; for cross_entropy_cuda.cu alone.
 //
-//   words     classes are contiguous: 16 bytes per lane, however the row is aligned
-//   elements  an element per lane: class weights with smoothing, probabilities, any strides, float64
+//   words     classes are contiguous: 16 bytes per thread, however the row is aligned
+//   elements  an element per thread: class weights with smoothing, probabilities, any strides, float64
 //
 // Bytes per 16-bit logit: reads 2 and writes 2, once each, where the row fits in shared memory; a longer row
 // is read twice.
@@ -51,7 +51,7 @@ struct SharedRow {
   G* g;
   T* cache;  // in shared memory; used where `cached`
   bool cached;
-  int lane, threads;
+  int rank, threads;              // of this thread in the row, up to threads - 1
   int64_t target, soft;           // soft: offset of the row's probabilities
   int64_t head, words, body_end;  // the words are the elements [head, body_end)
   int64_t edge;                   // this thread's element before or after the words
@@ -64,7 +64,7 @@ struct SharedRow {
     head = !kWords ? 0 : unaligned < k ? unaligned : k;
     words = kWords ? (k - head) / kSize : 0;
     body_end = head + words * kSize;
-    edge = lane < head ? lane : body_end + lane - head;
+    edge = rank < head ? rank : body_end + rank - head;
     has_edge = kWords && edge < k;
   }
 
@@ -75,12 +75,12 @@ struct SharedRow {
       Word<G> zeros;
 #pragma unroll
       for (int i = 0; i < Word<G>::kSize; ++i) zeros.value[i] = zero;
-      for (int64_t i = head + int64_t(lane) * Word<G>::kSize; i < body_end;
+      for (int64_t i = head + int64_t(rank) * Word<G>::kSize; i < body_end;
            i += int64_t(threads) * Word<G>::kSize)
         store_word(g + i, zeros);
       if (has_edge) g[edge] = zero;
     } else {
-      for (int64_t c = lane; c < w.classes; c += threads) g[c * w.grad_stride.cls] = zero;
+      for (int64_t c = rank; c < w.classes; c += threads) g[c * w.grad_stride.cls] = zero;
     }
   }
 
@@ -91,7 +91,7 @@ struct SharedRow {
       s.add(edge_logit);
       if (base != A(0)) s.add_target(edge_logit, base);
     }
-    for (int64_t i = lane; i < words; i += threads) {
+    for (int64_t i = rank; i < words; i += threads) {
       const uint4 bits = *reinterpret_cast<const uint4*>(x + head + i * kSize);
       if (cached) reinterpret_cast<uint4*>(cache)[i] = bits;
       const Word<T> word = unpack_word<T>(bits);
@@ -117,7 +117,7 @@ struct SharedRow {
   }
 
   __device__ __forceinline__ void sweep_elements(RunningSoftmax<A>& s) const {
-    for (int64_t c = lane; c < w.classes; c += threads) {
+    for (int64_t c = rank; c < w.classes; c += threads) {
       const T value = x[c * w.logits_stride.cls];
       if (cached) cache[c] = value;
       const A v = load_float(value);
@@ -130,7 +130,7 @@ struct SharedRow {
   __device__ __forceinline__ void write_words(const ClassGradient<A>& gradient, A edge_logit) const {
     const A base = w.options.base;
     const T* from = cached ? cache : x + head;
-    for (int64_t i = int64_t(lane) * kUnit; i < words * kSize; i += int64_t(threads) * kUnit) {
+    for (int64_t i = int64_t(rank) * kUnit; i < words * kSize; i += int64_t(threads) * kUnit) {
       A v[kUnit];
       load_unit<kUnit>(from + i, v);
       Word<G> word;
@@ -148,7 +148,7 @@ struct SharedRow {
   }
 
   __device__ __forceinline__ void write_elements(const ClassGradient<A>& gradient) const {
-    for (int64_t c = lane; c < w.classes; c += threads) {
+    for (int64_t c = rank; c < w.classes; c += threads) {
       const A v = load_float(cached ? cache[c] : x[c * w.logits_stride.cls]);
       const A q = w.general ? w.q_at(c, target, soft) : w.options.base;
       store_float(c == target ? gradient.at_target : gradient(v, q), g + c * w.grad_stride.cls);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kMostRowThreads<T>)
     cross_entropy_rows(const RowsWork<T, G> w, int threads, bool cached) {
   using A = typename RowsWork<T, G>::A;
   __shared__ RunningSoftmax<A> of_warp[kMostRowThreads<T> / kLanes];
-  const int lane = int(threadIdx.x) % threads, warp = int(threadIdx.x) / kLanes,
+  const int rank = int(threadIdx.x) % threads, warp = int(threadIdx.x) / kLanes,
             in_block = int(blockDim.x) / threads;
   const int64_t cache_words = (w.classes + Word<T>::kSize - 1) / Word<T>::kSize;
   T* cache = reinterpret_cast<T*>(dynamic_shared + (cached ? int(threadIdx.x) / threads * cache_words : 0));
@@ -174,10 +174,10 @@ __global__ void __launch_bounds__(kMostRowThreads<T>)
     const T* x = w.logits + w.offset(w.logits_stride, row);
     G* g = w.grad ? w.grad + w.offset(w.grad_stride, row) : nullptr;
     SharedRow<T, G, kWords> r{
-        w, x, g, cache, cached, lane, threads, target_of(w, row), w.soft ? w.offset(w.soft_stride, row) : 0};
+        w, x, g, cache, cached, rank, threads, target_of(w, row), w.soft ? w.offset(w.soft_stride, row) : 0};
     r.find_words();
     if (r.target == kIgnored) {
-      if (lane == 0) write_ignored(w, row);
+      if (rank == 0) write_ignored(w, row);
       if (g) r.write_zeros();
       continue;
     }
@@ -191,15 +191,15 @@ __global__ void __launch_bounds__(kMostRowThreads<T>)
       r.sweep_elements(s);
     s.combine(w.sums_dot());
     if (threads > kLanes) {
-      if (lane % kLanes == 0) of_warp[warp] = s;
+      if (rank % kLanes == 0) of_warp[warp] = s;
       __syncthreads();
       s = RunningSoftmax<A>::none();
-      if (lane % kLanes < threads / kLanes) s = of_warp[lane % kLanes];
+      if (rank % kLanes < threads / kLanes) s = of_warp[rank % kLanes];
       s.combine(w.sums_dot());
     } else {
       __syncwarp();
     }
-    const ClassGradient<A> gradient = finish_row(w, row, r.target, target_logit, s, lane == 0);
+    const ClassGradient<A> gradient = finish_row(w, row, r.target, target_logit, s, rank == 0);
     if (g && kWords) r.write_words(gradient, edge_logit);
     if (g && !kWords) r.write_elements(gradient);
     synchronise();  // of_warp and the cache are written again for the next row

@@ -9,7 +9,7 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// The length of the run from element i on that sees one value.
+// How many elements from i on take the same value as i.
 FR_INLINE int64_t run_length(const FgsmNumber& number, int64_t i) {
   return number.values && number.inner > 1 ? number.inner - i % number.inner : INT64_MAX;
 }

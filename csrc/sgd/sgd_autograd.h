@@ -1,5 +1,5 @@
-// A step of SGD over many small tensors, most of which would be spent in Python. The rules are those of
-// SGD._collect and the checks beside it in fastreg/optim.py.
+// A step of SGD over many small tensors. In Python, collecting them would take longer than the step. The
+// rules are those of SGD._collect and the checks beside it in fastreg/optim.py.
 #pragma once
 #include "../common/autograd.h"
 #include "sgd_math.h"
@@ -30,6 +30,8 @@ struct SgdGroup {
   SgdArgs args{};
   std::unique_ptr<SgdTensor[]> tensors;
   std::vector<Tensor> params;  // those with a gradient
+  // Gradients and buffers: while no lock of Python is held, another thread may drop them.
+  std::vector<Tensor> held;
 };
 
 // False for a parameter group that is not the usual case. Python has checked that its numbers are in range.
@@ -76,6 +78,8 @@ inline bool collect(PyObject* group, PyObject* state, SgdGroup* result) {
     t.param_layout.numel = param->numel();
     t.started = nullptr;
     result->params.push_back(*param);
+    result->held.push_back(grad);
+    if (buffer) result->held.push_back(*buffer);
   }
   return true;
 }

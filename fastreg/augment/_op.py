@@ -21,7 +21,7 @@ from . import _plain, _plain_draw
 from ._plain import INTERPOLATIONS, PADDINGS, Interpolation, Padding, like_images
 from ._plain_draw import COLUMNS, STEPS, number_dtype
 
-PerChannel = float | Sequence[float] | Tensor  # one number, or one for each channel
+PerChannel = float | Sequence[float] | Tensor  # one number, or one number for each channel
 
 GEOMETRY = {"stretch", "scale", "angle", "shear_x"}  # columns that make a matrix
 
