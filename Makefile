@@ -7,6 +7,22 @@ ARGS ?=
 venv := .venv/bin
 sources := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
+# A checkout builds its CUDA kernels for the GPUs of this machine. Where there are none, one architecture shows
+# that they compile. Only what is built elsewhere, a wheel, has them all.
+ifeq ($(FASTREG_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST),)
+  gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+    awk -F. '/^[0-9]+[.][0-9]$$/ && $$0 >= 7.5 {print $$1 $$2}' | sort -u)
+  export FASTREG_CUDA_ARCHS := $(if $(gpus),$(gpus),80-real)
+endif
+
+# The tests build a wheel: with ccache that takes what the checkout has compiled.
+ifneq ($(shell command -v ccache),)
+  export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+  export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
+  export CCACHE_BASEDIR ?= /
+  export CCACHE_NOHASHDIR ?= 1
+endif
+
 .PHONY: build demo test lint bench clean
 
 demo: .venv/.demo

@@ -138,10 +138,12 @@ def _shim():
 
 
 def compile_ptx(source, out, debug=False, flags=()):
-    """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime."""
+    """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime. What nvcc
+    prints goes into a file beside it, with the suffix .txt.
+    """
     _runtime()
     flags = ("--fmad=false", *(() if debug else ("-DNDEBUG",)), *flags)
-    hostrun.build_library([source], out, _shim(), flags)
+    out.with_suffix(".txt").write_text(hostrun.build_library([source], out, _shim(), flags))
 
 
 class Interpreted:
@@ -240,20 +242,28 @@ def traffic(reports, without=()):
     return 32 * sum(row["sectors"] for row in rows)
 
 
+def interpreted_library(op, debug=False):
+    """Also compiled for sm_80, unless `debug`, so that the file beside it says which registers are used."""
+    source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'ptx'}.so"
+    flags = () if debug else ("-gencode=arch=compute_80,code=sm_80", "-Xptxas=-v")
+    inputs = [*sources(op), Path(hostrun.__file__), Path(__file__)]
+    return built(name, inputs, lambda path: compile_ptx(source, path, debug, flags))
+
+
 @functools.cache
 def interpreted(op, debug=False):
     """The kernels and launchers of an op; with their assertions if `debug`."""
-    source, name = CSRC / op / f"{op}_cuda.cu", f"{op}-{'debug' if debug else 'ptx'}.so"
-    inputs = [*sources(op), Path(hostrun.__file__)]
-    return Interpreted(built(name, inputs, lambda path: compile_ptx(source, path, debug)))
+    return Interpreted(interpreted_library(op, debug))
 
 
 # ---- the host's compiler
 
 
 SANITIZED = (
-    "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined", "-fno-sanitize=vptr",
-    "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST",
+    "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined",
+    # These make compiling several times as slow and watch pointers that the address sanitizer watches as well.
+    "-fno-sanitize=vptr,null,object-size,pointer-overflow",
+    "--param=asan-instrumentation-with-call-threshold=0", "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # fmt: skip
 
@@ -264,7 +274,7 @@ def hosted_object(op, kind):
     includes = ["-isystem", TORCH / "include", "-I", header.parent / "shim"]
     return built(
         f"{op}{kind}-torch{torch.__version__}.o",
-        [source, header, *sources(op)],
+        [source, header, *sources(op), Path(__file__)],
         lambda path: subprocess.run(
             [*SANITIZED, *includes, "-x", "c++", "-c", source, "-o", path], check=True
         ),

@@ -4,11 +4,10 @@ where it is missing.
 
 import importlib
 import re
-import subprocess
 
 import pytest
 import torch
-from cuda_machine import CSRC, OPS, built, interpreted, needs_nvcc, sources
+from cuda_machine import OPS, interpreted, interpreted_library, needs_nvcc
 
 import fastreg as fr
 from fastreg import _registry, _seeds
@@ -24,27 +23,9 @@ def resources(op):
     """{kernel: (registers, bytes spilled or on the stack, bytes of static shared memory)} on sm_80, as ptxas
     says.
     """
-    source = CSRC / op / f"{op}_cuda.cu"
-
-    def build(path):
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "--fmad=false",
-            "-DNDEBUG",
-            "-Xptxas",
-            "-v",
-            "-arch=sm_80",
-            "-cubin",
-            "-o",
-            path.with_suffix(".cubin"),
-        ]
-        path.write_text(
-            subprocess.run(["nvcc", *flags, source], capture_output=True, text=True, check=True).stderr
-        )
-
     kernels = {}
-    for entry in built(f"{op}-ptxas.txt", sources(op), build).read_text().split("entry function '")[1:]:
+    printed = interpreted_library(op).with_suffix(".txt").read_text()
+    for entry in printed.split("entry function '")[1:]:
         registers, shared = (
             re.search(pattern, entry) for pattern in (r"Used (\d+) registers", r"(\d+) bytes smem")
         )

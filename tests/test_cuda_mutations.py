@@ -24,7 +24,8 @@ def test_a_broken_kernel_is_caught(op, name, tmp_path, monkeypatch):
     text = places[0].read_text()
     assert text.count(old) == 1, f"{places[0].name} does not say {old!r} once: choose another place to break"
     places[0].write_text(text.replace(old, new))
-    compile_ptx(tmp_path / "csrc" / op / f"{op}_cuda.cu", tmp_path / "mutant.so")
+    source = tmp_path / "csrc" / op / f"{op}_cuda.cu"
+    compile_ptx(source, tmp_path / "mutant.so", flags=["-DFASTREG_FLOAT32_ONLY"])
     mutant = Interpreted(tmp_path / "mutant.so")
     monkeypatch.setattr(module, "interpreted", lambda _: mutant)
     with pytest.raises(AssertionError) as caught:

@@ -33,15 +33,20 @@ def build_shim(out):
 
 
 def build_library(sources, out, shim, flags=(), arch="80"):
-    """Compile `.cu` files into the library `out`, linked with the stand-in; PTX is embedded, uncompressed."""
-    subprocess.run(
+    """Compile `.cu` files into the library `out`, linked with the stand-in; PTX is embedded, uncompressed.
+    Gives what nvcc prints to stderr.
+    """
+    done = subprocess.run(
         [
             "nvcc", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", "--no-compress", "-std=c++17", "-O3",
             "-lineinfo", "-gencode", f"arch=compute_{arch},code=compute_{arch}", "-Xlinker", str(shim),
             *flags, *map(str, sources), "-o", str(out),
         ],
-        check=True,
+        capture_output=True, text=True,
     )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"nvcc gives {done.returncode}:\n{done.stderr}")
+    return done.stderr
 
 
 class Runtime:
