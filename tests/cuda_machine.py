@@ -261,9 +261,11 @@ def interpreted(op, debug=False):
 
 SANITIZED = (
     "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined",
-    # These make compiling several times as slow and watch pointers that the address sanitizer watches as well.
+    # What is left out makes compiling several times as slow and watches pointers that the address sanitizer
+    # watches as well.
     "-fno-sanitize=vptr,null,object-size,pointer-overflow",
-    "--param=asan-instrumentation-with-call-threshold=0", "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST",
+    "--param=asan-instrumentation-with-call-threshold=0",
+    "-ffp-contract=off", "-DNDEBUG", "-DFASTREG_CUDA", "-DFASTREG_CUDAHOST",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 )  # fmt: skip
 

@@ -33,8 +33,8 @@ def _one_thread():
 
 
 def test_composition():
-    """All steps at once are one resampling by the product of their matrices, then the colours, blur, normalise,
-    erase.
+    """All steps at once are one resampling by the product of their matrices, then the colours, blur,
+    normalise, erase.
     """
     x = pictures(6, 3, 33, 37)
     aug = everything()
