@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from ._checks import DTYPES, check_choice, check_number, check_tensor
 from ._registry import define, fast
-from ._transforms import autocast_dtype
+from ._transforms import autocast_dtype, is_transformed, is_vmapped
 
 Reduction = Literal["none", "mean", "sum"]
 Smoothing = Literal["uniform", "others"]
@@ -312,6 +312,7 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
     if (
         type(g) is torch.Tensor
         and g.numel() == 1
+        and not torch._C._functorch.is_legacy_batchedtensor(g)  # several at once: none can be looked at
         and not is_compiling()
         and not torch.is_grad_enabled()
         and not _keeps_graph()
@@ -574,24 +575,41 @@ def cross_entropy(
 
 def loss_of(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """The loss of arguments that are checked, with as much of autograd as they ask for."""
-    if torch.is_grad_enabled() and target.requires_grad:
-        return _differentiable_in_target(input, target, weight, options)
+    if is_transformed() or (torch.is_grad_enabled() and target.requires_grad):
+        return _composed(input, target, weight, options)
     if torch.is_grad_enabled() and input.requires_grad:
         return _CrossEntropy.apply(input, target, weight, *options)[0]
     return _cross_entropy(input, target, weight, *options)[0]
 
 
-def _differentiable_in_target(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
-) -> Tensor:
-    """The same loss in plain torch operations, for the rare target that wants a gradient itself, as of a
-    teacher that learns.
+def _check_range(target: Tensor, ignore_index: int, classes: int) -> None:
+    """Raise for the first class index out of range, as the kernel does."""
+    wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if wrong.any():
+        at = int(wrong.flatten().to(torch.uint8).argmax())
+        raise ValueError(
+            f"cross_entropy: target must be in [0, {classes}) or ignore_index {ignore_index}, got "
+            f"{int(target.flatten()[at])} at element {at}"
+        )
+
+
+def _composed(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
+    """The same loss in torch's operators, which have derivatives of every kind and batching rules: for
+    transforms, and for a target that wants a gradient itself, as of a teacher that learns.
     """
-    dtype = statistics_dtype(input)
-    q = options.smoothed(target.to(dtype), weight)
-    loss, _ = _row_losses(input.to(dtype), q, options.z_loss)
-    if options.reduction == 2 or (options.reduction == 1 and options.all_ignored_zero and not loss.numel()):
+    if target.device.type == "cpu" and not (target.is_floating_point() or is_compiling() or is_vmapped()):
+        _check_range(target, options.ignore_index, input.shape[1])
+    targets = _read_targets(target, weight, options.ignore_index, input.shape, statistics_dtype(input))
+    q = options.smoothed(targets.one_hot, weight)
+    loss, _ = _row_losses(input.to(q.dtype), q, options.z_loss)
+    kept, valid = targets.kept.squeeze(1), targets.valid.squeeze(1)
+    loss = torch.where(valid, loss, torch.nan).where(kept, 0)
+    if options.reduction:
         loss = loss.sum()
-    elif options.reduction == 1:
-        loss = loss.mean()
+    if options.reduction == 1:
+        if options.all_ignored_zero:
+            empty = targets.normaliser == 0
+            loss = torch.where(empty, 0, loss / targets.normaliser.where(~empty, 1))
+        else:
+            loss = loss / targets.normaliser
     return loss.to(options.loss_dtype or input.dtype)

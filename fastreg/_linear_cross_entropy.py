@@ -26,7 +26,7 @@ from ._cross_entropy import (
     statistics_dtype,
 )
 from ._registry import define, define_kernel
-from ._transforms import autocast_dtype, without_autocast
+from ._transforms import autocast_dtype, is_transformed, without_autocast
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
@@ -172,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, g):
         hidden, weight, bias, target, factor, class_weight, *gradients = ctx.saved_tensors
         if torch.is_grad_enabled():
-            results = _differentiable_gradients(ctx, g)
+            results = _differentiable_gradients(ctx, g, hidden, weight, bias, target, factor, class_weight)
         elif ctx.each:
             g = g.to(factor.dtype).contiguous()
             gradients = _linear_cross_entropy(
@@ -194,9 +194,12 @@ def _weighted_sum(losses: Tensor, factor: Tensor) -> Tensor:
     return (losses.to(_sum_dtype(losses)) * factor).sum()
 
 
-def _differentiable_gradients(ctx, g: Tensor) -> list[Tensor | None]:
-    """For derivatives of derivatives, in operations that have them, with all logits at once."""
-    hidden, weight, bias, target, factor, class_weight = ctx.saved_tensors[:6]
+def _differentiable_gradients(
+    ctx, g, hidden, weight, bias, target, factor, class_weight
+) -> list[Tensor | None]:
+    """For derivatives of derivatives, in operations that have them, with all logits at once. The tensors are
+    not read from ctx again: in a checkpoint each can be read once.
+    """
     logits = torch.nn.functional.linear(hidden, weight, bias)
     options = LossOptions(0, *ctx.options)._replace(loss_dtype=factor.dtype)
     losses = loss_of(logits, target, class_weight, options)
@@ -286,7 +289,11 @@ def linear_cross_entropy(
     factor = _row_factor(hidden, target, class_weight, options)
     each = reduction == "none"
     arguments = hidden, weight, bias, target, factor, class_weight
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
+    if is_transformed():
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        losses = loss_of(logits, target, class_weight, LossOptions(0, *options.of_row(), loss_dtype=factor.dtype))
+        loss = losses if each else _weighted_sum(losses, factor)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
         loss = _LinearCrossEntropy.apply(*arguments, each, *options.of_row())
     else:
         losses = _linear_cross_entropy(*arguments, "", *options.of_row())[0]

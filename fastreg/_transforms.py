@@ -15,6 +15,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_vmapped() -> bool:
+    """Whether values cannot be looked at, because torch.func.vmap computes many at once."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes with on a device; None where it is off, or the device has none."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
