@@ -291,7 +291,8 @@ def linear_cross_entropy(
     arguments = hidden, weight, bias, target, factor, class_weight
     if is_transformed():
         logits = torch.nn.functional.linear(hidden, weight, bias)
-        losses = loss_of(logits, target, class_weight, LossOptions(0, *options.of_row(), loss_dtype=factor.dtype))
+        of_rows = LossOptions(0, *options.of_row(), loss_dtype=factor.dtype)
+        losses = loss_of(logits, target, class_weight, of_rows)
         loss = losses if each else _weighted_sum(losses, factor)
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
         loss = _LinearCrossEntropy.apply(*arguments, each, *options.of_row())

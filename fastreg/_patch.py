@@ -1,10 +1,12 @@
 """fastreg for code that knows only torch: in a `with` block, in the whole process, or in one model.
 
 Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`,
-`cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of torch.nn.functional, under
-every name that a loaded module has for them. torch's modules (nn.Dropout, nn.CrossEntropyLoss,
-nn.TransformerEncoderLayer, nn.MultiheadAttention) call these functions and so change with them. The dropout
-in torch's RNN kernels, and that of attention under torch.compile, stay torch's.
+`cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of torch.nn.functional. torch's
+modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these
+functions and so change with them. The dropout in torch's RNN kernels, and that of attention under
+torch.compile, stay torch's.
+
+How torch's functions are exchanged stands in _exchange.py.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import contextlib
 import functools
 import importlib
 import inspect
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -21,23 +22,18 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch.compiler import is_compiling
-from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
-
-# torch.jit.script compiles a patched function from the source of torch's own function, but looks up here the
-# names that it uses.
-from torch.nn.functional import _VF, _Reduction, warnings  # type: ignore[attr-defined]  # noqa: F401  # isort: skip
+from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import nn
 from ._checks import DTYPES
 from ._cross_entropy import cross_entropy
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from ._exchange import ExchangedCode, ExchangedName
 from ._registry import cuda, fast
 from ._transforms import is_transformed
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# While this is False the replacements call torch's functions, so that the patch also ends for a replacement
-# that a partial or a graph keeps.
 _patched = False
 
 
@@ -53,22 +49,21 @@ def _has_kernel(tensor: Any) -> bool:
 
 def _is_replaced() -> bool:
     # Under transforms the operators have no rules, and a jit trace would record them without a derivative.
-    return _patched and not is_transformed() and not torch.jit.is_tracing()
+    return not is_transformed() and not torch.jit.is_tracing()
 
 
-# In both replacements the usual case comes first: what `fast` takes meets all the conditions that follow.
+# A mode, a subclass of Tensor and a Proxy of torch.fx are asked first, and by torch's own function. Then
+# comes the usual case: what `fast` takes meets all the conditions that follow.
 
 
 def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of one of torch's functions for dropout."""
+    """What one of torch's functions for dropout does while it is patched."""
     usual = fast.dropout if fast is not None and ours is dropout else None
-    training_by_default = inspect.signature(ours).parameters["training"].default
 
-    # A subclass of Tensor, a Proxy of torch.fx and a mode are given torch's function, because that is the one
-    # in their tables.
-    @functools.wraps(original)
-    def run_dropout(input, p=0.5, training=training_by_default, inplace=False):
-        if usual is not None and _patched and not is_compiling():
+    def run_dropout(input, p, training, inplace):
+        if has_torch_function_unary(input):
+            return original(input, p, training, inplace)
+        if usual is not None and not is_compiling():
             output = usual(input, p, training, inplace)
             if output is not None:
                 return output
@@ -81,52 +76,24 @@ def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Calla
             and not (input.is_cuda and is_compiling())
         ):
             return ours(input, p, training, inplace)
-        if has_torch_function_unary(input):
-            return handle_torch_function(original, (input,), input, p=p, training=training, inplace=inplace)
         return original(input, p, training, inplace)
 
     return run_dropout
 
 
-def _instead_of_cross_entropy(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """What stands in the place of torch's cross_entropy."""
+def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch's cross_entropy does while it is patched."""
 
-    @functools.wraps(original)
     def run_cross_entropy(
-        input,
-        target,
-        weight=None,
-        size_average=None,
-        ignore_index=-100,
-        reduce=None,
-        reduction="mean",
-        label_smoothing=0.0,
+        input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     ):
-        if fast is not None and _patched and not is_compiling():
-            loss = fast.cross_entropy(
-                input,
-                target,
-                weight,
-                size_average,
-                ignore_index,
-                reduce,
-                reduction,
-                label_smoothing,
-                "uniform",
-                0.0,
-                "nan",
-                None,
-            )
+        options = weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        if has_torch_function_variadic(input, target, weight):
+            return original(input, target, *options)
+        if fast is not None and not is_compiling():
+            loss = fast.cross_entropy(input, target, *options, "uniform", 0.0, "nan", None)
             if loss is not None:
                 return loss
-        options = {
-            "weight": weight,
-            "size_average": size_average,
-            "ignore_index": ignore_index,
-            "reduce": reduce,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-        }
         if (
             _has_kernel(input)
             and type(target) in _PLAIN
@@ -134,12 +101,13 @@ def _instead_of_cross_entropy(original: Callable[..., Any], ours: Callable[..., 
             and (weight is None or (_has_kernel(weight) and not weight.requires_grad))
             and _is_replaced()
         ):
-            return ours(input, target, **options)
-        if has_torch_function_variadic(input, target, weight):
-            return handle_torch_function(original, (input, target, weight), input, target, **options)
-        return original(input, target, **options)
+            return cross_entropy(input, target, *options)
+        return original(input, target, *options)
 
     return run_cross_entropy
+
+
+# ---- attention
 
 
 def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -151,8 +119,10 @@ def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
     ):
         if (
             dropout_p
+            and _patched  # a replacement that a partial or a graph keeps ends with the patch
             and not is_compiling()
             and _is_replaced()
+            and not has_torch_function((query, key, value, attn_mask))
             and isinstance(dropout_p, (float, int))
             and not enable_gqa
             and (scale is None or scale > 0)
@@ -221,47 +191,34 @@ def _attention(
         return (dropout(weights, dropout_p) @ value).to(dtype)
 
 
-_TORCH = types.SimpleNamespace()
-_REPLACEMENTS = {F.scaled_dot_product_attention: _instead_of_attention(F.scaled_dot_product_attention)}
-for _ours in (dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout, cross_entropy):
-    _original = getattr(F, _ours.__name__)
-    setattr(_TORCH, _ours.__name__, _original)
-    _REPLACEMENTS[_original] = (_instead_of_cross_entropy if _ours is cross_entropy else _instead_of)(
-        _original, _ours
-    )
-_ORIGINALS = {replacement: original for original, replacement in _REPLACEMENTS.items()}
-# torch.jit.script knows attention by its object, because it has no source in Python.
-torch.jit._builtins._register_builtin(
-    _REPLACEMENTS[F.scaled_dot_product_attention], "aten::scaled_dot_product_attention"
+_DROPOUT = "input", "p", "training", "inplace"
+_CROSS_ENTROPY = (
+    *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
+    "label_smoothing",
 )
-# Namespaces in which a name was changed; a module may leave sys.modules before `unpatch`.
-_changed: list[dict[str, Any]] = []
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
 
-Table = dict[Callable[..., Any], Callable[..., Any]]  # function -> what takes its place
+def _exchanged(ours: Callable[..., Any]) -> ExchangedCode:
+    if ours is cross_entropy:
+        return ExchangedCode(F.cross_entropy, _CROSS_ENTROPY, _instead_of_cross_entropy)
+    function = getattr(F, ours.__name__)
+    return ExchangedCode(function, _DROPOUT, lambda original: _instead_of(original, ours))
 
 
-def _exchange(table: Table) -> list[dict[str, Any]]:
-    """Exchange functions by `table` in every loaded module; gives the namespaces that held one."""
-    found = []
-    for name, module in list(sys.modules.items()):
-        namespace = getattr(module, "__dict__", None)
-        if type(namespace) is not dict or namespace is globals() or name.startswith("torch._C"):
-            continue
-        if _exchange_in(namespace, table):
-            found.append(namespace)
-    return found
-
-
-def _exchange_in(namespace: dict[str, Any], table: Table) -> list[str]:
-    """Exchange functions by `table` in a namespace; gives their names."""
-    # Only functions are looked up, because hashing other things that a module holds may run any code.
-    functions = types.FunctionType, types.BuiltinFunctionType
-    names = [name for name, value in list(namespace.items()) if type(value) in functions and value in table]
-    for name in names:
-        namespace[name] = table[namespace[name]]
-    return names
+_FUNCTIONS = [
+    _exchanged(ours)
+    for ours in (
+        *(dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout),
+        cross_entropy,
+    )
+]
+# What torch's functions do while they are not patched, by name.
+_TORCH = types.SimpleNamespace(**{each.original.__name__: each.original for each in _FUNCTIONS})
+_our_attention = _instead_of_attention(F.scaled_dot_product_attention)
+_ATTENTION = ExchangedName(F.scaled_dot_product_attention, _our_attention)
+# torch.jit.script knows attention by its object, because it has no source in Python.
+torch.jit._builtins._register_builtin(_our_attention, "aten::scaled_dot_product_attention")
 
 
 def _tell_dynamo(patched: bool) -> None:
@@ -302,7 +259,7 @@ def _loss_in_dynamo(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     options = (
         dict(zip(list(inspect.signature(_TORCH.cross_entropy).parameters)[2:], args, strict=False)) | kwargs
     )
-    function = VariableTracker.build(tx, _REPLACEMENTS[_TORCH.cross_entropy])
+    function = VariableTracker.build(tx, F.cross_entropy)
     return LambdaVariable(lambda input, target: function.call_function(tx, [input, target], options))
 
 
@@ -314,38 +271,68 @@ def patch() -> None:
     stays torch's, and so does all dropout under torch.compile, which fuses it into the operations around it.
     `fastreg.dropout` by name is always ours.
 
-    The patched functions are exchanged among the globals of every loaded module, also after `from
-    torch.nn.functional import dropout`. Functions kept elsewhere (in a partial, a default argument) are not
-    found.
+    torch's functions keep their identity, so that whoever holds one, under any name, in a table or in a
+    partial, calls the patched one. Attention is exchanged among the globals of every loaded module; where it
+    is kept elsewhere it is not found.
     Inputs for which fastreg has no kernel (other devices and dtypes, tensor subclasses, weights that require
     a gradient) and transforms (functorch, forward-mode derivatives, torch.jit) go to torch as before. Calling
     it twice does no harm.
     """
-    global _patched
-    if _patched:
-        return
-    # Both keep the functions that they find at their first call, which must be torch's.
-    torch.overrides.get_testing_overrides()
-    torch.overrides.get_overridable_functions()
-    _tell_dynamo(True)
-    _patched = True
-    _changed.extend(_exchange(_REPLACEMENTS))
+    if not _patched:
+        _switch(True)
 
 
 def unpatch() -> None:
-    """Undo `patch`: every name refers to torch's own function again. Without a patch it does nothing.
+    """Undo `patch`: every function is torch's own again. Without a patch it does nothing."""
+    if _patched:
+        _switch(False)
 
-    A replacement kept elsewhere while patched calls torch's function from now on.
-    """
+
+@torch.compiler.disable
+def _switch(to: bool) -> None:
     global _patched
-    if not _patched:
-        return
-    _patched = False
-    for namespace in _changed:
-        _exchange_in(namespace, _ORIGINALS)
-    _changed.clear()
-    _exchange(_ORIGINALS)  # modules imported since
-    _tell_dynamo(False)
+    _remember_in_checkpoints()
+    _tell_dynamo(to)
+    _patched = to
+    for function in _FUNCTIONS:
+        function.exchange(to)
+    _ATTENTION.exchange(to)
+
+
+def _in_this_state(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run as patched as it is now, whenever it is called."""
+    then = _patched
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if then == _patched:
+            return function(*args, **kwargs)
+        _switch(then)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _switch(not then)
+
+    return run
+
+
+@functools.cache
+def _remember_in_checkpoints() -> None:
+    """From now on torch.utils.checkpoint recomputes a forward pass as patched as it was, also after the patch
+    has ended: another dropout would draw another mask.
+    """
+    checkpoints = importlib.import_module("torch.utils.checkpoint")
+    reentrant, frame = checkpoints.CheckpointFunction, checkpoints._CheckpointFrame
+    forward, begin = reentrant.forward, frame.__init__
+
+    @functools.wraps(forward)
+    def run_forward(ctx, run_function, *args):
+        return forward(ctx, _in_this_state(run_function), *args)
+
+    @functools.wraps(begin)
+    def begin_frame(self, recompute_fn, *args, **kwargs):
+        begin(self, _in_this_state(recompute_fn), *args, **kwargs)
+
+    reentrant.forward, frame.__init__ = staticmethod(run_forward), begin_frame
 
 
 @contextlib.contextmanager

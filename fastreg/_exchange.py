@@ -1,0 +1,86 @@
+"""To let code that is not ours do something else for a while, and afterwards what it did before.
+
+A function of Python keeps its identity: what is exchanged is its code. Whoever holds it, under whatever name,
+in a table, a partial or a pickle, holds what he held before, and torch.compile, whose guards look at the
+code, sees the exchange. What is no function of Python is exchanged among the globals of the loaded modules.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+
+class ExchangedCode:
+    """A function of a module that can be made to call `replacement`, which takes its arguments by position.
+
+    Attributes:
+        original: a function that always does what `function` does while nothing is exchanged.
+
+    Raises:
+        RuntimeError: `function` does not have exactly these `arguments`.
+    """
+
+    def __init__(
+        self,
+        function: types.FunctionType,
+        arguments: tuple[str, ...],
+        make: Callable[[Callable[..., Any]], Callable[..., Any]],
+    ) -> None:
+        code, name = function.__code__, function.__name__
+        if code.co_varnames[: code.co_argcount] != arguments or code.co_kwonlyargcount or code.co_freevars:
+            raise RuntimeError(
+                f"fastreg knows {function.__module__}.{name} with the arguments {arguments}, here it has "
+                f"{code.co_varnames[: code.co_argcount]}; upgrade fastreg"
+            )
+        self.function = function
+        self.original = types.FunctionType(code, function.__globals__, name, function.__defaults__)
+        for attribute in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+            setattr(self.original, attribute, getattr(function, attribute))
+        # The name under which the function's module has the replacement. It stays there, because a call that
+        # has begun still looks it up.
+        self._name, self._replacement = f"_fastreg_{name}", make(self.original)
+        listed, made = ", ".join(arguments), {}
+        exec(f"def {name}({listed}):\n    return {self._name}({listed})", made)
+        self._codes = code, made[name].__code__.replace(co_filename=__file__)
+
+    def exchange(self, to: bool) -> None:
+        """Let the function do the one or the other."""
+        if to:
+            self.function.__globals__[self._name] = self._replacement
+            self.function.__wrapped__ = self.original  # type: ignore[attr-defined]  # inspect reads its source
+        elif hasattr(self.function, "__wrapped__"):
+            del self.function.__wrapped__
+        self.function.__code__ = self._codes[to]
+
+
+class ExchangedName:
+    """A value that gives way to another one under every name that it has among the globals of modules."""
+
+    def __init__(self, old: Any, new: Any) -> None:
+        self._values = old, new
+        self._searched: tuple[int, str] = 0, ""  # how many modules there were, and the last of them
+        self._found: list[dict[str, Any]] = []
+
+    def exchange(self, to: bool) -> None:
+        """Let the names refer to the one or the other. Modules are searched where there are new ones."""
+        modules = len(sys.modules), next(reversed(sys.modules))
+        if modules != self._searched:
+            self._searched, self._found = modules, self._search()
+        old, new = self._values if to else self._values[::-1]
+        for namespace in self._found:
+            for name in [name for name, value in list(namespace.items()) if value is old]:
+                namespace[name] = new
+
+    def _search(self) -> list[dict[str, Any]]:
+        found, (old, new) = [], self._values
+        for name, module in list(sys.modules.items()):
+            namespace = getattr(module, "__dict__", None)
+            if type(namespace) is not dict or name.startswith(("torch._C", "fastreg")):
+                continue
+            # By identity, because to compare other things that a module holds may run any code.
+            if any(value is old or value is new for value in list(namespace.values())):
+                found.append(namespace)
+        return found
