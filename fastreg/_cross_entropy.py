@@ -312,8 +312,8 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
     if (
         type(g) is torch.Tensor
         and g.numel() == 1
-        and not torch._C._functorch.is_legacy_batchedtensor(g)  # several at once: none can be looked at
         and not is_compiling()
+        and not torch._C._functorch.is_legacy_batchedtensor(g)  # several at once: none can be looked at
         and not torch.is_grad_enabled()
         and not _keeps_graph()
     ):
