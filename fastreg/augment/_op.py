@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._registry import define
+from .._transforms import is_transformed
 from . import _plain, _plain_draw
 from ._plain import INTERPOLATIONS, PADDINGS, Interpolation, Padding, like_images
 from ._plain_draw import COLUMNS, STEPS, number_dtype
@@ -92,8 +93,14 @@ class _Augment(torch.autograd.Function):
         return augment(images, matrices, colour, blur, boxes, windows, *static)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        none = (None,) * (5 + len(ctx.static))
+        images, *rest = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # A derivative of this derivative may be wanted: torch's operators have it.
+            output = _plain.augment(images, *rest, *ctx.static)
+            return torch.autograd.grad(output, images, grad, create_graph=True)[0], *none
         if grad.is_cuda and torch.are_deterministic_algorithms_enabled():
             message = (
                 "augment: on a GPU the images' gradient is added up in no fixed order, so that its last bits "
@@ -102,7 +109,7 @@ class _Augment(torch.autograd.Function):
             if not torch.is_deterministic_algorithms_warn_only_enabled():
                 raise RuntimeError(message)
             warnings.warn(message, stacklevel=2)
-        return augment_backward(grad, *ctx.saved_tensors, *ctx.static), *(None,) * (5 + len(ctx.static))
+        return augment_backward(grad, images, *rest, *ctx.static), *none
 
 
 def augment_batch(
@@ -148,6 +155,8 @@ def augment_batch(
         images, matrices, colour, blur, boxes, windows, constants, height, width, *kernel, steps,
         INTERPOLATIONS.index(interpolation), PADDINGS.index(padding), antialias, normalise or scaled, dtype,
     )  # fmt: skip
+    if is_transformed():
+        return _plain.augment(*arguments)
     if images.requires_grad and torch.is_grad_enabled():
         if steps & STEPS["hue"] and images.shape[1] == 3:
             raise ValueError(

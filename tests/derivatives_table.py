@@ -1,0 +1,28 @@
+"""Write docs/derivatives.md: python tests/derivatives_table.py"""
+
+from derivative_cases import CASES, WAYS
+from test_derivatives import PAGE, outcome, table_row
+
+HEAD = """# Derivatives
+
+Every differentiable operator of fastreg on every way that torch has to a derivative. ✓: the value that
+torch's own operators give, to nine digits in float64. "error": torch's own vmap refuses random numbers there
+and says so. There is no silent zero. `tests/test_derivatives.py` checks each cell;
+`python tests/derivatives_table.py` writes this page.
+
+Outside of plain backward passes (transforms of `torch.func`, forward mode, a derivative of a derivative of
+augmented images) an op is made of torch's operators: right, but as slow as those, and a class index out of
+range inside `vmap` gives NaN instead of an error, because `vmap` cannot look at values. Under `vmap` dropout
+takes `randomness="same"` or `"different"`, as torch's.
+
+"""
+
+
+def main():
+    lines = ["| | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"]
+    lines += [table_row(case, {way: outcome(case, way) for way in WAYS}) for case in CASES]
+    PAGE.write_text(HEAD + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
