@@ -148,7 +148,7 @@ def _with_numbers(params, grads, momentum_buffers, momentum_started, numbers, *r
 
 
 # The same for a compiled step whose numbers change, under a schedule for example. torch.compile makes a new
-# graph for every value of an operator's float, but not for the values in a tensor. It lies on the CPU, so that
+# graph for every value of an operator's float, but not for the values in a tensor. It lies on the CPU, where
 # reading it waits for no device.
 define_kernel(
     "sgd_numbers_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
