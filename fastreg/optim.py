@@ -44,7 +44,9 @@ class SGD(torch.optim.SGD):
             a group is taken once.
         lr: learning rate, a float or a tensor of one element on the parameters' device (float32 or float64).
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.
-        l1: factor of the L1 penalty, at least 0.
+        l1: factor of the L1 penalty, at least 0. Trainers give two groups, of which one brings weight_decay=0
+            and holds biases and norms, all of fewer than two dimensions: beside other groups such a group is
+            free of this l1 too, unless it names its own.
         l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by
             lr * l1 after the step, so that weights become exactly 0. With momentum the steps of E grow to 1 /
             (1 - momentum) times lr and the threshold does not: the weights go to the minimum of E + (1 -
@@ -114,7 +116,7 @@ class SGD(torch.optim.SGD):
             fused=fused,
         )
         _check_group(defaults)
-        torch.optim.Optimizer.__init__(self, params, defaults)
+        torch.optim.Optimizer.__init__(self, _free_groups(params) if l1 else params, defaults)
         self._let_scaler_into_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -267,6 +269,27 @@ def _fixed(number: float) -> bool:
     """
     bound = 0.7071067811865475
     return statically_known_true(number > bound) or statically_known_true(number <= bound)
+
+
+def _free_groups(params: Any) -> Any:
+    """Parameters as given, where groups of biases and norms that are free of weight_decay are free of l1."""
+    if isinstance(params, (torch.Tensor, dict, str)) or not isinstance(params, Iterable):
+        return params  # of one tensor torch says what is wrong
+    params = list(params)
+    free = [isinstance(group, dict) and _is_free(group) for group in params]
+    if all(free):
+        return params
+    return [{**group, "l1": 0.0} if is_free else group for group, is_free in zip(params, free, strict=True)]
+
+
+def _is_free(group: dict[str, Any]) -> bool:
+    """Whether a group asks for no decay, names no l1, and holds nothing but biases, norms and the like."""
+    params = group.get("params", ())
+    decays = "weight_decay" not in group or bool(group["weight_decay"])
+    if decays or "l1" in group or not isinstance(params, (list, tuple, torch.Tensor)):
+        return False
+    tensors = [_tensor_of(p) for p in ([params] if isinstance(params, torch.Tensor) else params)]
+    return all(isinstance(p, torch.Tensor) and p.dim() < 2 for p in tensors)
 
 
 def _tensor_of(param: Any) -> Any:

@@ -26,6 +26,7 @@ else:
     raise ImportError(
         f"fastreg.integrations.lightning needs Lightning and cannot import it ({_why}); pip install lightning"
     ) from _why
+_Base: Any = _callbacks.EarlyStopping
 
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["EarlyStopping"]
 
 
-class EarlyStopping(_callbacks.EarlyStopping):
+class EarlyStopping(_Base):
     """Stop when a logged metric stops improving, and leave the module with its best weights.
 
     ::
@@ -77,8 +78,15 @@ class EarlyStopping(_callbacks.EarlyStopping):
         # Lightning runs its own class, and so this one, after what else may log at the end of an epoch.
         super().__init__(monitor, patience=self.stopper.patience, mode=self.stopper.mode)
         self._module: torch.nn.Module | None = None
-        self._first, self._validated, self._saved = True, False, False
-        self._before = self._judged = self._pending = None
+        self._begin()
+
+    def _begin(self) -> None:
+        self._first, self._validated = True, False
+        # The value from before a validation, the one last judged, and the trainer whose value waits for that.
+        self._before: Any = None
+        self._judged: Any = None
+        self._pending: Any = None
+        self._saved = False
 
     @property
     def state_key(self) -> str:
@@ -89,8 +97,7 @@ class EarlyStopping(_callbacks.EarlyStopping):
         """A new module begins with a new stopper."""
         if stage != "fit":
             return
-        self._first, self._validated, self._saved = True, False, False
-        self._before = self._judged = self._pending = None
+        self._begin()
         if self._module is not pl_module:
             self._module = pl_module
             self.stopper = early_stopping.EarlyStopping(
@@ -139,8 +146,8 @@ class EarlyStopping(_callbacks.EarlyStopping):
         """Load the best weights, if there was a best epoch."""
         if self.stopper.epoch == 0 and not self._should_skip_check(trainer):
             warnings.warn(
-                f"EarlyStopping: training ended before the metric {self.monitor!r} was read once, and nothing "
-                "was judged; train for longer than until the first validation",
+                f"EarlyStopping: training ended before the metric {self.monitor!r} was read once, and "
+                "nothing was judged; train for longer than until the first validation",
                 RuntimeWarning,
                 stacklevel=2,
             )
