@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from ._checks import arithmetic_dtype, check_dtype, check_no_overlap
-from ._registry import define
+from ._registry import define, define_kernel
 from ._seeds import Purpose, random_halves
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
@@ -143,9 +143,27 @@ define(
 )
 
 
+def _with_numbers(params, grads, momentum_buffers, momentum_started, numbers, *rest):
+    sgd_(params, grads, momentum_buffers, momentum_started, *numbers.tolist(), *rest)
+
+
+# The same for a compiled step whose numbers change, under a schedule for example. torch.compile makes a new
+# graph for every value of an operator's float, but not for the values in a tensor. It lies on the CPU, where
+# reading it waits for no device.
+define_kernel(
+    "sgd_numbers_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] momentum_started, Tensor numbers, bool nesterov, bool proximal, bool decoupled, "
+    "bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None, "
+    "Tensor? seed=None) -> ()",
+    _with_numbers,
+)
+
+
 @torch.library.register_fake("fastreg::sgd_")
+@torch.library.register_fake("fastreg::sgd_numbers_")
 def _(params, grads, momentum_buffers, momentum_started, *args, **kwargs):
     return None
 
 
 sgd_ = torch.ops.fastreg.sgd_.default
+sgd_numbers_ = torch.ops.fastreg.sgd_numbers_.default

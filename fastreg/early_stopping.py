@@ -12,6 +12,7 @@ bounds for divergence and collapse, scores that are not finite, and several rank
 from __future__ import annotations
 
 import copy
+import decimal
 import math
 import numbers
 import statistics
@@ -145,7 +146,8 @@ class EarlyStopping:
         """Judge one epoch by its validation score; True means stop.
 
         Args:
-            score: float, int, numpy scalar or 0-dim tensor on any device.
+            score: float, int or any other real number (Fraction, Decimal), numpy scalar, or 0-dim array or
+                tensor on any device.
 
         Raises:
             TypeError: any other score.
@@ -395,16 +397,17 @@ def _region(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _as_float(score: Any) -> float:
-    real = isinstance(score, numbers.Real) and not isinstance(score, bool)
+    number = score
     if isinstance(score, torch.Tensor):
-        score = score.detach()
-        real = score.ndim == 0 and not score.is_complex() and score.dtype is not torch.bool
-    if not real:
+        number = score.item() if score.ndim == 0 else None
+    elif getattr(score, "shape", None) == () and hasattr(score, "item"):  # arrays and scalars of NumPy's kind
+        number = score.item()
+    if isinstance(number, bool) or not isinstance(number, (numbers.Real, decimal.Decimal)):
         raise TypeError(
             "EarlyStopping.step: expected one real number (float, int, numpy scalar, 0-dim tensor), "
             f"got {_name(score)}; pass the mean over the validation set"
         )
-    return float(score)
+    return float(number)
 
 
 def _mean_over_ranks(score: float, group: dist.ProcessGroup | None) -> float:

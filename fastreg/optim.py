@@ -15,11 +15,12 @@ from typing import Any, Literal, NoReturn, TypeAlias
 
 import torch
 from torch.compiler import is_compiling
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._checks import DTYPES, check_choice, check_number, check_tensor
 from ._registry import fast
 from ._seeds import draw_seed
-from ._sgd import sgd_
+from ._sgd import sgd_, sgd_numbers_
 from ._types import Number
 
 __all__ = ["SGD", "penalty", "penalty_groups", "prior_scale", "sparsity"]
@@ -43,7 +44,9 @@ class SGD(torch.optim.SGD):
             a group is taken once.
         lr: learning rate, a float or a tensor of one element on the parameters' device (float32 or float64).
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.
-        l1: factor of the L1 penalty, at least 0.
+        l1: factor of the L1 penalty, at least 0. Trainers give two groups, of which one brings weight_decay=0
+            and holds biases and norms, all of fewer than two dimensions: beside other groups such a group is
+            free of this l1 too, unless it names its own.
         l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by
             lr * l1 after the step, so that weights become exactly 0. With momentum the steps of E grow to 1 /
             (1 - momentum) times lr and the threshold does not: the weights go to the minimum of E + (1 -
@@ -52,14 +55,22 @@ class SGD(torch.optim.SGD):
         stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the
             mean; no effect on float32 and float64. The seed comes from the device's default generator:
             data-parallel ranks must seed it alike.
-        foreach, fused: accepted and ignored, since there is one implementation.
+        fused: there is one implementation, which is fused. True also moves the work of
+            `torch.amp.GradScaler` into it, as below.
+        foreach: accepted and ignored.
         differentiable: must be False.
 
     All of these but the last three may differ per group. Parameters are float32, float64, float16 or
-    bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard by shard. Under
-    `torch.amp.GradScaler` unscaling and the check for overflow happen in the same pass; a skipped step
-    changes nothing, momentum included. Gradients are only read, so that after `scaler.step` they are still
-    scaled. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
+    bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard by shard. State:
+    `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
+
+    Under `torch.amp.GradScaler` all is as with torch's SGD. By default the scaler unscales the gradients
+    where they lie, and calls `step` unless they overflowed: accelerate, Lightning and step hooks see a
+    skipped step as skipped, and gradients can be clipped. With fused=True unscaling and the check happen in
+    the pass of the step, which saves a pass over the gradients and the wait for the device; float16
+    parameters, whose gradients torch does not unscale, are stepped too. Then a skipped step changes nothing,
+    momentum included, but looks like any other to hooks and wrappers; gradients are still scaled after
+    `scaler.step`, and Lightning's mixed precisions refuse to clip them.
 
     Raises:
         ValueError: a negative or NaN number, nesterov without momentum or with dampening, an unknown l1_mode,
@@ -70,8 +81,6 @@ class SGD(torch.optim.SGD):
     Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and
     Hutter 2019 (decoupled); Gupta et al. 2015 (stochastic rounding).
     """
-
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -107,7 +116,24 @@ class SGD(torch.optim.SGD):
             fused=fused,
         )
         _check_group(defaults)
-        torch.optim.Optimizer.__init__(self, params, defaults)
+        torch.optim.Optimizer.__init__(self, _free_groups(params) if l1 else params, defaults)
+        self._let_scaler_into_step()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From a copy or a pickle; torch also calls this with what `load_state_dict` has read."""
+        super().__setstate__(state)
+        if "defaults" in state:
+            self._let_scaler_into_step()
+
+    def _let_scaler_into_step(self) -> None:
+        """With fused=True tell GradScaler, in torch.amp's way, that `step` unscales and looks for overflow.
+
+        Otherwise the scaler decides before the step. Only so do accelerate, Lightning, schedules and step
+        hooks learn that a step was skipped, and only so may gradients be clipped under Lightning's mixed
+        precisions.
+        """
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, checked as in the constructor."""
@@ -212,13 +238,14 @@ def _step(
         torch.autograd.graph.increment_version(lists[0])
     lr = group["lr"]
     lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
-    sgd_(
-        *lists,
+    numbers = (
         0.0 if lr_tensor is not None else float(lr),
         float(group["momentum"]),
         float(group["dampening"]),
         float(group["weight_decay"]),
         float(group["l1"]),
+    )
+    others = (
         bool(group["nesterov"]),
         group["l1_mode"] == "proximal",
         bool(group["decoupled"]),
@@ -228,6 +255,41 @@ def _step(
         None if found_inf is None else found_inf.to(device),
         draw_seed(device) if group["stochastic_rounding"] else None,
     )
+    if is_compiling() and not all(_fixed(number) for number in numbers):
+        # As factors of a tensor, rather than its contents, they stay inputs of inductor's graph too.
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        sgd_numbers_(*lists, torch.stack([one * number for number in numbers]), *others)
+    else:
+        sgd_(*lists, *numbers, *others)
+
+
+def _fixed(number: float) -> bool:
+    """Whether torch.compile takes the number for a constant, and not for an input of its graph: of an input
+    it cannot know on which side of some bound it lies.
+    """
+    bound = 0.7071067811865475
+    return statically_known_true(number > bound) or statically_known_true(number <= bound)
+
+
+def _free_groups(params: Any) -> Any:
+    """Parameters as given, where groups of biases and norms that are free of weight_decay are free of l1."""
+    if isinstance(params, (torch.Tensor, dict, str)) or not isinstance(params, Iterable):
+        return params  # of one tensor torch says what is wrong
+    params = list(params)
+    free = [isinstance(group, dict) and _is_free(group) for group in params]
+    if all(free):
+        return params
+    return [{**group, "l1": 0.0} if is_free else group for group, is_free in zip(params, free, strict=True)]
+
+
+def _is_free(group: dict[str, Any]) -> bool:
+    """Whether a group asks for no decay, names no l1, and holds nothing but biases, norms and the like."""
+    params = group.get("params", ())
+    decays = "weight_decay" not in group or bool(group["weight_decay"])
+    if decays or "l1" in group or not isinstance(params, (list, tuple, torch.Tensor)):
+        return False
+    tensors = [_tensor_of(p) for p in ([params] if isinstance(params, torch.Tensor) else params)]
+    return all(isinstance(p, torch.Tensor) and p.dim() < 2 for p in tensors)
 
 
 def _tensor_of(param: Any) -> Any:

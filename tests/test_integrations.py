@@ -396,3 +396,51 @@ def test_ignite_mode_and_wrong_arguments():
     assert trainer.state.epoch == 7
     with pytest.raises(TypeError, match="expected a function and an ignite Engine, got Engine and function"):
         EarlyStopping(trainer, lambda engine: 0.0)
+
+
+@pytest.mark.parametrize("how", ["terminate", "skip_completed", "epoch and terminate", "max_iters"])
+def test_ignite_restores_however_the_run_ends(how):
+    """Another handler may end the run, in every way that ignite has."""
+    EarlyStopping, Events, model, seen, trainer, evaluator = ignite_parts(SCORES)
+    handler = EarlyStopping(lambda engine: -engine.state.metrics["loss"], trainer, model, patience=9)
+    evaluator.add_event_handler(Events.COMPLETED, handler)
+    run = dict(max_epochs=20)
+    if how == "max_iters":
+        run = dict(max_iters=12)
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=11))
+    def end(engine):
+        if how == "epoch and terminate":
+            engine.terminate_epoch()
+        elif how != "max_iters":
+            engine.terminate(**({"skip_completed": True} if how == "skip_completed" else {}))
+
+    if how == "epoch and terminate":
+        trainer.add_event_handler(Events.EPOCH_COMPLETED(once=6), lambda engine: engine.terminate())
+    trainer.run(range(2), **run)
+    assert trainer.state.iteration <= 12 and handler.stopper.best_epoch == 3
+    assert torch.equal(model.weight, seen[3]) and not torch.equal(seen[3], seen[-1])
+
+
+def test_ignite_goes_on_after_an_interruption():
+    """An interrupted run is not over: it goes on from the weights it had."""
+    EarlyStopping, Events, model, seen, trainer, evaluator = ignite_parts(SCORES)
+    handler = EarlyStopping(lambda engine: -engine.state.metrics["loss"], trainer, model, patience=3)
+    evaluator.add_event_handler(Events.COMPLETED, handler)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=11), lambda engine: engine.interrupt())
+    start = model.weight.detach().clone()
+    trainer.run(range(2), max_epochs=20)
+    assert torch.equal(model.weight, start + 11)
+    trainer.run(range(2), max_epochs=20)
+    assert trainer.state.epoch == handler.stopper.epoch == 7 and torch.equal(model.weight, seen[3])
+
+
+def test_ignite_says_when_nothing_was_judged():
+    EarlyStopping, Events, model, _, trainer, evaluator = ignite_parts(SCORES)
+    handler = EarlyStopping(lambda engine: 0.0, trainer, model)
+    with pytest.warns(RuntimeWarning, match="the trainer ended without a run of the evaluator"):
+        trainer.run(range(2), max_epochs=2)
+    evaluator.add_event_handler(Events.COMPLETED, handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.run(range(2), max_epochs=4)

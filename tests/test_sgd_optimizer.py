@@ -290,19 +290,20 @@ class TestMomentumStart:
 
 
 class TestGradScaler:
+    """By default the scaler unscales and skips, as with torch's SGD; with fused=True the step does both."""
+
+    @pytest.mark.parametrize("fused", [None, True])
     @pytest.mark.parametrize("dampening", [0.0, 0.5])
     @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
-    def test_overflow_in_the_first_step(self, bad, dampening):
+    def test_overflow_in_the_first_step(self, bad, dampening, fused):
         """A skipped first step leaves parameters, buffers and flags; what follows is as if it had not
         been.
         """
         start, grads = torch.randn(1000), [torch.randn(1000) for _ in range(3)]
         options = dict(lr=0.1, momentum=0.9, dampening=dampening, weight_decay=0.1, l1=0.01)
         p, clean = parameter(start.clone()), parameter(torch.ones(3))
-        optimizer, scaler = (
-            fr.optim.SGD([{"params": [p]}, {"params": [clean], "lr": 0.5}], **options),
-            scaler_with(256.0),
-        )
+        groups = [{"params": [p]}, {"params": [clean], "lr": 0.5}]
+        optimizer, scaler = fr.optim.SGD(groups, **options, fused=fused), scaler_with(256.0)
         p.grad = torch.full((1000,), 1.0)
         p.grad[777] = bad
         clean.grad = torch.ones(3)
@@ -319,11 +320,17 @@ class TestGradScaler:
         w, v = rounded_reference(start, grads, **options)
         assert same_values(p.detach(), w) and same_values(optimizer.state[p]["momentum_buffer"], v)
 
-    def test_overflow_in_a_later_step(self, dtype):
+    @pytest.mark.parametrize("fused", [None, True])
+    def test_overflow_in_a_later_step(self, dtype, fused):
         start, grads = torch.randn(40).to(dtype), [torch.randn(40).to(dtype) for _ in range(4)]
         options = dict(lr=0.1, momentum=0.9, dampening=0.25, l1=0.01, l1_mode="proximal")
         p = parameter(start.clone())
-        optimizer, scaler = fr.optim.SGD([p], **options), scaler_with(4.0)
+        optimizer, scaler = fr.optim.SGD([p], **options, fused=fused), scaler_with(4.0)
+        if dtype == torch.float16 and not fused:
+            p.grad = grads[0]
+            with pytest.raises(ValueError, match="unscale FP16 gradients"):  # torch's, for every optimiser
+                scaler.step(optimizer)
+            return
         for i, g in enumerate(grads):
             p.grad = torch.full_like(g, math.inf) if i == 2 else g * scaler.get_scale()
             scaler.step(optimizer)
@@ -331,19 +338,20 @@ class TestGradScaler:
         w, v = rounded_reference(start, grads[:2] + grads[3:], **options)
         assert same_values(p.detach(), w) and same_values(optimizer.state[p]["momentum_buffer"], v)
 
+    @pytest.mark.parametrize("fused", [None, False, True])
     @pytest.mark.parametrize("scale", [1.0, 3.0, 65536.0, 0.01])
-    def test_scale(self, scale):
+    def test_scale(self, scale, fused):
         """The gradient is divided by the scale, to the last bit as torch does it: times the reciprocal
-        rounded to float32.
+        rounded to float32. By default it is afterwards unscaled where it lies; with fused=True only read.
         """
         w, g = torch.randn(500), torch.randn(500) * scale
         p = parameter(w.clone())
-        optimizer, scaler = fr.optim.SGD([p], lr=0.5, momentum=0.9), scaler_with(scale)
+        optimizer, scaler = fr.optim.SGD([p], lr=0.5, momentum=0.9, fused=fused), scaler_with(scale)
         p.grad = g.clone()
         scaler.step(optimizer)
         reciprocal = torch.tensor(scale).double().reciprocal().float()
         assert same_values(p.detach(), w - 0.5 * (g * reciprocal))
-        assert torch.equal(p.grad, g)  # only read
+        assert torch.equal(p.grad, g if fused else g * reciprocal)
         assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
 
     def test_float16_gradients_unscale_in_float32(self):
@@ -351,18 +359,19 @@ class TestGradScaler:
         float32.
         """
         p = parameter(torch.zeros(10, dtype=torch.float16))
-        optimizer, scaler = fr.optim.SGD([p], lr=65536.0), scaler_with(65536.0)
+        optimizer, scaler = fr.optim.SGD([p], lr=65536.0, fused=True), scaler_with(65536.0)
         p.grad = torch.full((10,), 2.0**-10, dtype=torch.float16)  # truly 2^-26, below float16's least number
         scaler.step(optimizer)
         assert torch.equal(p.detach(), torch.full((10,), -(2.0**-10), dtype=torch.float16))
 
-    def test_user_unscales_and_clips(self):
+    @pytest.mark.parametrize("fused", [None, True])
+    def test_user_unscales_and_clips(self, fused):
         """scaler.unscale_ and clipping first: the gradients are then taken as they are, and an overflow still
         skips.
         """
         w, g = torch.randn(50), torch.randn(50)
         p = parameter(w.clone())
-        optimizer, scaler = fr.optim.SGD([p], lr=0.5, momentum=0.9), scaler_with(1024.0)
+        optimizer, scaler = fr.optim.SGD([p], lr=0.5, momentum=0.9, fused=fused), scaler_with(1024.0)
         p.grad = g * 1024.0
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_([p], 0.5)
@@ -396,22 +405,21 @@ class TestGradScaler:
             optimizer.step()
             assert torch.equal(p.detach(), torch.full((3,), expected)), (scale, found)
 
-    def test_training_loop(self):
+    @pytest.mark.parametrize("fused", [None, True])
+    def test_training_loop(self, fused):
         """Two groups, autocast, a scaler: the same weights as torch's unfused SGD, which unscales
         beforehand.
         """
         results = []
-        for cls in (fr.optim.SGD, torch.optim.SGD):
+        for cls, options in ((fr.optim.SGD, dict(fused=fused)), (torch.optim.SGD, {})):
             torch.manual_seed(3)
             model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
             groups = [
                 {"params": list(model[0].parameters()), "lr": 0.05},
                 {"params": list(model[2].parameters())},
             ]
-            optimizer, scaler = (
-                cls(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
-                torch.amp.GradScaler("cpu"),
-            )
+            optimizer = cls(groups, lr=0.1, momentum=0.9, weight_decay=0.01, **options)
+            scaler = torch.amp.GradScaler("cpu")
             for _ in range(6):
                 optimizer.zero_grad()
                 with torch.autocast("cpu", dtype=torch.bfloat16):

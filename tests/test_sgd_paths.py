@@ -369,6 +369,7 @@ class TestBothPaths:
                 "lr tensor": dict(lr=torch.tensor(0.1)),
                 "stochastic rounding": dict(stochastic_rounding=True),
                 "int lr": dict(lr=1),
+                "scaler": dict(fused=True),
             }.get(case, {})
             optimizer = fr.optim.SGD([p], **{"lr": 0.1, "momentum": 0.9, **options})
             scaler = scaler_with(2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +34,9 @@ class EarlyStopping:
     Args:
         score_function: callable(engine) -> number; as in ignite's own handler, higher is better unless
             mode="min" is given.
-        trainer: Engine to terminate. At its COMPLETED the best state is restored, before the handlers that
-            are attached there later.
+        trainer: Engine to terminate. At its TERMINATE or COMPLETED, whoever ended the run, the best state is
+            restored before the handlers that are attached there later. `interrupt`, after which a run may go
+            on, and an exception leave the state as it is.
         *tracked: what is brought back: anything with state_dict and load_state_dict; none for the decision
             alone.
         **options: mode (here "max" by default), patience, min_delta and the others of
@@ -48,6 +50,8 @@ class EarlyStopping:
 
     Raises:
         TypeError, ValueError: arguments refused.
+
+    A run that ends without a run of the evaluator gives a RuntimeWarning.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class EarlyStopping:
         self.score_function, self.trainer = score_function, trainer
         options.setdefault("mode", "max")
         self.stopper = early_stopping.EarlyStopping(*tracked, **options)
+        # terminate(skip_completed=True) leaves COMPLETED out; a run that nobody terminates has no TERMINATE.
+        trainer.add_event_handler(Events.TERMINATE, self._restore)
         trainer.add_event_handler(Events.COMPLETED, self._restore)
 
     def __call__(self, engine: Engine) -> None:
@@ -74,6 +80,13 @@ class EarlyStopping:
             self.trainer.terminate()
 
     def _restore(self, engine: Engine) -> None:
+        if self.stopper.epoch == 0:
+            warnings.warn(
+                "EarlyStopping: the trainer ended without a run of the evaluator, and nothing was judged; "
+                "give it the handler, evaluator.add_event_handler(Events.COMPLETED, handler), and run it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if self.stopper.tracked and self.stopper.best is not None:
             self.stopper.restore()
 

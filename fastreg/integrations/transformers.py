@@ -1,13 +1,19 @@
-"""Early stopping for the Trainer of Hugging Face transformers, by `fastreg.EarlyStopping`."""
+"""For the Trainer of Hugging Face transformers: early stopping by `fastreg.EarlyStopping`, and the smoothed
+loss by `fastreg.cross_entropy`.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import decimal
+import numbers
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from .. import early_stopping
+from .._cross_entropy import cross_entropy
 
 try:
     from transformers import TrainerCallback
@@ -22,7 +28,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["EarlyStopping"]
+__all__ = ["EarlyStopping", "loss"]
 
 
 class EarlyStopping(TrainerCallback, ExportableState):
@@ -52,8 +58,10 @@ class EarlyStopping(TrainerCallback, ExportableState):
     restored, and a warning says so.
 
     Raises:
-        ValueError: a round of evaluations without the metric; those there were are named. TypeError,
-            ValueError: options refused.
+        ValueError: at the beginning of a training without evaluations; a round of evaluations without the
+            metric, where those there were are named. TypeError, ValueError: options refused.
+
+    A training that ends before its first evaluation gives a RuntimeWarning.
     """
 
     def __init__(
@@ -72,6 +80,11 @@ class EarlyStopping(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, model: torch.nn.Module | None = None, **kwargs: Any
     ) -> None:
         """Begin, or go on from the checkpoint's count."""
+        if getattr(args.eval_strategy, "value", args.eval_strategy) == "no":
+            raise ValueError(
+                "EarlyStopping: expected evaluations during training, got eval_strategy='no'; construct "
+                "TrainingArguments with eval_strategy='epoch' or 'steps'"
+            )
         self.stopper = early_stopping.EarlyStopping(*([model] if self.restore else []), **self.options)
         if self.progress is not None:
             self.stopper.load_state_dict({**self.progress, "snapshot": None})
@@ -87,7 +100,7 @@ class EarlyStopping(TrainerCallback, ExportableState):
             self._others |= set(metrics)
             return
         self._others = set()
-        if self.stopper.step(metrics[self.monitor]):
+        if self.stopper.step(_number(metrics[self.monitor])):
             control.should_training_stop = True
         self.progress = {
             name: value for name, value in self.stopper.state_dict().items() if name != "snapshot"
@@ -104,6 +117,13 @@ class EarlyStopping(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the best weights, if there was a best evaluation."""
         self._training, self.progress = False, None
+        if self.stopper.epoch == 0:
+            warnings.warn(
+                f"EarlyStopping: training ended before an evaluation had {self.monitor!r}, and nothing was "
+                "judged; evaluate earlier (eval_steps, eval_delay) or train for longer",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if not self.restore or self.stopper.best is None:
             return
         if self.stopper.state_dict()["snapshot"] is None:
@@ -118,7 +138,104 @@ class EarlyStopping(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes to its checkpoint, as JSON."""
+        options = {name: _number(value) for name, value in self.options.items()}
         return {
-            "args": {"monitor": self.monitor, "restore": self.restore, **self.options},
+            "args": {"monitor": self.monitor, "restore": self.restore, **options},
             "attributes": {"progress": self.progress},
         }
+
+
+def _number(value: Any) -> Any:
+    """A number of any library as Python's, which JSON can hold; an array of one number too."""
+    count = value.numel() if isinstance(value, torch.Tensor) else getattr(value, "size", None)
+    if count == 1 and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, (numbers.Rational, decimal.Decimal)) and not isinstance(value, (bool, int)):
+        return float(value)
+    return value
+
+
+def loss(
+    label_smoothing: float = 0.0,
+    *,
+    smoothing: Literal["uniform", "others"] = "uniform",
+    z_loss: float = 0.0,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool | None = None,
+) -> SmoothedLoss:
+    """`fastreg.cross_entropy` for `Trainer(compute_loss_func=...)`, in place of `label_smoothing_factor`.
+
+    ::
+
+        Trainer(model, arguments, compute_loss_func=loss(label_smoothing=0.1), ...)
+
+    Trainer's own smoothing takes the logarithms in the dtype of the logits and goes over them several times.
+    Here they are read once and all is float32, float16 and bfloat16 logits included.
+
+    Args:
+        label_smoothing, smoothing, z_loss, weight, ignore_index: as in `fastreg.cross_entropy`.
+        shift: whether the logits at one token predict the next label, as in a causal language model. None
+            finds out from the model's output (CausalLMOutput and its kin).
+
+    Returns:
+        Function of (outputs, labels, num_items_in_batch=None). outputs: a dict or ModelOutput with "logits",
+        or a tuple that begins with them, [..., classes] in any floating dtype. labels: int64 [...]. The
+        result is the mean over the labels that are not ignored, or their sum divided by num_items_in_batch:
+        float32, float64 for float64 logits.
+
+    Raises (from the function):
+        ValueError: no labels, or shift=None with a tuple of sequences.
+
+    As with Trainer's smoothing, a further term that the model adds to its loss is left out.
+    """
+    return SmoothedLoss(label_smoothing, smoothing, z_loss, weight, ignore_index, shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothedLoss:
+    """What `loss` returns; it can be pickled."""
+
+    label_smoothing: float
+    smoothing: Literal["uniform", "others"]
+    z_loss: float
+    weight: torch.Tensor | None
+    ignore_index: int
+    shift: bool | None
+
+    def __call__(
+        self,
+        outputs: Any,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | float | None = None,
+    ) -> torch.Tensor:
+        """The loss of one batch, as `loss` describes it."""
+        if labels is None:
+            raise ValueError("loss: expected labels, got None; give the dataset a column 'labels'")
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        shift = self.shift
+        if shift is None:
+            shift = "CausalLM" in type(outputs).__name__
+            if type(outputs) in (tuple, list) and logits.dim() > 2:
+                raise ValueError(
+                    "loss: shift must be True or False where the model returns a tuple, got None; causal "
+                    "language models need loss(..., shift=True)"
+                )
+        if shift:
+            labels = torch.nn.functional.pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
+        total = cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1).to(logits.device),
+            None if self.weight is None else self.weight.to(logits.device),
+            ignore_index=self.ignore_index,
+            reduction="mean" if num_items_in_batch is None else "sum",
+            label_smoothing=self.label_smoothing,
+            smoothing=self.smoothing,
+            z_loss=self.z_loss,
+            loss_dtype=None if logits.dtype == torch.float64 else torch.float32,
+        )
+        if num_items_in_batch is None:
+            return total
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
