@@ -1,7 +1,7 @@
 """Write docs/derivatives.md: python tests/derivatives_table.py"""
 
-from derivative_cases import CASES, WAYS
-from test_derivatives import PAGE, outcome, table_row
+from derivative_cases import CASES, COMPILED, WAYS
+from test_derivatives import PAGE, outcome, outcome_compiled, table_row
 
 HEAD = """# Derivatives
 
@@ -19,8 +19,10 @@ takes `randomness="same"` or `"different"`, as torch's.
 
 
 def main():
-    lines = ["| | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 1) + "|"]
-    lines += [table_row(case, {way: outcome(case, way) for way in WAYS}) for case in CASES]
+    ways = (*WAYS, *COMPILED)
+    compiled = {way: outcome_compiled(way) for way in COMPILED}
+    lines = ["| | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+    lines += [table_row(case, {way: outcome(case, way) for way in WAYS} | compiled) for case in CASES]
     PAGE.write_text(HEAD + "\n".join(lines) + "\n")
 
 

@@ -1,12 +1,12 @@
-"""Every differentiable operator on every way to its derivatives: the value that torch's own operators give, or
-one clear error, never a silent zero. docs/derivatives.md shows the table.
+"""Every differentiable operator on every way to its derivatives: the value that torch's own operators give,
+or one clear error, never a silent zero. docs/derivatives.md shows the table.
 """
 
 import warnings
 
 import pytest
 import torch
-from derivative_cases import CASES, WAYS, numbers
+from derivative_cases import CASES, COMPILED, WAYS, numbers
 from helpers import ROOT
 
 import fastreg as fr
@@ -32,30 +32,51 @@ ERRORS = {(case, "forward-mode jacobian"): "random operations inside of vmap" fo
 PAGE = ROOT / "docs" / "derivatives.md"
 
 
+def check(case, way, got):
+    """Compare with torch's value."""
+    want = WAYS[way](CASES[case].torchs, CASES[case].x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, msg=lambda text: f"{case}, {way}: {text}")
+    assert got.abs().max() > 0, f"{case}, {way}: a value of zero shows nothing"
+
+
 def outcome(case, way):
-    """ "value" or the name of an error, after a comparison with torch's value."""
-    ours, torchs, x = CASES[case]
+    """ "✓" or "error", after a comparison with torch's value."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        want = WAYS[way](torchs, x)
         if (case, way) in ERRORS:
             with pytest.raises(RuntimeError, match=ERRORS[case, way]):
-                WAYS[way](ours, x)
+                WAYS[way](CASES[case].ours, CASES[case].x)
             return "error"
-        got = WAYS[way](ours, x)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12, msg=lambda text: f"{case}, {way}: {text}")
-    assert got.abs().max() > 0 or way == "no_grad", f"{case}, {way}: a value of zero shows nothing"
-    return "value"
+        check(case, way, WAYS[way](CASES[case].ours, CASES[case].x))
+    return "✓"
+
+
+def outcome_compiled(way):
+    """The same for all cases at once."""
+    like, run = COMPILED[way]
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = run([case.ours for case in CASES.values()], [case.x for case in CASES.values()])
+        for case, got in zip(CASES, results, strict=True):
+            check(case, like, got)
+    torch._dynamo.reset()
+    return "✓"
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_value_or_a_clear_error(case):
-    found = {way: outcome(case, way) for way in WAYS}
+    found = {way: outcome(case, way) for way in WAYS} | dict.fromkeys(COMPILED, "✓")
     assert table_row(case, found) in PAGE.read_text().splitlines(), "run python tests/derivatives_table.py"
 
 
+@pytest.mark.parametrize("way", COMPILED)
+def test_the_value_where_it_is_compiled(way):
+    outcome_compiled(way)
+
+
 def table_row(case, found):
-    return f"| {case} | " + " | ".join("✓" if found[way] == "value" else "error" for way in WAYS) + " |"
+    return f"| {case} | " + " | ".join(found[way] for way in (*WAYS, *COMPILED)) + " |"
 
 
 def test_no_operator_is_forgotten():
