@@ -25,8 +25,8 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import nn
-from ._checks import DTYPES
-from ._cross_entropy import cross_entropy
+from ._checks import DTYPES, or_torchs
+from ._cross_entropy import cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._exchange import ExchangedCode, ExchangedName
@@ -64,7 +64,10 @@ def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Calla
         if has_torch_function_unary(input):
             return original(input, p, training, inplace)
         if usual is not None and not is_compiling():
-            output = usual(input, p, training, inplace)
+            try:
+                output = usual(input, p, training, inplace)
+            except ValueError:  # what it refuses, ours refuses below with torch's type
+                output = None
             if output is not None:
                 return output
         if (
@@ -75,7 +78,13 @@ def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Calla
             # fewer bytes than any kernel of its own.
             and not (input.is_cuda and is_compiling())
         ):
-            return ours(input, p, training, inplace)
+            if is_compiling():
+                return ours(input, p, training, inplace)
+            try:
+                return ours(input, p, training, inplace)
+            except (TypeError, ValueError) as error:
+                refusal = error
+            return or_torchs(refusal, original, input, p, training, inplace)
         return original(input, p, training, inplace)
 
     return run_dropout
@@ -91,7 +100,10 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
         if has_torch_function_variadic(input, target, weight):
             return original(input, target, *options)
         if fast is not None and not is_compiling():
-            loss = fast.cross_entropy(input, target, *options, "uniform", 0.0, "nan", None)
+            try:
+                loss = fast.cross_entropy(input, target, *options, "uniform", 0.0, "nan", None)
+            except ValueError:  # what it refuses, ours refuses below with torch's type
+                loss = None
             if loss is not None:
                 return loss
         if (
@@ -99,9 +111,16 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
             and type(target) in _PLAIN
             and target.device == input.device
             and (weight is None or (_has_kernel(weight) and not weight.requires_grad))
+            and not is_torchs(input, target, weight)
             and _is_replaced()
         ):
-            return cross_entropy(input, target, *options)
+            if is_compiling():
+                return cross_entropy(input, target, *options)
+            try:
+                return cross_entropy(input, target, *options)
+            except (TypeError, ValueError) as error:
+                refusal = error
+            return or_torchs(refusal, original, input, target, *options)
         return original(input, target, *options)
 
     return run_cross_entropy

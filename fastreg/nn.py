@@ -4,12 +4,18 @@ checks and checkpoints carry over.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch.compiler import is_compiling
+from torch.jit import is_scripting, is_tracing
+from torch.overrides import has_torch_function_variadic
+from torch.utils._device import DeviceContext
 
-from ._checks import check_choice, check_number
-from ._cross_entropy import AllIgnored, LossOptions, Reduction, Smoothing, cross_entropy
+from ._checks import check_choice, check_number, or_torchs, scalar
+from ._cross_entropy import AllIgnored, LossOptions, Reduction, Smoothing, cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_add import dropout_add
 from ._dropout_family import (
@@ -21,6 +27,7 @@ from ._dropout_family import (
     feature_alpha_dropout,
 )
 from ._fold import fold_dropout
+from ._registry import fast
 
 __all__ = [
     "AlphaDropout",
@@ -36,6 +43,84 @@ __all__ = [
 ]
 
 
+def _has_override(value: Any) -> bool:
+    kind = type(value)
+    return (
+        isinstance(value, torch.Tensor)
+        and kind is not torch.Tensor
+        and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    )
+
+
+def _is_torchs(arguments: tuple[Any, ...]) -> bool:
+    """Whether torch's own function must be called: because a mode or a subclass of Tensor is asked first, and
+    knows that one, because a jit trace would record our operators without a derivative, or because ours have
+    no kernel for sparse and nested tensors.
+    """
+    if is_tracing() or any(
+        isinstance(value, torch.Tensor) and (value.is_nested or value.layout != torch.strided)
+        for value in arguments
+    ):
+        return True
+    if not has_torch_function_variadic(*arguments):
+        return False
+    # torch.set_default_device is a mode, too, but one that leaves such functions alone.
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(i) for i in range(count)]
+    return any(not isinstance(mode, DeviceContext) for mode in modes) or any(map(_has_override, arguments))
+
+
+def _or_torchs(
+    module: torch.nn.Module,
+    ours: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    extras: dict[str, Any],
+) -> torch.Tensor:
+    """ours(*arguments, **options), or what torch's function gives where that is its business or where ours
+    refuses. With `extras`, which torch does not know, it is ours alone.
+
+    For torch.fx a module is one node of a graph, as all modules of torch.nn are.
+    """
+    for value in arguments:
+        if isinstance(value, torch.fx.Proxy):
+            path = value.tracer.path_of_module(module)  # type: ignore[attr-defined]
+            return value.tracer.create_proxy("call_module", path, arguments, {})  # type: ignore[return-value]
+    if extras:
+        return ours(*arguments, **options, **extras)
+    if _is_torchs(arguments):
+        return theirs(*arguments, **options)
+    if is_compiling():
+        return ours(*arguments, **options)
+    try:
+        return ours(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        refusal = error
+    return or_torchs(refusal, theirs, *arguments, **options)
+
+
+def _dropout_or_torchs(
+    module: Any,
+    ours: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    input: torch.Tensor,
+) -> torch.Tensor:
+    extras = {}
+    if ours is dropout:
+        if module.rescale != "train":
+            extras = {"rescale": module.rescale}
+        elif fast is not None and not is_compiling():
+            try:
+                output = fast.dropout(input, module.p, module.training, module.inplace)
+            except ValueError:
+                output = None
+            if output is not None:
+                return output
+    options = {"p": module.p, "training": module.training, "inplace": module.inplace}
+    return _or_torchs(module, ours, theirs, (input,), options, extras)
+
+
 class Dropout(torch.nn.Dropout):
     """Zeroes elements with probability `p` while training; drop-in for `torch.nn.Dropout`, on
     `fastreg.dropout`.
@@ -49,20 +134,26 @@ class Dropout(torch.nn.Dropout):
     Shape: any; dtypes and errors as in `fastreg.dropout`.
     """
 
+    __constants__ = ["p", "inplace", "rescale"]  # noqa: RUF012  # torch.jit reads such a list
     # For a module that `convert` made of torch's, without a call of __init__.
     rescale: Literal["train", "inference"] = "train"
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, rescale: Literal["train", "inference"] = "train"
     ) -> None:
-        check_number("Dropout", "p", p, 0, 1)
+        check_number("Dropout", "p", scalar(p), 0, 1)
         check_choice("Dropout", "rescale", rescale, ("train", "inference"))
         super().__init__(p, inplace)
         self.rescale = rescale
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (*) -> (*)."""
-        return dropout(input, self.p, self.training, self.inplace, rescale=self.rescale)
+        if is_scripting():
+            if self.rescale != "train":
+                raise RuntimeError("Dropout: torch.jit.script does not know rescale='inference'")
+            return F.dropout(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout, F.dropout, input)
 
     def extra_repr(self) -> str:
         """The arguments as in torch, and `rescale` where it is not the default."""
@@ -73,7 +164,7 @@ class _CheckedP:
     """Checks p before torch does, because torch lets NaN and strings of digits pass."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        check_number(type(self).__name__, "p", p, 0, 1)
+        check_number(type(self).__name__, "p", scalar(p), 0, 1)
         super().__init__(p, inplace)  # type: ignore[call-arg]
 
 
@@ -82,7 +173,10 @@ class Dropout1d(_CheckedP, torch.nn.Dropout1d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, L) -> (N, C, L)."""
-        return dropout1d(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.dropout1d(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout1d, F.dropout1d, input)
 
 
 class Dropout2d(_CheckedP, torch.nn.Dropout2d):
@@ -90,7 +184,10 @@ class Dropout2d(_CheckedP, torch.nn.Dropout2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, H, W) -> (N, C, H, W)."""
-        return dropout2d(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.dropout2d(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout2d, F.dropout2d, input)
 
 
 class Dropout3d(_CheckedP, torch.nn.Dropout3d):
@@ -98,7 +195,10 @@ class Dropout3d(_CheckedP, torch.nn.Dropout3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, D, H, W) -> (N, C, D, H, W)."""
-        return dropout3d(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.dropout3d(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout3d, F.dropout3d, input)
 
 
 class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
@@ -108,7 +208,10 @@ class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (*) -> (*)."""
-        return alpha_dropout(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.alpha_dropout(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, alpha_dropout, F.alpha_dropout, input)
 
 
 class FeatureAlphaDropout(_CheckedP, torch.nn.FeatureAlphaDropout):
@@ -116,7 +219,10 @@ class FeatureAlphaDropout(_CheckedP, torch.nn.FeatureAlphaDropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, ...) -> (N, C, ...)."""
-        return feature_alpha_dropout(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.feature_alpha_dropout(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, feature_alpha_dropout, F.feature_alpha_dropout, input)
 
 
 class DropPath(torch.nn.Module):
@@ -180,6 +286,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Shape: (C,), (N, C) or (N, C, d1, ...) and targets -> () or the targets' shape.
     """
 
+    __constants__ = [  # noqa: RUF012  # torch.jit reads such a list
+        *("ignore_index", "reduction", "label_smoothing"),
+        *("smoothing", "z_loss", "all_ignored", "loss_dtype"),
+    ]
     # For a module that `convert` made of torch's, without a call of __init__.
     smoothing: Smoothing = "uniform"
     z_loss: float = 0.0
@@ -219,15 +329,37 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of logits `input` against `target`."""
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            smoothing=self.smoothing,
-            z_loss=self.z_loss,
-            all_ignored=self.all_ignored,
-            loss_dtype=self.loss_dtype,
-        )
+        if is_scripting():
+            if self.smoothing != "uniform" or self.z_loss != 0.0 or self.all_ignored != "nan":
+                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows torch's arguments alone")
+            if self.loss_dtype is not None:
+                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows torch's arguments alone")
+            return F.cross_entropy(
+                input,
+                target,
+                weight=self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )
+        else:
+            return _loss_or_torchs(self, input, target)
+
+
+def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    options = {
+        "weight": loss.weight,
+        "ignore_index": loss.ignore_index,
+        "reduction": loss.reduction,
+        "label_smoothing": loss.label_smoothing,
+    }
+    extras = {
+        "smoothing": loss.smoothing,
+        "z_loss": loss.z_loss,
+        "all_ignored": loss.all_ignored,
+        "loss_dtype": loss.loss_dtype,
+    }
+    changed = extras if tuple(extras.values()) != ("uniform", 0.0, "nan", None) else {}
+    if not changed and is_torchs(input, target, loss.weight):
+        return F.cross_entropy(input, target, **options)
+    return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)
