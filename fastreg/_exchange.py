@@ -67,9 +67,14 @@ class ExchangedName:
     def exchange(self, to: bool) -> None:
         """Let the names refer to the one or the other. Modules are searched where there are new ones."""
         modules = len(sys.modules), next(reversed(sys.modules))
-        if modules != self._searched:
-            self._searched, self._found = modules, self._search()
         old, new = self._values if to else self._values[::-1]
+        if modules != self._searched:
+            held = [namespace for namespace in self._found if any(v is old for v in namespace.values())]
+            self._searched, self._found = modules, self._search()
+            known = set(map(id, self._found))
+            self._found += [
+                namespace for namespace in held if id(namespace) not in known
+            ]  # of unloaded modules
         for namespace in self._found:
             for name in [name for name, value in list(namespace.items()) if value is old]:
                 namespace[name] = new

@@ -23,13 +23,14 @@ from ._cross_entropy import (
     check_classes,
     class_index_error,
     loss_of,
+    loss_of_dtensors,
     plain_rows_,
     promoted_dtype,
     scaled,
     statistics_dtype,
 )
 from ._registry import define, define_kernel
-from ._transforms import autocast_dtype, is_transformed, without_autocast
+from ._transforms import autocast_dtype, is_distributed, is_transformed, without_autocast
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
@@ -288,6 +289,11 @@ def linear_cross_entropy(
         weight_name="class_weight",
     )
     soft = target.is_floating_point()
+    if is_distributed(hidden, weight, bias, target, class_weight):
+        logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, -2)
+        target = target.flatten(0, -2) if soft else target.flatten()
+        loss = loss_of_dtensors(op, logits, target, class_weight, options)
+        return loss.view(shape) if reduction == "none" else loss
     hidden = hidden.reshape(-1, hidden.shape[-1])
     target = target.detach().reshape(-1, classes) if soft else target.reshape(-1)
 

@@ -49,7 +49,8 @@ def _has_kernel(tensor: Any) -> bool:
 
 def _is_replaced() -> bool:
     # Under transforms the operators have no rules, and a jit trace would record them without a derivative.
-    return not is_transformed() and not torch.jit.is_tracing()
+    # Code that was compiled while patched is compiled anew when `_patched` changes.
+    return _patched and not is_transformed() and not torch.jit.is_tracing()
 
 
 # A mode, a subclass of Tensor and a Proxy of torch.fx are asked first, and by torch's own function. Then
@@ -310,7 +311,7 @@ def unpatch() -> None:
 @torch.compiler.disable
 def _switch(to: bool) -> None:
     global _patched
-    _remember_in_checkpoints()
+    _prepare()
     _tell_dynamo(to)
     _patched = to
     for function in _FUNCTIONS:
@@ -335,6 +336,14 @@ def _in_this_state(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
+def _prepare() -> None:
+    """What is done once, before the first patch."""
+    # Both keep the functions that they find at their first call, which must be torch's.
+    torch.overrides.get_testing_overrides()
+    torch.overrides.get_overridable_functions()
+    _remember_in_checkpoints()
+
+
 def _remember_in_checkpoints() -> None:
     """From now on torch.utils.checkpoint recomputes a forward pass as patched as it was, also after the patch
     has ended: another dropout would draw another mask.

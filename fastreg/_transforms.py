@@ -21,6 +21,11 @@ def is_vmapped() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
+def is_distributed(*tensors: object) -> bool:
+    """Whether one of them is a DTensor."""
+    return any(hasattr(tensor, "device_mesh") for tensor in tensors)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes with on a device; None where it is off, or the device has none."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

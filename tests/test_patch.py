@@ -9,8 +9,10 @@ import functools
 import gc
 import inspect
 import pickle
+import statistics
 import sys
 import threading
+import time
 import types
 import warnings
 
@@ -27,7 +29,9 @@ from patch_cases import (
     TORCH_OPS,
     Functional,
     arguments,
+    is_patched,
     modules_and_inputs,
+    nothing_is_patched,
     ops_seen,
     uses_fastreg,
 )
@@ -59,21 +63,17 @@ def test_every_name_is_replaced_and_restored():
     fr.unpatch()
     before = globals_of_all_modules()
     fr.patch()
-    for name in NAMES:
-        assert getattr(F, name) is not TORCH[name]
-        assert getattr(F, name) is getattr(nn.functional, name)
+    assert all(map(is_patched, NAMES))
     now = globals_of_all_modules()
     changed = {
         (module, name)
         for module in before
         for name, value in before[module].items()
-        if now[module].get(name) is not value
+        if now[module].get(name) is not value and not module.startswith("fastreg")
     }
-    changed = {key for key in changed if not key[0].startswith("fastreg")}
-    assert {("torch.nn.functional", name) for name in NAMES} <= changed
+    assert ("torch.nn.functional", "scaled_dot_product_attention") in changed
     for module, name in changed:
-        known = (*TORCH.values(), NN.scaled_dot_product_attention)
-        assert before[module][name] in known, f"{module}.{name} is none of the patched functions"
+        assert before[module][name] is NN.scaled_dot_product_attention, f"{module}.{name} is not patched"
     fr.patch()
     fr.unpatch()
     after = globals_of_all_modules()
@@ -85,15 +85,15 @@ def test_every_name_is_replaced_and_restored():
     assert [dict(table) for table in trace_rules.torch_name_rule_map] == rules
     assert not any("fastreg" in name for table in rules for name in table)
     assert dict(vars(classes)) == methods
-    assert {name: getattr(F, name) for name in NAMES} == TORCH
+    assert nothing_is_patched()
 
 
 def test_nothing_in_torch_keeps_a_replacement():
-    """torch holds functions in tables that are filled when they are first read; none may be filled with
-    ours.
+    """torch holds functions in tables that are filled when they are first read; none may be filled with our
+    attention.
     """
     with fr.patched():
-        replacements = [getattr(F, name) for name in NAMES]
+        replacement = F.scaled_dot_product_attention
         torch.overrides.get_testing_overrides()
         torch.overrides.get_overridable_functions()
         torch.overrides.resolve_name(F.dropout)
@@ -103,14 +103,58 @@ def test_nothing_in_torch_keeps_a_replacement():
         torch.fx.symbolic_trace(nn.Sequential(Functional(), nn.Dropout(0.5)))
     torch._dynamo.reset()
     gc.collect()
-    ours = vars(_patch)
-    allowed = {id(holder) for holder in (ours, replacements, *ours.values())}
-    for function in replacements:
-        for holder in gc.get_referrers(function):
-            if isinstance(holder, (dict, list, set)):
-                assert id(holder) in allowed, (
-                    f"{function.__name__} is kept in a {type(holder).__name__} of {len(holder)}"
-                )
+    allowed = {id(holder) for holder in (vars(_patch), torch.jit._builtins._builtin_table)}
+    for holder in gc.get_referrers(replacement):
+        if isinstance(holder, (dict, list, set)):
+            assert id(holder) in allowed, f"kept in a {type(holder).__name__} of {len(holder)}"
+
+
+@pytest.mark.usefixtures("temporary_modules")
+def test_a_block_costs_little_where_nothing_was_imported():
+    """It may stand around each step of a training."""
+    with fr.patched():
+        pass
+    times = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        with fr.patched():
+            pass
+        times.append(time.perf_counter() - begin)
+    assert statistics.median(times) < 5e-4  # 0.1 ms on a quiet machine
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.loss = F.cross_entropy
+
+
+def test_pickles_go_across_a_patch():
+    made_before = Holder()
+    with fr.patched():
+        assert pickle.loads(pickle.dumps(made_before)).loss is F.cross_entropy
+        made_while_patched = pickle.dumps(Holder())
+    assert pickle.loads(made_while_patched).loss is TORCH["cross_entropy"]
+
+
+class NoDropout(torch.overrides.TorchFunctionMode):
+    """Turns dropout off, by the function that it knew before, or as it finds it now."""
+
+    known = frozenset({F.dropout})
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in self.known:
+            assert function is F.dropout
+            return args[0]
+        return function(*args, **kwargs or {})
+
+
+def test_a_mode_sees_torchs_function():
+    x = torch.ones(64)
+    with fr.patched(), NoDropout():
+        assert torch.equal(F.dropout(x), x) and torch.equal(nn.Dropout(0.5)(x), x)
+    with fr.patched(), torch.overrides.BaseTorchFunctionMode():
+        assert uses_fastreg(lambda: F.dropout(x))
 
 
 def module_with(code, name="module_made_by_a_test"):
@@ -136,24 +180,37 @@ class TestNamesOfOthers:
     def test_a_name_imported_before(self):
         module = module_with(self.code)
         with fr.patched():
-            assert module.dropout is F.dropout is not TORCH["dropout"]
-            assert module.ce is F.cross_entropy is not TORCH["cross_entropy"]
+            assert module.dropout is F.dropout and module.ce is F.cross_entropy
             assert uses_fastreg(lambda: module.dropout(torch.ones(8)))
-        assert module.dropout is TORCH["dropout"]
-        assert module.ce is TORCH["cross_entropy"]
+        assert not uses_fastreg(lambda: module.dropout(torch.ones(8)))
 
     def test_a_name_imported_while_patched(self):
         with fr.patched():
             module = module_with(self.code)
             assert uses_fastreg(lambda: module.dropout(torch.ones(8)))
-        assert module.dropout is TORCH["dropout"]
-        assert module.ce is TORCH["cross_entropy"]
+        assert module.dropout is TORCH["dropout"] and module.ce is TORCH["cross_entropy"]
 
-    def test_a_module_that_is_unloaded_while_patched(self):
-        module = module_with(self.code)
+    def test_attention_is_exchanged_among_the_globals_of_modules(self):
+        code = "from torch.nn.functional import scaled_dot_product_attention as attention"
+        before, unloaded = module_with(code), module_with(code, "module_made_by_a_test_to_be_unloaded")
         with fr.patched():
-            del sys.modules[module.__name__]
-        assert module.dropout is TORCH["dropout"]
+            while_patched = module_with(code, "module_made_by_a_test_while_patched")
+            assert before.attention is while_patched.attention is F.scaled_dot_product_attention
+            assert F.scaled_dot_product_attention is not NN.scaled_dot_product_attention
+            del sys.modules[unloaded.__name__]
+        for module in (before, while_patched, unloaded):
+            assert module.attention is NN.scaled_dot_product_attention
+
+    def test_what_was_kept_before_is_patched(self):
+        """In a partial, a table, an attribute, a default argument: torch's function is the same function."""
+        half, table = functools.partial(F.dropout, p=0.5), {"dropout": F.dropout}
+
+        def later(x, dropout=F.dropout):
+            return dropout(x)
+
+        with fr.patched():
+            for function in (half, table["dropout"], later):
+                assert uses_fastreg(lambda f=function: f(torch.ones(8)))
 
     def test_what_is_kept_elsewhere_while_patched_calls_torch_afterwards(self):
         with fr.patched():
@@ -185,65 +242,64 @@ class TestNamesOfOthers:
         sys.modules["module_made_by_a_test_without_a_module"] = None
         sys.modules["module_made_by_a_test_of_another_type"] = object()
         with fr.patched():
-            assert F.dropout is not TORCH["dropout"]
+            assert is_patched()
 
 
 def test_patching_twice_and_unpatching_twice():
     fr.patch()
-    first = F.dropout
+    first = F.dropout.__code__
     fr.patch()
-    assert F.dropout is first
+    assert F.dropout.__code__ is first
     fr.unpatch()
-    assert F.dropout is TORCH["dropout"]
+    assert not is_patched()
     fr.unpatch()
-    assert F.dropout is TORCH["dropout"]
+    assert not is_patched()
     fr.patch()
-    assert F.dropout is first
+    assert F.dropout.__code__ is first
 
 
 def test_unpatch_without_patch():
     fr.unpatch()
-    assert {name: getattr(F, name) for name in NAMES} == TORCH
+    assert nothing_is_patched()
 
 
 def test_nested_blocks():
     with fr.patched():
         with fr.patched():
-            assert F.dropout is not TORCH["dropout"]
-        assert F.dropout is not TORCH["dropout"], "the inner block ended the outer one"
-    assert F.dropout is TORCH["dropout"]
+            assert is_patched()
+        assert is_patched(), "the inner block ended the outer one"
+    assert not is_patched()
 
 
 def test_block_inside_a_patch_of_the_process():
     fr.patch()
     with fr.patched():
         pass
-    assert F.dropout is not TORCH["dropout"]
+    assert is_patched()
     fr.unpatch()
-    assert F.dropout is TORCH["dropout"]
+    assert not is_patched()
 
 
 def test_exception_inside_the_block():
     with pytest.raises(ZeroDivisionError), fr.patched():
         raise ZeroDivisionError
-    assert {name: getattr(F, name) for name in NAMES} == TORCH
+    assert nothing_is_patched()
 
 
 def test_unpatch_inside_the_block():
     with fr.patched():
         fr.unpatch()
-        assert F.dropout is TORCH["dropout"]
-    assert F.dropout is TORCH["dropout"]
+        assert not is_patched()
+    assert not is_patched()
 
 
 def test_as_a_decorator():
     @fr.patched()
     def run():
-        return F.dropout
+        return is_patched()
 
-    assert run() is not TORCH["dropout"]
-    assert run() is not TORCH["dropout"]
-    assert F.dropout is TORCH["dropout"]
+    assert run() and run()
+    assert not is_patched()
 
 
 def test_blocks_of_two_threads_may_end_in_any_order():
@@ -253,7 +309,7 @@ def test_blocks_of_two_threads_may_end_in_any_order():
         with fr.patched():
             entered.set()
             leave.wait(30)
-            results.append(F.dropout is not TORCH["dropout"])
+            results.append(is_patched())
 
     thread = threading.Thread(target=other)
     with fr.patched():
@@ -262,7 +318,7 @@ def test_blocks_of_two_threads_may_end_in_any_order():
     leave.set()
     thread.join()
     assert results == [True], "the first thread's end took the patch from the second"
-    assert F.dropout is TORCH["dropout"]
+    assert not is_patched()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,6 +20,7 @@ from patch_cases import (
     bert,
     encoder,
     gpt2,
+    is_patched,
     mlp,
     named,
     ops_seen,
@@ -28,7 +29,12 @@ from patch_cases import (
     uses_fastreg,
 )
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 import fastreg as fr
 
@@ -154,7 +160,7 @@ def test_torch_compile_opens_the_replacements(first):
         graph = traced_targets(lambda v: F.cross_entropy(v, target), x)[1][0]
         assert any("fastreg.cross_entropy" in name for name in graph), graph
         graph = traced_targets(lambda v: F.dropout(v, 0.3), x.detach().to("meta"))[1][0]
-        assert str(TORCH["dropout"]) in graph, graph
+        assert any("function dropout" in name for name in graph), graph
     graph = traced_targets(lambda v: F.dropout(v, 0.3), x)[1][0]
     assert graph == {str(TORCH["dropout"])}
 
@@ -262,6 +268,52 @@ def test_checkpoint_recomputes_the_same_mask(use_reentrant, compiled):
                 loss.backward()
             assert "fastreg::dropout" in seen
             results.append([loss.detach(), x.grad, *(g.clone() for g in gradients(body))])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def selective(body, x):
+    def policy(context, op, *args, **kwargs):
+        save = op == torch.ops.aten.addmm.default
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(body, x, use_reentrant=False, context_fn=contexts)
+
+
+CHECKPOINTS = {
+    "saved": lambda body, x: checkpoint(body, x, use_reentrant=False),
+    "reentrant": lambda body, x: checkpoint(body, x, use_reentrant=True),
+    "selective": selective,
+    "sequential": lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=False),
+    "sequential, reentrant": lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("first", [True, False], ids=["patched", "not patched"])
+@pytest.mark.parametrize("then", [True, False], ids=["patched", "not patched"])
+def test_the_mask_of_the_forward_pass_is_recomputed(kind, first, then):
+    """Whatever is changed between forward and backward: the patch, the default dtype, autocast."""
+    body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 4))
+    x = torch.randn(32, 16, requires_grad=True)
+    fr.patch()  # what is remembered is remembered from the first patch on
+    fr.unpatch()
+    results = []
+    for run in (lambda body, x: body(x), CHECKPOINTS[kind]):
+        torch.manual_seed(9)
+        body.zero_grad()
+        x.grad = None
+        with fr.patched() if first else contextlib.nullcontext():
+            output = run(body, x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with fr.patched() if then else contextlib.nullcontext(), torch.autocast("cpu"):
+                output.sum().backward()
+                assert is_patched() == then
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([output.detach(), x.grad, *(g.clone() for g in gradients(body))])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 
