@@ -622,7 +622,9 @@ def loss_of(input: Tensor, target: Tensor, weight: Tensor | None, options: LossO
 def loss_of_dtensors(
     op: str, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
 ) -> Tensor:
-    """The loss of DTensors, by torch's function, which knows how they are placed. It lacks options of ours."""
+    """The loss of DTensors, by torch's function, which knows how they are placed but lacks options of
+    ours.
+    """
     if options.others or options.z_loss or options.all_ignored_zero:
         raise NotImplementedError(
             f"{op}: of a DTensor there is only torch's own loss, without smoothing='others', z_loss and "

@@ -423,10 +423,8 @@ def convert(model: _Model) -> _Model:
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
             module.__class__ = _MODULES[type(module)]
-        elif kind == "timm.layers.drop.DropPath":
-            module.p = module.drop_prob or 0.0  # type: ignore[assignment]
-            module.__class__ = nn.DropPath
-        elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
-            module.scale_by_keep = True  # type: ignore[assignment]
+        elif kind == "timm.layers.drop.DropPath" or (
+            kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row"
+        ):
             module.__class__ = nn.DropPath
     return model

@@ -30,7 +30,7 @@ def _penalty(
     w: torch.Tensor, weight_decay: torch.Tensor, l1: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight_decay * w, l1 * sign(w)); a factor of 0 makes no NaN of an infinite w."""
-    shrink = torch.where(weight_decay > 0, weight_decay * w, 0.0)
+    shrink = torch.where(weight_decay != 0, weight_decay * w, 0.0)
     return shrink, torch.where(w > 0, l1, torch.where(w < 0, 0 - l1, 0.0))
 
 

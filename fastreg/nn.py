@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 from torch.jit import is_scripting, is_tracing
 from torch.overrides import has_torch_function_variadic
 from torch.utils._device import DeviceContext
@@ -70,6 +70,12 @@ def _is_torchs(arguments: tuple[Any, ...]) -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in modes) or any(map(_has_override, arguments))
 
 
+def _as_node(module: torch.nn.Module, *arguments: Any) -> Any:
+    """What the call of a module is in a graph of torch.fx: one node, as for the modules of torch.nn."""
+    tracer: Any = next(value.tracer for value in arguments if isinstance(value, torch.fx.Proxy))
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
 def _or_torchs(
     module: torch.nn.Module,
     ours: Callable[..., torch.Tensor],
@@ -80,16 +86,13 @@ def _or_torchs(
 ) -> torch.Tensor:
     """ours(*arguments, **options), or what torch's function gives where that is its business or where ours
     refuses. With `extras`, which torch does not know, it is ours alone.
-
-    For torch.fx a module is one node of a graph, as all modules of torch.nn are.
     """
-    for value in arguments:
-        if isinstance(value, torch.fx.Proxy):
-            path = value.tracer.path_of_module(module)  # type: ignore[attr-defined]
-            return value.tracer.create_proxy("call_module", path, arguments, {})  # type: ignore[return-value]
+    if any(isinstance(value, torch.fx.Proxy) for value in arguments):
+        return _as_node(module, *arguments)
     if extras:
         return ours(*arguments, **options, **extras)
-    if _is_torchs(arguments):
+    exports_nothing = is_exporting() and options.get("training") is False  # ours is no operator then
+    if _is_torchs(arguments) and not exports_nothing:
         return theirs(*arguments, **options)
     if is_compiling():
         return ours(*arguments, **options)
@@ -233,16 +236,39 @@ class DropPath(torch.nn.Module):
         scale_by_keep: divide the kept samples by 1 - p.
 
     Shape: (N, ...) -> (N, ...).
+
+    A module that `convert` made of timm's or torchvision's keeps their attributes (`drop_prob`, `mode`) and
+    does what they say.
     """
+
+    __jit_unused_properties__ = ["p"]  # noqa: RUF012  # torch.jit reads such a list
+    # For a module that `convert` made of another, without a call of __init__.
+    scale_by_keep = True
+    mode = "row"
 
     def __init__(self, p: float = 0.5, *, scale_by_keep: bool = True) -> None:
         super().__init__()
-        check_number("DropPath", "p", p, 0, 1)
+        check_number("DropPath", "p", scalar(p), 0, 1)
         self.p, self.scale_by_keep = p, scale_by_keep
+
+    @property
+    def p(self) -> float:
+        """The probability of zeroing a sample; timm calls it drop_prob, which may be None."""
+        own = self.__dict__
+        return (own["drop_prob"] or 0.0) if "drop_prob" in own else own["p"]
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.__dict__["drop_prob" if "drop_prob" in self.__dict__ else "p"] = value
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, ...) -> (N, ...)."""
-        return drop_path(input, self.p, self.training, scale_by_keep=self.scale_by_keep)
+        if isinstance(input, torch.fx.Proxy):
+            return _as_node(self, input)
+        options: dict[str, Any] = dict(p=self.p, training=self.training, scale_by_keep=self.scale_by_keep)
+        if self.mode == "batch":  # torchvision's: all samples or none
+            return drop_path(input.unsqueeze(0), **options).squeeze(0)
+        return drop_path(input, **options)
 
     def extra_repr(self) -> str:
         """The arguments."""
@@ -268,6 +294,8 @@ class DropoutAdd(torch.nn.Module):
         self, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Apply it; (*, C), (*, C) and (C,) -> (*, C)."""
+        if any(isinstance(value, torch.fx.Proxy) for value in (input, residual, bias)):
+            return _as_node(self, input, residual, bias)
         return dropout_add(input, residual, self.p, bias, self.training)
 
     def extra_repr(self) -> str:
@@ -347,7 +375,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    options = {
+    options: dict[str, Any] = {
         "weight": loss.weight,
         "ignore_index": loss.ignore_index,
         "reduction": loss.reduction,
