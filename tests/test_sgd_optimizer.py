@@ -3,8 +3,8 @@
 import copy
 import io
 import math
-import re
 import pickle
+import re
 import warnings
 
 import numpy as np
