@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_python
 from patch_cases import ops_seen
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -279,3 +280,25 @@ class TestErrorsAreOfBothTypes:
 def test_a_refusal_counts_dimensions():
     with pytest.raises(ValueError, match=r"dropout2d: input must be at least 2-D, got 1-D of shape \(3,\)"):
         fr.dropout2d(torch.ones(3))
+
+
+def test_every_module_is_reloaded():
+    """As autoreload of a notebook does; operators, which torch registers once, are left as they are."""
+    run_python(
+        """
+import importlib, sys, warnings, torch
+import fastreg as fr
+warnings.simplefilter("error")
+compiled = ("_C", "_autograd_")
+for name in sorted(n for n in sys.modules if n.startswith("fastreg")):
+    if not name.split(".")[-1].startswith(compiled):
+        importlib.reload(sys.modules[name])
+x = torch.ones(4, 1000, requires_grad=True)
+fr.cross_entropy(fr.dropout(x), torch.tensor([0, 1, 2, 0])).backward()
+assert x.grad.any() and (sys.modules["fastreg._dropout"].dropout(x) == 0).any()
+assert fr.optim.SGD([x], lr=1.0).step() is None
+with fr.patched():
+    assert (torch.nn.functional.dropout(x) == 0).any()
+""",
+        check=True,
+    )
