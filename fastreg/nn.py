@@ -57,10 +57,10 @@ def _is_torchs(arguments: tuple[Any, ...]) -> bool:
     knows that one, because a jit trace would record our operators without a derivative, or because ours have
     no kernel for sparse and nested tensors.
     """
-    if is_tracing() or any(
-        isinstance(value, torch.Tensor) and (value.is_nested or value.layout != torch.strided)
-        for value in arguments
-    ):
+    for value in arguments:
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_nested):
+            return True
+    if is_tracing():
         return True
     if not has_torch_function_variadic(*arguments):
         return False
@@ -87,8 +87,9 @@ def _or_torchs(
     """ours(*arguments, **options), or what torch's function gives where that is its business or where ours
     refuses. With `extras`, which torch does not know, it is ours alone.
     """
-    if any(isinstance(value, torch.fx.Proxy) for value in arguments):
-        return _as_node(module, *arguments)
+    for value in arguments:
+        if isinstance(value, torch.fx.Proxy):
+            return _as_node(module, *arguments)
     if extras:
         return ours(*arguments, **options, **extras)
     exports_nothing = is_exporting() and options.get("training") is False  # ours is no operator then
@@ -241,7 +242,8 @@ class DropPath(torch.nn.Module):
     does what they say.
     """
 
-    __jit_unused_properties__ = ["p"]  # noqa: RUF012  # torch.jit reads such a list
+    __jit_unused_properties__ = ["p"]  # noqa: RUF012  # torch.jit reads such lists
+    __constants__ = ["scale_by_keep", "mode"]  # noqa: RUF012
     # For a module that `convert` made of another, without a call of __init__.
     scale_by_keep = True
     mode = "row"
@@ -263,16 +265,29 @@ class DropPath(torch.nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, ...) -> (N, ...)."""
-        if isinstance(input, torch.fx.Proxy):
-            return _as_node(self, input)
-        options: dict[str, Any] = dict(p=self.p, training=self.training, scale_by_keep=self.scale_by_keep)
-        if self.mode == "batch":  # torchvision's: all samples or none
-            return drop_path(input.unsqueeze(0), **options).squeeze(0)
-        return drop_path(input, **options)
+        if is_scripting():
+            probability = self.drop_prob if hasattr(self, "drop_prob") else self.p
+            if not self.training or probability == 0.0:
+                return input
+            shape = [1 if self.mode == "batch" else input.shape[0]] + [1] * (input.dim() - 1)
+            kept = torch.rand(shape, device=input.device) >= probability  # type: ignore[operator]
+            scale = 1.0 / (1.0 - probability) if self.scale_by_keep and probability < 1.0 else 1.0
+            return torch.where(kept, input * scale, torch.zeros_like(input))
+        else:
+            return _drop_path(self, input)
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}"
+
+
+def _drop_path(module: DropPath, input: torch.Tensor) -> torch.Tensor:
+    if isinstance(input, torch.fx.Proxy):
+        return _as_node(module, input)
+    p, training, scaled = module.p, module.training, module.scale_by_keep
+    if module.mode == "batch":  # torchvision's: all samples or none
+        return drop_path(input.unsqueeze(0), p, training, scale_by_keep=scaled).squeeze(0)
+    return drop_path(input, p, training, scale_by_keep=scaled)
 
 
 class DropoutAdd(torch.nn.Module):
@@ -375,8 +390,21 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
 
 def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    weight = loss.weight
+    # The usual case first; `is_torchs` below asks the same of the weight's dtype, and more.
+    usual = weight is None or (isinstance(input, torch.Tensor) and weight.dtype == input.dtype)
+    if usual and fast is not None and not is_compiling():
+        try:
+            value = fast.cross_entropy(
+                *(input, target, weight, None, loss.ignore_index, None, loss.reduction),
+                *(loss.label_smoothing, loss.smoothing, loss.z_loss, loss.all_ignored, loss.loss_dtype),
+            )
+        except ValueError:  # refused again below, with torch's type
+            value = None
+        if value is not None:
+            return value
     options: dict[str, Any] = {
-        "weight": loss.weight,
+        "weight": weight,
         "ignore_index": loss.ignore_index,
         "reduction": loss.reduction,
         "label_smoothing": loss.label_smoothing,
@@ -388,6 +416,6 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
         "loss_dtype": loss.loss_dtype,
     }
     changed = extras if tuple(extras.values()) != ("uniform", 0.0, "nan", None) else {}
-    if not changed and is_torchs(input, target, loss.weight):
+    if not changed and is_torchs(input, target, weight):
         return F.cross_entropy(input, target, **options)
     return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)

@@ -101,6 +101,15 @@ class TestScript:
             with pytest.raises(Exception, match="torch's arguments alone"):
                 torch.jit.script(fr.nn.CrossEntropyLoss(**option))(X, Y)
 
+    def test_stochastic_depth(self):
+        x = torch.ones(400, 2)
+        modules = [(fr.nn.DropPath(0.5), 2.0), (fr.nn.DropPath(0.5, scale_by_keep=False), 1.0)]
+        layers = pytest.importorskip("timm.layers", reason="needs timm", exc_type=ImportError)
+        modules.append((fr.convert(layers.DropPath(0.5)), 2.0))
+        for module, kept in modules:
+            assert self.run(module, x).unique().tolist() == [0.0, kept]
+            assert torch.equal(self.run(module.eval(), x), x)
+
     def test_trace(self):
         model = fr.convert(WithLoss())
         traced = torch.jit.trace(model, (X, Y), check_trace=False)
