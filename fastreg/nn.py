@@ -271,7 +271,7 @@ class DropPath(torch.nn.Module):
                 return input
             shape = [1 if self.mode == "batch" else input.shape[0]] + [1] * (input.dim() - 1)
             kept = torch.rand(shape, device=input.device) >= probability  # type: ignore[operator]
-            scale = 1.0 / (1.0 - probability) if self.scale_by_keep and probability < 1.0 else 1.0
+            scale = 1.0 / (1.0 - probability) if self.scale_by_keep and probability < 1.0 else 1.0  # type: ignore[operator]
             return torch.where(kept, input * scale, torch.zeros_like(input))
         else:
             return _drop_path(self, input)
