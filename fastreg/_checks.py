@@ -4,13 +4,50 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy
 import torch
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """An argument that fastreg cannot compute with, where torch raises a ValueError or a RuntimeError."""
+
+
+class ClassIndexError(ValueError, IndexError):
+    """A class index that is out of range."""
+
+
+class ArgumentTypeError(TypeError, RuntimeError):
+    """A tensor of a kind that fastreg cannot compute with, where torch raises a RuntimeError."""
+
+
+class UnsupportedError(ValueError, NotImplementedError):
+    """A dtype or layout without kernels, where torch raises a RuntimeError or a NotImplementedError."""
+
 
 # The element types that the kernels compute with; all others are refused, or left to torch.
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def or_torchs(refusal: Exception, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What torch's function gives for arguments that fastreg's has refused.
+
+    Raises:
+        Exception: of torch's type, where torch refuses them, too; `refusal` itself where it has that type.
+    """
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise (refusal if isinstance(refusal, type(error)) else error) from None
+
+
+def scalar(value: Any) -> Any:
+    """The number in a tensor without dimensions, which torch takes for a number; all else as it is."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad:
+        return value.item()
+    return value
 
 
 def arithmetic_dtype(tensor: torch.Tensor) -> torch.dtype:
@@ -30,9 +67,10 @@ def check_number(
 ) -> None:
     """Raise unless `value` is a real number in [low, high], and not infinite where `finite` is set.
 
-    NaN is in no interval. NumPy's scalars are numbers; True and False only where `allow_bool` is set.
+    NaN is in no interval. Numbers are those that torch's operators take, so NumPy's scalars, too, but no
+    fraction; True and False only where `allow_bool` is set.
     """
-    is_number = isinstance(value, (int, float, numbers.Real))
+    is_number = isinstance(value, (int, float, numpy.floating, numpy.integer))
     if not is_number or (isinstance(value, bool) and not allow_bool):
         raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
     # No math.isinf: torch.compile may hand in a symbol for the number.
@@ -44,7 +82,7 @@ def check_number(
         expected = f"finite and at least {low:g}"
     else:
         expected = f"in [{low:g}, {high:g}]"
-    raise ValueError(f"{op}: {name} must be {expected}, got {value}")
+    raise ArgumentError(f"{op}: {name} must be {expected}, got {value}")
 
 
 def _kind(value: Any) -> str:
@@ -75,16 +113,29 @@ def check_tensor(op: str, name: str, value: Any) -> None:
 def check_dtype(op: str, name: str, value: torch.Tensor) -> None:
     """Raise unless `value` has one of `DTYPES`; the compiled kernels raise the same error."""
     if value.dtype not in DTYPES:
-        raise ValueError(
+        raise UnsupportedError(
             f"{op}: {name} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
             "convert it with .float()"
+        )
+
+
+def check_dense(op: str, name: str, value: torch.Tensor) -> None:
+    """Raise unless `value` is strided, neither sparse nor nested."""
+    if value.is_nested:
+        raise UnsupportedError(
+            f"{op}: {name} must be a dense tensor, got a nested one; give its tensors one by "
+            "one, or padded by .to_padded_tensor(0.0)"
+        )
+    if value.layout != torch.strided:
+        raise UnsupportedError(
+            f"{op}: {name} must be a dense tensor, got {value.layout}; convert it with .to_dense()"
         )
 
 
 def check_no_overlap(op: str, name: str, value: torch.Tensor) -> None:
     """Raise if elements of `value`, which is to be written to, share memory."""
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: the elements of {name} must not share memory, got strides {value.stride()}; "
             "call it on a .clone()"
         )

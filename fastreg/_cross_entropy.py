@@ -10,6 +10,8 @@ csrc/cross_entropy/cross_entropy_math.h lists.
 
 from __future__ import annotations
 
+import functools
+import numbers
 import sys
 from typing import Any, Literal, NamedTuple, cast
 
@@ -17,7 +19,18 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ._checks import DTYPES, check_choice, check_number, check_tensor
+from ._checks import (
+    DTYPES,
+    ArgumentError,
+    ArgumentTypeError,
+    ClassIndexError,
+    check_choice,
+    check_dense,
+    check_dtype,
+    check_number,
+    check_tensor,
+    scalar,
+)
 from ._registry import define, fast
 from ._transforms import autocast_dtype, is_distributed, is_transformed, is_vmapped
 
@@ -53,19 +66,24 @@ class LossOptions(NamedTuple):
         loss_dtype: torch.dtype | None,
     ) -> LossOptions:
         """The options that the caller named; raise unless the op has every one of them."""
-        check_choice(op, "reduction", reduction, _REDUCTIONS)
+        if reduction == "elementwise_mean":  # torch's old name of it
+            reduction = "mean"
+        check_choice(op, "reduction", reduction, tuple(_REDUCTIONS))
         check_choice(op, "smoothing", smoothing, ("uniform", "others"))
         check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
+        label_smoothing, z_loss, ignore_index = map(scalar, (label_smoothing, z_loss, ignore_index))
         check_number(op, "label_smoothing", label_smoothing, 0, 1)
         check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
-        if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        if not isinstance(ignore_index, (numbers.Integral, torch.SymInt)) or isinstance(ignore_index, bool):
             raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
+        if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+            raise ArgumentError(f"{op}: ignore_index must fit into 64 bits, got {ignore_index}")
         return cls(
             _REDUCTIONS[reduction],
-            ignore_index,
-            label_smoothing,
+            ignore_index if isinstance(ignore_index, (int, torch.SymInt)) else int(ignore_index),
+            label_smoothing if isinstance(label_smoothing, (float, int)) else float(label_smoothing),
             smoothing == "others",
-            z_loss,
+            z_loss if isinstance(z_loss, (float, int)) else float(z_loss),
             all_ignored == "zero",
             loss_dtype,
         )
@@ -310,9 +328,9 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
     costs no pass over it.
     """
     if (
-        type(g) is torch.Tensor
+        not is_compiling()
+        and type(g) is torch.Tensor
         and g.numel() == 1
-        and not is_compiling()
         and not torch._C._functorch.is_legacy_batchedtensor(g)  # several at once: none can be looked at
         and not torch.is_grad_enabled()
         and not _keeps_graph()
@@ -380,23 +398,23 @@ def check_classes(
     expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the
     caller's user knows `input` and `weight` by.
     """
-    if input.dtype not in DTYPES:
-        raise ValueError(
-            f"{op}: {name} must be float32, float64, float16 or bfloat16, got {input.dtype}; convert it with "
-            f".float()"
-        )
+    check_dtype(op, name, input)
+    check_dense(op, name, input)
+    check_dense(op, "target", target)
     if options.loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: loss_dtype must be torch.float32, torch.float64 or {name}'s {input.dtype}, got "
             f"{options.loss_dtype}"
         )
     if target.device != input.device:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: target must be on {input.device} as {name} is, got {target.device}; move it with "
             f".to({name}.device)"
         )
     if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}")
+        raise ArgumentTypeError(
+            f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}"
+        )
     soft = target.is_floating_point()
     if target.shape != expected[soft]:
         remedy = (
@@ -404,24 +422,22 @@ def check_classes(
             if soft
             else "probabilities must be floating point"
         )
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: target must have shape {tuple(expected[soft])} for {name} of shape {tuple(input.shape)}, "
             f"got {tuple(target.shape)}; {remedy}"
         )
     if classes == 0:
-        raise ValueError(f"{op}: there must be at least one class, got {name} of shape {tuple(input.shape)}")
+        raise ClassIndexError(
+            f"{op}: there must be at least one class, got {name} of shape {tuple(input.shape)}"
+        )
     if options.others and options.label_smoothing > 0 and classes == 1:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: smoothing='others' needs at least two classes, got {name} of shape {tuple(input.shape)}"
         )
     if soft:
-        if target.dtype not in DTYPES:
-            raise ValueError(
-                f"{op}: probabilities must be float32, float64, float16 or bfloat16, got {target.dtype}; "
-                f"convert with .float()"
-            )
+        check_dtype(op, "probabilities", target)
         if options.ignore_index >= 0:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: ignore_index must be negative with a target of probabilities, got "
                 f"{options.ignore_index}"
             )
@@ -429,22 +445,23 @@ def check_classes(
         target = target.to(torch.int64).contiguous()
     if weight is not None:
         check_tensor(op, weight_name, weight)
+        check_dense(op, weight_name, weight)
         if not weight.is_floating_point():
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()"
             )
         if weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: {weight_name} must not require a gradient, as none is computed; give it with "
                 f".detach()"
             )
         if weight.shape != (classes,):
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: {weight_name} must have one value per class, shape ({classes},), got "
                 f"{tuple(weight.shape)}"
             )
         if weight.device != input.device:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}"
             )
         weight = weight.detach().to(statistics_dtype(input)).contiguous()
@@ -485,8 +502,9 @@ def cross_entropy(
         z_loss: factor of lse^2, added to each counted row's loss before the reduction; keeps logits from
             drifting.
         all_ignored: the mean over no row at all: "nan" (torch) or "zero".
-        loss_dtype: dtype of the loss; that of `input` by default (float32 under autocast), torch.float32
-            gives it unrounded.
+        loss_dtype: dtype of the loss; by default torch's, that of `input`, promoted by the dtypes of
+            probabilities and of their class weights (float32 under autocast). torch.float32 gives it
+            unrounded.
 
     Returns:
         The loss, () or, with reduction "none", of the shape of `input` without its classes. Statistics are
@@ -503,24 +521,30 @@ def cross_entropy(
         TypeError: `input`, `target` or `weight` is no tensor, `target` is bool or complex, `weight` is not
             floating point, an option is no number.
 
+    Where torch raises an IndexError (a class index out of range) or a RuntimeError, these errors are of that
+    type, too. A number may be a tensor without dimensions or a scalar of NumPy.
+
     Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de
     Brebisson and Vincent 2016, Chowdhery et al. 2022.
     """
     if fast is not None and not is_compiling():
-        loss = fast.cross_entropy(
-            input,
-            target,
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            smoothing,
-            z_loss,
-            all_ignored,
-            loss_dtype,
-        )
+        try:
+            loss = fast.cross_entropy(
+                input,
+                target,
+                weight,
+                size_average,
+                ignore_index,
+                reduce,
+                reduction,
+                label_smoothing,
+                smoothing,
+                z_loss,
+                all_ignored,
+                loss_dtype,
+            )
+        except ValueError:  # Python's errors, which follow, are of torch's types, too
+            loss = None
         if loss is not None:
             return loss
     op = "cross_entropy"
@@ -528,9 +552,12 @@ def cross_entropy(
     check_tensor(op, "target", target)
     if size_average is not None or reduce is not None:
         reduction = cast(Reduction, torch.nn._reduction.legacy_get_string(size_average, reduce))
-    narrow = input.dtype in (torch.float16, torch.bfloat16)
-    if loss_dtype is None and narrow and autocast_dtype(input.device.type):
-        loss_dtype = torch.float32
+    elif reduction == "elementwise_mean":
+        torch.nn._reduction.get_enum(reduction)  # warns
+    if loss_dtype is None:
+        loss_dtype = promoted_dtype(
+            input.dtype, target, weight, autocast_dtype(input.device.type) is not None
+        )
     options = LossOptions.checked(
         op,
         reduction=reduction,
@@ -542,7 +569,9 @@ def cross_entropy(
         loss_dtype=loss_dtype,
     )
     if input.dim() == 0:
-        raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions")
+        raise ArgumentError(
+            f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions"
+        )
     unbatched = input.dim() == 1
     expected = input.shape[: 0 if unbatched else 1] + input.shape[2:], input.shape
     target, weight = check_classes(
@@ -566,7 +595,13 @@ def cross_entropy(
     else:
         shape = None
 
-    loss = loss_of(input, target, weight, options)
+    if is_compiling():
+        loss = loss_of(input, target, weight, options)
+    else:
+        try:
+            loss = loss_of(input, target, weight, options)
+        except ValueError as error:  # the kernel's, which knows no IndexError
+            raise class_index_error(op, target, options.ignore_index, input.shape[1]) or error from None
     if reduction == "none":
         if unbatched:
             return loss.squeeze(0)
@@ -605,23 +640,58 @@ def loss_of_dtensors(
     return loss if options.loss_dtype is None else loss.to(options.loss_dtype)
 
 
-def _check_range(target: Tensor, ignore_index: int, classes: int) -> None:
-    """Raise for the first class index out of range, as the kernel does."""
+def promoted_dtype(input: torch.dtype, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:
+    """The dtype that torch gives the loss: that of the logits, promoted by those of probabilities and of
+    their class weights; float32 for narrower ones under autocast.
+    """
+    dtypes = [input]
+    if target.is_floating_point():
+        dtypes += [t.dtype for t in (target, weight) if isinstance(t, Tensor) and t.dtype in DTYPES]
+    if autocast:
+        dtypes = [torch.promote_types(dtype, torch.float32) for dtype in dtypes]
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def is_torchs(input: Any, target: Any, weight: Any) -> bool:
+    """Whether torch's cross-entropy refuses the dtypes of class indices or of their weights, which ours
+    takes: torch has no indices of 32 bits, and wants the weights to be of the dtype of the logits.
+    """
+    tensors = [t for t in (input, target, weight) if isinstance(t, Tensor)]
+    if len(tensors) < 2 + (weight is not None) or target.is_floating_point():
+        return False
+    if target.dtype not in (torch.int64, torch.uint8):
+        return True
+    if weight is None or weight.dtype == input.dtype:
+        return False
+    autocast = autocast_dtype(input.device.type) is not None
+    dtypes = {torch.promote_types(t.dtype, torch.float32) if autocast else t.dtype for t in (input, weight)}
+    return len(dtypes) > 1
+
+
+def class_index_error(op: str, target: Tensor, ignore_index: int, classes: int) -> ClassIndexError | None:
+    """The error for the first class index out of range, in the kernel's words; None where there is none, or
+    where to look for it would be to wait for a GPU.
+    """
+    if target.device.type != "cpu" or target.is_floating_point():
+        return None
     wrong = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if wrong.any():
-        at = int(wrong.flatten().to(torch.uint8).argmax())
-        raise ValueError(
-            f"cross_entropy: target must be in [0, {classes}) or ignore_index {ignore_index}, got "
-            f"{int(target.flatten()[at])} at element {at}"
-        )
+    if not wrong.any():
+        return None
+    at = int(wrong.flatten().to(torch.uint8).argmax())
+    return ClassIndexError(
+        f"{op}: target must be in [0, {classes}) or ignore_index {ignore_index}, got "
+        f"{int(target.flatten()[at])} at element {at}"
+    )
 
 
 def _composed(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """The same loss in torch's operators, which have derivatives of every kind and batching rules: for
     transforms, and for a target that wants a gradient itself, as of a teacher that learns.
     """
-    if target.device.type == "cpu" and not (target.is_floating_point() or is_compiling() or is_vmapped()):
-        _check_range(target, options.ignore_index, input.shape[1])
+    if not (is_compiling() or is_vmapped()):
+        error = class_index_error("cross_entropy", target, options.ignore_index, input.shape[1])
+        if error is not None:
+            raise error
     targets = _read_targets(target, weight, options.ignore_index, input.shape, statistics_dtype(input))
     q = options.smoothed(targets.one_hot, weight)
     loss, _ = _row_losses(input.to(q.dtype), q, options.z_loss)

@@ -16,7 +16,17 @@ from typing import Any, Literal
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import arithmetic_dtype, check_choice, check_dtype, check_no_overlap, check_number, check_tensor
+from ._checks import (
+    ArgumentError,
+    arithmetic_dtype,
+    check_choice,
+    check_dense,
+    check_dtype,
+    check_no_overlap,
+    check_number,
+    check_tensor,
+    scalar,
+)
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
@@ -283,12 +293,15 @@ def is_sharded(input: torch.Tensor) -> bool:
     return type(input) is not torch.Tensor and hasattr(input, "device_mesh")
 
 
-def check_input(op: str, input: torch.Tensor, p: float) -> float:
-    """Raise unless `input` is a tensor and `p` a probability; gives `p` as a float."""
+def check_input(op: str, input: torch.Tensor, p: float, training: bool = True) -> float:
+    """Raise unless `input` is a tensor, `p` a probability and `training` a bool; gives `p` as a float."""
     if not isinstance(input, torch.Tensor):
         check_tensor(op, "input", input)
+    if training is not True and training is not False and not isinstance(training, torch.SymBool):
+        raise TypeError(f"{op}: training must be True or False, got {type(training).__name__}")
     if type(p) is float and 0.0 <= p <= 1.0:  # the usual case passes without a call
         return p
+    p = scalar(p)
     check_number(op, "p", p, 0, 1)
     return float(p)
 
@@ -305,9 +318,14 @@ def run_dropout(
     """Draw a seed and apply dropout, through autograd only where a derivative is needed; gives the output."""
     seed = None if generator is None else draw_seed(input.device, generator)
     if fast is not None and not is_compiling():
-        output = fast.dropout(input, p, True, inplace, seed, inner, *constants_of(form, p))
+        try:
+            output = fast.dropout(input, p, True, inplace, seed, inner, *constants_of(form, p))
+        except ValueError:  # Python's errors, which follow, are of torch's types, too
+            output = None
         if output is not None:
             return output
+    check_dtype(op, "input", input)
+    check_dense(op, "input", input)
     if seed is None:
         seed = draw_seed(input.device)
     if is_sharded(input):
@@ -315,7 +333,7 @@ def run_dropout(
     derive = input.requires_grad and torch.is_grad_enabled()
     if inplace:
         if derive and input.is_leaf:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: inplace=True cannot overwrite a leaf tensor that requires a gradient; call it with "
                 "inplace=False"
             )
@@ -333,8 +351,9 @@ def run_dropout(
 
 
 def _run_in_place(op, input, p, seed, inner, form, derive):
+    check_no_overlap(op, "input", input)
     if input.is_neg():
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: inplace=True cannot write through a negative view; call it on input.resolve_neg()"
         )
     if derive:
@@ -420,15 +439,21 @@ def dropout(
     Raises:
         ValueError: p outside [0, 1] or NaN, unknown `rescale`, a dtype without kernels, or in place on a leaf
             or on an expanded tensor.
-        TypeError: `input` is no tensor or `p` no number.
+        TypeError: `input` is no tensor, `p` no number or `training` no bool.
+
+    Where torch raises a RuntimeError, these are RuntimeErrors, too. A number may be a tensor without
+    dimensions or a scalar of NumPy.
 
     Source: Srivastava et al. 2014 ("train"); Goodfellow et al. 2016, section 7.12 ("inference").
     """
     if fast is not None and generator is None and rescale == "train" and not is_compiling():
-        output = fast.dropout(input, p, training, inplace)
+        try:
+            output = fast.dropout(input, p, training, inplace)
+        except ValueError:  # Python's errors, which follow, are of torch's types, too
+            output = None
         if output is not None:
             return output
-    p = check_input("dropout", input, p)
+    p = check_input("dropout", input, p, training)
     if rescale != "train":
         check_choice("dropout", "rescale", rescale, ("train", "inference"))
         if not training:

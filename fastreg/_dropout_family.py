@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from typing import NoReturn
 
 import torch
 
-from ._checks import check_tensor
+from ._checks import ArgumentError, check_dense
 from ._dropout import Form, check_input, run_dropout
 
 
-def _elements_per_decision(input: torch.Tensor, batch_dims: int) -> int:
+def _elements_per_decision(op: str, input: torch.Tensor, batch_dims: int) -> int:
     """The number of neighbouring elements that share a decision, where each index of the first `batch_dims`
     dimensions has a decision of its own.
     """
+    check_dense(op, "input", input)
     decisions = 1
     for size in input.shape[:batch_dims]:
         decisions *= size
@@ -28,20 +29,33 @@ def _feature_dropout(
     training: bool,
     inplace: bool,
     generator: torch.Generator | None,
-    dims: Collection[int],
     batch_dims: int,
 ) -> torch.Tensor:
-    """Dropout with one decision for each index of the first `batch_dims` dimensions; `dims` are the numbers
-    of dimensions that `input` may have.
+    """Dropout with one decision for each index of the first `batch_dims` dimensions. As in torch, an input of
+    fewer dimensions matters only where something is drawn.
     """
-    p = check_input(op, input, p)
-    if input.dim() not in dims:
-        expected = " or ".join(f"{d}-D" for d in dims)
-        raise ValueError(f"{op}: input must be {expected}, got {input.dim()}-D of shape {tuple(input.shape)}")
     if not training or p == 0 or input.numel() == 0:
         return input
-    inner = _elements_per_decision(input, batch_dims)
+    if input.dim() < batch_dims and p != 1:
+        _refuse_dimensions(op, input, f"at least {batch_dims}-D")
+    inner = _elements_per_decision(op, input, batch_dims)
     return run_dropout(op, input, p, inplace, generator, inner, "inverted")
+
+
+def _refuse_dimensions(op: str, input: torch.Tensor, expected: str) -> NoReturn:
+    raise ArgumentError(
+        f"{op}: input must be {expected}, got {input.dim()}-D of shape {tuple(input.shape)}; use dropout to "
+        "drop single elements"
+    )
+
+
+def _warn_of_dimensions(op: str, input: torch.Tensor, taken_as: str) -> None:
+    """Warn as torch does, with its first words, of an input that torch may one day take as something else."""
+    warnings.warn(
+        f"{op}: Received a {input.dim()}-D input to {op}, which is deprecated: it is taken as {taken_as}; "
+        "use dropout to drop single elements",
+        stacklevel=3,
+    )
 
 
 def dropout1d(
@@ -58,8 +72,10 @@ def dropout1d(
     Arguments, dtypes and errors as in `dropout`; one bit per channel is saved for backward.
     Source: Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
-    check_tensor("dropout1d", "input", input)
-    return _feature_dropout("dropout1d", input, p, training, inplace, generator, (2, 3), input.dim() - 1)
+    p = check_input("dropout1d", input, p, training)
+    if input.dim() not in (2, 3):
+        _refuse_dimensions("dropout1d", input, "2-D or 3-D")
+    return _feature_dropout("dropout1d", input, p, training, inplace, generator, input.dim() - 1)
 
 
 def dropout2d(
@@ -76,14 +92,16 @@ def dropout2d(
     `dropout`.
     Source: Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
-    check_tensor("dropout2d", "input", input)
-    if input.dim() != 4:
+    p = check_input("dropout2d", input, p, training)
+    if input.dim() == 3:
         warnings.warn(
-            f"dropout2d: a {input.dim()}-D input is taken as (N, C, ...), as torch does; use dropout1d for "
-            f"(N, C, L)",
+            "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior "
+            "is desired: it is taken as (N, C, L); use dropout1d for that",
             stacklevel=2,
         )
-    return _feature_dropout("dropout2d", input, p, training, inplace, generator, range(2, 64), 2)
+    elif input.dim() != 4:
+        _warn_of_dimensions("dropout2d", input, "(N, C, ...)")
+    return _feature_dropout("dropout2d", input, p, training, inplace, generator, 2)
 
 
 def dropout3d(
@@ -99,26 +117,11 @@ def dropout3d(
     Arguments, dtypes and errors as in `dropout`.
     Source: Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
-    check_tensor("dropout3d", "input", input)
+    p = check_input("dropout3d", input, p, training)
     if input.dim() not in (4, 5):
-        warnings.warn(f"dropout3d: a {input.dim()}-D input is taken as (C, ...), as torch does", stacklevel=2)
-    return _feature_dropout(
-        "dropout3d", input, p, training, inplace, generator, range(1, 64), 2 if input.dim() == 5 else 1
-    )
-
-
-def _alpha_dropout(
-    op: str,
-    input: torch.Tensor,
-    p: float,
-    training: bool,
-    inplace: bool,
-    generator: torch.Generator | None,
-    inner: int,
-) -> torch.Tensor:
-    if not training or p == 0 or input.numel() == 0:
-        return input
-    return run_dropout(op, input, p, inplace, generator, inner, "alpha")
+        _warn_of_dimensions("dropout3d", input, "(C, ...)")
+    batch_dims = 2 if input.dim() == 5 else 1
+    return _feature_dropout("dropout3d", input, p, training, inplace, generator, batch_dims)
 
 
 def alpha_dropout(
@@ -135,8 +138,10 @@ def alpha_dropout(
     Arguments, dtypes and errors as in `dropout`.
     Source: Klambauer, Unterthiner, Mayr, Hochreiter 2017, Self-normalizing neural networks.
     """
-    p = check_input("alpha_dropout", input, p)
-    return _alpha_dropout("alpha_dropout", input, p, training, inplace, generator, 1)
+    p = check_input("alpha_dropout", input, p, training)
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    return run_dropout("alpha_dropout", input, p, inplace, generator, 1, "alpha")
 
 
 def feature_alpha_dropout(
@@ -150,15 +155,18 @@ def feature_alpha_dropout(
     """`alpha_dropout` of whole channels of (N, C, ...); drop-in for
     `torch.nn.functional.feature_alpha_dropout`.
 
-    Arguments, dtypes and errors as in `dropout`, and a ValueError for an input of fewer than two dimensions.
+    Arguments, dtypes and errors as in `dropout`, and a ValueError where something is to be dropped from
+    fewer than two dimensions.
     Source: Klambauer et al. 2017, Self-normalizing neural networks.
     """
-    p = check_input("feature_alpha_dropout", input, p)
-    if input.dim() < 2:
-        raise ValueError(f"feature_alpha_dropout: input must be (N, C, ...), got shape {tuple(input.shape)}")
-    return _alpha_dropout(
-        "feature_alpha_dropout", input, p, training, inplace, generator, _elements_per_decision(input, 2)
-    )
+    op = "feature_alpha_dropout"
+    p = check_input(op, input, p, training)
+    if not training or p == 0 or input.numel() == 0:
+        return input
+    if input.dim() < 2 and p != 1:
+        _refuse_dimensions(op, input, "at least 2-D, (N, C, ...)")
+    inner = _elements_per_decision(op, input, 2)
+    return run_dropout(op, input, p, inplace, generator, inner, "alpha")
 
 
 def drop_path(
@@ -180,10 +188,11 @@ def drop_path(
     Other arguments and errors as in `dropout`.
     Source: Huang, Sun, Liu, Sedra, Weinberger 2016, Deep networks with stochastic depth.
     """
-    p = check_input("drop_path", input, p)
+    p = check_input("drop_path", input, p, training)
     if input.dim() == 0:
         raise ValueError("drop_path: input must be (N, ...), got a tensor without dimensions")
     if not training or p == 0 or input.numel() == 0:
         return input
     form: Form = "inverted" if scale_by_keep else "textbook"
-    return run_dropout("drop_path", input, p, inplace, generator, _elements_per_decision(input, 1), form)
+    inner = _elements_per_decision("drop_path", input, 1)
+    return run_dropout("drop_path", input, p, inplace, generator, inner, form)

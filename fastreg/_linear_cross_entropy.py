@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from ._checks import check_tensor
+from ._checks import ArgumentError, check_tensor
 from ._cross_entropy import (
     ROW_OPTIONS,
     ROW_OPTIONS_WITH_DEFAULTS,
@@ -20,9 +21,11 @@ from ._cross_entropy import (
     Reduction,
     Smoothing,
     check_classes,
+    class_index_error,
     loss_of,
     loss_of_dtensors,
     plain_rows_,
+    promoted_dtype,
     scaled,
     statistics_dtype,
 )
@@ -260,6 +263,8 @@ def linear_cross_entropy(
         if name != "bias" or bias is not None:
             check_tensor(op, name, value)
     hidden, weight, bias, autocast = _as_autocast(hidden, weight, bias)
+    if loss_dtype is None:
+        loss_dtype = promoted_dtype(hidden.dtype, target, class_weight, autocast)
     options = LossOptions.checked(
         op,
         reduction=reduction,
@@ -268,7 +273,7 @@ def linear_cross_entropy(
         smoothing=smoothing,
         z_loss=z_loss,
         all_ignored=all_ignored,
-        loss_dtype=loss_dtype or (torch.float32 if autocast else None),
+        loss_dtype=loss_dtype,
     )
     _check_layer(op, hidden, weight, bias)
     classes, shape = weight.shape[0], hidden.shape[:-1]
@@ -295,20 +300,34 @@ def linear_cross_entropy(
     factor = _row_factor(hidden, target, class_weight, options)
     each = reduction == "none"
     arguments = hidden, weight, bias, target, factor, class_weight
-    if is_transformed():
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        of_rows = LossOptions(0, *options.of_row(), loss_dtype=factor.dtype)
-        losses = loss_of(logits, target, class_weight, of_rows)
-        loss = losses if each else _weighted_sum(losses, factor)
-    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
-        loss = _LinearCrossEntropy.apply(*arguments, each, *options.of_row())
+    if is_compiling():
+        loss = _loss(arguments, each, options)
     else:
-        losses = _linear_cross_entropy(*arguments, "", *options.of_row())[0]
-        loss = losses if each else _weighted_sum(losses, factor)
+        try:
+            loss = _loss(arguments, each, options)
+        except ValueError as error:  # the kernel's, which knows no IndexError
+            raise class_index_error(op, target, options.ignore_index, classes) or error from None
     if reduction == "mean" and not len(hidden) and all_ignored == "nan":
         loss = loss + torch.nan
     loss = loss.to(options.loss_dtype or hidden.dtype)
     return loss.view(shape) if each else loss
+
+
+def _loss(arguments: tuple, each: bool, options: LossOptions) -> Tensor:
+    """The losses of the rows, (rows,), if `each`; else their weighted sum. arguments: the tensors of the
+    operator, in order.
+    """
+    hidden, weight, bias, target, factor, class_weight = arguments
+    if is_transformed():
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        losses = loss_of(
+            logits, target, class_weight, LossOptions(0, *options.of_row(), loss_dtype=factor.dtype)
+        )
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
+        return _LinearCrossEntropy.apply(*arguments, each, *options.of_row())
+    else:
+        losses = _linear_cross_entropy(*arguments, "", *options.of_row())[0]
+    return losses if each else _weighted_sum(losses, factor)
 
 
 def _as_autocast(
@@ -324,17 +343,17 @@ def _as_autocast(
 def _check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless the shapes, dtypes and devices of the linear layer fit."""
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: weight must be (C, H) for hidden of shape (..., H), got {tuple(weight.shape)} for "
             f"{tuple(hidden.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: bias must have one value per class, shape ({weight.shape[0]},), got {tuple(bias.shape)}"
         )
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (value.dtype != hidden.dtype or value.device != hidden.device):
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: {name} must be {hidden.dtype} on {hidden.device} as hidden is, got {value.dtype} on "
                 f"{value.device}; convert it with .to(hidden)"
             )

@@ -25,8 +25,8 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import nn
-from ._checks import DTYPES
-from ._cross_entropy import cross_entropy
+from ._checks import DTYPES, or_torchs
+from ._cross_entropy import cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._exchange import ExchangedCode, ExchangedName
@@ -65,7 +65,10 @@ def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Calla
         if has_torch_function_unary(input):
             return original(input, p, training, inplace)
         if usual is not None and not is_compiling():
-            output = usual(input, p, training, inplace)
+            try:
+                output = usual(input, p, training, inplace)
+            except ValueError:  # what it refuses, ours refuses below with torch's type
+                output = None
             if output is not None:
                 return output
         if (
@@ -76,7 +79,13 @@ def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Calla
             # fewer bytes than any kernel of its own.
             and not (input.is_cuda and is_compiling())
         ):
-            return ours(input, p, training, inplace)
+            if is_compiling():
+                return ours(input, p, training, inplace)
+            try:
+                return ours(input, p, training, inplace)
+            except (TypeError, ValueError) as error:
+                refusal = error
+            return or_torchs(refusal, original, input, p, training, inplace)
         return original(input, p, training, inplace)
 
     return run_dropout
@@ -92,7 +101,10 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
         if has_torch_function_variadic(input, target, weight):
             return original(input, target, *options)
         if fast is not None and not is_compiling():
-            loss = fast.cross_entropy(input, target, *options, "uniform", 0.0, "nan", None)
+            try:
+                loss = fast.cross_entropy(input, target, *options, "uniform", 0.0, "nan", None)
+            except ValueError:  # what it refuses, ours refuses below with torch's type
+                loss = None
             if loss is not None:
                 return loss
         if (
@@ -100,9 +112,16 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
             and type(target) in _PLAIN
             and target.device == input.device
             and (weight is None or (_has_kernel(weight) and not weight.requires_grad))
+            and not is_torchs(input, target, weight)
             and _is_replaced()
         ):
-            return cross_entropy(input, target, *options)
+            if is_compiling():
+                return cross_entropy(input, target, *options)
+            try:
+                return cross_entropy(input, target, *options)
+            except (TypeError, ValueError) as error:
+                refusal = error
+            return or_torchs(refusal, original, input, target, *options)
         return original(input, target, *options)
 
     return run_cross_entropy
@@ -404,10 +423,8 @@ def convert(model: _Model) -> _Model:
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
             module.__class__ = _MODULES[type(module)]
-        elif kind == "timm.layers.drop.DropPath":
-            module.p = module.drop_prob or 0.0  # type: ignore[assignment]
-            module.__class__ = nn.DropPath
-        elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
-            module.scale_by_keep = True  # type: ignore[assignment]
+        elif kind == "timm.layers.drop.DropPath" or (
+            kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row"
+        ):
             module.__class__ = nn.DropPath
     return model

@@ -26,9 +26,11 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
         f"fastreg needs torch >= 2.10, got {torch.__version__}; pip install --upgrade 'torch>=2.10'"
     )
 
-_library = torch.library.Library("fastreg", "DEF")
+# A reloaded module finds the operators registered, as torch.ops keeps them, and leaves them as they are.
+_library: torch.library.Library = globals().get("_library") or torch.library.Library("fastreg", "DEF")
 # The name of each operator with kernels, and its definition in plain torch.
-_declared: dict[str, Callable[..., Any] | None] = {}
+_declared: dict[str, Callable[..., Any] | None] = globals().get("_declared", {})
+_registered: set[str] = globals().get("_registered", set())
 
 
 def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
@@ -37,10 +39,9 @@ def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
     `plain` is its definition in plain torch, a function of the operator's arguments that returns its results.
     It is what the operator does on a device without a kernel.
     """
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = _name_of(schema)
     _declared[name] = plain
-    _library.impl(name, _no_kernel(name, plain), "CompositeExplicitAutograd")
+    _register(schema, _no_kernel(name, plain), "CompositeExplicitAutograd")
 
 
 def declared() -> tuple[str, ...]:
@@ -58,8 +59,7 @@ def define_kernel(schema: str, function: Callable[..., Any]) -> None:
 
     Autograd and torch.compile do not look into it.
     """
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name_of(schema), function, "CompositeExplicitAutograd")
+    _register(schema, function, "CompositeExplicitAutograd")
 
 
 def define_composite(schema: str, function: Callable[..., Any]) -> None:
@@ -67,8 +67,7 @@ def define_composite(schema: str, function: Callable[..., Any]) -> None:
 
     Autograd looks into it. torch.compile sees one node at first, and AOTAutograd then looks into that.
     """
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name_of(schema), function, "CompositeImplicitAutograd")
+    _register(schema, function, "CompositeImplicitAutograd")
 
 
 def load_kernels() -> ModuleType:
@@ -84,6 +83,14 @@ def load_kernels() -> ModuleType:
             "for this Python, or run `make test` in a checkout"
         ) from error
     return _C
+
+
+def _register(schema: str, function: Callable[..., Any], key: str) -> None:
+    name = _name_of(schema)
+    if name not in _registered:
+        _registered.add(name)
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, key)
 
 
 def _name_of(schema: str) -> str:

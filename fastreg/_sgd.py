@@ -8,6 +8,7 @@ csrc/sgd/sgd_math.h.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def _penalty(
     w: torch.Tensor, weight_decay: torch.Tensor, l1: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weight_decay * w, l1 * sign(w)); a factor of 0 makes no NaN of an infinite w."""
-    shrink = torch.where(weight_decay > 0, weight_decay * w, 0.0)
+    shrink = torch.where(weight_decay != 0, weight_decay * w, 0.0)
     return shrink, torch.where(w > 0, l1, torch.where(w < 0, 0 - l1, 0.0))
 
 
@@ -143,8 +144,24 @@ define(
 )
 
 
-def _with_numbers(params, grads, momentum_buffers, momentum_started, numbers, *rest):
-    sgd_(params, grads, momentum_buffers, momentum_started, *numbers.tolist(), *rest)
+def sgd_with_numbers(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    momentum_buffers: Sequence[torch.Tensor],
+    momentum_started: Sequence[torch.Tensor],
+    numbers: Sequence[float],
+    *others: Any,
+) -> None:
+    """The operator with (lr, momentum, dampening, weight_decay, l1) in one. The kernels take no negative
+    factors, which a group may be given later, to climb for example: those go to plain torch.
+    """
+    lr, momentum, _, weight_decay, _ = numbers
+    step = sgd_plain if min(lr, momentum, weight_decay) < 0 else sgd_
+    step(params, grads, momentum_buffers, momentum_started, *numbers, *others)
+
+
+def _with_numbers(params, grads, momentum_buffers, momentum_started, numbers, *others):
+    sgd_with_numbers(params, grads, momentum_buffers, momentum_started, numbers.tolist(), *others)
 
 
 # The same for a compiled step whose numbers change, under a schedule for example. torch.compile makes a new

@@ -4,12 +4,18 @@ checks and checkpoints carry over.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
+from torch.compiler import is_compiling, is_exporting
+from torch.jit import is_scripting, is_tracing
+from torch.overrides import has_torch_function_variadic
+from torch.utils._device import DeviceContext
 
-from ._checks import check_choice, check_number
-from ._cross_entropy import AllIgnored, LossOptions, Reduction, Smoothing, cross_entropy
+from ._checks import check_choice, check_number, or_torchs, scalar
+from ._cross_entropy import AllIgnored, LossOptions, Reduction, Smoothing, cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_add import dropout_add
 from ._dropout_family import (
@@ -21,6 +27,7 @@ from ._dropout_family import (
     feature_alpha_dropout,
 )
 from ._fold import fold_dropout
+from ._registry import fast
 
 __all__ = [
     "AlphaDropout",
@@ -36,6 +43,88 @@ __all__ = [
 ]
 
 
+def _has_override(value: Any) -> bool:
+    kind = type(value)
+    return (
+        isinstance(value, torch.Tensor)
+        and kind is not torch.Tensor
+        and kind.__torch_function__ is not torch._C._disabled_torch_function_impl
+    )
+
+
+def _is_torchs(arguments: tuple[Any, ...]) -> bool:
+    """Whether torch's own function must be called: because a mode or a subclass of Tensor is asked first, and
+    knows that one, because a jit trace would record our operators without a derivative, or because ours have
+    no kernel for sparse and nested tensors.
+    """
+    for value in arguments:
+        if isinstance(value, torch.Tensor) and (value.layout != torch.strided or value.is_nested):
+            return True
+    if is_tracing():
+        return True
+    if not has_torch_function_variadic(*arguments):
+        return False
+    # torch.set_default_device is a mode, too, but one that leaves such functions alone.
+    count = torch._C._len_torch_function_stack()
+    modes = [torch._C._get_function_stack_at(i) for i in range(count)]
+    return any(not isinstance(mode, DeviceContext) for mode in modes) or any(map(_has_override, arguments))
+
+
+def _as_node(module: torch.nn.Module, *arguments: Any) -> Any:
+    """What the call of a module is in a graph of torch.fx: one node, as for the modules of torch.nn."""
+    tracer: Any = next(value.tracer for value in arguments if isinstance(value, torch.fx.Proxy))
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+def _or_torchs(
+    module: torch.nn.Module,
+    ours: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+    extras: dict[str, Any],
+) -> torch.Tensor:
+    """ours(*arguments, **options), or what torch's function gives where that is its business or where ours
+    refuses. With `extras`, which torch does not know, it is ours alone.
+    """
+    for value in arguments:
+        if isinstance(value, torch.fx.Proxy):
+            return _as_node(module, *arguments)
+    if extras:
+        return ours(*arguments, **options, **extras)
+    exports_nothing = is_exporting() and options.get("training") is False  # ours is no operator then
+    if _is_torchs(arguments) and not exports_nothing:
+        return theirs(*arguments, **options)
+    if is_compiling():
+        return ours(*arguments, **options)
+    try:
+        return ours(*arguments, **options)
+    except (TypeError, ValueError) as error:
+        refusal = error
+    return or_torchs(refusal, theirs, *arguments, **options)
+
+
+def _dropout_or_torchs(
+    module: Any,
+    ours: Callable[..., torch.Tensor],
+    theirs: Callable[..., torch.Tensor],
+    input: torch.Tensor,
+) -> torch.Tensor:
+    extras = {}
+    if ours is dropout:
+        if module.rescale != "train":
+            extras = {"rescale": module.rescale}
+        elif fast is not None and not is_compiling():
+            try:
+                output = fast.dropout(input, module.p, module.training, module.inplace)
+            except ValueError:
+                output = None
+            if output is not None:
+                return output
+    options = {"p": module.p, "training": module.training, "inplace": module.inplace}
+    return _or_torchs(module, ours, theirs, (input,), options, extras)
+
+
 class Dropout(torch.nn.Dropout):
     """Zeroes elements with probability `p` while training; drop-in for `torch.nn.Dropout`, on
     `fastreg.dropout`.
@@ -49,20 +138,26 @@ class Dropout(torch.nn.Dropout):
     Shape: any; dtypes and errors as in `fastreg.dropout`.
     """
 
+    __constants__ = ["p", "inplace", "rescale"]  # noqa: RUF012  # torch.jit reads such a list
     # For a module that `convert` made of torch's, without a call of __init__.
     rescale: Literal["train", "inference"] = "train"
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, rescale: Literal["train", "inference"] = "train"
     ) -> None:
-        check_number("Dropout", "p", p, 0, 1)
+        check_number("Dropout", "p", scalar(p), 0, 1)
         check_choice("Dropout", "rescale", rescale, ("train", "inference"))
         super().__init__(p, inplace)
         self.rescale = rescale
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (*) -> (*)."""
-        return dropout(input, self.p, self.training, self.inplace, rescale=self.rescale)
+        if is_scripting():
+            if self.rescale != "train":
+                raise RuntimeError("Dropout: torch.jit.script does not know rescale='inference'")
+            return F.dropout(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout, F.dropout, input)
 
     def extra_repr(self) -> str:
         """The arguments as in torch, and `rescale` where it is not the default."""
@@ -73,7 +168,7 @@ class _CheckedP:
     """Checks p before torch does, because torch lets NaN and strings of digits pass."""
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
-        check_number(type(self).__name__, "p", p, 0, 1)
+        check_number(type(self).__name__, "p", scalar(p), 0, 1)
         super().__init__(p, inplace)  # type: ignore[call-arg]
 
 
@@ -82,7 +177,10 @@ class Dropout1d(_CheckedP, torch.nn.Dropout1d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, L) -> (N, C, L)."""
-        return dropout1d(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.dropout1d(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout1d, F.dropout1d, input)
 
 
 class Dropout2d(_CheckedP, torch.nn.Dropout2d):
@@ -90,7 +188,10 @@ class Dropout2d(_CheckedP, torch.nn.Dropout2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, H, W) -> (N, C, H, W)."""
-        return dropout2d(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.dropout2d(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout2d, F.dropout2d, input)
 
 
 class Dropout3d(_CheckedP, torch.nn.Dropout3d):
@@ -98,7 +199,10 @@ class Dropout3d(_CheckedP, torch.nn.Dropout3d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, D, H, W) -> (N, C, D, H, W)."""
-        return dropout3d(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.dropout3d(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, dropout3d, F.dropout3d, input)
 
 
 class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
@@ -108,7 +212,10 @@ class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (*) -> (*)."""
-        return alpha_dropout(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.alpha_dropout(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, alpha_dropout, F.alpha_dropout, input)
 
 
 class FeatureAlphaDropout(_CheckedP, torch.nn.FeatureAlphaDropout):
@@ -116,7 +223,10 @@ class FeatureAlphaDropout(_CheckedP, torch.nn.FeatureAlphaDropout):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, ...) -> (N, C, ...)."""
-        return feature_alpha_dropout(input, self.p, self.training, self.inplace)
+        if is_scripting():
+            return F.feature_alpha_dropout(input, self.p, self.training, self.inplace)
+        else:
+            return _dropout_or_torchs(self, feature_alpha_dropout, F.feature_alpha_dropout, input)
 
 
 class DropPath(torch.nn.Module):
@@ -127,20 +237,57 @@ class DropPath(torch.nn.Module):
         scale_by_keep: divide the kept samples by 1 - p.
 
     Shape: (N, ...) -> (N, ...).
+
+    A module that `convert` made of timm's or torchvision's keeps their attributes (`drop_prob`, `mode`) and
+    does what they say.
     """
+
+    __jit_unused_properties__ = ["p"]  # noqa: RUF012  # torch.jit reads such lists
+    __constants__ = ["scale_by_keep", "mode"]  # noqa: RUF012
+    # For a module that `convert` made of another, without a call of __init__.
+    scale_by_keep = True
+    mode = "row"
 
     def __init__(self, p: float = 0.5, *, scale_by_keep: bool = True) -> None:
         super().__init__()
-        check_number("DropPath", "p", p, 0, 1)
+        check_number("DropPath", "p", scalar(p), 0, 1)
         self.p, self.scale_by_keep = p, scale_by_keep
+
+    @property
+    def p(self) -> float:
+        """The probability of zeroing a sample; timm calls it drop_prob, which may be None."""
+        own = self.__dict__
+        return (own["drop_prob"] or 0.0) if "drop_prob" in own else own["p"]
+
+    @p.setter
+    def p(self, value: float) -> None:
+        self.__dict__["drop_prob" if "drop_prob" in self.__dict__ else "p"] = value
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, ...) -> (N, ...)."""
-        return drop_path(input, self.p, self.training, scale_by_keep=self.scale_by_keep)
+        if is_scripting():
+            probability = self.drop_prob if hasattr(self, "drop_prob") else self.p
+            if not self.training or probability == 0.0:
+                return input
+            shape = [1 if self.mode == "batch" else input.shape[0]] + [1] * (input.dim() - 1)
+            kept = torch.rand(shape, device=input.device) >= probability  # type: ignore[operator]
+            scale = 1.0 / (1.0 - probability) if self.scale_by_keep and probability < 1.0 else 1.0  # type: ignore[operator]
+            return torch.where(kept, input * scale, torch.zeros_like(input))
+        else:
+            return _drop_path(self, input)
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}"
+
+
+def _drop_path(module: DropPath, input: torch.Tensor) -> torch.Tensor:
+    if isinstance(input, torch.fx.Proxy):
+        return _as_node(module, input)
+    p, training, scaled = module.p, module.training, module.scale_by_keep
+    if module.mode == "batch":  # torchvision's: all samples or none
+        return drop_path(input.unsqueeze(0), p, training, scale_by_keep=scaled).squeeze(0)
+    return drop_path(input, p, training, scale_by_keep=scaled)
 
 
 class DropoutAdd(torch.nn.Module):
@@ -162,6 +309,8 @@ class DropoutAdd(torch.nn.Module):
         self, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Apply it; (*, C), (*, C) and (C,) -> (*, C)."""
+        if any(isinstance(value, torch.fx.Proxy) for value in (input, residual, bias)):
+            return _as_node(self, input, residual, bias)
         return dropout_add(input, residual, self.p, bias, self.training)
 
     def extra_repr(self) -> str:
@@ -180,6 +329,10 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     Shape: (C,), (N, C) or (N, C, d1, ...) and targets -> () or the targets' shape.
     """
 
+    __constants__ = [  # noqa: RUF012  # torch.jit reads such a list
+        *("ignore_index", "reduction", "label_smoothing"),
+        *("smoothing", "z_loss", "all_ignored", "loss_dtype"),
+    ]
     # For a module that `convert` made of torch's, without a call of __init__.
     smoothing: Smoothing = "uniform"
     z_loss: float = 0.0
@@ -219,15 +372,50 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of logits `input` against `target`."""
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            smoothing=self.smoothing,
-            z_loss=self.z_loss,
-            all_ignored=self.all_ignored,
-            loss_dtype=self.loss_dtype,
-        )
+        if is_scripting():
+            if self.smoothing != "uniform" or self.z_loss != 0.0 or self.all_ignored != "nan":
+                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows torch's arguments alone")
+            if self.loss_dtype is not None:
+                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows torch's arguments alone")
+            return F.cross_entropy(
+                input,
+                target,
+                weight=self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )
+        else:
+            return _loss_or_torchs(self, input, target)
+
+
+def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    weight = loss.weight
+    # The usual case first; `is_torchs` below asks the same of the weight's dtype, and more.
+    usual = weight is None or (isinstance(input, torch.Tensor) and weight.dtype == input.dtype)
+    if usual and fast is not None and not is_compiling():
+        try:
+            value = fast.cross_entropy(
+                *(input, target, weight, None, loss.ignore_index, None, loss.reduction),
+                *(loss.label_smoothing, loss.smoothing, loss.z_loss, loss.all_ignored, loss.loss_dtype),
+            )
+        except ValueError:  # refused again below, with torch's type
+            value = None
+        if value is not None:
+            return value
+    options: dict[str, Any] = {
+        "weight": weight,
+        "ignore_index": loss.ignore_index,
+        "reduction": loss.reduction,
+        "label_smoothing": loss.label_smoothing,
+    }
+    extras = {
+        "smoothing": loss.smoothing,
+        "z_loss": loss.z_loss,
+        "all_ignored": loss.all_ignored,
+        "loss_dtype": loss.loss_dtype,
+    }
+    changed = extras if tuple(extras.values()) != ("uniform", 0.0, "nan", None) else {}
+    if not changed and is_torchs(input, target, weight):
+        return F.cross_entropy(input, target, **options)
+    return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)

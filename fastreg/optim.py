@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias
 
+import numpy
 import torch
 from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._checks import DTYPES, check_choice, check_number, check_tensor
+from ._checks import DTYPES, ArgumentError, UnsupportedError, check_choice, check_number, check_tensor
 from ._registry import fast
 from ._seeds import draw_seed
-from ._sgd import sgd_, sgd_numbers_
+from ._sgd import sgd_, sgd_numbers_, sgd_with_numbers
 from ._types import Number
 
 __all__ = ["SGD", "penalty", "penalty_groups", "prior_scale", "sparsity"]
@@ -30,6 +32,10 @@ Params: TypeAlias = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] 
 
 # The tensors of one device in a step: params, grads, momentum_buffers, momentum_started.
 Work: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+
+
+# The options of a parameter group that torch.optim.SGD does not have.
+_OWN_OPTIONS = {"l1": 0.0, "l1_mode": "subgradient", "decoupled": False, "stochastic_rounding": False}
 
 
 class SGD(torch.optim.SGD):
@@ -42,7 +48,7 @@ class SGD(torch.optim.SGD):
     Args:
         params: parameters or parameter groups, as in torch; see `penalty_groups`. A parameter listed twice in
             a group is taken once.
-        lr: learning rate, a float or a tensor of one element on the parameters' device (float32 or float64).
+        lr: learning rate, a number or a real tensor of one element.
         momentum, dampening, weight_decay, nesterov, maximize: as in torch.
         l1: factor of the L1 penalty, at least 0. Trainers give two groups, of which one brings weight_decay=0
             and holds biases and norms, all of fewer than two dimensions: beside other groups such a group is
@@ -73,9 +79,9 @@ class SGD(torch.optim.SGD):
     `scaler.step`, and Lightning's mixed precisions refuse to clip them.
 
     Raises:
-        ValueError: a negative or NaN number, nesterov without momentum or with dampening, an unknown l1_mode,
-            differentiable=True, stochastic rounding of float16, a gradient of another dtype than its
-            parameter.
+        ValueError: a NaN or infinite number, a negative one in the constructor (as in torch, in a group it
+            may be), nesterov without momentum or with dampening, an unknown l1_mode, differentiable=True,
+            stochastic rounding of float16, a gradient of another dtype than its parameter.
         TypeError: a sparse gradient.
 
     Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and
@@ -115,15 +121,9 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        _check_group(defaults)
+        _check_group(_in_numbers(defaults), least=0)
         torch.optim.Optimizer.__init__(self, _free_groups(params) if l1 else params, defaults)
         self._let_scaler_into_step()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """From a copy or a pickle; torch also calls this with what `load_state_dict` has read."""
-        super().__setstate__(state)
-        if "defaults" in state:
-            self._let_scaler_into_step()
 
     def _let_scaler_into_step(self) -> None:
         """With fused=True tell GradScaler, in torch.amp's way, that `step` unscales and looks for overflow.
@@ -140,7 +140,7 @@ class SGD(torch.optim.SGD):
         if not isinstance(param_group, dict) or isinstance(param_group["params"], set):
             super().add_param_group(param_group)  # torch says what is wrong
             return
-        group = {**self.defaults, **param_group}
+        group = _in_numbers({**self.defaults, **param_group})
         _check_group(group)
         params = group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -150,17 +150,21 @@ class SGD(torch.optim.SGD):
                 _check_param(group, _tensor_of(p))
         super().add_param_group({**param_group, "params": list(unique.values())})
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of `torch.optim.SGD`, whose groups lack l1 and keep this
-        optimiser's.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `load_state_dict` has read, or a pickle. This class's own options, which a state
+        dict of `torch.optim.SGD` lacks, stay as they were.
         """
-        groups = [
-            {**{k: v for k, v in own.items() if k != "params"}, **saved}
-            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
-        ]
-        if len(groups) == len(state_dict["param_groups"]):
-            state_dict = {**state_dict, "param_groups": groups}
-        super().load_state_dict(state_dict)
+        groups = self.__dict__.get("param_groups", ())
+        super().__setstate__(state)
+        for i, group in enumerate(self.param_groups):
+            before = groups[i] if i < len(groups) else {}
+            for name, default in _OWN_OPTIONS.items():
+                group.setdefault(name, before.get(name, default))
+        for values in self.state.values():  # load_state_dict gives the flag the dtype of the parameter
+            if "momentum_started" in values:
+                values["momentum_started"] = values["momentum_started"].float()
+        if "defaults" in state:  # from a copy or a pickle
+            self._let_scaler_into_step()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -169,7 +173,8 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        groups = [_in_numbers(group) for group in self.param_groups]
+        for group in groups:
             _check_group(group)
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -177,8 +182,8 @@ class SGD(torch.optim.SGD):
         if usual and fast is not None and fast.sgd(self.param_groups, self.state):
             return loss
         # All groups are collected before the first is stepped, so that an error leaves everything as it was.
-        works = [self._collect(group) for group in self.param_groups]
-        for group, work in zip(self.param_groups, works, strict=True):
+        works = [self._collect(group) for group in groups]
+        for group, work in zip(groups, works, strict=True):
             for device, lists in work.items():
                 _step(group, device, lists, grad_scale, found_inf)
         return loss
@@ -237,9 +242,12 @@ def _step(
     if not is_compiling():
         torch.autograd.graph.increment_version(lists[0])
     lr = group["lr"]
-    lr_tensor = lr.to(device) if isinstance(lr, torch.Tensor) else None
+    lr_tensor = None
+    if isinstance(lr, torch.Tensor):
+        narrow = lr.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        lr_tensor, lr = lr.detach().to(device, torch.float32 if narrow else torch.float64), 0.0
     numbers = (
-        0.0 if lr_tensor is not None else float(lr),
+        float(lr),
         float(group["momentum"]),
         float(group["dampening"]),
         float(group["weight_decay"]),
@@ -259,8 +267,10 @@ def _step(
         # As factors of a tensor, rather than its contents, they stay inputs of inductor's graph too.
         one = torch.ones((), dtype=torch.float64, device="cpu")
         sgd_numbers_(*lists, torch.stack([one * number for number in numbers]), *others)
-    else:
+    elif is_compiling():
         sgd_(*lists, *numbers, *others)
+    else:
+        sgd_with_numbers(*lists, numbers, *others)
 
 
 def _fixed(number: float) -> bool:
@@ -306,23 +316,46 @@ def _like_placed(grad: Any, param: Any) -> Any:
     return grad
 
 
-def _check_group(group: dict[str, Any]) -> None:
+def _in_numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group whose factors are Python's numbers: torch also takes tensors and NumPy's scalars. A
+    learning rate that is a tensor on another device, or in compiled code, stays one.
+    """
+    changed = {}
+    for name in ("lr", "momentum", "dampening", "weight_decay", "l1"):
+        value = group[name]
+        if type(value) in (float, int, bool):
+            continue
+        if isinstance(value, numpy.generic) or (name == "lr" and isinstance(value, numpy.ndarray)):
+            changed[name] = value.item()
+        elif isinstance(value, torch.Tensor) and _stands_for_number(name, value):
+            changed[name] = value.detach().item()
+    return {**group, **changed} if changed else group
+
+
+def _stands_for_number(name: str, value: torch.Tensor) -> bool:
+    """Whether torch takes the tensor for a number, and its value is to be read."""
+    if name == "lr":
+        known = value.device.type == "cpu" and not is_compiling()
+        return known and value.numel() == 1 and value.dtype != torch.bool
+    return value.dim() == 0 or (name == "momentum" and value.shape == (1,))
+
+
+def _check_group(group: dict[str, Any], least: float = -sys.float_info.max) -> None:
+    """Raise unless the options of a group make a step. `least` is 0 in the constructor alone, as in torch."""
     op = "SGD"
     lr = group["lr"]
-    if isinstance(lr, torch.Tensor):
-        if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
-            raise ValueError(
-                f"{op}: lr must be a number or a float32 or float64 tensor of one element, got {lr.dtype} "
-                f"{tuple(lr.shape)}"
-            )
-        if lr.device.type == "cpu" and not is_compiling():  # on other devices this would be a sync
-            _check_factor(op, "lr", lr.item())
-    else:
-        _check_factor(op, "lr", lr)
-    for name in ("momentum", "weight_decay", "l1"):
-        _check_factor(op, name, group[name])
+    if isinstance(lr, torch.Tensor) and (lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex()):
+        raise UnsupportedError(
+            f"{op}: lr must be a number or a real tensor of one element, got {lr.dtype} {tuple(lr.shape)}"
+        )
+    for name in ("lr", "momentum", "weight_decay"):
+        if name != "lr" or not isinstance(lr, torch.Tensor):
+            _check_factor(op, name, group[name], least)
+    _check_factor(op, "l1", group["l1"])
     check_number(op, "dampening", group["dampening"], finite=True, allow_bool=True)
     check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
+    if group["l1_mode"] == "proximal" and group["l1"] and not isinstance(lr, torch.Tensor) and lr < 0:
+        raise ArgumentError(f"{op}: lr must be at least 0 with a proximal l1, got {lr}; use 'subgradient'")
     if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
         raise ValueError(
             f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and "
@@ -335,8 +368,10 @@ def _check_group(group: dict[str, Any]) -> None:
         )
 
 
-def _check_factor(op: str, name: str, value: Any) -> None:
+def _check_factor(op: str, name: str, value: Any, least: float = 0) -> None:
     """torch takes True and False as 1 and 0, and so do the factors of a parameter group."""
+    if isinstance(value, (int, float)) and least <= value < 0:
+        return
     check_number(op, name, value, 0, finite=True, allow_bool=True)
 
 

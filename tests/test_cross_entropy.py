@@ -6,6 +6,7 @@ are in test_cross_entropy_autograd.py, wrong arguments in test_cross_entropy_arg
 plain torch in test_cross_entropy_definition.py.
 """
 
+import functools
 import itertools
 import random
 import warnings
@@ -56,8 +57,13 @@ def option_sets(k, soft):
 def check_case(x, target, options):
     want_loss, want_grad = loss_and_gradient(reference, x.double(), target, **options)
     got_loss, got_grad = loss_and_gradient(fr.cross_entropy, x, target, **options)
-    assert got_loss.dtype == got_grad.dtype == x.dtype and got_loss.shape == want_loss.shape
-    assert got_grad.shape == x.shape
+    dtypes = [x.dtype]
+    if target.is_floating_point():  # torch promotes the loss of probabilities
+        dtypes += [t.dtype for t in (target, options.get("weight")) if t is not None]
+    assert got_loss.dtype == functools.reduce(torch.promote_types, dtypes) and got_grad.dtype == x.dtype
+    assert got_loss.shape == want_loss.shape and got_grad.shape == x.shape
+    if x.dtype != torch.float64:  # nor are the statistics
+        got_loss = got_loss.to(torch.promote_types(torch.float32, x.dtype)) if len(dtypes) > 1 else got_loss
     assert_rounded(got_loss, want_loss, options)
     if want_loss.isfinite().all():
         assert_gradient(
