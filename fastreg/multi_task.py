@@ -88,7 +88,9 @@ class MultiTaskLoss(torch.nn.Module):
                         f"{op}: the name of a task with a learnt weight must be a string without a dot, got "
                         f"{name!r}"
                     )
-                self.register_parameter(f"log_variance_{name}", torch.nn.Parameter(torch.zeros(1)))
+                self.register_parameter(
+                    f"log_variance_{name}", torch.nn.Parameter(torch.zeros(1, dtype=torch.float32))
+                )
             else:
                 check_number(op, f"the weight of task {name!r}", form, 0, sys.float_info.max)
 

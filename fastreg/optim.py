@@ -435,7 +435,7 @@ def penalty(
                 term = term + 0.5 * group_l2 * (w * w).sum()
             term = _whole(term)
             total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
+    return torch.zeros((), dtype=torch.float32) if total is None else total
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
