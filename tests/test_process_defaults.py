@@ -69,7 +69,7 @@ def leaf():
 CASES = {
     "dropout": lambda: [fr.dropout(X, 0.3), fr.drop_path(X, 0.3), fr.dropout2d(X, 0.3)],
     "alpha_dropout": lambda: [fr.alpha_dropout(X, 0.3), fr.feature_alpha_dropout(X, 0.3)],
-    "dropout_with_mask": lambda: list(fr.dropout_with_mask(X, 0.3)),
+    "dropout_with_mask": lambda: [*fr.dropout_with_mask(X, 0.3), *fr.dropout_with_mask(X, 0.3, seed=3)],
     "dropout_add": lambda: [fr.dropout_add(X, X, 0.3, X[0, 0, 0])],
     "cross_entropy": lambda: gradients(fr.cross_entropy(z := leaf(), Y, label_smoothing=0.1), z),
     "cross_entropy others": lambda: gradients(
