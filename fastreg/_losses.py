@@ -61,10 +61,11 @@ def check_logits(op: str, output: Any, remedy: str = _REMEDY) -> None:
 
 
 def row_sum_of_shares(logits: torch.Tensor) -> float | None:
-    """1 or 100 where each of the rows (N, k, ...) is of numbers that are at least 0 and sum to that, as
+    """1 or 100 where each of several rows (N, k, ...) is of numbers that are at least 0 and sum to that, as
     probabilities and percentages do and logits do not; else None.
     """
-    if logits.dim() < 2 or logits.shape[1] < 2 or not logits.numel() or not bool((logits >= 0).all()):
+    rows = logits.numel() // max(logits.shape[1], 1) if logits.dim() > 1 else 0
+    if rows < 2 or logits.shape[1] < 2 or not bool((logits >= 0).all()):  # A single row may do so by chance.
         return None
     total = logits.detach().double().sum(1)
     # Probabilities in bfloat16 are off by 2^-9 each.
