@@ -139,3 +139,15 @@ def check_no_overlap(op: str, name: str, value: torch.Tensor) -> None:
             f"{op}: the elements of {name} must not share memory, got strides {value.stride()}; "
             "call it on a .clone()"
         )
+
+
+def check_initialised(op: str, model: Any) -> None:
+    """Raise if a parameter or buffer of a Module, or of the Module that a method belongs to, has no shape."""
+    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    if not isinstance(owner, torch.nn.Module):
+        return
+    for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ValueError(
+                f"{op}: {name} of a lazy layer has no shape yet; run the model once on a batch first"
+            )

@@ -121,6 +121,11 @@ def number_of(
     looked at, because that would wait for the GPU.
     """
     if not isinstance(value, torch.Tensor):
+        if isinstance(value, (list, tuple)) or type(value).__name__ == "ndarray":
+            raise TypeError(
+                f"{op}: {name} must be a number or a tensor, got {type(value).__name__}; make it one with "
+                f"torch.as_tensor"
+            )
         check_number(op, name, value, low, finite=not infinite)
         return float(value), None
     if value.is_complex() or value.dtype == torch.bool:

@@ -31,7 +31,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     if device.type in ("cpu", "cuda", "meta"):
         return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
     if not is_compiling() and not _has_generator(device.type):
-        return torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device="cpu", generator=generator)
     # Not every device draws integers from a range of more than 32 bits.
     upper, lower = torch.randint(0, 2**32, (2,), device=device, generator=generator).split(1)
     return (upper << 32) | lower
@@ -40,7 +40,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 def seed_tensor(op: str, seed: int | torch.Tensor) -> torch.Tensor:
     """A seed that the caller gave as an operator takes it: one int64, taken modulo 2^64 from an int."""
     if isinstance(seed, int) and not isinstance(seed, bool):
-        return torch.tensor([(seed + 2**63) % 2**64 - 2**63])
+        return torch.tensor([(seed + 2**63) % 2**64 - 2**63], device="cpu")
     if not isinstance(seed, torch.Tensor):
         raise TypeError(f"{op}: seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if seed.dtype != torch.int64 or seed.numel() != 1:
@@ -73,7 +73,7 @@ def _count_seed(device: torch.device, generator: torch.Generator | None) -> torc
         return None
     offset = generator.get_offset()
     generator.set_offset(offset + 4)  # a multiple of 4, as torch's kernels leave it
-    return torch.tensor([mix_seed(generator.initial_seed(), offset)])
+    return torch.tensor([mix_seed(generator.initial_seed(), offset)], device="cpu")
 
 
 def mix_seed(seed: int, offset: int) -> int:

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ._checks import check_choice, check_count, check_number, check_tensor
+from ._checks import check_choice, check_count, check_initialised, check_number, check_tensor
 from ._fgsm import fgsm_step_op, number_of, pair_of, times
-from ._losses import count_of, trained_loss
+from ._losses import IGNORED, attacked_loss, check_logits, count_of, row_sum_of_shares, trained_loss
 from ._types import Bounds, Loss, Model, Norm, Number, Value
 from .attacks import (
     Ball,
+    around,
     attack_step,
+    check_ball,
     clamp,
     computes_in_float16,
     draw_start,
@@ -32,6 +34,7 @@ from .attacks import (
     iterate,
     no_gradient,
     one_step,
+    plain_checkpoints,
     prepare,
     shielded,
 )
@@ -94,9 +97,11 @@ def adversarial_loss(
 
     # The usual case: the clean loss is evaluated once and gives the attack its gradient.
     leaf = x.clone().requires_grad_()
-    clean = evaluate(leaf)
     try:
-        grad = gradient_of(op, clean, leaf, retain_graph=True)
+        with plain_checkpoints:
+            clean = evaluate(leaf)
+            with shielded(model):  # Checkpoints run the model's modules again.
+                grad = gradient_of(op, clean, leaf, retain_graph=True)
     except RuntimeError as error:
         # A model under torch.compile may reuse its saved memory in the backward pass, and says so before it
         # begins. That pass belongs to the caller, so the attack needs a forward pass of its own.
@@ -159,6 +164,13 @@ def adversarial_backward(
 
     def backward(x: torch.Tensor, share: float) -> torch.Tensor:
         value = trained_loss(op, loss, model(x), y, count_of(x))
+        if not value.requires_grad:
+            if x.requires_grad:
+                raise no_gradient(op)
+            raise ValueError(
+                f"{op}: the loss depends on no parameter that requires a gradient, so that nothing is "
+                f"trained; unfreeze some with requires_grad_(), or take fgsm for the examples alone"
+            )
         part = share * value
         (part if scale is None else scale(part)).backward()
         return value.detach()
@@ -248,6 +260,7 @@ def robust_accuracy(
     steps: int = 20,
     restarts: int = 1,
     loss: Loss | None = None,
+    predict: Callable[[Any], torch.Tensor] | None = None,
     bounds: Bounds | None = (0.0, 1.0),
     norm: Norm = "linf",
     batch_size: int = 500,
@@ -259,14 +272,18 @@ def robust_accuracy(
     An upper bound of the accuracy against the worst case: more steps and restarts can only lower it.
 
     Args:
-        model: Module or callable that gives logits (B, k). A Module is put into evaluation mode meanwhile;
-            nothing else of it changes, as in `fgsm`.
-        data: a pair of tensors x, (N, ...), and y, (N,) class indices; or an iterable of such pairs, such as
-            a DataLoader. Batches go to the device of the model's first parameter.
+        model: Module or callable that gives logits (B, k), unless `predict` takes something else. A Module is
+            put into evaluation mode meanwhile; nothing else of it changes, as in `fgsm`.
+        data: a pair of tensors x, (N, ...), and y, (N,) class indices or (N, k) probabilities, whose largest
+            is the class; or an iterable of such pairs, such as a DataLoader. Batches go to the device of the
+            model's first parameter. Examples of class -100, `cross_entropy`'s ignore_index, are left out.
         eps: radius of the ball: a number, or a tensor with one value per channel (C,).
         alpha: step of the attack, like eps; 2.5 * eps / steps if None (Madry et al. 2018).
         steps, restarts: of the attack; restarts=0 gives the clean accuracy.
-        loss: what the attack climbs, as in `fgsm`.
+        loss: what the attack climbs, as in `fgsm`; called as loss(model(x), y).
+        predict: callable from what the model gives to logits (B, k) or class indices (B,), for a model that
+            gives a dict, a tuple or one logit: predict=lambda output: output["logits"]. Where it gives logits
+            and there is no `loss`, the attack climbs their cross-entropy.
         bounds, norm, generator: as in `pgd`; bounds one value per channel at most.
         batch_size: of a pair of tensors.
 
@@ -274,7 +291,9 @@ def robust_accuracy(
         float in [0, 1].
 
     Raises:
-        ValueError, TypeError: as `pgd`; no data.
+        ValueError: as `pgd`; no data, labels that are neither class indices (B,) of [0, k) or -100 nor
+            probabilities (B, k); without `loss`, a model that gives probabilities where logits are expected.
+        TypeError: as `pgd`; batches that are no pairs, outputs that are no logits without `predict`.
 
     Source: Madry et al. 2018; Carlini et al. 2019, On evaluating adversarial robustness.
     """
@@ -283,23 +302,25 @@ def robust_accuracy(
     if restarts != 0:
         check_count(op, "restarts", restarts)
     check_choice(op, "norm", norm, ("linf", "l2"))
+    check_initialised(op, model)
     pair = pair_of(op, bounds)
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     total = robust = 0
     with _evaluating(model):
-        for x, y in _pairs(op, data, batch_size):
-            check_tensor(op, "x", x)
+        for batch in _pairs(op, data, batch_size):
+            x, y = _known(op, *_pair(op, batch))
             if parameter is not None:
                 x, y = x.to(parameter.device), y.to(parameter.device)
             lower, upper = (_per_channel(bound, x) for bound in pair)
-            ball = prepare(op, x, _per_channel(eps, x), (lower, upper), norm)
+            ball = check_ball(op, x, _per_channel(eps, x), (lower, upper), norm)
             step = (
                 times(ball.eps, 2.5 / steps)
                 if alpha is None
                 else number_of(op, "alpha", _per_channel(alpha, x), x, low=0)
             )
             total += len(x)
-            robust += _standing(op, model, x, y, step, steps, restarts, ball, loss, generator)
+            attack = _Attack(op, model, step, steps, restarts, ball, loss, predict, generator)
+            robust += attack.standing(x, y) if len(x) else 0
     if not total:
         raise ValueError(
             f"{op}: expected examples, got none; a DataLoader's iterator is empty after its first use"
@@ -309,13 +330,58 @@ def robust_accuracy(
 
 def _pairs(op: str, data: Any, batch_size: int) -> Iterable[Any]:
     """The batches (x, y) of `data`."""
+    iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if isinstance(data, (torch.Tensor, dict)) or not iterable:
+        raise TypeError(
+            f"{op}: data must be a pair (x, y) of tensors or an iterable of such pairs, got "
+            f"{type(data).__name__}"
+        )
     pair = isinstance(data, (tuple, list)) and len(data) == 2
-    if not pair or not all(isinstance(part, torch.Tensor) for part in data):
+    if not pair or any(isinstance(part, (tuple, list)) or hasattr(part, "keys") for part in data):
         return data
+    for name, part in zip("xy", data, strict=True):
+        if not isinstance(part, torch.Tensor):
+            raise TypeError(
+                f"{op}: {name} must be a torch.Tensor, got {type(part).__name__}; convert it with "
+                f"torch.as_tensor"
+            )
     check_count(op, "batch_size", batch_size)
     if len(data[0]) != len(data[1]):
         raise ValueError(f"{op}: x and y must have the same length, got {len(data[0])} and {len(data[1])}")
     return zip(*(part.split(batch_size) for part in data), strict=True)
+
+
+def _pair(op: str, batch: Any) -> tuple[Any, Any]:
+    """(x, y) of a batch."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    got, remedy = type(batch).__name__, "((x, y) for x, y, *_ in loader)"
+    if isinstance(batch, (tuple, list)):
+        got = f"a {got} of {len(batch)}"
+    elif hasattr(batch, "keys"):
+        got = f"a {got} with {', '.join(map(repr, batch.keys()))}"
+        remedy = "((b['image'], b['label']) for b in loader)"
+    raise TypeError(f"{op}: each batch of data must be a pair (x, y), got {got}; give {remedy}")
+
+
+def _known(op: str, x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The examples that have a label, where labels are class indices (B,) or probabilities (B, k)."""
+    check_tensor(op, "x", x)
+    check_tensor(op, "y", y)
+    soft = y.is_floating_point() and y.dim() == 2
+    if not soft and (y.dim() != 1 or y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+        raise ValueError(
+            f"{op}: y must be class indices (B,) or probabilities (B, k), got {y.dtype} {tuple(y.shape)}; "
+            f"of one-hot rows take .argmax(1), and give a Dataset through a DataLoader"
+        )
+    if not x.dim() or len(x) != len(y):
+        raise ValueError(
+            f"{op}: x and y must have the same length, got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if soft:
+        return x, y
+    known = y != IGNORED
+    return (x, y) if known.all() else (x[known.to(x.device)], y[known])
 
 
 def _per_channel(value: Any, x: torch.Tensor) -> Any:
@@ -328,33 +394,92 @@ def _per_channel(value: Any, x: torch.Tensor) -> Any:
     return value.view(-1, *(1,) * (x.dim() - 2)) if channels else value
 
 
-def _standing(
-    op: str,
-    model: Model,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    step: Value,
-    steps: int,
-    restarts: int,
-    ball: Ball,
-    loss: Loss | None,
-    generator: torch.Generator | None,
-) -> int:
-    """How many examples of a batch are classified right before and after every run of the attack."""
+class _Attack(NamedTuple):
+    """The attack of `robust_accuracy`, with checked arguments."""
 
-    def right(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), shielded(model):
-            return model(x).argmax(1) == y
+    op: str
+    model: Model
+    step: Value
+    steps: int
+    restarts: int
+    ball: Ball
+    loss: Loss | None
+    predict: Callable[[Any], torch.Tensor] | None
+    generator: torch.Generator | None
 
-    standing = right(x, y).nonzero()[:, 0]
-    for _ in range(restarts):
-        if not len(standing):
-            break
-        some, labels = x[standing], y[standing]
-        start = draw_start(some, ball, generator)
-        found = iterate(op, model, some, labels, start, step, steps, ball, loss)
-        standing = standing[right(found, labels)]
-    return len(standing)
+    def standing(self, x: torch.Tensor, y: torch.Tensor) -> int:
+        """How many examples of a batch are classified right before and after every run of the attack."""
+        around(self.op, x, self.ball)  # All are looked at, and not only those that are attacked.
+        logits, right = self._right(x, y)
+        loss = self.loss
+        if loss is None and self.predict is not None and self.restarts:
+            if logits is None:
+                raise TypeError(
+                    f"{self.op}: predict must give logits (B, k) where there is no loss to climb, got class "
+                    f"indices; pass loss=lambda output, y: ... as well"
+                )
+            loss = self._loss_of_prediction
+        elif loss is None and self.restarts and logits is not None:
+            _refuse_probabilities(self.op, logits)
+        standing = right.nonzero()[:, 0]
+        for _ in range(self.restarts):
+            if not len(standing):
+                break
+            some, labels = x[standing], y[standing]
+            ball = around(self.op, some, self.ball)
+            start = draw_start(some, ball, self.generator)
+            found = iterate(self.op, self.model, some, labels, start, self.step, self.steps, ball, loss)
+            standing = standing[self._right(found, labels)[1]]
+        return len(standing)
+
+    def _loss_of_prediction(self, output: Any, y: torch.Tensor) -> torch.Tensor:
+        assert self.predict is not None
+        return attacked_loss(self.op, None, self.predict(output), y, len(y))
+
+    @torch.no_grad()
+    def _right(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(logits, where there are any, and which examples are classified right)."""
+        op = self.op
+        with shielded(self.model), plain_checkpoints:
+            output = self.model(x)
+        if self.predict is not None:
+            output = self.predict(output)
+            check_tensor(op, "what predict gives", output)
+        elif not isinstance(output, torch.Tensor):
+            check_logits(op, output, "predict=lambda output: output{key}")
+        label = y.argmax(1) if y.dim() == 2 else y
+        if self.predict is not None and output.dim() == 1 and not output.is_floating_point():
+            if output.shape != label.shape:
+                raise ValueError(
+                    f"{op}: predict must give one class per example, ({len(y)},), got {tuple(output.shape)}"
+                )
+            return None, output == label
+        if output.dim() != 2 or len(output) != len(y) or output.shape[1] < 2:
+            raise ValueError(
+                f"{op}: expected logits ({len(y)}, k) of at least two classes, got {tuple(output.shape)}; "
+                f"pass predict, for one logit predict=lambda z: (z.view(-1) > 0).long() with a loss that "
+                f"takes it"
+            )
+        if y.dim() == 2 and y.shape != output.shape:
+            raise ValueError(
+                f"{op}: y and the logits must have one shape, got {tuple(y.shape)} and {tuple(output.shape)}"
+            )
+        if ((label < 0) | (label >= output.shape[1])).any():
+            wrong = label[(label < 0) | (label >= output.shape[1])][0].item()
+            raise ValueError(
+                f"{op}: y must be class indices in [0, {output.shape[1]}) or {IGNORED}, got {wrong}; mark "
+                f"examples without a label with {IGNORED}"
+            )
+        return output, output.argmax(1) == label
+
+
+def _refuse_probabilities(op: str, logits: torch.Tensor) -> None:
+    if (total := row_sum_of_shares(logits)) is not None:
+        raise ValueError(
+            f"{op}: the model must give logits, got rows that are at least 0 and sum to {total:g}, as "
+            f"probabilities are, which hide the gradient; leave the softmax out, or pass loss=lambda p, y: "
+            f"torch.nn.functional.nll_loss(p.log(), y)"
+        )
 
 
 @contextlib.contextmanager

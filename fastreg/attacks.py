@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 
-from ._checks import check_choice, check_count, check_tensor
+from ._checks import arithmetic_dtype, check_choice, check_count, check_initialised, check_tensor
 from ._fgsm import bounds_of, fgsm_step_op, number_of, pair_of, pgd_step_op, times, value_of
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
-from ._transforms import autocast_dtype
+from ._transforms import autocast_dtype, is_vmapped
 from ._types import Bounds, Loss, Model, Norm, Number, Value
 
 __all__ = ["fgsm", "pgd"]
@@ -128,17 +130,58 @@ def _set_buffer(module: torch.nn.Module, name: str, buffer: torch.Tensor) -> Non
         module._buffers[name] = buffer
 
 
+class _PlainCheckpoints:
+    """Checkpoints of the reentrant kind are made as torch's other kind, while anyone is inside.
+
+    torch refuses the gradient of an input alone through a reentrant checkpoint, whose backward pass also adds
+    to `.grad` of whatever parameters it meets. The other kind computes the same and adds nothing. The
+    exchange holds for all threads, because the backward pass of a GPU, which recomputes nested checkpoints,
+    runs on a thread of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                torch.utils.checkpoint.CheckpointFunction.apply = staticmethod(_checkpoint)
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                del torch.utils.checkpoint.CheckpointFunction.apply
+
+
+def _checkpoint(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+    """What CheckpointFunction.apply does, without reentering the backward pass."""
+    return torch.utils.checkpoint.checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+    )
+
+
+plain_checkpoints = _PlainCheckpoints()
+
+
 def _input_gradient(op: str, model: Model, x: torch.Tensor, y: Any, loss: Loss | None) -> torch.Tensor:
-    """d loss / d x, of x's shape and dtype, with nothing left behind on the model.
+    """d loss / d x, of x's shape and dtype, with nothing left behind on the model."""
+    check_initialised(op, model)
+    x = x.detach().clone().requires_grad_()
+    if isinstance(y, torch.Tensor) and y.is_inference():
+        y = y.clone()
+    # The backward pass is shielded too, because checkpoints run the model's modules again in it.
+    with shielded(model), plain_checkpoints:
+        return _signed_gradient(op, model, x, attacked_loss(op, loss, model(x), y, count_of(x)))
+
+
+def _signed_gradient(op: str, model: Model, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """d value / d x.
 
     In float16 a gradient below 6e-8 is 0 and has lost its sign, so the loss is scaled up first. A sample
     whose gradient overflows takes it from a smaller scale.
     """
-    x = x.detach().clone().requires_grad_()
-    if isinstance(y, torch.Tensor) and y.is_inference():
-        y = y.clone()
-    with shielded(model):
-        value = attacked_loss(op, loss, model(x), y, count_of(x))
     if not computes_in_float16(model, x):
         return gradient_of(op, value, x)
     first, *others = (2.0**16, 2.0**10, 2.0**4, 1.0, 2.0**-6)
@@ -163,7 +206,15 @@ def gradient_of(
 ) -> torch.Tensor:
     """d value / d x, or an error where value does not depend on x."""
     if value.requires_grad:
-        (grad,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
+        try:
+            (grad,) = torch.autograd.grad(value, x, retain_graph=retain_graph, allow_unused=True)
+        except RuntimeError as error:
+            if "torch.utils.checkpoint is incompatible" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{op}: the model's checkpoints do not give the gradient of its input; make them by "
+                f"torch.utils.checkpoint with use_reentrant=False"
+            ) from error
         if grad is not None:
             return grad
     raise no_gradient(op)
@@ -191,6 +242,11 @@ def computes_in_float16(model: Any, x: torch.Tensor) -> bool:
 
 
 def prepare(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, norm: Norm) -> Ball:
+    """The arguments that every attack has, checked, and x too."""
+    return around(op, x, check_ball(op, x, eps, bounds, norm))
+
+
+def check_ball(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, norm: Norm) -> Ball:
     """The arguments that every attack has, checked."""
     check_tensor(op, "x", x)
     if not x.is_floating_point():
@@ -200,6 +256,50 @@ def prepare(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, norm: 
     size = number_of(op, "eps", eps, x, low=0)
     box = bounds_of(op, lower, upper, x)
     return Ball(size, box[0], box[1], norm)
+
+
+def _may_look(x: torch.Tensor) -> bool:
+    """Whether values may be read: on a GPU that would wait for it."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmapped()
+
+
+@torch.no_grad()
+def around(op: str, x: torch.Tensor, ball: Ball) -> Ball:
+    """`ball` with bounds that hold all of x, so that no clamp moves an element of x by itself.
+
+    Raises where x is seen to lie outside of the bounds by more than rounding.
+    """
+    lower, upper = (value_of(bound) for bound in (ball.lower, ball.upper))
+    if (ball.lower == (-math.inf, None) and ball.upper == (math.inf, None)) or not x.numel():
+        return ball
+    wide = x.detach().to(arithmetic_dtype(x))
+    if _may_look(x):
+        if not isinstance(lower, torch.Tensor) and not isinstance(upper, torch.Tensor):
+            least, largest = wide.aminmax()  # one pass over x, where all is well
+            if lower <= least and largest <= upper:
+                return ball
+        if not ((wide < lower) | (wide > upper)).any():
+            return ball
+        # Bounds and images that were normalised apart from each other differ in the last places.
+        room = 4 * torch.finfo(x.dtype).eps * wide.abs().clamp(min=1)
+        if ((wide < lower - room) | (wide > upper + room)).any():
+            low, high = wide.nan_to_num(0, math.inf, -math.inf).aminmax()
+            raise ValueError(
+                f"{op}: x must lie within bounds, from {_range_text(lower, min)} to "
+                f"{_range_text(upper, max)}, got values from {low.item():.4g} to {high.item():.4g}; give the "
+                f"bounds of x, for images normalised with mean and std bounds=((0 - mean) / std, (1 - mean) "
+                f"/ std) and eps / std, or clamp x"
+            )
+    lows, highs = (torch.as_tensor(bound, dtype=wide.dtype, device=x.device) for bound in (lower, upper))
+    return ball._replace(
+        lower=(0.0, torch.minimum(lows, wide).contiguous()),
+        upper=(0.0, torch.maximum(highs, wide).contiguous()),
+    )
+
+
+def _range_text(bound: float | torch.Tensor, end: Any) -> str:
+    """The least of the lower bounds, or the largest of the upper ones."""
+    return f"{end(bound.flatten().tolist()) if isinstance(bound, torch.Tensor) else bound:.4g}"
 
 
 def fgsm(
@@ -231,7 +331,8 @@ def fgsm(
             deviation: 8 / 255 / std.
         loss: loss(output, target) -> tensor, called as loss(model(x), y): one number, or one value per
             sample, (B, ...). An attack takes the sum, a training objective the mean. Cross-entropy if None.
-        bounds: (lower, upper) of valid inputs, each like `eps` or None; None for no bounds.
+        bounds: (lower, upper) of valid inputs, each like `eps` or None; None for no bounds. For inputs
+            normalised with mean and std: ((0 - mean) / std, (1 - mean) / std).
         targeted: step down the loss of y instead of up.
         norm: "linf" or "l2".
         random_start: take the gradient at a uniform random point of the eps-ball and step 1.25 * eps from
@@ -239,14 +340,17 @@ def fgsm(
         generator: torch.Generator on x's device for that point.
 
     Returns:
-        Tensor like x, detached. Nothing else changes: neither modes, buffers such as BatchNorm's statistics,
+        Tensor like x, detached, no element of which is more than eps away from that of x. Nothing else
+        changes: neither modes, buffers such as BatchNorm's statistics,
         nor `.grad` of parameters or of x. Works under no_grad and inference_mode, and under autocast. Only
         random state that the model itself draws from (dropout) moves on.
 
     Raises:
-        ValueError: eps negative, infinite or NaN, bounds that do not fit or cross, an unknown norm, a loss
-            that does not depend on x or is neither one number nor one value per sample.
-        TypeError: x is no floating-point tensor, or the loss gives no tensor.
+        ValueError: eps negative, infinite or NaN, bounds that do not fit or cross, x outside of them (on a
+            GPU, where nobody may look, such an element only never moves further away), an unknown norm, a
+            loss that does not depend on x or is neither one number nor one value per sample.
+        TypeError: x is no floating-point tensor, the loss gives no tensor, or the model gives no tensor of
+            logits and there is no `loss` that takes what it gives.
 
     Source: Goodfellow, Shlens, Szegedy 2015; l2: Miyato, Dai, Goodfellow 2017; random_start: Wong, Rice,
     Kolter 2020, Fast is better than free.
@@ -361,7 +465,7 @@ def iterate(
 @torch.no_grad()
 def _losses(op: str, model: Model, x: torch.Tensor, y: Any, loss: Loss | None) -> torch.Tensor:
     """The loss of every sample, (B,), without a trace on the model."""
-    with shielded(model):
+    with shielded(model), plain_checkpoints:
         output = model(x)
     return loss_per_sample(op, loss, output, y, count_of(x))
 

@@ -230,7 +230,9 @@ def _batches(op: str, given: Any, batch_size: int) -> Callable[[], Iterable[Any]
             f"{op}: data must be at least one sample, [N, ...], got {tuple(getattr(data, 'shape', [0]))}"
         )
     if isinstance(data, torch.Tensor):
-        return lambda: (data[i.to(data.device)] for i in torch.randperm(len(data)).split(batch_size))
+        return lambda: (
+            data[i.to(data.device)] for i in torch.randperm(len(data), device="cpu").split(batch_size)
+        )
     return lambda: DataLoader(data, batch_size, shuffle=True)
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 
 from ._checks import check_count, check_tensor
+from ._losses import IGNORED, row_sum_of_shares
+from ._transforms import is_vmapped
 
 __all__ = ["CalibrationCurve", "calibration_curve", "calibration_error"]
 
@@ -31,7 +33,8 @@ def calibration_curve(logits: torch.Tensor, target: torch.Tensor, *, bins: int =
 
     Args:
         logits: (N, k), floating point; log-probabilities are logits too.
-        target: class indices, (N,), int64.
+        target: class indices, (N,), int64. Predictions of class -100, `cross_entropy`'s ignore_index, are
+            left out.
         bins: number of intervals, at least 1.
 
     Returns:
@@ -39,7 +42,9 @@ def calibration_curve(logits: torch.Tensor, target: torch.Tensor, *, bins: int =
         empty bin are NaN. Predictions of NaN are counted in no bin.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit, bins below 1.
+        ValueError, TypeError: shapes or dtypes that do not fit, bins below 1; on the CPU, classes outside of
+            [0, k) and logits whose rows are all at least 0 and sum to 1 or 100, as probabilities and
+            percentages do. On a GPU, where nobody may look, a class outside makes everything NaN.
 
     Source: the reliability diagram of Niculescu-Mizil and Caruana 2005, as in Guo et al. 2017.
     """
@@ -54,14 +59,15 @@ def calibration_error(logits: torch.Tensor, target: torch.Tensor, *, bins: int =
     Args as in `calibration_curve`.
 
     Returns:
-        Tensor of shape (), float64, in [0, 1]; NaN if a prediction is or N is 0.
+        Tensor of shape (), float64, in [0, 1]; NaN if a prediction is or none is left.
 
     Source: Naeini, Cooper, Hauskrecht 2015; Guo, Pleiss, Sun, Weinberger 2017, On calibration of modern
     neural networks.
     """
     count, accuracy, confidence = _sums("calibration_error", logits, target, bins)
-    gap = (accuracy - confidence).abs().sum() / len(logits)
-    return gap.where(count.sum() == len(logits), torch.nan)
+    total = (target != IGNORED).sum()
+    gap = (accuracy - confidence).abs().sum() / total
+    return gap.where(count.sum() == total, torch.nan)
 
 
 @torch.no_grad()
@@ -85,8 +91,22 @@ def _sums(
             f"{op}: target must be class indices ({len(logits)},), got {target.dtype} {tuple(target.shape)}; "
             "of probabilities take .argmax(1)"
         )
+    labelled = target != IGNORED
+    impossible = labelled & ((target < 0) | (target >= logits.shape[1]))
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmapped():
+        if impossible.any():
+            raise ValueError(
+                f"{op}: target must be class indices in [0, {logits.shape[1]}) or {IGNORED}, got "
+                f"{target[impossible][0].item()}; mark what has no label with {IGNORED}"
+            )
+        if (total := row_sum_of_shares(logits)) is not None:
+            raise ValueError(
+                f"{op}: logits must be logits, got rows that are at least 0 and sum to {total:g}, as "
+                f"probabilities are; give p.log(), of percentages (p / 100).log()"
+            )
     confidence, predicted = logits.double().softmax(1).max(1)
-    known = (~confidence.isnan()).double()
+    known = (labelled & ~confidence.isnan()).double()
+    known = known.where(~impossible.any(), torch.nan)
     confidence = confidence.nan_to_num()
     which = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     right = (predicted == target).double()

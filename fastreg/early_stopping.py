@@ -28,8 +28,8 @@ from ._seeds import forked_generators
 
 __all__ = ["EarlyStopping", "retrain"]
 
-# Examples to train on: a Dataset with a length, or tensors [N, ...] that share N.
-Examples: TypeAlias = Dataset | tuple[torch.Tensor, ...] | list[torch.Tensor]
+# Examples to train on: a Dataset with a length, a list of samples, or tensors or arrays of one length.
+Examples: TypeAlias = Dataset | tuple[Any, ...] | list[Any]
 
 
 class StoppingOptions(TypedDict, total=False):
@@ -301,8 +301,9 @@ def retrain(
         make: builds everything fresh and returns the model, or a tuple such as (model, optimizer).
         train_epoch: one pass over the loader; called as train_epoch(model, loader), train_epoch(model,
             optimizer, loader) and so on, as make() returns. What it returns is dropped.
-        train_data, val_data: Datasets with a length, or tuples of tensors [N, ...] that share N. Validation
-            data are trained on as they come: give them the transforms of the training data.
+        train_data, val_data: Datasets with a length, lists of samples (tuples), or tuples of tensors or NumPy
+            arrays [N, ...] that share N, as in `TensorDataset`. Validation data are trained on as they come:
+            give them the transforms of the training data.
         epochs: passes over the data, >= 1; or a stopper, for its best_epoch + 1.
         seed: an int for torch.manual_seed before make(). What draws random numbers are the functions given
             here, from torch's own generators, so that a generator cannot be passed on. The caller's states
@@ -425,17 +426,56 @@ def _mean_over_ranks(score: float, group: dist.ProcessGroup | None) -> float:
 
 
 def _dataset(name: str, data: Any) -> Dataset:
-    if isinstance(data, (tuple, list)) and data and all(isinstance(t, torch.Tensor) for t in data):
-        if len({t.shape[:1] for t in data}) > 1 or data[0].ndim == 0:  # [N, ...] each
-            shapes = [tuple(t.shape) for t in data]
+    columns = isinstance(data, tuple) or (isinstance(data, list) and all(map(_is_column, data)))
+    if columns and data:
+        tensors = [_column(name, each) for each in data]
+        if len({t.shape[:1] for t in tensors}) > 1 or tensors[0].ndim == 0:  # [N, ...] each
+            shapes = [tuple(t.shape) for t in tensors]
             raise ValueError(f"retrain: the tensors of {name} must be [N, ...] with the same N, got {shapes}")
-        return TensorDataset(*data)
-    if isinstance(data, (IterableDataset, DataLoader, torch.Tensor, dict)) or not hasattr(data, "__len__"):
+        return TensorDataset(*tensors)
+    if isinstance(data, list) and any(isinstance(each, (list, str)) for each in data):
+        raise TypeError(
+            f"retrain: a list as {name} holds samples, which are tuples, or tensors [N, ...], got a list of "
+            f"lists; of columns pass (torch.tensor(x), torch.tensor(y)), of samples [tuple(s) for s in data]"
+        )
+    refused = (IterableDataset, DataLoader, torch.Tensor, str, bytes)
+    # Arrays and frames have a length too, and keys or positions that are no samples.
+    if (
+        isinstance(data, refused)
+        or hasattr(data, "keys")
+        or (_is_column(data) and not isinstance(data, Dataset))
+    ):
+        known = False
+    else:
+        known = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not known:
         raise TypeError(
             f"retrain: {name} must be a Dataset with a length or a tuple of tensors, got {_name(data)}; "
-            "of a DataLoader pass its .dataset, of one tensor x (x,)"
+            "of a DataLoader pass its .dataset, of one tensor x (x,), of a dict tuple(data.values())"
         )
     return data
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value is a tensor or an array."""
+    return isinstance(value, torch.Tensor) or hasattr(value, "__array__")
+
+
+def _column(name: str, value: Any) -> torch.Tensor:
+    """A tensor or an array as a tensor."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        if not _is_column(value):
+            raise TypeError
+        flags = getattr(value, "flags", None)
+        # A tensor may not share memory that must not be written to.
+        return torch.as_tensor(value) if flags is None or flags.writeable else torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"retrain: {name} as a tuple must hold tensors or arrays of numbers, got {_name(value)}; of "
+            f"samples pass a list, and make columns tensors with torch.tensor"
+        ) from None
 
 
 def _name(value: Any) -> str:

@@ -9,9 +9,12 @@ section 7.1).
 from __future__ import annotations
 
 import fnmatch
+import functools
+import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NoReturn, TypeAlias
 
 import numpy
@@ -19,7 +22,15 @@ import torch
 from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ._checks import DTYPES, ArgumentError, UnsupportedError, check_choice, check_number, check_tensor
+from ._checks import (
+    DTYPES,
+    ArgumentError,
+    UnsupportedError,
+    check_choice,
+    check_initialised,
+    check_number,
+    check_tensor,
+)
 from ._registry import fast
 from ._seeds import draw_seed
 from ._sgd import sgd_, sgd_numbers_, sgd_with_numbers
@@ -35,7 +46,13 @@ Work: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tenso
 
 
 # The options of a parameter group that torch.optim.SGD does not have.
-_OWN_OPTIONS = {"l1": 0.0, "l1_mode": "subgradient", "decoupled": False, "stochastic_rounding": False}
+_OWN_OPTIONS = {
+    "l1": 0.0,
+    "l1_mode": "subgradient",
+    "decoupled": False,
+    "scale_penalty": False,
+    "stochastic_rounding": False,
+}
 
 
 class SGD(torch.optim.SGD):
@@ -56,8 +73,11 @@ class SGD(torch.optim.SGD):
         l1_mode: "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0. "proximal" soft-thresholds by
             lr * l1 after the step, so that weights become exactly 0. With momentum the steps of E grow to 1 /
             (1 - momentum) times lr and the threshold does not: the weights go to the minimum of E + (1 -
-            momentum) / (1 - dampening) * l1 |w|_1, so give l1 / (1 - momentum) for the same penalty.
+            momentum) / (1 - dampening) * l1 |w|_1, unless `scale_penalty` is set.
         decoupled: both penalties act on the weight directly and not through the momentum, as in AdamW.
+        scale_penalty: what acts on the weight directly (a proximal l1, both factors if `decoupled`) grows by
+            (1 - dampening) / (1 - momentum), as the steps of E do, so that the weights go to the minimum of E
+            + l1 |w|_1 + weight_decay / 2 |w|_2^2 whatever the momentum.
         stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the
             mean; no effect on float32 and float64. The seed comes from the device's default generator:
             data-parallel ranks must seed it alike.
@@ -80,8 +100,10 @@ class SGD(torch.optim.SGD):
 
     Raises:
         ValueError: a NaN or infinite number, a negative one in the constructor (as in torch, in a group it
-            may be), nesterov without momentum or with dampening, an unknown l1_mode, differentiable=True,
-            stochastic rounding of float16, a gradient of another dtype than its parameter.
+            may be), nesterov without momentum or with dampening, an unknown l1_mode, a parameter group made
+            with a key that no optimiser and no scheduler of torch reads either, scale_penalty with momentum
+            of 1 or more or dampening above 1, differentiable=True, stochastic rounding of float16, a gradient
+            of another dtype than its parameter.
         TypeError: a sparse gradient.
 
     Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and
@@ -102,6 +124,7 @@ class SGD(torch.optim.SGD):
         decoupled: bool = False,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        scale_penalty: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -117,6 +140,7 @@ class SGD(torch.optim.SGD):
             decoupled=decoupled,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            scale_penalty=scale_penalty,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
@@ -141,6 +165,7 @@ class SGD(torch.optim.SGD):
             super().add_param_group(param_group)  # torch says what is wrong
             return
         group = _in_numbers({**self.defaults, **param_group})
+        _check_keys(group, self.defaults)
         _check_group(group)
         params = group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -176,10 +201,11 @@ class SGD(torch.optim.SGD):
         groups = [_in_numbers(group) for group in self.param_groups]
         for group in groups:
             _check_group(group)
+        groups = [_scaled(group) for group in groups]
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         usual = grad_scale is None and found_inf is None and not is_compiling()
-        if usual and fast is not None and fast.sgd(self.param_groups, self.state):
+        if usual and fast is not None and fast.sgd(groups, self.state):
             return loss
         # All groups are collected before the first is stepped, so that an error leaves everything as it was.
         works = [self._collect(group) for group in groups]
@@ -361,11 +387,54 @@ def _check_group(group: dict[str, Any], least: float = -sys.float_info.max) -> N
             f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and "
             f"{group['dampening']}"
         )
+    if group.get("scale_penalty") and not (0 <= group["momentum"] < 1 and group["dampening"] <= 1):
+        raise ValueError(
+            f"{op}: scale_penalty needs momentum in [0, 1) and dampening of at most 1, got "
+            f"{group['momentum']} and {group['dampening']}"
+        )
     if group["differentiable"]:
         raise ValueError(
             f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.SGD for "
             f"that"
         )
+
+
+# What others read of a parameter group: torch's schedulers and averages, and the multipliers and names that
+# timm, detectron2, mmengine and others keep there.
+_OTHERS_KEYS = {
+    *("params", "param_names", "name", "group_name", "initial_lr", "min_lr", "max_lr", "swa_lr"),
+    *("base_momentum", "max_momentum", "lr_scale", "lr_mult", "wd_mult", "decay_mult"),
+}
+
+
+@functools.cache
+def _keys_of_torch() -> frozenset[str]:
+    """The options of torch's optimisers, which write all of theirs into the groups that they are given."""
+    kinds = (kind for kind in vars(torch.optim).values() if isinstance(kind, type))
+    kinds = (kind for kind in kinds if issubclass(kind, torch.optim.Optimizer))
+    return frozenset(name for kind in kinds for name in inspect.signature(kind).parameters)
+
+
+def _check_keys(group: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise where a new group has a key that nothing reads, such as L1 for l1."""
+    unknown = [key for key in group if key not in own and key not in _OTHERS_KEYS]
+    unknown = [key for key in unknown if key not in _keys_of_torch()]
+    if unknown:
+        raise ValueError(
+            f"SGD: a parameter group has {', '.join(map(repr, unknown))}, which nothing reads; expected "
+            f"{', '.join(own)}. What your own code keeps there, set in optimizer.param_groups afterwards"
+        )
+
+
+def _scaled(group: dict[str, Any]) -> dict[str, Any]:
+    """The group as the operator takes it, with `scale_penalty` carried out."""
+    direct = (
+        ("l1", "weight_decay") if group["decoupled"] else ("l1",) if group["l1_mode"] == "proximal" else ()
+    )
+    if not group.get("scale_penalty") or not group["momentum"]:
+        return group
+    factor = (1 - group["dampening"]) / (1 - group["momentum"])
+    return {**group, **{name: group[name] * factor for name in direct}}
 
 
 def _check_factor(op: str, name: str, value: Any, least: float = 0) -> None:
@@ -426,32 +495,42 @@ def penalty_groups(
     shrinking them costs fit and simplifies nothing (Goodfellow et al. 2016, section 7.1).
 
     Args:
-        model: Module. A parameter under several names is one parameter and is penalised once.
+        model: Module. A parameter under several names is one parameter and is penalised once; of a weight
+            under `torch.nn.utils.parametrize`, what it is made of.
         l1, l2: factors of |w|_1 and of 1/2 |w|_2^2; l2 is what torch calls weight_decay.
         overrides: {pattern: dict(...)}: options for the parameters whose name matches the pattern (`fnmatch`,
-            "encoder.*"). l1, l2 (or weight_decay) and any other option of a parameter group, such as lr. They
-            win over the rule above; where several patterns match, the later wins.
+            "encoder.*"), with or without what torch.compile, DistributedDataParallel, AveragedModel and
+            parametrizations add to it. l1, l2 (or weight_decay) and any other option of a parameter group,
+            such as lr. They win over the rule above; where several patterns match, the later wins.
 
     Returns:
         List of parameter groups, dicts with "params", "l1", "weight_decay" and what overrides adds;
         parameters that do not require a gradient are left out.
 
     Raises:
-        ValueError: a negative or NaN factor, or a pattern that matches no parameter.
+        ValueError: a negative or NaN factor, a pattern that matches no parameter, a lazy layer that has not
+            run yet.
+        TypeError: model is no Module.
     """
     op = "penalty_groups"
     for name, value in (("l1", l1), ("l2", l2)):
         _check_factor(op, name, value)
     changes = {pattern: _options(op, options) for pattern, options in (overrides or {}).items()}
 
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"{op}: model must be a torch.nn.Module, whose parameters have names, got "
+            f"{type(model).__name__}; give the model itself"
+        )
+    check_initialised(op, model)
+
     # Every parameter with all of its names, and which of them no penalty acts on.
     names: dict[torch.nn.Parameter, list[str]] = {}
     free: set[torch.nn.Parameter] = set()
-    for module_name, module in model.named_modules(remove_duplicate=False):
-        for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            names.setdefault(p, []).append(f"{module_name}.{leaf}" if module_name else leaf)
-            if p.dim() < 2 or isinstance(module, _NORMS) or leaf.endswith("bias"):
-                free.add(p)
+    for owner, own_name, full_name, p in _named_parameters(model):
+        names.setdefault(p, []).extend({own_name, full_name})
+        if p.dim() < 2 or isinstance(owner, _NORMS) or own_name.endswith("bias"):
+            free.add(p)
     for pattern in changes:
         if not any(fnmatch.fnmatchcase(name, pattern) for own in names.values() for name in own):
             raise ValueError(
@@ -472,6 +551,43 @@ def penalty_groups(
         same = tuple(sorted(options.items(), key=str))
         groups.setdefault(same, {"params": [], **options})["params"].append(p)
     return list(groups.values())
+
+
+# Wrappers whose names users leave out: by the name of the module that they wrap, and by the wrapper's type
+# where that name is a usual one.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPERS = (
+    torch.nn.DataParallel,
+    torch.nn.parallel.DistributedDataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
+
+
+def _named_parameters(
+    module: torch.nn.Module, full: str = "", own: str = ""
+) -> Iterator[tuple[torch.nn.Module, str, str, torch.nn.Parameter]]:
+    """(module, name without wrappers, full name, parameter) for every place where a parameter stands.
+
+    What `torch.nn.utils.parametrize` makes of a weight has the weight's name without wrappers, and belongs to
+    the weight's module.
+    """
+    for leaf, p in module._parameters.items():
+        if p is not None:
+            yield module, own + leaf, full + leaf, p
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if name == "parametrizations" and torch.nn.utils.parametrize.is_parametrized(module):
+            for leaf, originals in child.named_children():
+                where = f"{full}parametrizations.{leaf}."
+                for original, p in originals._parameters.items():
+                    if p is not None:
+                        yield module, own + leaf, where + original, p
+                for each, function in originals.named_children():
+                    yield from _named_parameters(function, f"{where}{each}.", f"{where}{each}.")
+            continue
+        wrapped = name in _WRAPPED or (name == "module" and isinstance(module, _WRAPPERS))
+        yield from _named_parameters(child, f"{full}{name}.", own if wrapped else f"{own}{name}.")
 
 
 def _options(op: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -496,7 +612,10 @@ def penalty(
 
     Args:
         params_or_groups: an optimiser, its `param_groups` or `penalty_groups(...)`, which bring their own
-            "l1" and "weight_decay"; or a Module, a tensor or tensors, to which the factors below apply.
+            "l1" and "weight_decay"; a Module, to whose weights the factors below apply by the rule of
+            `penalty_groups`, without biases and norms; or a tensor or tensors, all of which they apply to.
+            Of an optimiser counts what it penalises: no parameter that requires no gradient, and no "l1" of
+            one that knows none, such as `torch.optim.SGD`, about which there is a UserWarning.
         l1, l2: factors for what brings none of its own.
 
     Returns:
@@ -507,9 +626,9 @@ def penalty(
         _check_factor("penalty", name, value)
     source: Any = params_or_groups
     if isinstance(source, torch.optim.Optimizer):
-        source = source.param_groups
+        source = _penalised(source)
     elif isinstance(source, torch.nn.Module):
-        source = source.parameters()
+        source = penalty_groups(source, l1=l1, l2=l2)
     elif isinstance(source, (torch.Tensor, dict)):
         source = [source]
     seen: set[int] = set()
@@ -532,7 +651,24 @@ def penalty(
                 term = term + 0.5 * group_l2 * (w * w).sum()
             term = _whole(term)
             total = term if total is None else total + term
-    return torch.zeros(()) if total is None else total
+    return torch.zeros((), dtype=torch.float32) if total is None else total
+
+
+def _penalised(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The groups of an optimiser with what it penalises, and how."""
+    groups = []
+    for group in optimizer.param_groups:
+        factors = {name: group.get(name, 0.0) for name in ("l1", "weight_decay")}
+        for name, factor in factors.items():
+            if factor and name not in optimizer.defaults:
+                warnings.warn(
+                    f"penalty: {type(optimizer).__name__} does not apply the {name} of its groups, which is "
+                    f"left out here too; use fastreg.optim.SGD for it",
+                    stacklevel=3,
+                )
+                factors[name] = 0.0
+        groups.append({"params": [p for p in group["params"] if p.requires_grad], **factors})
+    return groups
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -541,7 +677,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def prior_scale(
-    value: float,
+    value: float | torch.Tensor,
     prior: Literal["gaussian", "laplace"] = "gaussian",
     *,
     num_samples: float = 1,
@@ -563,8 +699,8 @@ def prior_scale(
     LASSO and ridge regression, s^2.
 
     Args:
-        value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. At least 0; 0 gives inf,
-            inf gives 0.
+        value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. A number or a tensor of
+            one, at least 0; 0 gives inf, inf gives 0.
         prior: "gaussian" (L2) or "laplace" (L1).
         num_samples: examples the loss is a mean over; 1 for a loss that is their sum.
         inverse: go from sigma to the factor.
@@ -576,7 +712,9 @@ def prior_scale(
         ValueError: a negative or NaN value, num_samples below 1, an unknown prior.
     """
     op = "prior_scale"
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     check_number(op, "value", value, 0)
+    value = float(value)
     check_number(op, "num_samples", num_samples, 1)
     check_choice(op, "prior", prior, ("gaussian", "laplace"))
     if value == 0:
@@ -596,8 +734,16 @@ def sparsity(model: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> 
 
     Returns:
         float in [0, 1]; 0 for no parameters at all.
+
+    Raises:
+        TypeError: what is no tensor. ValueError: a lazy layer that has not run yet.
     """
+    op = "sparsity"
+    check_initialised(op, model)
     given = model.parameters() if isinstance(model, torch.nn.Module) else model
-    tensors = {id(p): p for p in ([given] if isinstance(given, torch.Tensor) else given)}.values()
+    given = [given] if isinstance(given, torch.Tensor) else list(given)
+    for each in given:
+        check_tensor(op, "each parameter", each)
+    tensors = {id(p): p for p in given}.values()
     total = sum(p.numel() for p in tensors)
     return sum(int(_whole((p == 0).sum())) for p in tensors) / total if total else 0.0

@@ -13,9 +13,12 @@ import math
 from typing import Literal, overload
 
 import torch
+from torch.compiler import is_compiling
 
 from ._checks import check_number, check_tensor
 from ._cross_entropy import cross_entropy
+from ._losses import row_sum_of_shares
+from ._transforms import is_transformed
 
 __all__ = ["pseudo_label_loss"]
 
@@ -83,7 +86,8 @@ def pseudo_label_loss(
 
     Raises:
         ValueError: shapes, devices or dtypes that do not fit, threshold outside [0, 1], temperature not
-            positive and finite.
+            positive and finite; on the CPU, weak logits that are at least 0 and sum to 1 or 100 over the
+            classes, as probabilities and percentages do: no sample would ever be confident.
         TypeError: no tensors, or no numbers.
 
     Source: Lee 2013, Pseudo-label: the simple and efficient semi-supervised learning method for deep neural
@@ -137,6 +141,12 @@ def _check(
             f"{op}: both views must have one shape and device, got "
             f"{tuple(strong_logits.shape)} on {strong_logits.device} and {tuple(weak_logits.shape)} on "
             f"{weak_logits.device}; pass the logits of the same samples"
+        )
+    looked_at = weak_logits.device.type == "cpu" and not is_compiling() and not is_transformed()
+    if looked_at and (total := row_sum_of_shares(weak_logits)) is not None:
+        raise ValueError(
+            f"{op}: expected logits, got numbers of at least 0 that sum to {total:g} over the classes, "
+            f"as probabilities do; give the model's outputs before softmax, or p.log()"
         )
     check_number(op, "threshold", threshold, 0, 1)
     check_number(op, "temperature", temperature)

@@ -35,6 +35,7 @@ def input_gradient(model, x, y, loss=None):
 )
 def test_fgsm_is_one_step_along_the_sign(targeted, bounds):
     model, (x, y) = net(), batch()
+    x = 0.3 + 0.5 * x
     lower, upper = (None, None) if bounds is None else bounds
     broad = lower.view(3, 1, 1) if isinstance(lower, torch.Tensor) else lower
     want = reference_step(x, input_gradient(model, x, y), -0.1 if targeted else 0.1, broad, upper)

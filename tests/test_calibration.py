@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fastreg as fr
+from fastreg import calibration, calibration_curve, calibration_error
 
 
 def reference(logits, target, bins):
@@ -108,6 +109,52 @@ def test_refused():
             call(logits, target, bins=0)
         with pytest.raises(TypeError, match=f"{call.__name__}: bins must be an int"):
             call(logits, target, bins=2.0)
+
+
+def test_what_has_no_label_is_left_out_and_impossible_classes_are_refused():
+    logits, target = 3 * torch.randn(50, 4), torch.randint(4, (50,))
+    known = torch.rand(50) > 0.4
+    marked = target.where(known, -100)
+    torch.testing.assert_close(
+        calibration_error(logits, marked), calibration_error(logits[known], target[known])
+    )
+    for a, b in zip(
+        calibration_curve(logits, marked), calibration_curve(logits[known], target[known]), strict=True
+    ):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert calibration_error(logits, torch.full_like(target, -100)).isnan()
+    for wrong in (4, -1, 255):
+        for op in (calibration_error, calibration_curve):
+            with pytest.raises(
+                ValueError, match=rf"{op.__name__}: .* in \[0, 4\) or -100, got {wrong}; mark what"
+            ):
+                op(logits, target.index_fill(0, torch.tensor([3]), wrong))
+
+
+def test_where_nobody_may_look_an_impossible_class_makes_nan(monkeypatch):
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 3, -100])
+    monkeypatch.setattr(calibration, "is_vmapped", lambda: True)
+    assert calibration_error(logits, target).isnan()
+    assert calibration_error(logits, target.clamp(max=2)).isfinite()
+
+
+def test_probabilities_percentages_and_one_hot_rows_are_no_logits():
+    logits, target = 3 * torch.randn(50, 4), torch.randint(4, (50,))
+    p = logits.softmax(1)
+    for scale in (1, 100):
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            with pytest.raises(
+                ValueError, match=f"calibration_error: logits must be logits, .* sum to {scale}, as"
+            ):
+                calibration_error((scale * p).to(dtype), target)
+    with pytest.raises(ValueError, match="as probabilities are"):
+        calibration_curve(torch.eye(4)[target], target)
+    torch.testing.assert_close(calibration_error(p.log(), target), calibration_error(logits, target))
+    torch.testing.assert_close(
+        calibration_error((100 * p / 100).log(), target), calibration_error(logits, target)
+    )
+    for fine in (torch.zeros(3, 4), torch.rand(50, 4), p + 0.1, torch.ones(3, 1)):
+        calibration_error(fine, target[: len(fine)] % fine.shape[1])
 
 
 def test_label_smoothing_calibrates_a_network_on_the_digits(digits):

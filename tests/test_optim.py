@@ -178,7 +178,7 @@ def by_hand(tensors, l1, l2):
 
 class TestPenalty:
     def test_value(self, dtype):
-        """The sum by hand in float64, from a tensor, tensors, a module; float32 for 16-bit parameters,
+        """The sum by hand in float64, from a tensor or tensors; float32 for 16-bit parameters,
         float64 for float64.
         """
         tensors = [
@@ -189,7 +189,7 @@ class TestPenalty:
         ]
         module = nn.ParameterList([nn.Parameter(t) for t in tensors])
         expected = by_hand(tensors, 0.1, 0.3)
-        for source in (tensors, iter(tensors), module, tuple(module)):
+        for source in (tensors, iter(tensors), module.parameters(), tuple(module)):
             value = penalty(source, l1=0.1, l2=0.3)
             assert value.shape == () and value.dtype == (
                 torch.float64 if dtype == torch.float64 else torch.float32
@@ -249,7 +249,7 @@ class TestPenalty:
         model = Net()
         unique = {id(q): q for q in model.parameters()}.values()
         torch.testing.assert_close(
-            penalty(model, l1=1.0).double(), by_hand(unique, 1.0, 0.0), rtol=1e-6, atol=0
+            penalty(model.parameters(), l1=1.0).double(), by_hand(unique, 1.0, 0.0), rtol=1e-6, atol=0
         )
 
     def test_float16_does_not_overflow(self):

@@ -204,3 +204,17 @@ X = torch.zeros(4, 3)
 def test_errors_say_what_was_expected(error, words, arguments):
     with pytest.raises(error, match=f"pseudo_label_loss: .*{words}"):
         fr.pseudo_label_loss(**{"strong_logits": X, "weak_logits": X, **arguments})
+
+
+def test_probabilities_are_no_logits():
+    """Their softmax is nearly flat: no sample would ever be confident, and the loss 0 without a word."""
+    logits = 5 * torch.randn(20, 4)
+    for wrong, total in ((logits.softmax(1), 1), (100 * logits.softmax(1), 100)):
+        with pytest.raises(ValueError, match=f"pseudo_label_loss: expected logits, .* sum to {total} over"):
+            fr.pseudo_label_loss(logits, wrong)
+    image = (5 * torch.randn(2, 4, 3, 3)).softmax(1)
+    with pytest.raises(ValueError, match="sum to 1 over the classes"):
+        fr.pseudo_label_loss(image, threshold=0.0)
+    torch.testing.assert_close(
+        fr.pseudo_label_loss(logits, logits.softmax(1).log()), fr.pseudo_label_loss(logits, logits)
+    )

@@ -3,6 +3,7 @@
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from early_stopping_cases import run
@@ -106,6 +107,33 @@ def test_retrain_puts_the_random_state_back(fails):
     assert torch.equal(torch.rand(2), want[0]) and random.random() == want[1]
 
 
+@pytest.mark.parametrize("kind", ("arrays", "array and tensor", "list", "read only"))
+def test_arrays_are_columns_and_no_samples(kind):
+    train, val = make_data(21, 0), make_data(9, 1)
+    want = by_hand(train, val, 2, 5, batch_size=8, shuffle=True)
+    given = []
+    for x, y in (train, val):
+        x, y = x.numpy().copy(), y if kind == "array and tensor" else y.numpy().copy()
+        if kind == "read only":
+            x.flags.writeable = False
+        given.append([x, y] if kind == "list" else (x, y))
+    model, _ = retrain(make_net, train_net, *given, epochs=2, seed=5, batch_size=8)
+    assert has_state(model, state_of(want))
+
+
+class Frame:
+    """As pandas has it: a length, and columns where samples are expected."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, name):
+        return {"x": [1, 2]}[name]
+
+    def keys(self):
+        return ["x"]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([1])
@@ -134,6 +162,19 @@ class Stream(IterableDataset):
         (dict(val_data=DataLoader([1, 2])), TypeError, "val_data must be .*DataLoader"),
         (dict(val_data={"x": torch.ones(2)}), TypeError, "val_data must be .*got a dict"),
         (dict(val_data=None), TypeError, "val_data must be .*NoneType"),
+        (
+            dict(val_data=np.ones(3)),
+            TypeError,
+            r"val_data must be .*got a ndarray; .* of one tensor x \(x,\)",
+        ),
+        (dict(val_data=Frame()), TypeError, "val_data must be .*got a Frame"),
+        (dict(val_data="abc"), TypeError, "val_data must be .*got a str"),
+        (dict(val_data={1, 2}), TypeError, "val_data must be .*got a set"),
+        (dict(val_data=([1.0, 2.0], [0, 1])), TypeError, "val_data as a tuple must hold tensors or arrays"),
+        (dict(val_data=(torch.ones(2), [0, 1])), TypeError, "val_data as a tuple must .* got a list"),
+        (dict(val_data=[[1.0, 2.0], [0, 1]]), TypeError, r"a list of lists; of columns pass \(torch.tensor"),
+        (dict(val_data=(np.array(["a", "b"]),)), TypeError, "val_data as a tuple must hold .* of numbers"),
+        (dict(train_data=(np.ones(3), np.ones(4))), ValueError, r"with the same N, got \[\(3,\), \(4,\)\]"),
         (dict(batch_size=0), ValueError, "batch_size"),
     ],
     ids=lambda value: re.sub(

@@ -576,7 +576,7 @@ def distributed_worker(rank, world, store):
     # The penalty and the sparsity of a sharded model are those of the whole one.
     full = [p.full_tensor().detach() for p in model.parameters()]
     by_hand = sum(0.1 * w.abs().sum() + 0.15 * (w * w).sum() for w in full)
-    value = fr.optim.penalty(model, l1=0.1, l2=0.3)
+    value = fr.optim.penalty(model.parameters(), l1=0.1, l2=0.3)
     assert not isinstance(value, DTensor)
     torch.testing.assert_close(value.detach(), by_hand, **close)
     optimizer.zero_grad()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_count, check_number, check_tensor
 from .._seeds import draw_seed, seed_tensor
-from . import _op, functional
+from .._transforms import is_vmapped
+from . import _collate, _op, functional
 from ._op import Interpolation, Padding, PerChannel
 from .mix import cutmix, mixup
 
@@ -141,6 +142,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
                 f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
             )
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
+    _check_units(batch, params.settings, bool(colour))
     sigma = params.sigma
     blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
     height, width = batch.shape[2:]
@@ -156,6 +158,35 @@ def apply(images: Tensor, params: Params) -> Tensor:
         **vars(params.settings),
     )
     return output if lead else output.squeeze(0)
+
+
+def _check_units(images: Tensor, settings: Settings, coloured: bool) -> None:
+    """Raise where pixels from 0 to 255 meet steps that are for images in [0, 1].
+
+    Pixels on a GPU are not looked at, because that would wait for it.
+    """
+    op = "augment"
+    means = settings.mean if isinstance(settings.mean, tuple) else (settings.mean or 0.0,)
+    large = max(means) > 1  # They are for pixels from 0 to 255.
+    if images.dtype == torch.uint8:
+        if large:
+            raise ValueError(
+                f"{op}: mean and std are for images in [0, 1], to which uint8 images are scaled first, got "
+                f"mean={settings.mean}; divide both by 255"
+            )
+        return
+    normalised = not large and (settings.mean is not None or settings.std is not None)
+    if not (coloured or normalised) or images.device.type != "cpu" or not images.numel():
+        return
+    if torch.compiler.is_compiling() or is_vmapped():
+        return
+    # Four images of the batch tell as much as all, for a fraction of the time.
+    least, largest = images.detach()[:: (len(images) + 3) // 4].aminmax()
+    if least >= 0 and 2 < largest <= 65535:
+        raise ValueError(
+            f"{op}: floating-point images must be in [0, 1] for changes of colour, mean and std, got values "
+            f"up to {largest.item():g}; divide them by 255, or give uint8"
+        )
 
 
 Range = float | Sequence[float]  # a distance to both sides, or (lo, hi)
@@ -482,13 +513,21 @@ class Augment(nn.Module):
             [*_ERASED_SHARE, *_ERASED_RATIO], [height, width, *size], *self.settings.kernel,
         )  # fmt: skip
 
-    def forward(self, batch: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, batch: Tensor | list[Tensor] | tuple[Tensor, ...], generator: torch.Generator | None = None
+    ) -> Tensor:
         """The augmented batch, of shape (B, C, *size), by parameters that are drawn from `generator` or the
         default one; see `apply`.
+
+        A list of images (C, H, W) becomes one batch, in which each draws what it would in any
+        other; where there is a `size`, they may be of different heights and widths.
         """
+        if isinstance(batch, (list, tuple)):
+            return self._together(batch, generator)
         if not self.training:
             return apply(batch, self.sample(batch))
         images, lead = functional.batched("augment", batch)
+        _check_units(images, self.settings, bool(self._steps))
         _, matrices, colour, blur, boxes = self._draw(batch, generator)
         output = _op.augment_batch(
             "augment",
@@ -502,14 +541,58 @@ class Augment(nn.Module):
         )
         return output if lead else output.squeeze(0)
 
-    def collate(self, samples: list[Any]) -> Any:
-        """For DataLoader(collate_fn=...): torch's default collation, then augmentation of the first part of
-        each sample.
+    def _together(self, images: Sequence[Tensor], generator: torch.Generator | None) -> Tensor:
+        """The batch of a list of images."""
+        op = "augment"
+        kinds = set()
+        for image in images:
+            check_tensor(op, "each image of a list", image)
+            if image.dim() != 3:
+                raise ValueError(f"{op}: each image of a list must be (C, H, W), got {tuple(image.shape)}")
+            kinds.add((image.shape[0], image.dtype, image.device))
+        if len(kinds) != 1:
+            got = " and ".join(
+                sorted(f"{channels} of {dtype} on {device}" for channels, dtype, device in kinds)
+            )
+            raise ValueError(
+                f"{op}: images of a list must have the same number of channels, dtype and device, got {got}; "
+                f"make all of them RGB, for one"
+            )
+        sizes = sorted({tuple(image.shape[1:]) for image in images})
+        if len(sizes) == 1:
+            return self(torch.stack(list(images)), generator)
+        if self.size is None:
+            raise ValueError(
+                f"{op}: images of different sizes, such as {sizes[0]} and {sizes[-1]}, become no batch; give "
+                f"Augment a size=(height, width)"
+            )
+        # What a sample draws depends on the seed and on its index alone.
+        seed = draw_seed(images[0].device, generator) if self.training else None
+        parts = (
+            apply(image[None], self.sample(image[None], seed=seed, offset=i))
+            for i, image in enumerate(images)
+        )
+        return torch.cat(list(parts))
+
+    def collate(self, samples: list[Any], key: Any = None) -> Any:
+        """For DataLoader(collate_fn=...): torch's default collation, with the images augmented.
+
+        Args:
+            samples: what the dataset yields: images (C, H, W), tensors or NumPy arrays; tuples or named
+                tuples, whose first part is the image; dicts or dataclasses, of which the image is the only
+                tensor of three dimensions, or called "image", "images", "pixel_values" or "img". Images of
+                different sizes are resampled into one batch, of `size`.
+            key: key, field or position of the image in a sample; functools.partial(augment.collate, key=...).
+
+        Returns:
+            A batch of the samples' structure, as torch makes it (a list for tuples, a dataclass for
+            dataclasses).
+
+        Raises:
+            TypeError: no image, or several, are found in a sample. ValueError: different sizes without
+            `size`. KeyError: samples without the key.
         """
-        parts = torch.utils.data.default_collate(samples)
-        if isinstance(parts, Tensor):
-            return self(parts)
-        return [self(parts[0]), *parts[1:]]
+        return _collate.collated(samples, key, self)
 
     def extra_repr(self) -> str:
         """The steps that are on."""

@@ -407,7 +407,7 @@ def erase(
             raise ValueError(f"{op}: inplace=True and a v of pixels take one box for all samples")
         pixels: Any = v
         if isinstance(v, (list, tuple)) or (isinstance(v, Tensor) and v.dim() == 1):
-            pixels = torch.as_tensor(v).to(inpt.device, inpt.dtype).view(-1, 1, 1)
+            pixels = torch.as_tensor(v, device=inpt.device, dtype=inpt.dtype).view(-1, 1, 1)
         above, before, high, wide = (int(n) for n in (i, j, h, w))
         top, bottom = max(above, 0), min(above + high, inpt.shape[-2])
         left, right = max(before, 0), min(before + wide, inpt.shape[-1])

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_tensor
+from .._checks import check_count, check_number, check_tensor
+from .._transforms import is_vmapped
 from .functional import batched
 
 
@@ -43,10 +44,24 @@ def _draw(
     else:
         if num_classes is None:
             raise ValueError(f"{op}: targets of class indices need num_classes")
+        check_count(op, "num_classes", num_classes)
+        if targets.dim() != 1 or targets.dtype == torch.bool:
+            raise ValueError(
+                f"{op}: class indices must be (B,), got {targets.dtype} {tuple(targets.shape)}; of one-hot "
+                f"rows take .float()"
+            )
+        if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmapped():
+            wrong = targets[(targets < 0) | (targets >= num_classes)]
+            if wrong.numel():
+                raise ValueError(
+                    f"{op}: targets must be class indices in [0, {num_classes}), got {wrong[0].item()}; a "
+                    f"sample without a label has no mixed label, leave it out"
+                )
         targets = torch.nn.functional.one_hot(targets.long(), num_classes).float()
     partner = torch.randperm(len(images), device=images.device, generator=generator)
     gamma = torch._standard_gamma(
-        torch.full((2, len(images)), float(alpha), device=images.device), generator=generator
+        torch.full((2, len(images)), float(alpha), dtype=torch.float32, device=images.device),
+        generator=generator,
     )
     share = gamma[0] / gamma.sum(0).clamp(min=torch.finfo(torch.float32).tiny)  # Beta(alpha, alpha)
     return targets, partner, share
@@ -78,7 +93,8 @@ def mixup(
         targets float32 for class indices, else of their dtype.
 
     Raises:
-        ValueError: shapes that do not fit, alpha not greater than 0, class indices without num_classes.
+        ValueError: shapes that do not fit, alpha not greater than 0, class indices without num_classes or
+            outside of [0, num_classes) (on a GPU, torch's own error).
         TypeError: images or targets that are no tensors, images of another dtype.
     """
     targets, partner, share = _draw("mixup", images, targets, alpha, num_classes, generator)
@@ -105,7 +121,7 @@ def cutmix(
     """
     targets, partner, share = _draw("cutmix", images, targets, alpha, num_classes, generator)
     height, width = images.shape[2:]
-    centre = torch.rand(2, len(images), device=images.device, generator=generator)
+    centre = torch.rand(2, len(images), dtype=torch.float32, device=images.device, generator=generator)
     inside = []
     for extent, at in zip((height, width), centre, strict=True):
         half = 0.5 * extent * (1 - share).sqrt()

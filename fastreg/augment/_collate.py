@@ -1,0 +1,130 @@
+"""The images among what a dataset yields: found in a sample, taken out of it, and put back as a batch.
+
+A sample is an image, or a tuple, named tuple, dict or dataclass that holds one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OP = "Augment.collate"
+
+# Under which of these names an image stands, where a sample holds several tensors of three dimensions.
+NAMES = ("image", "images", "pixel_values", "img")
+
+
+def _is_record(sample: Any) -> bool:
+    return dataclasses.is_dataclass(sample) and not isinstance(sample, type)
+
+
+def fields_of(sample: Any) -> dict[Any, Any] | None:
+    """The named parts of a dict, named tuple or dataclass; None of what has none."""
+    if isinstance(sample, Mapping):
+        return dict(sample)
+    if isinstance(sample, tuple) and hasattr(sample, "_fields"):
+        return dict(zip(sample._fields, sample, strict=True))
+    if _is_record(sample):
+        return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+    return None
+
+
+def _is_image(value: Any) -> bool:
+    """Whether a value is a tensor or an array of (C, H, W)."""
+    return (isinstance(value, Tensor) or hasattr(value, "__array__")) and getattr(value, "ndim", 0) == 3
+
+
+def place_of(sample: Any, key: Any) -> Any:
+    """Where a sample holds its image: a key, field or position; None where it is one."""
+    fields = fields_of(sample)
+    if fields is None:
+        sequence = isinstance(sample, (tuple, list))
+        if key is not None and not (sequence and isinstance(key, int) and -len(sample) <= key < len(sample)):
+            raise TypeError(f"{OP}: key={key!r} needs samples with such a part, got {_text(sample)}")
+        return (0 if key is None else key) if sequence else None
+    if key is not None:
+        name = list(fields)[key] if isinstance(key, int) and key not in fields else key
+        if name not in fields:
+            raise KeyError(f"{OP}: samples have no {key!r}, got {list(fields)}; give the images' key")
+        return name
+    if isinstance(sample, tuple):
+        return next(iter(fields))
+    images = [name for name, value in fields.items() if _is_image(value)]
+    named = [name for name in images if name in NAMES]
+    found = images if len(images) == 1 else named
+    if len(found) != 1:
+        held = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in fields.items())
+        raise TypeError(
+            f"{OP}: expected one tensor (C, H, W) in each sample, got {len(images)} in {held}; say which it "
+            f"is with collate_fn=functools.partial(augment.collate, key=...), and make images tensors in the "
+            f"dataset"
+        )
+    return found[0]
+
+
+def part_of(sample: Any, place: Any) -> Any:
+    """What stands at a place of a sample."""
+    if place is None:
+        return sample
+    fields = fields_of(sample)
+    return sample[place] if fields is None else fields[place]
+
+
+def with_part(sample: Any, place: Any, value: Any) -> Any:
+    """A sample, or a batch of them, with another value at a place."""
+    if place is None:
+        return value
+    if isinstance(sample, Mapping):
+        changed: Any = copy.copy(sample) if isinstance(sample, MutableMapping) else dict(sample)
+        changed[place] = value
+        return changed
+    if isinstance(sample, tuple) and hasattr(sample, "_fields"):
+        return type(sample)(**{**(fields_of(sample) or {}), place: value})
+    changed = list(sample)
+    changed[place] = value
+    return changed
+
+
+def collated(samples: list[Any], key: Any, augmented: Callable[[Any], Tensor]) -> Any:
+    """The samples as a batch, as torch's default collation makes it, with their images augmented.
+
+    `augmented` gets them as one tensor, or as a list of tensors where their sizes differ.
+    """
+    collate = torch.utils.data.default_collate
+    place = place_of(samples[0], key)
+    images = [part_of(sample, place) for sample in samples]
+    for image in images:
+        known = isinstance(image, Tensor) or hasattr(image, "__array__")
+        if not known or type(image).__module__.partition(".")[0] == "PIL":
+            raise TypeError(
+                f"{OP}: images must be tensors (C, H, W), got {_text(image)}; convert them in the dataset, "
+                f"as torchvision's PILToTensor does, or say where they are with "
+                f"functools.partial(augment.collate, key=...)"
+            )
+    uneven = len({tuple(image.shape) for image in images}) > 1
+    batch = augmented([torch.as_tensor(image) for image in images] if uneven else collate(images))
+    if place is None:
+        return batch
+    if _is_record(samples[0]):
+        fields = [fields_of(sample) or {} for sample in samples]
+        parts = {
+            name: batch if name == place else collate([each[name] for each in fields]) for name in fields[0]
+        }
+        whole = copy.copy(samples[0])
+        for name, value in parts.items():
+            object.__setattr__(whole, name, value)  # frozen ones too
+        return whole
+    return with_part(collate([with_part(sample, place, 0) for sample in samples]), place, batch)
+
+
+def _text(value: Any) -> str:
+    return (
+        f"{type(value).__name__} of {len(value)}"
+        if isinstance(value, (tuple, list))
+        else type(value).__name__
+    )
