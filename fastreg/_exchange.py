@@ -25,7 +25,7 @@ class ExchangedCode:
 
     def __init__(
         self,
-        function: types.FunctionType,
+        function: Any,
         arguments: tuple[str, ...],
         make: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
@@ -42,7 +42,8 @@ class ExchangedCode:
         # The name under which the function's module has the replacement. It stays there, because a call that
         # has begun still looks it up.
         self._name, self._replacement = f"_fastreg_{name}", make(self.original)
-        listed, made = ", ".join(arguments), {}
+        listed = ", ".join(arguments)
+        made: dict[str, Any] = {}
         exec(f"def {name}({listed}):\n    return {self._name}({listed})", made)
         self._codes = code, made[name].__code__.replace(co_filename=__file__)
 

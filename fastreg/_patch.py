@@ -100,7 +100,8 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
         options = weight, size_average, ignore_index, reduce, reduction, label_smoothing
         if has_torch_function_variadic(input, target, weight):
             return original(input, target, *options)
-        if fast is not None and not is_compiling():
+        usual = weight is None or not is_torchs(input, target, weight)
+        if usual and fast is not None and not is_compiling():
             try:
                 loss = fast.cross_entropy(input, target, *options, "uniform", 0.0, "nan", None)
             except ValueError:  # what it refuses, ours refuses below with torch's type

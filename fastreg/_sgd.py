@@ -156,7 +156,7 @@ def sgd_with_numbers(
     factors, which a group may be given later, to climb for example: those go to plain torch.
     """
     lr, momentum, _, weight_decay, _ = numbers
-    step = sgd_plain if min(lr, momentum, weight_decay) < 0 else sgd_
+    step: Any = sgd_plain if min(lr, momentum, weight_decay) < 0 else sgd_
     step(params, grads, momentum_buffers, momentum_started, *numbers, *others)
 
 

@@ -139,15 +139,19 @@ inline bool fit(const Tensor& input, const Tensor& target, const Tensor* weight,
                      weight->scalar_type() == (dtype == ScalarType::Double ? dtype : ScalarType::Float));
 }
 
-// The dtype that the loss is asked to have, or takes under autocast and beside probabilities of another dtype;
-// false where it has no such loss.
-inline bool read_loss_dtype(PyObject* argument, const Tensor& input, const Tensor& target, LossOptions* o) {
+// The dtype that the loss is asked to have, or takes under autocast and beside probabilities of another
+// dtype; false where it has no such loss.
+inline bool read_loss_dtype(PyObject* argument, const Tensor& input, const Tensor& target,
+                            const Tensor* weight, LossOptions* o) {
   const ScalarType dtype = input.scalar_type();
   if (argument == Py_None) {
     const bool widens =
         at::isReducedFloatingType(dtype) && at::autocast::is_autocast_enabled(input.device().type());
     ScalarType result = widens ? ScalarType::Float : dtype;
-    if (has_kernel(target.scalar_type())) result = c10::promoteTypes(result, target.scalar_type());
+    if (has_kernel(target.scalar_type())) {
+      result = c10::promoteTypes(result, target.scalar_type());
+      if (weight) result = c10::promoteTypes(result, weight->scalar_type());
+    }
     if (result != dtype) o->loss_dtype = result;
     return true;
   }
@@ -164,7 +168,8 @@ inline PyObject* cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t) {
   LossOptions o{};
   if (!input || !target || !read_options(args, &o) || is_transformed()) Py_RETURN_NONE;
   if (args[2] != Py_None && !(weight = plain(args[2]))) Py_RETURN_NONE;
-  if (!fit(*input, *target, weight, o) || !read_loss_dtype(args[11], *input, *target, &o)) Py_RETURN_NONE;
+  if (!fit(*input, *target, weight, o) || !read_loss_dtype(args[11], *input, *target, weight, &o))
+    Py_RETURN_NONE;
   return without_lock([&] {
     const std::optional<Tensor> w = weight ? std::optional<Tensor>(*weight) : std::nullopt;
     return wants_grad(*input) ? CrossEntropy::apply(*input, *target, w, o)[0]
