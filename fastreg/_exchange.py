@@ -51,7 +51,7 @@ class ExchangedCode:
         """Let the function do the one or the other."""
         if to:
             self.function.__globals__[self._name] = self._replacement
-            self.function.__wrapped__ = self.original  # type: ignore[attr-defined]  # inspect reads its source
+            self.function.__wrapped__ = self.original  # inspect reads its source
         elif hasattr(self.function, "__wrapped__"):
             del self.function.__wrapped__
         self.function.__code__ = self._codes[to]

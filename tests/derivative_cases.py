@@ -160,7 +160,7 @@ CASES: dict[str, Case] = {
         LOGITS,
     ),
     "cross_entropy, to the probabilities": Case(
-        lambda q: fr.cross_entropy(LOGITS, q), lambda q: F.cross_entropy(LOGITS, q), SOFT
+        lambda q: squares(fr.cross_entropy(LOGITS, q)), lambda q: squares(F.cross_entropy(LOGITS, q)), SOFT
     ),
     "linear_cross_entropy": layer_case("hidden", HIDDEN),
     "linear_cross_entropy, to the weight": layer_case("weight", LAYER),

@@ -27,7 +27,15 @@ WITHOUT = {
 }
 # torch's vmap, by which a forward-mode jacobian goes, refuses whatever draws a random number. The sentence is
 # torch's.
-DRAWS = ("dropout", "dropout1d", "alpha_dropout", "feature_alpha_dropout", "drop_path", "dropout_add")
+DRAWS = (
+    "dropout",
+    "dropout1d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+    "drop_path",
+    "dropout_add",
+    "mixup",
+)
 ERRORS = {(case, "forward-mode jacobian"): "random operations inside of vmap" for case in DRAWS}
 PAGE = ROOT / "docs" / "derivatives.md"
 

@@ -51,7 +51,7 @@ def run(*command, **kwargs):
     """
     kwargs.setdefault("cwd", "/")
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=900, **kwargs
+        [str(part) for part in command], capture_output=True, text=True, timeout=1800, **kwargs
     )
     assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     return done.stdout
@@ -164,7 +164,8 @@ def test_one_wheel_runs_on_this_torch_and_on_another(wheel, other, tmp_path):
 
 @pytest.mark.slow
 def test_installing_in_isolation_builds_with_the_torch_it_finds_and_replaces_none(sdist, other):
-    run(other, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", sdist)
+    without_cuda = "--config-settings=cmake.define.FASTREG_CUDA=OFF"  # to save time
+    run(other, "-m", "pip", "install", "-q", "--force-reinstall", "--no-deps", without_cuda, sdist)
     version, _ = run(other, "-c", SMOKE).split()
     assert version.startswith(OTHER_TORCH)
 

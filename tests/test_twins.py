@@ -200,16 +200,17 @@ SGD_OPTIONS = {
     "lr": [
         (0.3, True, True),
         (1, True, True),
-        (torch.tensor(0.3), False, True),
-        (np.float64(0.3), False, True),
+        (torch.tensor(0.3), True, True),
+        (np.float64(0.3), True, True),
     ],
-    "momentum": [(0, True, True), (0.5, True, True), (1, True, True), (np.float64(0.5), False, True)],
+    "momentum": [(0, True, True), (0.5, True, True), (1, True, True), (np.float64(0.5), True, True)],
     "dampening": [(0.0, True, False), (0.5, False, True), (-0.5, False, True)],
-    "weight_decay": [(0, True, True), (0.5, True, True), (np.float32(0.5), False, True)],
+    "weight_decay": [(0, True, True), (0.5, True, True), (np.float32(0.5), True, True)],
     "nesterov": [(True, True, True), (1, False, True)],
-    "l1": [(0, True, True), (0.5, True, True), (np.float32(0.5), False, True)],
+    "l1": [(0, True, True), (0.5, True, True), (np.float32(0.5), True, True)],
     "l1_mode": [("subgradient", True, False), ("proximal", True, True)],
     "decoupled": [(True, True, True), (1, False, True)],
+    "scale_penalty": [(False, True, False), (True, True, False)],  # l1 goes through the momentum here
     "maximize": [(True, True, True), (1, False, True)],
     "stochastic_rounding": [(False, True, False), (True, False, False)],  # of float32 it changes nothing
     "foreach": [(True, True, False)],
