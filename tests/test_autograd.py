@@ -18,7 +18,7 @@ import fastreg as fr
 from fastreg import _cross_entropy, _dropout, _dropout_add, _registry
 from fastreg.cli import doctor
 
-OPS = [_dropout, _dropout_add, _cross_entropy]
+OPS = [_dropout, _dropout_add, _cross_entropy, fr.nn]
 FAST = _registry.fast
 needs_cpp = pytest.mark.skipif(FAST is None, reason=f"no C++ autograd: {_registry.why_not_fast}")
 

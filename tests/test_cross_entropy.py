@@ -62,8 +62,8 @@ def check_case(x, target, options):
         dtypes += [t.dtype for t in (target, options.get("weight")) if t is not None]
     assert got_loss.dtype == functools.reduce(torch.promote_types, dtypes) and got_grad.dtype == x.dtype
     assert got_loss.shape == want_loss.shape and got_grad.shape == x.shape
-    if x.dtype != torch.float64:  # nor are the statistics
-        got_loss = got_loss.to(torch.promote_types(torch.float32, x.dtype)) if len(dtypes) > 1 else got_loss
+    if got_loss.dtype == torch.float64 != x.dtype:  # promoted, but of statistics in float32
+        got_loss = got_loss.float()
     assert_rounded(got_loss, want_loss, options)
     if want_loss.isfinite().all():
         assert_gradient(

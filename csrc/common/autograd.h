@@ -5,6 +5,7 @@
 // What stands in Python as well is held together by tests/test_twins.py.
 #pragma once
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/DistributionsHelper.h>

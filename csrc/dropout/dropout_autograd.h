@@ -120,6 +120,9 @@ inline PyObject* dropout(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (args[2] == Py_False || p == 0 || input->numel() == 0) return Py_NewRef(args[0]);
   const bool inplace = args[3] == Py_True, derive = wants_grad(*input);
   if (!has_kernel(input->scalar_type()) || (inplace && (derive || input->is_inference()))) Py_RETURN_NONE;
+  // What the operator would refuse is refused by Python, before a seed is drawn.
+  if (input->dim() > 16 || (inplace && at::has_internal_overlap(*input) == at::MemOverlap::Yes))
+    Py_RETURN_NONE;
   Tensor seed;
   if (count == 4) {
     form.scale = inverted_scale(p);
