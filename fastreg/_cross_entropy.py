@@ -168,7 +168,8 @@ def _read_targets(
     index = target.unsqueeze(1)
     kept, in_range = index != ignore_index, (index >= 0) & (index < shape[1])
     index = index.where(in_range, 0)
-    one_hot = torch.zeros(shape, dtype=dtype, device=target.device).scatter_(1, index, 1.0)
+    # Not in place: under torch.func.vmap the classes are many, and what they are put into is one.
+    one_hot = torch.zeros(shape, dtype=dtype, device=target.device).scatter(1, index, 1.0)
     each = kept.to(dtype)
     if weight is not None:
         each = torch.where(kept & in_range, weight.to(dtype)[index], 0)

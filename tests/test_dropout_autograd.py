@@ -137,7 +137,8 @@ def test_in_place_errors_come_before_any_write():
     shared = torch.ones(3, 1)
     for x in (shared.expand(3, 50), torch.ones(12).as_strided((5, 4), (2, 1))):
         with pytest.raises(
-            ValueError, match="dropout: inplace needs an input whose elements do not share memory; call it"
+            ValueError,
+            match=r"dropout: .*elements.* not share memory.*; call it",
         ):
             fr.dropout(x, 0.5, inplace=True)
         assert (x == 1).all()
