@@ -289,14 +289,14 @@ def _step(
         None if found_inf is None else found_inf.to(device),
         draw_seed(device) if group["stochastic_rounding"] else None,
     )
-    if is_compiling() and not all(_fixed(number) for number in numbers):
+    if not is_compiling():
+        sgd_with_numbers(*lists, numbers, *others)
+    elif all(map(_fixed, numbers)) and min(numbers[0], numbers[1], numbers[3]) >= 0:
+        sgd_(*lists, *numbers, *others)
+    else:
         # As factors of a tensor, rather than its contents, they stay inputs of inductor's graph too.
         one = torch.ones((), dtype=torch.float64, device="cpu")
         sgd_numbers_(*lists, torch.stack([one * number for number in numbers]), *others)
-    elif is_compiling():
-        sgd_(*lists, *numbers, *others)
-    else:
-        sgd_with_numbers(*lists, numbers, *others)
 
 
 def _fixed(number: float) -> bool:

@@ -384,7 +384,7 @@ class TestBothPaths:
                     optimizer.step()
             return [p.detach()]
 
-        assert self.both(monkeypatch, run) == (case == "int lr")
+        assert self.both(monkeypatch, run) == (case in ("int lr", "lr tensor"))
 
     def test_an_error_in_a_later_group_finds_nothing_stepped(self, monkeypatch):
         monkeypatch.setattr(fr.optim, "fast", spy := self.Spy())

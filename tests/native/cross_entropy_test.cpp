@@ -234,9 +234,9 @@ void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
   current_case = name + " classes " + std::to_string(k) + " case " + std::to_string(c.count);
   Tensors t(c);
   const CrossEntropyArgs a = arguments(c, t);
-  const int64_t blocks = cross_entropy_blocks(a);
-  kernels::cross_entropy_kernels.forward(a, blocks / 2, blocks);
-  kernels::cross_entropy_kernels.forward(a, 0, blocks / 2);
+  const int64_t tiles = cross_entropy_tiles(a);
+  kernels::cross_entropy_kernels.forward(a, tiles / 2, tiles);
+  kernels::cross_entropy_kernels.forward(a, 0, tiles / 2);
   for (int64_t r = 0; r < count; ++r) {
     if (!c.soft && int64_t(t.target.raw(r)) == kIgnored) {
       t.loss.expect(r, 0);
