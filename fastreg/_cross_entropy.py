@@ -32,7 +32,7 @@ from ._checks import (
     scalar,
 )
 from ._registry import define, fast
-from ._transforms import autocast_dtype, is_distributed, is_transformed, is_vmapped
+from ._transforms import autocast_dtype, is_sharded, is_transformed, is_vmapped
 
 Reduction = Literal["none", "mean", "sum"]
 Smoothing = Literal["uniform", "others"]
@@ -584,7 +584,7 @@ def cross_entropy(
         classes=input.shape[0 if unbatched else 1],
         expected=expected,
     )
-    if is_distributed(input, target, weight):
+    if any(map(is_sharded, (input, target, weight))):
         return loss_of_dtensors(op, input, target, weight, options)
     soft = target.is_floating_point()
     if unbatched:

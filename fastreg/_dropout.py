@@ -30,7 +30,7 @@ from ._checks import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
-from ._transforms import is_transformed
+from ._transforms import is_sharded, is_transformed
 
 Form = Literal["inverted", "textbook", "alpha"]
 
@@ -286,11 +286,6 @@ define_composite(
 
 
 # --- The usual steps from a public function to the operator.
-
-
-def is_sharded(input: torch.Tensor) -> bool:
-    """Whether `input` is a DTensor."""
-    return type(input) is not torch.Tensor and hasattr(input, "device_mesh")
 
 
 def check_input(op: str, input: torch.Tensor, p: float, training: bool = True) -> float:

@@ -18,14 +18,13 @@ from ._dropout import (
     constants_of,
     draw_decisions,
     dropout_op,
-    is_sharded,
     masked_gradient,
     run_dropout,
 )
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed
-from ._transforms import autocast_dtype, is_transformed
+from ._transforms import autocast_dtype, is_sharded, is_transformed
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 

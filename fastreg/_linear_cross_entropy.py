@@ -30,7 +30,7 @@ from ._cross_entropy import (
     statistics_dtype,
 )
 from ._registry import define, define_kernel
-from ._transforms import autocast_dtype, is_distributed, is_transformed, without_autocast
+from ._transforms import autocast_dtype, is_sharded, is_transformed, without_autocast
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
@@ -289,7 +289,7 @@ def linear_cross_entropy(
         weight_name="class_weight",
     )
     soft = target.is_floating_point()
-    if is_distributed(hidden, weight, bias, target, class_weight):
+    if any(map(is_sharded, (hidden, weight, bias, target, class_weight))):
         logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, -2)
         target = target.flatten(0, -2) if soft else target.flatten()
         loss = loss_of_dtensors(op, logits, target, class_weight, options)

@@ -21,9 +21,9 @@ def is_vmapped() -> bool:
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
 
-def is_distributed(*tensors: object) -> bool:
-    """Whether one of them is a DTensor."""
-    return any(hasattr(tensor, "device_mesh") for tensor in tensors)
+def is_sharded(value: object) -> bool:
+    """Whether it is a DTensor."""
+    return type(value) is not torch.Tensor and hasattr(value, "device_mesh")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -428,11 +428,11 @@ def _check_keys(group: dict[str, Any], own: Mapping[str, Any]) -> None:
 
 def _scaled(group: dict[str, Any]) -> dict[str, Any]:
     """The group as the operator takes it, with `scale_penalty` carried out."""
+    if not group.get("scale_penalty") or not group["momentum"]:
+        return group
     direct = (
         ("l1", "weight_decay") if group["decoupled"] else ("l1",) if group["l1_mode"] == "proximal" else ()
     )
-    if not group.get("scale_penalty") or not group["momentum"]:
-        return group
     factor = (1 - group["dampening"]) / (1 - group["momentum"])
     return {**group, **{name: group[name] * factor for name in direct}}
 
