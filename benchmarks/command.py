@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from fastreg import _distribution
 from fastreg.cli import doctor
 from fastreg.cli.common import INTERRUPTED, UsageError, positive, writable_folder, write
 
@@ -59,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "rich"):
             raise
-        print(f'fastreg bench: {error.name} is missing; run: pip install "fastreg[bench]"', file=sys.stderr)
+        print(
+            f"fastreg bench: {error.name} is missing; run: {_distribution.install('bench')}", file=sys.stderr
+        )
         return 2
 
 

@@ -6,13 +6,19 @@ in one sentence with its remedy.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+import pathlib
+import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from . import _distribution
 
 try:
     import torch
@@ -79,10 +85,22 @@ def load_kernels() -> ModuleType:
         from fastreg import _C
     except ImportError as error:
         raise ImportError(
-            f"fastreg's compiled kernels cannot be loaded ({error}); install fastreg with `pip install .` "
-            "for this Python, or run `make test` in a checkout"
+            f"fastreg's compiled kernels cannot be loaded ({_why_not_loaded(error)}); install fastreg for "
+            f"this Python: {_distribution.install()}, or `make build` in a checkout"
         ) from error
     return _C
+
+
+def _why_not_loaded(error: ImportError) -> str:
+    """Why `_C` cannot be imported. Python's own message for the module of another Python speaks of a circular
+    import.
+    """
+    wanted = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    folders = [pathlib.Path(folder) for folder in sys.modules["fastreg"].__path__]
+    there = sorted(path.name for folder in folders for path in folder.glob("_C.*"))
+    if there and wanted not in there:
+        return f"this Python loads {wanted}, and {', '.join(there)} is there"
+    return str(error)
 
 
 def _register(schema: str, function: Callable[..., Any], key: str) -> None:
@@ -101,19 +119,20 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
     """(the module of the CUDA kernels for this torch, None), or (None, why there is none)."""
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
-    name = f"fastreg._C_cuda{torch.version.cuda.split('.')[0]}"
-    rebuild = "pip install --no-build-isolation --force-reinstall --no-deps -Ccmake.define.FASTREG_CUDA=ON ."
+    major = torch.version.cuda.split(".")[0]
+    name = f"fastreg._C_cuda{major}"
+    rebuild = functools.partial(_distribution.rebuild, "-Ccmake.define.FASTREG_CUDA=ON")
     if importlib.util.find_spec(name) is None:
         return None, (
-            f"fastreg was built without CUDA kernels for CUDA {torch.version.cuda}; with nvcc on PATH, "
-            f"rebuild it: {rebuild}"
+            f"fastreg was built without kernels for CUDA {major}, which torch {torch.__version__} uses; with "
+            f"an nvcc {major}.x on PATH, rebuild it: {rebuild()}"
         )
     try:
         return importlib.import_module(name), None
     except ImportError as error:
         reason = (
             f"fastreg's CUDA kernels, {name}, cannot be loaded ({error}); "
-            f"rebuild them with this torch: {rebuild}"
+            f"rebuild them with this torch: {rebuild()}"
         )
         warnings.warn(reason, RuntimeWarning, stacklevel=2)
         return None, reason
@@ -129,22 +148,22 @@ def _load_autograd() -> tuple[ModuleType | None, str | None]:
     if wanted == "python":
         return None, "FASTREG_AUTOGRAD=python asks for Python"
     name = "fastreg._autograd_" + "_".join(torch.__version__.split(".")[:2])
-    rebuild = "rebuild it with this torch: pip install --no-build-isolation --force-reinstall --no-deps ."
-    if importlib.util.find_spec(name) is None:
-        reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}; {rebuild}"
-    else:
+    there = importlib.util.find_spec(name) is not None
+    reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}"
+    if there:
         try:
             return importlib.import_module(name), None
         except ImportError as error:
-            reason = f"fastreg's C++ autograd, {name}, cannot be loaded ({error}); {rebuild}"
-        if wanted != "cpp":
-            warnings.warn(
-                f"{reason}. Until then Python does the same, slower for small tensors",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            reason = f"fastreg's C++ autograd, {name}, cannot be loaded ({error})"
+    reason += f"; rebuild it with this torch: {_distribution.rebuild()}"
     if wanted == "cpp":
         raise ImportError(f"FASTREG_AUTOGRAD=cpp: {reason}, or unset FASTREG_AUTOGRAD")
+    if there:
+        warnings.warn(
+            f"{reason}. Until then Python does the same, slower for small tensors",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return None, reason
 
 
@@ -169,11 +188,15 @@ def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[.
                 )
         # A tensor on the CPU may stand beside those of the device: a seed, or one number.
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
-        device = min((device.type for device in devices), default="cuda")
+        device = min((device.type for device in devices), default="cpu")
         if device == "cuda" and cuda is None:
             raise RuntimeError(
                 f"{name}: expected tensors on the CPU, got a tensor on 'cuda'; {why_no_cuda}, or move it "
                 "with .cpu()"
+            )
+        if tensors and device == "cpu":
+            raise RuntimeError(
+                f"{name}: expected tensors on a GPU, got tensors on 'cpu'; move them with .cuda()"
             )
         if plain is not None and device != "cuda" and len(devices) == 1:
             with torch.no_grad():  # as of every kernel, derivatives are not its business

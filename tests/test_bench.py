@@ -14,7 +14,7 @@ import pytest
 import torch
 
 for package in ("matplotlib", "rich"):
-    pytest.importorskip(package, reason='the benchmark needs pip install "fastreg[bench]"')
+    pytest.importorskip(package, reason='the benchmark needs pip install "torch-fastreg[bench]"')
 
 import fastreg as fr  # noqa: E402
 from fastreg import benchmarks  # noqa: E402
@@ -509,7 +509,8 @@ def test_what_is_missing_is_named(monkeypatch, tmp_path, capsys, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(tmp_path, "--ops", "fgsm") == 2
     assert (
-        capsys.readouterr().err == f'fastreg bench: {missing} is missing; run: pip install "fastreg[bench]"\n'
+        capsys.readouterr().err
+        == f'fastreg bench: {missing} is missing; run: pip install "torch-fastreg[bench]"\n'
     )
 
 

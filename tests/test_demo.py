@@ -21,7 +21,7 @@ import torch
 from demo_examples import blobs
 
 for package in ("matplotlib", "PIL", "rich", "sklearn"):
-    pytest.importorskip(package, reason='the demo needs pip install "fastreg[demo]"')
+    pytest.importorskip(package, reason='the demo needs pip install "torch-fastreg[demo]"')
 
 import fastreg as fr  # noqa: E402
 from fastreg.cli import common  # noqa: E402
@@ -133,7 +133,7 @@ for package in ("rich", "matplotlib", "PIL", "sklearn"):
     done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
     assert done.stdout.split() == ["2"] * 4
     assert done.stderr.splitlines() == [
-        f'fastreg demo: {name} is missing; run: pip install "fastreg[demo]"'
+        f'fastreg demo: {name} is missing; run: pip install "torch-fastreg[demo]"'
         for name in ("rich", "matplotlib", "PIL", "scikit-learn")
     ]
 

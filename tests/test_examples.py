@@ -13,7 +13,7 @@ SCRIPTS = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_example(script, tmp_path):
     for package in ("mlxtend", "sklearn"):
-        pytest.importorskip(package, reason='the examples need pip install "fastreg[test]"')
+        pytest.importorskip(package, reason='the examples need pip install "torch-fastreg[test]"')
     lines = script.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 40 and lines[0].startswith('"""')
     done = subprocess.run(

@@ -23,7 +23,7 @@ import fastreg as fr
 
 NAN = math.nan
 SCORES = [9.0, 7.0, NAN, 4.0, 5.0, 6.0, 4.5, 3.0, 2.0]  # with patience 3: best at index 3, stop at 6
-HINT = 'needs pip install "fastreg[test]"'
+HINT = 'needs pip install "torch-fastreg[test]"'
 
 
 def expected(scores, **options):

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastreg as fr
 
-pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "fastreg[test]"')
+pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "torch-fastreg[test]"')
 
 from fastreg.integrations.lightning import EarlyStopping  # noqa: E402
 

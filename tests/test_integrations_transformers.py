@@ -16,7 +16,7 @@ from torch import nn
 
 import fastreg as fr
 
-HINT = 'needs pip install "fastreg[test]"'
+HINT = 'needs pip install "torch-fastreg[test]"'
 transformers = pytest.importorskip("transformers", reason=HINT)
 pytest.importorskip("accelerate", reason=HINT)
 

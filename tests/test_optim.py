@@ -465,7 +465,7 @@ class TestSparsity:
 @pytest.fixture(scope="module")
 def diabetes():
     """442 patients: ten measurements, standardised (442, 10), and the progress of their disease (442,)."""
-    datasets = pytest.importorskip("sklearn.datasets", reason='needs pip install "fastreg[test]"')
+    datasets = pytest.importorskip("sklearn.datasets", reason='needs pip install "torch-fastreg[test]"')
     x, y = datasets.load_diabetes(return_X_y=True)
     return torch.tensor((x - x.mean(0)) / x.std(0)), torch.tensor(y)
 

@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 
 import fastreg as fr
 
-HINT = 'needs pip install "fastreg[test]"'
+HINT = 'needs pip install "torch-fastreg[test]"'
 
 
 class ByHand:

@@ -5,8 +5,13 @@ This package holds the doors alone. What stands behind `bench` is `benchmarks/`,
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+
+import fastreg
+
+from .. import _distribution
 
 COMMANDS = {  # name: (the module whose `main(arguments)` gives the exit status, the line of help)
     "doctor": ("fastreg.cli.doctor", "what was built, what is loaded, what this machine can run"),
@@ -31,5 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)  # the command has a --help of its own
     chosen, rest = parser.parse_known_args(argv)
+    if not hasattr(fastreg, "patch"):
+        print(
+            f"fastreg: {fastreg.__file__} is another project's; {' '.join(_distribution.strangers())}",
+            file=sys.stderr,
+        )
+        return 2
     module, _ = COMMANDS[chosen.command]
     return import_module(module).main(rest)

@@ -14,6 +14,8 @@ import torch
 
 import fastreg
 
+from .. import _distribution
+
 
 def collect() -> dict[str, Any]:
     """Everything that the report says, as plain values."""
@@ -23,6 +25,7 @@ def collect() -> dict[str, Any]:
     }
     return {
         "fastreg": build["version"],
+        "strangers": _distribution.strangers(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -105,6 +108,8 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     forced = f", forced by FASTREG_CPU_CAPABILITY={cpu['forced']}" if cpu["forced"] else ""
     yes = {True: "yes", False: "no"}
     yield "fastreg", info["fastreg"]
+    for stranger in info["strangers"]:
+        yield "", stranger
     yield "python", f"{info['python']} on {info['platform']}"
     yield "torch", f"{info['torch']}, CUDA {cuda['torch_cuda'] or 'none'}"
     yield (
@@ -128,7 +133,7 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", cuda["why_not"]
     yield (
         "demo",
-        "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; pip install 'fastreg[demo]'",
+        "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; {_distribution.install('demo')}",
     )
 
 
