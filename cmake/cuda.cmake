@@ -70,6 +70,5 @@ target_compile_definitions(${module} PRIVATE
   FASTREG_NVCC="${CMAKE_CUDA_COMPILER_VERSION}" FASTREG_CUDA_ARCHS="${archs_text}")
 target_include_directories(${module} SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
 target_link_libraries(${module} PRIVATE "${TORCH_CPU_LIBRARY}" "${TORCH_CUDA_LIBRARY}")
-set_target_properties(${module} PROPERTIES
-  SKIP_BUILD_RPATH ON LINKER_LANGUAGE CXX CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
-install(TARGETS ${module} LIBRARY DESTINATION fastreg)
+set_target_properties(${module} PROPERTIES LINKER_LANGUAGE CXX CUDA_RESOLVE_DEVICE_SYMBOLS OFF)
+finish(${module})

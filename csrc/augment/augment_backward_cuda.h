@@ -10,7 +10,7 @@
 #include "augment_launch_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 // ---- the end
 
@@ -221,5 +221,5 @@ int backward(const AugmentArgs& a, void* stream) {
   return error;
 }
 
-}  // namespace
+}  // namespace augment_kernels
 }  // namespace fastreg

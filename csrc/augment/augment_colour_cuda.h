@@ -4,7 +4,7 @@
 #include "augment_geometry_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 template <class P, class A>
 __device__ __forceinline__ bool quantises(const Pass<A>& pass) {
@@ -91,5 +91,5 @@ __device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, in
     store_pixel<uint8_t>(a.output, at, plane, p);
 }
 
-}  // namespace
+}  // namespace augment_kernels
 }  // namespace fastreg

@@ -10,7 +10,7 @@
 #include "augment_draw.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 template <class P, int C, class A = typename P::A>
 __global__ void __launch_bounds__(kThreads, P::kBlocks) augment_pixels(const Pass<A> pass) {
@@ -69,7 +69,7 @@ __global__ void gaussian_rows(const GaussianArgs args) {
     gaussian_row(args, i);
 }
 
-}  // namespace
+}  // namespace augment_kernels
 
 int64_t augment_cuda_bytes(const AugmentArgs& a) {
   const int64_t value_bytes = a.in_type == PixelType::kFloat64 ? 8 : 4;

@@ -8,7 +8,7 @@
 #include "augment_colour_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 constexpr int kTileSide = 32;       // pixels along both sides
 constexpr int kRowTileWidth = 128;  // where only rows are blurred
@@ -138,5 +138,5 @@ __global__ void __launch_bounds__(kThreads) blur_down(const Pass<A> pass) {
   }
 }
 
-}  // namespace
+}  // namespace augment_kernels
 }  // namespace fastreg

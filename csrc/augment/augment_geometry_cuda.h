@@ -4,7 +4,7 @@
 #include "augment_pass_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 // ---- the pixels that are resampled
 
@@ -202,5 +202,5 @@ __device__ __forceinline__ void resampled_pixel(const Pass<A>& pass, const Sampl
   }
 }
 
-}  // namespace
+}  // namespace augment_kernels
 }  // namespace fastreg

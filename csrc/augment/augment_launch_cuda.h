@@ -4,7 +4,7 @@
 #include "augment_filter_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 // ---- scratch
 
@@ -136,5 +136,5 @@ int sum_grey(const AugmentArgs& a, const Scratch<typename P::A>& scratch, void* 
   return launch_pass(grey_sums<P, C>, pass_of(a, scratch, 0, C, 1, row_pieces<A>(a)), 0, stream);
 }
 
-}  // namespace
+}  // namespace augment_kernels
 }  // namespace fastreg

@@ -11,7 +11,7 @@
 #include "augment_filter.h"
 
 namespace fastreg {
-namespace {
+inline namespace augment_kernels {
 
 constexpr int kMostChannels = 32;    // of a launch, where channels are made alone
 constexpr int kPixelsPerThread = 4;  // of an item
@@ -207,5 +207,5 @@ __device__ __forceinline__ void sum_rows(const AugmentArgs& a, int64_t sample, i
   if (lane == 0 && y < a.out_height) sums[sample * a.out_height + y] = sum;
 }
 
-}  // namespace
+}  // namespace augment_kernels
 }  // namespace fastreg

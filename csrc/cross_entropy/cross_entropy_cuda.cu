@@ -23,7 +23,7 @@
 #include "cross_entropy_warp_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace cross_entropy_kernels {
 
 // ---- sums over rows, in a fixed order
 
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads)
     store_float(load_float(values[i]) * factor, values + i);
 }
 
-}  // namespace
+}  // namespace cross_entropy_kernels
 
 int cross_entropy_forward_cuda(const CrossEntropyLaunch& l, void* stream) {
   return with_dtype(l.rows.dtype, [&](auto* type) {

@@ -8,7 +8,7 @@
 #include "cross_entropy_softmax_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace cross_entropy_kernels {
 
 template <class T, class G>
 struct RowsWork {
@@ -157,5 +157,5 @@ __device__ __forceinline__ void write_ignored(const RowsWork<T, G>& w, int64_t r
   if (w.lse) w.lse[row] = A(0);
 }
 
-}  // namespace
+}  // namespace cross_entropy_kernels
 }  // namespace fastreg

@@ -12,7 +12,7 @@
 #include "cross_entropy_math.h"
 
 namespace fastreg {
-namespace {
+inline namespace cross_entropy_kernels {
 
 template <class A>
 constexpr A kInfinity = std::numeric_limits<A>::infinity();
@@ -152,5 +152,5 @@ struct RunningSoftmax {
   }
 };
 
-}  // namespace
+}  // namespace cross_entropy_kernels
 }  // namespace fastreg

@@ -10,7 +10,7 @@
 #include "cross_entropy_row_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace cross_entropy_kernels {
 
 constexpr int kTileThreads = 128;
 constexpr int kTileClasses = 64;  // at most, where rows lie one after another
@@ -146,5 +146,5 @@ __global__ void __launch_bounds__(kTileThreads)
   }
 }
 
-}  // namespace
+}  // namespace cross_entropy_kernels
 }  // namespace fastreg

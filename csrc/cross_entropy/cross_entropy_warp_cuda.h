@@ -10,7 +10,7 @@
 #include "cross_entropy_row_cuda.h"
 
 namespace fastreg {
-namespace {
+inline namespace cross_entropy_kernels {
 
 template <class T>
 constexpr int kMostRowThreads = sizeof(T) == 8 ? 256 : 512;  // float64 takes more registers
@@ -206,5 +206,5 @@ __global__ void __launch_bounds__(kMostRowThreads<T>)
   }
 }
 
-}  // namespace
+}  // namespace cross_entropy_kernels
 }  // namespace fastreg

@@ -11,7 +11,7 @@
 #include "dropout_math.h"
 
 namespace fastreg {
-namespace {
+inline namespace dropout_kernels {
 
 constexpr int kChunk = 8 * kLanes;  // elements of a warp
 
@@ -239,7 +239,7 @@ int launch_dropout(const DropoutArgs& a, void* stream) {
                 output);
 }
 
-}  // namespace
+}  // namespace dropout_kernels
 
 int dropout_forward_cuda(const DropoutArgs& a, void* stream) {
   return with_dtype(a.dtype, [&](auto* type) {

@@ -10,7 +10,7 @@
 #include "example_math.h"
 
 namespace fastreg {
-namespace {
+inline namespace example_kernels {
 
 // Contiguous tensors on 16-byte addresses: each lane takes a word of 16 bytes, neighbouring lanes
 // neighbouring words. The elements after the last whole word are the first threads', one each.
@@ -56,7 +56,7 @@ int scale(const ExampleArgs& a, void* stream) {
                 numel, A(a.factor), Offsets(a.input_layout), Offsets(a.output_layout));
 }
 
-}  // namespace
+}  // namespace example_kernels
 
 int example_cuda(const ExampleArgs& a, void* stream) {
   return with_dtype(a.dtype,

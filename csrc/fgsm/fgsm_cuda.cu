@@ -6,7 +6,7 @@
 #include "fgsm_math.h"
 
 namespace fastreg {
-namespace {
+inline namespace fgsm_kernels {
 
 // One value, or value (i / inner) % count of element i.
 template <class A>
@@ -107,7 +107,7 @@ int step(const FgsmArgs& a, void* stream) {
                 output, numel, numbers, at);
 }
 
-}  // namespace
+}  // namespace fgsm_kernels
 
 int fgsm_step_cuda(const FgsmArgs& a, void* stream) {
   return with_dtype(a.dtype, [&](auto* type) {

@@ -10,7 +10,7 @@
 #include "sgd_math.h"
 
 namespace fastreg {
-namespace {
+inline namespace sgd_kernels {
 
 constexpr int kChunk = 2048;  // elements of a block
 // 80 * 44 bytes and the numbers are below the 4096 bytes of parameters that every driver takes.
@@ -222,7 +222,7 @@ int launch_steps(const SgdArgs& a, const SgdTensor* tensors, size_t begin, size_
   return cudaSuccess;
 }
 
-}  // namespace
+}  // namespace sgd_kernels
 
 int sgd_step_cuda(const SgdArgs& a, const SgdTensor* tensors, size_t count, void* stream) {
   for (size_t begin = 0, end = 0; begin < count; begin = end) {

