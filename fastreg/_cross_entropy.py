@@ -417,14 +417,15 @@ def check_classes(
             f"{op}: target must be class indices (int64) or probabilities, got {target.dtype}"
         )
     soft = target.is_floating_point()
-    if target.shape != expected[soft]:
+    wanted = expected[1 if soft else 0]  # Dynamo of torch 2.10 and 2.11 takes no bool for an index
+    if target.shape != wanted:
         remedy = (
             "class indices must be int64, convert them with .long()"
             if soft
             else "probabilities must be floating point"
         )
         raise ArgumentError(
-            f"{op}: target must have shape {tuple(expected[soft])} for {name} of shape {tuple(input.shape)}, "
+            f"{op}: target must have shape {tuple(wanted)} for {name} of shape {tuple(input.shape)}, "
             f"got {tuple(target.shape)}; {remedy}"
         )
     if classes == 0:

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 import sysconfig
 import warnings
@@ -32,6 +33,8 @@ if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) <
         f"fastreg needs torch >= 2.10, got {torch.__version__}; pip install --upgrade 'torch>=2.10'"
     )
 
+from ._checks import ArgumentError
+
 # A reloaded module finds the operators registered, as torch.ops keeps them, and leaves them as they are.
 _library: torch.library.Library = globals().get("_library") or torch.library.Library("fastreg", "DEF")
 # The name of each operator with kernels, and its definition in plain torch.
@@ -47,7 +50,8 @@ def define(schema: str, plain: Callable[..., Any] | None = None) -> None:
     """
     name = _name_of(schema)
     _declared[name] = plain
-    _register(schema, _no_kernel(name, plain), "CompositeExplicitAutograd")
+    if _register(schema, _no_kernel(name, plain), "CompositeExplicitAutograd"):
+        _raise_our_errors(getattr(torch.ops.fastreg, name).default)
 
 
 def declared() -> tuple[str, ...]:
@@ -103,12 +107,48 @@ def _why_not_loaded(error: ImportError) -> str:
     return str(error)
 
 
-def _register(schema: str, function: Callable[..., Any], key: str) -> None:
+def _register(schema: str, function: Callable[..., Any], key: str) -> bool:
+    """Register an operator unless it is registered, and say whether it was not."""
     name = _name_of(schema)
-    if name not in _registered:
-        _registered.add(name)
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, key)
+    if name in _registered:
+        return False
+    _registered.add(name)
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, function, key)
+    return True
+
+
+def _raise_our_errors(operator: Any) -> None:
+    """Let the kernels of an operator raise ArgumentError, whoever calls it, a compiled graph for example.
+
+    A kernel throws std::invalid_argument. Up to torch 2.14 that becomes a ValueError, and from 2.15 on a
+    RuntimeError.
+    """
+    run = operator._op
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return run(*args, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            if _is_refusal(error):
+                raise ArgumentError(str(error)) from None
+            raise
+
+    operator._op = call
+
+
+def _is_refusal(error: ValueError | RuntimeError) -> bool:
+    """Whether a kernel refused its arguments: by a text "op: ..." that no frame of Python has raised. The
+    kernels' other errors, of launches, name CUDA.
+    """
+    below = error.__traceback__.tb_next if error.__traceback__ else None
+    text = str(error)
+    return (
+        below is None
+        and type(error) in (ValueError, RuntimeError)
+        and re.match(r"\w+: ", text) is not None
+        and "CUDA" not in text
+    )
 
 
 def _name_of(schema: str) -> str:

@@ -26,9 +26,17 @@ def is_sharded(value: object) -> bool:
     return type(value) is not torch.Tensor and hasattr(value, "device_mesh")
 
 
+# Whether torch has autocast for a kind of device. It is asked here, because Dynamo of torch 2.10 cannot trace
+# the question.
+_AUTOCAST = {kind: torch.amp.is_autocast_available(kind) for kind in ("cpu", "cuda", "xpu", "mps", "meta")}
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast computes with on a device; None where it is off, or the device has none."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    available = _AUTOCAST.get(device_type)
+    if available is None:  # a device from outside of torch
+        available = torch.amp.is_autocast_available(device_type)
+    if available and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

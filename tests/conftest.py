@@ -10,6 +10,22 @@ import fastreg as fr
 SLOW = ("test_packaging", "test_new_op", "test_cuda_hosted", "test_cuda_mutations")
 
 
+def pytest_report_header():
+    """Which torch, which kernels and which autograd the tests ran on."""
+    autograd = "Python" if fr._registry.fast is None else "C++"
+    kernels = fr._C.build_info()
+    cuda = (
+        f"with kernels of nvcc {fr._registry.cuda.build_info()['nvcc']}"
+        if fr._registry.cuda
+        else "without kernels"
+    )
+    return (
+        f"torch {torch.__version__} (CUDA {torch.version.cuda or 'none'}, {cuda}), "
+        f"fastreg {fr.__version__} built with torch {kernels['built_with_torch']}, "
+        f"{kernels['instruction_set']}, autograd in {autograd}"
+    )
+
+
 def pytest_collection_modifyitems(items):
     """Slow files first, so that at the end no process waits for another that has just begun with one of
     them.
