@@ -24,7 +24,7 @@ from ._dropout import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed
-from ._transforms import autocast_dtype, is_sharded, is_transformed
+from ._transforms import autocast_dtype, is_recorded, is_sharded, is_transformed
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 
@@ -197,13 +197,16 @@ def dropout_add(
         p = 0.0
     if p == 0 and bias is None:
         return input + residual
+    if p == 0 and (is_compiling() or is_recorded()):
+        # A compiler fuses additions itself, and what is exported for evaluation has no operator of ours.
+        check_dtype(op, "input", input)
+        wide = arithmetic_dtype(input)
+        return (input.to(wide) + bias.to(wide) + residual.to(wide)).to(input.dtype)
     if is_sharded(input):
         input = input if bias is None else input + bias
         return (run_dropout(op, input, p, False, generator, 1, "inverted") if p else input) + residual
-    if p:
-        seed = draw_seed(input.device, generator)
-    else:  # The operator takes a seed but does not use it; on the CPU it costs a GPU nothing.
-        seed = torch.zeros(1, dtype=torch.int64, device=input.device if is_compiling() else "cpu")
+    # Where nothing is dropped the operator takes a seed but does not use it; on the CPU it costs a GPU nothing.
+    seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64)
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
         return torch.ops.fastreg.dropout_add_traced(input, residual, bias, p, seed)

@@ -48,9 +48,10 @@ def _has_kernel(tensor: Any) -> bool:
 
 
 def _is_replaced() -> bool:
-    # Under transforms the operators have no rules, and a jit trace would record them without a derivative.
-    # Code that was compiled while patched is compiled anew when `_patched` changes.
-    return _patched and not is_transformed() and not torch.jit.is_tracing()
+    # Under transforms the operators have no rules, a jit trace would record them without a derivative, and an
+    # exported program may run where fastreg is not. Code that was compiled while patched is compiled anew
+    # when `_patched` changes.
+    return _patched and not is_transformed()
 
 
 # A mode, a subclass of Tensor and a Proxy of torch.fx are asked first, and by torch's own function. Then

@@ -1,18 +1,28 @@
-"""What surrounds a call and changes what its operators do: torch.func, forward mode, autocast."""
+"""What surrounds a call and changes what its operators do: torch.func, forward mode, recording, autocast."""
 
 import contextlib
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_exporting
+from torch.jit import is_tracing
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func or a forward-mode derivative is active.
+    """Whether a transform of torch.func or a forward-mode derivative is active, or a graph is recorded for
+    elsewhere.
 
     The operators of fastreg have no batching rules and no forward-mode derivatives, so there an op has to be
     made of torch's operators.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_recorded()
+
+
+def is_recorded() -> bool:
+    """Whether torch.export, torch.onnx.export or torch.jit.trace make a graph that will run where fastreg may
+    not be, and in which an operator recorded by torch.jit has no derivative.
+    """
+    return is_exporting() or is_tracing()
 
 
 def is_vmapped() -> bool:

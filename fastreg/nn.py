@@ -28,6 +28,7 @@ from ._dropout_family import (
 )
 from ._fold import fold_dropout
 from ._registry import fast
+from ._transforms import is_recorded
 
 __all__ = [
     "AlphaDropout",
@@ -92,8 +93,10 @@ def _or_torchs(
             return _as_node(module, *arguments)
     if extras:
         return ours(*arguments, **options, **extras)
-    exports_nothing = is_exporting() and options.get("training") is False  # ours is no operator then
-    if _is_torchs(arguments) and not exports_nothing:
+    if is_exporting():  # An exported program may run where fastreg is not.
+        nothing_is_dropped = options.get("training") is False
+        return (ours if nothing_is_dropped else theirs)(*arguments, **options)
+    if _is_torchs(arguments):
         return theirs(*arguments, **options)
     if is_compiling():
         return ours(*arguments, **options)
@@ -269,10 +272,7 @@ class DropPath(torch.nn.Module):
             probability = self.drop_prob if hasattr(self, "drop_prob") else self.p
             if not self.training or probability == 0.0:
                 return input
-            shape = [1 if self.mode == "batch" else input.shape[0]] + [1] * (input.dim() - 1)
-            kept = torch.rand(shape, device=input.device) >= probability  # type: ignore[operator]
-            scale = 1.0 / (1.0 - probability) if self.scale_by_keep and probability < 1.0 else 1.0  # type: ignore[operator]
-            return torch.where(kept, input * scale, torch.zeros_like(input))
+            return _drop_path_by_torch(input, probability, self.scale_by_keep, self.mode)  # type: ignore[arg-type]
         else:
             return _drop_path(self, input)
 
@@ -281,10 +281,19 @@ class DropPath(torch.nn.Module):
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}"
 
 
+def _drop_path_by_torch(input: torch.Tensor, p: float, scaled: bool, mode: str) -> torch.Tensor:
+    shape = [1 if mode == "batch" else input.shape[0]] + [1] * (input.dim() - 1)
+    kept = torch.rand(shape, device=input.device) >= p
+    scale = 1.0 / (1.0 - p) if scaled and p < 1.0 else 1.0
+    return torch.where(kept, input * scale, torch.zeros_like(input))
+
+
 def _drop_path(module: DropPath, input: torch.Tensor) -> torch.Tensor:
     if isinstance(input, torch.fx.Proxy):
         return _as_node(module, input)
     p, training, scaled = module.p, module.training, module.scale_by_keep
+    if training and p and is_recorded():
+        return _drop_path_by_torch(input, p, scaled, module.mode)
     if module.mode == "batch":  # torchvision's: all samples or none
         return drop_path(input.unsqueeze(0), p, training, scale_by_keep=scaled).squeeze(0)
     return drop_path(input, p, training, scale_by_keep=scaled)
@@ -309,13 +318,35 @@ class DropoutAdd(torch.nn.Module):
         self, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Apply it; (*, C), (*, C) and (C,) -> (*, C)."""
-        if any(isinstance(value, torch.fx.Proxy) for value in (input, residual, bias)):
-            return _as_node(self, input, residual, bias)
-        return dropout_add(input, residual, self.p, bias, self.training)
+        if is_scripting():
+            return _dropout_add_by_torch(input, residual, self.p, bias, self.training)
+        else:
+            return _dropout_add(self, input, residual, bias)
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"p={self.p}"
+
+
+def _dropout_add_by_torch(
+    input: torch.Tensor, residual: torch.Tensor, p: float, bias: torch.Tensor | None, training: bool
+) -> torch.Tensor:
+    dtype = torch.result_type(input, residual)
+    if dtype == torch.float16 or dtype == torch.bfloat16:  # rounded once, as the operator is
+        input, residual = input.float(), residual.float()
+    if bias is not None:
+        input = input + bias
+    return (F.dropout(input, p, training) + residual).to(dtype)
+
+
+def _dropout_add(
+    module: DropoutAdd, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    if any(isinstance(value, torch.fx.Proxy) for value in (input, residual, bias)):
+        return _as_node(module, input, residual, bias)
+    if module.training and module.p and is_recorded():
+        return _dropout_add_by_torch(input, residual, module.p, bias, True)
+    return dropout_add(input, residual, module.p, bias, module.training)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):

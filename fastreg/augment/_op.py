@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._registry import define
-from .._transforms import is_transformed
+from .._transforms import is_recorded, is_transformed
 from . import _plain, _plain_draw
 from ._plain import INTERPOLATIONS, PADDINGS, Interpolation, Padding, like_images
 from ._plain_draw import COLUMNS, STEPS, number_dtype
@@ -195,7 +195,8 @@ def matrices_of(
     which has B samples; those left out are neutral.
     """
     names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
-    return augment_matrices(like, *(parameters.get(name) for name in names), *in_size, *out_size)
+    compute = _plain_draw.augment_matrices if is_recorded() else augment_matrices
+    return compute(like, *(parameters.get(name) for name in names), *in_size, *out_size)
 
 
 def rows(numbers: Iterable[float], count: int, device: torch.device) -> Tensor:
