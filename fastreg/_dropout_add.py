@@ -197,7 +197,7 @@ def dropout_add(
         p = 0.0
     if p == 0 and bias is None:
         return input + residual
-    if p == 0 and (is_compiling() or is_recorded()):
+    if p == 0 and bias is not None and (is_compiling() or is_recorded()):
         # A compiler fuses additions itself, and what is exported for evaluation has no operator of ours.
         check_dtype(op, "input", input)
         wide = arithmetic_dtype(input)
@@ -205,7 +205,7 @@ def dropout_add(
     if is_sharded(input):
         input = input if bias is None else input + bias
         return (run_dropout(op, input, p, False, generator, 1, "inverted") if p else input) + residual
-    # Where nothing is dropped the operator takes a seed but does not use it; on the CPU it costs a GPU nothing.
+    # Where nothing is dropped the operator does not use its seed. On the CPU it costs a GPU nothing.
     seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64)
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():

@@ -1,8 +1,8 @@
 """`make wheel`: one file for every Linux with glibc 2.28, this Python and every torch from 2.10 on.
 
-It builds the wheel with the torch of this environment, with the C++ autograd of further versions of torch (their
-headers are downloaded), tags it by auditwheel, and then looks at what it made. Whatever falls short is named;
-then the exit status is 1 and the output folder stays as it was.
+It builds the wheel with the torch of this environment, with the C++ autograd of further versions of torch
+(their headers are downloaded), tags it by auditwheel, and then looks at what it made. Whatever falls short is
+named; then the exit status is 1 and the output folder stays as it was.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PLATFORM = f"manylinux_2_28_{platform.machine()}"
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 MIB = 15
-# What a module may need: torch, which is imported first, and the system. Everything else would have to be found.
+# What a module may need: torch, which is imported first, and the system.
 NEEDED = re.compile(
     r"lib(torch|torch_cpu|torch_cuda|torch_python|c10|stdc\+\+|gcc_s|m|c|pthread|dl|rt)\.so(\.\d+)?"
     r"|ld-linux[\w-]*\.so\.\d"

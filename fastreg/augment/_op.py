@@ -195,7 +195,7 @@ def matrices_of(
     which has B samples; those left out are neutral.
     """
     names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
-    compute = _plain_draw.augment_matrices if is_recorded() else augment_matrices
+    compute: Any = _plain_draw.augment_matrices if is_recorded() else augment_matrices
     return compute(like, *(parameters.get(name) for name in names), *in_size, *out_size)
 
 
