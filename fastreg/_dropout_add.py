@@ -179,10 +179,7 @@ def dropout_add(
     Source: Srivastava et al. 2014; bias, dropout and residual as one: Shoeybi et al. 2019, Megatron-LM.
     """
     if fast is not None and generator is None and not is_compiling():
-        try:
-            output = fast.dropout_add(input, residual, p, bias, training)
-        except ValueError:
-            output = None  # What is refused goes to Python, which raises the type of error that torch has.
+        output = fast.dropout_add(input, residual, p, bias, training)
         if output is not None:
             return output
     op = "dropout_add"

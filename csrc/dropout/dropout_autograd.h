@@ -156,8 +156,10 @@ inline PyObject* dropout_add(PyObject*, PyObject* const* args, Py_ssize_t) {
   if (!input || !residual || !number(args[2], 0, 1, &p) || (args[3] != Py_None && !given) ||
       !is_bool(args[4]) || is_transformed())
     Py_RETURN_NONE;
+  // What the operator would refuse is refused by Python, before a seed is drawn.
   const ScalarType dtype = input->scalar_type();
-  if (!has_kernel(dtype) || residual->scalar_type() != dtype || residual->sizes() != input->sizes())
+  if (!has_kernel(dtype) || input->dim() > 16 || residual->scalar_type() != dtype ||
+      residual->sizes() != input->sizes())
     Py_RETURN_NONE;
   if (given && (given->scalar_type() != dtype || given->dim() != 1 || input->dim() == 0 ||
                 given->size(0) != input->size(-1) || !given->is_contiguous()))
