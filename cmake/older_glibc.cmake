@@ -9,15 +9,14 @@ set(older_functions
   exp log
   # libcudart_static calls these
   dlclose dlerror dlmopen dlopen dlsym dlvsym shm_open shm_unlink
-  pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join
-  pthread_key_create
-  pthread_key_delete pthread_kill pthread_mutex_trylock pthread_mutexattr_destroy pthread_mutexattr_init
-  pthread_mutexattr_setpshared pthread_mutexattr_settype pthread_once
-  pthread_rwlock_destroy pthread_rwlock_init
-  pthread_rwlock_rdlock pthread_rwlock_timedrdlock pthread_rwlock_timedwrlock pthread_rwlock_tryrdlock
-  pthread_rwlock_trywrlock pthread_rwlock_unlock pthread_rwlock_wrlock pthread_rwlockattr_destroy
-  pthread_rwlockattr_init pthread_rwlockattr_setpshared pthread_setspecific pthread_spin_destroy
-  pthread_spin_init pthread_spin_lock pthread_spin_trylock pthread_spin_unlock
+  pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join pthread_kill
+  pthread_key_create pthread_key_delete pthread_once pthread_setspecific
+  pthread_mutex_trylock pthread_mutexattr_destroy pthread_mutexattr_init pthread_mutexattr_setpshared
+  pthread_mutexattr_settype
+  pthread_rwlock_destroy pthread_rwlock_init pthread_rwlock_rdlock pthread_rwlock_timedrdlock
+  pthread_rwlock_timedwrlock pthread_rwlock_tryrdlock pthread_rwlock_trywrlock pthread_rwlock_unlock
+  pthread_rwlock_wrlock pthread_rwlockattr_destroy pthread_rwlockattr_init pthread_rwlockattr_setpshared
+  pthread_spin_destroy pthread_spin_init pthread_spin_lock pthread_spin_trylock pthread_spin_unlock
   sem_destroy sem_init sem_post sem_timedwait sem_trywait sem_wait)
 
 set(oldest GLIBC_2.2.5)
@@ -34,7 +33,6 @@ foreach(function IN LISTS older_functions)
   endif()
   string(APPEND stubs "FASTREG_OLD(${function}, ${version})\n")
 endforeach()
-set(older_functions "${stubs}")
 configure_file(csrc/common/older_glibc.cpp.in older_glibc.cpp @ONLY)
 
 add_library(older_glibc OBJECT "${CMAKE_CURRENT_BINARY_DIR}/older_glibc.cpp")
@@ -43,6 +41,7 @@ add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-include${CMAKE_SOURCE_DIR}/csrc/
 # older_glibc(<module>): the module needs nothing that glibc 2.28 lacks.
 function(older_glibc module)
   target_sources(${module} PRIVATE $<TARGET_OBJECTS:older_glibc>)
-  # Before glibc 2.34 threads and dlopen were in libraries of their own, which torch needs anyway.
+  # The linker drops the jumps that a module does not use. Before glibc 2.34 some of their functions were in
+  # libraries of their own, which torch needs anyway.
   target_link_options(${module} PRIVATE ${wrapped} LINKER:--gc-sections)
 endfunction()

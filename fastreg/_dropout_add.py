@@ -195,13 +195,14 @@ def dropout_add(
     _check_together(op, input, residual, bias)
     if not training or not input.numel():
         p = 0.0
-    if p == 0 and bias is None:
-        return input + residual
-    if p == 0 and bias is not None and (is_compiling() or is_recorded()):
-        # A compiler fuses additions itself, and what is exported for evaluation has no operator of ours.
-        check_dtype(op, "input", input)
-        wide = arithmetic_dtype(input)
-        return (input.to(wide) + bias.to(wide) + residual.to(wide)).to(input.dtype)
+    if p == 0:
+        if bias is None:
+            return input + residual
+        if is_compiling() or is_recorded():
+            # A compiler fuses additions itself, and what is exported for evaluation has no operator of ours.
+            check_dtype(op, "input", input)
+            wide = arithmetic_dtype(input)
+            return (input.to(wide) + bias.to(wide) + residual.to(wide)).to(input.dtype)
     if is_sharded(input):
         input = input if bias is None else input + bias
         return (run_dropout(op, input, p, False, generator, 1, "inverted") if p else input) + residual

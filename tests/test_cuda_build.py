@@ -33,13 +33,8 @@ def resources(op):
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
         )
         numbers = int(registers[1]), sum(map(int, spilled.groups())), int(shared[1]) if shared else 0
-        kernels[kernel(entry.split("'")[0])] = numbers
+        kernels[entry.split("'")[0]] = numbers
     return kernels
-
-
-def kernel(mangled):
-    """The mangled name without what depends on the options of the compiler."""
-    return re.sub(r"\d+_GLOBAL__N__.*?_cu_[0-9a-f]{8}", "", mangled)
 
 
 @needs_nvcc

@@ -54,8 +54,8 @@ def script():
 
     return dict(
         fr=fr, torch=torch, nn=nn, F=F, model=model, x=x, y=y, logits=model(x), linear=linear, h=linear(x),
-        data=data,
-        loss=F.cross_entropy(model(x), y), optimizer=optimizer, head=model.head, hidden=torch.randn(16, 16),
+        data=data, loss=F.cross_entropy(model(x), y), optimizer=optimizer, head=model.head,
+        hidden=torch.randn(16, 16),
         mean=torch.full((3,), 0.5), std=torch.full((3,), 0.2), free=fr.FreeAdversarial(8 / 255, replays=4),
         test_loader=[(x, y)], images=images, train=lambda model: None, validate=lambda model: 0.5, make=make,
         train_epoch=train_epoch, train_set=data, validation_set=data, weakly_augmented=x,

@@ -80,19 +80,8 @@ def wheel(sdist, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("wheel")
     env = {**os.environ, "FASTREG_CUDA_ARCHS": "80-real"}
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        folder,
-        sdist,
-        env=env,
-    )
+    flags = ("-q", "--no-deps", "--no-build-isolation", "-w", folder)
+    run(sys.executable, "-m", "pip", "wheel", *flags, sdist, env=env)
     return next(folder.glob("torch_fastreg-*.whl"))
 
 

