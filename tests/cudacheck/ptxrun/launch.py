@@ -15,10 +15,14 @@ from .memory import (
     INIT,
     LOCAL_WINDOW,
     MAPPED,
+    PARAMETERS,
     READONLY,
+    RED,
     REP,
     SHARED_WINDOW,
     STORED,
+    VARIABLES,
+    VARIABLES_AT,
     VBASE,
     WRITTEN,
     Global,
@@ -117,11 +121,11 @@ class Report:
 
 
 class Launch:
-    """One kernel of one module, linked; reusable for many launches."""
+    """One kernel of one module, linked; reusable for many launches on any device, one at a time."""
 
-    def __init__(self, module, kernel, device):
-        self.module, self.device, self.mem = module, device, device.mem
-        self.kernel = module.functions[kernel]
+    def __init__(self, module, kernel):
+        self.module = module
+        self.kernel = module.functions[kernel].load()
         fns = self.reachable(module, self.kernel)
         self.fn_pc, self.code, self.reg_base, self.var_addr = {}, [], {}, {}
         self.leaders, self.branch_stats, self.bar_red, self.reads = set(), {}, {}, {}
@@ -160,29 +164,30 @@ class Launch:
                     self.var_addr[v] = shared
                     shared += v.size
             else:
-                self.var_addr[v] = device.module_var(module, v)
+                self.var_addr[v] = variable_address(module, v)
         shared = (shared + 15) // 16 * 16
         for v in dyn:
             self.var_addr[v] = shared
         self.static_shared = shared
-        # kernel parameters live in a hidden read-only buffer
+        # kernel parameters live in a hidden read-only buffer, which is the first of every memory
         off = 0
         for p in self.kernel.params:
             off = (off + p.align - 1) // p.align * p.align
             p.addr = off
             off += p.size
-        self.param_buf = self.mem.alloc(max(off, 16), "(params)")
-        for p in self.kernel.params:
-            self.var_addr[p] = self.param_buf.addr + p.addr
+            self.var_addr[p] = BASE + RED + p.addr
+        if off > PARAMETERS:
+            raise Fault(f"{kernel} takes {off} bytes of parameters, more than {PARAMETERS}")
+        self.parameter_bytes = max(off, 16)
         for ins in self.code:
             for k, o in enumerate(ins.args):
                 for r in o if isinstance(o, (list, tuple)) else [o]:
                     r = r.reg if isinstance(r, P.Not) else (r.base if isinstance(r, P.Addr) else r)
                     if isinstance(r, P.Reg) and (k > 0 or ins.op in ("st", "red")):
                         self.reads[r] = self.reads.get(r, 0) + 1
-        c = Compiler(self)
-        self.exec = [c.compile(ins, pc) for pc, ins in enumerate(self.code)]
-        self.exec.append(lambda m, a: m.finish(a) or True)
+        # An instruction is compiled when a thread first reaches it: much of a kernel is there for other sizes.
+        self.compiler = Compiler(self)
+        self.exec = [None] * len(self.code) + [lambda m, a: m.finish(a) or True]
         for pc, ins in enumerate(self.code):  # a stretch ends after these
             if ins.op in (
                 "bra",
@@ -200,6 +205,11 @@ class Launch:
                 self.leaders.add(pc + 1)
         self.entry_pc = self.fn_pc[self.kernel]
 
+    def compiled(self, pc):
+        """The step of the instruction at `pc`, compiled now."""
+        step = self.exec[pc] = self.compiler.compile(self.code[pc], pc)
+        return step
+
     @staticmethod
     def reachable(module, kernel):
         fns = [kernel]
@@ -208,7 +218,7 @@ class Launch:
                 if ins.op == "call":
                     for o in ins.args:
                         g = module.functions.get(getattr(o, "name", None))
-                        if g is not None and g.code and g not in fns:
+                        if g is not None and g.load().code and g not in fns:
                             fns.append(g)
         return fns
 
@@ -224,6 +234,7 @@ class Launch:
     # -- launching ------------------------------------------------------------------------------
     def __call__(
         self,
+        device,
         grid,
         block,
         args,
@@ -247,7 +258,11 @@ class Launch:
         if len(args) != len(self.kernel.params):
             raise Fault(f"{self.kernel.name} takes {len(self.kernel.params)} arguments, got {len(args)}")
         self.dynamic_shared, self.shared_size = shared, self.static_shared + shared
-        o = self.param_buf.addr - BASE
+        self.mem = device.mem
+        for v in self.module.globals.values():
+            if v in self.var_addr and v.space != "shared":
+                device.variable(self.var_addr[v], v)
+        o = RED
         for p, a in zip(self.kernel.params, args, strict=False):
             raw = (
                 a.addr.to_bytes(8, "little")
@@ -257,7 +272,9 @@ class Launch:
             if len(raw) != p.size:
                 raise Fault(f"parameter {p.name}: {len(raw)} bytes given, kernel wants {p.size}")
             self.mem.data[o + p.addr : o + p.addr + p.size] = np.frombuffer(raw, np.uint8)
-        self.mem.state[o : o + self.param_buf.nbytes] = MAPPED | INIT | READONLY
+        self.mem.state[o : o + PARAMETERS] = 0
+        self.mem.state[o : o + self.parameter_bytes] = MAPPED | INIT | READONLY
+        self.mem.parameters.nbytes = self.parameter_bytes
         self.mem.state &= np.uint8(~WRITTEN & 0xFF)
         self.schedule, self.rng, self.check_races, self.max_steps = (
             schedule,
@@ -687,12 +704,28 @@ class Launch:
             wr(m, act, result)
 
 
+_variables = {}  # where each variable of each module lies in every memory, by module and name
+_variables_end = 0
+
+
+def variable_address(module, v):
+    """The address of a variable of a module, the same in every memory."""
+    global _variables_end
+    if (module, v.name) not in _variables:
+        start = (_variables_end + 255) // 256 * 256
+        _variables_end = start + v.size + RED
+        if _variables_end > VARIABLES:
+            raise Fault(f"the variables of all modules take more than {VARIABLES} bytes")
+        _variables[module, v.name] = VARIABLES_AT + start
+    return _variables[module, v.name]
+
+
 class Device:
     """A simulated GPU memory; kernels are launched against it."""
 
     def __init__(self):
         self.mem = Global()
-        self.cache, self.vars = {}, {}
+        self.placed = set()
 
     def put(self, array, name="", offset=0, readonly=False):
         return self.mem.put(array, name, offset, readonly)
@@ -704,18 +737,16 @@ class Device:
     def virtual(self, nbytes, name="virtual", fill=None):
         return self.mem.virtual(int(nbytes), name, fill)
 
-    def module_var(self, module, v):
-        k = (id(module), v.name)
-        if k not in self.vars:
-            b = self.mem.put(np.frombuffer((v.init or b"").ljust(v.size, b"\0"), np.uint8), v.name)
-            self.vars[k] = b.addr
-        return self.vars[k]
+    def variable(self, address, v):
+        """See that the variable lies at its address, with its first value if it was not there before."""
+        if address not in self.placed:
+            self.placed.add(address)
+            self.mem.place(address, np.frombuffer((v.init or b"").ljust(v.size, b"\0"), np.uint8), v.name)
 
     def launch(self, module, kernel, grid, block, args, **kw):
-        k = (id(module), kernel)
-        if k not in self.cache:
-            self.cache[k] = Launch(module, kernel, self)
-        return self.cache[k](grid, block, args, **kw)
+        if kernel not in module.launches:
+            module.launches[kernel] = Launch(module, kernel)
+        return module.launches[kernel](self, grid, block, args, **kw)
 
 
 def load(path):

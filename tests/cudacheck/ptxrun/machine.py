@@ -108,7 +108,6 @@ class Machine:
     def run(self):
         L, key, pc, st = self.L, self.key, self.pc, self.st
         code, full, n = L.exec, FULL, self.n
-        np.arange(n)
         rng, steps, budget = L.rng, 0, L.max_steps
         while True:
             steps += 1
@@ -145,7 +144,7 @@ class Machine:
             i = m
             L.visits[m] = L.visits.get(m, 0) + cnt
             while True:  # straight-line stretch
-                step = code[i]
+                step = code[i] or L.compiled(i)
                 r = step(self, act)
                 i += 1
                 if r is not None:  # control transfer: the step has set pc/st itself

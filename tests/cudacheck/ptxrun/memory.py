@@ -2,6 +2,9 @@
 
 Global memory is one byte arena.  Every buffer is 256-byte aligned like cudaMalloc's, with an unmapped
 red zone on both sides; a state byte per memory byte says mapped / initialised / written in this launch.
+
+The first PARAMETERS bytes of the arena are for the parameters of the kernel that runs, the next VARIABLES for
+the variables of modules.  They lie at the same addresses in every arena, so that a kernel is linked once.
 """
 
 import numpy as np
@@ -13,6 +16,8 @@ SHARED_WINDOW = 0x0100_0000_0000_0000  # generic addresses of shared and local m
 LOCAL_WINDOW = 0x0200_0000_0000_0000
 VBASE = 0x7FC0_0000_0000  # buffers without storage (Device.virtual): huge sizes for index tests
 RED = 512
+PARAMETERS, VARIABLES = 32768, 1 << 16
+VARIABLES_AT = BASE + (RED + PARAMETERS + RED + 255) // 256 * 256
 U = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 REP = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
 
@@ -47,11 +52,13 @@ class Buffer:
 
 class Global:
     def __init__(self):
-        self.data = np.zeros(RED, np.uint8)
-        self.state = np.zeros(RED, np.uint8)
+        self.top = 0
+        self.data = self.state = np.zeros(0, np.uint8)
         self.writer = None
-        self.top = RED
         self.buffers, self.virtuals, self.vtop = [], [], VBASE
+        self.top = RED
+        self.parameters = self.alloc(PARAMETERS, "(params)")
+        self.reserve(VARIABLES_AT - BASE + VARIABLES)
 
     def virtual(self, nbytes, name, fill):
         v = Virtual(name, self.vtop, nbytes, fill)
@@ -62,7 +69,12 @@ class Global:
     def alloc(self, nbytes, name="", dtype=np.uint8, shape=None, offset=0):
         """offset: shift the start by so many bytes (to test misaligned views)."""
         start = (self.top + 255) // 256 * 256 + offset
-        self.top = start + nbytes + RED
+        self.reserve(start + nbytes + RED)
+        return self._buffer(start, nbytes, name, dtype, shape)
+
+    def reserve(self, top):
+        """Let the arena reach to `top`."""
+        self.top = top
         if self.top > len(self.data):
             grow = max(self.top, 2 * len(self.data)) // 256 * 256 + 256
             for k in ("data", "state"):
@@ -70,6 +82,8 @@ class Global:
                 new = np.zeros(grow, np.uint8)
                 new[: len(old)] = old
                 setattr(self, k, new)
+
+    def _buffer(self, start, nbytes, name, dtype, shape):
         self.state[start : start + nbytes] = MAPPED
         b = Buffer(
             self, name or f"buf{len(self.buffers)}", BASE + start, nbytes, np.dtype(dtype), shape or (nbytes,)
@@ -79,7 +93,13 @@ class Global:
 
     def put(self, array, name="", offset=0, readonly=False):
         a = np.ascontiguousarray(array)
-        b = self.alloc(a.nbytes, name, a.dtype, a.shape, offset)
+        return self._fill(self.alloc(a.nbytes, name, a.dtype, a.shape, offset), a, readonly)
+
+    def place(self, address, array, name):
+        """`put` at an address within what was reserved."""
+        return self._fill(self._buffer(address - BASE, array.nbytes, name, array.dtype, array.shape), array)
+
+    def _fill(self, b, a, readonly=False):
         o = b.addr - BASE
         self.data[o : o + a.nbytes] = a.reshape(-1).view(np.uint8)
         self.state[o : o + a.nbytes] = MAPPED | INIT | (READONLY if readonly else 0)

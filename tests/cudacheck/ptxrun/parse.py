@@ -2,6 +2,9 @@
 
 Only the syntax that nvcc / nvrtc / clang emit is handled.  Registers are renamed per scope, so
 the `{ .reg .b16 lo, hi; ... }` blocks of the fp16/bf16 headers are safe.
+
+A module of templates holds hundreds of kernels, of which a test launches a few.  Hence the body of a function
+is read when `Function.load` asks for it.
 """
 
 import re
@@ -129,6 +132,15 @@ class Function:
         self.regs, self.code, self.labels, self.tables = [], [], {}, {}
         self.maxntid = None
         self.local_size = 0
+        self.unread = None  # (parser, text, first line) of the body
+
+    def load(self):
+        """The function itself, its body read."""
+        if self.unread is not None:
+            (parser, text, line), self.unread = self.unread, None
+            parser.tokenize(text, line)
+            parser.body(self)
+        return self
 
 
 def imm(tok):
@@ -148,17 +160,36 @@ def imm(tok):
 class Parser:
     def __init__(self, text):
         text = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)
-        self.toks, self.lines = [], []
-        for ln, line in enumerate(text.split("\n"), 1):
-            line = line.split("//")[0]
-            for m in TOKEN.finditer(line):
-                self.toks.append(m.group())
-                self.lines.append(ln)
         self.src = text.split("\n")
-        self.i = 0
+        text = re.sub(r"//.*", "", text)
+        # What the braces of a function enclose is kept as text, with the number of its first line. Of the body
+        # only its line ends stay in what is read first.
+        self.bodies, outside, depth, at = [], [], 0, 0
+        for m in re.finditer(r"[{}]", text):
+            depth += 1 if m.group() == "{" else -1
+            if depth == 1 and m.group() == "{":
+                header = re.split("[;}]", text[at : m.start()])[-1]
+                start = m.end() if re.search(r"\.(entry|func)\b", header) else None
+            elif depth == 0 and start is not None:
+                outside.append(text[at:start])
+                line = 1 + text.count("\n", 0, start)
+                self.bodies.append((text[start : m.end()], line))
+                outside.append("\n" * text.count("\n", start, m.end()))
+                at = m.end()
+        self.tokenize("".join([*outside, text[at:]]), 1)
+        self.bodies.reverse()
         self.globals, self.functions = {}, {}
+        self.launches = {}  # what launch.py has linked, by the name of the kernel
         self.files = {int(n): p for n, p in re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]*)"', text, re.M)}
         self.version = self.target = None
+
+    def tokenize(self, text, first):
+        """Make `text`, whose first line has the number `first`, what is read next."""
+        self.toks, self.lines, self.i = [], [], 0
+        for number, line in enumerate(text.split("\n"), first):
+            for token in TOKEN.findall(line):
+                self.toks.append(token)
+                self.lines.append(number)
 
     def peek(self):
         return self.toks[self.i] if self.i < len(self.toks) else None
@@ -252,7 +283,7 @@ class Parser:
         self.expect("{")
         for p in f.params + f.rets:
             f.vars[p.name] = p
-        self.body(f)
+        f.unread = (self, *self.bodies.pop())
         self.functions[f.name] = f
 
     def params(self):
