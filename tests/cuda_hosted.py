@@ -2,7 +2,7 @@
 without a GPU.
 
 Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY
-CASE`, with the sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which
+CASE ...`, with the sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which
 take CPU tensors. The case of an op is the file `cuda_hosted_<op>.py`, whose `check(cuda)` compares the
 operators of `cuda` with those of the CPU; tests/test_cuda_device.py runs the same cases on a GPU.
 """
@@ -64,11 +64,14 @@ def near(a, b, what, tolerance):
     )
 
 
-def main(library, case):
-    importlib.import_module(f"cuda_hosted_{case}")  # declares the operators that the package does not import
+def main(library, *cases):
+    for case in cases:
+        # Some declare operators that the package does not import.
+        importlib.import_module(f"cuda_hosted_{case}")
     keep, cuda = load(library)
-    check(case, cuda)
-    print("done:", case)
+    for case in cases:
+        check(case, cuda)
+        print("done:", case, flush=True)
     del keep
 
 

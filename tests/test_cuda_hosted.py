@@ -2,6 +2,7 @@
 an op is in cuda_hosted_<op>.py.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,17 +13,23 @@ import pytest
 from cuda_machine import hosted_library, sanitizers
 
 
-@pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
-@pytest.mark.parametrize("case", cuda_hosted.CASES)
-def test_the_results_of_the_cpu_and_no_fault(case, order):
-    """`order`: in which the threads of a block go on, where a missing barrier would show."""
-    result = subprocess.run(
-        [sys.executable, Path(__file__).with_name("cuda_hosted.py"), hosted_library(), case],
+@functools.cache
+def every_case(order):
+    """What all cases print in one process: to import torch under the sanitizers takes longer than a case."""
+    return subprocess.run(
+        [sys.executable, Path(__file__).with_name("cuda_hosted.py"), hosted_library(), *cuda_hosted.CASES],
         capture_output=True,
         text=True,
         env={**os.environ, **sanitizers(), "CUDAHOST_ORDER": order},
     )
-    assert result.returncode == 0 and f"done: {case}" in result.stdout, (
-        result.stdout[-2000:] + result.stderr[-6000:]
-    )
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
+@pytest.mark.parametrize("case", cuda_hosted.CASES)
+def test_the_results_of_the_cpu_and_no_fault(case, order):
+    """`order`: in which the threads of a block go on, where a missing barrier would show."""
+    result = every_case(order)
+    assert f"done: {case}\n" in result.stdout, result.stdout[-2000:] + result.stderr[-6000:]
     assert "runtime error" not in result.stderr and "cudahost:" not in result.stderr, result.stderr[-6000:]
+    if case == cuda_hosted.CASES[-1]:
+        assert result.returncode == 0, result.stderr[-6000:]

@@ -60,7 +60,7 @@ def add(kernels, n=N, readonly=True, **options):
     return slots[1].result(), slots[1].buffer, slots[0].buffer, report
 
 
-def reverse(kernels, **options):
+def reverse(kernels, launcher="sample_reverse_launch", **options):
     slots = []
 
     def arguments(machine):
@@ -68,7 +68,7 @@ def reverse(kernels, **options):
         slots[:] = [machine.room(x, "y")]
         return pointers(machine.put(x, "x").at, slots[0].at, 2)
 
-    kernels.call("sample_reverse_launch", arguments, **options)
+    kernels.call(launcher, arguments, **options)
     return slots[0].result()
 
 
@@ -114,6 +114,15 @@ def test_an_access_beyond_the_end_is_seen():
 def test_a_missing_barrier_is_seen():
     with pytest.raises(AssertionError, match="shared-memory race"):
         reverse(sample("NO_BARRIER"))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_another_thread_wrote_is_not_read_without_a_barrier(schedule):
+    """Nothing else goes from warp to warp in this kernel, so that its schedules would hide the mistake."""
+    assert torch.equal(reverse(sample(), "sample_copy_launch"), torch.arange(256.0))
+    with pytest.raises(AssertionError, match="written by another thread is read without a barrier"):
+        reverse(sample("LATE_READ"), "sample_copy_launch", schedule=schedule)
 
 
 @needs_nvcc

@@ -1,5 +1,5 @@
 // The kernels on which tests/test_cudacheck.py shows what is seen of a kernel without a GPU, right and with
-// one mistake each: TAIL_TOO_LONG, NO_BARRIER.
+// one mistake each: TAIL_TOO_LONG, NO_BARRIER, LATE_READ.
 #include <cuda_runtime.h>
 #include <stdint.h>
 
@@ -29,7 +29,21 @@ __global__ void sample_reverse(const float* x, float* y) {
   y[blockIdx.x * 128 + threadIdx.x] = room[127 - threadIdx.x];
 }
 
+// y[i] = x[i], and then y[i] = y[i + 1] - 1 where LATE_READ asks for it: the neighbour may not have written yet.
+__global__ void sample_copy(const float* x, float* y) {
+  const unsigned i = blockIdx.x * 128 + threadIdx.x;
+  y[i] = x[i];
+#ifdef LATE_READ
+  if (threadIdx.x < 127) y[i] = y[i + 1] - 1;
+#endif
+}
+
 #ifndef CUDAHOST
+extern "C" int sample_copy_launch(const float* x, float* y, int64_t blocks, void* stream) {
+  sample_copy<<<unsigned(blocks), 128, 0, static_cast<cudaStream_t>(stream)>>>(x, y);
+  return int(cudaGetLastError());
+}
+
 extern "C" int sample_add_launch(const float* x, float* y, int64_t n, void* stream) {
   const int64_t fours = (n + 3) / 4, blocks = (fours + 127) / 128;
   sample_add<<<unsigned(blocks), 128, 0, static_cast<cudaStream_t>(stream)>>>(x, y, 0.5f, n);

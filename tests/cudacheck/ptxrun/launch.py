@@ -204,6 +204,12 @@ class Launch:
             ):
                 self.leaders.add(pc + 1)
         self.entry_pc = self.fn_pc[self.kernel]
+        # Schedules differ in the order of warps. Where nothing goes from one warp to another, all are the same.
+        self.exchanges = shared > 0 or any(
+            ins.op in ("atom", "red", "membar", "fence")
+            or (ins.op in ("bar", "barrier") and ins.mods[0] != "warp")
+            for ins in self.code
+        )
 
     def compiled(self, pc):
         """The step of the instruction at `pc`, compiled now."""
@@ -257,6 +263,8 @@ class Launch:
             raise Fault(f"block of {bs} exceeds .maxntid {self.kernel.maxntid}")
         if len(args) != len(self.kernel.params):
             raise Fault(f"{self.kernel.name} takes {len(self.kernel.params)} arguments, got {len(args)}")
+        if not (self.exchanges or shared):
+            schedule = "min-pc"
         self.dynamic_shared, self.shared_size = shared, self.static_shared + shared
         self.mem = device.mem
         for v in self.module.globals.values():
@@ -487,7 +495,9 @@ class Launch:
             other = (wt >= 0) & (wt != self.thread_ids(m, act))
             if good is not None:
                 other &= good
-            if other.any():
+            if other.any() and not (self.exchanges or self.dynamic_shared):
+                m.report("global data written by another thread is read without a barrier", ins, act, other)
+            elif other.any():
                 blk_w = wt // m.bs
                 cross = other & (blk_w != (self.thread_ids(m, act) // m.bs))
                 if cross.any():
