@@ -2,8 +2,8 @@
 without a GPU.
 
 Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY
-CASE ...`, with the sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`, which
-take CPU tensors. The case of an op is the file `cuda_hosted_<op>.py`, whose `check(cuda)` compares the
+CASE ...`, with the sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`,
+which take CPU tensors. The case of an op is the file `cuda_hosted_<op>.py`, whose `check(cuda)` compares the
 operators of `cuda` with those of the CPU; tests/test_cuda_device.py runs the same cases on a GPU.
 """
 

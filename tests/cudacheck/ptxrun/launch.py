@@ -125,7 +125,7 @@ class Launch:
 
     def __init__(self, module, kernel):
         self.module = module
-        self.kernel = module.functions[kernel].load()
+        self.kernel = module.functions[kernel]
         fns = self.reachable(module, self.kernel)
         self.fn_pc, self.code, self.reg_base, self.var_addr = {}, [], {}, {}
         self.leaders, self.branch_stats, self.bar_red, self.reads = set(), {}, {}, {}
@@ -185,7 +185,7 @@ class Launch:
                     r = r.reg if isinstance(r, P.Not) else (r.base if isinstance(r, P.Addr) else r)
                     if isinstance(r, P.Reg) and (k > 0 or ins.op in ("st", "red")):
                         self.reads[r] = self.reads.get(r, 0) + 1
-        # An instruction is compiled when a thread first reaches it: much of a kernel is there for other sizes.
+        # An instruction is compiled when a thread first reaches it: much of a kernel is for other sizes.
         self.compiler = Compiler(self)
         self.exec = [None] * len(self.code) + [lambda m, a: m.finish(a) or True]
         for pc, ins in enumerate(self.code):  # a stretch ends after these
@@ -204,7 +204,7 @@ class Launch:
             ):
                 self.leaders.add(pc + 1)
         self.entry_pc = self.fn_pc[self.kernel]
-        # Schedules differ in the order of warps. Where nothing goes from one warp to another, all are the same.
+        # Schedules differ in the order of warps. Where nothing goes from warp to warp, all are the same.
         self.exchanges = shared > 0 or any(
             ins.op in ("atom", "red", "membar", "fence")
             or (ins.op in ("bar", "barrier") and ins.mods[0] != "warp")
@@ -224,7 +224,7 @@ class Launch:
                 if ins.op == "call":
                     for o in ins.args:
                         g = module.functions.get(getattr(o, "name", None))
-                        if g is not None and g.load().code and g not in fns:
+                        if g is not None and g.code and g not in fns:
                             fns.append(g)
         return fns
 

@@ -4,7 +4,7 @@ Only the syntax that nvcc / nvrtc / clang emit is handled.  Registers are rename
 the `{ .reg .b16 lo, hi; ... }` blocks of the fp16/bf16 headers are safe.
 
 A module of templates holds hundreds of kernels, of which a test launches a few.  Hence the body of a function
-is read when `Function.load` asks for it.
+is read when somebody asks for its code.
 """
 
 import re
@@ -129,18 +129,19 @@ class Function:
     def __init__(self, name, entry):
         self.name, self.entry = name, entry
         self.params, self.rets, self.vars = [], [], {}
-        self.regs, self.code, self.labels, self.tables = [], [], {}, {}
+        self.regs, self.instructions, self.labels, self.tables = [], [], {}, {}
         self.maxntid = None
         self.local_size = 0
         self.unread = None  # (parser, text, first line) of the body
 
-    def load(self):
-        """The function itself, its body read."""
+    @property
+    def code(self):
+        """The instructions; the body, with its registers, labels and variables, has been read then."""
         if self.unread is not None:
             (parser, text, line), self.unread = self.unread, None
             parser.tokenize(text, line)
             parser.body(self)
-        return self
+        return self.instructions
 
 
 def imm(tok):
@@ -162,8 +163,8 @@ class Parser:
         text = re.sub(r"/\*.*?\*/", lambda m: re.sub(r"[^\n]", " ", m.group()), text, flags=re.S)
         self.src = text.split("\n")
         text = re.sub(r"//.*", "", text)
-        # What the braces of a function enclose is kept as text, with the number of its first line. Of the body
-        # only its line ends stay in what is read first.
+        # What the braces of a function enclose is kept as text, with the number of its first line. Of the
+        # body only its line ends stay in what is read first.
         self.bodies, outside, depth, at = [], [], 0, 0
         for m in re.finditer(r"[{}]", text):
             depth += 1 if m.group() == "{" else -1
@@ -383,7 +384,7 @@ class Parser:
             elif t == ".pragma" or t.startswith(".branchtargets") or t.startswith(".callprototype"):
                 self.skip_statement()
             elif self.toks[self.i + 1] == ":":
-                f.labels[self.next()] = len(f.code)
+                f.labels[self.next()] = len(f.instructions)
                 self.next()
                 if self.peek() == ".branchtargets":
                     name, _ = f.labels.popitem()
@@ -395,13 +396,13 @@ class Parser:
                     f.tables[name] = table
             else:
                 ins = self.instr(f, scopes, loc)
-                f.code.append(ins)
+                f.instructions.append(ins)
                 if ins.op == "call":  # a second step, run on return, copies the results back
                     back = Instr()
                     for k in Instr.__slots__:
                         setattr(back, k, getattr(ins, k))
                     back.op = "callret"
-                    f.code.append(back)
+                    f.instructions.append(back)
 
     def reg_decl(self, f, scope):
         type_ = self.next()[1:]
