@@ -1,24 +1,8 @@
-# The CUDA extension module `_C_cuda<major>`. CMakeLists.txt includes this where torch has CUDA and there is a
-# compiler for it.
+# The CUDA extension module `_C_cuda<major>`. CMakeLists.txt includes this where find_cuda.cmake found torch's
+# CUDA and a compiler for it.
 
 # The module has real code for every generation of GPUs and PTX of the last, for those to come. The GPU of the
-# build machine is never looked at. TORCH_CUDA_ARCH_LIST is read as torch's own extensions do: "8.0;9.0+PTX".
-set(cuda_archs "${FASTREG_CUDA_ARCHS}")
-if(NOT cuda_archs AND DEFINED ENV{TORCH_CUDA_ARCH_LIST})
-  string(REPLACE " " ";" listed "$ENV{TORCH_CUDA_ARCH_LIST}")
-  foreach(arch IN LISTS listed)
-    string(REPLACE "." "" number "${arch}")
-    if(number MATCHES "^([0-9]+[a-z]?)\\+PTX$")
-      list(APPEND cuda_archs "${CMAKE_MATCH_1}")
-    elseif(number MATCHES "^[0-9]+[a-z]?$")
-      list(APPEND cuda_archs "${number}-real")
-    else()
-      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must list numbers such as 8.0 or 9.0+PTX, got ${arch}; "
-                          "or set FASTREG_CUDA_ARCHS")
-    endif()
-  endforeach()
-endif()
-string(REPLACE " " ";" cuda_archs "${cuda_archs}")
+# build machine is looked at only where it is asked for.
 set(CMAKE_CUDA_ARCHITECTURES "${cuda_archs}")
 if(NOT cuda_archs)
   set(CMAKE_CUDA_ARCHITECTURES 75-real)  # until the compiler's version is known
@@ -32,19 +16,6 @@ if(NOT cuda_archs)
   if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
     set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 90 100-real 120)
   endif()
-endif()
-
-string(REGEX MATCH "^[0-9]+" torch_cuda_major "${torch_cuda}")
-string(REGEX MATCH "^[0-9]+" nvcc_major "${CMAKE_CUDA_COMPILER_VERSION}")
-if(NOT torch_cuda_major STREQUAL nvcc_major)
-  if(NOT FASTREG_CUDA STREQUAL "AUTO")
-    message(FATAL_ERROR "FASTREG_CUDA=${FASTREG_CUDA}, but torch ${torch_version} has CUDA ${torch_cuda} "
-                        "and nvcc is ${CMAKE_CUDA_COMPILER_VERSION}; "
-                        "set CUDACXX to an nvcc ${torch_cuda_major}.x")
-  endif()
-  message(STATUS "fastreg: no CUDA kernels: "
-                 "nvcc is ${CMAKE_CUDA_COMPILER_VERSION}, torch has CUDA ${torch_cuda}")
-  return()
 endif()
 
 # Without -fmad the compiler fuses no multiplication and addition by itself, as on the CPU.

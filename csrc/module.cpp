@@ -21,6 +21,7 @@ PYBIND11_MODULE(_C, m) {
     info["stable_abi"] = "2.10";
     info["compiler"] = FASTREG_COMPILER;
     info["build_type"] = FASTREG_BUILD_TYPE;
+    info["no_cuda"] = FASTREG_NO_CUDA;
     info["instruction_sets"] = fastreg::isa_list();
     info["instruction_set"] = fastreg::isa_name();
     return info;

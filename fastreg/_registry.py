@@ -230,9 +230,11 @@ def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[.
         devices = {tensor.device for tensor in tensors if tensor.device.type != "cpu"}
         device = min((device.type for device in devices), default="cpu")
         if device == "cuda" and cuda is None:
+            left_out = load_kernels().build_info()["no_cuda"]
+            because = f" (the build left them out: {left_out})" if left_out else ""
             raise RuntimeError(
-                f"{name}: expected tensors on the CPU, got a tensor on 'cuda'; {why_no_cuda}, or move it "
-                "with .cpu()"
+                f"{name}: expected tensors on the CPU, got a tensor on 'cuda'; {why_no_cuda}{because}, or "
+                "move it with .cpu()"
             )
         if tensors and device == "cpu":
             raise RuntimeError(

@@ -5,6 +5,7 @@ one sentence.
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import zipfile
 
 import pytest
 import torch
+from cuda_machine import needs_nvcc
 from helpers import ROOT
 
 import fastreg as fr
@@ -164,7 +166,7 @@ def test_installing_in_isolation_builds_with_the_torch_it_finds_and_replaces_non
     assert version.startswith(OTHER_TORCH)
 
 
-def configure(tmp_path, **environment):
+def configure(tmp_path, *options, **environment):
     """Configure the project with CMake alone; gives (status, all that was printed)."""
     import pybind11
 
@@ -179,6 +181,7 @@ def configure(tmp_path, **environment):
         tmp_path / "b",
         "-DSKBUILD_PROJECT_VERSION=0",
         "-DSKBUILD_PROJECT_VERSION_FULL=0",
+        *options,
     ]
     command += [
         f"-DPython_EXECUTABLE={environment.pop('python', sys.executable)}",
@@ -212,6 +215,116 @@ def test_building_without_torch_says_so(tmp_path):
 def test_building_with_an_old_torch_says_so(tmp_path):
     status, printed = configure(tmp_path, **fake_torch(tmp_path, "2.9.1"))
     assert status != 0 and "found 2.9.1" in printed and "pip install --upgrade" in printed
+
+
+def fake_torch_with_cuda(folder, cuda):
+    """A module named torch that claims to be built with a version of CUDA, with empty libraries."""
+    environment = fake_torch(folder, "2.14.0")
+    (folder / "torch/version.py").write_text(f"cuda = {cuda!r}\n")
+    (folder / "torch/__init__.py").write_text("__version__ = '2.14.0'\nfrom . import version\n")
+    (folder / "torch/lib").mkdir()
+    for name in ("torch_cpu", "torch_cuda"):
+        (folder / f"torch/lib/lib{name}.so").touch()
+    return environment
+
+
+def test_a_compiler_of_cuda_that_was_named_and_fails_is_an_error(tmp_path):
+    """Even where CUDA was not asked for: whoever sets CUDACXX counts on the kernels."""
+    broken = tmp_path / "broken-nvcc"
+    broken.write_text("#!/bin/sh\necho one line\necho out of luck >&2\nexit 3\n")
+    broken.chmod(0o755)
+    environment = fake_torch_with_cuda(tmp_path, "13.0")
+    options = ("-DFASTREG_AUTOGRAD=OFF",)
+    status, printed = configure(tmp_path, *options, CUDACXX=str(broken), **environment)
+    assert status != 0 and f"CUDACXX is set, but {broken} does not compile CUDA (out of luck)" in printed
+    assert "unset it" in printed
+    status, printed = configure(tmp_path, *options, CUDACXX="/nonexistent/nvcc", **environment)
+    assert status != 0 and "/nonexistent/nvcc does not compile CUDA" in printed
+
+
+@needs_nvcc
+def test_a_compiler_of_another_cuda_is_a_warning_or_an_error(tmp_path):
+    environment = fake_torch_with_cuda(tmp_path, "9.2")
+    status, printed = configure(tmp_path, "-DFASTREG_AUTOGRAD=OFF", **environment)
+    assert status == 0 and "CMake Warning" in printed
+    assert re.search(r"no CUDA kernels: torch 2\.14\.0 has CUDA 9\.2 and \S*nvcc is of release", printed)
+    status, printed = configure(tmp_path, "-DFASTREG_CUDA=ON", **environment)
+    assert status != 0 and "FASTREG_CUDA=ON, but torch 2.14.0 has CUDA 9.2" in printed
+    assert "set CUDACXX to an nvcc 9.x" in printed
+
+
+def architectures(tmp_path, *commands, compiler="false"):
+    """(status, what CMake prints) of commands with the functions of cmake/cuda_archs.cmake."""
+    script = tmp_path / "script.cmake"
+    include = f'include("{ROOT}/cmake/cuda_archs.cmake")\nset(CMAKE_CUDA_COMPILER "{compiler}")\n'
+    script.write_text(include + "\n".join(commands) + '\nmessage("got <${got}>")\n')
+    cmake = shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run([cmake, "-P", script], capture_output=True, text=True)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("8.0;9.0+PTX", "80-real;90"),
+        ("8.0 9.0a 12.0f+PTX", "80-real;90a-real;120f"),
+        ("Hopper", "90"),
+        ("Volta+Tegra Ampere", "72-real;80-real;86"),
+        ("Ampere;Hopper+PTX", "80-real;86;90"),
+        ("Blackwell+Tegra", "110-real"),
+        ("", ""),
+    ],
+)
+def test_architectures_as_torch_lists_them(listed, expected, tmp_path):
+    status, printed = architectures(tmp_path, f'cuda_archs_of(got "{listed}")')
+    assert status == 0 and printed == f"got <{expected}>"
+
+
+def test_an_architecture_that_nobody_knows_is_refused(tmp_path):
+    status, printed = architectures(tmp_path, 'cuda_archs_of(got "8.0 Fermat")')
+    assert status != 0 and "got Fermat" in printed and "TORCH_CUDA_ARCH_LIST" in printed
+
+
+def test_architectures_that_the_compiler_cannot_build_are_left_out(tmp_path):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho compute_80\necho compute_100\n")
+    compiler.chmod(0o755)
+    ask = 'cuda_archs_known(got "70-real;80-real;100a-real;90")'
+    status, printed = architectures(tmp_path, ask, compiler=compiler)
+    assert status == 0 and printed.endswith("got <80-real;100a-real>")
+    assert printed.count("CMake Warning") == 1 and "cannot build for 70-real;90" in printed
+    status, printed = architectures(tmp_path, 'cuda_archs_known(got "70-real")', compiler=compiler)
+    assert status != 0 and "none of the architectures 70-real" in printed
+
+
+@needs_nvcc
+def test_the_gpus_of_a_machine_without_any_are_no_architectures(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    cuda = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    environment = fake_torch_with_cuda(tmp_path, re.search(r"release ([\d.]+)", cuda)[1])
+    options = ("-DFASTREG_AUTOGRAD=OFF", "-DFASTREG_CUDA_ARCHS=native")
+    status, printed = configure(tmp_path, *options, **environment)
+    assert status != 0 and "native asks for the GPUs of this machine" in printed
+
+
+def test_doctor_requires(monkeypatch, capsys):
+    from fastreg.cli import doctor
+
+    info = doctor.collect()
+    info["cuda"]["why_not"] = "there is no GPU"
+    info["autograd"].update(in_use="cpp")
+    monkeypatch.setattr(doctor, "collect", lambda: info)
+    assert doctor.main(["--require", "cpp"]) == 0 and capsys.readouterr() == ("", "")
+    assert doctor.main(["--require", "cuda,cpp"]) == 1
+    assert capsys.readouterr() == ("", "fastreg doctor: cuda is required: there is no GPU\n")
+    info["autograd"].update(in_use="python", why_not="it was not built")
+    assert doctor.main(["--require", "cuda,cpp", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == info and len(err.splitlines()) == 2 and "cpp is required: it was" in err
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--require", "gpu"])
+    assert "must list cuda, cpp, demo" in capsys.readouterr().err
 
 
 def import_error(environment, code="import fastreg"):

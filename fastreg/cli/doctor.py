@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import fastreg
 
 from .. import _distribution
+
+REQUIRABLE = ("cuda", "cpp", "demo")
 
 
 def collect() -> dict[str, Any]:
@@ -81,6 +84,7 @@ def _cuda() -> dict[str, Any]:
         "usable": reason is None,
         "torch_cuda": torch.version.cuda,
         "nvcc": info.get("nvcc"),
+        "left_out": fastreg._C.build_info()["no_cuda"] or None,
         "architectures": info.get("architectures", "").split(),
         "gpus": gpus,
         "why_not": reason,
@@ -131,18 +135,54 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", gpu
     if cuda["why_not"]:
         yield "", cuda["why_not"]
+    if cuda["left_out"] and not cuda["built"]:
+        yield "", f"the build left them out: {cuda['left_out']}"
     yield (
         "demo",
         "ready" if demo["ready"] else f"needs {', '.join(demo['missing'])}; {_distribution.install('demo')}",
     )
 
 
+def _missing(info: dict[str, Any], part: str) -> str | None:
+    """Why a part that is required is not in use, in one sentence; None where it is."""
+    if part == "cuda":
+        return info["cuda"]["why_not"]
+    if part == "cpp":
+        return None if info["autograd"]["in_use"] == "cpp" else info["autograd"]["why_not"]
+    demo = info["demo"]["missing"]
+    return f"{', '.join(demo)} cannot be imported; {_distribution.install('demo')}" if demo else None
+
+
+def _parts(text: str) -> list[str]:
+    """The parts that `--require` lists."""
+    parts = text.split(",")
+    if unknown := [part for part in parts if part not in REQUIRABLE]:
+        raise argparse.ArgumentTypeError(
+            f"must list {', '.join(REQUIRABLE)}, separated by commas, got {unknown[0]!r}"
+        )
+    return parts
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; gives the exit status."""
+    """Print the report; gives the exit status, 1 where a part that `--require` lists is not in use."""
     parser = argparse.ArgumentParser(prog="fastreg doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument(
+        "--require",
+        type=_parts,
+        metavar="PART,...",
+        help="print nothing and exit with 0 if all of these are in use, else one line each and 1: "
+        "cuda (kernels and a GPU that runs them), cpp (the C++ autograd), demo (what the demo imports)",
+    )
     arguments = parser.parse_args(argv)
     info = collect()
+    if arguments.require:
+        missing = {part: why for part in arguments.require if (why := _missing(info, part))}
+        if arguments.json:
+            print(json.dumps(info, indent=2))
+        for part, why in missing.items():
+            print(f"fastreg doctor: {part} is required: {why}", file=sys.stderr)
+        return 1 if missing else 0
     if arguments.json:
         print(json.dumps(info, indent=2))
     else:
