@@ -1,0 +1,214 @@
+"""The pages that are made and not written: one for each public name, from its docstring, the formula that
+docs/formulas.md has for it and its definition in plain torch; and the table of all results of the benchmarks.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import pkgutil
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fastreg
+
+HERE = Path(__file__).parent
+MADE = HERE / "generated"
+RESULTS = HERE.parent / "benchmarks" / "results"
+
+# Commands, and the code behind them: what is behind a door is no public name.
+DOORS = {"fastreg.cli", "fastreg.benchmarks", "fastreg.lecture", "fastreg.__main__"}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The public names
+
+
+def public_modules() -> list[ModuleType]:
+    """fastreg and its public submodules; the shorter names first."""
+    found = [fastreg]
+    for info in pkgutil.walk_packages(fastreg.__path__, "fastreg."):
+        private = any(part.startswith("_") for part in info.name.split(".")[1:])
+        if not private and not any(f"{info.name}.".startswith(f"{door}.") for door in DOORS):
+            found.append(importlib.import_module(info.name))
+    found = [module for module in found if module.__name__ != "fastreg.integrations"]  # which holds modules alone
+    return sorted(found, key=lambda module: (module.__name__.count("."), module.__name__))
+
+
+def public_names() -> dict[str, Any]:
+    """Each public function and class under the shortest of its names."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for module in public_modules():
+        for name in sorted(module.__all__):
+            value = getattr(module, name)
+            if not inspect.ismodule(value) and id(value) not in seen:
+                seen.add(id(value))
+                found[f"{module.__name__}.{name}"] = value
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What docs/formulas.md has for them
+
+
+def formulas() -> dict[str, str]:
+    """The section of docs/formulas.md for each name that one of its headings gives."""
+    found: dict[str, str] = {}
+    parts = re.split(r"^### (.+)\n", (HERE / "formulas.md").read_text(encoding="utf-8"), flags=re.M)
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        text = re.split(r"^## ", text, flags=re.M)[0]
+        for name in re.findall(r"`(fastreg[\w.]+)`", heading):
+            found[name] = text.strip()
+    return found
+
+
+def definitions(section: str) -> list[tuple[str, str]]:
+    """(file, function) of each definition that a section names after "Definition:"."""
+    line = re.search(r"^Definition: (.+)$", section, flags=re.M)
+    if not line:
+        return []
+    return [(path, name) for path, name in re.findall(r"`([\w/]+\.py):(\w+)`", line[1])]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pages
+
+
+def reference_page(name: str, value: Any, section: str) -> str:
+    """The page of one public name, in Markdown."""
+    kind = "autoclass" if inspect.isclass(value) else "autofunction"
+    members = "\n   :members:" if kind == "autoclass" else ""
+    text, _, _ = section.partition("Definition:")
+    lines = [f"# {name.removeprefix('fastreg.')}", "", "```{eval-rst}", f".. {kind}:: {name}{members}", "```"]
+    lines += ["", "## Formula", "", text.strip(), ""]
+    shown = definitions(section)
+    if shown:
+        lines += ["## Definition in plain torch", ""]
+        lines += ["What the kernels compute, what runs on a device without one, and what the tests compare with.", ""]
+    for path, function in shown:
+        lines += [f"`{path}`", "", f"```{{literalinclude}} ../../../{path}", f":pyobject: {function}", "```", ""]
+    if value.__doc__ and "ource" not in value.__doc__:
+        source = _source_of_module(value)
+        lines += [f"## Source\n\n{source}\n"] if source else []
+    return "\n".join(lines)
+
+
+def _source_of_module(value: Any) -> str:
+    """What the module of a function says of where its formula comes from: the parts in brackets that name a
+    year.
+    """
+    text = " ".join((inspect.getdoc(inspect.getmodule(value)) or "").split())
+    return "; ".join(re.findall(r"\(([^()]*\b(?:19|20)\d\d[^()]*)\)", text))
+
+
+def _summary(value: Any) -> str:
+    """The first sentence of a docstring."""
+    text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[.;:]) ", text)[0].rstrip(";:")
+
+
+def _index(names: dict[str, Any]) -> str:
+    lines = ["# Reference", "", "One page per public name; `import fastreg as fr`.", ""]
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        modules.setdefault(name.rpartition(".")[0], []).append(name)
+    for module, members in modules.items():
+        lines += [f"## {module}", "", "| | |", "|---|---|"]
+        lines += [f"| [{name.rpartition('.')[2]}]({name}.md) | {_cell(_summary(names[name]))} |" for name in members]
+        lines += ["", "```{toctree}", ":hidden:", "", *members, "```", ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", r"\<").replace("*", r"\*").replace("_", r"\_")
+
+
+def example_page(script: Path) -> str:
+    """The page of one script of examples/: what it shows, and the script. tests/test_examples.py runs it."""
+    said = " ".join((ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or "").split())
+    title = script.stem.replace("_", " ").capitalize()
+    show = f"```{{literalinclude}} ../../../examples/{script.name}\n```"
+    return f"# {title}\n\n{said}\n\n```sh\npython examples/{script.name}\n```\n\n{show}\n"
+
+
+def _examples() -> dict[str, str]:
+    scripts = sorted((HERE.parent / "examples").glob("*.py"))
+    pages = {f"examples/{script.stem}.md": example_page(script) for script in scripts}
+    listed = "\n".join(script.stem for script in scripts)
+    text = "One script for each method, forty lines at most, on data that come with a package."
+    pages["examples/index.md"] = f"# Examples\n\n{text}\n\n```{{toctree}}\n{listed}\n```\n"
+    return pages
+
+
+def write_pages() -> None:
+    """Write all pages that are made; those that are the same as before keep their date."""
+    names, sections = public_names(), formulas()
+    pages = {f"reference/{name}.md": reference_page(name, v, sections.get(name, "")) for name, v in names.items()}
+    pages["reference/index.md"] = _index(names)
+    pages |= _examples()
+    for path, text in pages.items():
+        file = MADE / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
+    for file in MADE.rglob("*.md"):
+        if str(file.relative_to(MADE)) not in pages:
+            file.unlink()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Docstrings, which are text for a terminal, as reStructuredText
+
+
+def as_rst(lines: list[str]) -> list[str]:
+    """A docstring's lines with what reStructuredText would take for markup escaped, outside of code."""
+    made, in_code = [], False
+    for line in lines:
+        indented = line.startswith("    ") or not line.strip()
+        in_code = in_code and indented or line.strip() == "::" or line.rstrip().endswith("::")
+        made.append(line if in_code else "".join(_escaped(part) for part in re.split(r"(`[^`]+`)", line)))
+    return made
+
+
+def _escaped(part: str) -> str:
+    if part.startswith("`"):
+        return part
+    part = re.sub(r"(?<!\\)\|", r"\\|", part)
+    part = re.sub(r"(?<=\w)_(?=\W|$)", r"\\_", part)
+    part = re.sub(r"\*(?=[^*\w]|$)|(?<=[(,] )\*(?=\w+\))", r"\\*", part)
+    return re.sub(r"^(Source|Shape|Memory|Note): (?=\S)", r"**\1:** ", part)
+
+
+def _process(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = as_rst(lines)
+
+
+def _role(name: str, rawtext: str, text: str, lineno: int, inliner: Any, options: Any = None, content: Any = ()):
+    """`name` in a docstring: a link where it is a public name of fastreg, else code."""
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+
+    code = nodes.literal(text, text)
+    short = text.removeprefix("fastreg.").removeprefix("fr.").removesuffix("()")
+    for full in (f"fastreg.{short}", *(f"fastreg.{module}.{short}" for module in ("nn", "optim", "augment"))):
+        if full in _NAMES:
+            return [pending_xref("", code, refdomain="py", reftype="obj", reftarget=full, refexplicit=True)], []
+    return [code], []
+
+
+_NAMES: set[str] = set()
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Write the pages and register how docstrings are read; Sphinx calls this."""
+    write_pages()
+    _NAMES.update(public_names())
+    app.add_role("named", _role)
+    app.config.default_role = "named"
+    app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
