@@ -7,9 +7,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import json
 import pkgutil
 import re
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +44,7 @@ def public_names() -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: set[int] = set()
     for module in public_modules():
-        for name in sorted(module.__all__):
+        for name in sorted(getattr(module, "__all__", ())):
             value = getattr(module, name)
             if not inspect.ismodule(value) and id(value) not in seen:
                 seen.add(id(value))
@@ -145,12 +145,78 @@ def _examples() -> dict[str, str]:
     return pages
 
 
+def results_page() -> str:
+    """All results in benchmarks/results/: one table over all of them, then each."""
+    from fastreg.benchmarks import contribution
+
+    found = [(file, contribution.load(file)) for file in sorted(RESULTS.glob("*.json"))]
+    lines = ["# What was measured where", "", _ABOUT_RESULTS, "", "## All machines", ""]
+    lines += ["| machine | threads | " + " | ".join(_ops(found)) + " | slower than torch |"]
+    lines += ["|---" * (3 + len(_ops(found))) + "|"]
+    lines += [_summary_row(made, _ops(found)) for _, made in found]
+    for file, made in found:
+        lines += ["", *_one_result(file, made)]
+    return "\n".join(lines) + "\n"
+
+
+_ABOUT_RESULTS = """Drawn from the files in `benchmarks/results/`, each written by `fastreg bench --contribute` on one machine. A number is how many times as
+long torch takes, the geometric mean over the rows of an op; below 1 fastreg is slower. Every row that was measured is kept, lost ones
+too. To add a machine, run the command there and put the file that it names into that folder: it holds the
+processor, the versions and the numbers, and no host, user or path; its schema is `benchmarks/results.schema.json`.
+
+```sh
+fastreg bench --contribute                        # about half an hour; --quick takes two minutes
+fastreg bench --contribute bench/results.json     # of a run that has been made
+```"""
+
+
+def _ops(found: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    return sorted({row["op"] for _, made in found for row in made["rows"]})
+
+
+def _machine(made: dict[str, Any]) -> str:
+    machine = made["machine"]
+    return machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['build']['instruction_set']}"
+
+
+def _summary_row(made: dict[str, Any], ops: list[str]) -> str:
+    cells = []
+    for op in ops:
+        ratios = [row["against_eager"]["median"] for row in made["rows"] if row["op"] == op]
+        cells.append(f"{statistics.geometric_mean(ratios):.1f}×" if ratios else "–")
+    slower = sum(row["against_eager"]["median"] < 1 for row in made["rows"])
+    cells.append(f"{slower} of {len(made['rows'])} rows")
+    return f"| {_machine(made)} | {made['settings']['threads']} | {' | '.join(cells)} |"
+
+
+def _one_result(file: Path, made: dict[str, Any]) -> list[str]:
+    from fastreg.benchmarks import table
+
+    m, build = made["machine"], made["machine"]["build"]
+    load = f", load average {m['load_before'][0]:g} before and {m['load_after'][0]:g} after" if m["load_before"] else ""
+    shown = table.columns(made)
+    return [
+        f"## {_machine(made)}, {made['date']}",
+        "",
+        f"{m['cpu']}, {m['cores_allowed']} of {m['cores']} cores, {m['system']}{load}; torch {m['torch']}, Python {m['python']}, "
+        f"fastreg {build['version']} built by {build['compiler']}, autograd in {m['autograd']}; sizes: "
+        f"{made['settings']['scale']}; copying moves {made['copy_bandwidth'] / 1e9:.1f} GB/s. Memory is ours : torch's. `{file.name}`",
+        "",
+        f"| work | {' | '.join(title for title, _ in shown)} |",
+        "|---" * (1 + len(shown)) + "|",
+        *(f"| {table.name(row)} | {' | '.join(cell(row) for _, cell in shown)} |" for row in table.ordered(made)),
+        "",
+        f"{table.reached(made)} {table.spread(made)}",
+        *(f"\nFailed: {each['case']}" for each in made["failed"]),
+    ]
+
+
 def write_pages() -> None:
     """Write all pages that are made; those that are the same as before keep their date."""
     names, sections = public_names(), formulas()
     pages = {f"reference/{name}.md": reference_page(name, v, sections.get(name, "")) for name, v in names.items()}
     pages["reference/index.md"] = _index(names)
-    pages |= _examples()
+    pages |= _examples() | {"results.md": results_page()}
     for path, text in pages.items():
         file = MADE / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -204,11 +270,19 @@ def _role(name: str, rawtext: str, text: str, lineno: int, inliner: Any, options
 _NAMES: set[str] = set()
 
 
+def _listed(app: Any, docname: str, content: list[str]) -> None:
+    """Leave out of the front page's list what is not there: pages that are listed as "[n]ame" may come later."""
+    if docname == "index":
+        lines = content[0].splitlines(keepends=True)
+        content[0] = "".join(line for line in lines if not re.match(r"\[\w\]\w+$", line) or any(HERE.glob(f"{line.strip()}.md")))
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Write the pages and register how docstrings are read; Sphinx calls this."""
     write_pages()
     _NAMES.update(public_names())
     app.add_role("named", _role)
     app.config.default_role = "named"
+    app.connect("source-read", _listed)
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}
