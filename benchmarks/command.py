@@ -221,7 +221,10 @@ def _contribute(results: dict, folder: Path) -> int:
         raise UsageError(f"--contribute: {error}") from error
     path = folder / contribution.file_name(made)
     _write(path, json.dumps(made, indent=1) + "\n")
-    print(f"{path} names the processor and the software, and no host, user or path; it belongs into benchmarks/results/")
+    print(
+        f"{path} names the processor and the software, and no host, user or path; it belongs into "
+        "benchmarks/results/"
+    )
     return 0
 
 

@@ -88,10 +88,12 @@ TYPES = {
 
 
 def _complaint(value: Any, schema: dict[str, Any], where: str) -> str | None:
-    """What is wrong with a value, by the part of JSON Schema that results.schema.json uses; None if nothing."""
+    """What is wrong with a value, by the part of JSON Schema that results.schema.json uses, or None."""
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    fits = [k for k in kinds if isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool))]
+    fits = [
+        k for k in kinds if isinstance(value, TYPES[k]) and (k == "boolean" or not isinstance(value, bool))
+    ]
     if kinds and not fits:
         return f"{where}: expected {' or '.join(kinds)}, got {type(value).__name__}"
     if "const" in schema and value != schema["const"]:

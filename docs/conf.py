@@ -40,6 +40,8 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!fastreg\b).*|fastreg\._.*|.*\.SmoothedLoss")]
 
+smartquotes = False  # what stands in quotes is mostly code
+
 html_theme = "furo"
 html_title = f"fastreg {version}"
 html_static_path = ["static"]

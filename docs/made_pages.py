@@ -35,7 +35,9 @@ def public_modules() -> list[ModuleType]:
         private = any(part.startswith("_") for part in info.name.split(".")[1:])
         if not private and not any(f"{info.name}.".startswith(f"{door}.") for door in DOORS):
             found.append(importlib.import_module(info.name))
-    found = [module for module in found if module.__name__ != "fastreg.integrations"]  # which holds modules alone
+    found = [
+        module for module in found if module.__name__ != "fastreg.integrations"
+    ]  # which holds modules alone
     return sorted(found, key=lambda module: (module.__name__.count("."), module.__name__))
 
 
@@ -89,9 +91,19 @@ def reference_page(name: str, value: Any, section: str) -> str:
     shown = definitions(section)
     if shown:
         lines += ["## Definition in plain torch", ""]
-        lines += ["What the kernels compute, what runs on a device without one, and what the tests compare with.", ""]
+        lines += [
+            "What the kernels compute, what runs on a device without one, and what the tests compare with.",
+            "",
+        ]
     for path, function in shown:
-        lines += [f"`{path}`", "", f"```{{literalinclude}} ../../../{path}", f":pyobject: {function}", "```", ""]
+        lines += [
+            f"`{path}`",
+            "",
+            f"```{{literalinclude}} ../../../{path}",
+            f":pyobject: {function}",
+            "```",
+            "",
+        ]
     if value.__doc__ and "ource" not in value.__doc__:
         source = _source_of_module(value)
         lines += [f"## Source\n\n{source}\n"] if source else []
@@ -119,7 +131,9 @@ def _index(names: dict[str, Any]) -> str:
         modules.setdefault(name.rpartition(".")[0], []).append(name)
     for module, members in modules.items():
         lines += [f"## {module}", "", "| | |", "|---|---|"]
-        lines += [f"| [{name.rpartition('.')[2]}]({name}.md) | {_cell(_summary(names[name]))} |" for name in members]
+        lines += [
+            f"| [{name.rpartition('.')[2]}]({name}.md) | {_cell(_summary(names[name]))} |" for name in members
+        ]
         lines += ["", "```{toctree}", ":hidden:", "", *members, "```", ""]
     return "\n".join(lines)
 
@@ -159,10 +173,11 @@ def results_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-_ABOUT_RESULTS = """Drawn from the files in `benchmarks/results/`, each written by `fastreg bench --contribute` on one machine. A number is how many times as
-long torch takes, the geometric mean over the rows of an op; below 1 fastreg is slower. Every row that was measured is kept, lost ones
-too. To add a machine, run the command there and put the file that it names into that folder: it holds the
-processor, the versions and the numbers, and no host, user or path; its schema is `benchmarks/results.schema.json`.
+_ABOUT_RESULTS = """Drawn from the files in `benchmarks/results/`, each of one machine. A number is how many times
+as long torch takes, the geometric mean over the rows of an op; below 1 fastreg is slower. Every row that was
+measured is kept, lost ones too. To add a machine, run the command there and put the file that it names into
+that folder. It holds the processor, the versions and the numbers, and no host, user or path; its schema is
+`benchmarks/results.schema.json`.
 
 ```sh
 fastreg bench --contribute                        # about half an hour; --quick takes two minutes
@@ -176,7 +191,11 @@ def _ops(found: list[tuple[Path, dict[str, Any]]]) -> list[str]:
 
 def _machine(made: dict[str, Any]) -> str:
     machine = made["machine"]
-    return machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['build']['instruction_set']}"
+    return (
+        machine["gpu"]["name"]
+        if machine["gpu"]
+        else f"{machine['cpu']}, {machine['build']['instruction_set']}"
+    )
 
 
 def _summary_row(made: dict[str, Any], ops: list[str]) -> str:
@@ -193,30 +212,45 @@ def _one_result(file: Path, made: dict[str, Any]) -> list[str]:
     from fastreg.benchmarks import table
 
     m, build = made["machine"], made["machine"]["build"]
-    load = f", load average {m['load_before'][0]:g} before and {m['load_after'][0]:g} after" if m["load_before"] else ""
+    load = (
+        f", load average {m['load_before'][0]:g} before and {m['load_after'][0]:g} after"
+        if m["load_before"]
+        else ""
+    )
     shown = table.columns(made)
     return [
         f"## {_machine(made)}, {made['date']}",
         "",
-        f"{m['cpu']}, {m['cores_allowed']} of {m['cores']} cores, {m['system']}{load}; torch {m['torch']}, Python {m['python']}, "
-        f"fastreg {build['version']} built by {build['compiler']}, autograd in {m['autograd']}; sizes: "
-        f"{made['settings']['scale']}; copying moves {made['copy_bandwidth'] / 1e9:.1f} GB/s. Memory is ours : torch's. `{file.name}`",
+        f"{m['cpu']}, {m['cores_allowed']} of {m['cores']} cores, {m['system']}{load}; torch {m['torch']}, "
+        f"Python {m['python']}, fastreg {build['version']} built by {build['compiler']}, autograd in "
+        f"{m['autograd']}; sizes: {made['settings']['scale']}; copying moves "
+        f"{made['copy_bandwidth'] / 1e9:.1f} GB/s. Memory is ours : torch's. `{file.name}`",
         "",
         f"| work | {' | '.join(title for title, _ in shown)} |",
         "|---" * (1 + len(shown)) + "|",
-        *(f"| {table.name(row)} | {' | '.join(cell(row) for _, cell in shown)} |" for row in table.ordered(made)),
+        *(
+            f"| {table.name(row)} | {' | '.join(cell(row) for _, cell in shown)} |"
+            for row in table.ordered(made)
+        ),
         "",
         f"{table.reached(made)} {table.spread(made)}",
         *(f"\nFailed: {each['case']}" for each in made["failed"]),
     ]
 
 
+def made_pages() -> dict[str, str]:
+    """The text of all pages that are made, by their path below docs/generated/."""
+    names, sections = public_names(), formulas()
+    pages = {
+        f"reference/{name}.md": reference_page(name, v, sections.get(name, "")) for name, v in names.items()
+    }
+    pages["reference/index.md"] = _index(names)
+    return pages | _examples() | {"results.md": results_page()}
+
+
 def write_pages() -> None:
     """Write all pages that are made; those that are the same as before keep their date."""
-    names, sections = public_names(), formulas()
-    pages = {f"reference/{name}.md": reference_page(name, v, sections.get(name, "")) for name, v in names.items()}
-    pages["reference/index.md"] = _index(names)
-    pages |= _examples() | {"results.md": results_page()}
+    pages = made_pages()
     for path, text in pages.items():
         file = MADE / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +270,7 @@ def as_rst(lines: list[str]) -> list[str]:
     made, in_code = [], False
     for line in lines:
         indented = line.startswith("    ") or not line.strip()
-        in_code = in_code and indented or line.strip() == "::" or line.rstrip().endswith("::")
+        in_code = (in_code and indented) or line.strip() == "::" or line.rstrip().endswith("::")
         made.append(line if in_code else "".join(_escaped(part) for part in re.split(r"(`[^`]+`)", line)))
     return made
 
@@ -254,7 +288,9 @@ def _process(app: Any, what: str, name: str, value: Any, options: Any, lines: li
     lines[:] = as_rst(lines)
 
 
-def _role(name: str, rawtext: str, text: str, lineno: int, inliner: Any, options: Any = None, content: Any = ()):
+def _role(
+    name: str, rawtext: str, text: str, lineno: int, inliner: Any, options: Any = None, content: Any = ()
+):
     """`name` in a docstring: a link where it is a public name of fastreg, else code."""
     from docutils import nodes
     from sphinx.addnodes import pending_xref
@@ -263,18 +299,44 @@ def _role(name: str, rawtext: str, text: str, lineno: int, inliner: Any, options
     short = text.removeprefix("fastreg.").removeprefix("fr.").removesuffix("()")
     for full in (f"fastreg.{short}", *(f"fastreg.{module}.{short}" for module in ("nn", "optim", "augment"))):
         if full in _NAMES:
-            return [pending_xref("", code, refdomain="py", reftype="obj", reftarget=full, refexplicit=True)], []
+            return [
+                pending_xref("", code, refdomain="py", reftype="obj", reftarget=full, refexplicit=True)
+            ], []
     return [code], []
 
 
 _NAMES: set[str] = set()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Sphinx
+
+
+def from_elsewhere(text: str) -> list[str]:
+    """The addresses that a page or style sheet would load something from when it is looked at."""
+    tags = r"<(?:script|link|img|iframe|source|video|object)\b[^>]*?"
+    tags += r"(?:src|href|data)=[\"']((?:https?:)?//[^\"']+)"
+    styles = r"(?:@import\s+|url\(\s*)(?:url\()?[\"']?((?:https?:)?//[^\"')]+)"
+    return re.findall(tags, text) + re.findall(styles, text)
+
+
+def _nothing_from_elsewhere(app: Any, error: Exception | None) -> None:
+    if error is None and app.builder.format == "html":
+        for file in [*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.css")]:
+            found = from_elsewhere(file.read_text(encoding="utf-8"))
+            if found:
+                raise ValueError(f"{file} would load {found[0]} from the network; put it into docs/static")
+
+
 def _listed(app: Any, docname: str, content: list[str]) -> None:
-    """Leave out of the front page's list what is not there: pages that are listed as "[n]ame" may come later."""
+    """Leave out of the front page's list what is not there: "[n]ame" is a page that may come later."""
     if docname == "index":
         lines = content[0].splitlines(keepends=True)
-        content[0] = "".join(line for line in lines if not re.match(r"\[\w\]\w+$", line) or any(HERE.glob(f"{line.strip()}.md")))
+        content[0] = "".join(
+            line
+            for line in lines
+            if not re.match(r"\[\w\]\w+$", line) or any(HERE.glob(f"{line.strip()}.md"))
+        )
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -284,5 +346,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_role("named", _role)
     app.config.default_role = "named"
     app.connect("source-read", _listed)
+    app.connect("build-finished", _nothing_from_elsewhere)
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

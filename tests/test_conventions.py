@@ -47,9 +47,7 @@ def test_smoothing_puts_its_mass_where_the_table_says():
     torch.testing.assert_close(uniform, smoothed(logits, target, 1 - eps + eps / k, eps / k))
     torch.testing.assert_close(others, smoothed(logits, target, 1 - eps, eps / (k - 1)))
     torch.testing.assert_close(uniform, F.cross_entropy(logits, target, label_smoothing=eps))
-    torch.testing.assert_close(
-        others, F.cross_entropy(logits, target, label_smoothing=eps * k / (k - 1))
-    )
+    torch.testing.assert_close(others, F.cross_entropy(logits, target, label_smoothing=eps * k / (k - 1)))
 
 
 def test_a_mean_with_class_weights_is_over_the_weights_of_the_targets():
@@ -145,7 +143,12 @@ def test_resizing_is_by_half_pixel_centres():
 
 @pytest.mark.parametrize(
     "padding, expected",
-    [("zeros", [0, 0, 1, 2, 3]), ("border", [1, 1, 1, 2, 3]), ("reflect", [2, 1, 1, 2, 3]), ("fill", [9, 9, 1, 2, 3])],
+    [
+        ("zeros", [0, 0, 1, 2, 3]),
+        ("border", [1, 1, 1, 2, 3]),
+        ("reflect", [2, 1, 1, 2, 3]),
+        ("fill", [9, 9, 1, 2, 3]),
+    ],
 )
 def test_what_lies_outside(padding, expected):
     line = torch.arange(1.0, 6).view(1, 1, 1, 5)
@@ -157,7 +160,7 @@ def test_what_lies_outside(padding, expected):
 
 def test_a_blur_reflects_without_repeating_the_edge():
     line = torch.rand(1, 1, 1, 6, dtype=torch.float64)
-    weights = torch.exp(-torch.arange(-1.0, 2, dtype=torch.float64) ** 2 / 2)
+    weights = torch.exp(-(torch.arange(-1.0, 2, dtype=torch.float64) ** 2) / 2)
     weights = (weights / weights.sum()).view(1, 1, 1, 3)
     expected = F.conv2d(F.pad(line, (1, 1, 0, 0), mode="reflect"), weights)
     torch.testing.assert_close(A.gaussian_blur(line, (3, 1), 1.0), expected)
@@ -175,7 +178,9 @@ def test_an_attack_of_one_sample_does_not_depend_on_the_others():
     model = torch.nn.Linear(4, 3).double()
     x, y = torch.rand(5, 4, dtype=torch.float64), torch.arange(5) % 3
     together = fr.fgsm(model, x, y, 0.1, norm="l2", bounds=None)
-    alone = torch.cat([fr.fgsm(model, x[i : i + 1], y[i : i + 1], 0.1, norm="l2", bounds=None) for i in range(5)])
+    alone = torch.cat(
+        [fr.fgsm(model, x[i : i + 1], y[i : i + 1], 0.1, norm="l2", bounds=None) for i in range(5)]
+    )
     torch.testing.assert_close(together, alone)
 
 
@@ -229,7 +234,12 @@ def test_an_improvement_exceeds_the_least_gain_and_nan_is_none():
     stopper = fr.EarlyStopping(patience=1, min_delta=1.0)
     assert [stopper.step(score) for score in (6.0, 5.0)] == [False, True]
     stopper = fr.EarlyStopping(patience=2)
-    assert [stopper.step(score) for score in (math.nan, 3.0, math.nan, math.nan)] == [False, False, False, True]
+    assert [stopper.step(score) for score in (math.nan, 3.0, math.nan, math.nan)] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     assert stopper.best == 3.0
 
 
@@ -244,7 +254,9 @@ def test_results_are_rounded_once(dtype):
     ours = fr.dropout_add(x, r, 0.3, bias, generator=torch.Generator().manual_seed(1))
     kept = mask | (x == 0)
     exact = torch.where(kept, (x.double() + bias.double()) / 0.7, 0.0) + r.double()
-    torch.testing.assert_close(ours[x != 0], exact.to(dtype)[x != 0], rtol=torch.finfo(dtype).eps / 2, atol=1e-6)
+    torch.testing.assert_close(
+        ours[x != 0], exact.to(dtype)[x != 0], rtol=torch.finfo(dtype).eps / 2, atol=1e-6
+    )
     logits = torch.randn(9, 33).to(dtype)
     loss = fr.cross_entropy(logits, torch.arange(9))
     exact = F.cross_entropy(logits.double(), torch.arange(9))
