@@ -40,7 +40,7 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!fastreg\b).*|fastreg\._.*|.*\.SmoothedLoss")]
 
-smartquotes = False  # what stands in quotes is mostly code
+smartquotes_action = "D"  # dashes alone: what stands in quotes is mostly code
 
 html_theme = "furo"
 html_title = f"fastreg {version}"

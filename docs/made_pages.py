@@ -139,7 +139,9 @@ def _index(names: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("<", r"\<").replace("*", r"\*").replace("_", r"\_")
+    """Plain text with code in backticks as a cell of a table."""
+    parts = re.split(r"(`[^`]+`)", text.replace("|", r"\|"))
+    return "".join(part if part.startswith("`") else re.sub(r"([<*_])", r"\\\1", part) for part in parts)
 
 
 def example_page(script: Path) -> str:
@@ -173,11 +175,11 @@ def results_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-_ABOUT_RESULTS = """Drawn from the files in `benchmarks/results/`, each of one machine. A number is how many times
-as long torch takes, the geometric mean over the rows of an op; below 1 fastreg is slower. Every row that was
-measured is kept, lost ones too. To add a machine, run the command there and put the file that it names into
-that folder. It holds the processor, the versions and the numbers, and no host, user or path; its schema is
-`benchmarks/results.schema.json`.
+_ABOUT_RESULTS = """Drawn from the files in `benchmarks/results/`, each of one machine. A number is how many
+times as long torch takes, the geometric mean over the rows of an op; below 1 fastreg is slower. Every row
+that was measured is kept, lost ones too. To add a machine, run the command there and put the file that it
+names into that folder. It holds the processor, the versions and the numbers, and no host, user or path; its
+schema is `benchmarks/results.schema.json`.
 
 ```sh
 fastreg bench --contribute                        # about half an hour; --quick takes two minutes
@@ -217,6 +219,10 @@ def _one_result(file: Path, made: dict[str, Any]) -> list[str]:
         if m["load_before"]
         else ""
     )
+    busy = m["load_before"] and max(m["load_before"][0], m["load_after"][0]) > 1.5 * m["cores_allowed"]
+    warning = (
+        " **The machine was busy with other work; its ratios are not those of a quiet one.**" if busy else ""
+    )
     shown = table.columns(made)
     return [
         f"## {_machine(made)}, {made['date']}",
@@ -224,7 +230,7 @@ def _one_result(file: Path, made: dict[str, Any]) -> list[str]:
         f"{m['cpu']}, {m['cores_allowed']} of {m['cores']} cores, {m['system']}{load}; torch {m['torch']}, "
         f"Python {m['python']}, fastreg {build['version']} built by {build['compiler']}, autograd in "
         f"{m['autograd']}; sizes: {made['settings']['scale']}; copying moves "
-        f"{made['copy_bandwidth'] / 1e9:.1f} GB/s. Memory is ours : torch's. `{file.name}`",
+        f"{made['copy_bandwidth'] / 1e9:.1f} GB/s. Memory is ours : torch's. `{file.name}`{warning}",
         "",
         f"| work | {' | '.join(title for title, _ in shown)} |",
         "|---" * (1 + len(shown)) + "|",
@@ -293,16 +299,35 @@ def _role(
 ):
     """`name` in a docstring: a link where it is a public name of fastreg, else code."""
     from docutils import nodes
+
+    return [_linked(nodes.literal(text, text), _full_name(text))], []
+
+
+def _full_name(text: str) -> str | None:
+    """The public name that a word of code means; None where it means none."""
+    short = text.removeprefix("fastreg.").removeprefix("fr.").removesuffix("()")
+    found = (f"fastreg.{short}", *(f"fastreg.{module}.{short}" for module in ("nn", "optim", "augment")))
+    return next((name for name in found if name in _NAMES), None)
+
+
+def _linked(code: Any, name: str | None) -> Any:
     from sphinx.addnodes import pending_xref
 
-    code = nodes.literal(text, text)
-    short = text.removeprefix("fastreg.").removeprefix("fr.").removesuffix("()")
-    for full in (f"fastreg.{short}", *(f"fastreg.{module}.{short}" for module in ("nn", "optim", "augment"))):
-        if full in _NAMES:
-            return [
-                pending_xref("", code, refdomain="py", reftype="obj", reftarget=full, refexplicit=True)
-            ], []
-    return [code], []
+    if name is None:
+        return code
+    return pending_xref("", code, refdomain="py", reftype="obj", reftarget=name, refexplicit=True)
+
+
+def _link_names(app: Any, doctree: Any) -> None:
+    """Make of `fr.dropout` on a written page a link to its page."""
+    from docutils import nodes
+    from sphinx.addnodes import pending_xref
+
+    for code in list(doctree.findall(nodes.literal)):
+        text = code.astext()
+        inside = (nodes.title, nodes.reference, pending_xref)
+        if text.startswith(("fr.", "fastreg.")) and not isinstance(code.parent, inside):
+            code.replace_self(_linked(code.deepcopy(), _full_name(text)))
 
 
 _NAMES: set[str] = set()
@@ -346,6 +371,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_role("named", _role)
     app.config.default_role = "named"
     app.connect("source-read", _listed)
+    app.connect("doctree-read", _link_names)
     app.connect("build-finished", _nothing_from_elsewhere)
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

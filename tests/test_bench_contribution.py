@@ -1,4 +1,4 @@
-"""Results that are shown to others: nothing personal is in them, and those in benchmarks/results/ are whole."""
+"""Results that are shown to others: nothing personal is in them, and the files are whole."""
 
 import copy
 import getpass
