@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 import statistics
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ import fastreg
 HERE = Path(__file__).parent
 MADE = HERE / "generated"
 RESULTS = HERE.parent / "benchmarks" / "results"
+REPORT = HERE.parent / "report" / "index.html"
 
 # Commands, and the code behind them: what is behind a door is no public name.
 DOORS = {"fastreg.cli", "fastreg.benchmarks", "fastreg.lecture", "fastreg.__main__"}
@@ -251,7 +253,20 @@ def made_pages() -> dict[str, str]:
         f"reference/{name}.md": reference_page(name, v, sections.get(name, "")) for name, v in names.items()
     }
     pages["reference/index.md"] = _index(names)
-    return pages | _examples() | {"results.md": results_page()}
+    return pages | _examples() | {"results.md": results_page(), "report.md": report_page()}
+
+
+def report_page() -> str:
+    """The report of `fastreg demo` in a frame, where there is one, or how to make it."""
+    said = (
+        "`make demo` trains every method on real data, with stock torch and with fastreg side by side, and "
+        "holds each claim of a lecture on regularisation against the numbers."
+    )
+    if not REPORT.exists():
+        said += " It has not been run in the tree that these pages were made from."
+        return f"# The lecture, live\n\n{said}\n"
+    frame = '<iframe class="report" src="../lecture.html" title="The report"></iframe>'
+    return f"# The lecture, live\n\n{said}\n\n```{{raw}} html\n{frame}\n```\n"
 
 
 def write_pages() -> None:
@@ -345,8 +360,11 @@ def from_elsewhere(text: str) -> list[str]:
     return re.findall(tags, text) + re.findall(styles, text)
 
 
-def _nothing_from_elsewhere(app: Any, error: Exception | None) -> None:
+def _finish(app: Any, error: Exception | None) -> None:
+    """Put the report beside the pages, and refuse what would load something from the network."""
     if error is None and app.builder.format == "html":
+        if REPORT.exists():
+            shutil.copy(REPORT, Path(app.outdir) / "lecture.html")
         for file in [*Path(app.outdir).rglob("*.html"), *Path(app.outdir).rglob("*.css")]:
             found = from_elsewhere(file.read_text(encoding="utf-8"))
             if found:
@@ -372,6 +390,6 @@ def setup(app: Any) -> dict[str, bool]:
     app.config.default_role = "named"
     app.connect("source-read", _listed)
     app.connect("doctree-read", _link_names)
-    app.connect("build-finished", _nothing_from_elsewhere)
+    app.connect("build-finished", _finish)
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -85,3 +85,24 @@ def test_the_files_fit_the_schema(file):
     text = file.read_text()
     assert "/home" not in text and socket.gethostname() not in text
     assert getpass.getuser() == "root" or getpass.getuser() not in text
+
+
+def test_the_command_writes_it_at_the_end_or_of_an_earlier_run(tmp_path, monkeypatch, capsys):
+    for package in ("matplotlib", "rich"):
+        pytest.importorskip(package, reason='the benchmark needs pip install "torch-fastreg[bench]"')
+    from fastreg.benchmarks import command
+
+    for name, value in command.ALLOCATOR.items():  # or the command would start itself anew with them
+        monkeypatch.setenv(name, value)
+    arguments = ["--tiny", "--no-compile", "--ops", "fgsm", "--out", str(tmp_path)]
+    assert command.main([*arguments, "--contribute"]) == 0
+    (written,) = tmp_path.glob("*-threads-*.json")
+    first = written.read_bytes()
+    assert (
+        contribution.load(written)["settings"]["scale"] == "tiny" and written.name in capsys.readouterr().out
+    )
+    written.unlink()
+    assert command.main(["--contribute", str(tmp_path / "results.json")]) == 0
+    assert written.read_bytes() == first
+    assert command.main(["--contribute", str(written)]) == 2
+    assert "fastreg bench: --contribute: " in capsys.readouterr().err

@@ -16,7 +16,7 @@ import fastreg as fr
 from fastreg import _registry
 
 sys.path.insert(0, str(ROOT / "docs"))
-made_pages = pytest.importorskip("made_pages", reason='the pages need pip install "torch-fastreg[test]"')
+import made_pages
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -73,7 +73,11 @@ def script():
     )  # fmt: skip
 
 
-MADE = made_pages.made_pages()
+try:
+    MADE = made_pages.made_pages()
+except ImportError:  # a trainer that the reference has a page for
+    MADE = None
+made = pytest.mark.skipif(MADE is None, reason='the reference needs pip install "torch-fastreg[test]"')
 CASES = [(page.relative_to(ROOT).as_posix(), *block) for page in PAGES for block in blocks(page)]
 
 
@@ -108,7 +112,7 @@ def test_every_link_leads_to_a_file(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         if target.startswith("generated/"):
-            assert target.removeprefix("generated/") in MADE, target
+            assert MADE is None or target.removeprefix("generated/") in MADE, target
         elif "://" not in target:
             assert (page.parent / target).exists(), target
 
@@ -130,6 +134,7 @@ def test_the_distribution_has_one_name():
 # ---- the reference
 
 
+@made
 def test_every_public_name_has_a_formula_and_a_page():
     """A new public name belongs into docs/formulas.md."""
     names, sections = made_pages.public_names(), made_pages.formulas()
@@ -143,6 +148,7 @@ def test_every_public_name_has_a_formula_and_a_page():
         assert f"fastreg.{short}" in names or getattr(fr, short).__name__.startswith("fastreg."), short
 
 
+@made
 def test_no_public_function_is_left_out_by_a_module_without_a_list():
     known = {id(value) for value in made_pages.public_names().values()}
     for module in made_pages.public_modules():
@@ -205,6 +211,7 @@ def test_what_would_come_from_elsewhere_is_found(text, found):
     assert made_pages.from_elsewhere(text) == found
 
 
+@made
 def test_a_page_in_html(tmp_path):
     """A page with a formula, a table and a function, by the settings of docs/conf.py, without a warning."""
     sphinx = pytest.importorskip("sphinx.application", reason='needs pip install "torch-fastreg[docs]"')
