@@ -91,4 +91,4 @@ build: .venv/.built
 	touch $@
 
 clean:
-	rm -rf .venv build dist report bench
+	rm -rf .venv build dist report bench docs/generated

@@ -128,6 +128,13 @@ def test_torchvision_turns_the_same_way():
     torch.testing.assert_close(A.rotate(x, 20.0), theirs.rotate(x, 20.0), atol=1e-5, rtol=0)
 
 
+def test_torchvisions_random_steps_turn_as_coming_from_says():
+    """RandomAffine clockwise as Augment, RandomRotation the other way."""
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    assert moved(v2.RandomAffine((90, 90))) == moved(turned)
+    assert moved(v2.RandomRotation((90, 90))) == moved(lambda dot: A.rotate(dot, 90.0)) != moved(turned)
+
+
 def test_a_third_of_a_turn_takes_red_to_green():
     red = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     torch.testing.assert_close(A.adjust_hue(red, 1 / 3).flatten(), torch.tensor([0.0, 1.0, 0.0]))
