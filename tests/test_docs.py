@@ -1,6 +1,10 @@
-"""Every block of Python in the README and the guide runs as it stands, and every link leads somewhere."""
+"""Every block of Python on the pages runs as it stands, every link leads somewhere, every public name has a
+page with its formula, and what Sphinx makes of it loads nothing from elsewhere.
+"""
 
+import importlib
 import re
+import sys
 
 import pytest
 import torch
@@ -9,6 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastreg as fr
+from fastreg import _registry
+
+sys.path.insert(0, str(ROOT / "docs"))
+import made_pages
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -65,7 +73,12 @@ def script():
     )  # fmt: skip
 
 
-CASES = [(page, *block) for page in ("README.md", "docs/guide.md") for block in blocks(page)]
+try:
+    MADE = made_pages.made_pages()
+except ImportError:  # a trainer that the reference has a page for
+    MADE = None
+made = pytest.mark.skipif(MADE is None, reason='the reference needs pip install "torch-fastreg[test]"')
+CASES = [(page.relative_to(ROOT).as_posix(), *block) for page in PAGES for block in blocks(page)]
 
 
 @pytest.mark.parametrize(
@@ -82,14 +95,25 @@ def test_every_block_runs(page, heading, code):
 
 
 def test_there_are_blocks_to_run():
-    assert len(CASES) >= 10
+    assert len(CASES) >= 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_not_run_is_marked(page):
+    """A fenced block is Python and runs, or says what else it is."""
+    fences = re.findall(r"^```(.*)$", page.read_text(), flags=re.M)
+    assert len(fences) % 2 == 0
+    for language in fences[::2]:
+        assert language in ("python", "sh", "text", "tcl", "{toctree}"), language
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_leads_to_a_file(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
-        if "://" not in target:
+        if target.startswith("generated/"):
+            assert MADE is None or target.removeprefix("generated/") in MADE, target
+        elif "://" not in target:
             assert (page.parent / target).exists(), target
 
 
@@ -105,3 +129,109 @@ def test_the_distribution_has_one_name():
             and path.name != "test_docs.py"
         ):
             assert not wrong.search(path.read_text()), path
+
+
+# ---- the reference
+
+
+@made
+def test_every_public_name_has_a_formula_and_a_page():
+    """A new public name belongs into docs/formulas.md."""
+    names, sections = made_pages.public_names(), made_pages.formulas()
+    assert set(names) == set(sections)
+    for name in names:
+        section = sections[name]
+        assert "$$" in section or section.startswith("No formula:"), name
+        page = MADE[f"reference/{name}.md"]
+        assert f":: {name}\n" in page and f"]({name}.md)" in MADE["reference/index.md"]
+    for short in set(fr.__all__) - {"augment", "nn", "optim"}:
+        assert f"fastreg.{short}" in names or getattr(fr, short).__name__.startswith("fastreg."), short
+
+
+@made
+def test_no_public_function_is_left_out_by_a_module_without_a_list():
+    known = {id(value) for value in made_pages.public_names().values()}
+    for module in made_pages.public_modules():
+        for name, value in vars(module).items():
+            if not hasattr(module, "__all__") and not name.startswith("_") and callable(value):
+                assert getattr(value, "__module__", "") != module.__name__ or id(value) in known, (
+                    module,
+                    name,
+                )
+
+
+def test_the_definitions_that_are_shown_are_there_and_are_all():
+    shown = {pair for section in made_pages.formulas().values() for pair in made_pages.definitions(section)}
+    for path, name in shown:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), flags=re.M), (path, name)
+    functions = {name for _, name in shown} | {"operator"}  # what unpacks the options of cross-entropy's
+    for op in _registry.declared():
+        plain = _registry.plain_definition(op)
+        assert op == "example" or plain is None or plain.__name__ in functions, op
+
+
+def test_the_front_page_lists_every_page():
+    listed = (ROOT / "docs" / "index.md").read_text().replace("[", "").replace("]", "").splitlines()
+    for page in ROOT.glob("docs/*.md"):
+        assert page.stem in listed or page.stem == "index", page
+
+
+def test_names_of_fastreg_in_coming_from_exist():
+    text = (ROOT / "docs" / "coming_from.md").read_text()
+    names = {name.rstrip(".") for name in re.findall(r"\b(?:fr|fastreg)\.([a-zA-Z_][\w.]*)", text)}
+    assert len(names) > 30
+    for name in names:
+        value = fr
+        for part in name.split("."):
+            if not hasattr(value, part):
+                importlib.import_module(f"{value.__name__}.{part}")
+            value = getattr(value, part)
+    options = set(re.findall(r"`Augment\(([^`]*)\)`", text))
+    known = fr.augment.Augment.__init__.__kwdefaults__
+    for name in re.findall(r"(\w+)=", " ".join(options)):
+        assert name in known, name
+
+
+def test_docstrings_are_made_safe_for_restructuredtext():
+    made = made_pages.as_rst(["|w|_1 of (*, C)", "", "::", "", "    a * b | c", "", "Source: X `a|b`"])
+    assert made == [r"\|w\|_1 of (\*, C)", "", "::", "", "    a * b | c", "", "**Source:** X `a|b`"]
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ('<script src="https://cdn/x.js"></script>', ["https://cdn/x.js"]),
+        ('<link rel="stylesheet" href="//fonts/a.css">', ["//fonts/a.css"]),
+        ("@import url('https://fonts/b.css');", ["https://fonts/b.css"]),
+        ("src: url(https://fonts/c.woff2)", ["https://fonts/c.woff2"]),
+        ('<a href="https://example.org">a link is followed by hand</a><script src="_static/x.js">', []),
+    ],
+)
+def test_what_would_come_from_elsewhere_is_found(text, found):
+    assert made_pages.from_elsewhere(text) == found
+
+
+@made
+def test_a_page_in_html(tmp_path):
+    """A page with a formula, a table and a function, by the settings of docs/conf.py, without a warning."""
+    sphinx = pytest.importorskip("sphinx.application", reason='needs pip install "torch-fastreg[docs]"')
+    source = tmp_path / "source"
+    source.mkdir()
+    page = (
+        "# One\n\n$$ y = \\frac{x}{1-p} $$\n\n"
+        + MADE["reference/fastreg.pack_mask.md"].split("## Formula")[0]
+    )
+    (source / "index.md").write_text(page)
+    settings = {"html_extra_path": [], "html_static_path": [], "html_css_files": [], "extensions": EXTENSIONS}
+    app = sphinx.Sphinx(
+        source, ROOT / "docs", tmp_path / "out", tmp_path / "tree", "html", settings,
+        status=None, warningiserror=True, exception_on_warning=True,
+    )  # fmt: skip
+    app.build()
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "<mfrac>" in html and "bool tensor" in html
+    assert made_pages.from_elsewhere(html) == []
+
+
+# viewcode reads all modules, which takes longer than the rest.
+EXTENSIONS = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "made_pages", "mathml"]

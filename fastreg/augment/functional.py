@@ -26,6 +26,22 @@ from .._checks import DTYPES, check_choice, check_number, check_tensor
 from . import _op
 from ._op import Interpolation, Padding, PerChannel
 
+__all__ = [
+    "adjust_brightness",
+    "adjust_contrast",
+    "adjust_hue",
+    "adjust_saturation",
+    "affine",
+    "erase",
+    "gaussian_blur",
+    "horizontal_flip",
+    "normalize",
+    "resized_crop",
+    "rotate",
+    "vertical_flip",
+    "vertical_stretch",
+]
+
 Number = float | Tensor  # one number, or one for each sample
 
 IMAGE_DTYPES = (torch.uint8, *DTYPES)

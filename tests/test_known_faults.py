@@ -1,0 +1,51 @@
+"""docs/known_faults.md: what fastreg does in two places where another library goes wrong, and that every test
+and script that the page links to is there.
+"""
+
+import re
+
+import numpy as np
+import torch
+from helpers import ROOT
+
+import fastreg as fr
+
+PAGE = ROOT / "docs" / "known_faults.md"
+
+
+def rows():
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return [line for line in lines if not line.startswith("| what happens")]
+
+
+def test_each_row_names_a_test_that_is_there():
+    assert len(rows()) >= 20
+    for row in rows():
+        links = re.findall(r"\[(test_\w+)\]\((\.\./tests/\w+\.py)\)", row)
+        assert links, row
+        for name, path in links:
+            text = (PAGE.parent / path).read_text(encoding="utf-8")
+            assert re.search(rf"^ *def {name}\(", text, flags=re.M), (name, path)
+
+
+def test_each_script_is_there():
+    scripts = re.findall(r"\[(\w+\.sh)\]\(\.\./findings/(\w+\.sh)\)", PAGE.read_text(encoding="utf-8"))
+    assert scripts
+    for shown, name in scripts:
+        assert shown == name and (ROOT / "findings" / name).is_file(), name
+
+
+def test_an_unsigned_rate_is_the_number_that_it_is():
+    weight = torch.nn.Parameter(torch.tensor([2.0]))
+    optimizer = fr.optim.SGD([weight], lr=np.uint8(1))
+    for _ in range(2):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+    assert weight.item() == 0.0
+
+
+def test_groups_for_two_optimisers_do_not_meet():
+    model = torch.nn.Linear(3, 3)
+    torch.optim.Adam(fr.optim.penalty_groups(model, l2=1e-4), lr=0.001)
+    second = fr.optim.SGD(fr.optim.penalty_groups(model, l2=1e-4), lr=0.5)
+    assert [group["lr"] for group in second.param_groups] == [0.5] * len(second.param_groups)
