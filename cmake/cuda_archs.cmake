@@ -32,7 +32,8 @@ function(cuda_archs_of variable listed)
   set(${variable} "${archs}" PARENT_SCOPE)
 endfunction()
 
-# cuda_archs_known(<variable> <archs>): those that nvcc can build. What it cannot is left out with one warning.
+# cuda_archs_known(<variable> <archs>): those that nvcc can build. What it cannot build is left out with one
+# warning.
 function(cuda_archs_known variable archs)
   execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch
                   OUTPUT_VARIABLE known RESULT_VARIABLE failed ERROR_QUIET)
