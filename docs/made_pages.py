@@ -33,7 +33,8 @@ DOORS = {"fastreg.cli", "fastreg.benchmarks", "fastreg.lecture", "fastreg.__main
 def public_modules() -> list[ModuleType]:
     """fastreg and its public submodules; the shorter names first."""
     found = [fastreg]
-    for info in pkgutil.walk_packages(fastreg.__path__, "fastreg."):
+    # The __path__ of an editable install leads to the checkout as well, where tests and tools lie.
+    for info in pkgutil.walk_packages([str(Path(fastreg.__file__).parent)], "fastreg."):
         private = any(part.startswith("_") for part in info.name.split(".")[1:])
         if not private and not any(f"{info.name}.".startswith(f"{door}.") for door in DOORS):
             found.append(importlib.import_module(info.name))
