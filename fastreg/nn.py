@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.jit import is_scripting, is_tracing
 from torch.overrides import has_torch_function_variadic
 from torch.utils._device import DeviceContext
@@ -28,7 +28,7 @@ from ._dropout_family import (
 )
 from ._fold import fold_dropout
 from ._registry import fast
-from ._transforms import is_recorded
+from ._transforms import is_exporting, is_recorded
 
 __all__ = [
     "AlphaDropout",

@@ -106,6 +106,12 @@ _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
+_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """The settings as arguments by name. torch.compile of torch 2.10 cannot spread vars(settings)."""
+    return {name: getattr(settings, name) for name in _SETTINGS}
 
 
 def apply(images: Tensor, params: Params) -> Tensor:
@@ -155,7 +161,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
         **_op.factors(colour),
         blur=blur,
         boxes=params.erase,
-        **vars(params.settings),
+        **_options(params.settings),
     )
     return output if lead else output.squeeze(0)
 
@@ -537,7 +543,7 @@ class Augment(nn.Module):
             steps=self._steps,
             blur=blur if "sigma" in self.ranges else None,
             boxes=boxes if self.chances["erase"] else None,
-            **vars(self.settings),
+            **_options(self.settings),
         )
         return output if lead else output.squeeze(0)
 
