@@ -148,7 +148,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
                 f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
             )
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
-    _check_units(batch, params.settings, bool(colour))
+    _check_units(batch, params.settings, len(colour) > 0)
     sigma = params.sigma
     blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
     height, width = batch.shape[2:]
@@ -533,7 +533,7 @@ class Augment(nn.Module):
         if not self.training:
             return apply(batch, self.sample(batch))
         images, lead = functional.batched("augment", batch)
-        _check_units(images, self.settings, bool(self._steps))
+        _check_units(images, self.settings, self._steps != 0)
         _, matrices, colour, blur, boxes = self._draw(batch, generator)
         output = _op.augment_batch(
             "augment",
