@@ -482,8 +482,7 @@ def draws_gamma():
     """Whether torch can draw from a gamma distribution here; on a pretended GPU torch 2.10 cannot."""
     try:
         torch._standard_gamma(torch.ones(2, device="cuda"))
-    except (NotImplementedError, RuntimeError) as error:
-        assert "_standard_gamma" in str(error)
+    except RuntimeError:  # NotImplementedError, or what the attempt without a kernel for fakes ends in
         return False
     return True
 
