@@ -575,11 +575,12 @@ def errors_of_python():
 @check()
 def errors_of_kernels():
     """One class of error, also with a torch that makes every error of a kernel a RuntimeError."""
-    operator = torch.ops.fastreg
+    dropout, dropout_add = torch.ops.fastreg.dropout.default, torch.ops.fastreg.dropout_add.default
+    step = torch.ops.fastreg.fgsm_step.default
     x, seed = torch.randn(3, 4), torch.tensor([1])
-    raises(ValueError, "dropout: ", operator.dropout, x, 1.5, seed)
-    raises(ValueError, "dropout_add: ", operator.dropout_add, x, torch.randn(2, 2), None, 0.5, seed)
-    raises(ValueError, "fgsm_step: ", operator.fgsm_step, x, torch.randn(2, 2), 0.1, 0.0, 1.0)
+    raises(ValueError, "dropout: ", dropout, x, 1.5, seed)
+    raises(ValueError, "dropout_add: ", dropout_add, x, torch.randn(2, 2), None, 0.5, seed)
+    raises(ValueError, "fgsm_step: ", step, x, torch.randn(2, 2), 0.1, 0.0, 1.0)
     target = torch.tensor([0, 9, 1])
     raises((ValueError, IndexError), "cross_entropy: ", fr.cross_entropy, x, target)
 
