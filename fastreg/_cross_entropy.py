@@ -276,12 +276,12 @@ define(
     "bool with_grad=False) -> (Tensor loss, Tensor grad, Tensor lse)",
     plain=_with_options(_plain),
 )
-torch.library.register_fake("fastreg::cross_entropy", _with_options(_fake))
+torch.library.register_fake("fastreg::cross_entropy", _with_options(_fake), allow_override=True)
 # values *= factor; there is a kernel on CUDA only, which looks at the factor and moves nothing if it is 1.
 define("cross_entropy_scale_(Tensor(a!) values, Tensor factor) -> ()", plain=_plain_scale_)
 
 
-@torch.library.register_fake("fastreg::cross_entropy_scale_")
+@torch.library.register_fake("fastreg::cross_entropy_scale_", allow_override=True)
 def _(values, factor):
     return None
 

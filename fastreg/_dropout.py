@@ -145,17 +145,17 @@ define(
 )
 
 
-@torch.library.register_fake("fastreg::dropout")
+@torch.library.register_fake("fastreg::dropout", allow_override=True)
 def _(input, p, seed, offset=0, inner=1, scale=1.0, shift=0.0, dropped=0.0):
     return torch.empty_like(input), empty_mask(input, inner)
 
 
-@torch.library.register_fake("fastreg::dropout_")
+@torch.library.register_fake("fastreg::dropout_", allow_override=True)
 def _(input, p, seed, offset=0, inner=1, scale=1.0, shift=0.0, dropped=0.0):
     return empty_mask(input, inner)
 
 
-@torch.library.register_fake("fastreg::dropout_apply")
+@torch.library.register_fake("fastreg::dropout_apply", allow_override=True)
 def _(input, mask, inner=1, scale=1.0, shift=0.0, dropped=0.0):
     return torch.empty_like(input)
 

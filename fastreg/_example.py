@@ -25,7 +25,7 @@ def example_plain(input: torch.Tensor, factor: float) -> torch.Tensor:
 define("example(Tensor input, float factor) -> Tensor", example_plain)
 
 
-@torch.library.register_fake("fastreg::example")
+@torch.library.register_fake("fastreg::example", allow_override=True)
 def _(input, factor):
     return torch.empty_like(input)
 

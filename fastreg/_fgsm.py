@@ -91,12 +91,12 @@ define(
 )
 
 
-@torch.library.register_fake("fastreg::fgsm_step")
+@torch.library.register_fake("fastreg::fgsm_step", allow_override=True)
 def _(x, *others, **options):
     return torch.empty_like(x)
 
 
-@torch.library.register_fake("fastreg::pgd_step")
+@torch.library.register_fake("fastreg::pgd_step", allow_override=True)
 def _(x, *others, **options):
     return torch.empty_like(x)
 

@@ -424,9 +424,21 @@ def convert(model: _Model) -> _Model:
     for module in model.modules():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
-            module.__class__ = _MODULES[type(module)]
+            _change_class(module, _MODULES[type(module)])
         elif kind == "timm.layers.drop.DropPath" or (
             kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row"
         ):
-            module.__class__ = nn.DropPath
+            _change_class(module, nn.DropPath)
     return model
+
+
+def _change_class(module: torch.nn.Module, to: type[torch.nn.Module]) -> None:
+    """Make `module` one of class `to`, also for code that torch.compile has already compiled.
+
+    torch 2.10 guards compiled code by the version of the module's attributes, which another class does not
+    change. Setting an attribute does.
+    """
+    module.__class__ = to
+    attributes = vars(module)
+    attributes["_fastreg_converted"] = True
+    del attributes["_fastreg_converted"]

@@ -176,8 +176,8 @@ define_kernel(
 )
 
 
-@torch.library.register_fake("fastreg::sgd_")
-@torch.library.register_fake("fastreg::sgd_numbers_")
+@torch.library.register_fake("fastreg::sgd_", allow_override=True)
+@torch.library.register_fake("fastreg::sgd_numbers_", allow_override=True)
 def _(params, grads, momentum_buffers, momentum_started, *args, **kwargs):
     return None
 

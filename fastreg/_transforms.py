@@ -4,7 +4,6 @@ import contextlib
 
 import torch
 from torch.autograd import forward_ad
-from torch.compiler import is_exporting
 from torch.jit import is_tracing
 
 
@@ -23,6 +22,18 @@ def is_recorded() -> bool:
     not be, and in which an operator recorded by torch.jit has no derivative.
     """
     return is_exporting() or is_tracing()
+
+
+_HAS_FLAG = hasattr(torch.compiler, "_is_exporting_flag")
+
+
+def is_exporting() -> bool:
+    """Whether torch.export makes a program that will run where fastreg may not be.
+
+    Dynamo of torch 2.10 takes torch.compiler.is_exporting() to be true in all that it compiles. The flag
+    behind it is read rightly.
+    """
+    return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
 def is_vmapped() -> bool:

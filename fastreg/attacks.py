@@ -157,8 +157,14 @@ class _PlainCheckpoints:
 
 def _checkpoint(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
     """What CheckpointFunction.apply does, without reentering the backward pass."""
+
+    def run(*args: Any) -> Any:
+        # Checkpoints in it stay of one kind when the caller's backward pass runs it again.
+        with plain_checkpoints:
+            return function(*args)
+
     return torch.utils.checkpoint.checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        run, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 from torch.jit import is_scripting, is_tracing
 from torch.overrides import has_torch_function_variadic
 from torch.utils._device import DeviceContext
@@ -28,7 +28,7 @@ from ._dropout_family import (
 )
 from ._fold import fold_dropout
 from ._registry import fast
-from ._transforms import is_recorded
+from ._transforms import is_exporting, is_recorded
 
 __all__ = [
     "AlphaDropout",
@@ -260,16 +260,17 @@ class DropPath(torch.nn.Module):
     def p(self) -> float:
         """The probability of zeroing a sample; timm calls it drop_prob, which may be None."""
         own = self.__dict__
-        return (own["drop_prob"] or 0.0) if "drop_prob" in own else own["p"]
+        return (own["drop_prob"] or 0.0) if "drop_prob" in own else own["_p"]
 
     @p.setter
     def p(self, value: float) -> None:
-        self.__dict__["drop_prob" if "drop_prob" in self.__dict__ else "p"] = value
+        # Under the name of the property, Dynamo of torch 2.10 would look for it without end.
+        self.__dict__["drop_prob" if "drop_prob" in self.__dict__ else "_p"] = value
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, ...) -> (N, ...)."""
         if is_scripting():
-            probability = self.drop_prob if hasattr(self, "drop_prob") else self.p
+            probability = self.drop_prob if hasattr(self, "drop_prob") else self._p
             if not self.training or probability == 0.0:
                 return input
             return _drop_path_by_torch(input, probability, self.scale_by_keep, self.mode)  # type: ignore[arg-type]

@@ -159,9 +159,25 @@ def test_adversarial_loss_under_autocast():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+def goes_twice_through_distributed_data_parallel():
+    """Whether torch can. Until some version it copies the statistics of a BatchNorm before each forward pass,
+    and the first one's backward pass misses what they were.
+    """
+    wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    x = torch.rand(6, 4)
+    try:
+        (wrapped(x) + wrapped(x)).square().sum().backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        return False
+    return True
+
+
 def test_adversarial_loss_through_distributed_data_parallel(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
+        if not goes_twice_through_distributed_data_parallel():
+            pytest.skip("this torch cannot run a BatchNorm twice before a backward pass")
         model, (x, y) = net(norm=True), batch()
         twin = copy.deepcopy(model)
         wrapped = nn.parallel.DistributedDataParallel(model)

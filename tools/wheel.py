@@ -76,9 +76,7 @@ def headers(version: str, folder: Path) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        environment = {**os.environ, "PIP_CONSTRAINT": "", "PIP_CONFIG_FILE": os.devnull}
-        subprocess.run([*command, "-d", temporary, f"torch=={version}"], check=True, env=environment)
+        download(version, Path(temporary))
         (wheel,) = Path(temporary).glob("torch-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
@@ -87,6 +85,28 @@ def headers(version: str, folder: Path) -> Path:
         target.mkdir(exist_ok=True)
         (Path(temporary) / "torch/include").rename(target / "include")
     return target
+
+
+def download(version: str, folder: Path) -> None:
+    """torch's wheel of this version, by pip as the user has set it up.
+
+    Indexes, mirrors, certificates and proxies are the user's. Only constraints are not, because they say
+    which torch is to be installed, and here none is.
+    """
+    constraint = folder / "constraint.txt"
+    constraint.write_text("# none\n")
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
+    environment = {**os.environ, "PIP_CONSTRAINT": str(constraint)}
+    done = subprocess.run(
+        [*command, "-d", str(folder), f"torch=={version}"], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
+        sys.exit(
+            f"torch {version}, whose headers C++ autograd needs, cannot be downloaded: {said[-1].strip()}\n"
+            f"Set up pip so that it can, give --headers a folder with {version}/include, or leave {version} "
+            f"out of --torches"
+        )
 
 
 def build(options: argparse.Namespace, folder: Path) -> Path:

@@ -173,8 +173,8 @@ inline Tensor draw_seed(const Tensor& input) {
   }
   static const auto generator = at::detail::getDefaultCPUGenerator();
   auto* const cpu = at::check_generator<at::CPUGeneratorImpl>(generator);
-  const at::uniform_int_from_to_distribution<int64_t> draw(std::numeric_limits<uint64_t>::max(),
-                                                           std::numeric_limits<int64_t>::min());
+  at::uniform_int_from_to_distribution<int64_t> draw(std::numeric_limits<uint64_t>::max(),
+                                                     std::numeric_limits<int64_t>::min());
   const std::lock_guard<std::mutex> lock(cpu->mutex_);
   *seed.mutable_data_ptr<int64_t>() = draw(cpu);
   return seed;

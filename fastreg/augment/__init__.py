@@ -106,6 +106,12 @@ _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
+_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """The settings as arguments by name. torch.compile of torch 2.10 cannot spread vars(settings)."""
+    return {name: getattr(settings, name) for name in _SETTINGS}
 
 
 def apply(images: Tensor, params: Params) -> Tensor:
@@ -142,7 +148,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
                 f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
             )
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
-    _check_units(batch, params.settings, bool(colour))
+    _check_units(batch, params.settings, len(colour) > 0)
     sigma = params.sigma
     blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
     height, width = batch.shape[2:]
@@ -155,7 +161,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
         **_op.factors(colour),
         blur=blur,
         boxes=params.erase,
-        **vars(params.settings),
+        **_options(params.settings),
     )
     return output if lead else output.squeeze(0)
 
@@ -527,7 +533,7 @@ class Augment(nn.Module):
         if not self.training:
             return apply(batch, self.sample(batch))
         images, lead = functional.batched("augment", batch)
-        _check_units(images, self.settings, bool(self._steps))
+        _check_units(images, self.settings, self._steps != 0)
         _, matrices, colour, blur, boxes = self._draw(batch, generator)
         output = _op.augment_batch(
             "augment",
@@ -537,7 +543,7 @@ class Augment(nn.Module):
             steps=self._steps,
             blur=blur if "sigma" in self.ranges else None,
             boxes=boxes if self.chances["erase"] else None,
-            **vars(self.settings),
+            **_options(self.settings),
         )
         return output if lead else output.squeeze(0)
 

@@ -51,29 +51,29 @@ define(
 )
 
 
-@torch.library.register_fake("fastreg::augment")
+@torch.library.register_fake("fastreg::augment", allow_override=True)
 def _(images, matrices, colour, blur, boxes, windows, constants, height, width, *static):
     return like_images(images, height, width, static[-1])
 
 
-@torch.library.register_fake("fastreg::augment_backward")
+@torch.library.register_fake("fastreg::augment_backward", allow_override=True)
 def _(grad, images, *rest):
     return like_images(images, images.shape[2], images.shape[3], images.dtype)
 
 
-@torch.library.register_fake("fastreg::augment_draw")
+@torch.library.register_fake("fastreg::augment_draw", allow_override=True)
 def _(images, seed, offset, batch, *rest):
     shapes = ((batch, len(COLUMNS)), (batch, 2, 3), (batch, len(STEPS)), (batch, rest[-2] + rest[-1]))
     tables = (images.new_empty(shape, dtype=number_dtype(images.device)) for shape in shapes)
     return *tables, images.new_empty((batch, 4), dtype=torch.int64)
 
 
-@torch.library.register_fake("fastreg::augment_matrices")
+@torch.library.register_fake("fastreg::augment_matrices", allow_override=True)
 def _(like, *rest):
     return like.new_empty((like.shape[0], 2, 3), dtype=number_dtype(like.device))
 
 
-@torch.library.register_fake("fastreg::augment_gaussian")
+@torch.library.register_fake("fastreg::augment_gaussian", allow_override=True)
 def _(sigma_x, sigma_y, width, height):
     return sigma_x.new_empty((sigma_x.shape[0], width + height), dtype=sigma_x.dtype)
 

@@ -1,0 +1,77 @@
+"""The tools that make and try a wheel: what they ask of pip, and what they write."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from helpers import ROOT
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A site whose pip knows only its own folder of wheels, and is held back by a constraint."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    with zipfile.ZipFile(shelf / "torch-9.9.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("torch/include/torch/version.h", "9.9.0")
+        wheel.writestr("torch/lib/libtorch.so", "large")
+        wheel.writestr(
+            "torch-9.9.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 9.9.0\n"
+        )
+        wheel.writestr("torch-9.9.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("torch-9.9.0.dist-info/RECORD", "")
+    (tmp_path / "constraints.txt").write_text("torch<3\n")
+    config = f"[global]\nno-index = true\nfind-links = {shelf}\nconstraint = {tmp_path / 'constraints.txt'}\n"
+    (tmp_path / "pip.conf").write_text(config)
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    return tmp_path
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")
+def test_headers_come_from_the_users_index_whatever_torch_is_installed(site):
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(site), "torch==9.9.0"]
+    assert subprocess.run(command, capture_output=True).returncode != 0  # the constraint holds
+    wheel = tool("wheel")
+    folder = wheel.headers("9.9.0", site / "headers")
+    assert (folder / "include/torch/version.h").read_text() == "9.9.0"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["9.9.0"]
+    with pytest.raises(
+        SystemExit,
+        match=r"(?s)torch 9\.9\.1, whose headers .*No matching .* --headers a folder with 9\.9\.1/inc",
+    ):
+        wheel.headers("9.9.1", site / "headers")
+
+
+def test_the_table_is_written_between_its_marks(tmp_path):
+    check = tool("wheel_check")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{check.BEGIN}old\n{check.END}after\n")
+    check.write(page, tmp_path / "some.whl", check.HEAD + "| 2.10.0 | C++ | _C | 3/3 |\n")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "`some.whl`" in text and "| 2.10.0 | C++ | _C | 3/3 |\n" in text
+    (tmp_path / "other.md").write_text("no marks")
+    with pytest.raises(SystemExit, match="must have one line"):
+        check.write(tmp_path / "other.md", tmp_path / "some.whl", "")
+    assert (ROOT / "docs/compatibility.md").read_text().count(check.BEGIN) == 1
+
+
+def test_one_wheel_or_none_is_chosen(tmp_path):
+    check = tool("wheel_check")
+    with pytest.raises(SystemExit, match="has 0; run `make wheel`"):
+        check._only_wheel(tmp_path)
+    (tmp_path / "torch_fastreg-1-py3-none-any.whl").touch()
+    assert check._only_wheel(tmp_path).name == "torch_fastreg-1-py3-none-any.whl"
