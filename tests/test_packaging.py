@@ -166,6 +166,12 @@ def test_installing_in_isolation_builds_with_the_torch_it_finds_and_replaces_non
     assert version.startswith(OTHER_TORCH)
 
 
+def test_wheels_are_built_for_the_pythons_that_are_promised():
+    text = (ROOT / "pyproject.toml").read_text()
+    promised = re.findall(r"Python :: 3\.(\d+)", text)
+    assert re.findall(r"cp3(\d+)-manylinux", text) == promised and len(promised) > 3
+
+
 def configure(tmp_path, *options, **environment):
     """Configure the project with CMake alone; gives (status, all that was printed)."""
     import pybind11
