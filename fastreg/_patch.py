@@ -150,6 +150,8 @@ def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
             and (scale is None or scale > 0)
             and _fits_attention(query, key, value, attn_mask, is_causal)
         ):
+            for tell in _watchers:
+                tell(original.__name__, True)
             return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return original(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -319,6 +321,18 @@ def _switch(to: bool) -> None:
     for function in _FUNCTIONS:
         function.exchange(to)
     _ATTENTION.exchange(to)
+
+
+_watchers: list[Callable[[str, bool], None]] = []
+
+
+def watch(tell: Callable[[str, bool], None] | None) -> None:
+    """Let `tell(name, is_ours)` know of the calls of patched functions outside of compiled code: with True of
+    each call, with False of each that is handed on to torch. None ends it.
+    """
+    for function in _FUNCTIONS:
+        function.watch(tell)
+    _watchers[:] = [] if tell is None else [tell]
 
 
 def _in_this_state(function: Callable[..., Any]) -> Callable[..., Any]:
