@@ -88,7 +88,7 @@ class Exchange:
 
         # Taken from the class again, an inherited constructor is inherited as before.
         own = "__init__" in vars(kind)
-        kind.__init__ = build_converted  # type: ignore[method-assign]
+        setattr(kind, "__init__", build_converted)  # noqa: B010  # a type checker knows no exchange of it
         undo = functools.partial(setattr, kind, "__init__", build) if own else None
         self._undo.append(undo or functools.partial(delattr, kind, "__init__"))
 
