@@ -30,6 +30,7 @@ from ._cross_entropy import cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._exchange import ExchangedCode, ExchangedName
+from ._losses_of_timm import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from ._registry import cuda, fast
 from ._transforms import is_transformed
 
@@ -412,6 +413,12 @@ _MODULES = {
         "CrossEntropyLoss",
     )
 }
+# What others call their modules, which are known without being imported.
+_BY_NAME = {
+    "timm.layers.drop.DropPath": nn.DropPath,
+    "timm.loss.cross_entropy.LabelSmoothingCrossEntropy": LabelSmoothingCrossEntropy,
+    "timm.loss.cross_entropy.SoftTargetCrossEntropy": SoftTargetCrossEntropy,
+}
 
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -422,7 +429,8 @@ def convert(model: _Model) -> _Model:
 
     Modules keep their identity, name, mode, hooks and attributes; subclasses of torch's modules are left
     alone. Stochastic depth of timm (`DropPath`) and of torchvision (`StochasticDepth`, mode "row") becomes
-    `fastreg.nn.DropPath`.
+    `fastreg.nn.DropPath`; timm's `LabelSmoothingCrossEntropy` and `SoftTargetCrossEntropy` run on
+    `fastreg.cross_entropy`. docs/reach.md lists what is exchanged and what is not.
 
     Args:
         model: Module.
@@ -439,8 +447,8 @@ def convert(model: _Model) -> _Model:
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
             module.__class__ = _MODULES[type(module)]
-        elif kind == "timm.layers.drop.DropPath" or (
-            kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row"
-        ):
+        elif kind in _BY_NAME:
+            module.__class__ = _BY_NAME[kind]
+        elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
             module.__class__ = nn.DropPath
     return model
