@@ -23,13 +23,13 @@ _NONE_IGNORED = -(2**63)
 def _is_plain(*values: torch.Tensor) -> bool:
     """Whether the operator takes these tensors, two matrices or a matrix and its indices."""
     return (
-        all(type(value) in (torch.Tensor, torch.nn.Parameter) for value in values)
+        not is_tracing()
+        and all(type(value) in (torch.Tensor, torch.nn.Parameter) for value in values)
         and values[0].dim() == 2
         and values[0].numel() > 0
         and values[0].dtype in DTYPES
         # Autocast takes torch's cross-entropy up to float32 on every device, its log_softmax not on a CPU.
         and not (values[0].is_cpu and torch.is_autocast_enabled("cpu"))
-        and not is_tracing()
         and not is_exporting()
     )
 
@@ -43,7 +43,7 @@ class LabelSmoothingCrossEntropy(torch.nn.Module):
     def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of logits `x` against class indices."""
         if is_scripting():
-            return _smoothed(x, target, self.smoothing, self.confidence)
+            return _smoothed(x, target, self.smoothing, self.confidence)  # type: ignore[arg-type]
         else:
             return _smoothed_or_torchs(self, x, target)
 

@@ -731,20 +731,20 @@ def prior_scale(
         TypeError: what is no number, or several.
     """
     op = "prior_scale"
-    value, num_samples = (_number_of(op, *each) for each in (("value", value), ("num_samples", num_samples)))
+    value, count = _number_of(op, "value", value), _number_of(op, "num_samples", num_samples)
     check_number(op, "value", value, 0)
     value = float(value)
-    check_number(op, "num_samples", num_samples, 1)
+    check_number(op, "num_samples", count, 1)
     check_choice(op, "prior", prior, ("gaussian", "laplace"))
     if value == 0:
         return math.inf
-    # The divisions come one after the other and the square last, since value * value and value * num_samples
-    # can leave the range of a float where the result does not.
+    # The divisions come one after the other and the square last, since value * value and value * count can
+    # leave the range of a float where the result does not.
     if prior == "laplace":  # The map is its own inverse.
-        return 1 / value / num_samples
+        return 1 / value / count
     if inverse:
-        return (1 / value / math.sqrt(num_samples)) * (1 / value / math.sqrt(num_samples))
-    return 1 / math.sqrt(value) / math.sqrt(num_samples)
+        return (1 / value / math.sqrt(count)) * (1 / value / math.sqrt(count))
+    return 1 / math.sqrt(value) / math.sqrt(count)
 
 
 def _number_of(op: str, name: str, value: Any) -> Any:
