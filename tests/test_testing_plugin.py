@@ -2,14 +2,17 @@
 
 import copy
 import io
+import json
 import pickle
 import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_python
+from helpers import ROOT, run_python
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.optim import SGD  # a name of this module
@@ -261,3 +264,16 @@ def test_workers_of_xdist_hand_over_their_counts(monkeypatch):
     patched.pytest_terminal_summary(SimpleNamespace(write_line=lines.append))
     patched.pytest_unconfigure()
     assert lines == ["fastreg: patched calls 1"]
+
+
+def test_the_page_of_other_projects_is_current():
+    pytest.importorskip("tomllib", reason="needs Python 3.11")
+    path = str(ROOT / "tests" / "suites" / "run")
+    loader = SourceFileLoader("suites_run", path)
+    suites = module_from_spec(spec_from_loader("suites_run", loader))
+    loader.exec_module(suites)
+    results = json.loads(suites.RESULTS.read_text())
+    assert suites.PAGE.read_text() == suites.page(results), "run tests/suites/run --page"
+    assert results.keys() <= suites.SUITES.keys()
+    for suite, result in results.items():
+        assert result["version"] == suites.SUITES[suite]["version"]
