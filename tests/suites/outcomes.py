@@ -4,6 +4,7 @@ or which ends its process, leaves what it has found.
 
 import json
 import os
+import sys
 
 
 def pytest_runtest_logreport(report):
@@ -13,13 +14,8 @@ def pytest_runtest_logreport(report):
     line = {"test": report.nodeid, "outcome": report.outcome, "text": str(report.longrepr or "")[-3000:]}
     if hasattr(report, "wasxfail"):
         line["outcome"] = "skipped" if report.skipped else "failed"
+    plugin = sys.modules.get("fastreg.testing.patched")
+    if plugin is not None and plugin._running:
+        line["summary"] = plugin._running[0].summary()
     with open(os.environ["OUTCOMES"], "a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Keep what fastreg says of the run."""
-    module = __import__("sys").modules.get("fastreg.testing.patched")
-    if module is not None and module._running:
-        with open(os.environ["OUTCOMES"], "a") as file:
-            file.write(json.dumps({"summary": module._running[0].summary()}) + "\n")
