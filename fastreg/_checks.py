@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ParamSpec
 
 import numpy
 import torch
@@ -85,6 +88,37 @@ def check_number(
     raise ArgumentError(f"{op}: {name} must be {expected}, got {value}")
 
 
+_Arguments = ParamSpec("_Arguments")
+
+
+def names_unknown_arguments(
+    op: str, meant: Mapping[str, str] | None = None
+) -> Callable[[Callable[_Arguments, None]], Callable[_Arguments, None]]:
+    """A decorator of a constructor, whose error for a keyword that it does not know says which it knows.
+
+    `meant` has what others call an argument, and the argument.
+    """
+
+    def decorate(init: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+        known = list(inspect.signature(init).parameters)[1:]
+
+        @functools.wraps(init)
+        def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> None:
+            for name in kwargs:
+                if name not in known:
+                    close = difflib.get_close_matches(name.lower(), known, 1)
+                    close = [meant[name.lower()]] if meant and name.lower() in meant else close
+                    raise TypeError(
+                        f"{op}: arguments must be {', '.join(known)}, got {name!r}"
+                        + (f"; use {close[0]}" if close else "; leave it out")
+                    )
+            init(*args, **kwargs)
+
+        return run
+
+    return decorate
+
+
 def _kind(value: Any) -> str:
     """The type of a value, and the value itself where it is a string: '0.1' explains the mistake."""
     return f"{type(value).__name__} {value!r}" if isinstance(value, str) else type(value).__name__
@@ -108,6 +142,15 @@ def check_tensor(op: str, name: str, value: Any) -> None:
     """Raise unless `value` is a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_generator(op: str, generator: Any) -> None:
+    """Raise unless `generator` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"{op}: generator must be a torch.Generator, got {type(generator).__name__}; of a seed make one "
+            f"with torch.Generator().manual_seed(seed)"
+        )
 
 
 def check_dtype(op: str, name: str, value: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from ._checks import (
     check_choice,
     check_dense,
     check_dtype,
+    check_generator,
     check_no_overlap,
     check_number,
     check_tensor,
@@ -311,6 +312,7 @@ def run_dropout(
     form: Form,
 ) -> torch.Tensor:
     """Draw a seed and apply dropout, through autograd only where a derivative is needed; gives the output."""
+    check_generator(op, generator)
     seed = None if generator is None else draw_seed(input.device, generator)
     if fast is not None and not is_compiling():
         try:
@@ -498,6 +500,7 @@ def dropout_with_mask(
         raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
     if not 0 <= offset < 2**63:
         raise ValueError(f"{op}: offset must be at least 0 and below 2^63, got {offset}")
+    check_generator(op, generator)
     seed = draw_seed(input.device, generator) if seed is None else _seed_tensor(op, seed, input)
     if is_compiling():
         return torch.ops.fastreg.dropout_traced(input, p, seed, offset, 1, "inverted")

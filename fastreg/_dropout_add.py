@@ -12,7 +12,7 @@ import functools
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import arithmetic_dtype, check_dtype, check_tensor
+from ._checks import arithmetic_dtype, check_dtype, check_generator, check_tensor
 from ._dropout import (
     check_input,
     constants_of,
@@ -184,6 +184,7 @@ def dropout_add(
             return output
     op = "dropout_add"
     p = check_input(op, input, p)
+    check_generator(op, generator)
     check_tensor(op, "residual", residual)
     if bias is not None:
         check_tensor(op, "bias", bias)

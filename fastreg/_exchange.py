@@ -7,10 +7,13 @@ code, sees the exchange. What is no function of Python is exchanged among the gl
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 from collections.abc import Callable
 from typing import Any
+
+from torch.compiler import is_compiling
 
 
 class ExchangedCode:
@@ -41,7 +44,8 @@ class ExchangedCode:
             setattr(self.original, attribute, getattr(function, attribute))
         # The name under which the function's module has the replacement. It stays there, because a call that
         # has begun still looks it up.
-        self._name, self._replacement = f"_fastreg_{name}", make(self.original)
+        self._name, self._make = f"_fastreg_{name}", make
+        self._replacement = make(self.original)
         listed = ", ".join(arguments)
         made: dict[str, Any] = {}
         exec(f"def {name}({listed}):\n    return {self._name}({listed})", made)
@@ -55,6 +59,31 @@ class ExchangedCode:
         elif hasattr(self.function, "__wrapped__"):
             del self.function.__wrapped__
         self.function.__code__ = self._codes[to]
+
+    def watch(self, tell: Callable[[str, bool], None] | None) -> None:
+        """From now on let `tell(name, is_ours)` know of every call while the function is exchanged: once with
+        True, and with False where the replacement hands it on to the original. None ends it.
+        """
+        name, original = self.original.__name__, self.original
+        if tell is None:
+            self._replacement = self._make(original)
+        else:
+            handed_on = watched(original, lambda: tell(name, False))
+            self._replacement = watched(self._make(handed_on), lambda: tell(name, True))
+        if self._name in self.function.__globals__:
+            self.function.__globals__[self._name] = self._replacement
+
+
+def watched(function: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+    """`function`, where `tell` is called before each call. Compiled code does not tell."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not is_compiling():
+            tell()
+        return function(*args, **kwargs)
+
+    return run
 
 
 class ExchangedName:

@@ -17,7 +17,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +25,21 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import nn
-from ._checks import DTYPES, or_torchs
+from ._checks import DTYPES, check_choice, or_torchs
 from ._cross_entropy import cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._exchange import ExchangedCode, ExchangedName
+from ._losses_of_timm import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from ._registry import cuda, fast
 from ._transforms import is_transformed
 
+# Whose dropout a program has that is compiled for a GPU while torch is patched.
+Compiled = Literal["torch", "ours"]
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _patched = False
+_compiled: Compiled = "torch"
 
 
 def _has_kernel(tensor: Any) -> bool:
@@ -76,9 +81,7 @@ def _instead_of(original: Callable[..., Any], ours: Callable[..., Any]) -> Calla
             _has_kernel(input)
             and isinstance(p, (float, int))
             and _is_replaced()
-            # Compiled for a GPU, torch's dropout becomes part of the kernels of its neighbours. That moves
-            # fewer bytes than any kernel of its own.
-            and not (input.is_cuda and is_compiling())
+            and not (is_compiling() and _is_left_to_compiler(input))
         ):
             if is_compiling():
                 return ours(input, p, training, inplace)
@@ -129,6 +132,16 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
     return run_cross_entropy
 
 
+def _is_left_to_compiler(input: torch.Tensor) -> bool:
+    # Compiled for a GPU, torch's dropout becomes part of the kernels of its neighbours. That moves fewer
+    # bytes than any kernel of its own.
+    return _is_on_gpu(input) and _compiled == "torch"
+
+
+def _is_on_gpu(input: torch.Tensor) -> bool:
+    return input.is_cuda
+
+
 # ---- attention
 
 
@@ -150,6 +163,8 @@ def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
             and (scale is None or scale > 0)
             and _fits_attention(query, key, value, attn_mask, is_causal)
         ):
+            for tell in _watchers:
+                tell(original.__name__, True)
             return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
         return original(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -285,13 +300,13 @@ def _loss_in_dynamo(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     return LambdaVariable(lambda input, target: function.call_function(tx, [input, target], options))
 
 
-def patch() -> None:
+def patch(*, compiled: Compiled | None = None) -> None:
     """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until
     `unpatch`.
 
     On a CPU, attention with dropout computes what torch computes, with fastreg's dropout in it. On a GPU it
-    stays torch's, and so does all dropout under torch.compile, which fuses it into the operations around it.
-    `fastreg.dropout` by name is always ours.
+    stays torch's, and so does all dropout under torch.compile, which fuses it into the operations around it,
+    unless `compiled` is "ours". `fastreg.dropout` by name is always ours.
 
     torch's functions keep their identity, so that whoever holds one, under any name, in a table or in a
     partial, calls the patched one. Attention is exchanged among the globals of every loaded module; where it
@@ -299,13 +314,25 @@ def patch() -> None:
     Inputs for which fastreg has no kernel (other devices and dtypes, tensor subclasses, weights that require
     a gradient) and transforms (functorch, forward-mode derivatives, torch.jit) go to torch as before. Calling
     it twice does no harm.
+
+    Args:
+        compiled: what dropout is in a program that torch.compile makes for a GPU. "torch": the compiler's,
+            which moves the fewest bytes. "ours": fastreg's operator, whose mask is that of eager code for the
+            same seed, and the same when it is computed again (a checkpoint, a memory budget below 1); the
+            compiler's had faults there. None leaves it as it is, "torch" at first.
     """
+    global _compiled
+    if compiled is not None:
+        check_choice("patch", "compiled", compiled, get_args(Compiled))
+        _compiled = compiled
     if not _patched:
         _switch(True)
 
 
 def unpatch() -> None:
     """Undo `patch`: every function is torch's own again. Without a patch it does nothing."""
+    global _compiled
+    _compiled = "torch"
     if _patched:
         _switch(False)
 
@@ -321,20 +348,40 @@ def _switch(to: bool) -> None:
     _ATTENTION.exchange(to)
 
 
+_watchers: list[Callable[[str, bool], None]] = []
+
+
+def watch(tell: Callable[[str, bool], None] | None) -> None:
+    """Let `tell(name, is_ours)` know of the calls of patched functions outside of compiled code: with True of
+    each call, with False of each that is handed on to torch. None ends it.
+    """
+    for function in _FUNCTIONS:
+        function.watch(tell)
+    _watchers[:] = [] if tell is None else [tell]
+
+
 def _in_this_state(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, run as patched as it is now, whenever it is called."""
-    then = _patched
+    then = _patched, _compiled
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if then == _patched:
+        now = _patched, _compiled
+        if then == now:
             return function(*args, **kwargs)
-        _switch(then)
+        _restore(*then)
         try:
             return function(*args, **kwargs)
         finally:
-            _switch(not then)
+            _restore(*now)
 
     return run
+
+
+def _restore(to: bool, compiled: Compiled) -> None:
+    global _compiled
+    _compiled = compiled
+    if to != _patched:
+        _switch(to)
 
 
 @functools.cache
@@ -366,23 +413,22 @@ def _remember_in_checkpoints() -> None:
 
 
 @contextlib.contextmanager
-def patched() -> Iterator[None]:
-    """`patch` for a block of code; inside another patch it changes nothing.
+def patched(*, compiled: Compiled | None = None) -> Iterator[None]:
+    """`patch` for a block of code; inside another patch it changes nothing but `compiled`, if that is given.
 
     >>> with fastreg.patched():
     ...     train(model)
     """
-    global _blocks
-    if _patched and not _blocks:
-        yield
-        return
-    patch()
-    _blocks += 1  # threads may leave their blocks in any order
+    global _blocks, _compiled
+    before, within = _compiled, _patched and not _blocks
+    patch(compiled=compiled)
+    _blocks += not within  # threads may leave their blocks in any order
     try:
         yield
     finally:
-        _blocks -= 1
-        if not _blocks:
+        _blocks -= not within
+        _compiled = before
+        if not within and not _blocks:
             unpatch()
 
 
@@ -398,6 +444,12 @@ _MODULES = {
         "CrossEntropyLoss",
     )
 }
+# What others call their modules, which are known without being imported.
+_BY_NAME = {
+    "timm.layers.drop.DropPath": nn.DropPath,
+    "timm.loss.cross_entropy.LabelSmoothingCrossEntropy": LabelSmoothingCrossEntropy,
+    "timm.loss.cross_entropy.SoftTargetCrossEntropy": SoftTargetCrossEntropy,
+}
 
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -408,7 +460,8 @@ def convert(model: _Model) -> _Model:
 
     Modules keep their identity, name, mode, hooks and attributes; subclasses of torch's modules are left
     alone. Stochastic depth of timm (`DropPath`) and of torchvision (`StochasticDepth`, mode "row") becomes
-    `fastreg.nn.DropPath`.
+    `fastreg.nn.DropPath`; timm's `LabelSmoothingCrossEntropy` and `SoftTargetCrossEntropy` run on
+    `fastreg.cross_entropy`. docs/reach.md lists what is exchanged and what is not.
 
     Args:
         model: Module.
@@ -425,9 +478,9 @@ def convert(model: _Model) -> _Model:
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
             _change_class(module, _MODULES[type(module)])
-        elif kind == "timm.layers.drop.DropPath" or (
-            kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row"
-        ):
+        elif kind in _BY_NAME:
+            _change_class(module, _BY_NAME[kind])
+        elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
             _change_class(module, nn.DropPath)
     return model
 

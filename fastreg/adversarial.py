@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._checks import check_choice, check_count, check_initialised, check_number, check_tensor
+from ._checks import check_choice, check_count, check_generator, check_initialised, check_number, check_tensor
 from ._fgsm import fgsm_step_op, number_of, pair_of, times
 from ._losses import IGNORED, attacked_loss, check_logits, count_of, row_sum_of_shares, trained_loss
 from ._types import Bounds, Loss, Model, Norm, Number, Value
@@ -220,7 +220,7 @@ class FreeAdversarial:
     def __init__(self, eps: Number, *, replays: int = 4, bounds: Bounds | None = (0.0, 1.0)) -> None:
         op = "FreeAdversarial"
         if not isinstance(eps, torch.Tensor):
-            check_number(op, "eps", eps, 0)
+            number_of(op, "eps", eps, torch.empty(0), low=0, infinite=True)
         check_count(op, "replays", replays)
         pair_of(op, bounds)
         self.eps, self.replays, self.bounds = eps, replays, bounds
@@ -303,6 +303,7 @@ def robust_accuracy(
         check_count(op, "restarts", restarts)
     check_choice(op, "norm", norm, ("linf", "l2"))
     check_initialised(op, model)
+    check_generator(op, generator)
     pair = pair_of(op, bounds)
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     total = robust = 0

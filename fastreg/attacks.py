@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils.checkpoint
 
-from ._checks import arithmetic_dtype, check_choice, check_count, check_initialised, check_tensor
+from ._checks import (
+    arithmetic_dtype,
+    check_choice,
+    check_count,
+    check_generator,
+    check_initialised,
+    check_tensor,
+)
 from ._fgsm import bounds_of, fgsm_step_op, number_of, pair_of, pgd_step_op, times, value_of
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
 from ._transforms import autocast_dtype, is_vmapped
@@ -377,6 +384,7 @@ def one_step(
     generator: torch.Generator | None,
 ) -> torch.Tensor:
     """`fgsm` with checked arguments; sign is -1 for a step down the loss."""
+    check_generator(op, generator)
     if random_start:
         start = draw_start(x, ball, generator)
         return iterate(op, model, x, y, start, times(ball.eps, 1.25 * sign), 1, ball, loss)
@@ -424,6 +432,7 @@ def pgd(
     step = times(number_of(op, "alpha", alpha, x, low=0), sign)
     check_count(op, "steps", steps)
     check_count(op, "restarts", restarts)
+    check_generator(op, generator)
     if restarts > 1 and not random_start:
         raise ValueError(
             f"{op}: {restarts} restarts from the same point find the same; use random_start=True or "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ._checks import check_count, check_number
+from ._checks import check_count, check_generator, check_number
 from ._dropout import dropout
 from ._losses import trained_loss
 from ._seeds import forked_generators
@@ -154,6 +154,7 @@ def pretrain_autoencoder(
     check_count(op, "batch_size", batch_size)
     check_number(op, "corruption", corruption, 0, 1)
     _check_modules(op, encoder, decoder)
+    check_generator(op, generator)
     batches = _batches(op, data, batch_size)
     decoder = TiedDecoder(encoder) if decoder is None else decoder
     both = torch.nn.ModuleList([encoder, decoder])

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ._checks import check_choice, check_count, check_number
+from ._checks import check_choice, check_count, check_number, names_unknown_arguments
 from ._seeds import forked_generators
 
 __all__ = ["EarlyStopping", "retrain"]
@@ -95,6 +95,7 @@ class EarlyStopping:
     runs.
     """
 
+    @names_unknown_arguments("EarlyStopping")
     def __init__(
         self,
         *tracked: Any,
@@ -112,9 +113,14 @@ class EarlyStopping:
         op = "EarlyStopping"
         for obj in tracked:
             if isinstance(obj, type) or not (hasattr(obj, "state_dict") and hasattr(obj, "load_state_dict")):
+                example = ""
+                if isinstance(obj, (int, float)):
+                    example = f", such as patience={obj}"
+                elif isinstance(obj, str):
+                    example = ", such as mode='max'"
                 raise TypeError(
                     f"EarlyStopping: expected objects with state_dict and load_state_dict, got {_name(obj)}; "
-                    "pass every model and optimiser as an argument of its own, and options by name"
+                    f"pass every model and optimiser as an argument of its own, and options by name{example}"
                 )
         check_choice(op, "mode", mode, ("min", "max"))
         check_choice(op, "nan", nan, ("skip", "stop", "raise"))
@@ -481,4 +487,7 @@ def _column(name: str, value: Any) -> torch.Tensor:
 def _name(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

@@ -26,6 +26,7 @@ from ._dropout_family import (
     dropout3d,
     feature_alpha_dropout,
 )
+from ._exchange import watched
 from ._fold import fold_dropout
 from ._registry import fast
 from ._transforms import is_exporting, is_recorded
@@ -451,3 +452,14 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
     if not changed and is_torchs(input, target, weight):
         return F.cross_entropy(input, target, **options)
     return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)
+
+
+_FORWARDS = {each.__name__: each for each in (_dropout_or_torchs, _drop_path, _loss_or_torchs)}
+
+
+def watch(tell: Callable[[], None] | None) -> None:
+    """Let `tell()` know of each forward pass of a module that `convert` may have made, outside of compiled
+    code. None ends it.
+    """
+    for name, forward in _FORWARDS.items():
+        globals()[name] = forward if tell is None else watched(forward, tell)

@@ -30,6 +30,7 @@ from ._checks import (
     check_initialised,
     check_number,
     check_tensor,
+    names_unknown_arguments,
 )
 from ._registry import fast
 from ._seeds import draw_seed
@@ -110,6 +111,7 @@ class SGD(torch.optim.SGD):
     Hutter 2019 (decoupled); Gupta et al. 2015 (stochastic rounding).
     """
 
+    @names_unknown_arguments("SGD", {"l2": "weight_decay", "lambda_": "weight_decay", "wd": "weight_decay"})
     def __init__(
         self,
         params: Params,
@@ -145,6 +147,7 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
+        _check_params(params)
         _check_group(_in_numbers(defaults), least=0)
         torch.optim.Optimizer.__init__(self, _free_groups(params) if l1 else params, defaults)
         self._let_scaler_into_step()
@@ -437,6 +440,20 @@ def _scaled(group: dict[str, Any]) -> dict[str, Any]:
     return {**group, **{name: group[name] * factor for name in direct}}
 
 
+def _check_params(params: Any) -> None:
+    """Raise where a model, or one of its methods, is given in the place of its parameters."""
+    got = None
+    if isinstance(params, torch.nn.Module):
+        got = type(params).__name__
+    elif inspect.ismethod(params):
+        got = f"the method {params.__name__}, which was not called"
+    if got:
+        raise TypeError(
+            f"SGD: params must be parameters or parameter groups, got {got}; give model.parameters() or "
+            f"fastreg.optim.penalty_groups(model, ...)"
+        )
+
+
 def _check_factor(op: str, name: str, value: Any, least: float = 0) -> None:
     """torch takes True and False as 1 and 0, and so do the factors of a parameter group."""
     if isinstance(value, (int, float)) and least <= value < 0:
@@ -680,7 +697,7 @@ def prior_scale(
     value: float | torch.Tensor,
     prior: Literal["gaussian", "laplace"] = "gaussian",
     *,
-    num_samples: float = 1,
+    num_samples: float | torch.Tensor = 1,
     inverse: bool = False,
 ) -> float:
     """The prior whose MAP estimate a penalty is: from the penalty's factor to the prior's scale, or back.
@@ -702,7 +719,8 @@ def prior_scale(
         value: the factor, l2 or l1, of the penalty; with `inverse` the scale sigma. A number or a tensor of
             one, at least 0; 0 gives inf, inf gives 0.
         prior: "gaussian" (L2) or "laplace" (L1).
-        num_samples: examples the loss is a mean over; 1 for a loss that is their sum.
+        num_samples: examples the loss is a mean over; 1 for a loss that is their sum. A number or a tensor of
+            one, too.
         inverse: go from sigma to the factor.
 
     Returns:
@@ -710,22 +728,39 @@ def prior_scale(
 
     Raises:
         ValueError: a negative or NaN value, num_samples below 1, an unknown prior.
+        TypeError: what is no number, or several.
     """
     op = "prior_scale"
-    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    value, count = _number_of(op, "value", value), _number_of(op, "num_samples", num_samples)
     check_number(op, "value", value, 0)
     value = float(value)
-    check_number(op, "num_samples", num_samples, 1)
+    check_number(op, "num_samples", count, 1)
     check_choice(op, "prior", prior, ("gaussian", "laplace"))
     if value == 0:
         return math.inf
-    # The divisions come one after the other and the square last, since value * value and value * num_samples
-    # can leave the range of a float where the result does not.
+    # The divisions come one after the other and the square last, since value * value and value * count can
+    # leave the range of a float where the result does not.
     if prior == "laplace":  # The map is its own inverse.
-        return 1 / value / num_samples
+        return 1 / value / count
     if inverse:
-        return (1 / value / math.sqrt(num_samples)) * (1 / value / math.sqrt(num_samples))
-    return 1 / math.sqrt(value) / math.sqrt(num_samples)
+        return (1 / value / math.sqrt(count)) * (1 / value / math.sqrt(count))
+    return 1 / math.sqrt(value) / math.sqrt(count)
+
+
+def _number_of(op: str, name: str, value: Any) -> Any:
+    """The number in a tensor or array of one; all else as it is."""
+    if isinstance(value, (torch.Tensor, numpy.ndarray)):
+        if value.size != 1 if isinstance(value, numpy.ndarray) else value.numel() != 1:
+            raise TypeError(
+                f"{op}: {name} must be one number, got {type(value).__name__} of shape {tuple(value.shape)}; "
+                f"call it for each"
+            )
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"{op}: {name} must be one number, got {type(value).__name__} of {len(value)}; call it for each"
+        )
+    return value
 
 
 def sparsity(model: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> float:

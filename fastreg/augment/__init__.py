@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_count, check_number, check_tensor
+from .._checks import check_choice, check_count, check_generator, check_number, check_tensor
 from .._seeds import draw_seed, seed_tensor
 from .._transforms import is_vmapped
 from . import _collate, _op, functional
@@ -503,6 +503,7 @@ class Augment(nn.Module):
         takes of it.
         """
         count, (height, width), size = self._shapes(batch)
+        check_generator("augment", generator)
         seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         check_count("Augment.sample", "offset", offset, low=0)
         low, high = self._ends
@@ -573,6 +574,7 @@ class Augment(nn.Module):
                 f"Augment a size=(height, width)"
             )
         # What a sample draws depends on the seed and on its index alone.
+        check_generator(op, generator)
         seed = draw_seed(images[0].device, generator) if self.training else None
         parts = (
             apply(image[None], self.sample(image[None], seed=seed, offset=i))

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_number, check_tensor
+from .._checks import check_count, check_generator, check_number, check_tensor
 from .._transforms import is_vmapped
 from .functional import batched
 
@@ -58,6 +58,7 @@ def _draw(
                     f"sample without a label has no mixed label, leave it out"
                 )
         targets = torch.nn.functional.one_hot(targets.long(), num_classes).float()
+    check_generator(op, generator)
     partner = torch.randperm(len(images), device=images.device, generator=generator)
     gamma = torch._standard_gamma(
         torch.full((2, len(images)), float(alpha), dtype=torch.float32, device=images.device),

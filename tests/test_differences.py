@@ -1,0 +1,182 @@
+"""docs/differences.md: what stays different from torch. Each row names the test here that pins it."""
+
+import inspect
+import pickle
+import re
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT
+from torch import nn
+
+import fastreg as fr
+
+PAGE = ROOT / "docs" / "differences.md"
+X = torch.ones(4, 1000)
+
+
+def parameter(*shape, **options):
+    p = nn.Parameter(torch.ones(*shape, **options))
+    p.grad = torch.ones_like(p)
+    return p
+
+
+# ---- dropout
+
+
+def test_masks_of_a_seed():
+    masks = []
+    for function in (F.dropout, fr.dropout):
+        torch.manual_seed(0)
+        masks.append(function(X) != 0)
+    assert not torch.equal(*masks)
+
+
+def test_a_dropped_infinity_is_zero():
+    x = torch.full((1000,), torch.inf)
+    assert F.dropout(x).isnan().any() and not fr.dropout(x).isnan().any()
+
+
+def test_p_true_is_refused_by_name():
+    with pytest.raises(TypeError, match="p must be a number, got bool"):
+        fr.dropout(X, True)
+    assert not F.dropout(X, True).any()
+    with fr.patched():
+        assert not F.dropout(X, True).any()
+
+
+def test_training_none_is_refused_by_name():
+    with pytest.raises(TypeError, match="training must be True or False, got NoneType"):
+        fr.dropout(X, training=None)
+
+
+def test_complex_numbers_are_refused_by_name():
+    with pytest.raises(ValueError, match="input must be float32"):
+        fr.dropout(X.to(torch.complex64))
+
+
+# ---- cross-entropy
+
+
+def test_a_class_without_mass_may_have_probability_zero():
+    z, q = torch.tensor([[0.0, -torch.inf]]), torch.tensor([[1.0, 0.0]])
+    assert F.cross_entropy(z, q).isnan() and fr.cross_entropy(z, q) == 0
+
+
+def test_half_precision_is_rounded_once():
+    z = (torch.randn(64, 50, generator=torch.Generator().manual_seed(1)) * 4).bfloat16()
+    y = torch.arange(64) % 50
+    exact = F.cross_entropy(z.double(), y, reduction="none", label_smoothing=0.1)
+    right = exact.bfloat16()
+    assert torch.equal(fr.cross_entropy(z, y, reduction="none", label_smoothing=0.1), right)
+    assert not torch.equal(F.cross_entropy(z, y, reduction="none", label_smoothing=0.1), right)
+
+
+def test_any_integer_is_a_class_index_by_name():
+    z = torch.randn(3, 5)
+    for dtype in (torch.int32, torch.int16):
+        y = torch.tensor([0, 1, 4], dtype=dtype)
+        assert fr.cross_entropy(z, y) == fr.cross_entropy(z, y.long())
+        with pytest.raises(RuntimeError):
+            F.cross_entropy(z, y)
+
+
+# ---- SGD
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(3, 2, sparse=True)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="gradients must be dense"):
+        fr.optim.SGD(embedding.parameters(), lr=0.1).step()
+
+
+def test_complex_parameters_are_refused():
+    with pytest.raises(TypeError, match=r"parameters must be .*use torch\.optim\.SGD"):
+        fr.optim.SGD([parameter(2, dtype=torch.complex64)], lr=0.1).step()
+
+
+def test_a_differentiable_step_is_refused():
+    with pytest.raises(ValueError, match="differentiable must be False"):
+        fr.optim.SGD([parameter(2)], lr=0.1, differentiable=True)
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(ValueError):
+        fr.optim.SGD([parameter(2)], lr=float("nan"))
+    torch.optim.SGD([parameter(2)], lr=float("nan"))
+
+
+def test_a_key_that_nothing_reads_is_refused():
+    groups = [{"params": [parameter(2)], "L1": 0.1}]
+    torch.optim.SGD(groups, lr=0.1)
+    with pytest.raises(ValueError, match="'L1', which nothing reads"):
+        fr.optim.SGD(groups, lr=0.1)
+
+
+def test_a_parameter_that_shares_memory_is_refused():
+    p = nn.Parameter(torch.ones(1).expand(3))
+    with pytest.raises(ValueError, match="must not share memory"):
+        fr.optim.SGD([p], lr=0.1)
+
+
+def test_a_parameter_listed_twice_is_taken_once():
+    p = parameter(2)
+    assert len(fr.optim.SGD([p, p], lr=0.1).param_groups[0]["params"]) == 1
+
+
+def test_dampening_has_a_flag_in_the_state():
+    p = parameter(2)
+    optimizer = fr.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5)
+    optimizer.step()
+    assert optimizer.state[p].keys() == {"momentum_buffer", "momentum_started"}
+
+
+def test_the_constructor_takes_options_of_its_own():
+    own = inspect.signature(fr.optim.SGD).parameters.keys() - inspect.signature(torch.optim.SGD).parameters
+    assert own == {"l1", "l1_mode", "decoupled", "scale_penalty", "stochastic_rounding"}
+    assert own < fr.optim.SGD([parameter(2)], lr=0.1).param_groups[0].keys()
+
+
+# ---- patch and convert
+
+
+def test_converted_modules_have_a_class_of_ours():
+    module = fr.convert(nn.Dropout())
+    assert type(module) is not nn.Dropout and isinstance(module, nn.Dropout)
+    assert b"fastreg" in pickle.dumps(module) and repr(module) == repr(nn.Dropout())
+
+
+def test_stochastic_depth_is_no_longer_of_its_library():
+    layers = pytest.importorskip("timm.layers", reason="needs timm", exc_type=ImportError)
+    module = fr.convert(layers.DropPath(0.5))
+    assert not isinstance(module, layers.DropPath) and type(module).__name__ == "DropPath"
+
+
+def test_attention_that_is_kept_in_a_container_is_not_found():
+    kept = [F.scaled_dot_product_attention]
+    with fr.patched():
+        assert kept[0] is not F.scaled_dot_product_attention
+    assert kept[0] is F.scaled_dot_product_attention
+
+
+def test_patched_code_objects_differ():
+    function, code = F.dropout, F.dropout.__code__
+    with fr.patched():
+        assert F.dropout is function and function.__code__ is not code
+    assert function.__code__ is code
+
+
+def test_error_types_are_of_both():
+    with pytest.raises(IndexError) as caught, fr.patched():
+        F.cross_entropy(torch.ones(1, 3), torch.tensor([3]))
+    assert isinstance(caught.value, ValueError)
+
+
+def test_every_row_names_a_test_that_is_here():
+    named = re.findall(r"`(test_\w+)` \|$", PAGE.read_text(), flags=re.M)
+    here = [name for name in vars(sys.modules[__name__]) if name.startswith("test_")]
+    here.remove("test_every_row_names_a_test_that_is_here")
+    assert sorted(named) == sorted(here)
