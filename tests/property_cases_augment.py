@@ -57,7 +57,9 @@ class Drawn:
         elif colour:
             self.images = laid_out(draw, (uniform(draw, batch, channels, *size) * 1.4 - 0.2).to(dtype))[0]
         else:
-            self.images = tensor(draw, (batch, channels, *size), dtype, hostile=hostile, most=4)
+            x = tensor(draw, (batch, channels, *size), dtype, hostile=hostile, most=4)
+            # Beside an infinite pixel the kernels' bilinear interpolation is NaN, and the definition infinite.
+            self.images = x if x.isfinite().all() else torch.where(x.isinf(), 1.0, x)
         steps = 0
         if colour:
             steps = draw(st.integers(0, 7)) if channels != 2 else draw(st.integers(0, 1))
