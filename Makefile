@@ -1,6 +1,7 @@
 # make demo: the main job on real data, with a report to look at.   make test: the tests.
 # make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
 # make wheel: one file for every torch, in dist/.   make wheel-check: that file beside TORCHES=2.10.0,newest.
+# make gpu: what only a GPU can show, in build/gpu/.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 PYTHON ?= python3
 TORCH ?= torch
@@ -24,7 +25,7 @@ ifneq ($(shell command -v ccache),)
   export CCACHE_NOHASHDIR ?= 1
 endif
 
-.PHONY: build demo test lint bench docs wheel clean wheel-check
+.PHONY: build demo test lint bench docs wheel clean wheel-check gpu
 
 demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
@@ -51,6 +52,9 @@ wheel: .venv/.built
 
 wheel-check: .venv/.python
 	$(venv)/python tools/wheel_check.py $(if $(TORCHES),--torches "$(TORCHES)") $(ARGS)
+# Without .venv and without network: with PYTHON's own torch, for a machine that is there for minutes.
+gpu:
+	$(PYTHON) tools/gpu.py $(ARGS)
 
 build: .venv/.built
 

@@ -177,6 +177,8 @@ def check_dense(op: str, name: str, value: torch.Tensor) -> None:
 
 def check_no_overlap(op: str, name: str, value: torch.Tensor) -> None:
     """Raise if elements of `value`, which is to be written to, share memory."""
+    if 0 in value.shape:  # without elements, whose strides may be anything
+        return
     if any(stride == 0 and size > 1 for size, stride in zip(value.shape, value.stride(), strict=True)):
         raise ArgumentError(
             f"{op}: the elements of {name} must not share memory, got strides {value.stride()}; "

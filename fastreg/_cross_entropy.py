@@ -146,7 +146,10 @@ def _row_losses(x: Tensor, q: Tensor, z_loss: float) -> tuple[Tensor, _Softmax]:
     shifted, softmax = _softmax(x)
     distance = softmax.log_sum - shifted
     distance = torch.where((q == 0) & (distance == torch.inf), 0, distance)
-    return (q * distance).sum(1) + z_loss * softmax.lse.squeeze(1) ** 2, softmax
+    loss = (q * distance).sum(1)
+    if z_loss:  # 0 times a square that overflows would be NaN
+        loss = loss + z_loss * softmax.lse.squeeze(1) ** 2
+    return loss, softmax
 
 
 class _Targets(NamedTuple):

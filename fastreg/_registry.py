@@ -15,6 +15,7 @@ import re
 import sys
 import sysconfig
 import warnings
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,12 @@ from ._checks import ArgumentError
 
 # A reloaded module finds the operators registered, as torch.ops keeps them, and leaves them as they are.
 _library: torch.library.Library = globals().get("_library") or torch.library.Library("fastreg", "DEF")
+# torch takes a library's operators away when the interpreter begins to end. Functions of atexit may still
+# call them then, as they may call torch's own, so that these stay until the process is gone.
+for _finalizer in list(getattr(weakref.finalize, "_registry", ())):
+    _alive = _finalizer.peek()
+    if _alive is not None and _alive[0] is _library:
+        _finalizer.atexit = False
 # The name of each operator with kernels, and its definition in plain torch.
 _declared: dict[str, Callable[..., Any] | None] = globals().get("_declared", {})
 _registered: set[str] = globals().get("_registered", set())

@@ -26,11 +26,15 @@ def pytest_report_header():
     )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Slow files first, so that at the end no process waits for another that has just begun with one of
-    them.
+    them; and what takes hours only where it is asked for, whatever else -m says.
     """
     items.sort(key=lambda item: item.path.stem not in SLOW)
+    if "long" not in (config.option.markexpr or ""):
+        hours = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=hours)
+        items[:] = [item for item in items if item not in hours]
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastreg as fr
 from fastreg import _registry
 
 OPS = torch.ops.fastreg
@@ -243,3 +244,16 @@ def test_the_definition_needs_no_values(device, dtype):
                 got = PLAIN["cross_entropy"](*moved, 0, ignore_index, 0.1, False, 0.1, True, None, True)
         for a, b in zip(got, real, strict=True):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_square_of_a_huge_logit_counts_with_z_loss_alone(dtype):
+    """It overflows, and 0 times that would be NaN. Rows that are masked as a whole have such logits."""
+    top = 1e300 if dtype == torch.float64 else 1e30
+    x = torch.tensor([[top, -top, 0.0], [-top, -top, -top]], dtype=dtype)
+    target = torch.tensor([0, 2])
+    want = F.cross_entropy(x.double(), target, reduction="none")
+    for loss in (PLAIN["cross_entropy"](x, target, None, 0)[0], OPS.cross_entropy(x, target, None, 0)[0]):
+        torch.testing.assert_close(loss.double(), want, rtol=4e-3, atol=0)
+    each = torch.func.vmap(fr.cross_entropy)(x.unsqueeze(1), target.unsqueeze(1))
+    torch.testing.assert_close(each.double(), want, rtol=4e-3, atol=0)

@@ -155,6 +155,16 @@ def test_sgd_checks_all_before_it_steps_any():
     assert torch.equal(w, torch.ones(3))
 
 
+def test_a_tensor_without_elements_shares_no_memory():
+    """Whatever its strides are: those of an expanded tensor of length 0, for example."""
+    empty = torch.empty(1, 0).expand(3, 0)
+    assert 0 in empty.stride()
+    _sgd.sgd_plain([empty], [empty], [], [], 0.1, 0, 0, 0, 0, False, False, False, False)
+    _sgd.sgd_([empty], [empty], [], [], 0.1, 0, 0, 0, 0, False, False, False, False)
+    for in_place in (_dropout.dropout_inplace_plain, torch.ops.fastreg.dropout_.default):
+        assert in_place(empty, 0.5, seed()).numel() == 0
+
+
 # ---- devices without kernels
 
 

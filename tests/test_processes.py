@@ -1,0 +1,22 @@
+"""Threads that call ops at once, loaders whose workers are forked or spawned, the end of the interpreter."""
+
+import os
+import subprocess
+import sys
+
+import process_cases
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_threads_workers_and_the_end():
+    """One process for all, because each imports torch: the workers are forked after the ops' threads have
+    started, and at the end tensors and graphs are alive, and a function of atexit calls an op.
+    """
+    command = [sys.executable, process_cases.__file__]
+    environment = {**os.environ, "GOMP_SPINCOUNT": "0"}  # a waiting thread leaves the core to the others
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-4000:])
+    assert done.stdout.split() == ["threads", "fork", "spawn", "end", "True"] and not done.stderr, (
+        done.stderr[-4000:]
+    )
