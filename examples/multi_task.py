@@ -22,7 +22,7 @@ def train(seed, tasks):
     layers = [nn.Linear(784, 256), nn.ReLU(), fr.nn.Dropout(0.5), nn.Linear(256, 128), nn.ReLU()]
     trunk = nn.Sequential(fr.nn.Dropout(0.2), *layers, fr.nn.Dropout(0.5))
     heads = nn.ModuleList(nn.Linear(128, n) for n in (10, 2, 1))
-    total = fr.MultiTaskLoss(tasks, bounded=True)
+    total = fr.MultiTaskLoss(tasks)
     optimizer = fr.optim.SGD(nn.ModuleList([trunk, heads, total]).parameters(), lr=0.02, momentum=0.9)
     for _ in range(300):
         hidden = trunk(x)

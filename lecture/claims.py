@@ -6,6 +6,9 @@
 - *no worse*, *the same*: the difference of the means is at most two combined standard errors plus 0.3
   percentage points. With one seed the standard error is that of counting errors among the test images.
 
+No claim is decided on a network that learned nothing: one whose training diverged, or that is no better than
+the constant guess. A gap between two such numbers means nothing, and any two networks at chance level agree.
+
 Each function here makes a claim: a function from the results to a verdict with the numbers that led to it.
 """
 
@@ -15,14 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
-from .results import MEASURES, NotMeasured, Results, standard_error
+from .results import MEASURES, NotDecided, NotMeasured, Results, standard_error
 
 MARGIN = 0.3  # percentage points: a smaller difference does not matter, however many seeds confirm it
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, whether it held (None: not measured), and the numbers that say so."""
+    """A claim, whether it held (None: not measured or not decided), and the numbers that say so."""
 
     title: str
     holds: bool | None
@@ -41,8 +44,21 @@ def judged(title: str, judge: Callable[[Results], tuple[bool, str]]) -> Claim:
             return Verdict(title, holds, re.sub(r"(?<!e)-(?=\d)", "−", evidence))
         except NotMeasured:
             return Verdict(title, None, "not measured")
+        except NotDecided as reason:
+            return Verdict(title, None, f"not decided: {reason}")
 
     return claim
+
+
+def must_have_learned(found: Results, *networks: tuple[str, str]) -> None:
+    """Raise NotDecided if one of the networks, (variant, side), learned nothing in some seed."""
+    failures = [
+        f"{found.titles[variant]} ({side}) {text}"
+        for variant, side in networks
+        if (text := found.failure(variant, side))
+    ]
+    if failures:
+        raise NotDecided("; ".join(failures))
 
 
 def changed(title: str, variant: str, against: str, key: str, sign: int) -> Claim:
@@ -50,6 +66,7 @@ def changed(title: str, variant: str, against: str, key: str, sign: int) -> Clai
 
     def judge(found):
         ours, theirs = found.values(variant, key), found.values(against, key)
+        must_have_learned(found, (variant, "fastreg"), (against, "fastreg"))
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             raise NotMeasured
@@ -75,6 +92,7 @@ def no_worse(title: str, variant: str, against: str) -> Claim:
 
     def judge(found):
         difference, allowed = _difference(found, (variant, "fastreg"), (against, "fastreg"))
+        must_have_learned(found, (variant, "fastreg"), (against, "fastreg"))
         return difference <= allowed, (
             f"{found.titles[variant]}: {found.mean(variant, 'test_error'):.2f} %, {found.titles[against]}: "
             f"{found.mean(against, 'test_error'):.2f} %; difference {difference:+.2f} pp, noise up to "
@@ -88,19 +106,26 @@ def same_on_both_sides(title: str, variants: list[str]) -> Claim:
     """torch and fastreg reach the same test error with each of the variants, within noise."""
 
     def judge(found):
-        rows = []
+        rows, failed = [], []
         for variant in variants:
+            pair = (variant, "fastreg"), (variant, "torch")
             try:
-                rows.append(
-                    (*_difference(found, (variant, "fastreg"), (variant, "torch")), found.titles[variant])
-                )
+                row = (*_difference(found, *pair), found.titles[variant])
+                must_have_learned(found, *pair)
             except NotMeasured:
                 continue
-        if not rows:
+            except NotDecided:
+                failed.append(found.titles[variant])
+                continue
+            rows.append(row)
+        if not rows and not failed:
             raise NotMeasured
         outside = [row for row in rows if not abs(row[0]) <= row[1]]  # NaN is outside
-        difference, allowed, name = max(outside or rows, key=lambda row: abs(row[0]) / row[1])
         counted = f"{len(rows) - len(outside)} of {len(rows)} trainings within noise"
+        if failed and not outside:  # a difference among the others would still refute the claim
+            others = f"; of the others {counted}" if rows else ""
+            raise NotDecided(f"{', '.join(failed)} learned nothing on one side or both{others}")
+        difference, allowed, name = max(outside or rows, key=lambda row: abs(row[0]) / row[1])
         return not outside, f"{counted}; closest to its limit: {name}, {difference:+.2f} of ±{allowed:.2f} pp"
 
     return judged(title, judge)

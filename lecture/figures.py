@@ -22,7 +22,7 @@ from PIL import Image
 
 from fastreg.cli.style import LIGHT, STYLE
 
-from .results import NotMeasured, Results
+from .results import CHANCE, DIVERGED, LEARNED, NotMeasured, Results
 from .train import BINS, PLAIN, Recipe, Run
 
 C = LIGHT
@@ -209,16 +209,22 @@ def compared_curves(*recipes: Recipe) -> Picture:
 
         def paint(axes) -> None:
             last = max(len(run.epoch_ms) for run in runs)
+            span = limits([run.curves["validation_loss"] for run in runs], room=1.25)
             for i, run in enumerate(runs):
                 hue, place = colour(run.recipe), (1.06 + 0.11 * i) * last
                 training, validation = run.curves["train_loss"], run.curves["validation_loss"]
                 epochs = range(1, len(training) + 1)
                 axes.plot(epochs, training, color=hue, linewidth=1.3, linestyle=(0, (2, 2)))
-                axes.plot(epochs, validation, color=hue, label=run.recipe.title)
+                outcome = found.outcome(run.recipe.key)
+                name = run.recipe.title + {DIVERGED: " (diverged)", CHANCE: " (at chance)"}.get(outcome, "")
+                axes.plot(epochs, validation, color=hue, label=name)
+                if outcome != LEARNED or not all(v[-1] <= span[1] for v in (training, validation)):
+                    continue  # the gap of such a training means nothing, or its bar would leave the chart
                 axes.plot([place] * 2, [training[-1], validation[-1]], "_-", color=hue, linewidth=1.4, ms=8)
                 style = {"ha": "center", "color": hue, "weight": "bold"}
-                note(axes, f"{validation[-1] - training[-1]:.2f}", (place, validation[-1]), (0, 4), **style)
-            axes.set_ylim(limits([run.curves["validation_loss"] for run in runs], room=1.25))
+                gap, top = validation[-1] - training[-1], max(validation[-1], training[-1])
+                note(axes, f"{gap:.2f}".replace("-", "−"), (place, top), (0, 4), **style)
+            axes.set_ylim(span)
             axes.set_xlim(1, max(2, (1.14 + 0.11 * len(recipes)) * last))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
             axes.set_xticks([tick for tick in axes.get_xticks() if 1 <= tick <= last])

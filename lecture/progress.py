@@ -3,20 +3,24 @@
 Where the output is no terminal (a file, CI), a line per finished training takes the place of the bars.
 """
 
+import os
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.padding import Padding
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from .results import NotMeasured, Results
+from .results import LEARNED, NotMeasured, Results
 from .section import Section
 from .train import Recipe, Run
 
+WIDE = 120  # columns of a file, where nobody has named a width
+NARROW, VERY_NARROW = 80, 54  # columns below which notes and some numbers are left out
 USUAL_EXAMPLES = 1000  # training examples of the packaged digits, for which the promised times hold
 
 
@@ -26,7 +30,8 @@ class Progress:
     """
 
     def __init__(self, found: Results, sections: tuple[Section, ...]):
-        self.console = Console(highlight=False)
+        width = None if Console().is_terminal or "COLUMNS" in os.environ else WIDE
+        self.console = Console(highlight=False, width=width)
         self.found, self.sections, data = found, sections, found.data
         self.seeds, self.epochs = found.settings["seeds"], found.settings["epochs"]
         plural = "s" if self.seeds > 1 else ""
@@ -40,15 +45,18 @@ class Progress:
             self.console.print(
                 f"This is {times:.0f} times the usual number of images and takes as much longer."
             )
+        for phrase in data.prepared:
+            self.console.print(Padding(f"[bright_black]{escape(phrase)}[/]", (0, 0, 0, 2), expand=False))
         self.console.print()
-        self.bars = Bars(
+        wide = self.console.width >= NARROW
+        columns: list[ProgressColumn] = [
             TextColumn("{task.description:<24}"),
-            BarColumn(bar_width=14, complete_style="blue", finished_style="blue"),
-            TextColumn("[bright_black]{task.fields[note]:<30}"),
+            BarColumn(bar_width=14 if wide else 6, complete_style="blue", finished_style="blue"),
             TimeElapsedColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        ]
+        if wide:
+            columns.insert(2, TextColumn("[bright_black]{task.fields[note]:<30}"))
+        self.bars = Bars(*columns, console=self.console, disable=not self.console.is_terminal)
         self.tasks, trained = {}, set()
         for section in sections:
             work = len({r.key for r in section.trained} - trained) * self.epochs
@@ -81,8 +89,14 @@ class Progress:
         errors = " / ".join(f"{run.measured['test_error']:.1f}" for run in pair)
         self._show(section, f"test error {errors} %", 0)
         if not self.console.is_terminal:
+            failed = [
+                f"{run.side.name} {outcome}"
+                for run in pair
+                if (outcome := self.found.outcome(recipe.key, run.side.name, seed)) != LEARNED
+            ]
             self.console.print(
                 f"seed {seed + 1}/{self.seeds}  {recipe.title:<24}  test error torch / fastreg {errors} %"
+                + (f": {', '.join(failed)}" if failed else "")
             )
 
     def measured(self, section: Section, seed: int, record: dict) -> None:
@@ -102,36 +116,60 @@ class Progress:
 
     def summary(self, claims: dict, page: Path) -> None:
         """The table, the claims and where the page is."""
-        console = self.console if self.console.is_terminal else Console(highlight=False, width=120)
-        table = Table(box=box.SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
-        table.add_column("", no_wrap=True)
-        for name in ("test", "(torch)", "gap", "zeros", "attacked", "time"):
-            table.add_column(name, justify="right", style="bold" if name in ("test", "time") else None)
-        keys = ("test_error", None, "gap_error", "zero_weights", "attacked_accuracy")
-        for variant in dict.fromkeys(recipe.key for section in self.sections for recipe in section.trained):
-            found = self.found
-            try:
-                cells = [
-                    f"{found.mean(variant, key or 'test_error', 'fastreg' if key else 'torch'):.1f}"
-                    for key in keys
-                ]
-                table.add_row(found.titles[variant], *cells, f"{found.time_ratio(variant):.2f}")
-            except NotMeasured:
-                continue
-        if table.row_count:
-            console.print(table)
+        console = self.console
+        self._table()
+        failures = self.found.failures()
+        if failures:
             console.print(
-                "[bright_black]Errors, zero weights and accuracy under attack in percent, means over the "
-                "seeds, with fastreg; then its time per epoch as a share of torch's.[/]\n"
+                f"[bold red]These networks learned nothing[/], and no claim is decided on them (–). The "
+                f"constant guess has a test error of {self.found.data.guess_error:.1f} %."
             )
+            for text in failures:
+                console.print(Padding(Text(text, style="red"), (0, 0, 0, 2), expand=False))
+            console.print()
         marks = {True: ("✓", "blue"), False: ("✗", "red"), None: ("–", "bright_black")}
         for claim in (claim for judged in claims.values() for claim in judged):
             mark, style = marks[claim.holds]
             console.print(Text(f"{mark} {claim.title}", style=style))
-            console.print(Text(f"  {claim.evidence}", style="bright_black"))
+            console.print(Padding(Text(claim.evidence, style="bright_black"), (0, 0, 0, 2), expand=False))
         if self.found.finished < self.found.planned:
             console.print(
                 f"\nInterrupted after {self.found.finished} of {self.found.planned} trainings and "
                 f"measurements."
             )
         console.print(f"\nReport: {page.resolve()}", soft_wrap=True, markup=False)
+
+    def _table(self) -> None:
+        """The numbers of every training, as many as the width has room for."""
+        columns = {  # heading: (key, side)
+            "test": ("test_error", "fastreg"),
+            "(torch)": ("test_error", "torch"),
+            "gap": ("gap_error", "fastreg"),
+            "zeros": ("zero_weights", "fastreg"),
+            "attacked": ("attacked_accuracy", "fastreg"),
+        }
+        what = "Errors, zero weights and accuracy under attack in percent"
+        if self.console.width < NARROW:
+            shown = ("test", "(torch)") if self.console.width < VERY_NARROW else ("test", "(torch)", "gap")
+            columns, what = {heading: columns[heading] for heading in shown}, "Errors in percent"
+        table = Table(box=box.SIMPLE_HEAD, header_style="bright_black", pad_edge=False)
+        table.add_column("", no_wrap=self.console.width >= VERY_NARROW)
+        for name in (*columns, "time"):
+            style = "bold" if name in ("test", "time") else None
+            table.add_column(name, justify="right", style=style, no_wrap=True)
+        found = self.found
+        for variant in dict.fromkeys(recipe.key for section in self.sections for recipe in section.trained):
+            try:
+                cells = [f"{found.mean(variant, *column):.1f}" for column in columns.values()]
+                cells = [cell.replace("-", "−") for cell in cells]
+                style = None if found.failure(variant) is None else "red"
+                row = (found.titles[variant], *cells, f"{found.time_ratio(variant):.2f}")
+            except NotMeasured:
+                continue
+            table.add_row(*row, style=style)
+        if table.row_count:
+            self.console.print(table)
+            self.console.print(
+                f"[bright_black]{what}, means over the seeds, with fastreg; then its time per epoch as a "
+                "share of torch's.[/]\n"
+            )

@@ -12,9 +12,9 @@ from fastreg.cli.style import PALETTE
 from . import figures
 from .claims import Claim, Verdict, same_on_both_sides
 from .formula import formula
-from .results import MEASURES, NotMeasured, Results, machine, standard_error
+from .results import DIVERGED, LEARNED, MEASURES, NotMeasured, Results, machine, standard_error
 from .section import Figure, Section
-from .train import PLAIN, Fastreg, Recipe, Torch
+from .train import PLAIN, Fastreg, Recipe, Torch, batch_size, passes
 
 TITLE = "What regularisation does to one network"
 SIDES = ("torch", "scikit-learn", "fastreg")
@@ -118,14 +118,26 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
             f"{found.finished} of {found.planned} trainings and measurements; everything below is what these "
             "gave.</p>"
         )
-    decided = [v.holds for verdict in judged.values() for v in verdict if v.holds is not None]
+    failures = found.failures()
+    learned_nothing = ""
+    if failures:
+        learned_nothing = (
+            '<div class="partial" id="learned-nothing"><p><b>Some networks learned nothing.</b> No claim is '
+            f"decided on them (–). {_guess(found)}</p><ul>"
+            + "".join(f"<li>{escape(text)}</li>" for text in failures)
+            + "</ul></div>"
+        )
+    verdicts = [v for verdict in judged.values() for v in verdict]
+    decided = [v.holds for v in verdicts if v.holds is not None]
     ratios = []
     for recipe in recipes(sections):
         try:
             ratios.append(found.time_ratio(recipe.key))
         except NotMeasured:
             continue
-    tiles = [(f"{sum(decided)} of {len(decided)}", "claims held on this run")]
+    left = len(verdicts) - len(decided)
+    undecided = f", {left} could not be decided" if left else ""
+    tiles = [(f"{sum(decided)} of {len(decided)}", f"claims held on this run{undecided}")]
     if any(recipe.key == "all" for recipe in recipes(sections)):
         tiles += [
             (_change(found, "test_error", ".1f"), "test error [%], plain → all methods together"),
@@ -141,7 +153,24 @@ def opening(found: Results, sections: tuple[Section, ...], judged: dict) -> str:
         f'<p class="lead">A {layers} perceptron learns from {len(data.y_train):,} images and meets '
         f"{len(data.y_test):,} new ones: {escape(data.name)}. It is trained without regularisation and with "
         "each method, in plain PyTorch and with fastreg, from the same initial weights and batches, "
-        f'{seeds}.</p>{partial}<div class="tiles">{shown}</div></header>'
+        f"{seeds}.</p>{_prepared(data)}{partial}{learned_nothing}"
+        f'<div class="tiles">{shown}</div></header>'
+    )
+
+
+def _prepared(data) -> str:
+    """What was done to the examples before anything learned from them."""
+    return f'<p class="note">The data: {escape("; ".join(data.prepared))}.</p>' if data.prepared else ""
+
+
+def _guess(found: Results) -> str:
+    """What the constant guess reaches, and how it is used."""
+    data = found.data
+    return (
+        f"The constant guess, always the commonest class, has a test error of {data.guess_error:.1f} %, the "
+        f"best constant prediction a training cross-entropy of {data.guess_loss:.2f} nats: a training whose "
+        "cross-entropy ends above that, or is not finite, diverged; a network whose test error is not below "
+        "that of the guess by two standard errors is no better than it."
     )
 
 
@@ -177,7 +206,8 @@ def overview(found: Results, sections: tuple[Section, ...], judged: dict) -> str
         '<section id="overview"><h2>What the lecture says, and what happened here</h2>'
         "<p>Each claim is decided by the numbers of this run. A change counts if its mean over the seeds is "
         "larger than twice its standard error; two errors are the same if they differ by no more than twice "
-        "their combined standard error plus 0.3 percentage points.</p>"
+        "their combined standard error plus 0.3 percentage points. A claim that rests on a network that "
+        "learned nothing is not decided (–).</p>"
         f"<ul class='claims summary'>{''.join(items)}</ul>{shown}</section>"
     )
 
@@ -212,15 +242,25 @@ def table(found: Results, section: Section) -> str:
             if i == 0:  # on a narrow screen the name stands above, elsewhere beside
                 rows.append(f'<tr class="name"><th colspan="{len(section.columns) + 1}">{title}</th></tr>')
             head = f'<th class="name" rowspan="{len(sides)}">{title}</th>' if i == 0 else ""
+            failed = "" if found.failure(key, side) is None else f"<em>{_failure(found, key, side)}</em>"
             inner = ' class="inner"' if i + 1 < len(sides) else ""
             rows.append(
-                f'<tr{inner} style="--r: var(--{hue})">{head}<td class="side {side}">{side}</td>{cells}</tr>'
+                f'<tr{inner} style="--r: var(--{hue})">{head}<td class="side {side}">{side}{failed}</td>'
+                f"{cells}</tr>"
             )
     if not rows:
         return '<p class="note">No numbers: nothing of this section had been measured.</p>'
     note = f'<p class="note">{section.table_note}</p>' if section.table_note else ""
     head = f'<thead><tr><th class="name"></th><th></th>{heads}</tr></thead>'
     return f'<div class="wide"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>{note}'
+
+
+def _failure(found, key, side):
+    """Beside the side's name in the table: what became of the networks, in two words."""
+    outcomes = [r.get("outcome", LEARNED) for r in found.of(key, side)]
+    count = sum(each != LEARNED for each in outcomes)
+    seeds = "" if count == len(outcomes) else f" ({count} of {len(outcomes)})"
+    return ("diverged" if DIVERGED in outcomes else "at chance") + seeds
 
 
 def _cell(found, key, side, column, spec):
@@ -271,28 +311,46 @@ def method(found: Results) -> str:
         f"test examples, split "
         f"alike within every class; {settings['epochs']} epochs of SGD, learning rate {settings['lr']:g}, "
         f"momentum "
-        f"{settings['momentum']:g}, batches of up to {settings['batch']}; seeds 0 to "
-        f"{settings['seeds'] - 1}, ± is the standard "
-        "error of the mean over them. The strengths of the methods were set beforehand in trials on the "
+        f"{settings['momentum']:g}, batches of {batch_size(len(data.y_train))}"
+        f"{_passes(len(data.y_train))}, gradients clipped at a norm of {settings['clip']:g}; "
+        f"{_seeds(settings['seeds'])}. "
+        "The strengths of the methods were set beforehand in trials on the "
         "5,000 digits, so that "
         "each effect shows. Cross-entropy is measured without smoothing. A time is that of the training "
         "steps alone, and its "
-        "ratio (×, fastreg / torch) the median over pairs of neighbouring epochs.</p>"
-        f'<p class="note">{escape(here["cpu"])}, {here["cores"]} cores, {here["threads"]} threads{load}; '
+        f"ratio (×, fastreg / torch) the median over pairs of neighbouring epochs. {_guess(found)}</p>"
+        f'<p class="note">{escape(here["cpu"])}, {_plural(here["cores"], "core")}, '
+        f"{_plural(here['threads'], 'thread')}{load}; "
         f"{escape(here['system'])}, Python {here['python']}, torch {here['torch']}, fastreg "
         f"{here['fastreg']}. All numbers, of "
         "every seed and every epoch, are in <code>results.json</code> beside this page.</p></section>"
     )
 
 
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _passes(examples: int) -> str:
+    """Where the examples are few, an epoch is more than one pass."""
+    count = passes(examples)
+    return f", {count} passes over the training examples in an epoch" if count > 1 else ""
+
+
+def _seeds(count: int) -> str:
+    if count == 1:
+        return "one seed, 0, so no estimate of the noise"
+    return f"seeds 0 to {count - 1}, ± is the standard error of the mean over them"
+
+
 def _claim(verdict: Verdict, title: str, hue: str, evidence: bool) -> str:
-    kind = {True: "held", False: "not-held", None: "unmeasured"}[verdict.holds]
+    kind = {True: "held", False: "not-held", None: "undecided"}[verdict.holds]
     shown = f"<span>{escape(verdict.evidence)}</span>" if evidence else ""
     return f'<li class="{kind}" style="--c: var(--{hue})">{title}{shown}</li>'
 
 
 def _number(value: float, spec: str) -> str:
-    return f"{value:{spec}}" if math.isfinite(value) else "–"
+    return f"{value:{spec}}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _code(names: tuple[str, ...]) -> str:

@@ -36,6 +36,16 @@ MEASURES = {  # key: (name, unit, format)
 }
 
 
+# What became of a training: DIVERGED if a number of it is not finite or its training cross-entropy is above
+# that of the best constant prediction; CHANCE if its test error is below that of the constant guess by no
+# more than two standard errors of counting.
+LEARNED, DIVERGED, CHANCE = "learned", "diverged", "no better than the constant guess"
+
+
+class NotDecided(Exception):
+    """A claim rests on a training that taught the network nothing; the message says which."""
+
+
 class NotMeasured(Exception):
     """A number or a network that this run does not have: what needs it is left out of the report, and says
     so.
@@ -61,8 +71,12 @@ class Results:
         for old in self.records:
             if all(old[k] == record[k] for k in key):
                 old.update(record)
-                return
-        self.records.append(record)
+                record = old
+                break
+        else:
+            self.records.append(record)
+        if "test_error" in record:
+            record["outcome"] = outcome(record, self.data)
 
     def of(self, variant: str, side: str = "fastreg") -> list[dict]:
         """The records of a variant, one per seed."""
@@ -77,6 +91,37 @@ class Results:
         if not found:
             raise NotMeasured(f"{key} of {variant}")
         return found
+
+    def outcome(self, variant: str, side: str = "fastreg", seed: int = 0) -> str:
+        """What became of one training: LEARNED, DIVERGED or CHANCE. Networks that do not classify, and
+        records that were not added, count as LEARNED.
+        """
+        return next((r.get("outcome", LEARNED) for r in self.of(variant, side) if r["seed"] == seed), LEARNED)
+
+    def failure(self, variant: str, side: str = "fastreg") -> str | None:
+        """In words, if in any seed this network learned nothing; it decides no claim, since to leave such
+        seeds out would choose among the seeds by their outcome.
+        """
+        records = self.of(variant, side)
+        failed = [r for r in records if r.get("outcome", LEARNED) != LEARNED]
+        if not failed:
+            return None
+        found = [what for what in (DIVERGED, CHANCE) if any(r["outcome"] == what for r in failed)]
+        return " or ".join(found) + (
+            "" if len(records) == 1 else f" in {len(failed)} of {len(records)} seeds"
+        )
+
+    def failures(self) -> list[str]:
+        """Every network that learned nothing in some seed, in words; the sides together where they agree."""
+        said: dict[tuple[str, str], list[str]] = {}
+        for variant, side in dict.fromkeys((r["variant"], r["side"]) for r in self.records):
+            text = self.failure(variant, side)
+            if text:
+                said.setdefault((variant, text), []).append(side)
+        return [
+            f"{self.titles.get(variant, variant)} ({' and '.join(sides)}): {text}"
+            for (variant, text), sides in said.items()
+        ]
 
     def mean(self, variant: str, key: str, side: str = "fastreg") -> float:
         return statistics.fmean(self.values(variant, key, side).values())
@@ -121,6 +166,9 @@ class Results:
                     "train": len(data.y_train),
                     "validation": len(data.y_validation),
                     "test": len(data.y_test),
+                    "prepared": data.prepared,
+                    "guess_error": data.guess_error,
+                    "guess_loss": data.guess_loss,
                 },
                 "machine": machine(),
                 "claims": claims,
@@ -128,6 +176,18 @@ class Results:
                 "records": self.records,
             }
         )
+
+
+def outcome(record: dict, data: Any) -> str:
+    """LEARNED, DIVERGED or CHANCE, from a record with a test error."""
+    losses = [record[key] for key in ("train_loss", "validation_loss", "test_loss") if key in record]
+    if not all(map(math.isfinite, (record["test_error"], *losses))):
+        return DIVERGED
+    if record.get("train_loss", 0.0) > data.guess_loss:
+        return DIVERGED
+    guess = data.guess_error
+    noise = 2 * math.sqrt(guess * (100 - guess) / len(data.y_test))
+    return LEARNED if record["test_error"] < guess - noise else CHANCE
 
 
 def standard_error(values: Iterable[float]) -> float | None:

@@ -6,6 +6,7 @@ batches and train epoch by epoch in turn, so that whatever else the machine is d
 """
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from .data import Data
 LR, MOMENTUM = 0.1, 0.9
 HIDDEN = (256, 128)
 BATCH = 100
+CLIP = 3.0  # norm of the gradient; the digits never reach it, dropout on 20 examples diverges without it
+FEWEST_STEPS = 10  # of an epoch: few examples are passed several times in one
 LENGTH = 9.0  # of an average input of the first layer
 EPS = 0.1  # of the attack, in units of the pixel range [0, 1]
 BINS = 10  # of the reliability diagram
@@ -36,6 +39,7 @@ SETTINGS = {
     "momentum": MOMENTUM,
     "hidden": HIDDEN,
     "batch": BATCH,
+    "clip": CLIP,
     "attack_eps": EPS,
     "augmentation": POLICY,
 }
@@ -286,10 +290,7 @@ class Run:
             x, y = data.x_train[batch], data.y_train[batch]
             if self.augment is not None:
                 x = augmented(x, data, self.augment)
-            loss = self.side.loss(self.model, x, y, self.recipe)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.side.step(self.optimizer)
+            descend(self.side, self.model, self.optimizer, self.side.loss(self.model, x, y, self.recipe))
         self.epoch_ms.append(1e3 * (time.perf_counter() - start))
         for part in ("train", "validation"):
             for key, value in evaluate(self.model, data, part).items():
@@ -347,6 +348,14 @@ class Run:
         }
 
 
+def descend(side, model: nn.Module, optimizer, loss: torch.Tensor) -> None:
+    """One step down the gradient of `loss`, whose norm is clipped."""
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    side.step(optimizer)
+
+
 def augmented(x: torch.Tensor, data: Data, augment) -> torch.Tensor:
     """Rows of pixels, [B, D], after `augment`, which takes images [B, C, H, W]. Features that are no images
     stay as they are.
@@ -374,14 +383,35 @@ def attacked_accuracy(side, model: nn.Module, data: Data) -> float:
 
 
 def batch_size(examples: int) -> int:
-    """BATCH, or less where there are few examples: an epoch has several steps, a batch at least 16 images."""
-    return min(BATCH, max(16, examples // 10))
+    """BATCH, or as near to it as batches of one size come, and all examples where these are fewer. With a
+    smaller batch the gradients are noisier, and at this learning rate dropout would diverge.
+    """
+    return math.ceil(examples / steps(examples))
+
+
+def steps(examples: int) -> int:
+    """How many batches one pass over the examples takes."""
+    return max(1, round(examples / BATCH))
+
+
+def passes(examples: int) -> int:
+    """How often an epoch passes over the examples: once, or until there are FEWEST_STEPS steps."""
+    return math.ceil(FEWEST_STEPS / steps(examples))
+
+
+def epoch_batches(examples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
+    """The indices of the batches of one epoch, each pass shuffled anew; their sizes differ by one at most."""
+    return [
+        batch
+        for _ in range(passes(examples))
+        for batch in torch.randperm(examples, generator=generator).tensor_split(steps(examples))
+    ]
 
 
 def batches(examples: int, epochs: int) -> Iterator[torch.Tensor]:
-    """The indices of the batches of some epochs, each epoch shuffled anew."""
+    """The indices of the batches of some epochs."""
     for _ in range(epochs):
-        yield from torch.randperm(examples).split(batch_size(examples))
+        yield from epoch_batches(examples)
 
 
 def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[Run]]:
@@ -394,11 +424,9 @@ def train(data: Data, recipe: Recipe, seed: int, epochs: int) -> Iterator[list[R
         model = network(side, recipe, data)
         model.load_state_dict(start)
         runs.append(Run(side, recipe, seed, data, model))
-    examples = len(data.x_train)
-    batch = batch_size(examples)
     shuffle = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
-        batches = torch.randperm(examples, generator=shuffle).split(batch)
+        batches = epoch_batches(len(data.x_train), shuffle)
         for run in runs if epoch % 2 == 0 else reversed(runs):
             if not run.stopped:
                 run.epoch(batches)

@@ -671,10 +671,11 @@ def _trained(x, y, recipe, epochs):
 
 
 @pytest.mark.parametrize("key", ["none", "l2", "l1", "smoothing", "smoothing_others", "adversarial", "early"])
-def test_both_sides_train_the_same_network(key):
+def test_both_sides_train_the_same_network(key, monkeypatch):
     """From the same weights and batches, methods without randomness must end at the same weights but for
-    rounding.
+    rounding. The steps are few: the sign of an attack's gradient makes much of the least difference.
     """
+    monkeypatch.setattr(train, "FEWEST_STEPS", 3)
     recipe = RECIPES[key]
     x, y = blobs(n=200)
     pair = _trained(x, y, recipe, epochs=2)

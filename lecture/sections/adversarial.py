@@ -12,7 +12,7 @@ from ..claims import changed
 from ..figures import AT_HEIGHT, INK, C, draw, image, note, sign_image
 from ..results import NotMeasured, Results
 from ..section import Figure, Lab, Section
-from ..train import EPS, PLAIN, Fastreg, Recipe, Torch, attacked_accuracy, batches, evaluate, network
+from ..train import EPS, PLAIN, Fastreg, Recipe, Torch, attacked_accuracy, batches, descend, evaluate, network
 
 RECIPE = Recipe("adversarial", "Adversarial training", "rust", eps=EPS)
 STEPS, RESTARTS = 20, 3
@@ -31,9 +31,7 @@ def free(lab: Lab) -> nn.Module:
     optimizer, attack = Fastreg.optimizer(model, RECIPE), fr.FreeAdversarial(EPS, replays=REPLAYS)
     for batch in batches(len(data.x_train), max(1, lab.epochs // REPLAYS)):
         for x in attack(data.x_train[batch]):
-            optimizer.zero_grad()
-            fr.cross_entropy(model(x), data.y_train[batch]).backward()
-            optimizer.step()
+            descend(Fastreg, model, optimizer, fr.cross_entropy(model(x), data.y_train[batch]))
     return model
 
 

@@ -1,5 +1,6 @@
 """Dropout, inverted and in the textbook form, Goodfellow et al. 2016, section 7.12."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,7 @@ import fastreg as fr
 from ..claims import changed, judged
 from ..data import Data
 from ..figures import MUTED, C, compared_curves, draw
-from ..results import Results
+from ..results import NotDecided, Results
 from ..section import Figure, Lab, Section
 from ..train import LR, MOMENTUM, Centre, Fastreg, Recipe, batches, evaluate
 
@@ -107,6 +108,8 @@ def exact(found: Results) -> tuple[bool, str]:
     kept = found.keep("dropout")
     first, last, n = kept["linear"][0], kept["linear"][-1], kept["counts"][-1]
     expected = first / n**0.5
+    if not math.isfinite(last):
+        raise NotDecided("the linear model diverged")
     return last < 1.5 * expected, (
         f"one mask is {100 * first:.0f} % away, the average of {n} masks {100 * last:.2f} %; sampling alone "
         f"leaves {100 * expected:.2f} %. The perceptron, for which folding is an approximation, stays "

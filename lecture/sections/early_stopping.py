@@ -13,7 +13,7 @@ from ..claims import changed, no_worse
 from ..figures import AT_HEIGHT, C, draw, limits, note
 from ..results import NotMeasured, Results
 from ..section import Figure, Lab, Section
-from ..train import PLAIN, Fastreg, Recipe, Torch, batch_size, evaluate, network
+from ..train import PLAIN, Fastreg, Recipe, Torch, batch_size, descend, evaluate, network, passes
 
 RECIPE = Recipe("early", "Early stopping", "ochre", patience=8)
 
@@ -34,10 +34,9 @@ def measure(lab: Lab) -> Iterator[dict]:
 
         def train_epoch(model, optimizer, loader, side=side):
             model.train()
-            for x, y in loader:
-                optimizer.zero_grad()
-                side.loss(model, x, y, RECIPE).backward()
-                side.step(optimizer)
+            for _ in range(passes(len(data.x_train))):  # every image as often as before
+                for x, y in loader:
+                    descend(side, model, optimizer, side.loss(model, x, y, RECIPE))
 
         if side is Fastreg:
             model, _ = fr.retrain(make, train_epoch, *parts, epochs=epochs, seed=lab.seed, batch_size=size)

@@ -13,7 +13,7 @@ from ..data import Data
 from ..figures import INK, C, draw
 from ..results import Results
 from ..section import Figure, Lab, Section
-from ..train import HIDDEN, Centre, batches
+from ..train import HIDDEN, Centre, epoch_batches
 
 LR, WEIGHTS_LR = 2e-3, 1e-2
 TASKS = {"digit": "classification", "parity": "classification", "ink": "regression"}
@@ -67,17 +67,17 @@ def fit(lab, weights):
     """A network for the tasks that have a weight; with the weights after every epoch."""
     data, wanted = lab.data, targets(lab.data, "train")
     torch.manual_seed(lab.seed)
-    model, total = Network(data, weights), fr.MultiTaskLoss(weights, bounded=True)
+    model, total = Network(data, weights), fr.MultiTaskLoss(weights)
     groups = [{"params": model.parameters()}, {"params": total.parameters(), "lr": WEIGHTS_LR}]
     optimizer = torch.optim.Adam(groups, lr=LR)  # its steps do not grow with the weights, as those of SGD do
     history = []
-    for i, batch in enumerate(batches(len(data.x_train), lab.epochs)):
-        loss = total(losses(model(data.x_train[batch]), {task: t[batch] for task, t in wanted.items()}))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if i % max(1, len(data.x_train) // len(batch)) == 0:
-            history.append(total.weights())
+    for _ in range(lab.epochs):
+        for batch in epoch_batches(len(data.x_train)):
+            loss = total(losses(model(data.x_train[batch]), {task: t[batch] for task, t in wanted.items()}))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        history.append(total.weights())
     return model, history
 
 
@@ -178,7 +178,8 @@ SECTION = Section(
     "much ink there is (the mean of the pixels, a regression). One trunk serves all of them, with a head "
     "for each, so that what one task finds is there for the others, and the trunk must suit them all. The "
     "weights of the tasks are equal, or learnt with them: σ² is the noise that the network grants a task, "
-    "and the logarithm keeps it from granting ever more.</p>",
+    "and the logarithm keeps it from granting ever more. The learnt weights are divided by their mean, so "
+    "that the losses move the weights of the network and not its learning rate.</p>",
     measure=measure,
     variants=VARIANTS,
     plain=False,
@@ -205,7 +206,7 @@ SECTION = Section(
         Figure(
             learnt_weights,
             "Learnt weights of the three tasks against the epoch",
-            "The factor of each task’s loss, first seed: it grows as the loss falls.",
+            "The factor of each task’s loss, first seed: it grows where the loss falls most.",
         ),
     ),
 )
