@@ -52,6 +52,7 @@ wheel: .venv/.built
 
 wheel-check: .venv/.python
 	$(venv)/python tools/wheel_check.py $(if $(TORCHES),--torches "$(TORCHES)") $(ARGS)
+
 # Without .venv and without network: with PYTHON's own torch, for a machine that is there for minutes.
 gpu:
 	$(PYTHON) tools/gpu.py $(ARGS)
