@@ -58,7 +58,7 @@ class Drawn:
             self.images = laid_out(draw, (uniform(draw, batch, channels, *size) * 1.4 - 0.2).to(dtype))[0]
         else:
             x = tensor(draw, (batch, channels, *size), dtype, hostile=hostile, most=4)
-            # Beside an infinite pixel the kernels' bilinear interpolation is NaN, and the definition infinite.
+            # Beside an infinite pixel the kernels' bilinear interpolation is NaN, the definition infinite.
             self.images = x if x.isfinite().all() else torch.where(x.isinf(), 1.0, x)
         steps = 0
         if colour:
