@@ -355,9 +355,10 @@ def sgd(draw):
             assert_same_bits(written.tensor, own[0][i], "stochastic rounding")
         else:
             rate = lr if lr_tensor is None else lr_tensor
-# A product may underflow before lr, which is 10 at most, makes it larger.
+            # A product may underflow before lr, which is 10 at most, makes it larger.
             tiny = 1e-322 if written.tensor.dtype == torch.float64 else 1e-43
-                        assert_near(written.tensor, want[0][i], size[0][i].abs() + rate * l1, "parameter", tiny=tiny)
+            terms = size[0][i].abs() + rate * l1
+            assert_near(written.tensor, want[0][i], terms, "parameter", tiny=tiny)
         written.check()
     for i, written in enumerate(buffers):
         assert_near(written.tensor, want[2][i], size[2][i], "momentum")
