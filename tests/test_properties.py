@@ -72,7 +72,7 @@ def test_very_many_inputs(name):
 
 @pytest.mark.long
 def test_masks_are_random():
-    """Of some 250 normal numbers, one beyond 5 is found in 7,000 runs. The streams are always the same."""
+    """Of some 250 normal numbers, one beyond 5 is found in 7,000 runs; the streams never change."""
     found = mask_statistics.small()
     assert len(found) > 150 and max(map(abs, found.values())) < 5, {
         k: z for k, z in found.items() if abs(z) > 4

@@ -27,6 +27,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .. import _patch, nn, optim
 from .._exchange import ExchangedName
 
+__all__: tuple[str, ...] = ()  # pytest finds its hooks by name; nobody else imports anything
+
 OPTIONS = ("patch", "convert", "optim")
 
 
