@@ -58,11 +58,7 @@ class Drawn:
             self.images = laid_out(draw, (uniform(draw, batch, channels, *size) * 1.4 - 0.2).to(dtype))[0]
         else:
             x = tensor(draw, (batch, channels, *size), dtype, hostile=hostile, most=4)
-<<<<<<< HEAD
             # Beside an infinite pixel the kernels interpolate to NaN, and the definition to infinity.
-=======
-            # Beside an infinite pixel the kernels' bilinear interpolation is NaN, the definition infinite.
->>>>>>> hostile
             self.images = x if x.isfinite().all() else torch.where(x.isinf(), 1.0, x)
         steps = 0
         if colour:
