@@ -1,4 +1,4 @@
-"""docs/known_faults.md: what fastreg does in two places where another library goes wrong, and that every test
+"""docs/known_faults.md: what fastreg does in places where another library goes wrong, and that every test
 and script that the page links to is there.
 """
 
@@ -49,3 +49,14 @@ def test_groups_for_two_optimisers_do_not_meet():
     torch.optim.Adam(fr.optim.penalty_groups(model, l2=1e-4), lr=0.001)
     second = fr.optim.SGD(fr.optim.penalty_groups(model, l2=1e-4), lr=0.5)
     assert [group["lr"] for group in second.param_groups] == [0.5] * len(second.param_groups)
+
+
+def test_step_hooks_run_once_whatever_optimisers_were_made_before():
+    weight, calls = torch.nn.Parameter(torch.ones(1)), []
+    torch.optim.SGD([weight], lr=0.5)  # torch wraps the step of this class now, that of fastreg's base
+    optimizer = fr.optim.SGD([weight], lr=0.5)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert calls == ["pre", "post"]
