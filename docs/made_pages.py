@@ -22,8 +22,9 @@ MADE = HERE / "generated"
 RESULTS = HERE.parent / "benchmarks" / "results"
 REPORT = HERE.parent / "report" / "index.html"
 
-# Commands, and the code behind them: what is behind a door is no public name.
-DOORS = {"fastreg.cli", "fastreg.benchmarks", "fastreg.lecture", "fastreg.__main__"}
+# Commands, and the code behind them: what is behind a door is no public name. The plugin of pytest has names
+# for pytest alone, and needs it.
+DOORS = {"fastreg.cli", "fastreg.benchmarks", "fastreg.lecture", "fastreg.__main__", "fastreg.testing"}
 
 
 # ------------------------------------------------------------------------------------------------------------
