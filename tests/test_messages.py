@@ -39,7 +39,7 @@ GENERATORS = {
 }
 
 
-@pytest.mark.parametrize("wrong", [3, "cpu", torch.manual_seed], ids=repr)
+@pytest.mark.parametrize("wrong", [3, "cpu", torch.manual_seed], ids=["number", "text", "function"])
 @pytest.mark.parametrize("name", GENERATORS)
 def test_what_is_no_generator(name, wrong):
     op = name.removeprefix("augment.").partition(".")[0].replace("Augment", "augment")
