@@ -482,6 +482,7 @@ def convert(model: _Model) -> _Model:
             _change_class(module, _BY_NAME[kind])
         elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
             _change_class(module, nn.DropPath)
+            vars(module)["_p"] = vars(module).pop("p")
     return model
 
 

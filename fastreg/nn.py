@@ -257,6 +257,12 @@ class DropPath(torch.nn.Module):
         check_number("DropPath", "p", scalar(p), 0, 1)
         self.p, self.scale_by_keep = p, scale_by_keep
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the attributes of torchvision's module, or of an older fastreg's, which has `p` among them."""
+        if "p" in state:
+            state = {**{name: value for name, value in state.items() if name != "p"}, "_p": state["p"]}
+        super().__setstate__(state)
+
     @property
     def p(self) -> float:
         """The probability of zeroing a sample; timm calls it drop_prob, which may be None."""

@@ -103,6 +103,7 @@ def test_another_word_is_refused():
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu():
     x = X.cuda()
     with fr.patched():
