@@ -293,6 +293,6 @@ def test_prior_scale_takes_a_tensor_of_one():
     for value in (torch.tensor(1e-4, dtype=torch.float64), torch.tensor([1e-4], dtype=torch.float64)):
         got = prior_scale(value, num_samples=100)
         assert got == prior_scale(1e-4, num_samples=100) and isinstance(got, float)
-    with pytest.raises(TypeError, match="prior_scale: value must be a number, got Tensor"):
+    with pytest.raises(TypeError, match="prior_scale: value must be one number, got Tensor of shape"):
         prior_scale(torch.ones(2))
     assert fr.optim.prior_scale(torch.tensor(0.0)) == float("inf")

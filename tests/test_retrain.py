@@ -149,7 +149,7 @@ class Stream(IterableDataset):
         (dict(seed=None), TypeError, "seed must be an int, got NoneType"),
         (dict(seed=1.5), TypeError, "seed must be an int, got float"),
         (dict(make=nn.Module), None, None),
-        (dict(make=3), TypeError, "make must be a function, got a int"),
+        (dict(make=3), TypeError, "make must be a function, got an int"),
         (dict(train_epoch=None), TypeError, "train_epoch must be a function"),
         (
             dict(train_data=(torch.ones(3), torch.ones(4))),
