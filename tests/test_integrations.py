@@ -309,7 +309,7 @@ def test_transformers_options_and_a_missing_metric(tmp_path):
     trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
     trainer.train()
     assert stop.stopper.epoch == 7 and len(seen) == 14
-    with pytest.raises(TypeError, match="EarlyStopping: arguments must be .*got 'wait'"):
+    with pytest.raises(TypeError, match=r"EarlyStopping: arguments must be .*got 'wait'"):
         EarlyStopping(wait=3)
 
 
