@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.compiler import is_exporting
-from torch.jit import is_scripting, is_tracing
+from torch.jit import is_scripting
 
 from ._checks import DTYPES
 from ._cross_entropy import cross_entropy
+from ._transforms import is_recorded
 
 # No class index has this value, so that none is ignored. timm's losses know no such index.
 _NONE_IGNORED = -(2**63)
@@ -23,14 +23,13 @@ _NONE_IGNORED = -(2**63)
 def _is_plain(*values: torch.Tensor) -> bool:
     """Whether the operator takes these tensors, two matrices or a matrix and its indices."""
     return (
-        not is_tracing()
+        not is_recorded()
         and all(type(value) in (torch.Tensor, torch.nn.Parameter) for value in values)
         and values[0].dim() == 2
         and values[0].numel() > 0
         and values[0].dtype in DTYPES
         # Autocast takes torch's cross-entropy up to float32 on every device, its log_softmax not on a CPU.
         and not (values[0].is_cpu and torch.is_autocast_enabled("cpu"))
-        and not is_exporting()
     )
 
 
