@@ -143,12 +143,30 @@ def _one(step: Step, log: Path, environment: dict[str, str], limit: float) -> di
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end_group(process)
             return {"status": "out of time", "reason": f"more than {limit:.0f} s"}
     if code == 0:
         return {"status": "ok", "exit": 0}
     return {"status": "failed", "exit": code, "reason": f"exit status {code}"}
+
+
+def _end_group(process: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
+    """Kill what a step started and wait for its death: SIGKILL returns before a process has let go of a GPU."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(
+        _alive_in(process.pid, stat) for stat in Path("/proc").glob("[0-9]*/stat")
+    ):
+        time.sleep(0.01)
+
+
+def _alive_in(group: int, stat: Path) -> bool:
+    try:
+        state, _, its_group = stat.read_text().rpartition(") ")[2].split()[:3]
+    except OSError:  # It has ended meanwhile.
+        return False
+    return int(its_group) == group and state not in "ZX"
 
 
 def status_of(results: list[dict[str, Any]]) -> int:
