@@ -44,6 +44,7 @@ Params: TypeAlias = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] 
 
 # The tensors of one device in a step: params, grads, momentum_buffers, momentum_started.
 Work: TypeAlias = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+_NO_AVERAGES: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
 
 # The options of a parameter group that torch.optim.SGD does not have.
@@ -281,6 +282,7 @@ def _step(
         float(group["dampening"]),
         float(group["weight_decay"]),
         float(group["l1"]),
+        0.0,
     )
     others = (
         bool(group["nesterov"]),
@@ -290,16 +292,18 @@ def _step(
         lr_tensor,
         None if grad_scale is None else grad_scale.to(device),
         None if found_inf is None else found_inf.to(device),
+        None,
+        None,
         draw_seed(device) if group["stochastic_rounding"] else None,
     )
     if not is_compiling():
-        sgd_with_numbers(*lists, numbers, *others)
+        sgd_with_numbers(*lists, *_NO_AVERAGES, numbers, *others)
     elif all(map(_fixed, numbers)) and min(numbers[0], numbers[1], numbers[3]) >= 0:
-        sgd_(*lists, *numbers, *others)
+        sgd_(*lists, *_NO_AVERAGES, *numbers, *others)
     else:
         # As factors of a tensor, rather than its contents, they stay inputs of inductor's graph too.
         one = torch.ones((), dtype=torch.float64, device="cpu")
-        sgd_numbers_(*lists, torch.stack([one * number for number in numbers]), *others)
+        sgd_numbers_(*lists, *_NO_AVERAGES, torch.stack([one * number for number in numbers]), *others)
 
 
 def _fixed(number: float) -> bool:
