@@ -25,7 +25,6 @@ from ._cross_entropy import (
     check_classes,
     class_index_error,
     loss_of,
-    loss_of_dtensors,
     plain_rows_,
     promoted_dtype,
     scaled,
@@ -313,10 +312,9 @@ def linear_cross_entropy(
     )
     soft = target.is_floating_point()
     if any(map(is_sharded, (hidden, weight, bias, target, class_weight))):
-        logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, -2)
-        target = target.flatten(0, -2) if soft else target.flatten()
-        loss = loss_of_dtensors(op, logits, target, class_weight, options)
-        return loss.view(shape) if reduction == "none" else loss
+        from ._placed_cross_entropy import linear_loss_of_dtensors
+
+        return linear_loss_of_dtensors(op, hidden, weight, bias, target, class_weight, options)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     target = target.detach().reshape(-1, classes) if soft else target.reshape(-1)
 
@@ -384,18 +382,20 @@ def check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def row_factor(hidden: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions) -> Tensor:
     """What each row's loss counts in the reduced one, (rows,): 1, or 1 / normaliser of a mean."""
-    inverse = torch.ones((), dtype=_sum_dtype(hidden), device=hidden.device)
+    one = torch.ones((), dtype=_sum_dtype(hidden), device=hidden.device)
     if options.reduction == 1:
-        if target.is_floating_point():
-            normaliser = torch.full_like(inverse, len(target))
-        else:
-            counted = target != options.ignore_index
-            if class_weight is None:
-                normaliser = counted.sum()
-            else:
-                weights = class_weight[target.clamp(0, len(class_weight) - 1)].where(counted, 0)
-                normaliser = weights.sum(dtype=inverse.dtype)
-        inverse = 1 / normaliser.to(inverse.dtype)
+        normaliser = row_weights(target, class_weight, options.ignore_index, one.dtype).sum()
+        one = 1 / normaliser
         if options.all_ignored_zero:
-            inverse = torch.where(normaliser == 0, 0.0, inverse)
-    return inverse.to(statistics_dtype(hidden)).expand(len(hidden)).contiguous()
+            one = torch.where(normaliser == 0, 0.0, one)
+    return one.to(statistics_dtype(hidden)).expand(len(hidden)).contiguous()
+
+
+def row_weights(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What each row counts in the normaliser of a mean: 1, the weight of its class, or 0 where ignored."""
+    if target.is_floating_point():
+        return target.new_ones(target.shape[:1] + target.shape[2:], dtype=dtype)
+    counted = target != ignore_index
+    if class_weight is None:
+        return counted.to(dtype)
+    return class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)].where(counted, 0)

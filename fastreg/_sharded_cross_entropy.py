@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.compiler import is_compiling
-from torch.distributed.device_mesh import DeviceMesh
 
 from ._checks import ArgumentError, UnsupportedError, check_tensor
 from ._cross_entropy import (
@@ -461,6 +460,8 @@ def _group_name(op: str, group: Any) -> str:
         )
     if group is None:
         group = dist.group.WORLD
+    from torch.distributed.device_mesh import DeviceMesh  # torch itself does not import it
+
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -573,12 +574,20 @@ def cross_entropy(
         op, local_logits, target, weight, options,
         classes=num_classes, expected=(shape, local_logits.shape), name="local_logits",
     )  # fmt: skip
-    soft = target.is_floating_point()
-    logits = local_logits.movedim(1, -1).flatten(0, -2)
-    target = target.detach().movedim(1, -1).flatten(0, -2) if soft else target.reshape(-1)
     _check_indices(op, target, options, num_classes)
+    return sharded_loss(local_logits, target, weight, options, shard)
+
+
+def sharded_loss(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: tuple[str, int, int]
+) -> Tensor:
+    """The loss of arguments that are checked. shard: the group's name, first_class and num_classes."""
+    soft = target.is_floating_point()
+    shape = logits.shape[:1] + logits.shape[2:]
+    logits = logits.movedim(1, -1).flatten(0, -2)
+    target = target.detach().movedim(1, -1).flatten(0, -2) if soft else target.reshape(-1)
     factor = row_factor(logits, target, weight, options)
-    each = reduction == "none"
+    each = options.reduction == 0
     if torch.is_grad_enabled() and logits.requires_grad:
         loss = _ShardedCrossEntropy.apply(logits, target, factor, weight, each, *shard, *options.of_row())
     else:
@@ -663,11 +672,20 @@ def linear_cross_entropy(
         classes=num_classes, expected=(shape, torch.Size((*shape, columns))), name="hidden",
         weight_name="class_weight",
     )  # fmt: skip
+    return sharded_linear_loss(op, hidden, weight, bias, target, class_weight, options, shard)
+
+
+def sharded_linear_loss(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, options: LossOptions, shard: tuple[str, int, int],
+) -> Tensor:  # fmt: skip
+    """The loss of arguments that are checked. shard: the group's name, first_class and num_classes."""
+    shape = hidden.shape[:-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     target = target.detach().flatten(0, -2) if target.is_floating_point() else target.reshape(-1)
-    _check_indices(op, target, options, num_classes)
+    _check_indices(op, target, options, shard[2])
     factor = row_factor(hidden, target, class_weight, options)
-    each = reduction == "none"
+    each = options.reduction == 0
     arguments = hidden, weight, bias, target, factor, class_weight
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
         loss = _ShardedLinearCrossEntropy.apply(*arguments, each, *shard, *options.of_row())
