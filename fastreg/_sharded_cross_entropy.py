@@ -46,6 +46,7 @@ from ._linear_cross_entropy import (
     row_factor,
     weighted_sum,
 )
+from ._ranks import process_group
 from ._registry import define_kernel
 from ._transforms import autocast_dtype, is_sharded, is_transformed
 
@@ -453,36 +454,13 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
 # ---- the public functions
 
 
-def _group_name(op: str, group: Any) -> str:
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError(
-            f"{op}: there must be a process group, got none; call torch.distributed.init_process_group()"
-        )
-    if group is None:
-        group = dist.group.WORLD
-    from torch.distributed.device_mesh import DeviceMesh  # torch itself does not import it
-
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"{op}: group must be a mesh of one dimension, got {group.ndim}; give mesh['tp']"
-            )
-        group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{op}: group must be a ProcessGroup that this rank is in, a DeviceMesh or None, got "
-            f"{type(group).__name__}"
-        )
-    return group.group_name
-
-
 def _checked_shard(op: str, group: Any, first_class: int, num_classes: int) -> tuple[str, int, int]:
     for name, value, least in (("first_class", first_class, 0), ("num_classes", num_classes, 1)):
         if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
-    return _group_name(op, group), int(first_class), int(num_classes)
+    return process_group(op, group).group_name, int(first_class), int(num_classes)
 
 
 def _refuse(op: str, *tensors: Tensor | None) -> None:
