@@ -130,12 +130,12 @@ def dropout_apply_plain(
 # --- The operators: their schemas, and the shapes of their results for torch.compile.
 
 define(
-    "dropout(Tensor input, float p, Tensor seed, int offset=0, SymInt inner=1, float scale=1.0, "
+    "dropout(Tensor input, float p, Tensor seed, SymInt offset=0, SymInt inner=1, float scale=1.0, "
     "float shift=0.0, float dropped=0.0) -> (Tensor output, Tensor mask)",
     plain=dropout_plain,
 )
 define(
-    "dropout_(Tensor(a!) input, float p, Tensor seed, int offset=0, SymInt inner=1, float scale=1.0, "
+    "dropout_(Tensor(a!) input, float p, Tensor seed, SymInt offset=0, SymInt inner=1, float scale=1.0, "
     "float shift=0.0, float dropped=0.0) -> Tensor mask",
     plain=dropout_inplace_plain,
 )
@@ -280,7 +280,7 @@ def _differentiable(input, p, seed, offset, inner, form):
 # fail (two dropouts under dynamic=True), compute with them inexactly, and lose the derivative under
 # torch.func.grad. It leaves an operator to AOTAutograd, which does none of that.
 define_composite(
-    "dropout_traced(Tensor input, float p, Tensor seed, int offset, SymInt inner, str form) "
+    "dropout_traced(Tensor input, float p, Tensor seed, SymInt offset, SymInt inner, str form) "
     "-> (Tensor output, Tensor mask)",
     _differentiable,
 )
