@@ -1,6 +1,6 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _adamw, _registry, _sum_of_squares, augment, nn, optim  # noqa: F401
+from . import _adamw, _registry, _sum_of_squares, augment, distributed, nn, optim  # noqa: F401
 from ._cross_entropy import cross_entropy
 from ._dropout import dropout, dropout_with_mask
 from ._dropout_add import dropout_add
@@ -38,6 +38,7 @@ __all__ = [
     "calibration_error",
     "convert",
     "cross_entropy",
+    "distributed",
     "drop_path",
     "dropout",
     "dropout1d",
