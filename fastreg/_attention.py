@@ -1,0 +1,655 @@
+"""Attention with dropout on its weights, without ever holding all of the weights.
+
+O = dropout(softmax(Q K^T * scale + mask)) V, one block of query rows after another: its scores, their softmax
+and its dropout stay in the processor's cache and are overwritten by those of the next block. Kept for the
+backward pass are the inputs and the seed; it computes the same blocks with the same mask again. So memory
+grows with the number of queries and of keys, and not with their product. Attention: Vaswani et al. 2017,
+Attention is all you need; by blocks: Rabe, Staats 2021, Self-attention does not need O(n^2) memory, and Dao
+et al. 2022, FlashAttention.
+
+Whether a weight is dropped depends on (seed, its row-major index in (batch, head, query, key)) alone, as
+everywhere in fastreg: blocks, threads and shards do not show. Deviation from both sources: a row's keys are
+not cut into blocks, because a row of scores fits into the cache of a processor, and so the softmax needs no
+running maximum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ._checks import (
+    ArgumentError,
+    arithmetic_dtype,
+    check_dense,
+    check_dtype,
+    check_generator,
+    check_number,
+    check_tensor,
+    scalar,
+)
+from ._dropout import constants_of, dropout_inplace_op, dropout_op
+from ._dropout_masks import unpack_mask
+from ._registry import define_composite, define_kernel
+from ._seeds import draw_seed
+from ._transforms import autocast_dtype, is_transformed, without_autocast
+
+# torch's own, also while it is patched.
+_torchs = torch.nn.functional.scaled_dot_product_attention
+
+# --- The definition in plain torch.
+
+
+def attention_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    kept: Tensor,
+    factor: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The output, by way of all weights; a query that may see no key gets 0.
+
+    kept: bool of the weights' shape, (..., L, S). factor: what kept weights are multiplied with.
+    """
+    wide = arithmetic_dtype(query)
+    scores = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
+    if attn_mask is not None and attn_mask.dtype != torch.bool:
+        scores = scores + attn_mask.to(wide)
+    elif attn_mask is not None:
+        scores = scores + torch.zeros_like(attn_mask, dtype=wide).masked_fill(~attn_mask, -math.inf)
+    if is_causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    unseeing = (scores == -math.inf).all(-1, keepdim=True)
+    weights = scores.masked_fill(unseeing, 0).softmax(-1).masked_fill(unseeing, 0)
+    return (torch.where(kept, weights * factor, 0) @ value.to(wide)).to(query.dtype)
+
+
+def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
+    """The definition with the mask of a seed. The operator of dropout only draws, and torch's operators, which
+    know every derivative, do the rest.
+    """
+    shape = (*_batch_of(query, key, value), query.shape[-2], key.shape[-2])
+    one = torch.empty(1, dtype=torch.float32, device=query.device)
+    mask = dropout_op(one.expand(math.prod(shape)), p, seed)[1]
+    return attention_plain(
+        query, key, value, attn_mask, unpack_mask(mask, shape), _factor(p), is_causal, scale
+    )
+
+
+def _batch_of(*tensors: Tensor) -> torch.Size:
+    return torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
+
+
+def _factor(p: float) -> float:
+    return constants_of("inverted", p)[0]
+
+
+# --- The same by blocks.
+
+_BLOCK_BYTES = 2**18  # of scores: with two more blocks beside them they stay in a second-level cache
+_BLOCK_BYTES_GPU = 2**26  # a kernel must be large enough to fill the device
+_CAUSAL_PARTS = 8  # rows of a causal head are cut at least that often: only so is half of the work left out
+_CAUSAL_ROWS = 64  # but not below that many
+
+
+class _Block(NamedTuple):
+    """Rows [row, end) of the heads [head, last) of part `outer` of the batch, and the keys that they see."""
+
+    outer: int
+    head: int
+    last: int
+    row: int
+    end: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.last - self.head, self.end - self.row, self.columns
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.head, self.last)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.end)
+
+
+class _Blocks:
+    """The tensors of an attention, cut into blocks, and the memory in which a block is computed.
+
+    A block has all rows of some heads, or some rows of one head: so the indices of its weights are
+    neighbours, and one call draws their mask.
+    """
+
+    def __init__(self, query, key, value, attn_mask, p, is_causal, scale, seed, whole, start, one_head=False):
+        wide = arithmetic_dtype(query)
+        self.batch = _batch_of(query, key, value)
+        self.length, self.keys = query.shape[-2], key.shape[-2]
+        self.is_causal, self.p, self.scale, self.seed = is_causal, p, scale, seed
+        self.factor = _factor(p)
+        self.heads_in_all = math.prod(self.batch)
+
+        tensors = [_readable(t, wide) for t in (query, key, value)]
+        tensors = [t.expand(*self.batch, *t.shape[-2:]) for t in tensors]
+        mask = None if attn_mask is None else attn_mask.expand(*self.batch, self.length, self.keys)
+        apart = bool(whole) or not all(
+            _is_mergeable(t) for t in (*tensors, *([] if mask is None else [mask]))
+        )
+        self.inner = self.batch[-1] if apart else self.heads_in_all
+        self.query, self.key, self.value = (self._cut(t) for t in tensors)
+        self.mask = None if mask is None else self._cut(mask)
+        # The global number of the first head of each part, which counts in the shape of the whole batch.
+        self.first_heads = _first_heads(self.batch, self.inner, whole, start)
+
+        size = (_BLOCK_BYTES if query.is_cpu else _BLOCK_BYTES_GPU) // tensors[0].element_size()
+        self.group, self.step = self._sizes(size, one_head)
+        self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(3)]
+        self.later = None
+        if is_causal:
+            square = torch.ones(self.step, self.step, dtype=torch.bool, device=query.device)
+            self.later = square.triu(1)
+
+    def _cut(self, tensor: Tensor) -> list[Tensor]:
+        """Views of shape (heads, rows, columns), one for each part of the batch."""
+        if self.inner == self.heads_in_all:
+            return [tensor.view(-1, *tensor.shape[-2:])]
+        return list(_all_of(tensor))
+
+    def _sizes(self, size: int, one_head: bool) -> tuple[int, int]:
+        """(heads, rows) of a block of about `size` scores."""
+        step = max(size // self.keys // 8 * 8, 32)
+        if self.is_causal:
+            step = min(step, max(_CAUSAL_ROWS, -(-self.length // _CAUSAL_PARTS)))
+        if step < self.length:
+            return 1, step
+        group = 1 if one_head else max(size // (self.length * self.keys), 1)
+        return min(group, self.inner), self.length
+
+    def __iter__(self) -> Iterator[_Block]:
+        for outer in range(len(self.query)):
+            for head in range(0, self.inner, self.group):
+                last = min(head + self.group, self.inner)
+                for row in range(0, self.length, self.step):
+                    end = min(row + self.step, self.length)
+                    yield _Block(
+                        outer, head, last, row, end, min(end, self.keys) if self.is_causal else self.keys
+                    )
+
+    def number(self, block: _Block) -> slice:
+        """Which heads of the flattened batch a block has."""
+        first = block.outer * self.inner
+        return slice(first + block.head, first + block.last)
+
+    def space(self, which: int, shape: Sequence[int]) -> Tensor:
+        return self.memory[which][: math.prod(shape)].view(shape)
+
+    def weights(self, block: _Block) -> Tensor:
+        """The softmax of a block's scores, in the second memory; the scores are left in the first."""
+        query = self.query[block.outer][block.heads, block.rows]
+        keys = self.key[block.outer][block.heads, : block.columns].transpose(1, 2)
+        scores, weights = self.space(0, block.shape), self.space(1, block.shape)
+        if self.mask is None:
+            torch.baddbmm(scores, query, keys, beta=0, alpha=self.scale, out=scores)
+        else:
+            mask = self.mask[block.outer][block.heads, block.rows, : block.columns]
+            if mask.dtype == torch.bool:
+                scores.fill_(-math.inf).masked_fill_(mask, 0.0)
+            else:
+                scores.copy_(mask)
+            scores.baddbmm_(query, keys, alpha=self.scale)
+        if self.later is not None and block.row < block.columns:
+            rows, columns = block.end - block.row, block.columns - block.row
+            scores[..., block.row :].masked_fill_(self.later[:rows, :columns], -math.inf)
+        torch.softmax(scores, -1, out=weights)
+        # A row of -inf alone gives NaN, and shall give 0. On a CPU it costs little to look for it.
+        if not weights.is_cpu or bool(weights[..., 0].isnan().any()):
+            weights.masked_fill_((scores == -math.inf).all(-1, keepdim=True), 0.0)
+        return weights
+
+    def dropped(self, block: _Block, weights: Tensor, which: int) -> Tensor:
+        """Dropout of a block's weights, in memory `which`. It may be that of the weights themselves.
+
+        A draw is for whole rows. Where the block has a part of them, the rest is drawn in vain.
+        """
+        heads, rows, columns = block.shape
+        whole = self.space(which, (heads, rows, self.keys))
+        part = whole[..., :columns]
+        if part.data_ptr() != weights.data_ptr() or columns != self.keys:
+            part.copy_(weights)
+        first = (self.first_heads[block.outer] + block.head) * self.length + block.row
+        dropout_inplace_op(whole, self.p, self.seed, first * self.keys, 1, self.factor)
+        return part
+
+
+def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a type and with strides that matrix products take as they are."""
+    tensor = tensor.to(dtype)
+    if tensor.stride(-1) != 1 or tensor.stride(-2) < tensor.shape[-1]:
+        return tensor.contiguous()
+    return tensor
+
+
+def _is_mergeable(tensor: Tensor) -> bool:
+    """Whether the dimensions of the batch can become one without a copy."""
+    try:
+        tensor.view(-1, *tensor.shape[-2:])
+    except RuntimeError:
+        return False
+    return True
+
+
+def _all_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The parts of a tensor of shape (..., heads, rows, columns) with three dimensions."""
+    if tensor.dim() == 3:
+        yield tensor
+        return
+    for part in tensor:
+        yield from _all_of(part)
+
+
+def _first_heads(batch: torch.Size, inner: int, whole: Sequence[int], start: Sequence[int]) -> list[int]:
+    """The global number of the first head of each part of the batch that is worked on.
+
+    whole, start: the shape of the batch of which this is a part, and where the part begins; empty: all of it.
+    """
+    if not whole:
+        return [inner * i for i in range(math.prod(batch) // inner)]
+    numbers = torch.arange(math.prod(whole)).view(*whole)
+    for dim, (first, size) in enumerate(zip(start, batch, strict=True)):
+        numbers = numbers.narrow(dim, first, size)
+    return numbers.reshape(-1, inner)[:, 0].tolist()
+
+
+@torch.no_grad()
+def _forward(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start) -> Tensor:
+    """The output, block by block."""
+    batch = _batch_of(query, key, value)
+    output = query.new_zeros(*batch, query.shape[-2], value.shape[-1], dtype=arithmetic_dtype(query))
+    if not (output.numel() and key.shape[-2]):
+        return output.to(query.dtype)
+    blocks = _Blocks(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
+    flat = output.view(-1, *output.shape[-2:])
+    with without_autocast(query.device.type):
+        for block in blocks:
+            weights = blocks.dropped(block, blocks.weights(block), 0 if is_causal else 1)
+            values = blocks.value[block.outer][block.heads, : block.columns]
+            target = flat[blocks.number(block), block.rows]
+            torch.bmm(weights, values, out=target)
+    return output.to(query.dtype)
+
+
+@torch.no_grad()
+def _backward(
+    grad, query, key, value, attn_mask, p, is_causal, scale, seed, wants, whole, start
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and the mask; `wants` has a letter of "qkvm" for each that is
+    computed, and the others come back empty.
+
+    With the weights W, the dropped weights D and the output's gradient G: dV = D^T G, and the gradient of
+    the scores is D * (G V^T) - W * (sum of D * (G V^T) over the row).
+    """
+    wide, batch = arithmetic_dtype(query), _batch_of(query, key, value)
+    length, keys = query.shape[-2], key.shape[-2]
+
+    def zeros(letter: str, *shape: int) -> Tensor:
+        return query.new_zeros(shape if letter in wants else (0,), dtype=wide)
+
+    # Those of key and value are summed up transposed, in which form matrix products write rows.
+    d_query = zeros("q", *batch, length, query.shape[-1])
+    d_key, d_value = zeros("k", *batch, key.shape[-1], keys), zeros("v", *batch, value.shape[-1], keys)
+    d_mask = zeros("m", *(attn_mask.shape if attn_mask is not None else ()))
+    if math.prod(batch) and length and keys:
+        blocks = _Blocks(
+            query, key, value, attn_mask, p, is_causal, scale, seed, whole, start, one_head="m" in wants
+        )
+        grad = _readable(grad, wide).expand(*batch, length, value.shape[-1])
+        grads = grad.reshape(-1, *grad.shape[-2:])
+        flat = [t.view(-1, *t.shape[-2:]) if t.dim() > 1 else t for t in (d_query, d_key, d_value)]
+        with without_autocast(query.device.type):
+            for block in blocks:
+                d_scores = _backward_of(blocks, block, grads[blocks.number(block), block.rows], *flat, wants)
+                if "m" in wants:
+                    _add_to_mask(d_mask, d_scores[0], block, blocks)
+    found = d_query, d_key.mT if "k" in wants else d_key, d_value.mT if "v" in wants else d_value, d_mask
+    likes = query, key, value, attn_mask
+    return tuple(
+        g.sum_to_size(like.shape).to(like.dtype).contiguous() if letter in wants else query.new_empty(0)
+        for letter, g, like in zip("qkvm", found, likes, strict=True)
+    )
+
+
+def _backward_of(blocks, block, grad, d_query, d_key, d_value, wants) -> Tensor:
+    """Add a block's part to the gradients, and give the gradient of its scores, in the third memory."""
+    weights = blocks.weights(block)
+    dropped = blocks.dropped(block, weights, 0)
+    heads, number = block.heads, blocks.number(block)
+    d_scores = blocks.space(2, block.shape)
+    if "v" in wants:
+        _add_product(d_value[number, :, : block.columns], grad.transpose(1, 2), dropped, 1.0)
+    if wants == "v":
+        return d_scores
+    torch.bmm(grad, blocks.value[block.outer][heads, : block.columns].transpose(1, 2), out=d_scores)
+    d_scores.mul_(dropped)
+    d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
+    if "q" in wants:
+        keys = blocks.key[block.outer][heads, : block.columns]
+        _add_product(d_query[number, block.rows], d_scores, keys, blocks.scale)
+    if "k" in wants:
+        query = blocks.query[block.outer][heads, block.rows].transpose(1, 2)
+        _add_product(d_key[number, :, : block.columns], query, d_scores, blocks.scale)
+    return d_scores
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """total += factor * a @ b, of batches of matrices."""
+    total.baddbmm_(a, b, alpha=factor)
+
+
+def _add_to_mask(d_mask: Tensor, d_scores: Tensor, block: _Block, blocks: _Blocks) -> None:
+    """Add the gradient of the scores of one head to that of the mask, which may be broadcast."""
+    whole = d_mask.view((1,) * (len(blocks.batch) + 2 - d_mask.dim()) + d_mask.shape)
+    index = _unravelled(block.outer * blocks.inner + block.head, blocks.batch)
+    part = whole[tuple(i if size > 1 else 0 for i, size in zip(index, whole.shape, strict=False))]
+    part = part[block.rows if part.shape[0] > 1 else slice(1)]
+    part = part[:, : block.columns]  # a single column stays what it is
+    part += d_scores.sum_to_size(part.shape)
+
+
+def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
+    index = []
+    for size in reversed(shape):
+        number, i = divmod(number, size)
+        index.append(i)
+    return index[::-1]
+
+
+define_kernel(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, bool is_causal, "
+    "float scale, Tensor seed, int[] whole, int[] start) -> Tensor",
+    _forward,
+)
+define_kernel(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, "
+    "bool is_causal, float scale, Tensor seed, str wants, int[] whole, int[] start) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+)
+
+
+@torch.library.register_fake("fastreg::attention", allow_override=True)
+def _(query, key, value, *args):
+    return query.new_empty(*_batch_of(query, key, value), query.shape[-2], value.shape[-1])
+
+
+@torch.library.register_fake("fastreg::attention_backward", allow_override=True)
+def _(grad, query, key, value, attn_mask, p, is_causal, scale, seed, wants, *args):
+    return tuple(
+        like.new_empty(like.shape) if letter in wants else query.new_empty(0)
+        for letter, like in zip("qkvm", (query, key, value, attn_mask), strict=True)
+    )
+
+
+_attention_op = torch.ops.fastreg.attention.default
+_attention_backward_op = torch.ops.fastreg.attention_backward.default
+
+
+# --- Autograd.
+
+
+class _Attention(torch.autograd.Function):
+    """Its backward pass computes the weights again, block by block."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, attn_mask, p, is_causal, scale, seed, whole, start):
+        ctx.save_for_backward(query, key, value, attn_mask, seed)
+        ctx.options = p, is_causal, scale
+        ctx.part = whole, start
+        return _attention_op(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, attn_mask, seed = ctx.saved_tensors
+        wants = "".join(name for name, wanted in zip("qkvm", ctx.needs_input_grad, strict=False) if wanted)
+        inputs = query, key, value, attn_mask
+        if torch.is_grad_enabled() or is_transformed():
+            # For derivatives of derivatives, and of batches of them, by the definition.
+            with torch.enable_grad(), without_autocast(query.device.type):
+                output = _by_torch(*inputs, *ctx.options, seed)
+                wanted = [x for name, x in zip("qkvm", inputs, strict=True) if name in wants]
+                gradients = torch.autograd.grad(output, wanted, grad, create_graph=torch.is_grad_enabled())
+            found = dict(zip(wants, gradients, strict=True))
+        else:
+            gradients = _attention_backward_op(grad, *inputs, *ctx.options, seed, wants, *ctx.part)
+            found = {name: g for name, g in zip("qkvm", gradients, strict=True) if name in wants}
+        return *(found.get(name) for name in "qkvm"), *(None,) * 6
+
+
+def _differentiable(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
+    """The output with a derivative; under transforms by torch's operators."""
+    if is_transformed():
+        with without_autocast(query.device.type):
+            return _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed)
+    return _Attention.apply(query, key, value, attn_mask, p, is_causal, scale, seed, [], [])
+
+
+# What torch.compile sees, for the reasons given at dropout_traced.
+define_composite(
+    "attention_traced(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, bool is_causal, "
+    "float scale, Tensor seed) -> Tensor",
+    _differentiable,
+)
+
+
+# --- The public function.
+
+
+def _check(op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
+    """Raise unless the tensors fit together, heads that are shared left aside."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_dense(op, name, tensor)
+        check_dtype(op, name, tensor)
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ArgumentError(
+                f"{op}: {name} must be {query.dtype} on {query.device} as query is, got {tensor.dtype} on "
+                f"{tensor.device}; convert it with .to(query)"
+            )
+        if tensor.dim() < 2:
+            raise ArgumentError(
+                f"{op}: {name} must have at least 2 dimensions, (..., length, width), got shape "
+                f"{tuple(tensor.shape)}; give it the missing ones with .view()"
+            )
+    if key.shape[-1] != query.shape[-1]:  # (..., S, E)
+        raise ArgumentError(
+            f"{op}: key must have the width of query, {query.shape[-1]}, got shape {tuple(key.shape)}; "
+            "project both to one width"
+        )
+    if value.shape[-2] != key.shape[-2]:  # (..., S, Ev)
+        raise ArgumentError(
+            f"{op}: value must have a row for each of the {key.shape[-2]} rows of key, got shape "
+            f"{tuple(value.shape)}; take both from the same tokens"
+        )
+    if attn_mask is None:
+        return
+    check_dense(op, "attn_mask", attn_mask)
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise ArgumentError(
+            f"{op}: attn_mask must be bool, float32 or {query.dtype} as query is, got {attn_mask.dtype}; "
+            "convert it with .bool() or .to(query.dtype)"
+        )
+    if attn_mask.device != query.device:
+        raise ArgumentError(
+            f"{op}: attn_mask must be on {query.device} as query is, got {attn_mask.device}; move it with "
+            ".to(query.device)"
+        )
+
+
+def _check_broadcast(
+    op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> None:
+    """Raise unless the dimensions of the batch and the mask broadcast."""
+    shapes = [t.shape[: -3 if enable_gqa else -2] for t in (query, key, value)]
+    try:
+        batch = torch.broadcast_shapes(*shapes)
+    except RuntimeError:
+        hint = "" if enable_gqa else "; where query has more heads, set enable_gqa=True"
+        raise ArgumentError(
+            f"{op}: the dimensions of query, key and value before the last two must broadcast, got shapes "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}{hint or '; expand them'}"
+        ) from None
+    if attn_mask is None:
+        return
+    heads = query.shape[-3:-2] if enable_gqa else ()
+    weights = torch.Size((*batch, *heads, query.shape[-2], key.shape[-2]))
+    sizes = zip(reversed(attn_mask.shape), reversed(weights), strict=False)
+    if attn_mask.dim() > len(weights) or any(size not in (1, want) for size, want in sizes):
+        raise ArgumentError(
+            f"{op}: attn_mask must broadcast to the weights' shape {tuple(weights)}, got "
+            f"{tuple(attn_mask.shape)}; give it the missing dimensions with .unsqueeze()"
+        )
+
+
+def _by_groups(
+    op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The heads of query in groups, (..., groups, heads of a group, length, width), one for each head of key
+    and value, which are not copied.
+    """
+    if min(t.dim() for t in (query, key, value)) < 3:
+        raise ArgumentError(
+            f"{op}: with enable_gqa=True the tensors must have at least 3 dimensions, (..., heads, length, "
+            f"width), got shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; give them "
+            "the missing one with .unsqueeze(0)"
+        )
+    heads, groups = query.shape[-3], key.shape[-3]
+    for name, tensor in (("key", key), ("value", value)):
+        if not tensor.shape[-3] or heads % tensor.shape[-3]:
+            raise ArgumentError(
+                f"{op}: the heads of {name} must divide those of query, {heads}, got {tensor.shape[-3]}; "
+                "repeat them so that they do"
+            )
+    if value.shape[-3] != groups:  # rare: a head of query has a neighbour for its keys and not for its values
+        groups = math.gcd(groups, 1)
+        key, value = (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
+        return query, key, value, attn_mask
+    query = query.unflatten(-3, (groups, heads // groups))
+    key, value = key.unsqueeze(-3), value.unsqueeze(-3)
+    if attn_mask is not None and attn_mask.dim() > 2:
+        shared = attn_mask.shape[-3] == 1
+        attn_mask = attn_mask.unsqueeze(-3) if shared else attn_mask.unflatten(-3, (groups, heads // groups))
+    return query, key, value, attn_mask
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """dropout(softmax(query @ key.T * scale + mask)) @ value; drop-in for
+    `torch.nn.functional.scaled_dot_product_attention`.
+
+    With dropout, memory for the forward and the backward pass grows with L and with S, not with L * S as
+    torch's does on a CPU. Without dropout torch's own function is called.
+
+    Args:
+        query: (..., L, E); float32, float64, float16 or bfloat16; any strides.
+        key: (..., S, E), of the dtype and on the device of `query`.
+        value: (..., S, Ev), likewise. The dimensions before the last two broadcast.
+        attn_mask: broadcasts to (..., L, S). bool: True where a query may see a key; float32 or the dtype of
+            query: added to the scores, with a gradient.
+        dropout_p: probability of dropping a weight, in [0, 1]; exact to 2^-32. There is no training mode: it
+            drops whenever it is above 0.
+        is_causal: query i sees the keys up to i only; not with a mask.
+        scale: of the scores; 1 / sqrt(E) if None.
+        enable_gqa: heads of key and value, dimension -3, are shared by as many heads of query as there are
+            for each.
+        generator: torch.Generator on the query's device to draw the seed from; the default generator if None.
+
+    Returns:
+        (..., L, Ev), of the dtype of query, contiguous. A query that may see no key gets 0. Arithmetic is
+        float32 (float64 for float64), with one rounding. Kept for backward are the inputs and a seed. The
+        backward pass computes the weights again. Twice differentiable in query, key, value and a float mask;
+        second derivatives hold all weights. Under autocast its dtype is taken, as by torch's function.
+
+    Raises:
+        ValueError: dropout_p outside [0, 1] or NaN; shapes, dtypes or devices that do not fit; a mask and
+            is_causal at once; a scale that is not finite; a dtype without kernels.
+        TypeError: a tensor that is none, or another argument of the wrong type.
+
+    Where torch raises a RuntimeError, a ValueError is a RuntimeError, too.
+
+    Source: Vaswani et al. 2017; by blocks: Rabe, Staats 2021 and Dao et al. 2022, FlashAttention; dropout:
+    Srivastava et al. 2014.
+    """
+    op = "scaled_dot_product_attention"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(op, name, tensor)
+    if attn_mask is not None:
+        check_tensor(op, "attn_mask", attn_mask)
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{op}: {name} must be True or False, got {type(flag).__name__}")
+    p, scale = scalar(dropout_p), scalar(scale)
+    check_number(op, "dropout_p", p, 0, 1, allow_bool=True)
+    if scale is not None:
+        check_number(op, "scale", scale, finite=True, allow_bool=True)
+    check_generator(op, generator)
+    query, key, value, attn_mask = _as_autocast(query, key, value, attn_mask)
+    _check(op, query, key, value, attn_mask)
+    if is_causal and attn_mask is not None:
+        raise ArgumentError(
+            f"{op}: attn_mask must be None where is_causal=True, got a mask of shape {tuple(attn_mask.shape)}; "
+            "join them: attn_mask & torch.ones_like(attn_mask).tril()"
+        )
+    _check_broadcast(op, query, key, value, attn_mask, enable_gqa)
+    if p == 0:
+        return _torchs(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0  # without a width all scores are 0
+    heads = query.shape[-3] if enable_gqa and query.dim() > 2 else None
+    if enable_gqa:
+        query, key, value, attn_mask = _by_groups(op, query, key, value, attn_mask)
+    arguments = query, key, value, attn_mask, float(p), is_causal, float(scale)
+    output = _run(*arguments, draw_seed(query.device, generator))
+    return output if heads is None or output.shape[-3] == heads else output.flatten(-4, -3)
+
+
+def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
+    """The output, through autograd only where a derivative is needed."""
+    arguments = query, key, value, attn_mask, p, is_causal, scale, seed
+    if is_compiling():
+        return torch.ops.fastreg.attention_traced(*arguments)
+    inputs = (t for t in arguments[:4] if t is not None)
+    if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+        return _differentiable(*arguments)
+    return _attention_op(*arguments, [], [])
+
+
+def _as_autocast(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors in the dtype of autocast, where it is on for their device; float64 stays as it is."""
+    dtype = autocast_dtype(query.device.type)
+    if dtype is None:
+        return query, key, value, attn_mask
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    query, key, value = (t.to(dtype) if t.dtype in narrow else t for t in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype in narrow:
+        attn_mask = attn_mask.to(dtype)
+    return query, key, value, attn_mask
