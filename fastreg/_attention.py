@@ -95,6 +95,7 @@ def _factor(p: float) -> float:
 
 # --- The same by blocks.
 
+_LOG2_E = 1 / math.log(2)
 _BLOCK_BYTES = 2**18  # of scores: with two more blocks beside them they stay in a second-level cache
 _BLOCK_BYTES_GPU = 2**26  # a kernel must be large enough to fill the device
 _CAUSAL_PARTS = 8  # rows of a causal head are cut at least that often: only so is half of the work left out
@@ -156,8 +157,7 @@ class _Blocks:
         self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(3)]
         self.later = None
         if is_causal:
-            square = torch.ones(self.step, self.step, dtype=torch.bool, device=query.device)
-            self.later = square.triu(1)
+            self.later = tensors[0].new_full((self.step, self.step), -math.inf).triu_(1)
 
     def _cut(self, tensor: Tensor) -> list[Tensor]:
         """Views of shape (heads, rows, columns), one for each part of the batch."""
@@ -193,28 +193,29 @@ class _Blocks:
     def space(self, which: int, shape: Sequence[int]) -> Tensor:
         return self.memory[which][: math.prod(shape)].view(shape)
 
-    def weights(self, block: _Block) -> Tensor:
-        """The softmax of a block's scores, in the second memory; the scores are left in the first."""
+    def scores(self, block: _Block, minus: Tensor | None = None) -> Tensor:
+        """A block's scores in units of log 2, less `minus` of each row, in the first memory."""
         query = self.query[block.outer][block.heads, block.rows]
         keys = self.key[block.outer][block.heads, : block.columns].transpose(1, 2)
-        scores, weights = self.space(0, block.shape), self.space(1, block.shape)
-        if self.mask is None:
-            torch.baddbmm(scores, query, keys, beta=0, alpha=self.scale, out=scores)
-        else:
-            mask = self.mask[block.outer][block.heads, block.rows, : block.columns]
-            if mask.dtype == torch.bool:
-                scores.fill_(-math.inf).masked_fill_(mask, 0.0)
+        scores = self.space(0, block.shape)
+        factor, beta = self.scale * _LOG2_E, 0
+        if self.mask is not None:
+            mask, beta = self.mask[block.outer][block.heads, block.rows, : block.columns], 1
+            if mask.dtype == torch.bool:  # 1 / x - 1 is 0 and inf, and is subtracted
+                scores.copy_(mask).reciprocal_().sub_(1)
+                beta = -1
             else:
-                scores.copy_(mask)
-            scores.baddbmm_(query, keys, alpha=self.scale)
+                scores.copy_(mask).mul_(_LOG2_E)
+            if minus is not None:
+                scores.sub_(minus, alpha=beta)
+        elif minus is not None:
+            torch.neg(minus.expand_as(scores), out=scores)
+            beta = 1
+        torch.baddbmm(scores, query, keys, beta=beta, alpha=factor, out=scores)
         if self.later is not None and block.row < block.columns:
             rows, columns = block.end - block.row, block.columns - block.row
-            scores[..., block.row :].masked_fill_(self.later[:rows, :columns], -math.inf)
-        torch.softmax(scores, -1, out=weights)
-        # A row of -inf alone gives NaN, and shall give 0. On a CPU it costs little to look for it.
-        if not weights.is_cpu or bool(weights[..., 0].isnan().any()):
-            weights.masked_fill_((scores == -math.inf).all(-1, keepdim=True), 0.0)
-        return weights
+            scores[..., block.row :].add_(self.later[:rows, :columns])
+        return scores
 
     def dropped(self, block: _Block, weights: Tensor, which: int) -> Tensor:
         """Dropout of a block's weights, in memory `which`. It may be that of the weights themselves.
@@ -271,32 +272,45 @@ def _first_heads(batch: torch.Size, inner: int, whole: Sequence[int], start: Seq
 
 
 @torch.no_grad()
-def _forward(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start) -> Tensor:
-    """The output, block by block."""
-    batch = _batch_of(query, key, value)
-    output = query.new_zeros(*batch, query.shape[-2], value.shape[-1], dtype=arithmetic_dtype(query))
-    if not (output.numel() and key.shape[-2]):
-        return output.to(query.dtype)
-    blocks = _Blocks(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
-    flat = output.view(-1, *output.shape[-2:])
-    with without_autocast(query.device.type):
-        for block in blocks:
-            weights = blocks.dropped(block, blocks.weights(block), 0 if is_causal else 1)
-            values = blocks.value[block.outer][block.heads, : block.columns]
-            target = flat[blocks.number(block), block.rows]
-            torch.bmm(weights, values, out=target)
-    return output.to(query.dtype)
+def _forward(
+    query, key, value, attn_mask, p, is_causal, scale, seed, whole, start
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(the output, the largest score of each row in units of log 2, the row's sum of 2^(score - largest))."""
+    batch, wide, length = _batch_of(query, key, value), arithmetic_dtype(query), query.shape[-2]
+    output = query.new_zeros(*batch, length, value.shape[-1], dtype=wide)
+    largest, total = query.new_zeros(2, *batch, length, 1, dtype=wide).unbind(0)
+    if math.prod(batch) and length and key.shape[-2]:
+        blocks = _Blocks(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
+        flat = [t.view(-1, *t.shape[-2:]) for t in (output, largest, total)]
+        with without_autocast(query.device.type):
+            for block in blocks:
+                _forward_of(blocks, block, *(t[blocks.number(block), block.rows] for t in flat))
+            total.clamp_(min=1)  # it is at least 1, but where a query may see no key: there 0 is divided
+            output.div_(total)
+    return output.to(query.dtype), largest.squeeze(-1), total.squeeze(-1)
+
+
+def _forward_of(blocks: _Blocks, block: _Block, output: Tensor, largest: Tensor, total: Tensor) -> None:
+    """Write a block's part of the results; the output is not divided by the sum yet."""
+    scores = blocks.scores(block)
+    torch.amax(scores, -1, keepdim=True, out=largest)
+    largest.clamp_(min=torch.finfo(scores.dtype).min)  # or -inf less -inf would be NaN
+    weights = torch.exp2(scores.sub_(largest), out=scores)  # twice as fast as torch.exp
+    torch.sum(weights, -1, keepdim=True, out=total)
+    values = blocks.value[block.outer][block.heads, : block.columns]
+    torch.bmm(blocks.dropped(block, weights, 1 if blocks.is_causal else 0), values, out=output)
 
 
 @torch.no_grad()
 def _backward(
-    grad, query, key, value, attn_mask, p, is_causal, scale, seed, wants, whole, start
+    grad, query, key, value, attn_mask, largest, total, p, is_causal, scale, seed, wants, whole, start
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and the mask; `wants` has a letter of "qkvm" for each that is
     computed, and the others come back empty.
 
     With the weights W, the dropped weights D and the output's gradient G: dV = D^T G, and the gradient of
-    the scores is D * (G V^T) - W * (sum of D * (G V^T) over the row).
+    the scores is D * (G V^T) - W * (sum of D * (G V^T) over the row). The division of a row of weights by
+    their sum is done once, in G.
     """
     wide, batch = arithmetic_dtype(query), _batch_of(query, key, value)
     length, keys = query.shape[-2], key.shape[-2]
@@ -312,12 +326,13 @@ def _backward(
         blocks = _Blocks(
             query, key, value, attn_mask, p, is_causal, scale, seed, whole, start, one_head="m" in wants
         )
-        grad = _readable(grad, wide).expand(*batch, length, value.shape[-1])
-        grads = grad.reshape(-1, *grad.shape[-2:])
+        total = total.unsqueeze(-1)
+        rows = [t.reshape(-1, *t.shape[-2:]) for t in (grad.to(wide) / total, largest.unsqueeze(-1), total)]
         flat = [t.view(-1, *t.shape[-2:]) if t.dim() > 1 else t for t in (d_query, d_key, d_value)]
         with without_autocast(query.device.type):
             for block in blocks:
-                d_scores = _backward_of(blocks, block, grads[blocks.number(block), block.rows], *flat, wants)
+                of_rows = (t[blocks.number(block), block.rows] for t in rows)
+                d_scores = _backward_of(blocks, block, *of_rows, *flat, wants)
                 if "m" in wants:
                     _add_to_mask(d_mask, d_scores[0], block, blocks)
     found = d_query, d_key.mT if "k" in wants else d_key, d_value.mT if "v" in wants else d_value, d_mask
@@ -328,31 +343,28 @@ def _backward(
     )
 
 
-def _backward_of(blocks, block, grad, d_query, d_key, d_value, wants) -> Tensor:
+def _backward_of(blocks, block, grad, largest, total, d_query, d_key, d_value, wants) -> Tensor:
     """Add a block's part to the gradients, and give the gradient of its scores, in the third memory."""
-    weights = blocks.weights(block)
-    dropped = blocks.dropped(block, weights, 0)
+    scores = blocks.scores(block, largest)
+    weights = torch.exp2(scores, out=scores)
+    dropped = blocks.dropped(block, weights, 1)
     heads, number = block.heads, blocks.number(block)
     d_scores = blocks.space(2, block.shape)
     if "v" in wants:
-        _add_product(d_value[number, :, : block.columns], grad.transpose(1, 2), dropped, 1.0)
+        d_value[number, :, : block.columns].baddbmm_(grad.transpose(1, 2), dropped)
     if wants == "v":
         return d_scores
     torch.bmm(grad, blocks.value[block.outer][heads, : block.columns].transpose(1, 2), out=d_scores)
     d_scores.mul_(dropped)
-    d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
+    d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True).div_(total), value=-1)
     if "q" in wants:
         keys = blocks.key[block.outer][heads, : block.columns]
-        _add_product(d_query[number, block.rows], d_scores, keys, blocks.scale)
+        rows = d_query[number, block.rows]
+        torch.baddbmm(rows, d_scores, keys, beta=0, alpha=blocks.scale, out=rows)
     if "k" in wants:
         query = blocks.query[block.outer][heads, block.rows].transpose(1, 2)
-        _add_product(d_key[number, :, : block.columns], query, d_scores, blocks.scale)
+        d_key[number, :, : block.columns].baddbmm_(query, d_scores, alpha=blocks.scale)
     return d_scores
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """total += factor * a @ b, of batches of matrices."""
-    total.baddbmm_(a, b, alpha=factor)
 
 
 def _add_to_mask(d_mask: Tensor, d_scores: Tensor, block: _Block, blocks: _Blocks) -> None:
@@ -375,12 +387,12 @@ def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
 
 define_kernel(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, bool is_causal, "
-    "float scale, Tensor seed, int[] whole, int[] start) -> Tensor",
+    "float scale, Tensor seed, int[] whole, int[] start) -> (Tensor, Tensor, Tensor)",
     _forward,
 )
 define_kernel(
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, "
-    "bool is_causal, float scale, Tensor seed, str wants, int[] whole, int[] start) "
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor largest, "
+    "Tensor total, float p, bool is_causal, float scale, Tensor seed, str wants, int[] whole, int[] start) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
 )
@@ -388,11 +400,13 @@ define_kernel(
 
 @torch.library.register_fake("fastreg::attention", allow_override=True)
 def _(query, key, value, *args):
-    return query.new_empty(*_batch_of(query, key, value), query.shape[-2], value.shape[-1])
+    batch, wide = _batch_of(query, key, value), arithmetic_dtype(query)
+    output = query.new_empty(*batch, query.shape[-2], value.shape[-1])
+    return output, *(query.new_empty(*batch, query.shape[-2], dtype=wide) for _ in range(2))
 
 
 @torch.library.register_fake("fastreg::attention_backward", allow_override=True)
-def _(grad, query, key, value, attn_mask, p, is_causal, scale, seed, wants, *args):
+def _(grad, query, key, value, attn_mask, largest, total, p, is_causal, scale, seed, wants, *args):
     return tuple(
         like.new_empty(like.shape) if letter in wants else query.new_empty(0)
         for letter, like in zip("qkvm", (query, key, value, attn_mask), strict=True)
@@ -411,25 +425,29 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, attn_mask, p, is_causal, scale, seed, whole, start):
-        ctx.save_for_backward(query, key, value, attn_mask, seed)
+        output, largest, total = _attention_op(
+            query, key, value, attn_mask, p, is_causal, scale, seed, whole, start
+        )
+        ctx.save_for_backward(query, key, value, attn_mask, largest, total, seed)
         ctx.options = p, is_causal, scale
         ctx.part = whole, start
-        return _attention_op(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
+        return output
 
     @staticmethod
     def backward(ctx, grad):
-        query, key, value, attn_mask, seed = ctx.saved_tensors
+        *inputs, largest, total, seed = ctx.saved_tensors
         wants = "".join(name for name, wanted in zip("qkvm", ctx.needs_input_grad, strict=False) if wanted)
-        inputs = query, key, value, attn_mask
         if torch.is_grad_enabled() or is_transformed():
             # For derivatives of derivatives, and of batches of them, by the definition.
-            with torch.enable_grad(), without_autocast(query.device.type):
+            with torch.enable_grad(), without_autocast(grad.device.type):
                 output = _by_torch(*inputs, *ctx.options, seed)
                 wanted = [x for name, x in zip("qkvm", inputs, strict=True) if name in wants]
                 gradients = torch.autograd.grad(output, wanted, grad, create_graph=torch.is_grad_enabled())
             found = dict(zip(wants, gradients, strict=True))
         else:
-            gradients = _attention_backward_op(grad, *inputs, *ctx.options, seed, wants, *ctx.part)
+            gradients = _attention_backward_op(
+                grad, *inputs, largest, total, *ctx.options, seed, wants, *ctx.part
+            )
             found = {name: g for name, g in zip("qkvm", gradients, strict=True) if name in wants}
         return *(found.get(name) for name in "qkvm"), *(None,) * 6
 
@@ -638,7 +656,7 @@ def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
     inputs = (t for t in arguments[:4] if t is not None)
     if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return _differentiable(*arguments)
-    return _attention_op(*arguments, [], [])
+    return _attention_op(*arguments, [], [])[0]
 
 
 def _as_autocast(
