@@ -73,9 +73,9 @@ def attention_plain(
     return (torch.where(kept, weights * factor, 0) @ value.to(wide)).to(query.dtype)
 
 
-def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
-    """The definition with the mask of a seed. The operator of dropout only draws, and torch's operators, which
-    know every derivative, do the rest.
+def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed):
+    """The definition with the mask of a seed. The operator of dropout only draws. torch's operators do the
+    rest, because they know every derivative.
     """
     shape = (*_batch_of(query, key, value), query.shape[-2], key.shape[-2])
     one = torch.empty(1, dtype=torch.float32, device=query.device)
@@ -96,7 +96,7 @@ def _factor(p: float) -> float:
 # --- The same by blocks.
 
 _LOG2_E = 1 / math.log(2)
-_BLOCK_BYTES = 2**18  # of scores: with two more blocks beside them they stay in a second-level cache
+_BLOCK_BYTES = 2**20  # of scores: three blocks stay in cache, and matrix products are long enough
 _BLOCK_BYTES_GPU = 2**26  # a kernel must be large enough to fill the device
 _CAUSAL_PARTS = 8  # rows of a causal head are cut at least that often: only so is half of the work left out
 _CAUSAL_ROWS = 64  # but not below that many
@@ -154,6 +154,8 @@ class _Blocks:
 
         size = (_BLOCK_BYTES if query.is_cpu else _BLOCK_BYTES_GPU) // tensors[0].element_size()
         self.group, self.step = self._sizes(size, one_head)
+        # So that each gradient is written once, and does not grow from zeros.
+        self.whole_heads = self.step >= self.length and not (is_causal and self.length < self.keys)
         self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(3)]
         self.later = None
         if is_causal:
@@ -162,7 +164,7 @@ class _Blocks:
     def _cut(self, tensor: Tensor) -> list[Tensor]:
         """Views of shape (heads, rows, columns), one for each part of the batch."""
         if self.inner == self.heads_in_all:
-            return [tensor.view(-1, *tensor.shape[-2:])]
+            return [_flat(tensor)]
         return list(_all_of(tensor))
 
     def _sizes(self, size: int, one_head: bool) -> tuple[int, int]:
@@ -217,6 +219,24 @@ class _Blocks:
             scores[..., block.row :].add_(self.later[:rows, :columns])
         return scores
 
+    def sums_over_rows(self, width: int) -> Tensor:
+        """Memory for the gradient of keys or values: transposed, in which form matrix products write long
+        rows, where several blocks add to it.
+        """
+        like = self.memory[0]
+        if self.whole_heads:
+            return like.new_empty(*self.batch, self.keys, width)
+        return like.new_zeros(*self.batch, width, self.keys)
+
+    def add_over_rows(self, total: Tensor, block: _Block, of_keys: Tensor, x: Tensor, factor: float) -> None:
+        """total += factor * of_keys^T x for a block, whose matrices have a row for each query."""
+        if self.whole_heads:
+            target = total[self.number(block), : block.columns]
+            torch.baddbmm(target, of_keys.transpose(1, 2), x, beta=0, alpha=factor, out=target)
+        else:
+            target = total[self.number(block), :, : block.columns]
+            target.baddbmm_(x.transpose(1, 2), of_keys, alpha=factor)
+
     def dropped(self, block: _Block, weights: Tensor, which: int) -> Tensor:
         """Dropout of a block's weights, in memory `which`. It may be that of the weights themselves.
 
@@ -243,10 +263,15 @@ def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _is_mergeable(tensor: Tensor) -> bool:
     """Whether the dimensions of the batch can become one without a copy."""
     try:
-        tensor.view(-1, *tensor.shape[-2:])
+        _flat(tensor)
     except RuntimeError:
         return False
     return True
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A view of shape (heads of the whole batch, rows, columns); also of a tensor without elements."""
+    return tensor.view(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
 
 
 def _all_of(tensor: Tensor) -> Iterator[Tensor]:
@@ -277,16 +302,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(the output, the largest score of each row in units of log 2, the row's sum of 2^(score - largest))."""
     batch, wide, length = _batch_of(query, key, value), arithmetic_dtype(query), query.shape[-2]
-    output = query.new_zeros(*batch, length, value.shape[-1], dtype=wide)
-    largest, total = query.new_zeros(2, *batch, length, 1, dtype=wide).unbind(0)
+    output = query.new_empty(*batch, length, value.shape[-1], dtype=wide)
+    largest, total = (query.new_empty(*batch, length, 1, dtype=wide) for _ in range(2))
     if math.prod(batch) and length and key.shape[-2]:
         blocks = _Blocks(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
-        flat = [t.view(-1, *t.shape[-2:]) for t in (output, largest, total)]
+        flat = [_flat(t) for t in (output, largest, total)]
         with without_autocast(query.device.type):
             for block in blocks:
                 _forward_of(blocks, block, *(t[blocks.number(block), block.rows] for t in flat))
             total.clamp_(min=1)  # it is at least 1, but where a query may see no key: there 0 is divided
             output.div_(total)
+    else:
+        output.zero_()
     return output.to(query.dtype), largest.squeeze(-1), total.squeeze(-1)
 
 
@@ -313,57 +340,63 @@ def _backward(
     their sum is done once, in G.
     """
     wide, batch = arithmetic_dtype(query), _batch_of(query, key, value)
-    length, keys = query.shape[-2], key.shape[-2]
-
-    def zeros(letter: str, *shape: int) -> Tensor:
-        return query.new_zeros(shape if letter in wants else (0,), dtype=wide)
-
-    # Those of key and value are summed up transposed, in which form matrix products write rows.
-    d_query = zeros("q", *batch, length, query.shape[-1])
-    d_key, d_value = zeros("k", *batch, key.shape[-1], keys), zeros("v", *batch, value.shape[-1], keys)
-    d_mask = zeros("m", *(attn_mask.shape if attn_mask is not None else ()))
-    if math.prod(batch) and length and keys:
-        blocks = _Blocks(
-            query, key, value, attn_mask, p, is_causal, scale, seed, whole, start, one_head="m" in wants
+    length, keys, inputs = query.shape[-2], key.shape[-2], (query, key, value, attn_mask)
+    if not (math.prod(batch) and length and keys):
+        return tuple(
+            t.new_zeros(t.shape) if c in wants else query.new_empty(0)
+            for c, t in zip("qkvm", inputs, strict=True)
         )
-        total = total.unsqueeze(-1)
-        rows = [t.reshape(-1, *t.shape[-2:]) for t in (grad.to(wide) / total, largest.unsqueeze(-1), total)]
-        flat = [t.view(-1, *t.shape[-2:]) if t.dim() > 1 else t for t in (d_query, d_key, d_value)]
-        with without_autocast(query.device.type):
-            for block in blocks:
-                of_rows = (t[blocks.number(block), block.rows] for t in rows)
-                d_scores = _backward_of(blocks, block, *of_rows, *flat, wants)
-                if "m" in wants:
-                    _add_to_mask(d_mask, d_scores[0], block, blocks)
-    found = d_query, d_key.mT if "k" in wants else d_key, d_value.mT if "v" in wants else d_value, d_mask
-    likes = query, key, value, attn_mask
+    blocks = _Blocks(*inputs, p, is_causal, scale, seed, whole, start, one_head="m" in wants)
+    found = {"q": query.new_empty(*batch, *query.shape[-2:], dtype=wide)} if "q" in wants else {}
+    for name, tensor in (("k", key), ("v", value)):
+        if name in wants:
+            found[name] = blocks.sums_over_rows(tensor.shape[-1])
+    if "m" in wants:
+        found["m"] = attn_mask.new_zeros(attn_mask.shape, dtype=wide)
+    total = total.unsqueeze(-1)
+    # The quotient of two tensors with other strides may have any, and matrix products want rows.
+    rows = [_flat(t.contiguous()) for t in (grad.to(wide) / total, largest.unsqueeze(-1), total)]
+    flat = {name: _flat(t) for name, t in found.items() if name != "m"}
+    with without_autocast(query.device.type):
+        for block in blocks:
+            of_rows = (t[blocks.number(block), block.rows] for t in rows)
+            d_scores = _backward_of(blocks, block, flat, *of_rows)
+            if "m" in wants:
+                _add_to_mask(found["m"], d_scores[0], block, blocks)
+    if not blocks.whole_heads:
+        found |= {name: found[name].mT for name in "kv" if name in wants}
     return tuple(
-        g.sum_to_size(like.shape).to(like.dtype).contiguous() if letter in wants else query.new_empty(0)
-        for letter, g, like in zip("qkvm", found, likes, strict=True)
+        found[name].sum_to_size(like.shape).to(like.dtype).contiguous()
+        if name in wants
+        else query.new_empty(0)
+        for name, like in zip("qkvm", inputs, strict=True)
     )
 
 
-def _backward_of(blocks, block, grad, largest, total, d_query, d_key, d_value, wants) -> Tensor:
-    """Add a block's part to the gradients, and give the gradient of its scores, in the third memory."""
+def _backward_of(
+    blocks: _Blocks, block: _Block, grad: Tensor, largest: Tensor, total: Tensor, found: dict[str, Tensor]
+) -> Tensor:
+    """Add a block's part to the gradients that are to be found, and give that of its scores, in the third
+    memory.
+    """
     scores = blocks.scores(block, largest)
     weights = torch.exp2(scores, out=scores)
     dropped = blocks.dropped(block, weights, 1)
     heads, number = block.heads, blocks.number(block)
     d_scores = blocks.space(2, block.shape)
-    if "v" in wants:
-        d_value[number, :, : block.columns].baddbmm_(grad.transpose(1, 2), dropped)
-    if wants == "v":
+    if "v" in found:
+        blocks.add_over_rows(found["v"], block, dropped, grad, 1.0)
+    if len(found) == 1 and "v" in found:
         return d_scores
     torch.bmm(grad, blocks.value[block.outer][heads, : block.columns].transpose(1, 2), out=d_scores)
     d_scores.mul_(dropped)
     d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True).div_(total), value=-1)
-    if "q" in wants:
-        keys = blocks.key[block.outer][heads, : block.columns]
-        rows = d_query[number, block.rows]
+    if "q" in found:
+        keys, rows = blocks.key[block.outer][heads, : block.columns], found["q"][number, block.rows]
         torch.baddbmm(rows, d_scores, keys, beta=0, alpha=blocks.scale, out=rows)
-    if "k" in wants:
-        query = blocks.query[block.outer][heads, block.rows].transpose(1, 2)
-        d_key[number, :, : block.columns].baddbmm_(query, d_scores, alpha=blocks.scale)
+    if "k" in found:
+        query = blocks.query[block.outer][heads, block.rows]
+        blocks.add_over_rows(found["k"], block, d_scores, query, blocks.scale)
     return d_scores
 
 
@@ -391,9 +424,9 @@ define_kernel(
     _forward,
 )
 define_kernel(
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor largest, "
-    "Tensor total, float p, bool is_causal, float scale, Tensor seed, str wants, int[] whole, int[] start) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
+    "Tensor largest, Tensor total, float p, bool is_causal, float scale, Tensor seed, str wants, "
+    "int[] whole, int[] start) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
 )
 
@@ -536,35 +569,36 @@ def _check_broadcast(
         )
 
 
-def _by_groups(
-    op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The heads of query in groups, (..., groups, heads of a group, length, width), one for each head of key
-    and value, which are not copied.
-    """
+def _check_groups(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise unless the heads of key and value can be shared by those of query."""
     if min(t.dim() for t in (query, key, value)) < 3:
         raise ArgumentError(
             f"{op}: with enable_gqa=True the tensors must have at least 3 dimensions, (..., heads, length, "
-            f"width), got shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; give them "
-            "the missing one with .unsqueeze(0)"
+            f"width), got shapes {tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}; "
+            "give them the missing one with .unsqueeze(0)"
         )
-    heads, groups = query.shape[-3], key.shape[-3]
+    heads = query.shape[-3]
     for name, tensor in (("key", key), ("value", value)):
         if not tensor.shape[-3] or heads % tensor.shape[-3]:
             raise ArgumentError(
                 f"{op}: the heads of {name} must divide those of query, {heads}, got {tensor.shape[-3]}; "
                 "repeat them so that they do"
             )
-    if value.shape[-3] != groups:  # rare: a head of query has a neighbour for its keys and not for its values
-        groups = math.gcd(groups, 1)
+
+
+def _of_groups(query, key, value, attn_mask, *options) -> Tensor:
+    """The output where heads of key and value are shared. They are not copied: the heads of query become
+    (groups, heads of a group).
+    """
+    heads, groups = query.shape[-3], key.shape[-3]
+    if value.shape[-3] != groups:  # rare
         key, value = (t.repeat_interleave(heads // t.shape[-3], -3) for t in (key, value))
-        return query, key, value, attn_mask
+        return _run(query, key, value, attn_mask, *options)
     query = query.unflatten(-3, (groups, heads // groups))
-    key, value = key.unsqueeze(-3), value.unsqueeze(-3)
     if attn_mask is not None and attn_mask.dim() > 2:
         shared = attn_mask.shape[-3] == 1
-        attn_mask = attn_mask.unsqueeze(-3) if shared else attn_mask.unflatten(-3, (groups, heads // groups))
-    return query, key, value, attn_mask
+        attn_mask = attn_mask.unsqueeze(-3) if shared else attn_mask.unflatten(-3, query.shape[-4:-2])
+    return _run(query, key.unsqueeze(-3), value.unsqueeze(-3), attn_mask, *options).flatten(-4, -3)
 
 
 def scaled_dot_product_attention(
@@ -632,20 +666,19 @@ def scaled_dot_product_attention(
     _check(op, query, key, value, attn_mask)
     if is_causal and attn_mask is not None:
         raise ArgumentError(
-            f"{op}: attn_mask must be None where is_causal=True, got a mask of shape {tuple(attn_mask.shape)}; "
-            "join them: attn_mask & torch.ones_like(attn_mask).tril()"
+            f"{op}: attn_mask must be None where is_causal=True, got a mask of shape "
+            f"{tuple(attn_mask.shape)}; join them: attn_mask & torch.ones_like(attn_mask).tril()"
         )
+    if enable_gqa:
+        _check_groups(op, query, key, value)
     _check_broadcast(op, query, key, value, attn_mask, enable_gqa)
     if p == 0:
         return _torchs(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0  # without a width all scores are 0
-    heads = query.shape[-3] if enable_gqa and query.dim() > 2 else None
-    if enable_gqa:
-        query, key, value, attn_mask = _by_groups(op, query, key, value, attn_mask)
-    arguments = query, key, value, attn_mask, float(p), is_causal, float(scale)
-    output = _run(*arguments, draw_seed(query.device, generator))
-    return output if heads is None or output.shape[-3] == heads else output.flatten(-4, -3)
+    run = _of_groups if enable_gqa else _run
+    seed = draw_seed(query.device, generator)
+    return run(query, key, value, attn_mask, float(p), is_causal, float(scale), seed)
 
 
 def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
