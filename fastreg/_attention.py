@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -374,7 +374,7 @@ def _backward(
 
 
 def _backward_of(
-    blocks: _Blocks, block: _Block, grad: Tensor, largest: Tensor, total: Tensor, found: dict[str, Tensor]
+    blocks: _Blocks, block: _Block, found: dict[str, Tensor], grad: Tensor, largest: Tensor, total: Tensor
 ) -> Tensor:
     """Add a block's part to the gradients that are to be found, and give that of its scores, in the third
     memory.
@@ -472,17 +472,26 @@ class _Attention(torch.autograd.Function):
         wants = "".join(name for name, wanted in zip("qkvm", ctx.needs_input_grad, strict=False) if wanted)
         if torch.is_grad_enabled() or is_transformed():
             # For derivatives of derivatives, and of batches of them, by the definition.
-            with torch.enable_grad(), without_autocast(grad.device.type):
-                output = _by_torch(*inputs, *ctx.options, seed)
-                wanted = [x for name, x in zip("qkvm", inputs, strict=True) if name in wants]
-                gradients = torch.autograd.grad(output, wanted, grad, create_graph=torch.is_grad_enabled())
-            found = dict(zip(wants, gradients, strict=True))
+            found = _differentiable_gradients(grad, inputs, wants, ctx.options, seed)
         else:
             gradients = _attention_backward_op(
                 grad, *inputs, largest, total, *ctx.options, seed, wants, *ctx.part
             )
             found = {name: g for name, g in zip("qkvm", gradients, strict=True) if name in wants}
         return *(found.get(name) for name in "qkvm"), *(None,) * 6
+
+
+def _differentiable_gradients(grad, inputs, wants, options, seed) -> dict[str, Tensor]:
+    """The gradients that are wanted, in operations that have derivatives."""
+    with torch.enable_grad(), without_autocast(grad.device.type):
+        # One input may have been computed from another. Seen through views, none depends on another.
+        views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+        query, key, value, attn_mask = views
+        p, is_causal, scale = options
+        output = _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed)
+        wanted = [x for name, x in zip("qkvm", views, strict=True) if name in wants]
+        gradients = torch.autograd.grad(output, wanted, grad, create_graph=True)
+    return dict(zip(wants, gradients, strict=True))
 
 
 def _differentiable(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
