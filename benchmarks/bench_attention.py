@@ -70,10 +70,9 @@ def _build(shape, dtype, is_causal, device):
     ours, theirs = fr.scaled_dot_product_attention, F.scaled_dot_product_attention
 
     def check():
-        few = [t.detach()[:1, :1] for t in (q, k, v)]
-        _check_values(*few, is_causal)
-        ones = torch.ones_like(few[0])
-        zeros = torch.zeros_like(few[0])
+        _check_values([t.detach()[:1, :1] for t in (q, k, v)], is_causal)
+        ones = torch.ones_like(q[:1, :1])
+        zeros = torch.zeros_like(ones)
         mean = fr.scaled_dot_product_attention(zeros, zeros, ones, None, P).double().mean().item()
         spread = (P / (1 - P)) ** 0.5 / shape[2]
         assert abs(mean - 1) < 6 * spread + _timing.tolerance(dtype), f"expected a mean of 1, got {mean}"
@@ -95,12 +94,12 @@ def _build(shape, dtype, is_causal, device):
     )
 
 
-def _check_values(q, k, v, is_causal):
+def _check_values(tensors: list[torch.Tensor], is_causal: bool) -> None:
     """One head, its output and gradients, against all weights at once in float64."""
-    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    q, k, v = leaves = [t.clone().requires_grad_() for t in tensors]
     seed = 1234
     generator = torch.Generator(q.device).manual_seed(seed)
-    got = fr.scaled_dot_product_attention(*leaves, None, P, is_causal, generator=generator)
+    got = fr.scaled_dot_product_attention(q, k, v, None, P, is_causal, generator=generator)
     exact = [t.detach().double().requires_grad_() for t in leaves]
     scores = exact[0] @ exact[1].mT / q.shape[-1] ** 0.5
     if is_causal:
