@@ -37,7 +37,7 @@ from ._dropout import constants_of, dropout_inplace_op, dropout_op
 from ._dropout_masks import unpack_mask
 from ._registry import define_composite, define_kernel
 from ._seeds import draw_seed
-from ._transforms import autocast_dtype, is_transformed, without_autocast
+from ._transforms import autocast_dtype, is_sharded, is_transformed, without_autocast
 
 # torch's own, also while it is patched.
 _torchs = torch.nn.functional.scaled_dot_product_attention
@@ -73,16 +73,19 @@ def attention_plain(
     return (torch.where(kept, weights * factor, 0) @ value.to(wide)).to(query.dtype)
 
 
-def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed):
-    """The definition with the mask of a seed. The operator of dropout only draws. torch's operators do the
-    rest, because they know every derivative.
+def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed, whole=(), start=()):
+    """The definition with the mask of a seed; whole, start: as in `_first_heads`.
+
+    The operator of dropout only draws. torch's operators do the rest, because they know every derivative.
     """
-    shape = (*_batch_of(query, key, value), query.shape[-2], key.shape[-2])
+    batch, each = _batch_of(query, key, value), (query.shape[-2], key.shape[-2])
+    shape = (*(whole or batch), *each)
     one = torch.empty(1, dtype=torch.float32, device=query.device)
     mask = dropout_op(one.expand(math.prod(shape)), p, seed)[1]
-    return attention_plain(
-        query, key, value, attn_mask, unpack_mask(mask, shape), _factor(p), is_causal, scale
-    )
+    kept = unpack_mask(mask, shape)
+    for dim, first in enumerate(start):
+        kept = kept.narrow(dim, first, batch[dim])
+    return attention_plain(query, key, value, attn_mask, kept, _factor(p), is_causal, scale)
 
 
 def _batch_of(*tensors: Tensor) -> torch.Size:
@@ -472,7 +475,7 @@ class _Attention(torch.autograd.Function):
         wants = "".join(name for name, wanted in zip("qkvm", ctx.needs_input_grad, strict=False) if wanted)
         if torch.is_grad_enabled() or is_transformed():
             # For derivatives of derivatives, and of batches of them, by the definition.
-            found = _differentiable_gradients(grad, inputs, wants, ctx.options, seed)
+            found = _differentiable_gradients(grad, inputs, wants, ctx.options, seed, *ctx.part)
         else:
             gradients = _attention_backward_op(
                 grad, *inputs, largest, total, *ctx.options, seed, wants, *ctx.part
@@ -481,14 +484,14 @@ class _Attention(torch.autograd.Function):
         return *(found.get(name) for name in "qkvm"), *(None,) * 6
 
 
-def _differentiable_gradients(grad, inputs, wants, options, seed) -> dict[str, Tensor]:
+def _differentiable_gradients(grad, inputs, wants, options, seed, whole, start) -> dict[str, Tensor]:
     """The gradients that are wanted, in operations that have derivatives."""
     with torch.enable_grad(), without_autocast(grad.device.type):
         # One input may have been computed from another. Seen through views, none depends on another.
         views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
         query, key, value, attn_mask = views
         p, is_causal, scale = options
-        output = _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed)
+        output = _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
         wanted = [x for name, x in zip("qkvm", views, strict=True) if name in wants]
         gradients = torch.autograd.grad(output, wanted, grad, create_graph=True)
     return dict(zip(wants, gradients, strict=True))
@@ -685,7 +688,11 @@ def scaled_dot_product_attention(
         return _torchs(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0  # without a width all scores are 0
-    run = _of_groups if enable_gqa else _run
+    if any(map(is_sharded, (query, key, value, attn_mask))):
+        _check_shards(op, query, key, value, attn_mask, enable_gqa)
+        run = _run_on_shards
+    else:
+        run = _of_groups if enable_gqa else _run
     seed = draw_seed(query.device, generator)
     return run(query, key, value, attn_mask, float(p), is_causal, float(scale), seed)
 
@@ -699,6 +706,64 @@ def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
     if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         return _differentiable(*arguments)
     return _attention_op(*arguments, [], [])[0]
+
+
+def _check_shards(
+    op: str, query: Any, key: Any, value: Any, attn_mask: Tensor | None, enable_gqa: bool
+) -> None:
+    """Raise unless each rank can work on heads of its own."""
+    tensors = query, key, value
+    if not all(map(is_sharded, tensors)) or any(
+        (t.device_mesh, t.placements, t.shape[:-2]) != (query.device_mesh, query.placements, query.shape[:-2])
+        for t in tensors
+    ):
+        raise ValueError(
+            f"{op}: of DTensors, query, key and value must all be some, with one mesh, one placement and one "
+            "number of heads; call .redistribute() or repeat the heads first"
+        )
+    if any(
+        not placement.is_replicate()
+        and not (placement.is_shard() and placement.dim % query.dim() < query.dim() - 2)
+        for placement in query.placements
+    ):
+        raise ValueError(
+            f"{op}: DTensors must be replicated or sharded in the dimensions before the last two, got "
+            f"{query.placements}; call .redistribute() first"
+        )
+    if attn_mask is not None and (is_sharded(attn_mask) or attn_mask.requires_grad):
+        raise ValueError(
+            f"{op}: beside DTensors, attn_mask must be a plain tensor, the whole one on every rank, that "
+            "needs no gradient; give it .full_tensor() or .detach()"
+        )
+    if enable_gqa:
+        raise ValueError(
+            f"{op}: of DTensors, enable_gqa must be False, got True; repeat the heads with "
+            ".repeat_interleave()"
+        )
+
+
+def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
+    """The output of DTensors: every rank draws for its heads what one process would."""
+    from torch.distributed import broadcast
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = query.device_mesh, query.placements
+    seed = seed.to(query.to_local().device)  # a GPU's seed is drawn on the CPU
+    for group in mesh.get_all_groups():  # rank 0 decides: generators may be seeded differently
+        broadcast(seed, group=group, group_src=0)
+    shape, first = compute_local_shape_and_global_offset(query.shape, mesh, placements)
+    whole, start = list(query.shape[:-2]), list(first[:-2])
+    if attn_mask is not None:
+        missing = query.dim() - attn_mask.dim()
+        for dim, begin in enumerate(start):
+            if dim >= missing and attn_mask.shape[dim - missing] > 1:
+                attn_mask = attn_mask.narrow(dim - missing, begin, shape[dim])
+    tensors = (t.to_local() for t in (query, key, value))
+    output = _Attention.apply(*tensors, attn_mask, p, is_causal, scale, seed, whole, start)
+    size = torch.Size((*query.shape[:-1], value.shape[-1]))
+    strides = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(output, mesh, placements, run_check=False, shape=size, stride=strides)
 
 
 def _as_autocast(

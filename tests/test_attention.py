@@ -225,10 +225,10 @@ def test_the_mask_is_that_of_dropout_for_every_block(monkeypatch):
 def test_probabilities(p):
     q, k, v = tensors(40, 50)
     if p < 1:
-        return compare(q, k, v, p=p)
-    q.requires_grad_()
-    out = fr.scaled_dot_product_attention(q, k, v, dropout_p=p)
-    assert not out.any() and not torch.autograd.grad(out.sum(), q)[0].any()
+        compare(q, k, v, p=p)
+    else:
+        out = fr.scaled_dot_product_attention(q.requires_grad_(), k, v, dropout_p=p)
+        assert not out.any() and not torch.autograd.grad(out.sum(), q)[0].any()
 
 
 def test_the_mean_is_that_without_dropout():
@@ -479,6 +479,45 @@ print(peak(1024), peak(4096))
 """
     small, large = map(float, run_python(code, check=True, OMP_NUM_THREADS=1).stdout.split())
     assert large - small < 24, (small, large)  # MiB; all weights once are 64
+
+
+def _on_shards(rank, store):
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(store), 2), rank=rank, world_size=2
+    )
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for mask in (None, torch.rand(3, 1, 20, 30, generator=torch.Generator().manual_seed(2)) < 0.7):
+        tensors_ = tensors(20, 30, heads=(3, 5))
+        for placement in (Replicate(), Shard(0), Shard(1)):
+            whole = [t.clone().requires_grad_() for t in tensors_]
+            want = with_seed(1, fr.scaled_dot_product_attention, *whole, mask, 0.3)
+            want.pow(2).sum().backward()
+            parts = [distribute_tensor(t, mesh, [placement]).requires_grad_() for t in tensors_]
+            got = with_seed(1 + rank, fr.scaled_dot_product_attention, *parts, mask, 0.3)
+            got.pow(2).sum().backward()
+            assert got.placements == (placement,)
+            torch.testing.assert_close(got.full_tensor(), want)
+            for part, leaf in zip(parts, whole, strict=True):
+                torch.testing.assert_close(part.grad.full_tensor(), leaf.grad)
+    rows = [distribute_tensor(t, mesh, [Shard(2)]) for t in tensors_]
+    for wrong, options, words in (
+        (rows, {}, "must be replicated or sharded in the dimensions before the last two"),
+        ((parts[0], *tensors_[1:]), {}, "query, key and value must all be some"),
+        (parts, {"enable_gqa": True}, "enable_gqa must be False"),
+        (parts, {"attn_mask": torch.zeros(20, 30).requires_grad_()}, "attn_mask must be a plain tensor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fr.scaled_dot_product_attention(*wrong, dropout_p=0.3, **options)
+    torch.distributed.barrier()  # or torch aborts a rank whose partner is gone
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_dtensors_draw_what_the_whole_tensor_draws(tmp_path):
+    torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
 
 
 # ---- errors
