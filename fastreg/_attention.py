@@ -33,9 +33,9 @@ from ._checks import (
     check_tensor,
     scalar,
 )
-from ._dropout import constants_of, dropout_inplace_op, dropout_op
+from ._dropout import constants_of, dropout_inplace_op, dropout_op, dropout_with_mask
 from ._dropout_masks import unpack_mask
-from ._registry import define_composite, define_kernel
+from ._registry import define_composite, define_kernel, fast
 from ._seeds import draw_seed
 from ._transforms import autocast_dtype, is_sharded, is_transformed, without_autocast
 
@@ -89,6 +89,9 @@ def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed, whole=(),
 
 
 def _batch_of(*tensors: Tensor) -> torch.Size:
+    first = tensors[0].shape[:-2]
+    if all(t.shape[:-2] == first for t in tensors):  # torch's function is slow
+        return first
     return torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
 
 
@@ -513,6 +516,41 @@ define_composite(
 )
 
 
+# --- Few weights, all at once.
+
+# At most that many weights are held, which is faster than to compute them again.
+_FEW = 2**19
+
+
+def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
+    """The output by way of all weights, in operators of which autograd knows the derivatives."""
+    dtype, wide = query.dtype, arithmetic_dtype(query)
+    if dtype != wide:
+        query, key, value = query.to(wide), key.to(wide), value.to(wide)
+    scores = torch.matmul(query * scale, key.transpose(-2, -1))
+    if is_causal:
+        scores = scores + scores.new_full(scores.shape[-2:], -math.inf).triu_(1)
+    elif attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask.to(wide)
+    weights = torch.softmax(scores, -1)
+    if weights.numel() and bool(weights.detach()[..., 0].isnan().any()):
+        weights = torch.ops.aten._safe_softmax(scores, -1)  # 0 for a query that may see no key
+    dropped = None
+    if fast is not None:
+        dropped = fast.dropout(weights, p, True, False, seed, 1, *constants_of("inverted", p))
+    if dropped is None:
+        dropped = dropout_with_mask(weights, p, seed=seed)[0]
+    output = torch.matmul(dropped, value)
+    return output if dtype == wide else output.to(dtype)
+
+
+def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    heads = math.prod(_batch_of(query, key, value))
+    return query.is_cpu and heads * query.shape[-2] * key.shape[-2] <= _FEW
+
+
 # --- The public function.
 
 
@@ -561,8 +599,8 @@ def _check_broadcast(
 ) -> None:
     """Raise unless the dimensions of the batch and the mask broadcast."""
     shapes = [t.shape[: -3 if enable_gqa else -2] for t in (query, key, value)]
-    try:
-        batch = torch.broadcast_shapes(*shapes)
+    try:  # torch's function is slow
+        batch = shapes[0] if shapes[0] == shapes[1] == shapes[2] else torch.broadcast_shapes(*shapes)
     except RuntimeError:
         hint = "" if enable_gqa else "; where query has more heads, set enable_gqa=True"
         raise ArgumentError(
@@ -629,7 +667,8 @@ def scaled_dot_product_attention(
     `torch.nn.functional.scaled_dot_product_attention`.
 
     With dropout, memory for the forward and the backward pass grows with L and with S, not with L * S as
-    torch's does on a CPU. Without dropout torch's own function is called.
+    torch's does on a CPU; up to 2^19 weights are held, because that is faster. Without dropout torch's own
+    function is called.
 
     Args:
         query: (..., L, E); float32, float64, float16 or bfloat16; any strides.
@@ -647,9 +686,10 @@ def scaled_dot_product_attention(
 
     Returns:
         (..., L, Ev), of the dtype of query, contiguous. A query that may see no key gets 0. Arithmetic is
-        float32 (float64 for float64), with one rounding. Kept for backward are the inputs and a seed. The
-        backward pass computes the weights again. Twice differentiable in query, key, value and a float mask;
-        second derivatives hold all weights. Under autocast its dtype is taken, as by torch's function.
+        float32 (float64 for float64), with one rounding. Kept for backward are the inputs, a seed and two
+        numbers a row. The backward pass computes the weights again. Twice differentiable in query, key, value
+        and a float mask; second derivatives hold all weights. Under autocast its dtype is taken, as by
+        torch's function.
 
     Raises:
         ValueError: dropout_p outside [0, 1] or NaN; shapes, dtypes or devices that do not fit; a mask and
@@ -702,8 +742,13 @@ def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
     arguments = query, key, value, attn_mask, p, is_causal, scale, seed
     if is_compiling():
         return torch.ops.fastreg.attention_traced(*arguments)
+    if is_transformed():
+        return _differentiable(*arguments)
+    if _are_few(query, key, value):
+        with without_autocast("cpu"):
+            return _at_once(*arguments)
     inputs = (t for t in arguments[:4] if t is not None)
-    if is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         return _differentiable(*arguments)
     return _attention_op(*arguments, [], [])[0]
 

@@ -76,9 +76,16 @@ def compare(q, k, v, mask=None, p=0.3, is_causal=False, noise=0.0, **options):
     return [pair[0] for pair in pairs]
 
 
-@pytest.fixture(params=[2**9, 2**20], ids="blocks of {} bytes".format)
+@pytest.fixture(params=[None, 2**9, 2**20], ids="blocks of {} bytes".format)
 def block_bytes(request, monkeypatch):
-    monkeypatch.setattr(_attention, "_BLOCK_BYTES", request.param)
+    if request.param:
+        monkeypatch.setattr(_attention, "_FEW", -1)
+        monkeypatch.setattr(_attention, "_BLOCK_BYTES", request.param)
+
+
+@pytest.fixture
+def by_blocks(monkeypatch):
+    monkeypatch.setattr(_attention, "_FEW", -1)
 
 
 # ---- the values
@@ -118,14 +125,14 @@ def test_masks(shape, kind, block_bytes):
     compare(q, k, v, mask)
 
 
-def test_a_float32_mask_of_16_bit_tensors():
+def test_a_float32_mask_of_16_bit_tensors(block_bytes):
     q, k, v = tensors(20, 30, dtype=torch.bfloat16)
     gradient = compare(q, k, v, numbers(20, 30))[-1]
     assert gradient.dtype == torch.float32
 
 
 @pytest.mark.parametrize("scale", [0.3, -2.0, 0.0, 3])
-def test_scale(scale):
+def test_scale(scale, block_bytes):
     compare(*tensors(20, 30), scale=scale)
 
 
@@ -174,7 +181,7 @@ def test_strides(index, is_causal, block_bytes):
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 8), (2, 3, 0, 8)], ids=str)
-def test_without_queries(shape):
+def test_without_queries(shape, block_bytes):
     q = numbers(*shape).requires_grad_()
     k = numbers(*shape[:2], 5, 8).requires_grad_()
     out = fr.scaled_dot_product_attention(q, k, k, dropout_p=0.3)
@@ -182,7 +189,7 @@ def test_without_queries(shape):
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k)))
 
 
-def test_without_keys_or_widths():
+def test_without_keys_or_widths(block_bytes):
     q, none = numbers(2, 3, 4, 8).requires_grad_(), numbers(2, 3, 0, 8)
     for mask in (None, torch.ones(4, 0, dtype=torch.bool), torch.ones(4, 0)):
         out = fr.scaled_dot_product_attention(q, none, none, mask, 0.3)
@@ -202,7 +209,7 @@ def test_without_keys_or_widths():
 # ---- what is dropped
 
 
-def test_the_mask_is_that_of_dropout_for_every_block(monkeypatch):
+def test_the_mask_is_that_of_dropout_for_every_block(by_blocks, monkeypatch):
     """With equal scores and the unit matrix for values the output shows the dropped weights."""
     for length, keys in ((3, 5), (65, 33)):
         q, k, v = (
@@ -222,7 +229,7 @@ def test_the_mask_is_that_of_dropout_for_every_block(monkeypatch):
 
 
 @pytest.mark.parametrize("p", [1e-9, 0.9, 1.0])
-def test_probabilities(p):
+def test_probabilities(p, block_bytes):
     q, k, v = tensors(40, 50)
     if p < 1:
         compare(q, k, v, p=p)
@@ -324,7 +331,7 @@ def test_large_scores(size, block_bytes):
 # ---- derivatives
 
 
-def test_gradients_of_gradients():
+def test_gradients_of_gradients(block_bytes):
     q, k, v = (t.requires_grad_() for t in tensors(3, 4, 2, 2, heads=(2,), dtype=torch.float64))
     mask = numbers(3, 4, dtype=torch.float64).requires_grad_()
 
@@ -342,7 +349,7 @@ def test_gradients_of_gradients():
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "m", "qv", "km"])
-def test_only_the_gradients_that_are_wanted(wanted):
+def test_only_the_gradients_that_are_wanted(wanted, block_bytes):
     inputs = dict(zip("qkvm", (*tensors(20, 30), numbers(20, 30)), strict=True))
     leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in inputs.items()}
     got = with_seed(SEED, fr.scaled_dot_product_attention, *leaves.values(), 0.3)
@@ -355,7 +362,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_saved_for_backward():
+def test_saved_for_backward(by_blocks):
     q, k, v = (t.requires_grad_() for t in tensors(40, 50))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -401,7 +408,7 @@ def test_compiled():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpoint(use_reentrant):
+def test_checkpoint(use_reentrant, block_bytes):
     q, k, v = case()
     run = lambda *t: fr.scaled_dot_product_attention(*t, dropout_p=0.3)  # noqa: E731
     ours = with_seed(3, lambda: checkpoint(run, q, k, v, use_reentrant=use_reentrant))
@@ -419,7 +426,7 @@ def backward(out, leaves):
     return [leaf.grad for leaf in leaves]
 
 
-def test_autocast():
+def test_autocast(block_bytes):
     q, k, v = case()
     with torch.autocast("cpu", torch.bfloat16):
         for inputs in ((q, k, v), (q.half(), k, v)):
@@ -436,7 +443,7 @@ def test_autocast():
     torch.testing.assert_close(out.double(), reference(q, k, v), rtol=3e-2, atol=3e-2)
 
 
-def test_inference_deterministic_and_fake():
+def test_inference_deterministic_and_fake(by_blocks):
     q, k, v = tensors(20, 30)
     want = with_seed(3, fr.scaled_dot_product_attention, q, k, v, dropout_p=0.3)
     torch.use_deterministic_algorithms(True)
