@@ -226,6 +226,8 @@ def _differentiable_gradients(
     """For derivatives of derivatives, in operations that have them, with all logits at once. The tensors are
     not read from ctx again: in a checkpoint each can be read once.
     """
+    # One may have been computed from another. Seen through views, none depends on another.
+    hidden, weight, bias = (x if x is None else x.view_as(x) for x in (hidden, weight, bias))
     logits = torch.nn.functional.linear(hidden, weight, bias)
     options = LossOptions(0, *ctx.options)._replace(loss_dtype=factor.dtype)
     losses = loss_of(logits, target, class_weight, options)
