@@ -1,7 +1,7 @@
 """The operator behind `fr.optim.SGD`: one step over lists of tensors, in place.
 
 g <- dE/dw + weight_decay * w + l1 * sign(w);  v <- momentum * v + (1 - dampening) * g, v <- g in the first
-step;  w <- w - lr * (g + momentum * v if nesterov else v). Sources and options: optim.py and
+step;  w <- w - lr * (g + momentum * v if nesterov else v). Sources and options: optim/_sgd.py and
 csrc/sgd/sgd_math.h.
 """
 
