@@ -4,6 +4,7 @@ of a group on a device.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -12,8 +13,11 @@ import torch
 from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .._checks import DTYPES
+from .._checks import DTYPES, arithmetic_dtype
 from .._registry import fast
+from ._average import Averages, average_idle, warmed_up
+from ._clip import OPTIONS as CLIPPING
+from ._clip import check_clipping, clipped
 from ._groups import (
     Params,
     check_keys,
@@ -29,12 +33,14 @@ from ._groups import (
 class Column(NamedTuple):
     """One entry of `state[p]` that a step needs: a tensor like the parameter, or a float32 number.
 
-    `make(p, state[p])` gives the entry of a parameter that has none yet.
+    `make(p, state[p])` gives the entry of a parameter that has none yet. A number lies on the parameter's
+    device, or where it was found if it is `anywhere`.
     """
 
     name: str
     make: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
     is_number: bool = False
+    anywhere: bool = False
 
 
 def zeros(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
@@ -42,50 +48,116 @@ def zeros(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     return torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-class Work(NamedTuple):
-    """The tensors of a parameter group on one device, of DTensors the local shards; `state` by column."""
+def zero(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """A count on the parameter's device."""
+    return torch.zeros((), dtype=torch.float32, device=p.device)
 
+
+def _copy(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """The parameter itself, which is what its average is before the first step."""
+    return p.detach().clone(memory_format=torch.preserve_format)
+
+
+_AVERAGE = (Column("ema", _copy), Column("n_averaged", zero, is_number=True))
+
+
+class Work(NamedTuple):
+    """The tensors of a parameter group on one device: of DTensors, which `owners` holds whole, the local
+    shards. `state` has one list for each column, `idle` (parameter, average, count) of parameters that have
+    no gradient.
+    """
+
+    owners: list[Any]
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
-    state: list[list[torch.Tensor]]
+    state: dict[str, list[torch.Tensor]]
+    idle: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
-class OnePass(torch.optim.Optimizer):
+class Scaling(NamedTuple):
+    """What multiplies the gradients, and what skips the step: tensors of one number on the device."""
+
+    grad_scale: torch.Tensor | None
+    found_inf: torch.Tensor | None
+    clip: torch.Tensor | None
+
+    def to(self, device: torch.device) -> Scaling:
+        """The same on another device."""
+        return Scaling(*(None if value is None else value.to(device) for value in self))
+
+
+class OnePass(Averages):
     """The part of an optimiser that does not depend on its formula.
 
     A subclass stands before torch's class of the same name among the bases of the public one, and gives what
     raises NotImplementedError here.
     """
 
-    _op: ClassVar[str]
     # The options of a parameter group that torch's class does not have.
     _own_options: ClassVar[dict[str, Any]]
     # The options that are one number, a tensor or a scalar of NumPy's included.
     _numbers: ClassVar[tuple[str, ...]]
 
+    # The norm of the last step's gradients. One tensor that the steps write to, since a compiled or captured
+    # step makes no new attribute.
+    _norm: torch.Tensor | None = None
+
     def _check_group(self, group: dict[str, Any], least: float = -sys.float_info.max) -> None:
         """Raise unless the options of a group make a step. `least` is 0 in the constructor alone."""
         raise NotImplementedError
 
-    def _columns(self, group: dict[str, Any]) -> tuple[Column, ...]:
-        """The state that a step of this group needs, in the order in which it is made."""
+    def _columns(self, group: dict[str, Any], skippable: bool) -> tuple[Column, ...]:
+        """The state that a step of this group needs, in the order in which it is made. Whether a `skippable`
+        step happens is known on the device alone.
+        """
         raise NotImplementedError
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
         raise NotImplementedError
 
-    def _call(self, group: dict[str, Any], device: torch.device, work: Work, **scaling: Any) -> None:
+    def _call(
+        self,
+        group: dict[str, Any],
+        device: torch.device,
+        work: Work,
+        scaling: Scaling,
+        ema_tensor: torch.Tensor | None,
+    ) -> None:
         """Call the operator for one group on one device."""
         raise NotImplementedError
 
     def _begin(self, params: Params, defaults: dict[str, Any]) -> None:
         """What the constructors share."""
         check_params(self._op, params)
+        check_clipping(self._op, defaults)
         self._check_group(self._in_numbers(defaults), least=0)
         params = free_groups(params) if defaults["l1"] else params
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._let_scaler_into_step()
+        self._make_norm()
+
+    def _make_norm(self) -> None:
+        """The tensor that clipping writes its norm to."""
+        first = next(p for group in self.param_groups for p in group["params"])
+        if self.defaults["max_norm"] is not None:
+            self._norm = torch.full((), math.nan, dtype=arithmetic_dtype(first), device=first.device)
+
+    def _keep_norm(self, norm: torch.Tensor) -> None:
+        """Write the norm of a step to where it is kept; elsewhere, if the parameters have moved."""
+        kept = self._norm
+        if kept is None or kept.device != norm.device or kept.dtype != norm.dtype:
+            self._norm = norm
+        else:
+            kept.copy_(norm)
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of the gradients of the last step over all groups, before clipping: shape (), float32
+        (float64 with float64 gradients), on the device of the first. NaN before the first step, None without
+        `max_norm`.
+        """
+        return None if self._norm is None else self._norm.clone()
 
     def _let_scaler_into_step(self) -> None:
         """With fused=True tell GradScaler, in torch.amp's way, that `step` unscales and looks for overflow.
@@ -106,6 +178,12 @@ class OnePass(torch.optim.Optimizer):
         if not isinstance(param_group, dict) or isinstance(param_group["params"], set):
             super().add_param_group(param_group)  # torch says what is wrong
             return
+        for name in CLIPPING:
+            if name in param_group:
+                raise ValueError(
+                    f"{self._op}: {name} is one for all parameter groups, got it in one of them; give it to "
+                    f"the constructor"
+                )
         group = self._in_numbers({**self.defaults, **param_group})
         check_keys(self._op, group, self.defaults)
         self._check_group(group)
@@ -116,6 +194,27 @@ class OnePass(torch.optim.Optimizer):
             if isinstance(tensor_of(p), torch.Tensor):
                 check_param(self._op, group, tensor_of(p))
         super().add_param_group({**param_group, "params": list(unique.values())})
+        for name in CLIPPING:
+            self.param_groups[-1].pop(name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch's."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{self._op}: load_state_dict must not run inside averaged(), where the parameters are the "
+                f"averages; leave the block first"
+            )
+
+        def keep(_: Any, given: dict[str, Any]) -> None:
+            self._given = given
+
+        # After all other hooks, which may give torch another dict than this one.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_given", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what `load_state_dict` has read, or a pickle. This class's own options, which a state
@@ -127,15 +226,35 @@ class OnePass(torch.optim.Optimizer):
             before = groups[i] if i < len(groups) else {}
             for name, default in self._own_options.items():
                 group.setdefault(name, before.get(name, default))
-        for values in self.state.values():  # load_state_dict gives the flag the dtype of the parameter
-            if "momentum_started" in values:
-                values["momentum_started"] = values["momentum_started"].float()
+        self._restore_numbers()
         if "defaults" in state:  # from a copy or a pickle
+            self.defaults = {**CLIPPING, **self._own_options, **self.defaults}  # older ones have less
             self._let_scaler_into_step()
+            self._make_norm()
+
+    def _restore_numbers(self) -> None:
+        """Take numbers as the state dict has them: torch gives all but "step" the dtype of the parameter,
+        and bfloat16 has no 257.
+        """
+        given = self.__dict__.get("_given")
+        if given is None:
+            return
+        keys = (key for group in given["param_groups"] for key in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for key, p in zip(keys, params, strict=True):
+            for name in ("momentum_started", "n_averaged"):
+                if name in given["state"].get(key, ()):
+                    value = torch.as_tensor(given["state"][key][name])
+                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one step; `closure` recomputes the loss, which is returned, as in torch."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{self._op}: step must not run inside averaged(), where the parameters are the averages; "
+                f"leave the block first"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -145,63 +264,86 @@ class OnePass(torch.optim.Optimizer):
             self._check_group(group)
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        usual = grad_scale is None and found_inf is None and not is_compiling()
+        max_norm = self.defaults["max_norm"]
+        usual = grad_scale is None and found_inf is None and max_norm is None and not is_compiling()
         if usual and fast is not None and self._step_fast(fast, groups):
             return loss
         # All groups are collected before the first is stepped, so that an error leaves everything as it was.
-        works = [self._collect(group) for group in groups]
+        skippable = found_inf is not None or max_norm is not None
+        works = [self._collect(group, skippable) for group in groups]
+        scaling = Scaling(grad_scale, found_inf, None)
+        if max_norm is not None:
+            norm, scaling = clipped(self._op, works, scaling, self.defaults)
+            self._keep_norm(norm)
         for group, work in zip(groups, works, strict=True):
             for device, tensors in work.items():
-                # torch.compile counts the versions itself. Elsewhere a graph that has saved a weight must
-                # find out that the weight has changed.
-                if not is_compiling():
-                    torch.autograd.graph.increment_version(tensors.params)
-                self._call(
-                    group,
-                    device,
-                    tensors,
-                    grad_scale=None if grad_scale is None else grad_scale.to(device),
-                    found_inf=None if found_inf is None else found_inf.to(device),
-                )
+                self._step_on(device, group, tensors, scaling.to(device))
         return loss
 
-    def _collect(self, group: dict[str, Any]) -> dict[torch.device, Work]:
+    def _step_on(self, device: torch.device, group: dict[str, Any], work: Work, scaling: Scaling) -> None:
+        """Step the parameters of a group on one device."""
+        # torch.compile counts the versions itself. Elsewhere a graph that has saved a weight must find out
+        # that the weight has changed.
+        if not is_compiling():
+            torch.autograd.graph.increment_version(work.params)
+        ema_tensor = None
+        if group["ema"] is not None and group["ema_warmup"]:
+            counts = work.state["n_averaged"] or [count for _, _, count in work.idle]
+            ema_tensor = warmed_up(group["ema"], group["ema_warmup"], torch.stack(counts).amax())
+        if work.params:
+            self._call(group, device, work, scaling, ema_tensor)
+        if work.idle:
+            average_idle(work.idle, group["ema"] if ema_tensor is None else ema_tensor, scaling.found_inf)
+
+    def _collect(self, group: dict[str, Any], skippable: bool) -> dict[torch.device, Work]:
         """The tensors of a parameter group by device, checked; of a DTensor the local shard.
 
         With many small tensors this loop is most of a step. It therefore makes no container per parameter,
         and few calls.
         """
         found: dict[torch.device, Work] = {}
-        columns = self._columns(group)
+        averages = group["ema"] is not None
+        columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
         for p in group["params"]:
             grad = p.grad
-            if grad is None:
+            if grad is None and not (averages and p.requires_grad):
                 continue
             dtype, device = p.dtype, p.device
-            if grad.layout != torch.strided or grad.dtype != dtype or dtype not in DTYPES:
+            if grad is not None and (
+                grad.layout != torch.strided or grad.dtype != dtype or dtype not in DTYPES
+            ):
                 refuse_gradient(self._op, p, grad)
             if dtype == torch.float16 and group["stochastic_rounding"]:
                 check_param(self._op, group, p)
             work = found.get(device)
             if work is None:
-                work = found[device] = Work([], [], [[] for _ in columns])
+                work = found[device] = Work([], [], [], {column.name: [] for column in columns}, [])
             sharded = hasattr(p, "to_local")
-            work.params.append(p.to_local() if sharded else p)
-            work.grads.append(_like_placed(grad, p).to_local() if sharded else grad)
+            if grad is not None:
+                work.owners.append(p)
+                work.params.append(p.to_local() if sharded else p)
+                work.grads.append(_like_placed(grad, p).to_local() if sharded else grad)
             if not columns:
                 continue
             state = self.state[p]
-            for column, values in zip(columns, work.state, strict=True):
+            for column in columns:
                 value = state.get(column.name)
                 if value is None:
                     value = state[column.name] = column.make(p, state)
-                if column.is_number:
-                    # load_state_dict gives it the dtype of the parameter; the operator wants float32.
-                    if value.dtype != torch.float32:
-                        value = state[column.name] = value.float()
-                    values.append(value)
-                else:
-                    values.append(value.to_local() if sharded else value)
+                if column.is_number and (
+                    value.dtype != torch.float32 or not (column.anywhere or value.device == device)
+                ):
+                    # A state dict may hold it in another dtype and on another device.
+                    place = value.device if column.anywhere else device
+                    value = state[column.name] = value.to(place, torch.float32)
+                if grad is not None:
+                    work.state[column.name].append(
+                        value.to_local() if sharded and not column.is_number else value
+                    )
+            if grad is None:
+                average = state["ema"]
+                local = (p.to_local(), average.to_local()) if sharded else (p, average)
+                work.idle.append((*local, state["n_averaged"]))
         return found
 
 

@@ -18,8 +18,10 @@ from .._checks import check_number, names_unknown_arguments
 from .._seeds import draw_seed
 from .._sgd import sgd_, sgd_numbers_, sgd_with_numbers
 from .._types import Number
+from . import _average
+from ._average import check_average
 from ._groups import Params, check_penalised
-from ._one_pass import Column, OnePass, Work, are_fixed, rate_of, stacked, zeros
+from ._one_pass import Column, OnePass, Scaling, Work, are_fixed, rate_of, stacked, zeros
 
 
 class SGD(OnePass, torch.optim.SGD):
@@ -48,14 +50,16 @@ class SGD(OnePass, torch.optim.SGD):
         stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the
             mean; no effect on float32 and float64. The seed comes from the device's default generator:
             data-parallel ranks must seed it alike.
+        ema, ema_warmup, max_norm, error_if_nonfinite: the moving average of the parameters, and clipping, as
+            in `AdamW`.
         fused: there is one implementation, which is fused. True also moves the work of
             `torch.amp.GradScaler` into it, as below.
         foreach: accepted and ignored.
         differentiable: must be False.
 
-    All of these but the last three may differ per group. Parameters are float32, float64, float16 or
-    bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard by shard. State:
-    `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
+    All of these but max_norm, error_if_nonfinite and the last three may differ per group. Parameters are
+    float32, float64, float16 or bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard
+    by shard. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
 
     Under `torch.amp.GradScaler` all is as with torch's SGD. By default the scaler unscales the gradients
     where they lie, and calls `step` unless they overflowed: accelerate, Lightning and step hooks see a
@@ -84,8 +88,9 @@ class SGD(OnePass, torch.optim.SGD):
         "decoupled": False,
         "scale_penalty": False,
         "stochastic_rounding": False,
+        **_average.OPTIONS,
     }
-    _numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "l1")
+    _numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "l1", "ema")
 
     @names_unknown_arguments("SGD", {"l2": "weight_decay", "lambda_": "weight_decay", "wd": "weight_decay"})
     def __init__(
@@ -103,6 +108,10 @@ class SGD(OnePass, torch.optim.SGD):
         maximize: bool = False,
         stochastic_rounding: bool = False,
         scale_penalty: bool = False,
+        ema: float | None = None,
+        ema_warmup: bool | float = False,
+        max_norm: float | None = None,
+        error_if_nonfinite: bool = False,
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
@@ -119,6 +128,10 @@ class SGD(OnePass, torch.optim.SGD):
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
             scale_penalty=scale_penalty,
+            ema=ema,
+            ema_warmup=ema_warmup,
+            max_norm=max_norm,
+            error_if_nonfinite=error_if_nonfinite,
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
@@ -129,6 +142,7 @@ class SGD(OnePass, torch.optim.SGD):
         """Raise unless the options of a group make a step. `least` is 0 in the constructor alone."""
         op = self._op
         check_penalised(op, group, ("momentum", "weight_decay"), least)
+        check_average(op, group)
         check_number(op, "dampening", group["dampening"], finite=True, allow_bool=True)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
@@ -141,7 +155,7 @@ class SGD(OnePass, torch.optim.SGD):
                 f"{group['momentum']} and {group['dampening']}"
             )
 
-    def _columns(self, group: dict[str, Any]) -> tuple[Column, ...]:
+    def _columns(self, group: dict[str, Any], skippable: bool) -> tuple[Column, ...]:
         """The flag stands first, because it tells a first step by the missing buffer."""
         if group["momentum"] == 0:
             return ()
@@ -149,20 +163,30 @@ class SGD(OnePass, torch.optim.SGD):
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
+        if any(group["ema"] is not None for group in groups):
+            return None
         return fast.sgd([_scaled(group) for group in groups], self.state)
 
-    def _call(self, group: dict[str, Any], device: torch.device, work: Work, **scaling: Any) -> None:
+    def _call(
+        self,
+        group: dict[str, Any],
+        device: torch.device,
+        work: Work,
+        scaling: Scaling,
+        ema_tensor: torch.Tensor | None,
+    ) -> None:
         """Call the operator for one group on one device."""
         group = _scaled(group)
         lr, lr_tensor = rate_of(group, device)
-        *started, buffers = work.state or [[]]
-        lists = (work.params, work.grads, buffers, started[0] if started else [])
+        names = ("momentum_buffer", "momentum_started", "ema", "n_averaged")
+        lists: Any = (work.params, work.grads, *(work.state.get(name, []) for name in names))
         numbers = (
             lr,
             float(group["momentum"]),
             float(group["dampening"]),
             float(group["weight_decay"]),
             float(group["l1"]),
+            float(group["ema"] or 0),
         )
         others = (
             bool(group["nesterov"]),
@@ -170,8 +194,8 @@ class SGD(OnePass, torch.optim.SGD):
             bool(group["decoupled"]),
             bool(group["maximize"]),
             lr_tensor,
-            scaling["grad_scale"],
-            scaling["found_inf"],
+            *scaling,
+            ema_tensor,
             draw_seed(device) if group["stochastic_rounding"] else None,
         )
         if not is_compiling():
