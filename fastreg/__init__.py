@@ -1,6 +1,6 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _registry, augment, nn, optim
+from . import _adamw, _registry, _sum_of_squares, augment, nn, optim  # noqa: F401
 from ._cross_entropy import cross_entropy
 from ._dropout import dropout, dropout_with_mask
 from ._dropout_add import dropout_add

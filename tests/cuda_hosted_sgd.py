@@ -8,10 +8,10 @@ from cuda_machine import DTYPES
 
 
 def check(cuda):
-    modes = (  # momentum, dampening, weight_decay, l1, nesterov, proximal, decoupled, maximize
-        (0.0, 0.0, 0.0, 0.0, False, False, False, False),
-        (0.9, 0.0, 0.1, 0.1, True, False, False, True),
-        (0.9, 0.5, 0.1, 0.1, False, True, True, False),
+    modes = (  # momentum, dampening, weight_decay, l1, ema, nesterov, proximal, decoupled, maximize
+        (0.0, 0.0, 0.0, 0.0, 0.0, False, False, False, False),
+        (0.9, 0.0, 0.1, 0.1, 0.0, True, False, False, True),
+        (0.9, 0.5, 0.1, 0.1, 0.0, False, True, True, False),
     )
     shapes = ((0,), (1,), (7, 37), (33, 64))
     for dtype, (momentum, dampening, *mode) in itertools.product(DTYPES, modes):
@@ -24,7 +24,22 @@ def check(cuda):
             lr, scale, overflow = torch.tensor(0.25), torch.tensor(64.0), torch.tensor(0.0)
             seed = torch.tensor([5]) if dtype == torch.bfloat16 else None
             ops.sgd_(
-                params, grads, buffers, started, 0.0, momentum, dampening, *mode, lr, scale, overflow, seed
+                params,
+                grads,
+                buffers,
+                started,
+                [],
+                [],
+                0.0,
+                momentum,
+                dampening,
+                *mode,
+                lr,
+                scale,
+                overflow,
+                None,
+                None,
+                seed,
             )
             states.append(params + buffers + started)
         for ours, theirs in zip(*states, strict=True):

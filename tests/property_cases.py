@@ -313,7 +313,7 @@ def sgd(draw):
     dampening = one_of(draw, 0.0, 0.3) if momentum else 0.0
     nesterov = bool(momentum) and not dampening and draw(st.booleans())
     numbers = [one_of(draw, 0.0, 0.1, 1e-30, 10.0), momentum, dampening]
-    numbers += [one_of(draw, 0.0, 0.01), one_of(draw, 0.0, 0.02, 0.5)]
+    numbers += [one_of(draw, 0.0, 0.01), one_of(draw, 0.0, 0.02, 0.5), 0.0]
     proximal, decoupled, maximize = (draw(st.booleans()) for _ in range(3))
     lr_tensor, scale, skip = (
         one_of(draw, None, 0.07),
@@ -333,29 +333,46 @@ def sgd(draw):
             tensors[3].extend([torch.tensor(float(not first))] if dampening else [])
     params, buffers = ([Written(draw, t) for t in tensors[i]] for i in (0, 2))
     started = [t.clone() for t in tensors[3]]
-    options = [nesterov, proximal, decoupled, maximize, *rest, stochastic]
+    options = [nesterov, proximal, decoupled, maximize, *rest, None, None, stochastic]
     with unchanged(*tensors[1]):
         op("sgd_")(
-            [w.tensor for w in params], tensors[1], [v.tensor for v in buffers], started, *numbers, *options
+            [w.tensor for w in params],
+            tensors[1],
+            [v.tensor for v in buffers],
+            started,
+            [],
+            [],
+            *numbers,
+            *options,
         )
 
     want = [[t.double().clone() for t in group] for group in tensors[:3]]
     flags = [t.clone() for t in tensors[3]]
-    plain("sgd_")(*want, flags, *numbers, *options[:-1], None)
+    plain("sgd_")(*want, flags, [], [], *numbers, *options[:-1], None)
     size = [[s * t.double().abs() for t in group] for s, group in zip((1, -1, -1), tensors, strict=False)]
-    lr, _, _, weight_decay, l1 = numbers
-    negative = [lr, momentum, dampening, -weight_decay, -l1]
+    lr, _, _, weight_decay, l1, _ = numbers
+    negative = [lr, momentum, dampening, -weight_decay, -l1, 0.0]
     plain("sgd_")(
-        *size, [t.clone() for t in tensors[3]], *negative, nesterov, False, decoupled, False, *rest, None
+        *size,
+        [t.clone() for t in tensors[3]],
+        [],
+        [],
+        *negative,
+        nesterov,
+        False,
+        decoupled,
+        False,
+        *rest,
+        None,
     )
     # The same with a rate of 1: the size of what the rate is multiplied with, which may overflow before.
     full = [[s * t.double().abs() for t in group] for s, group in zip((1, -1, -1), tensors, strict=False)]
     plain("sgd_")(
-        *full, [t.clone() for t in tensors[3]], 1.0, *negative[1:], nesterov, False, decoupled, False,
+        *full, [t.clone() for t in tensors[3]], [], [], 1.0, *negative[1:], nesterov, False, decoupled, False,
         None, *rest[1:], None,
     )  # fmt: skip
     own = [[t.clone() for t in group] for group in tensors]
-    plain("sgd_")(*own, *numbers, *options)
+    plain("sgd_")(*own, [], [], *numbers, *options)
     for i, written in enumerate(params):
         if stochastic is not None and written.tensor.dtype == torch.bfloat16:
             assert_same_bits(written.tensor, own[0][i], "stochastic rounding")
@@ -511,9 +528,9 @@ def sgd_numbers(draw):
     """The same step, whose numbers lie in a tensor."""
     size, dtype = (one_of(draw, 1, 9, 65),), one_of(draw, *DTYPES)
     x, grad = (values(draw, size, dtype, most=30) for _ in range(2))
-    numbers = torch.tensor([one_of(draw, 0.1, -0.1), 0.0, 0.0, 0.01, 0.02]).double()
+    numbers = torch.tensor([one_of(draw, 0.1, -0.1), 0.0, 0.0, 0.01, 0.02, 0.0]).double()
     got, want = x.clone(), x.clone()
     options = [False, draw(st.booleans()), draw(st.booleans()), draw(st.booleans())]
-    op("sgd_numbers_")([got], [grad], [], [], numbers, *options)
-    plain("sgd_")([want], [grad], [], [], *numbers.tolist(), *options)
+    op("sgd_numbers_")([got], [grad], [], [], [], [], numbers, *options)
+    plain("sgd_")([want], [grad], [], [], [], [], *numbers.tolist(), *options)
     assert_same_bits(got, want, "numbers in a tensor")

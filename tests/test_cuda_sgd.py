@@ -69,9 +69,9 @@ class Step:
         buffers = [b.clone() for b in self.buffers or ()]
         started = [torch.tensor(float(s)) for s in self.started or ()]
         torch.ops.fastreg.sgd_(
-            params, self.grads, buffers, started, self.lr, self.momentum, self.dampening, self.weight_decay,
-            self.l1, self.nesterov, self.proximal, self.decoupled, self.maximize, self.lr_tensor,
-            self.grad_scale, self.found_inf,
+            params, self.grads, buffers, started, [], [], self.lr, self.momentum, self.dampening,
+            self.weight_decay, self.l1, 0.0, self.nesterov, self.proximal, self.decoupled, self.maximize,
+            self.lr_tensor, self.grad_scale, self.found_inf, None, None,
             None if self.seed is None else torch.tensor([self.seed]),
         )  # fmt: skip
         return params, buffers, started

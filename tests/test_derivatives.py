@@ -24,7 +24,9 @@ WITHOUT = {
     "example": "there to be copied",
     "fgsm_step": "a step of an attack, which starts from a detached image",
     "pgd_step": "a step of an attack, which starts from a detached image",
+    "adamw_": "a step of an optimiser",
     "sgd_": "a step of an optimiser",
+    "sum_of_squares": "a part of the step of an optimiser",
 }
 # torch's vmap, by which a forward-mode jacobian goes, refuses whatever draws a random number. The sentence is
 # torch's.

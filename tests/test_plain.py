@@ -108,7 +108,7 @@ def sgd_case(choose):
     """Tensors and options of one step, chosen at random: all options meet each other in some cases."""
     momentum = choose((0, 0.9))
     dampening = choose((0, 0.3)) if momentum else 0
-    tensors = params, grads, buffers, started = [], [], [], []
+    tensors = params, grads, buffers, started, _, _ = [], [], [], [], [], []
     for shape in SHAPES:
         dtype = choose(DTYPES)
         params.append(numbers(shape, dtype, choose((False, True))))
@@ -124,6 +124,7 @@ def sgd_case(choose):
         dampening=dampening,
         weight_decay=choose((0, 0.01)),
         l1=choose((0, 0.02, 0.5)),
+        ema=0.0,
         nesterov=bool(momentum) and not dampening and choose((False, True)),
         proximal=choose((False, True)),
         decoupled=choose((False, True)),
@@ -149,9 +150,9 @@ def test_sgd():
 
 def test_sgd_checks_all_before_it_steps_any():
     w, wrong = torch.ones(3), torch.ones(3, dtype=torch.int64)
-    options = 0.1, 0, 0, 0, 0, False, False, False, False
+    options = 0.1, 0, 0, 0, 0, 0, False, False, False, False
     with pytest.raises(ValueError, match="SGD: a parameter must be float32"):
-        _sgd.sgd_plain([w, wrong], [w, wrong], [], [], *options)
+        _sgd.sgd_plain([w, wrong], [w, wrong], [], [], [], [], *options)
     assert torch.equal(w, torch.ones(3))
 
 
@@ -159,8 +160,8 @@ def test_a_tensor_without_elements_shares_no_memory():
     """Whatever its strides are: those of an expanded tensor of length 0, for example."""
     empty = torch.empty(1, 0).expand(3, 0)
     assert 0 in empty.stride()
-    _sgd.sgd_plain([empty], [empty], [], [], 0.1, 0, 0, 0, 0, False, False, False, False)
-    _sgd.sgd_([empty], [empty], [], [], 0.1, 0, 0, 0, 0, False, False, False, False)
+    _sgd.sgd_plain([empty], [empty], [], [], [], [], 0.1, 0, 0, 0, 0, 0, False, False, False, False)
+    _sgd.sgd_([empty], [empty], [], [], [], [], 0.1, 0, 0, 0, 0, 0, False, False, False, False)
     for in_place in (_dropout.dropout_inplace_plain, torch.ops.fastreg.dropout_.default):
         assert in_place(empty, 0.5, seed()).numel() == 0
 

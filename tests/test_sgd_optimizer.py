@@ -620,12 +620,20 @@ class TestErrors:
             grads=[torch.ones(3)],
             buffers=[torch.zeros(3)],
             started=[],
+            averages=[],
+            n_averaged=[],
             lr=0.1,
             momentum=0.9,
             dampening=0.0,
         )
         values.update(
-            weight_decay=0.0, l1=0.0, nesterov=False, proximal=False, decoupled=False, maximize=False
+            weight_decay=0.0,
+            l1=0.0,
+            ema=0.0,
+            nesterov=False,
+            proximal=False,
+            decoupled=False,
+            maximize=False,
         )
         names = list(values)
         values.update(change)

@@ -232,14 +232,15 @@ class TestCompileAndOp:
     )
     def test_opcheck(self, flags, dtype):
         make = lambda: [torch.randn(3, 4).to(dtype), torch.randn(5).to(dtype)]  # noqa: E731
-        args = (make(), make(), make(), [], 0.1, 0.9, 0.0, 0.01, 0.02, *flags)
+        args = (make(), make(), make(), [], [], [], 0.1, 0.9, 0.0, 0.01, 0.02, 0.0, *flags)
         torch.library.opcheck(OP, args)
         scaled = dict(grad_scale=torch.tensor(2.0), found_inf=torch.zeros(1), lr_tensor=torch.tensor(0.1))
         started = [torch.zeros(()), torch.ones(())]
-        torch.library.opcheck(OP, (make(), make(), make(), started, 0.0, 0.9, 0.3, 0.0, 0.02, *flags), scaled)
+        lists = make(), make(), make(), started, [], []
+        torch.library.opcheck(OP, (*lists, 0.0, 0.9, 0.3, 0.0, 0.02, 0.0, *flags), scaled)
         torch.library.opcheck(
             OP,
-            (make(), make(), [], [], 0.1, 0.0, 0.0, 0.0, 0.0, *flags),
+            (make(), make(), [], [], [], [], 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, *flags),
             dict(seed=torch.zeros(1, dtype=torch.int64)),
         )
 
@@ -248,20 +249,8 @@ class TestCompileAndOp:
         for found, expected in ((0.0, [1.0, 1.0]), (1.0, [0.0, 1.0])):
             flags = [torch.zeros(()), torch.ones(())]
             lists = [[torch.ones(3), torch.ones(0)] for _ in range(3)]
-            OP(
-                *lists,
-                flags,
-                0.1,
-                0.9,
-                0.5,
-                0.0,
-                0.0,
-                False,
-                False,
-                False,
-                False,
-                found_inf=torch.tensor(found),
-            )
+            numbers = 0.1, 0.9, 0.5, 0.0, 0.0, 0.0
+            OP(*lists, flags, [], [], *numbers, *4 * (False,), found_inf=torch.tensor(found))
             assert [f.item() for f in flags] == expected
 
 

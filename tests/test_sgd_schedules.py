@@ -119,14 +119,14 @@ class TestCompiledSchedules:
 
     def test_operator(self):
         """The operator of such graphs, with its fake kernel, by torch's own check."""
-        numbers = torch.tensor([0.5, 0.875, 0.25, 0.125, 0.0625], dtype=torch.float64)
-        lists = [[torch.randn(4)], [torch.randn(4)], [torch.zeros(4)], [torch.zeros(())]]
+        numbers = torch.tensor([0.5, 0.875, 0.25, 0.125, 0.0625, 0.0], dtype=torch.float64)
+        lists = [[torch.randn(4)], [torch.randn(4)], [torch.zeros(4)], [torch.zeros(())], [], []]
         wanted = [[t.clone() for t in tensors] for tensors in lists]
         flags = (False, True, False, False)
         torch.library.opcheck(torch.ops.fastreg.sgd_numbers_.default, (*lists, numbers, *flags))
         torch.ops.fastreg.sgd_numbers_(*lists, numbers, *flags)
         OP(*wanted, *numbers.tolist(), *flags)
-        assert all(same_values(a[0], b[0]) for a, b in zip(lists, wanted, strict=True))
+        assert all(same_values(a[0], b[0]) for a, b in zip(lists[:4], wanted[:4], strict=True))
 
 
 def overflow(optimizer, scaler, p):

@@ -551,7 +551,7 @@ def operator_arguments(name):
         "dropout": (x, 0.3, seed, 7, 2, 1.5),
         "dropout_add": (x, other, torch.randn(8), 0.3, seed, 1.5),
         "cross_entropy": (x, torch.arange(3), torch.rand(8), 1, -100, 0.1),
-        "sgd_": ([x], [other], [x.clone()], [], 0.1, 0.9, 0.0, 0.01, 0.02, *4 * (False,)),
+        "sgd_": ([x], [other], [x.clone()], [], [], [], 0.1, 0.9, 0.0, 0.01, 0.02, 0.0, *4 * (False,)),
         "fgsm_step": (x.sigmoid(), other, 0.1, 0.0, 1.0),
         "pgd_step": (x.sigmoid(), other, x.sigmoid(), 0.1, 0.2, 0.0, 1.0),
     }[name]

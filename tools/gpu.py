@@ -151,7 +151,7 @@ def _one(step: Step, log: Path, environment: dict[str, str], limit: float) -> di
 
 
 def _end_group(process: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
-    """Kill what a step started and wait for its death: SIGKILL returns before a process has let go of a GPU."""
+    """Kill what a step started and wait for its death: SIGKILL returns before the GPU has been let go of."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     end = time.monotonic() + seconds

@@ -13,6 +13,7 @@
 
 #include "../common/device.h"
 #include "../common/isa.h"
+#include "../common/optimizer_math.h"
 #include "../common/philox.h"
 
 namespace fastreg {
@@ -91,14 +92,7 @@ template <class V>
 FR_HD V plus_penalty(V g, V w, const SgdNumbers<V>& n) {
   const V zero(0);
   g = g + select(n.weight_decay > zero, n.weight_decay * w, zero);
-  return g + select(w > zero, n.l1, select(w < zero, zero - n.l1, zero));
-}
-
-// sign(w) max(|w| - t, 0) as w less what lies of it in [-t, t]: +0 inside, NaN kept
-template <class V>
-FR_HD V soft_threshold(V w, V t) {
-  const V from_below = select(w < V(0) - t, V(0) - t, w);
-  return w - select(from_below > t, t, from_below);
+  return g + l1_pull(w, n.l1);
 }
 
 // Updates w, and v if there is momentum.
@@ -108,7 +102,7 @@ FR_HD void sgd_element(SgdMomentum momentum, SgdPenalty penalty, V& w, V g, V& v
   g = g * n.grad_factor;
   if (penalty == SgdPenalty::kInGradient) g = plus_penalty(g, old, n);
   if (momentum != SgdMomentum::kNone) {
-    v = n.keep * v + n.take * g;
+    v = flush(n.keep * v + n.take * g);
     g = momentum == SgdMomentum::kNesterov ? g + n.momentum * v : v;
   }
   if (penalty == SgdPenalty::kDecoupled) g = g + plus_penalty(V(0), old, n);

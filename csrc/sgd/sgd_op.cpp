@@ -96,10 +96,13 @@ void fill_tensor(SgdTensor* t, const Tensor& param, const Tensor& grad, const Te
 }
 
 void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> momentum_buffers,
-         std::vector<Tensor> momentum_started, double lr, double momentum, double dampening,
-         double weight_decay, double l1, bool nesterov, bool proximal, bool decoupled, bool maximize,
-         std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-         std::optional<Tensor> seed) {
+         std::vector<Tensor> momentum_started, std::vector<Tensor> averages, std::vector<Tensor> n_averaged,
+         double lr, double momentum, double dampening, double weight_decay, double l1, double ema,
+         bool nesterov, bool proximal, bool decoupled, bool maximize, std::optional<Tensor> lr_tensor,
+         std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
+         std::optional<Tensor> ema_tensor, std::optional<Tensor> seed) {
+  check(averages.empty() && n_averaged.empty() && !clip && !ema_tensor && ema == 0,
+        "SGD: averages and clipping are not there yet");
   const size_t count = params.size();
   check(grads.size() == count &&
             (momentum == 0 ? momentum_buffers.empty() : momentum_buffers.size() == count) &&

@@ -1,0 +1,186 @@
+"""The operator behind `fr.optim.AdamW`: one step over lists of tensors, in place.
+
+With g = dE/dw, t the number of the step and a moving average of the weights beside it:
+
+    w <- w - lr * weight_decay * w                              decoupled (Loshchilov and Hutter 2019)
+    m <- beta1 * m + (1 - beta1) * g;  v <- beta2 * v + (1 - beta2) * g^2
+    d = sqrt(v / (1 - beta2^t)) + eps;  w <- w - lr / (1 - beta1^t) * m / d        (Kingma and Ba 2015)
+    w <- sign(w) max(|w| - lr * l1 / d, 0)                      the L1 penalty, if proximal
+    average <- ema * average + (1 - ema) * w                    average <- w in its first step
+
+The threshold is the proximal operator of l1 |w|_1 in the metric of the step, d / lr: it minimises
+l1 |x|_1 + d / (2 lr) (x - w)^2 (Yun, Lozano, Yang 2021; Melchior, Joseph, Moolekamp 2019), so that a weight
+stays where it is exactly where 0 is in dE/dw + l1 * sign(w), whatever d. Options: csrc/adamw/adamw_math.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ._checks import arithmetic_dtype, check_dtype, check_no_overlap
+from ._optimizer_math import (
+    averaged,
+    count,
+    exact,
+    flush,
+    gradient_factor,
+    is_skipped,
+    l1_pull,
+    lerp,
+    number,
+    rounded,
+    soft_threshold,
+    store,
+)
+from ._registry import define, define_kernel
+
+# --- The operator in plain torch: what the kernels compute, bit for bit.
+
+
+def _power(base: float, step: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """base^step for whole steps below 2^31 by repeated squaring, which is the same on every device."""
+    rest = step.to(like.device).reshape(()).nan_to_num(0).clamp(0, 2.0**31 - 128).to(torch.int64)
+    result, square = exact(1.0, like), exact(base, like)
+    for bit in range(31):
+        result = torch.where((rest >> bit) & 1 == 1, result * square, result)
+        square = square * square
+    return result
+
+
+def adamw_plain(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    max_exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    averages: Sequence[torch.Tensor],
+    n_averaged: Sequence[torch.Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    l1: float,
+    ema: float,
+    proximal: bool,
+    cautious: bool,
+    maximize: bool,
+    lr_tensor: torch.Tensor | None = None,
+    grad_scale: torch.Tensor | None = None,
+    found_inf: torch.Tensor | None = None,
+    clip: torch.Tensor | None = None,
+    ema_tensor: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> None:
+    """The operator `adamw_`: one step of all parameters. A found_inf other than 0 skips it: nothing changes.
+
+    max_exp_avg_sqs is empty without amsgrad, averages and n_averaged without a moving average, whose decay is
+    ema, or ema_tensor where that is there. steps may lie on the CPU where nothing can skip the step.
+    Gradients are multiplied by clip. cautious: the decay acts only where the update does not push the weight
+    away from 0 (Chen et al. 2025). A seed asks for stochastic rounding of bfloat16 parameters and averages.
+    """
+    for param in params:  # all of them first, so that an error finds nothing stepped
+        check_dtype("AdamW", "a parameter", param)
+        check_no_overlap("AdamW", "a parameter", param)
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        wide, skip = arithmetic_dtype(param), is_skipped(found_inf, param)
+        rate = exact(lr if lr_tensor is None else lr_tensor, param)
+        step = steps[i] + 1
+        correction1, correction2 = (1 - _power(beta, step, param) for beta in (beta1, beta2))
+
+        # The gradient of the error, and of the L1 penalty where it belongs to it.
+        w = param.to(wide)
+        g = grad.to(wide) * gradient_factor(maximize, grad_scale, clip, param)
+        if l1 != 0 and not proximal:
+            g = g + l1_pull(w, number(l1, param))
+
+        # The moments.
+        m = flush(lerp(exp_avgs[i].to(wide), g, number(1 - exact(beta1, param), param)))
+        take = number(1 - exact(beta2, param), param)
+        v = flush(number(beta2, param) * exp_avg_sqs[i].to(wide) + take * g * g)
+        most = torch.maximum(flush(max_exp_avg_sqs[i].to(wide)), v) if max_exp_avg_sqs else v
+        denominator = most.sqrt() * number(1 / correction2.sqrt(), param) + number(eps, param)
+
+        # The decay, the step and the threshold.
+        decayed = w * number(1 - rate * weight_decay, param)
+        if cautious:
+            against = ((m > 0) & (w < 0)) | ((m < 0) & (w > 0))
+            decayed = torch.where(against, w, decayed)
+        w = decayed - number(rate / correction1, param) * m / denominator
+        if proximal and l1 != 0:
+            w = soft_threshold(w, number(rate * l1, param) / denominator)
+
+        # Back to the tensors.
+        if averages:
+            average = averaged(averages[i], w, n_averaged[i], ema if ema_tensor is None else ema_tensor)
+            store(averages[i], rounded(average, param.dtype, seed, i), skip)
+            count(n_averaged[i], skip)
+        store(param, rounded(w, param.dtype, seed, i), skip)
+        store(exp_avgs[i], m.to(param.dtype), skip)
+        store(exp_avg_sqs[i], v.to(param.dtype), skip)
+        if max_exp_avg_sqs:
+            store(max_exp_avg_sqs[i], most.to(param.dtype), skip)
+        count(steps[i], skip)
+
+
+# --- The operator.
+
+# One call steps all tensors of a parameter group. steps and n_averaged, one float32 per tensor, count: only
+# the operator knows whether a step was skipped for an overflow.
+_LISTS = (
+    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] averages, Tensor(g!)[] n_averaged"
+)
+_OPTIONS = (
+    "bool proximal, bool cautious, bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, Tensor? seed=None"
+)
+define(
+    f"adamw_({_LISTS}, float lr, float beta1, float beta2, float eps, float weight_decay, float l1, "
+    f"float ema, {_OPTIONS}) -> ()",
+    plain=adamw_plain,
+)
+
+
+def adamw_with_numbers(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    max_exp_avg_sqs: Sequence[torch.Tensor],
+    steps: Sequence[torch.Tensor],
+    averages: Sequence[torch.Tensor],
+    n_averaged: Sequence[torch.Tensor],
+    numbers: Sequence[float],
+    *others: Any,
+) -> None:
+    """The operator with (lr, beta1, beta2, eps, weight_decay, l1, ema) in one. The kernels take no negative
+    factors, which a group may be given later, to climb for example: those go to plain torch.
+    """
+    lr, _, _, eps, weight_decay, _, _ = numbers
+    step: Any = adamw_plain if min(lr, eps, weight_decay) < 0 else adamw_
+    state = exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, averages, n_averaged
+    step(params, grads, *state, *numbers, *others)
+
+
+def _with_numbers(*args):
+    lists, numbers, others = args[:8], args[8], args[9:]
+    adamw_with_numbers(*lists, numbers.tolist(), *others)
+
+
+# The same for a compiled step whose numbers change, as sgd_numbers_.
+define_kernel(f"adamw_numbers_({_LISTS}, Tensor numbers, {_OPTIONS}) -> ()", _with_numbers)
+
+
+@torch.library.register_fake("fastreg::adamw_", allow_override=True)
+@torch.library.register_fake("fastreg::adamw_numbers_", allow_override=True)
+def _(params, *args, **kwargs):
+    return None
+
+
+adamw_ = torch.ops.fastreg.adamw_.default
+adamw_numbers_ = torch.ops.fastreg.adamw_numbers_.default

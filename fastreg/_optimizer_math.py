@@ -1,0 +1,109 @@
+"""What the optimisers' definitions in plain torch share: numbers, L1, the moving average, rounding.
+
+The compiled kernels compute the same bits; their form of it is csrc/common/optimizer_math.h.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import arithmetic_dtype
+from ._seeds import Purpose, random_halves
+
+# Below it float32 is subnormal, and a step over such a state takes 10 to 40 times as long.
+SMALLEST_NORMAL = 2.0**-126
+
+
+def number(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A number of the formula in the type of the arithmetic, on the device of `like`."""
+    dtype = arithmetic_dtype(like)
+    if isinstance(value, torch.Tensor):
+        return value.to(like.device, dtype).reshape(())
+    return torch.tensor(value, dtype=dtype, device=like.device)
+
+
+def exact(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A number in float64, on the device of `like`; in float32 where the device has no float64."""
+    dtype = torch.float32 if like.device.type == "mps" else torch.float64
+    if isinstance(value, torch.Tensor):
+        return value.to(like.device, dtype).reshape(())
+    return torch.tensor(value, dtype=dtype, device=like.device)
+
+
+def gradient_factor(
+    maximize: bool, grad_scale: torch.Tensor | None, clip: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor:
+    """What a gradient is multiplied with: -1 to climb, 1 / grad_scale to unscale it, clip."""
+    factor: float | torch.Tensor = -1.0 if maximize else 1.0
+    if grad_scale is not None:
+        factor = factor / grad_scale.to(torch.promote_types(grad_scale.dtype, arithmetic_dtype(like)))
+    result = number(factor, like)
+    return result if clip is None else result * number(clip, like)
+
+
+def l1_pull(w: torch.Tensor, l1: torch.Tensor) -> torch.Tensor:
+    """l1 * sign(w)"""
+    return torch.where(w > 0, l1, torch.where(w < 0, 0 - l1, 0.0))
+
+
+def soft_threshold(w: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """sign(w) max(|w| - threshold, 0), as w less the part of it that lies in [-threshold, threshold]."""
+    inside = torch.where(w < 0 - threshold, 0 - threshold, w)
+    return w - torch.where(inside > threshold, threshold, inside)
+
+
+def lerp(old: torch.Tensor, new: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """old + weight * (new - old), from the end that is nearer, as torch.lerp does it."""
+    near = weight < 0.5
+    return torch.where(near, old, new) + torch.where(near, weight, weight - 1) * (new - old)
+
+
+def flush(x: torch.Tensor) -> torch.Tensor:
+    """Zero where a float32 is subnormal; float64 as it is."""
+    return x if x.dtype == torch.float64 else torch.where(x.abs() < SMALLEST_NORMAL, 0.0, x)
+
+
+def averaged(
+    average: torch.Tensor, w: torch.Tensor, n_averaged: torch.Tensor, ema: float | torch.Tensor
+) -> torch.Tensor:
+    """The moving average with the weights w in it, which are the average of a first step."""
+    moved = lerp(average.to(w.dtype), w, number(1 - exact(ema, w), w))
+    return flush(torch.where(n_averaged.reshape(()) == 0, w, moved))
+
+
+def _round_stochastic(w: torch.Tensor, seed: torch.Tensor, tensor_index: int) -> torch.Tensor:
+    """Finite float32 numbers rounded to bfloat16, up with the probability of what is cut off (Gupta et al.
+    2015).
+
+    bfloat16 is the upper half of a float32: 16 random bits are added to the lower half, then it is cut off.
+    """
+    halves = random_halves(
+        seed, 0, w.numel(), w.device, draw=tensor_index, purpose=Purpose.STOCHASTIC_ROUNDING
+    )
+    bits = w.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    cut = ((bits + halves.view(w.shape)) & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    return torch.where(w.isfinite(), cut, w).to(torch.bfloat16)
+
+
+def rounded(
+    value: torch.Tensor, dtype: torch.dtype, seed: torch.Tensor | None, tensor_index: int
+) -> torch.Tensor:
+    """`value` in the type of its tensor; with a seed, and to bfloat16, at random."""
+    if seed is not None and dtype == torch.bfloat16:
+        return _round_stochastic(value, seed, tensor_index)
+    return value.to(dtype)
+
+
+def is_skipped(found_inf: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """Whether the step changes nothing. The host does not read it, because that would wait for the device."""
+    return None if found_inf is None else found_inf.to(like.device).reshape(()) != 0
+
+
+def store(tensor: torch.Tensor, value: torch.Tensor, skip: torch.Tensor | None) -> None:
+    """Write a value of the tensor's dtype, unless the step is skipped."""
+    tensor.copy_(value if skip is None else torch.where(skip, tensor, value))
+
+
+def count(counter: torch.Tensor, skip: torch.Tensor | None) -> None:
+    """Add one, unless the step is skipped."""
+    counter.add_(1 if skip is None else (~skip).to(counter.device, counter.dtype).reshape(counter.shape))
