@@ -30,7 +30,7 @@ def penalty_groups(
     l2: float = 0.0,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `SGD` with a penalty on the weights alone.
+    """Parameter groups for `SGD` or `AdamW` with a penalty on the weights alone.
 
     Biases, parameters of normalisation layers and all others of fewer than two dimensions get no penalty:
     shrinking them costs fit and simplifies nothing (Goodfellow et al. 2016, section 7.1).
@@ -204,7 +204,7 @@ def _penalised(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
             if factor and name not in optimizer.defaults:
                 warnings.warn(
                     f"penalty: {type(optimizer).__name__} does not apply the {name} of its groups, which is "
-                    f"left out here too; use fastreg.optim.SGD for it",
+                    f"left out here too; use fastreg.optim.SGD or AdamW for it",
                     stacklevel=3,
                 )
                 factors[name] = 0.0
