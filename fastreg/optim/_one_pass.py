@@ -139,8 +139,8 @@ class OnePass(Averages):
 
     def _make_norm(self) -> None:
         """The tensor that clipping writes its norm to."""
-        first = next(p for group in self.param_groups for p in group["params"])
-        if self.defaults["max_norm"] is not None:
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and self.defaults["max_norm"] is not None:
             self._norm = torch.full((), math.nan, dtype=arithmetic_dtype(first), device=first.device)
 
     def _keep_norm(self, norm: torch.Tensor) -> None:
