@@ -183,6 +183,8 @@ class TestUse:
                 optimizer.step()
             with pytest.raises(RuntimeError, match="load_state_dict must not run inside averaged"):
                 optimizer.load_state_dict(saved)
+            with pytest.raises(RuntimeError, match="copies must not be made inside averaged"):
+                copy.deepcopy(optimizer)
             with pytest.raises(RuntimeError, match="must not run inside averaged"):
                 optimizer.copy_averaged_to(model)
         train(model, optimizer, first=5)

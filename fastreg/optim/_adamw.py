@@ -194,6 +194,16 @@ class AdamW(OnePass, torch.optim.AdamW):
         ema_tensor: torch.Tensor | None,
     ) -> None:
         """Call the operator for one group on one device."""
+        if (
+            device.type == "cuda"
+            and not is_compiling()
+            and work.state["step"][0].device.type == "cpu"
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise RuntimeError(
+                f"{self._op}: a step in a CUDA graph needs the counts of steps on the device, or every replay "
+                f"takes the same count; construct with capturable=True"
+            )
         lr, lr_tensor = rate_of(group, device)
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "ema", "n_averaged")
         lists: Any = (work.params, work.grads, *(work.state.get(name, []) for name in names))

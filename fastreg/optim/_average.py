@@ -151,6 +151,14 @@ class Averages(torch.optim.Optimizer):
         params = (p for group in groups for p in group["params"])
         return {p: self.state[p]["ema"] for p in params if "ema" in self.state.get(p, ())}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled. A copy from inside of `averaged()` would exchange nothing back."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{self._op}: copies must not be made inside averaged(); leave the block first"
+            )
+        return super().__getstate__()
+
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's class gives it, inside `averaged()` that of outside but for the weights."""
         result = super().state_dict()

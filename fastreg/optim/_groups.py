@@ -152,7 +152,7 @@ def check_param(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
         )
 
 
-def refuse_gradient(op: str, p: torch.Tensor, grad: torch.Tensor) -> NoReturn:
+def refuse_gradient(op: str, p: torch.Tensor, grad: Any) -> NoReturn:
     """Say why a parameter cannot be stepped with this gradient."""
     if p.dtype not in DTYPES:
         raise TypeError(

@@ -309,8 +309,8 @@ class OnePass(Averages):
             if grad is None and not (averages and p.requires_grad):
                 continue
             dtype, device = p.dtype, p.device
-            if grad is not None and (
-                grad.layout != torch.strided or grad.dtype != dtype or dtype not in DTYPES
+            if dtype not in DTYPES or (
+                grad is not None and (grad.layout != torch.strided or grad.dtype != dtype)
             ):
                 refuse_gradient(self._op, p, grad)
             if dtype == torch.float16 and group["stochastic_rounding"]:

@@ -156,7 +156,8 @@ def penalty(
             "l1" and "weight_decay"; a Module, to whose weights the factors below apply by the rule of
             `penalty_groups`, without biases and norms; or a tensor or tensors, all of which they apply to.
             Of an optimiser counts what it penalises: no parameter that requires no gradient, and no "l1" of
-            one that knows none, such as `torch.optim.SGD`, about which there is a UserWarning.
+            one that knows none, such as `torch.optim.SGD`, about which there is a UserWarning. The
+            weight_decay of an AdamW counts as it is given, although the decay acts beside the gradient.
         l1, l2: factors for what brings none of its own.
 
     Returns:
