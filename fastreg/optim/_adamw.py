@@ -201,7 +201,7 @@ class AdamW(OnePass, torch.optim.AdamW):
             and torch.cuda.is_current_stream_capturing()
         ):
             raise RuntimeError(
-                f"{self._op}: a step in a CUDA graph needs the counts of steps on the device, or every replay "
+                f"{self._op}: a step in a CUDA graph needs its count of steps on the device, or every replay "
                 f"takes the same count; construct with capturable=True"
             )
         lr, lr_tensor = rate_of(group, device)
