@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from helpers import same_values
-from sgd_reference import parameter, run, scaler_with
+from sgd_reference import parameter, run, scaler_with, strided
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import lr_scheduler
 
@@ -301,3 +301,42 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"AdamW: .*must not share memory; use .clone\(\)"):
             fr.optim.AdamW([p]).step()
         assert torch.equal(p.detach(), torch.ones(2, 2))
+
+
+class TestTorchFaults:
+    """What torch (2.14) does, and beside it what fastreg does."""
+
+    def test_fused_ignores_strides(self):
+        """A gradient laid out otherwise than its parameter goes to the wrong elements; a sliced parameter is
+        overrun.
+        """
+        g = torch.arange(1.0, 13.0).view(4, 3)
+        for cls in (torch.optim.AdamW, fr.optim.AdamW):
+            options = dict(lr=1.0, weight_decay=0.0, eps=10.0, fused=True)
+            p = parameter(torch.zeros(3, 4).t())
+            view, base = strided(torch.zeros(4, 3), "sliced")
+            for q in (p, parameter(view)):
+                q.grad = g.clone()
+                cls([q], **options).step()
+                assert torch.allclose(q.detach(), -g / (g + 10)) == (cls is fr.optim.AdamW)
+            assert ((base == 77).sum() == base.numel() - 12) == (cls is fr.optim.AdamW)
+
+    def test_float16_divides_by_zero(self):
+        """Unfused, v and eps = 1e-8 are both 0 in float16, and the weights infinite after one step."""
+        for cls in (torch.optim.AdamW, fr.optim.AdamW):
+            p = parameter(torch.ones(4, dtype=torch.float16))
+            p.grad = torch.full_like(p, 1e-4)
+            cls([p], lr=0.1, weight_decay=0.0).step()
+            assert p.isinf().all() if cls is torch.optim.AdamW else (p - 0.9).abs().max() < 1e-3
+
+    def test_clipping_an_infinity(self):
+        """clip_grad_norm_ makes NaN of an infinite element, and the step of it a weight."""
+        for cls in (torch.optim.AdamW, fr.optim.AdamW):
+            p = parameter(torch.ones(3))
+            p.grad = torch.tensor([math.inf, 1.0, 1.0])
+            if cls is torch.optim.AdamW:
+                torch.nn.utils.clip_grad_norm_([p], 1.0)
+                cls([p], lr=0.1).step()
+            else:
+                cls([p], lr=0.1, max_norm=1.0).step()
+            assert p.isnan().any() == (cls is torch.optim.AdamW)
