@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.compiler import is_compiling
 
 from .._checks import ArgumentError, arithmetic_dtype, check_number
 from .._optimizer_math import averaged, count, is_skipped, store
@@ -30,13 +31,18 @@ def check_average(op: str, group: dict[str, Any]) -> None:
         check_number(op, "ema_warmup", warmup, 0, finite=True)
 
 
-def warmed_up(ema: float, warmup: float | bool, n_averaged: torch.Tensor) -> torch.Tensor:
-    """The decay after n updates, min(ema, 1 - (1 + n)^-power), in float64 where the device has it: near 1
-    the weight of what is new, 1 - decay, would lose the digits of a float32.
+def warmed_up(ema: float, warmup: float | bool, counts: list[torch.Tensor]) -> torch.Tensor:
+    """The decay after n updates, the most that one of the counts has: min(ema, 1 - (1 + n)^-power). It is in
+    float64 where the device has it: near 1 the weight of what is new, 1 - decay, would lose the digits of a
+    float32.
     """
-    wide = torch.float32 if n_averaged.device.type == "mps" else torch.float64
+    wide = torch.float32 if counts[0].device.type == "mps" else torch.float64
     power = POWER if warmup is True else float(warmup)
-    return (1 - (1 + n_averaged.to(wide)) ** -power).clamp(max=ema)
+    if counts[0].is_cpu and not is_compiling():  # where reading them takes less time than stacking them
+        n = torch.tensor(max(count.item() for count in counts), dtype=wide)
+    else:
+        n = torch.stack(counts).amax().to(wide)
+    return (1 - (1 + n) ** -power).clamp(max=ema)
 
 
 def average_idle(

@@ -56,11 +56,13 @@ def _norm(works: Iterable[Work]) -> torch.Tensor:
     whole: dict[torch.device, list[torch.Tensor]] = {}
     sharded: dict[Any, list[torch.Tensor]] = {}
     for work in works:
-        for p, grad in zip(work.owners, work.grads, strict=True):
-            if hasattr(p, "to_local"):
-                sharded.setdefault((p.device_mesh, p.placements), []).append(grad)
-            else:
-                whole.setdefault(grad.device, []).append(grad)
+        for i, p in work.owners.items():
+            sharded.setdefault((p.device_mesh, p.placements), []).append(work.grads[i])
+        grads = work.grads
+        if work.owners:
+            grads = [grad for i, grad in enumerate(grads) if i not in work.owners]
+        if grads:
+            whole.setdefault(grads[0].device, []).extend(grads)
     sums = [sum_of_squares(grads) for grads in whole.values()]
     sums += [_over_shards(sum_of_squares(grads), *where) for where, grads in sharded.items()]
     if not sums:

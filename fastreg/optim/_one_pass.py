@@ -62,12 +62,12 @@ _AVERAGE = (Column("ema", _copy), Column("n_averaged", zero, is_number=True))
 
 
 class Work(NamedTuple):
-    """The tensors of a parameter group on one device: of DTensors, which `owners` holds whole, the local
-    shards. `state` has one list for each column, `idle` (parameter, average, count) of parameters that have
-    no gradient.
+    """The tensors of a parameter group on one device: of DTensors, which `owners` has by their place in the
+    list, the local shards. `state` has one list for each column, `idle` (parameter, average, count) of
+    parameters that have no gradient.
     """
 
-    owners: list[Any]
+    owners: dict[int, Any]
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
     state: dict[str, list[torch.Tensor]]
@@ -233,9 +233,13 @@ class OnePass(Averages):
             self._make_norm()
 
     def _restore_numbers(self) -> None:
-        """Take numbers as the state dict has them: torch gives all but "step" the dtype of the parameter,
-        and bfloat16 has no 257.
+        """Take numbers as the state dict has them, in float32: torch gives all but "step" the dtype of the
+        parameter, and bfloat16 has no 257.
         """
+        for values in self.state.values():
+            for name in ("step", "momentum_started", "n_averaged"):
+                if isinstance(values, dict) and isinstance(values.get(name), torch.Tensor):
+                    values[name] = values[name].float()
         given = self.__dict__.get("_given")
         if given is None:
             return
@@ -289,7 +293,7 @@ class OnePass(Averages):
         ema_tensor = None
         if group["ema"] is not None and group["ema_warmup"]:
             counts = work.state["n_averaged"] or [count for _, _, count in work.idle]
-            ema_tensor = warmed_up(group["ema"], group["ema_warmup"], torch.stack(counts).amax())
+            ema_tensor = warmed_up(group["ema"], group["ema_warmup"], counts)
         if work.params:
             self._call(group, device, work, scaling, ema_tensor)
         if work.idle:
@@ -301,8 +305,8 @@ class OnePass(Averages):
         With many small tensors this loop is most of a step. It therefore makes no container per parameter,
         and few calls.
         """
-        found: dict[torch.device, Work] = {}
-        averages = group["ema"] is not None
+        found: dict[torch.device, tuple[Work, list[Any]]] = {}
+        averages, rounds = group["ema"] is not None, group["stochastic_rounding"]
         columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
         for p in group["params"]:
             grad = p.grad
@@ -313,38 +317,40 @@ class OnePass(Averages):
                 grad is not None and (grad.layout != torch.strided or grad.dtype != dtype)
             ):
                 refuse_gradient(self._op, p, grad)
-            if dtype == torch.float16 and group["stochastic_rounding"]:
+            if rounds and dtype == torch.float16:
                 check_param(self._op, group, p)
-            work = found.get(device)
-            if work is None:
-                work = found[device] = Work([], [], [], {column.name: [] for column in columns}, [])
-            sharded = hasattr(p, "to_local")
+            here = found.get(device)
+            if here is None:
+                work = Work({}, [], [], {column.name: [] for column in columns}, [])
+                rows = [(*column, work.state[column.name]) for column in columns]
+                found[device] = work, rows
+            else:
+                work, rows = here
+            sharded = type(p) is not torch.nn.Parameter and hasattr(p, "to_local")
             if grad is not None:
-                work.owners.append(p)
+                if sharded:
+                    work.owners[len(work.params)] = p
                 work.params.append(p.to_local() if sharded else p)
                 work.grads.append(_like_placed(grad, p).to_local() if sharded else grad)
-            if not columns:
+            if not rows:
                 continue
-            state = self.state[p]
-            for column in columns:
-                value = state.get(column.name)
+            state, is_cpu = self.state[p], p.is_cpu
+            for name, make, is_number, anywhere, values in rows:
+                value = state.get(name)
                 if value is None:
-                    value = state[column.name] = column.make(p, state)
-                if column.is_number and (
-                    value.dtype != torch.float32 or not (column.anywhere or value.device == device)
-                ):
-                    # A state dict may hold it in another dtype and on another device.
-                    place = value.device if column.anywhere else device
-                    value = state[column.name] = value.to(place, torch.float32)
+                    value = state[name] = make(p, state)
+                if is_number:
+                    if not (is_cpu or anywhere) and value.is_cpu:
+                        value = state[name] = value.to(device)
+                elif sharded:
+                    value = value.to_local()
                 if grad is not None:
-                    work.state[column.name].append(
-                        value.to_local() if sharded and not column.is_number else value
-                    )
+                    values.append(value)
             if grad is None:
                 average = state["ema"]
                 local = (p.to_local(), average.to_local()) if sharded else (p, average)
                 work.idle.append((*local, state["n_averaged"]))
-        return found
+        return {device: work for device, (work, _) in found.items()}
 
 
 def _like_placed(grad: Any, param: Any) -> Any:
