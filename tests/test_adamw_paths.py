@@ -303,6 +303,91 @@ class TestErrors:
         assert torch.equal(p.detach(), torch.ones(2, 2))
 
 
+class TestMemory:
+    @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+    def test_no_allocation_of_parameter_size(self, layout):
+        """After the first step, which makes the state, a step allocates no tensor of a parameter's size."""
+        params = [parameter(strided(torch.randn(300, 400), layout)[0]) for _ in range(2)]
+        optimizer = fr.optim.AdamW(params, amsgrad=True, l1=0.1, ema=0.9, ema_warmup=True, max_norm=1.0)
+        for p in params:
+            p.grad = torch.randn(300, 400)
+        sizes = []
+        for _ in range(2):
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+                optimizer.step()
+            sizes.append(max((e.self_cpu_memory_usage for e in profile.key_averages()), default=0))
+        assert sizes[0] >= 300 * 400 * 4 and sizes[1] < 4096
+        for p in params:
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema"):
+                assert optimizer.state[p][name].stride() == p.stride()
+
+
+@pytest.mark.skipif(
+    not hasattr(fr._registry.fast, "adamw"), reason=f"no C++ path: {fr._registry.why_not_fast}"
+)
+class TestBothPaths:
+    """The step as Python collects it and as C++ does."""
+
+    class Spy:
+        taken = 0
+
+        def adamw(self, groups, state):
+            result = fr._registry.fast.adamw(groups, state)
+            self.taken += result is True
+            return result
+
+    @pytest.mark.parametrize("layout", ["contiguous", "transposed", "no dimensions", "empty"])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(),
+            dict(amsgrad=True, weight_decay=0.1, l1=0.05),
+            dict(cautious=True, maximize=True, l1=0.05, l1_mode="subgradient"),
+            dict(lr=1, betas=(0.5, 0.75), eps=0.1),
+        ],
+        ids=str,
+    )
+    def test_the_same_bits(self, monkeypatch, dtype, options, layout):
+        def tensor(seed):
+            t = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            t = t.to(dtype)
+            return {
+                "contiguous": t,
+                "transposed": t.transpose(0, 2),
+                "no dimensions": t[0, 0, 0].clone(),
+                "empty": t[:, :0],
+            }[layout]
+
+        results, spy = [], self.Spy()
+        for path in (None, spy):
+            monkeypatch.setattr(fr.optim._one_pass, "fast", path)
+            params = [parameter(tensor(i)) for i in range(3)]
+            groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.01, "l1": 0.3}]
+            optimizer = fr.optim.AdamW(groups, **{"lr": 0.1, **options})
+            for step in range(3):
+                for i, p in enumerate(params):
+                    p.grad = None if (i, step) == (1, 0) else tensor(10 * step + i + 5)
+                optimizer.step()
+            states = [value for state in optimizer.state.values() for value in state.values()]
+            results.append([p.detach() for p in params] + states)
+        for a, b in zip(*results, strict=True):
+            assert a.stride() == b.stride() and same_values(a.contiguous(), b.contiguous())
+        # The first step makes the state, in Python; so does that of the parameter whose gradient comes late.
+        assert spy.taken == 1
+
+    def test_an_error_in_a_later_group_finds_nothing_stepped(self, monkeypatch):
+        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := self.Spy())
+        a, b = (parameter(torch.ones(3)) for _ in range(2))
+        optimizer = fr.optim.AdamW([{"params": [a]}, {"params": [b]}], lr=0.1)
+        a.grad, b.grad = torch.ones(3), torch.ones(3)
+        optimizer.step()
+        before, b.grad = a.detach().clone(), torch.ones(3).to_sparse()
+        with pytest.raises(TypeError, match="dense"):
+            optimizer.step()
+        assert torch.equal(a.detach(), before) and spy.taken == 0
+
+
 class TestTorchFaults:
     """What torch (2.14) does, and beside it what fastreg does."""
 

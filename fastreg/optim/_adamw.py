@@ -183,7 +183,9 @@ class AdamW(OnePass, torch.optim.AdamW):
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        return None
+        if not hasattr(fast, "adamw") or any(group["ema"] is not None for group in groups):
+            return None
+        return fast.adamw(groups, self.state)
 
     def _call(
         self,
