@@ -117,6 +117,17 @@ class TestNumbers:
         for got, q in zip(averages(model, optimizer), want, strict=True):
             torch.testing.assert_close(got, q, rtol=1e-14, atol=1e-15)
 
+    @pytest.mark.parametrize("power", [True, 0.75])
+    def test_warm_up_is_timms(self, cls, power):
+        ema = pytest.importorskip("timm.utils.model_ema", reason='needs pip install "torch-fastreg[test]"')
+        model = network()
+        more = {} if power is True else dict(warmup_power=power)
+        theirs = ema.ModelEmaV3(model, decay=0.6, use_warmup=True, **more)
+        optimizer = cls(model.parameters(), lr=0.05, ema=0.6, ema_warmup=power)
+        train(model, optimizer, after=lambda n: theirs.update(model, step=n + 1))
+        for got, q in zip(averages(model, optimizer), theirs.module.parameters(), strict=True):
+            torch.testing.assert_close(got, q.detach(), rtol=1e-14, atol=1e-15)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_narrow(self, cls, dtype):
         """Of the weights before they are rounded, rounded once a step."""
