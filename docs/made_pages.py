@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 import fastreg
 
 HERE = Path(__file__).parent
@@ -89,6 +91,8 @@ def reference_page(name: str, value: Any, section: str) -> str:
     """The page of one public name, in Markdown."""
     kind = "autoclass" if inspect.isclass(value) else "autofunction"
     members = "\n   :members:" if kind == "autoclass" else ""
+    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer):  # what optimisers share is theirs
+        members += "\n   :inherited-members: Optimizer"
     text, _, _ = section.partition("Definition:")
     lines = [f"# {name.removeprefix('fastreg.')}", "", "```{eval-rst}", f".. {kind}:: {name}{members}", "```"]
     lines += ["", "## Formula", "", text.strip(), ""]

@@ -1,6 +1,6 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _adamw, _registry, _sum_of_squares, augment, distributed, nn, optim  # noqa: F401
+from . import _registry, augment, distributed, nn, optim
 from ._attention import scaled_dot_product_attention
 from ._cross_entropy import cross_entropy
 from ._dropout import dropout, dropout_with_mask

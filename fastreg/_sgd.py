@@ -2,7 +2,7 @@
 
 g <- dE/dw + weight_decay * w + l1 * sign(w);  v <- momentum * v + (1 - dampening) * g, v <- g in the first
 step;  w <- w - lr * (g + momentum * v if nesterov else v);  average <- ema * average + (1 - ema) * w, average
-<- w in the first step. Sources and options: optim.py and csrc/sgd/sgd_math.h.
+<- w in the first step. Sources and options: optim/_sgd.py and csrc/sgd/sgd_math.h.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ class EarlyStopping:
 
     Args:
         *tracked: what the snapshot holds: anything with state_dict and load_state_dict (model, optimiser,
-            EMA, scheduler). May be left out where only the decision is wanted.
+            EMA, scheduler). May be left out where only the decision is wanted. For the averages that
+            `fastreg.optim.AdamW(ema=)` keeps, give model and optimiser and ask inside of
+            `optimizer.averaged()`: `restore` then leaves the best averages in the model.
         mode: "min" or "max": lower or higher scores are better.
         patience: epochs in a row without improvement that end training, as in Lightning: with 3, the scores
             6, 5, 5, 5, 5 stop at the last. 0 stops at the first such epoch, as 1 does.

@@ -5,6 +5,7 @@ script to switch; everything below them is common to both. Both start from the s
 batches and train epoch by epoch in turn, so that whatever else the machine is doing slows both alike.
 """
 
+import contextlib
 import copy
 import math
 import statistics
@@ -21,6 +22,7 @@ import fastreg as fr
 from .data import Data
 
 LR, MOMENTUM = 0.1, 0.9
+ADAMW_LR = 1e-3
 HIDDEN = (256, 128)
 BATCH = 100
 CLIP = 3.0  # norm of the gradient; the digits never reach it, dropout on 20 examples diverges without it
@@ -37,6 +39,7 @@ POLICY = {  # transformations that do not change the class of a digit
 SETTINGS = {
     "lr": LR,
     "momentum": MOMENTUM,
+    "adamw_lr": ADAMW_LR,
     "hidden": HIDDEN,
     "batch": BATCH,
     "clip": CLIP,
@@ -61,6 +64,8 @@ class Recipe:
     augment: bool = False  # whether every step sees the images transformed anew, by POLICY
     eps: float = 0.0  # of the adversarial examples in the loss
     patience: int = 0
+    adamw: bool = False  # in place of SGD; l2 is then the decay beside the gradient
+    ema: float = 0.0  # decay of a moving average of the weights, which is what is measured
 
 
 PLAIN = Recipe("none", "No regularisation")
@@ -80,18 +85,42 @@ class Torch:
         weights = [p for p in model.parameters() if p.ndim > 1]
         biases = [p for p in model.parameters() if p.ndim <= 1]
         groups = [
-            {"params": weights, "weight_decay": recipe.l2, "l1": recipe.l1},
-            {"params": biases, "l1": 0.0},
+            {"params": weights, "weight_decay": recipe.l2, "l1": recipe.l1, "ema": recipe.ema},
+            {"params": biases, "weight_decay": 0.0, "l1": 0.0, "ema": recipe.ema},
         ]
+        if recipe.adamw:
+            return torch.optim.AdamW(groups, lr=ADAMW_LR)
         return torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
 
     @staticmethod
+    @torch.no_grad()
     def step(optimizer):
         optimizer.step()
-        with torch.no_grad():  # the proximal step of the L1 penalty: weights smaller than lr * l1 become 0
-            for group in optimizer.param_groups:
-                for w in group["params"] if group["l1"] else ():
-                    w.copy_(F.softshrink(w, group["lr"] * group["l1"]))
+        for group in optimizer.param_groups:
+            for w in group["params"]:
+                state = optimizer.state[w]
+                if group["l1"]:  # the proximal step: weights smaller than lr * l1 become 0
+                    threshold = group["lr"] * group["l1"]
+                    if "betas" in group:  # in the metric of AdamW's step
+                        v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+                        threshold = threshold / (v.sqrt() + group["eps"])
+                    w.copy_(w.sign() * (w.abs() - threshold).clamp(min=0))
+                if group["ema"]:
+                    average = state.setdefault("ema", w.clone())
+                    average.lerp_(w, 1 - group["ema"])
+
+    @staticmethod
+    @contextlib.contextmanager
+    def averaged(optimizer):
+        params = [w for group in optimizer.param_groups for w in group["params"]]
+        kept = [w.detach().clone() for w in params]
+        with torch.no_grad():
+            for w in params:
+                w.copy_(optimizer.state[w]["ema"])
+        yield
+        with torch.no_grad():
+            for w, before in zip(params, kept, strict=True):
+                w.copy_(before)
 
     @staticmethod
     def smoothed(logits, y, recipe):
@@ -179,11 +208,18 @@ class Fastreg:
     @staticmethod
     def optimizer(model, recipe):
         groups = fr.optim.penalty_groups(model, l1=recipe.l1, l2=recipe.l2)
-        return fr.optim.SGD(groups, lr=LR, momentum=MOMENTUM, l1_mode="proximal")
+        ema = recipe.ema or None
+        if recipe.adamw:
+            return fr.optim.AdamW(groups, lr=ADAMW_LR, ema=ema)
+        return fr.optim.SGD(groups, lr=LR, momentum=MOMENTUM, l1_mode="proximal", ema=ema)
 
     @staticmethod
     def step(optimizer):
         optimizer.step()
+
+    @staticmethod
+    def averaged(optimizer):
+        return optimizer.averaged()
 
     @staticmethod
     def smoothed(logits, y, recipe):
@@ -292,11 +328,16 @@ class Run:
                 x = augmented(x, data, self.augment)
             descend(self.side, self.model, self.optimizer, self.side.loss(self.model, x, y, self.recipe))
         self.epoch_ms.append(1e3 * (time.perf_counter() - start))
-        for part in ("train", "validation"):
-            for key, value in evaluate(self.model, data, part).items():
-                self.curves.setdefault(key, []).append(value)
-        if self.stopper is not None and self.stopper.step(self.curves["validation_error"][-1]):
-            self.stop_epoch = len(self.epoch_ms) - 1
+        with self.weights():
+            for part in ("train", "validation"):
+                for key, value in evaluate(self.model, data, part).items():
+                    self.curves.setdefault(key, []).append(value)
+            if self.stopper is not None and self.stopper.step(self.curves["validation_error"][-1]):
+                self.stop_epoch = len(self.epoch_ms) - 1
+
+    def weights(self):
+        """Within it the model has the weights that are measured: their averages, if there are any."""
+        return self.side.averaged(self.optimizer) if self.recipe.ema else contextlib.nullcontext()
 
     def finish(self) -> None:
         """Restore the best epoch if early stopping is on, then measure what the table shows, once, on test
@@ -305,6 +346,14 @@ class Run:
         if self.stopper is not None:
             self.stopper.restore()
             self.best_epoch = self.stopper.best_epoch
+            self.measure()
+        else:
+            with self.weights():
+                self.measure()
+        self.optimizer = self.stopper = None  # the pictures need the run, but not these, which hold memory
+
+    def measure(self) -> None:
+        """What the table shows."""
         measured = self.measured
         for part in ("train", "validation", "test"):
             measured |= evaluate(self.model, self.data, part)
@@ -332,7 +381,6 @@ class Run:
             ],
             "epoch_ms": statistics.median(self.epoch_ms),
         }
-        self.optimizer = self.stopper = None  # the pictures need the run, but not these, which hold memory
 
     def record(self) -> dict:
         """What `results.json` holds of this training."""

@@ -464,6 +464,8 @@ def _records(**changes):
     better = {
         "l1": dict(zero_weights=60.0, weight_size=0.04),
         "l2": dict(gap_loss=0.4, gap_error=9.0),
+        "l1_adamw": dict(zero_weights=50.0),
+        "l2_adamw": dict(gap_loss=0.4),
         "dropout": dict(gap_loss=0.4, gap_error=8.0),
         "augmentation": dict(test_error=7.0, gap_error=7.0),
         "smoothing": dict(confidence=90.0, calibration_error=2.0),
@@ -522,7 +524,12 @@ JUDGED = {
     FGSM,
     PGD,
 }
-JUDGED |= {EARLY, SAME}
+ADAMW_ZEROS, ADAMW_LOSS, AVERAGED = (
+    "With AdamW, too, L1 makes weights exactly zero",
+    "AdamW's decay narrows the gap in cross-entropy",
+    "Averaged weights make no more errors than the last ones",
+)
+JUDGED |= {EARLY, SAME, ADAMW_ZEROS, ADAMW_LOSS, AVERAGED}
 
 
 def test_all_claims_hold_when_the_numbers_say_so():
@@ -536,6 +543,9 @@ def test_all_claims_hold_when_the_numbers_say_so():
         ({"l2": {"zero_weights": 70.0}}, {L1}),
         ({"l2": {"weight_size": 0.05}}, {L1_SIZE}),
         ({"l2": {"gap_loss": 0.7}}, {L2_LOSS}),
+        ({"l1_adamw": {"zero_weights": 0.0}}, {ADAMW_ZEROS}),
+        ({"l2_adamw": {"gap_loss": 0.7}}, {ADAMW_LOSS}),
+        ({"all_averaged": {"test_error": 14.0}}, {AVERAGED}),
         ({"l2": {"gap_error": [9.0, 12.0, 8.9]}}, {L2_ERROR}),  # lower on average, but within the noise
         ({"dropout": {"gap_loss": 0.61}}, {DROP_LOSS}),
         ({"dropout": {"gap_error": 10.0}}, {DROP_ERROR}),
@@ -670,13 +680,20 @@ def _trained(x, y, recipe, epochs):
     return list(train.train(data.split(x, y, "x"), recipe, seed=0, epochs=epochs))[-1]
 
 
-@pytest.mark.parametrize("key", ["none", "l2", "l1", "smoothing", "smoothing_others", "adversarial", "early"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("none", "l2", "l1", "l2_adamw", "l1_adamw", "smoothing", "smoothing_others", "adversarial"),
+        *("early", "averaged"),
+    ],
+)
 def test_both_sides_train_the_same_network(key, monkeypatch):
     """From the same weights and batches, methods without randomness must end at the same weights but for
     rounding. The steps are few: the sign of an attack's gradient makes much of the least difference.
     """
     monkeypatch.setattr(train, "FEWEST_STEPS", 3)
-    recipe = RECIPES[key]
+    averaged = train.Recipe("averaged", "Averaged", l1=1e-3, ema=0.9, adamw=True, patience=1)
+    recipe = averaged if key == "averaged" else RECIPES[key]
     x, y = blobs(n=200)
     pair = _trained(x, y, recipe, epochs=2)
     for ours, theirs in zip(pair[1].model.parameters(), pair[0].model.parameters(), strict=True):

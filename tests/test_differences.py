@@ -83,24 +83,29 @@ def test_any_integer_is_a_class_index_by_name():
             F.cross_entropy(z, y)
 
 
-# ---- SGD
+# ---- SGD and AdamW
+
+both = pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 
 
-def test_sparse_gradients_are_refused():
+@both
+def test_sparse_gradients_are_refused(kind):
     embedding = nn.Embedding(3, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="gradients must be dense"):
-        fr.optim.SGD(embedding.parameters(), lr=0.1).step()
+        getattr(fr.optim, kind)(embedding.parameters(), lr=0.1).step()
 
 
-def test_complex_parameters_are_refused():
-    with pytest.raises(TypeError, match=r"parameters must be .*use torch\.optim\.SGD"):
-        fr.optim.SGD([parameter(2, dtype=torch.complex64)], lr=0.1).step()
+@both
+def test_complex_parameters_are_refused(kind):
+    with pytest.raises(TypeError, match=r"parameters must be .*use torch\.optim\.\w+"):
+        getattr(fr.optim, kind)([parameter(2, dtype=torch.complex64)], lr=0.1).step()
 
 
-def test_a_differentiable_step_is_refused():
+@both
+def test_a_differentiable_step_is_refused(kind):
     with pytest.raises(ValueError, match="differentiable must be False"):
-        fr.optim.SGD([parameter(2)], lr=0.1, differentiable=True)
+        getattr(fr.optim, kind)([parameter(2)], lr=0.1, differentiable=True)
 
 
 def test_numbers_that_are_none_are_refused():
@@ -109,22 +114,25 @@ def test_numbers_that_are_none_are_refused():
     torch.optim.SGD([parameter(2)], lr=float("nan"))
 
 
-def test_a_key_that_nothing_reads_is_refused():
+@both
+def test_a_key_that_nothing_reads_is_refused(kind):
     groups = [{"params": [parameter(2)], "L1": 0.1}]
-    torch.optim.SGD(groups, lr=0.1)
+    getattr(torch.optim, kind)(groups, lr=0.1)
     with pytest.raises(ValueError, match="'L1', which nothing reads"):
-        fr.optim.SGD(groups, lr=0.1)
+        getattr(fr.optim, kind)(groups, lr=0.1)
 
 
-def test_a_parameter_that_shares_memory_is_refused():
+@both
+def test_a_parameter_that_shares_memory_is_refused(kind):
     p = nn.Parameter(torch.ones(1).expand(3))
     with pytest.raises(ValueError, match="must not share memory"):
-        fr.optim.SGD([p], lr=0.1)
+        getattr(fr.optim, kind)([p], lr=0.1)
 
 
-def test_a_parameter_listed_twice_is_taken_once():
+@both
+def test_a_parameter_listed_twice_is_taken_once(kind):
     p = parameter(2)
-    assert len(fr.optim.SGD([p, p], lr=0.1).param_groups[0]["params"]) == 1
+    assert len(getattr(fr.optim, kind)([p, p], lr=0.1).param_groups[0]["params"]) == 1
 
 
 def test_dampening_has_a_flag_in_the_state():
@@ -135,9 +143,19 @@ def test_dampening_has_a_flag_in_the_state():
 
 
 def test_the_constructor_takes_options_of_its_own():
-    own = inspect.signature(fr.optim.SGD).parameters.keys() - inspect.signature(torch.optim.SGD).parameters
-    assert own == {"l1", "l1_mode", "decoupled", "scale_penalty", "stochastic_rounding"}
-    assert own < fr.optim.SGD([parameter(2)], lr=0.1).param_groups[0].keys()
+    shared = {"l1", "l1_mode", "stochastic_rounding", "ema", "ema_warmup"}
+    for kind, more in (("SGD", {"decoupled", "scale_penalty"}), ("AdamW", {"cautious"})):
+        ours, theirs = getattr(fr.optim, kind), getattr(torch.optim, kind)
+        own = inspect.signature(ours).parameters.keys() - inspect.signature(theirs).parameters
+        assert own == shared | more | {"max_norm", "error_if_nonfinite"}
+        assert shared | more < ours([parameter(2)], lr=0.1).param_groups[0].keys()
+
+
+def test_adamw_takes_numbers_and_tensors_in_betas():
+    betas = (0.9, torch.tensor(0.99))
+    with pytest.raises(ValueError, match="either both floats or both Tensors"):
+        torch.optim.AdamW([parameter(2)], betas=betas)
+    fr.optim.AdamW([parameter(2)], betas=betas).step()
 
 
 # ---- patch and convert

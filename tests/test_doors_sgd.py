@@ -135,7 +135,7 @@ class TestStateDicts:
             optimizer.register_load_state_dict_pre_hook(lambda o, d: seen.append(set(d["param_groups"][0])))
             optimizer.register_load_state_dict_post_hook(lambda o: seen.append(set(o.param_groups[0])))
             optimizer.load_state_dict(saved)
-        own = {"l1", "l1_mode", "decoupled", "scale_penalty", "stochastic_rounding"}
+        own = {"l1", "l1_mode", "decoupled", "scale_penalty", "stochastic_rounding", "ema", "ema_warmup"}
         assert seen[0] == seen[2] == seen[1] and seen[3] == seen[1] | own
 
     def test_pickled(self):

@@ -198,7 +198,8 @@ class Trained(pl.LightningModule):
         self.norms += [torch.stack([g.float().norm() for g in grads]).norm().item()] if grads else []
 
     def configure_optimizers(self):
-        optimizer = self.optimizer(self.parameters(), lr=0.05, momentum=0.9, **self.options)
+        momentum = dict(momentum=0.9) if issubclass(self.optimizer, torch.optim.SGD) else {}
+        optimizer = self.optimizer(self.parameters(), lr=0.05, **momentum, **self.options)
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2), "interval": "step"}]
 
 
@@ -216,7 +217,7 @@ def trained(optimizer, precision, algorithm, **options):
         limit_train_batches=6 if plugins else 2,
         precision=precision,
         plugins=plugins,
-        gradient_clip_val=0.5,
+        gradient_clip_val=0.5 if algorithm else None,
         gradient_clip_algorithm=algorithm,
         logger=False,
         enable_checkpointing=False,
@@ -228,18 +229,30 @@ def trained(optimizer, precision, algorithm, **options):
     return [p.detach().float() for p in module.parameters()], module.norms
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "32-true"])
-def test_clipping_under_every_precision(precision, algorithm):
-    """fr.optim.SGD as it is built by default takes what torch's takes, overflowing steps included."""
-    ours, our_norms = trained(fr.optim.SGD, precision, algorithm)
-    theirs, their_norms = trained(torch.optim.SGD, precision, algorithm)
+def test_clipping_under_every_precision(precision, algorithm, kind):
+    """Our optimisers as they are built by default take what torch's take, overflowing steps included."""
+    ours, our_norms = trained(getattr(fr.optim, kind), precision, algorithm)
+    theirs, their_norms = trained(getattr(torch.optim, kind), precision, algorithm)
     for a, b in zip(ours, theirs, strict=True):
         # bfloat16 weights are rounded once a step instead of once an operation.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2 if precision == "bf16-true" else 1e-5)
     assert len(our_norms) == len(their_norms) > 0
     if algorithm == "norm":
         assert all(not math.isfinite(norm) or norm <= 0.51 for norm in our_norms)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("precision", ["16-mixed", "32-true"])
+def test_clipping_in_the_step(precision, kind):
+    """max_norm does what Lightning's clipping does, with and without a scaler, and leaves the gradients."""
+    ours, our_norms = trained(getattr(fr.optim, kind), precision, None, max_norm=0.5)
+    theirs, _ = trained(getattr(torch.optim, kind), precision, "norm")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert max(filter(math.isfinite, our_norms)) > 0.6
 
 
 def test_fused_is_refused_with_clipping_as_torch_is():

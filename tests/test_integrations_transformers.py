@@ -20,7 +20,7 @@ HINT = 'needs pip install "torch-fastreg[test]"'
 transformers = pytest.importorskip("transformers", reason=HINT)
 pytest.importorskip("accelerate", reason=HINT)
 
-from fastreg.integrations.transformers import EarlyStopping, loss  # noqa: E402
+from fastreg.integrations.transformers import EarlyStopping, loss, optimizer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +167,41 @@ def test_l1_leaves_biases_and_norms_alone(weight_decay, tmp_path):
     free = {name for name in names if name.endswith("bias") or "ln_" in name}
     assert {name for name, value in names.items() if value == 0} == free and len(free) > 5
     assert {value for name, value in names.items() if name not in free} == {0.5}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+def test_adamw_for_trainer(weight_decay, tmp_path):
+    """Trainer's own AdamW with its clipping, step by step; then l1, and an average that is copied out."""
+    ids = [torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 2, 1])]
+    data = [{"input_ids": row, "labels": row} for row in ids * 4]
+    options = dict(max_steps=4, weight_decay=weight_decay, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-3)
+    models, trainers = [], []
+    for clip, more in ((0.05, None), (0.0, dict(max_norm=0.05)), (0.0, dict(l1=1e-3, ema=0.5))):
+        torch.manual_seed(0)
+        models.append(tiny_gpt2())
+        given = arguments(tmp_path, max_grad_norm=clip, **options)
+        kind = None if more is None else optimizer(given, **more)
+        trainers.append(
+            transformers.Trainer(models[-1], given, train_dataset=data, optimizer_cls_and_kwargs=kind)
+        )
+        trainers[-1].train()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    names = {p: name for name, p in models[2].named_parameters()}
+    groups = trainers[2].optimizer.param_groups
+    assert {g["l1"] for g in groups} == {0.0, 1e-3} and {g["weight_decay"] for g in groups} == {
+        0.0,
+        weight_decay,
+    }
+    free = {names[p] for g in groups if g["l1"] == 0 for p in g["params"]}
+    assert free == {name for name in names.values() if name.endswith("bias") or "ln_" in name}
+    assert fr.optim.sparsity([p for g in groups if g["l1"] for p in g["params"]]) > 0
+    ours = trainers[2].optimizer.optimizer
+    averages = {p: state["ema"] for p, state in ours.state.items()}
+    ours.copy_averaged_to(models[2])
+    assert averages and all(torch.equal(p, average) for p, average in averages.items())
+    with pytest.raises(ValueError, match=r"max_grad_norm=0.5 and max_norm=1.0; construct .* max_grad_norm=0"):
+        optimizer(arguments(tmp_path, max_grad_norm=0.5), max_norm=1.0)
 
 
 def test_which_groups_are_free_of_l1():

@@ -424,6 +424,21 @@ class TestPriorScale:
             torch.testing.assert_close(negative - negative[3], ours - ours[3], rtol=1e-12, atol=1e-12)
 
 
+def test_adamw_takes_the_groups_and_gives_the_penalty():
+    """penalty of AdamW is that of its groups, and its groups are those of the rule."""
+    model = Net()
+    optimizer = fr.optim.AdamW(penalty_groups(model, l1=0.1, l2=0.2), lr=1e-3)
+    assert torch.equal(penalty(optimizer), penalty(penalty_groups(model, l1=0.1, l2=0.2)))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    groups = penalty_groups(model, l1=0.1, l2=0.2)
+    free = {id(p) for g in groups if g["l1"] == 0 for p in g["params"]} | {id(model.frozen)}
+    assert moved == {name for name, p in model.named_parameters() if id(p) not in free}
+
+
 class TestSparsity:
     def test_counts_exact_zeros(self, dtype):
         w = torch.tensor([0.0, -0.0, 1.0, torch.finfo(dtype).tiny, math.nan], dtype=dtype)

@@ -300,7 +300,7 @@ class TestBothPaths:
         """What `run` gives must not depend on the path; how many steps C++ took."""
         spy, results = self.Spy(), []
         for path in (None, spy):
-            monkeypatch.setattr(fr.optim, "fast", path)
+            monkeypatch.setattr(fr.optim._one_pass, "fast", path)
             results.append(run())
         for a, b in zip(*results, strict=True):
             assert a.stride() == b.stride() and same_values(a.contiguous(), b.contiguous())
@@ -376,7 +376,7 @@ class TestBothPaths:
         assert self.both(monkeypatch, run) == (case in ("int lr", "lr tensor"))
 
     def test_an_error_in_a_later_group_finds_nothing_stepped(self, monkeypatch):
-        monkeypatch.setattr(fr.optim, "fast", spy := self.Spy())
+        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := self.Spy())
         a, b = (parameter(torch.ones(3)) for _ in range(2))
         optimizer = fr.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
         a.grad, b.grad = torch.ones(3), torch.ones(3).to_sparse()
@@ -385,7 +385,7 @@ class TestBothPaths:
         assert torch.equal(a.detach(), torch.ones(3)) and spy.taken == 0
 
     def test_a_graph_that_saved_a_weight_finds_out(self, monkeypatch):
-        monkeypatch.setattr(fr.optim, "fast", spy := self.Spy())
+        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := self.Spy())
         p = parameter(torch.ones(3))
         optimizer = fr.optim.SGD([p], lr=0.1)
         p.grad = torch.ones(3)

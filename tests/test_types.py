@@ -59,10 +59,13 @@ def is_ours_module(module):
 
 
 def methods_of(cls):
-    """The methods that a class of ours defines: public ones, its constructor, and what calling it does."""
+    """The methods that a class of ours and its bases of ours define: public ones, its constructor, and what
+    calling it does.
+    """
     if issubclass(cls, tuple):  # a NamedTuple: its fields are annotated by necessity
         return
-    for key, value in vars(cls).items():
+    ours = [base for base in cls.__mro__ if base.__module__.startswith("fastreg")]
+    for key, value in {key: value for base in reversed(ours) for key, value in vars(base).items()}.items():
         if key.startswith("_") and key not in ("__init__", "__call__"):
             continue
         if isinstance(value, property):

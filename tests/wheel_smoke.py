@@ -309,6 +309,30 @@ def sgd(name):
     close(got, want, 2 * DTYPES[name])
 
 
+@check(*DTYPES)
+def adamw(name):
+    start, grads = torch.randn(1000), [torch.randn(1000) for _ in range(4)]
+    dtype, options = getattr(torch, name), dict(lr=0.05, betas=(0.9, 0.9), amsgrad=True, eps=0.1)
+    got = stepped(fr.optim.AdamW, start.to(dtype), [g.to(dtype) for g in grads], max_norm=1e9, **options)
+    wide = torch.promote_types(dtype, torch.float32)  # torch rounds the squares to 16 bits
+    want = stepped(
+        torch.optim.AdamW, start.to(dtype).to(wide), [g.to(dtype).to(wide) for g in grads], **options
+    )
+    close(got.to(wide), want, 4 * DTYPES[name])
+
+
+@check()
+def the_average_of_the_weights():
+    p = nn.Parameter(torch.randn(1000, dtype=torch.float64))
+    optimizer, average = fr.optim.AdamW([p], lr=0.1, ema=0.75), None
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+        average = p.detach().clone() if average is None else torch.lerp(average, p.detach(), 0.25)
+    with optimizer.averaged():
+        close(p.detach(), average)
+
+
 @check()
 def sgd_with_proximal_l1():
     w, g = torch.randn(1000, dtype=torch.float64), torch.randn(1000, dtype=torch.float64)

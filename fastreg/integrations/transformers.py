@@ -1,5 +1,5 @@
-"""For the Trainer of Hugging Face transformers: early stopping by `fastreg.EarlyStopping`, and the smoothed
-loss by `fastreg.cross_entropy`.
+"""For the Trainer of Hugging Face transformers: early stopping by `fastreg.EarlyStopping`, the smoothed loss
+by `fastreg.cross_entropy`, and `fastreg.optim.AdamW`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from .. import early_stopping
 from .._cross_entropy import cross_entropy
+from ..optim import AdamW
 
 try:
     from transformers import TrainerCallback
@@ -28,7 +29,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["EarlyStopping", "loss"]
+__all__ = ["EarlyStopping", "loss", "optimizer"]
 
 
 class EarlyStopping(TrainerCallback, ExportableState):
@@ -153,6 +154,45 @@ def _number(value: Any) -> Any:
     if isinstance(value, (numbers.Rational, decimal.Decimal)) and not isinstance(value, (bool, int)):
         return float(value)
     return value
+
+
+def optimizer(arguments: Any, **options: Any) -> tuple[type[AdamW], dict[str, Any]]:
+    """`fastreg.optim.AdamW` for `Trainer(optimizer_cls_and_kwargs=...)`.
+
+    ::
+
+        arguments = TrainingArguments(..., max_grad_norm=0)
+        kind = optimizer(arguments, l1=1e-6, ema=0.999, max_norm=1.0)
+        trainer = Trainer(model, arguments, optimizer_cls_and_kwargs=kind, ...)
+        trainer.train()
+        trainer.optimizer.optimizer.copy_averaged_to(trainer.model)
+
+    Trainer makes the parameter groups: biases and norms are free of weight_decay, and of l1 with it.
+
+    Args:
+        arguments: TrainingArguments, of which learning_rate, weight_decay, adam_beta1, adam_beta2 and
+            adam_epsilon count, as for Trainer's own AdamW.
+        **options: further arguments of `fastreg.optim.AdamW`, which win over those.
+
+    Returns:
+        (class, its keyword arguments).
+
+    Raises:
+        ValueError: max_norm together with a max_grad_norm, by which Trainer clips too.
+    """
+    clips = getattr(arguments, "max_grad_norm", None)
+    if options.get("max_norm") is not None and clips:
+        raise ValueError(
+            f"optimizer: either Trainer or the optimiser must clip, got max_grad_norm={clips} and "
+            f"max_norm={options['max_norm']}; construct TrainingArguments with max_grad_norm=0"
+        )
+    given = {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "weight_decay": arguments.weight_decay,
+    }
+    return AdamW, {**given, **options}
 
 
 def loss(

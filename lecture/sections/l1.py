@@ -2,7 +2,7 @@
 
 from ..claims import changed
 from ..figures import hidden_units, weight_histograms
-from ..penalties import L1, L2
+from ..penalties import L1, L1_ADAMW, L2
 from ..section import Figure, Section
 
 SECTION = Section(
@@ -18,12 +18,15 @@ SECTION = Section(
     text="<p>Every weight is pulled towards zero with the same force, however small it has become, and the "
     "proximal step leaves it at exactly zero once it gets there. Few weights remain, and these are larger "
     "than L2 would leave them. It is the MAP estimate under a Laplace prior, which has its edge at zero. "
-    f"Here λ = {L1.l1:g}.</p>",
-    recipes=(L2, L1),
+    f"Here λ = {L1.l1:g}.</p><p>AdamW divides each step by the size d that the weight's gradients have had, "
+    "and its proximal step divides the threshold by the same d: the weights go to the minimum of the same "
+    f"error, and get there faster, so that λ = {L1_ADAMW.l1:g} does.</p>",
+    recipes=(L2, L1, L1_ADAMW),
     columns=("test_error", "gap_loss", "zero_weights", "weight_size", "epoch_ms"),
     table_note="Biases are not counted; the mean absolute value is that of the weights that are not zero.",
     claims=(
         changed("L1 makes more weights exactly zero than L2", "l1", "l2", "zero_weights", +1),
+        changed("With AdamW, too, L1 makes weights exactly zero", "l1_adamw", "none", "zero_weights", +1),
         changed("The weights that L1 leaves are larger than those of L2", "l1", "l2", "weight_size", +1),
     ),
     figures=(

@@ -8,7 +8,7 @@ import fastreg as fr
 
 from ..claims import changed
 from ..figures import INK, C, compared_curves, draw
-from ..penalties import L1, L2
+from ..penalties import L1, L2, L2_ADAMW
 from ..results import Results
 from ..section import Figure, Section
 
@@ -57,12 +57,14 @@ SECTION = Section(
     text="<p>The size of the weights is added to the error, so that every step also shrinks each weight by "
     "the same fraction: large weights lose much, small ones almost nothing. Minimising the sum over N "
     "examples is the MAP estimate under a Gaussian prior of the weights with mean zero. Biases are left "
-    f"alone. Here λ = {L2.l2:g}.</p>",
-    recipes=(L2,),
+    f"alone. Here λ = {L2.l2:g}.</p><p>AdamW shrinks the weights beside its step, which no longer depends on "
+    f"how large the gradients are; its λ = {L2_ADAMW.l2:g} is a speed, not the factor of a penalty.</p>",
+    recipes=(L2, L2_ADAMW),
     columns=("test_error", "gap_error", "gap_loss", "weight_size", "epoch_ms"),
     claims=(
         changed("L2 narrows the gap between test and training cross-entropy", "l2", "none", "gap_loss", -1),
         changed("L2 narrows the gap between test and training error", "l2", "none", "gap_error", -1),
+        changed("AdamW's decay narrows the gap in cross-entropy", "l2_adamw", "none", "gap_loss", -1),
     ),
     figures=(
         Figure(

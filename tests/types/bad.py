@@ -12,6 +12,8 @@ x, y = torch.rand(32, 784), torch.randint(10, (32,))
 # Choices that do not exist.
 fr.optim.SGD(model.parameters(), l1_mode="soft")  # error
 fr.fgsm(model, x, y, 0.1, norm="l1")  # error
+fr.optim.AdamW(model.parameters(), l1_mode="soft")  # error
+fr.optim.AdamW(model.parameters(), ema="0.9")  # error
 fr.optim.prior_scale(0.1, "cauchy")  # error
 fr.EarlyStopping(model, mode="lowest")  # error
 fr.EarlyStopping(model, nan="ignore")  # error

@@ -21,6 +21,10 @@ groups = fr.optim.penalty_groups(model, l1=1e-5, l2=1e-4, overrides={"3.*": dict
 optimizer = fr.optim.SGD(groups, lr=torch.tensor(0.1), momentum=0.9, l1_mode="proximal")
 optimizer = fr.optim.SGD(model.parameters(), 0.1, 0.9, nesterov=True, stochastic_rounding=True)
 optimizer = fr.optim.SGD(model.named_parameters())
+adamw = fr.optim.AdamW(groups, 1e-3, (0.9, 0.99), l1=1e-6, cautious=True, ema=0.999, max_norm=1.0)
+with adamw.averaged():
+    norm: Tensor | None = adamw.grad_norm
+adamw.copy_averaged_to(model)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 objective: Tensor = F.cross_entropy(model(x), y) + fr.optim.penalty(optimizer)
 objective = objective + fr.optim.penalty(model, l2=1e-4) + fr.optim.penalty([x, y], l1=1.0)

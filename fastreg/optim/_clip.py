@@ -1,0 +1,81 @@
+"""Clipping by the global norm of the gradients: one read of them, and a factor that the step multiplies with
+(Pascanu, Mikolov, Bengio 2013).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._checks import check_choice, check_number
+from .._sum_of_squares import sum_of_squares
+
+if TYPE_CHECKING:
+    from ._one_pass import Scaling, Work
+
+
+OPTIONS: dict[str, Any] = {"max_norm": None, "error_if_nonfinite": False}
+
+
+def check_clipping(op: str, options: dict[str, Any]) -> None:
+    """Raise unless the options of clipping make sense. An infinite max_norm gives the norm alone."""
+    if options["max_norm"] is not None:
+        check_number(op, "max_norm", options["max_norm"], 0)
+    check_choice(op, "error_if_nonfinite", options["error_if_nonfinite"], (False, True))
+
+
+def clipped(
+    op: str, works: list[dict[torch.device, Work]], scaling: Scaling, options: dict[str, Any]
+) -> tuple[torch.Tensor, Scaling]:
+    """The norm of all gradients, and the scaling that clips them as `torch.nn.utils.clip_grad_norm_` does and
+    skips the step where the norm is not finite.
+
+    Raises:
+        RuntimeError: a norm that is not finite, if the options ask for it; not where a GradScaler has found
+            the overflow, and skips the step itself.
+    """
+    norm = _norm(work for by_device in works for work in by_device.values())
+    if scaling.grad_scale is not None:
+        norm = norm / scaling.grad_scale.to(norm.device, norm.dtype).reshape(())
+    bad = ~norm.isfinite()
+    known = None if scaling.found_inf is None else scaling.found_inf.to(norm.device).reshape(()) != 0
+    if options["error_if_nonfinite"] and bool(bad if known is None else bad & ~known):
+        raise RuntimeError(
+            f"{op}: the norm of the gradients must be finite, got {norm.item()}; look for the cause, or let "
+            f"error_if_nonfinite=False skip such steps"
+        )
+    factor = (options["max_norm"] / (norm + 1e-6)).clamp(max=1.0)
+    skip = bad if known is None else bad | known
+    return norm, scaling._replace(found_inf=skip.float(), clip=factor)
+
+
+def _norm(works: Iterable[Work]) -> torch.Tensor:
+    """The norm of all gradients as one vector; of DTensors over all shards, of which only sums travel."""
+    whole: dict[torch.device, list[torch.Tensor]] = {}
+    sharded: dict[Any, list[torch.Tensor]] = {}
+    for work in works:
+        for i, p in work.owners.items():
+            sharded.setdefault((p.device_mesh, p.placements), []).append(work.grads[i])
+        grads = work.grads
+        if work.owners:
+            grads = [grad for i, grad in enumerate(grads) if i not in work.owners]
+        if grads:
+            whole.setdefault(grads[0].device, []).extend(grads)
+    sums = [sum_of_squares(grads) for grads in whole.values()]
+    sums += [_over_shards(sum_of_squares(grads), *where) for where, grads in sharded.items()]
+    if not sums:
+        return torch.zeros(())
+    total = sums[0]
+    for each in sums[1:]:
+        total = total + each.to(total.device)
+    return total.sqrt()
+
+
+def _over_shards(total: torch.Tensor, mesh: Any, placements: Any) -> torch.Tensor:
+    """The sum of what each rank has; along a dimension of the mesh that holds replicas all have the same."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(total, mesh, parts, run_check=False).full_tensor()

@@ -1,0 +1,169 @@
+"""Parameter groups: what an optimiser takes as parameters and as numbers, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeAlias
+
+import numpy
+import torch
+from torch.compiler import is_compiling
+
+from .._checks import DTYPES, ArgumentError, UnsupportedError, check_choice, check_number
+
+# What torch takes as parameters: tensors, (name, tensor) pairs, or groups, dicts whose "params" are either.
+Params: TypeAlias = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
+
+
+def tensor_of(param: Any) -> Any:
+    """A parameter; torch also takes (name, parameter)."""
+    return param[1] if isinstance(param, tuple) else param
+
+
+def check_params(op: str, params: Any) -> None:
+    """Raise where a model, or one of its methods, is given in the place of its parameters."""
+    got = None
+    if isinstance(params, torch.nn.Module):
+        got = type(params).__name__
+    elif inspect.ismethod(params):
+        got = f"the method {params.__name__}, which was not called"
+    if got:
+        raise TypeError(
+            f"{op}: params must be parameters or parameter groups, got {got}; give model.parameters() or "
+            f"fastreg.optim.penalty_groups(model, ...)"
+        )
+
+
+def free_groups(params: Any) -> Any:
+    """Parameters as given, where groups of biases and norms that are free of weight_decay are free of l1."""
+    if isinstance(params, (torch.Tensor, dict, str)) or not isinstance(params, Iterable):
+        return params  # of one tensor torch says what is wrong
+    params = list(params)
+    free = [isinstance(group, dict) and _is_free(group) for group in params]
+    if all(free):
+        return params
+    return [{**group, "l1": 0.0} if is_free else group for group, is_free in zip(params, free, strict=True)]
+
+
+def _is_free(group: dict[str, Any]) -> bool:
+    """Whether a group asks for no decay, names no l1, and holds nothing but biases, norms and the like."""
+    params = group.get("params", ())
+    decays = "weight_decay" not in group or bool(group["weight_decay"])
+    if decays or "l1" in group or not isinstance(params, (list, tuple, torch.Tensor)):
+        return False
+    tensors = [tensor_of(p) for p in ([params] if isinstance(params, torch.Tensor) else params)]
+    return all(isinstance(p, torch.Tensor) and p.dim() < 2 for p in tensors)
+
+
+def in_numbers(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A parameter group whose factors are Python's numbers: torch also takes tensors and NumPy's scalars. A
+    learning rate that is a tensor on another device, or in compiled code, stays one.
+    """
+    changed = {}
+    for name in names:
+        value = group[name]
+        if type(value) in (float, int, bool):
+            continue
+        if isinstance(value, numpy.generic) or (name == "lr" and isinstance(value, numpy.ndarray)):
+            changed[name] = value.item()
+        elif isinstance(value, torch.Tensor) and _stands_for_number(name, value):
+            changed[name] = value.detach().item()
+    return {**group, **changed} if changed else group
+
+
+def _stands_for_number(name: str, value: torch.Tensor) -> bool:
+    """Whether torch takes the tensor for a number, and its value is to be read."""
+    if name == "lr":
+        known = value.device.type == "cpu" and not is_compiling()
+        return known and value.numel() == 1 and value.dtype != torch.bool
+    return value.dim() == 0 or (name == "momentum" and value.shape == (1,))
+
+
+def check_penalised(op: str, group: dict[str, Any], names: Iterable[str], least: float) -> None:
+    """Raise unless lr, l1, l1_mode and the factors of these names make a step. A factor is at least `least`,
+    which is 0 in the constructor alone, as in torch.
+    """
+    lr = group["lr"]
+    if isinstance(lr, torch.Tensor) and (lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex()):
+        raise UnsupportedError(
+            f"{op}: lr must be a number or a real tensor of one element, got {lr.dtype} {tuple(lr.shape)}"
+        )
+    for name in ("lr", *names):
+        if name != "lr" or not isinstance(lr, torch.Tensor):
+            check_factor(op, name, group[name], least)
+    check_factor(op, "l1", group["l1"])
+    check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
+    if group["l1_mode"] == "proximal" and group["l1"] and not isinstance(lr, torch.Tensor) and lr < 0:
+        raise ArgumentError(f"{op}: lr must be at least 0 with a proximal l1, got {lr}; use 'subgradient'")
+    if group["differentiable"]:
+        raise ValueError(
+            f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.{op} for "
+            f"that"
+        )
+
+
+def check_factor(op: str, name: str, value: Any, least: float = 0) -> None:
+    """torch takes True and False as 1 and 0, and so do the factors of a parameter group."""
+    if isinstance(value, (int, float)) and least <= value < 0:
+        return
+    check_number(op, name, value, 0, finite=True, allow_bool=True)
+
+
+# What others read of a parameter group: torch's schedulers and averages, and the multipliers and names that
+# timm, detectron2, mmengine and others keep there.
+_OTHERS_KEYS = {
+    *("params", "param_names", "name", "group_name", "initial_lr", "min_lr", "max_lr", "swa_lr"),
+    *("base_momentum", "max_momentum", "lr_scale", "lr_mult", "wd_mult", "decay_mult"),
+}
+
+
+@functools.cache
+def _keys_of_torch() -> frozenset[str]:
+    """The options of torch's optimisers, which write all of theirs into the groups that they are given."""
+    kinds = (kind for kind in vars(torch.optim).values() if isinstance(kind, type))
+    kinds = (kind for kind in kinds if issubclass(kind, torch.optim.Optimizer))
+    return frozenset(name for kind in kinds for name in inspect.signature(kind).parameters)
+
+
+def check_keys(op: str, group: dict[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise where a new group has a key that nothing reads, such as L1 for l1."""
+    unknown = [key for key in group if key not in own and key not in _OTHERS_KEYS]
+    unknown = [key for key in unknown if key not in _keys_of_torch()]
+    if unknown:
+        raise ValueError(
+            f"{op}: a parameter group has {', '.join(map(repr, unknown))}, which nothing reads; expected "
+            f"{', '.join(own)}. What your own code keeps there, set in optimizer.param_groups afterwards"
+        )
+
+
+def check_param(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
+    """Raise for a parameter that the options of its group, or its own memory, do not let be stepped."""
+    if group["stochastic_rounding"] and p.dtype == torch.float16:
+        raise ValueError(
+            f"{op}: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off"
+        )
+    if p.layout == torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{op}: a parameter's elements must not share memory, got strides {p.stride()}; use .clone()"
+        )
+
+
+def refuse_gradient(op: str, p: torch.Tensor, grad: Any) -> NoReturn:
+    """Say why a parameter cannot be stepped with this gradient."""
+    if p.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: parameters must be float32, float64, float16 or bfloat16, got {p.dtype}; use "
+            f"torch.optim.{op}"
+        )
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"{op}: gradients must be dense, got {grad.layout}; use sparse=False or torch.optim.{op}"
+        )
+    raise ValueError(
+        f"{op}: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it "
+        f"with .to({p.dtype})"
+    )

@@ -1,0 +1,389 @@
+"""What the optimisers share: one walk over the parameter groups, then one call of an operator for all tensors
+of a group on a device.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch.compiler import is_compiling
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .._checks import DTYPES, arithmetic_dtype
+from .._registry import fast
+from ._average import Averages, average_idle, warmed_up
+from ._clip import OPTIONS as CLIPPING
+from ._clip import check_clipping, clipped
+from ._groups import (
+    Params,
+    check_keys,
+    check_param,
+    check_params,
+    free_groups,
+    in_numbers,
+    refuse_gradient,
+    tensor_of,
+)
+
+
+class Column(NamedTuple):
+    """One entry of `state[p]` that a step needs: a tensor like the parameter, or a float32 number.
+
+    `make(p, state[p])` gives the entry of a parameter that has none yet. A number lies on the parameter's
+    device, or where it was found if it is `anywhere`.
+    """
+
+    name: str
+    make: Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]
+    is_number: bool = False
+    anywhere: bool = False
+
+
+def zeros(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """Zeros of the parameter's form."""
+    return torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def zero(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """A count on the parameter's device."""
+    return torch.zeros((), dtype=torch.float32, device=p.device)
+
+
+def _copy(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """The parameter itself, which is what its average is before the first step."""
+    return p.detach().clone(memory_format=torch.preserve_format)
+
+
+_AVERAGE = (Column("ema", _copy), Column("n_averaged", zero, is_number=True))
+
+
+class Work(NamedTuple):
+    """The tensors of a parameter group on one device: of DTensors, which `owners` has by their place in the
+    list, the local shards. `state` has one list for each column, `idle` (parameter, average, count) of
+    parameters that have no gradient.
+    """
+
+    owners: dict[int, Any]
+    params: list[torch.Tensor]
+    grads: list[torch.Tensor]
+    state: dict[str, list[torch.Tensor]]
+    idle: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+class Scaling(NamedTuple):
+    """What multiplies the gradients, and what skips the step: tensors of one number on the device."""
+
+    grad_scale: torch.Tensor | None
+    found_inf: torch.Tensor | None
+    clip: torch.Tensor | None
+
+    def to(self, device: torch.device) -> Scaling:
+        """The same on another device."""
+        return Scaling(*(None if value is None else value.to(device) for value in self))
+
+
+class OnePass(Averages):
+    """The part of an optimiser that does not depend on its formula.
+
+    A subclass stands before torch's class of the same name among the bases of the public one, and gives what
+    raises NotImplementedError here.
+    """
+
+    # The options of a parameter group that torch's class does not have.
+    _own_options: ClassVar[dict[str, Any]]
+    # The options that are one number, a tensor or a scalar of NumPy's included.
+    _numbers: ClassVar[tuple[str, ...]]
+
+    # The norm of the last step's gradients. One tensor that the steps write to, since a compiled or captured
+    # step makes no new attribute.
+    _norm: torch.Tensor | None = None
+
+    def _check_group(self, group: dict[str, Any], least: float = -sys.float_info.max) -> None:
+        """Raise unless the options of a group make a step. `least` is 0 in the constructor alone."""
+        raise NotImplementedError
+
+    def _columns(self, group: dict[str, Any], skippable: bool) -> tuple[Column, ...]:
+        """The state that a step of this group needs, in the order in which it is made. Whether a `skippable`
+        step happens is known on the device alone.
+        """
+        raise NotImplementedError
+
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
+        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
+        raise NotImplementedError
+
+    def _call(
+        self,
+        group: dict[str, Any],
+        device: torch.device,
+        work: Work,
+        scaling: Scaling,
+        ema_tensor: torch.Tensor | None,
+    ) -> None:
+        """Call the operator for one group on one device."""
+        raise NotImplementedError
+
+    def _begin(self, params: Params, defaults: dict[str, Any]) -> None:
+        """What the constructors share."""
+        check_params(self._op, params)
+        check_clipping(self._op, defaults)
+        self._check_group(self._in_numbers(defaults), least=0)
+        params = free_groups(params) if defaults["l1"] else params
+        torch.optim.Optimizer.__init__(self, params, defaults)
+        self._let_scaler_into_step()
+        self._make_norm()
+
+    def _make_norm(self) -> None:
+        """The tensor that clipping writes its norm to."""
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        if first is not None and self.defaults["max_norm"] is not None:
+            self._norm = torch.full((), math.nan, dtype=arithmetic_dtype(first), device=first.device)
+
+    def _keep_norm(self, norm: torch.Tensor) -> None:
+        """Write the norm of a step to where it is kept; elsewhere, if the parameters have moved."""
+        kept = self._norm
+        if kept is None or kept.device != norm.device or kept.dtype != norm.dtype:
+            self._norm = norm
+        else:
+            kept.copy_(norm)
+
+    @property
+    def grad_norm(self) -> torch.Tensor | None:
+        """The norm of the gradients of the last step over all groups, before clipping: shape (), float32
+        (float64 with float64 gradients), on the device of the first. NaN before the first step, None without
+        `max_norm`.
+        """
+        return None if self._norm is None else self._norm.clone()
+
+    def _let_scaler_into_step(self) -> None:
+        """With fused=True tell GradScaler, in torch.amp's way, that `step` unscales and looks for overflow.
+
+        Otherwise the scaler decides before the step. Only so do accelerate, Lightning, schedules and step
+        hooks learn that a step was skipped, and only so may gradients be clipped under Lightning's mixed
+        precisions.
+        """
+        if self.defaults["fused"]:
+            self._step_supports_amp_scaling = True
+
+    def _in_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter group as the operator takes it."""
+        return in_numbers(group, self._numbers)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, checked as in the constructor."""
+        if not isinstance(param_group, dict) or isinstance(param_group["params"], set):
+            super().add_param_group(param_group)  # torch says what is wrong
+            return
+        for name in CLIPPING:
+            if name in param_group:
+                raise ValueError(
+                    f"{self._op}: {name} is one for all parameter groups, got it in one of them; give it to "
+                    f"the constructor"
+                )
+        group = self._in_numbers({**self.defaults, **param_group})
+        check_keys(self._op, group, self.defaults)
+        self._check_group(group)
+        params = group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        unique = {id(tensor_of(p)): p for p in params}
+        for p in unique.values():
+            if isinstance(tensor_of(p), torch.Tensor):
+                check_param(self._op, group, tensor_of(p))
+        super().add_param_group({**param_group, "params": list(unique.values())})
+        for name in CLIPPING:
+            self.param_groups[-1].pop(name)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch's."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{self._op}: load_state_dict must not run inside averaged(), where the parameters are the "
+                f"averages; leave the block first"
+            )
+
+        def keep(_: Any, given: dict[str, Any]) -> None:
+            self._given = given
+
+        # After all other hooks, which may give torch another dict than this one.
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_given", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `load_state_dict` has read, or a pickle. This class's own options, which a state
+        dict of torch's class lacks, stay as they were.
+        """
+        groups = self.__dict__.get("param_groups", ())
+        super().__setstate__(state)
+        for i, group in enumerate(self.param_groups):
+            before = groups[i] if i < len(groups) else {}
+            for name, default in self._own_options.items():
+                group.setdefault(name, before.get(name, default))
+        self._restore_numbers()
+        if "defaults" in state:  # from a copy or a pickle
+            self.defaults = {**CLIPPING, **self._own_options, **self.defaults}  # older ones have less
+            self._let_scaler_into_step()
+            self._make_norm()
+
+    def _restore_numbers(self) -> None:
+        """Take numbers as the state dict has them, in float32: torch gives all but "step" the dtype of the
+        parameter, and bfloat16 has no 257.
+        """
+        for values in self.state.values():
+            for name in ("step", "momentum_started", "n_averaged"):
+                if isinstance(values, dict) and isinstance(values.get(name), torch.Tensor):
+                    values[name] = values[name].float()
+        given = self.__dict__.get("_given")
+        if given is None:
+            return
+        keys = (key for group in given["param_groups"] for key in group["params"])
+        params = (p for group in self.param_groups for p in group["params"])
+        for key, p in zip(keys, params, strict=True):
+            for name in ("momentum_started", "n_averaged"):
+                if name in given["state"].get(key, ()):
+                    value = torch.as_tensor(given["state"][key][name])
+                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step; `closure` recomputes the loss, which is returned, as in torch."""
+        if self._is_averaged:
+            raise RuntimeError(
+                f"{self._op}: step must not run inside averaged(), where the parameters are the averages; "
+                f"leave the block first"
+            )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [self._in_numbers(group) for group in self.param_groups]
+        for group in groups:
+            self._check_group(group)
+        # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        max_norm = self.defaults["max_norm"]
+        usual = grad_scale is None and found_inf is None and max_norm is None and not is_compiling()
+        if usual and fast is not None and self._step_fast(fast, groups):
+            return loss
+        # All groups are collected before the first is stepped, so that an error leaves everything as it was.
+        skippable = found_inf is not None or max_norm is not None
+        works = [self._collect(group, skippable) for group in groups]
+        scaling = Scaling(grad_scale, found_inf, None)
+        if max_norm is not None:
+            norm, scaling = clipped(self._op, works, scaling, self.defaults)
+            self._keep_norm(norm)
+        for group, work in zip(groups, works, strict=True):
+            for device, tensors in work.items():
+                self._step_on(device, group, tensors, scaling.to(device))
+        return loss
+
+    def _step_on(self, device: torch.device, group: dict[str, Any], work: Work, scaling: Scaling) -> None:
+        """Step the parameters of a group on one device."""
+        # torch.compile counts the versions itself. Elsewhere a graph that has saved a weight must find out
+        # that the weight has changed.
+        if not is_compiling():
+            torch.autograd.graph.increment_version(work.params)
+        ema_tensor = None
+        if group["ema"] is not None and group["ema_warmup"]:
+            counts = work.state["n_averaged"] or [count for _, _, count in work.idle]
+            ema_tensor = warmed_up(group["ema"], group["ema_warmup"], counts)
+        if work.params:
+            self._call(group, device, work, scaling, ema_tensor)
+        if work.idle:
+            average_idle(work.idle, group["ema"] if ema_tensor is None else ema_tensor, scaling.found_inf)
+
+    def _collect(self, group: dict[str, Any], skippable: bool) -> dict[torch.device, Work]:
+        """The tensors of a parameter group by device, checked; of a DTensor the local shard.
+
+        With many small tensors this loop is most of a step. It therefore makes no container per parameter,
+        and few calls.
+        """
+        found: dict[torch.device, tuple[Work, list[Any]]] = {}
+        averages, rounds = group["ema"] is not None, group["stochastic_rounding"]
+        columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
+        for p in group["params"]:
+            grad = p.grad
+            if grad is None and not (averages and p.requires_grad):
+                continue
+            dtype, device = p.dtype, p.device
+            if dtype not in DTYPES or (
+                grad is not None and (grad.layout != torch.strided or grad.dtype != dtype)
+            ):
+                refuse_gradient(self._op, p, grad)
+            if rounds and dtype == torch.float16:
+                check_param(self._op, group, p)
+            here = found.get(device)
+            if here is None:
+                work = Work({}, [], [], {column.name: [] for column in columns}, [])
+                rows = [(*column, work.state[column.name]) for column in columns]
+                found[device] = work, rows
+            else:
+                work, rows = here
+            sharded = type(p) is not torch.nn.Parameter and hasattr(p, "to_local")
+            if grad is not None:
+                if sharded:
+                    work.owners[len(work.params)] = p
+                work.params.append(p.to_local() if sharded else p)
+                work.grads.append(_like_placed(grad, p).to_local() if sharded else grad)
+            if not rows:
+                continue
+            state, is_cpu = self.state[p], p.is_cpu
+            for name, make, is_number, anywhere, values in rows:
+                value = state.get(name)
+                if value is None:
+                    value = state[name] = make(p, state)
+                if is_number:
+                    if not (is_cpu or anywhere) and value.is_cpu:
+                        value = state[name] = value.to(device)
+                elif sharded:
+                    value = value.to_local()
+                if grad is not None:
+                    values.append(value)
+            if grad is None:
+                average = state["ema"]
+                local = (p.to_local(), average.to_local()) if sharded else (p, average)
+                work.idle.append((*local, state["n_averaged"]))
+        return {device: work for device, (work, _) in found.items()}
+
+
+def _like_placed(grad: Any, param: Any) -> Any:
+    """A DTensor's gradient, sharded as the parameter is. Partial sums and replicas would update a shard with
+    the wrong numbers.
+    """
+    if hasattr(grad, "placements") and grad.placements != param.placements:
+        return grad.redistribute(placements=param.placements)
+    return grad
+
+
+def rate_of(group: dict[str, Any], device: torch.device) -> tuple[float, torch.Tensor | None]:
+    """The learning rate as the operators take it: a number, or a tensor beside which the number is 0."""
+    lr = group["lr"]
+    if not isinstance(lr, torch.Tensor):
+        return float(lr), None
+    narrow = lr.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return 0.0, lr.detach().to(device, torch.float32 if narrow else torch.float64)
+
+
+def are_fixed(numbers: Sequence[float]) -> bool:
+    """Whether torch.compile takes the numbers for constants, and not for inputs of its graph: of an input it
+    cannot know on which side of some bound it lies.
+    """
+    bound = 0.7071067811865475
+    return all(
+        statically_known_true(number > bound) or statically_known_true(number <= bound) for number in numbers
+    )
+
+
+def stacked(numbers: Sequence[float]) -> torch.Tensor:
+    """The numbers as one tensor, which stay inputs of a compiled graph, inductor's too: as factors of a
+    tensor, rather than its contents.
+    """
+    one = torch.ones((), dtype=torch.float64, device="cpu")
+    return torch.stack([one * number for number in numbers])

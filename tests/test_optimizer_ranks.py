@@ -1,0 +1,148 @@
+"""SGD and AdamW with averages and clipping on two processes: DDP, FSDP2, DTensor, distributed checkpoints."""
+
+import pytest
+import torch
+
+import fastreg as fr
+
+SGD = dict(lr=0.05, momentum=0.9, dampening=0.1, weight_decay=0.02)
+KINDS = {fr.optim.SGD: SGD, fr.optim.AdamW: dict(lr=0.05, amsgrad=True, cautious=True)}
+SHARED = dict(l1=0.01, ema=0.5, ema_warmup=True, max_norm=0.2)
+CLOSE = dict(rtol=1e-4, atol=2e-6)
+
+
+def model_and_data():
+    torch.manual_seed(11)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    return model, [torch.randn(8, 5) for _ in range(6)]
+
+
+def train(model, optimizer, data, share=slice(None)):
+    for x in data:
+        optimizer.zero_grad()
+        model(x[share]).pow(2).mean().backward()
+        optimizer.step()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def assert_same(params, optimizer, others, other):
+    """Parameters, states and the norm of a sharded optimiser, and those of one process."""
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(whole(p.detach()), q.detach(), **CLOSE)
+        for name, value in other.state[q].items():
+            torch.testing.assert_close(whole(optimizer.state[p][name]), value, **CLOSE)
+    assert not hasattr(optimizer.grad_norm, "placements")
+    torch.testing.assert_close(optimizer.grad_norm, other.grad_norm, **CLOSE)
+
+
+def of_one_process(cls, options, mesh, share, folder):
+    """DDP and FSDP2, whose 7 and 3 rows are uneven shards, against one process."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    single, data = model_and_data()
+    one = cls(single.parameters(), **options)
+    train(single, one, data[:4])
+    model, _ = model_and_data()
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = cls(ddp.parameters(), **options)
+    train(ddp, optimizer, data[:4], share)
+    assert_same(model.parameters(), optimizer, single.parameters(), one)
+
+    def sharded():
+        model, _ = model_and_data()
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        return model, cls(model.parameters(), **options)
+
+    model, optimizer = sharded()
+    train(model, optimizer, data[:4], share)
+    assert_same(model.parameters(), optimizer, single.parameters(), one)
+    for p in model.parameters():
+        assert optimizer.state[p]["ema"].placements == p.placements
+
+    # The averages, in evaluation and written into a whole model.
+    target, _ = model_and_data()
+    optimizer.copy_averaged_to(target, source=model)
+    with one.averaged(), optimizer.averaged():
+        for p, q, r in zip(model.parameters(), single.parameters(), target.parameters(), strict=True):
+            torch.testing.assert_close(whole(p.detach()), q.detach(), **CLOSE)
+            assert torch.equal(whole(p.detach()), r.detach())
+    train(single, one, data[4:])
+
+    # A checkpoint by name, read into a new model.
+    names = get_optimizer_state_dict(model, optimizer)
+    saved = {"model": model.state_dict(), "optimizer": names}
+    dcp.save(saved, checkpoint_id=f"{folder}/{cls.__name__}")
+    again, other = sharded()
+    read = {"model": again.state_dict(), "optimizer": get_optimizer_state_dict(again, other)}
+    dcp.load(read, checkpoint_id=f"{folder}/{cls.__name__}")
+    again.load_state_dict(read["model"])
+    set_optimizer_state_dict(again, other, read["optimizer"])
+    train(again, other, data[4:], share)
+    assert_same(again.parameters(), other, single.parameters(), one)
+
+
+def one_tensor(cls, options, mesh, world):
+    """Uneven shards, one of which is empty, and replicas; gradients placed otherwise, partial sums too."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    for rows, placements in ((5, [Shard(0)]), (1, [Shard(0)]), (4, [Shard(1)]), (3, [Replicate()])):
+        torch.manual_seed(2)
+        w, g, v = torch.randn(rows, 3), torch.randn(rows, 3), torch.randn(4)
+        q, plain = torch.nn.Parameter(w.clone()), torch.nn.Parameter(v.clone())
+        q.grad, plain.grad = g, torch.ones(4)
+        one = cls([q, plain], **options)
+        one.step()
+        for kind in ("same", "replicated", "partial"):
+            p, r = (
+                torch.nn.Parameter(distribute_tensor(w.clone(), mesh, placements)),
+                torch.nn.Parameter(v.clone()),
+            )
+            if kind == "partial":
+                p.grad = DTensor.from_local(g / world, mesh, [Partial()])
+            else:
+                p.grad = distribute_tensor(g, mesh, placements if kind == "same" else [Replicate()])
+            r.grad = torch.ones(4)
+            optimizer = cls([p, r], **options)
+            optimizer.step()
+            assert_same([p, r], optimizer, [q, plain], one)
+            assert p.placements == tuple(placements)
+
+    # An overflow in one shard skips the step of all.
+    p = torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    if mesh.get_rank() == 0:
+        p.grad.to_local()[0, 0] = torch.inf
+    optimizer = cls([p], **options)
+    optimizer.step()
+    assert torch.equal(p.detach().to_local(), torch.ones(2, 3)) and optimizer.grad_norm == torch.inf
+    p.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
+    optimizer.step()
+    assert not torch.equal(p.detach().to_local(), torch.ones(2, 3))
+
+
+def worker(rank, world, folder):
+    """On each of two gloo ranks; an assertion that fails here fails the spawn."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import init_device_mesh
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    mesh = init_device_mesh("cpu", (world,))
+    for cls, own in KINDS.items():
+        options = {**own, **SHARED}
+        of_one_process(cls, options, mesh, slice(4 * rank, 4 * rank + 4), folder)
+        one_tensor(cls, options, mesh, world)
+    dist.barrier()  # or torch aborts a rank whose partner is gone
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_two_ranks(tmp_path):
+    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
