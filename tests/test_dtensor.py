@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import fastreg as fr
 
@@ -52,12 +54,55 @@ def compiled_dropout(rank, mesh):
         assert torch.equal(grad.full_tensor(), wanted.full_tensor())
 
 
+def penalties(rank, mesh):
+    """However many parameters there are, the shards meet in one message."""
+    tensors = [numbers(i, 5, 3) for i in range(6)]
+    for t in tensors:
+        t[t.abs() < 0.5] = 0
+    placed = [nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in tensors]
+    mixed = [
+        *placed,
+        nn.Parameter(tensors[0]),
+        nn.Parameter(distribute_tensor(tensors[1], mesh, [Replicate()])),
+    ]
+    for given, plain in ((placed, tensors), (mixed, [*tensors, tensors[0], tensors[1]])):
+        with CommDebugMode() as messages:
+            value = fr.optim.penalty(given, l1=0.5, l2=0.25)
+        assert messages.get_total_counts() == 1
+        torch.testing.assert_close(value, fr.optim.penalty([t.clone() for t in plain], l1=0.5, l2=0.25))
+        value.backward()
+        torch.testing.assert_close(given[0].grad.full_tensor(), 0.5 * plain[0].sign() + 0.25 * plain[0])
+        for p in given:
+            p.grad = None
+        with CommDebugMode() as messages:
+            share = fr.optim.sparsity(given)
+        assert messages.get_total_counts() == 1 and share == fr.optim.sparsity([t.clone() for t in plain])
+
+
+def compiled_step(rank, mesh):
+    for make in (
+        lambda p: fr.optim.SGD(p, lr=0.1, momentum=0.9, l1=0.01),
+        lambda p: fr.optim.AdamW(p, lr=0.1, l1=0.01),
+    ):
+        results = []
+        for compiled in (False, True):
+            p = nn.Parameter(distribute_tensor(numbers(0, 7, 3), mesh, [Shard(0)]))
+            p.grad = distribute_tensor(numbers(1, 7, 3), mesh, [Shard(0)])
+            optimizer = make([p])
+            step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+            for _ in range(2):
+                step()
+            results.append(p.full_tensor())
+        assert torch.equal(*results)
+        torch._dynamo.reset()
+
+
 def on_rank(rank, file):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timeout)
     try:
-        for check in (fgsm_step, compiled_dropout):
+        for check in (fgsm_step, compiled_dropout, penalties, compiled_step):
             check(rank, init_device_mesh("cpu", (2,)))
     finally:
         dist.destroy_process_group()
