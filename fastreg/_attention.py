@@ -520,6 +520,7 @@ define_composite(
 
 # At most that many weights are held, which is faster than to compute them again.
 _FEW = 2**19
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
@@ -547,8 +548,11 @@ def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
 
 
 def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether to compute all weights at once. It looks at values, which tensors of a mode may not have."""
+    if type(query) not in _PLAIN or not query.is_cpu or torch._C._len_torch_dispatch_stack():
+        return False
     heads = math.prod(_batch_of(query, key, value))
-    return query.is_cpu and heads * query.shape[-2] * key.shape[-2] <= _FEW
+    return heads * query.shape[-2] * key.shape[-2] <= _FEW
 
 
 # --- The public function.

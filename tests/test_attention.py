@@ -443,7 +443,7 @@ def test_autocast(block_bytes):
     torch.testing.assert_close(out.double(), reference(q, k, v), rtol=3e-2, atol=3e-2)
 
 
-def test_inference_deterministic_and_fake(by_blocks):
+def test_inference_deterministic_and_fake(block_bytes):
     q, k, v = tensors(20, 30)
     want = with_seed(3, fr.scaled_dot_product_attention, q, k, v, dropout_p=0.3)
     torch.use_deterministic_algorithms(True)
@@ -457,6 +457,10 @@ def test_inference_deterministic_and_fake(by_blocks):
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (q, k, v)]
         assert fr.scaled_dot_product_attention(*fakes, dropout_p=0.3).shape == want.shape
+    traced = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda *t: fr.scaled_dot_product_attention(*t, dropout_p=0.3)
+    )(q, k, v)
+    assert torch.equal(with_seed(3, traced, q, k, v), with_seed(3, traced, q, k, v))
 
 
 def test_per_sample_gradients():
