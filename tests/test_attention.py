@@ -348,7 +348,7 @@ def test_gradients_of_gradients(block_bytes):
     assert torch.autograd.gradgradcheck(causal, (q, k, v), fast_mode=True)
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "m", "qv", "km"])
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "m", "qv", "km", "vm"])
 def test_only_the_gradients_that_are_wanted(wanted, block_bytes):
     inputs = dict(zip("qkvm", (*tensors(20, 30), numbers(20, 30)), strict=True))
     leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in inputs.items()}
