@@ -109,7 +109,10 @@ _CAUSAL_ROWS = 64  # but not below that many
 
 
 class _Block(NamedTuple):
-    """Rows [row, end) of the heads [head, last) of part `outer` of the batch, and the keys that they see."""
+    """Rows [row, end) of the heads [head, last) of part `outer` of the batch, and the keys that they see.
+
+    Its views of the tensors are made once per head where they can: in a short block they cost time.
+    """
 
     outer: int
     head: int
@@ -117,6 +120,9 @@ class _Block(NamedTuple):
     row: int
     end: int
     columns: int
+    query: Tensor
+    key: Tensor  # transposed
+    value: Tensor
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -163,6 +169,7 @@ class _Blocks:
         # So that each gradient is written once, and does not grow from zeros.
         self.whole_heads = self.step >= self.length and not (is_causal and self.length < self.keys)
         self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(3)]
+        self.spaces: dict[tuple[int, tuple[int, int, int]], Tensor] = {}
         self.later = None
         if is_causal:
             self.later = tensors[0].new_full((self.step, self.step), -math.inf).triu_(1)
@@ -184,27 +191,43 @@ class _Blocks:
         return min(group, self.inner), self.length
 
     def __iter__(self) -> Iterator[_Block]:
+        for outer, head in self._groups():
+            last = min(head + self.group, self.inner)
+            heads = slice(head, last)
+            key, value = self.key[outer][heads].transpose(1, 2), self.value[outer][heads]
+            for i, query in enumerate(self.query[outer][heads].split(self.step, 1)):
+                row, columns = i * self.step, self.keys
+                end = row + query.shape[1]
+                if self.is_causal and end < columns:
+                    columns = end
+                part = (key, value) if columns == self.keys else (key[:, :, :columns], value[:, :columns])
+                yield _Block(outer, head, last, row, end, columns, query, *part)
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """(part of the batch, first head) of blocks that have the same heads."""
         for outer in range(len(self.query)):
             for head in range(0, self.inner, self.group):
-                last = min(head + self.group, self.inner)
-                for row in range(0, self.length, self.step):
-                    end = min(row + self.step, self.length)
-                    yield _Block(
-                        outer, head, last, row, end, min(end, self.keys) if self.is_causal else self.keys
-                    )
+                yield outer, head
+
+    def parts(self, tensor: Tensor) -> Iterator[Tensor]:
+        """The rows of each block, in order, of a tensor of shape (heads, rows, ...)."""
+        for outer, head in self._groups():
+            first, last = head, min(head + self.group, self.inner)
+            yield from tensor[outer * self.inner + first : outer * self.inner + last].split(self.step, 1)
 
     def number(self, block: _Block) -> slice:
         """Which heads of the flattened batch a block has."""
         first = block.outer * self.inner
         return slice(first + block.head, first + block.last)
 
-    def space(self, which: int, shape: Sequence[int]) -> Tensor:
-        return self.memory[which][: math.prod(shape)].view(shape)
+    def space(self, which: int, shape: tuple[int, int, int]) -> Tensor:
+        """Memory `which` as a tensor of that shape."""
+        if (which, shape) not in self.spaces:
+            self.spaces[which, shape] = self.memory[which][: math.prod(shape)].view(shape)
+        return self.spaces[which, shape]
 
     def scores(self, block: _Block, minus: Tensor | None = None) -> Tensor:
         """A block's scores in units of log 2, less `minus` of each row, in the first memory."""
-        query = self.query[block.outer][block.heads, block.rows]
-        keys = self.key[block.outer][block.heads, : block.columns].transpose(1, 2)
         scores = self.space(0, block.shape)
         factor, beta = self.scale * _LOG2_E, 0
         if self.mask is not None:
@@ -219,29 +242,25 @@ class _Blocks:
         elif minus is not None:
             torch.neg(minus.expand_as(scores), out=scores)
             beta = 1
-        torch.baddbmm(scores, query, keys, beta=beta, alpha=factor, out=scores)
+        torch.baddbmm(scores, block.query, block.key, beta=beta, alpha=factor, out=scores)
         if self.later is not None and block.row < block.columns:
             rows, columns = block.end - block.row, block.columns - block.row
             scores[..., block.row :].add_(self.later[:rows, :columns])
         return scores
 
     def sums_over_rows(self, width: int) -> Tensor:
-        """Memory for the gradient of keys or values: transposed, in which form matrix products write long
-        rows, where several blocks add to it.
+        """Memory for the gradient of keys or values, transposed: so matrix products write long rows, which
+        takes a quarter less time.
         """
         like = self.memory[0]
-        if self.whole_heads:
-            return like.new_empty(*self.batch, self.keys, width)
-        return like.new_zeros(*self.batch, width, self.keys)
+        new = like.new_empty if self.whole_heads else like.new_zeros
+        return new(*self.batch, width, self.keys)
 
     def add_over_rows(self, total: Tensor, block: _Block, of_keys: Tensor, x: Tensor, factor: float) -> None:
-        """total += factor * of_keys^T x for a block, whose matrices have a row for each query."""
-        if self.whole_heads:
-            target = total[self.number(block), : block.columns]
-            torch.baddbmm(target, of_keys.transpose(1, 2), x, beta=0, alpha=factor, out=target)
-        else:
-            target = total[self.number(block), :, : block.columns]
-            target.baddbmm_(x.transpose(1, 2), of_keys, alpha=factor)
+        """total += factor * x^T of_keys for a block, whose matrices have a row for each query."""
+        target = total[self.number(block), :, : block.columns]
+        beta = 0 if self.whole_heads else 1
+        torch.baddbmm(target, x.transpose(1, 2), of_keys, beta=beta, alpha=factor, out=target)
 
     def dropped(self, block: _Block, weights: Tensor, which: int) -> Tensor:
         """Dropout of a block's weights, in memory `which`. It may be that of the weights themselves.
@@ -314,8 +333,8 @@ def _forward(
         blocks = _Blocks(query, key, value, attn_mask, p, is_causal, scale, seed, whole, start)
         flat = [_flat(t) for t in (output, largest, total)]
         with without_autocast(query.device.type):
-            for block in blocks:
-                _forward_of(blocks, block, *(t[blocks.number(block), block.rows] for t in flat))
+            for block, *parts in zip(blocks, *map(blocks.parts, flat), strict=True):
+                _forward_of(blocks, block, *parts)
             total.clamp_(min=1)  # it is at least 1, but where a query may see no key: there 0 is divided
             output.div_(total)
     else:
@@ -330,8 +349,7 @@ def _forward_of(blocks: _Blocks, block: _Block, output: Tensor, largest: Tensor,
     largest.clamp_(min=torch.finfo(scores.dtype).min)  # or -inf less -inf would be NaN
     weights = torch.exp2(scores.sub_(largest), out=scores)  # twice as fast as torch.exp
     torch.sum(weights, -1, keepdim=True, out=total)
-    values = blocks.value[block.outer][block.heads, : block.columns]
-    torch.bmm(blocks.dropped(block, weights, 1 if blocks.is_causal else 0), values, out=output)
+    torch.bmm(blocks.dropped(block, weights, 1 if blocks.is_causal else 0), block.value, out=output)
 
 
 @torch.no_grad()
@@ -364,13 +382,15 @@ def _backward(
     rows = [_flat(t.contiguous()) for t in (grad.to(wide) / total, largest.unsqueeze(-1), total)]
     flat = {name: _flat(t) for name, t in found.items() if name != "m"}
     with without_autocast(query.device.type):
-        for block in blocks:
-            of_rows = (t[blocks.number(block), block.rows] for t in rows)
-            d_scores = _backward_of(blocks, block, flat, *of_rows)
+        for block, *parts in zip(blocks, *map(blocks.parts, rows), strict=True):
+            weights, dropped = _weights_of(blocks, block, parts[1])
+            if "v" in wants:
+                blocks.add_over_rows(flat["v"], block, dropped, parts[0], 1.0)
+            if wants != "v":
+                d_scores = _backward_of(blocks, block, flat, weights, dropped, *parts)
             if "m" in wants:
                 _add_to_mask(found["m"], d_scores[0], block, blocks)
-    if not blocks.whole_heads:
-        found |= {name: found[name].mT for name in "kv" if name in wants}
+    found |= {name: found[name].mT for name in "kv" if name in wants}
     return tuple(
         found[name].sum_to_size(like.shape).to(like.dtype).contiguous()
         if name in wants
@@ -379,30 +399,35 @@ def _backward(
     )
 
 
-def _backward_of(
-    blocks: _Blocks, block: _Block, found: dict[str, Tensor], grad: Tensor, largest: Tensor, total: Tensor
-) -> Tensor:
-    """Add a block's part to the gradients that are to be found, and give that of its scores, in the third
-    memory.
-    """
+def _weights_of(blocks: _Blocks, block: _Block, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """(a block's weights, not divided by their sums yet, and the dropout of them)."""
     scores = blocks.scores(block, largest)
     weights = torch.exp2(scores, out=scores)
-    dropped = blocks.dropped(block, weights, 1)
-    heads, number = block.heads, blocks.number(block)
+    return weights, blocks.dropped(block, weights, 1)
+
+
+def _backward_of(
+    blocks: _Blocks,
+    block: _Block,
+    found: dict[str, Tensor],
+    weights: Tensor,
+    dropped: Tensor,
+    grad: Tensor,
+    largest: Tensor,
+    total: Tensor,
+) -> Tensor:
+    """Add a block's part to the gradients of query and key that are to be found, and give that of its scores,
+    in the third memory.
+    """
     d_scores = blocks.space(2, block.shape)
-    if "v" in found:
-        blocks.add_over_rows(found["v"], block, dropped, grad, 1.0)
-    if len(found) == 1 and "v" in found:
-        return d_scores
-    torch.bmm(grad, blocks.value[block.outer][heads, : block.columns].transpose(1, 2), out=d_scores)
+    torch.bmm(grad, block.value.transpose(1, 2), out=d_scores)
     d_scores.mul_(dropped)
     d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True).div_(total), value=-1)
     if "q" in found:
-        keys, rows = blocks.key[block.outer][heads, : block.columns], found["q"][number, block.rows]
-        torch.baddbmm(rows, d_scores, keys, beta=0, alpha=blocks.scale, out=rows)
+        rows = found["q"][blocks.number(block), block.rows]
+        torch.baddbmm(rows, d_scores, block.key.transpose(1, 2), beta=0, alpha=blocks.scale, out=rows)
     if "k" in found:
-        query = blocks.query[block.outer][heads, block.rows]
-        blocks.add_over_rows(found["k"], block, d_scores, query, blocks.scale)
+        blocks.add_over_rows(found["k"], block, d_scores, block.query, blocks.scale)
     return d_scores
 
 
@@ -520,6 +545,7 @@ define_composite(
 
 # At most that many weights are held, which is faster than to compute them again.
 _FEW = 2**19
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
@@ -547,8 +573,11 @@ def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
 
 
 def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether to compute all weights at once. It looks at values, which tensors of a mode may not have."""
+    if type(query) not in _PLAIN or not query.is_cpu or torch._C._len_torch_dispatch_stack():
+        return False
     heads = math.prod(_batch_of(query, key, value))
-    return query.is_cpu and heads * query.shape[-2] * key.shape[-2] <= _FEW
+    return heads * query.shape[-2] * key.shape[-2] <= _FEW
 
 
 # --- The public function.

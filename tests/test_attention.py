@@ -91,12 +91,12 @@ def by_blocks(monkeypatch):
 # ---- the values
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (5, 7), (33, 130), (130, 33), (131, 131)], ids=str)
+@pytest.mark.parametrize("sizes", [(5, 7), (33, 130), (131, 131)], ids=str)
 def test_values_against_float64(sizes, dtype, block_bytes):
     compare(*tensors(*sizes, width=9, width_of_values=5, dtype=dtype))
 
 
-@pytest.mark.parametrize("sizes", [(5, 7), (130, 33), (33, 130), (131, 131)], ids=str)
+@pytest.mark.parametrize("sizes", [(130, 33), (33, 130), (131, 131)], ids=str)
 def test_causal(sizes, dtype, block_bytes):
     compare(*tensors(*sizes, dtype=dtype), is_causal=True)
 
@@ -151,7 +151,7 @@ def test_dimensions_of_the_batch(shapes, block_bytes):
     compare(*(numbers(*shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("heads", [(6, 3, 3), (6, 1, 1), (6, 3, 2), (6, 6, 6)], ids=str)
+@pytest.mark.parametrize("heads", [(6, 3, 3), (6, 1, 1), (6, 3, 2)], ids=str)
 @pytest.mark.parametrize("masked", [None, "each", "shared", "plain", "causal"])
 def test_shared_heads(heads, masked, block_bytes):
     q, k, v = (numbers(2, h, n, 8, seed=h) for h, n in zip(heads, (17, 30, 30), strict=True))
@@ -240,7 +240,7 @@ def test_probabilities(p, block_bytes):
 
 def test_the_mean_is_that_without_dropout():
     q, k, v = tensors(6, 9)
-    q, k, v = (t[None].expand(2000, *t.shape) for t in (q, k, v))
+    q, k, v = (t[None].expand(1000, *t.shape) for t in (q, k, v))
     mean = fr.scaled_dot_product_attention(q, k, v, dropout_p=0.3).mean(0)
     torch.testing.assert_close(mean, F.scaled_dot_product_attention(q[0], k[0], v[0]), rtol=0, atol=0.1)
 
@@ -348,7 +348,7 @@ def test_gradients_of_gradients(block_bytes):
     assert torch.autograd.gradgradcheck(causal, (q, k, v), fast_mode=True)
 
 
-@pytest.mark.parametrize("wanted", ["q", "k", "v", "m", "qv", "km"])
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "m", "qv", "km", "vm"])
 def test_only_the_gradients_that_are_wanted(wanted, block_bytes):
     inputs = dict(zip("qkvm", (*tensors(20, 30), numbers(20, 30)), strict=True))
     leaves = {name: t.clone().requires_grad_(name in wanted) for name, t in inputs.items()}
@@ -443,7 +443,7 @@ def test_autocast(block_bytes):
     torch.testing.assert_close(out.double(), reference(q, k, v), rtol=3e-2, atol=3e-2)
 
 
-def test_inference_deterministic_and_fake(by_blocks):
+def test_inference_deterministic_and_fake(block_bytes):
     q, k, v = tensors(20, 30)
     want = with_seed(3, fr.scaled_dot_product_attention, q, k, v, dropout_p=0.3)
     torch.use_deterministic_algorithms(True)
@@ -457,6 +457,10 @@ def test_inference_deterministic_and_fake(by_blocks):
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) for t in (q, k, v)]
         assert fr.scaled_dot_product_attention(*fakes, dropout_p=0.3).shape == want.shape
+    traced = torch.fx.experimental.proxy_tensor.make_fx(
+        lambda *t: fr.scaled_dot_product_attention(*t, dropout_p=0.3)
+    )(q, k, v)
+    assert torch.equal(with_seed(3, traced, q, k, v), with_seed(3, traced, q, k, v))
 
 
 def test_per_sample_gradients():
@@ -473,19 +477,18 @@ def test_per_sample_gradients():
 
 
 def test_memory_grows_with_the_length():
-    """The peak of a process that attends to 4,096 tokens, forward and backward, beside that of 1,024."""
+    """The peak of a process that attends to 3,072 tokens, forward and backward, beside that of 1,024."""
     code = """
 import resource, sys, torch, fastreg as fr
 torch.set_num_threads(1)
 def peak(n):
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
-    fr.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True).sum().backward()
     fr.scaled_dot_product_attention(q, k, v, dropout_p=0.1).sum().backward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(peak(1024), peak(4096))
+print(peak(1024), peak(3072))
 """
     small, large = map(float, run_python(code, check=True, OMP_NUM_THREADS=1).stdout.split())
-    assert large - small < 24, (small, large)  # MiB; all weights once are 64
+    assert large - small < 18, (small, large)  # MiB; all weights once are 36
 
 
 def _on_shards(rank, store):
