@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
-from adamw_reference import BOTH
 from helpers import same_values
+from optimizer_reference import BOTH
 from sgd_reference import parameter, scaler_with
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
