@@ -27,14 +27,18 @@ for l1 in (30.0, 10.0, 3.0, 1.0):
 # The digits: under L1 more weights are 0, and the others are larger.
 x, y = mnist_data()
 x, y = torch.tensor(x, dtype=torch.float32) / 255, torch.tensor(y)
-for name, penalty in (("none", {}), ("L2", dict(l2=3e-3)), ("L1", dict(l1=5e-4))):
+networks = {"none": {}, "L2": dict(l2=3e-3), "L1": dict(l1=5e-4), "L1, AdamW": dict(l1=1e-4)}
+for name, penalty in networks.items():
     model = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
     groups = fr.optim.penalty_groups(model, **penalty)
-    optimizer = fr.optim.SGD(groups, lr=0.1, momentum=0.9, l1_mode="proximal")
+    if name.endswith("AdamW"):  # clips, too, in the pass of its step
+        optimizer = fr.optim.AdamW(groups, lr=1e-3, max_norm=3.0)
+    else:
+        optimizer = fr.optim.SGD(groups, lr=0.1, momentum=0.9, l1_mode="proximal")
     for batch in (b for _ in range(10) for b in torch.randperm(len(x)).split(100)):
         optimizer.zero_grad()
         fr.cross_entropy(model(x[batch]), y[batch]).backward()
         optimizer.step()
     w = model[0].weight.detach()
     zeros, others = (w == 0).double().mean(), w[w != 0].abs().mean()
-    print(f"{name:4}: {zeros:5.1%} of the weights are 0, the others {others:.3f} in the mean")
+    print(f"{name:9}: {zeros:5.1%} of the weights are 0, the others {others:.3f} in the mean")

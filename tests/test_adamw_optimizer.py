@@ -10,8 +10,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from adamw_reference import reference
 from helpers import same_values
+from optimizer_reference import reference
 from sgd_reference import parameter, run, scaler_with, strided
 
 import fastreg as fr

@@ -107,7 +107,8 @@ class TestGradScaler:
         Accelerator(cpu=True)
         p = parameter(torch.ones(2))
         scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        optimizer = AcceleratedOptimizer(fr.optim.AdamW([p], lr=0.5, weight_decay=0.0), scaler=scaler)
+        plain = fr.optim.AdamW([p], lr=0.5, weight_decay=0.0, ema=0.5, max_norm=9.0)
+        optimizer = AcceleratedOptimizer(plain, scaler=scaler)
         skipped = []
         for factor in (math.inf, 1.0, math.inf, 1.0):
             optimizer.zero_grad()
@@ -116,6 +117,9 @@ class TestGradScaler:
             skipped.append(optimizer.step_was_skipped)
         assert skipped == [True, False, True, False]
         torch.testing.assert_close(p.detach(), torch.zeros(2), rtol=0, atol=1e-6)
+        torch.testing.assert_close(optimizer.optimizer.grad_norm, torch.tensor(2.0).sqrt())
+        with optimizer.optimizer.averaged():
+            torch.testing.assert_close(p.detach(), torch.full((2,), 0.25), rtol=0, atol=1e-6)
 
 
 class TestRounding:

@@ -7,8 +7,8 @@ import io
 
 import pytest
 import torch
-from adamw_reference import BOTH
 from helpers import same_values
+from optimizer_reference import BOTH
 from sgd_reference import parameter, scaler_with
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -121,12 +121,28 @@ class TestNumbers:
     def test_warm_up_is_timms(self, cls, power):
         ema = pytest.importorskip("timm.utils.model_ema", reason='needs pip install "torch-fastreg[test]"')
         model = network()
+        model[2].weight = nn.Parameter(model[2].weight.detach().clone())  # timm averages a tied one twice
         more = {} if power is True else dict(warmup_power=power)
         theirs = ema.ModelEmaV3(model, decay=0.6, use_warmup=True, **more)
         optimizer = cls(model.parameters(), lr=0.05, ema=0.6, ema_warmup=power)
         train(model, optimizer, after=lambda n: theirs.update(model, step=n + 1))
         for got, q in zip(averages(model, optimizer), theirs.module.parameters(), strict=True):
             torch.testing.assert_close(got, q.detach(), rtol=1e-14, atol=1e-15)
+
+    def test_a_tied_weight_is_averaged_once(self, cls):
+        """timm (1.0.31) does it once for each of its names, so that two names forget twice as fast."""
+        ema = pytest.importorskip("timm.utils.model_ema", reason='needs pip install "torch-fastreg[test]"')
+        model = network()
+        model.requires_grad_(False)[0].weight.requires_grad_()
+        optimizer = cls([model[0].weight], lr=1e-9, weight_decay=0.0, ema=0.5)
+        theirs = ema.ModelEmaV3(model, decay=0.5)
+        for value in (0.0, 1.0):
+            with torch.no_grad():
+                model[0].weight.fill_(value)
+            model[0].weight.grad = torch.zeros(4, 4, dtype=torch.float64)
+            optimizer.step()
+            theirs.update(model, step=int(value) + 1)
+        assert theirs.module[0].weight[0, 0] == 0.75 and optimizer.state[model[0].weight]["ema"][0, 0] == 0.5
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
     def test_narrow(self, cls, dtype):

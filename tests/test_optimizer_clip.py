@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from adamw_reference import BOTH
+from optimizer_reference import BOTH
 from sgd_reference import parameter, scaler_with
 from torch.nn.utils import clip_grad_norm_
 

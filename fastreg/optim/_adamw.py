@@ -18,7 +18,7 @@ from .._checks import ArgumentError, check_choice, check_number, names_unknown_a
 from .._seeds import draw_seed
 from .._types import Number
 from . import _average
-from ._average import check_average
+from ._average import check_average, has_idle
 from ._groups import Params, check_penalised, in_numbers
 from ._one_pass import Column, OnePass, Scaling, Work, are_fixed, rate_of, stacked, zero, zeros
 
@@ -183,7 +183,7 @@ class AdamW(OnePass, torch.optim.AdamW):
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        if not hasattr(fast, "adamw") or any(group["ema"] is not None for group in groups):
+        if not hasattr(fast, "adamw") or has_idle(groups):
             return None
         return fast.adamw(groups, self.state)
 

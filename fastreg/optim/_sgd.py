@@ -19,7 +19,7 @@ from .._seeds import draw_seed
 from .._sgd import sgd_, sgd_numbers_, sgd_with_numbers
 from .._types import Number
 from . import _average
-from ._average import check_average
+from ._average import check_average, has_idle
 from ._groups import Params, check_penalised
 from ._one_pass import Column, OnePass, Scaling, Work, are_fixed, rate_of, stacked, zeros
 
@@ -163,7 +163,8 @@ class SGD(OnePass, torch.optim.SGD):
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        if any(group["ema"] is not None for group in groups):
+        averages = any(group["ema"] is not None for group in groups)
+        if averages and (not hasattr(fast, "adamw") or has_idle(groups)):  # the older one knows no average
             return None
         return fast.sgd([_scaled(group) for group in groups], self.state)
 
