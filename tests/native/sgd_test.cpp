@@ -153,7 +153,8 @@ void sgd() {
           if (!penalty && c.args.step.proximal) c.args.step.l1 = 0.5;  // leaves the gradient alone
           c.scale = variant % 5 == 2 ? 64 : 1;
           c.args.step.clip = variant % 6 == 4 ? 0.75 : 1;
-          c.args.step.ema = variant % 2 ? 0.9 : 0.25;
+          c.args.step.ema =
+              variant % 2 ? 0.9 : 0.6;  // of an infinity torch.lerp makes a NaN at 0.5 and below
           c.args.nesterov = momentum == 2;
           c.args.decoupled = penalty == 2;
           c.args.step.maximize = variant % 7 == 3;
