@@ -33,6 +33,7 @@ from ._optimizer_math import (
     number,
     rounded,
     soft_threshold,
+    square_root,
     store,
 )
 from ._registry import define, define_kernel
@@ -88,9 +89,9 @@ def adamw_plain(
         check_no_overlap("AdamW", "a parameter", param)
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         wide, skip = arithmetic_dtype(param), is_skipped(found_inf, param)
-        rate = exact(lr if lr_tensor is None else lr_tensor, param)
+        rate = number(lr if lr_tensor is None else lr_tensor, param)
         step = steps[i] + 1
-        correction1, correction2 = (1 - _power(beta, step, param) for beta in (beta1, beta2))
+        correction1, correction2 = (number(1 - _power(b, step, param), param) for b in (beta1, beta2))
 
         # The gradient of the error, and of the L1 penalty where it belongs to it.
         w = param.to(wide)
@@ -99,20 +100,20 @@ def adamw_plain(
             g = g + l1_pull(w, number(l1, param))
 
         # The moments.
-        m = flush(lerp(exp_avgs[i].to(wide), g, number(1 - exact(beta1, param), param)))
-        take = number(1 - exact(beta2, param), param)
+        m = flush(lerp(exp_avgs[i].to(wide), g, number(1 - beta1, param)))
+        take = number(1 - beta2, param)
         v = flush(number(beta2, param) * exp_avg_sqs[i].to(wide) + take * g * g)
         most = torch.maximum(flush(max_exp_avg_sqs[i].to(wide)), v) if max_exp_avg_sqs else v
-        denominator = most.sqrt() * number(1 / correction2.sqrt(), param) + number(eps, param)
+        denominator = square_root(most) * (1 / square_root(correction2)) + number(eps, param)
 
         # The decay, the step and the threshold.
-        decayed = w * number(1 - rate * weight_decay, param)
+        decayed = w * (1 - rate * number(weight_decay, param))
         if cautious:
             against = ((m > 0) & (w < 0)) | ((m < 0) & (w > 0))
             decayed = torch.where(against, w, decayed)
-        w = decayed - number(rate / correction1, param) * m / denominator
+        w = decayed - rate / correction1 * m / denominator
         if proximal and l1 != 0:
-            w = soft_threshold(w, number(rate * l1, param) / denominator)
+            w = soft_threshold(w, rate * number(l1, param) / denominator)
 
         # Back to the tensors.
         if averages:

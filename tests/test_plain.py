@@ -108,7 +108,8 @@ def sgd_case(choose):
     """Tensors and options of one step, chosen at random: all options meet each other in some cases."""
     momentum = choose((0, 0.9))
     dampening = choose((0, 0.3)) if momentum else 0
-    tensors = params, grads, buffers, started, _, _ = [], [], [], [], [], []
+    tensors = params, grads, buffers, started, averages, n_averaged = [], [], [], [], [], []
+    average = choose((False, True))
     for shape in SHAPES:
         dtype = choose(DTYPES)
         params.append(numbers(shape, dtype, choose((False, True))))
@@ -118,13 +119,16 @@ def sgd_case(choose):
             buffers.append(torch.zeros_like(params[-1]) if fresh else numbers(shape, dtype))
             if dampening:
                 started.append(torch.tensor(float(not fresh)))
+        if average:
+            averages.append(numbers(shape, dtype, choose((False, True))))
+            n_averaged.append(torch.tensor(choose((0.0, 3.0))))
     options = dict(
         lr=choose((0.0, 0.1, 1 / 3)),
         momentum=momentum,
         dampening=dampening,
         weight_decay=choose((0, 0.01)),
         l1=choose((0, 0.02, 0.5)),
-        ema=0.0,
+        ema=choose((0.0, 0.3, 0.99)),
         nesterov=bool(momentum) and not dampening and choose((False, True)),
         proximal=choose((False, True)),
         decoupled=choose((False, True)),
@@ -132,6 +136,8 @@ def sgd_case(choose):
         lr_tensor=choose((None, torch.tensor(0.07), torch.tensor([0.07], dtype=torch.float64))),
         grad_scale=choose((None, torch.tensor(3.0), torch.tensor([7.0], dtype=torch.float64))),
         found_inf=choose((None, None, torch.tensor(0.0), torch.tensor(1.0))),
+        clip=choose((None, torch.tensor(0.3))),
+        ema_tensor=choose((None, torch.tensor(0.8))),
         seed=choose((None, seed())),
     )
     return tensors, options

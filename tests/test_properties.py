@@ -21,6 +21,7 @@ from fastreg import _example, _registry  # noqa: F401  The example declares its 
 # Of 18 checks, 100 inputs each take some 25 s of CPU.
 EXAMPLES = int(os.environ.get("FASTREG_EXAMPLES", "100"))
 KERNELS = {
+    "adamw_": cases.adamw,
     "dropout": cases.dropout,
     "dropout_": cases.dropout_in_place,
     "dropout_apply": cases.dropout_apply,
@@ -29,6 +30,7 @@ KERNELS = {
     "fgsm_step": cases.fgsm_step,
     "pgd_step": cases.pgd_step,
     "sgd_": cases.sgd,
+    "sum_of_squares": cases.sum_of_squares,
     "cross_entropy": cases.cross_entropy,
     "cross_entropy_": cases.cross_entropy_in_place,
     "cross_entropy_scale_": cases.cross_entropy_scale,

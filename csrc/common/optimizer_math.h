@@ -1,10 +1,55 @@
-// What the updates of the optimisers share: arithmetic of one element, on CPU and CUDA.
+// What the steps of the optimisers share: their arguments, and the arithmetic of one element on CPU and CUDA.
+// fastreg/_optimizer_math.py has the same in plain torch.
 #pragma once
+#include <cmath>
+#include <cstddef>
 #include <type_traits>
 
 #include "device.h"
+#include "philox.h"
 
 namespace fastreg {
+
+// The tensors that belong to one parameter, by place: what every optimiser has, then the state of its own.
+enum Slot { kParam, kGrad, kAverage, kState };
+constexpr int kSlots = 6;
+
+struct StepTensor {
+  DType dtype;
+  void* data[kSlots];  // null where there is none; the gradient is only read
+  // The steps done, or whether there was one, in the memory of the parameter's device; null where `step` has
+  // the number, or where nobody asks.
+  float* counter;
+  float step;
+  float* n_averaged;  // updates of the average, where there is one
+  Layout layout[kSlots];
+};
+
+struct StepArgs {
+  double lr, weight_decay, l1, ema;
+  // The gradient is multiplied with both: 1, or -1 to climb, over the scale of the loss; and what clips it.
+  double grad_factor, clip;
+  bool proximal, maximize;
+  bool stochastic_rounding;  // of bfloat16 parameters and averages
+  Seed seed;
+  // Numbers in a GPU's memory, which only the kernel may look at. Null stands for the values above, and for
+  // no overflow. Those that are `wide` are float64, all others float32.
+  bool lr_wide, ema_wide;
+  const void *lr_at, *ema_at;
+  const float *grad_scale_at, *found_inf_at, *clip_at;
+};
+
+FR_HD double number_at(const void* at, bool wide, double otherwise) {
+  if (!at) return otherwise;
+  return wide ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+}
+
+// What a gradient is multiplied with.
+template <class A>
+FR_HD A gradient_factor(const StepArgs& a) {
+  const A factor = a.grad_scale_at ? A(a.maximize ? -1 : 1) / A(*a.grad_scale_at) : A(a.grad_factor);
+  return factor * (a.clip_at ? A(*a.clip_at) : A(a.clip));
+}
 
 // Declared only: the type of a number, or of the numbers in a vector.
 float scalar_of(float);
@@ -12,13 +57,19 @@ double scalar_of(double);
 template <class V>
 typename V::Scalar scalar_of(V);
 
+FR_HD float square_root(float x) { return sqrtf(x); }
+FR_HD double square_root(double x) { return sqrt(x); }
+
 // Zero in place of a subnormal float32, with which every later step would take 10 to 40 times as long;
 // float64 as it is.
 template <class V>
 FR_HD V flush(V x) {
-  if constexpr (std::is_same_v<decltype(scalar_of(x)), double>) return x;
-  const V smallest(0x1p-126f);
-  return select(x < smallest, select(x > V(0) - smallest, V(0), x), x);
+  if constexpr (std::is_same_v<decltype(scalar_of(x)), double>) {
+    return x;
+  } else {
+    const V smallest(0x1p-126f), zero(0);
+    return select(x < smallest, select(x > zero - smallest, zero, x), x);
+  }
 }
 
 // a + weight * (b - a) from the end that is nearer, as torch.lerp does it.
@@ -30,8 +81,31 @@ struct Lerp {
   Lerp() = default;
   template <class A>
   FR_HD explicit Lerp(A weight) : factor(weight < A(0.5) ? weight : weight - A(1)), near(weight < A(0.5)) {}
-  FR_HD V operator()(V a, V b) const { return (near ? a : b) + factor * (b - a); }
+  FR_HD V operator()(V a, V b) const {
+    if (near) return a + factor * (b - a);
+    return b + factor * (b - a);
+  }
 };
+
+// The moving average of the weights; those of a first step are the average.
+template <class V>
+struct Average {
+  Lerp<V> lerp;
+  bool first;
+
+  Average() = default;
+  template <class A>
+  FR_HD Average(A take, bool is_first) : lerp(take), first(is_first) {}
+  FR_HD V operator()(V average, V w) const {
+    if (first) return flush(w);
+    return flush(lerp(average, w));
+  }
+};
+// That of a step.
+template <class V, class A>
+FR_HD Average<V> average_of(const StepArgs& a, const float* n_averaged) {
+  return {A(1 - number_at(a.ema_at, a.ema_wide, a.ema)), n_averaged && *n_averaged == 0};
+}
 
 // l1 * sign(w)
 template <class V>

@@ -12,6 +12,9 @@ using portable::round_bfloat16, portable::select_halves;
 FR_INLINE F32Part fma_part(F32Part a, F32Part b, F32Part c) { return _mm256_fmadd_ps(a, b, c); }
 FR_INLINE F64Part fma_part(F64Part a, F64Part b, F64Part c) { return _mm256_fmadd_pd(a, b, c); }
 
+FR_INLINE F32Part root_part(F32Part a) { return _mm256_sqrt_ps(a); }
+FR_INLINE F64Part root_part(F64Part a) { return _mm256_sqrt_pd(a); }
+
 // One instruction, which a compiler does not find behind a selection.
 FR_INLINE F32Part maximum_part(F32Part a, F32Part b) { return _mm256_max_ps(a, b); }
 FR_INLINE F32Part minimum_part(F32Part a, F32Part b) { return _mm256_min_ps(a, b); }

@@ -17,6 +17,9 @@ using portable::round_bfloat16, portable::store_low_halves;
 FR_INLINE F32Part fma_part(F32Part a, F32Part b, F32Part c) { return vfmaq_f32(c, a, b); }
 FR_INLINE F64Part fma_part(F64Part a, F64Part b, F64Part c) { return vfmaq_f64(c, a, b); }
 
+FR_INLINE F32Part root_part(F32Part a) { return vsqrtq_f32(a); }
+FR_INLINE F64Part root_part(F64Part a) { return vsqrtq_f64(a); }
+
 FR_INLINE U64Part multiply_low_halves(U64Part a, uint64_t b) {
   return (U64Part)vmull_u32(vmovn_u64((uint64x2_t)a), vdup_n_u32(uint32_t(b)));
 }

@@ -2,6 +2,7 @@
 // clang. Each simd_<set>.h defines FR_VECTOR_BYTES, includes this and gives every function here, its own or
 // by `using portable::...`, to the files above it. All of them compute the same bits.
 #pragma once
+#include <cmath>
 #include <type_traits>
 
 #include "device.h"
@@ -84,6 +85,11 @@ FR_INLINE bool any_part(const MaskPart<A>* parts) {
 template <class P>
 FR_INLINE P fma_part(P a, P b, P c) {
   return a * b + c;
+}
+template <class P>
+FR_INLINE P root_part(P a) {
+  for (size_t j = 0; j < sizeof(P) / sizeof(a[0]); ++j) a[j] = std::sqrt(a[j]);
+  return a;
 }
 // a where a > b (a < b), else b.
 FR_INLINE F32Part maximum_part(F32Part a, F32Part b) { return a > b ? a : b; }

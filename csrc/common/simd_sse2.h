@@ -14,6 +14,9 @@ using portable::MaskPart, portable::select_part;
 using portable::read_first, portable::write_first;
 using portable::round_bfloat16, portable::store_low_halves;
 
+FR_INLINE F32Part root_part(F32Part a) { return _mm_sqrt_ps(a); }
+FR_INLINE F64Part root_part(F64Part a) { return _mm_sqrt_pd(a); }
+
 // One instruction, which a compiler does not find behind a selection.
 FR_INLINE F32Part maximum_part(F32Part a, F32Part b) { return _mm_max_ps(a, b); }
 FR_INLINE F32Part minimum_part(F32Part a, F32Part b) { return _mm_min_ps(a, b); }

@@ -88,6 +88,13 @@ FR_INLINE Vec<A> multiply_add(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c)
   return d;
 }
 
+template <class A>
+FR_INLINE Vec<A> square_root(const Vec<A>& a) {
+  Vec<A> b;
+  for (int i = 0; i < b.kParts; ++i) b.part[i] = root_part(a.part[i]);
+  return b;
+}
+
 // a where a > b (a < b), else b: a NaN in a is passed over, one in b stays.
 template <class A>
 FR_INLINE Vec<A> maximum(const Vec<A>& a, const Vec<A>& b) {

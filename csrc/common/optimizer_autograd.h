@@ -1,0 +1,154 @@
+// A step of an optimiser over many small tensors. In Python, collecting them would take longer than the step.
+// The rules are those of the classes in fastreg/optim. This is for csrc/autograd.cpp only, as autograd.h.
+#pragma once
+#include "autograd.h"
+#include "optimizer_math.h"
+
+namespace fastreg::autograd {
+
+// A tensor on the CPU that fills its memory without gaps, so that elementwise work can walk it as flat
+// memory.
+inline const Tensor* flat(PyObject* object) {
+  const Tensor* t = plain(object);
+  return t && t->is_cpu() && has_kernel(t->scalar_type()) && t->is_non_overlapping_and_dense() ? t : nullptr;
+}
+
+inline bool same_form(const Tensor& a, const Tensor& b) {
+  return is_plain(b) && a.scalar_type() == b.scalar_type() && a.sizes() == b.sizes() &&
+         a.strides() == b.strides();
+}
+
+inline DType dtype_of(ScalarType type) {  // one that has kernels
+  return type == ScalarType::Float    ? DType::kFloat32
+         : type == ScalarType::Double ? DType::kFloat64
+         : type == ScalarType::Half   ? DType::kFloat16
+                                      : DType::kBFloat16;
+}
+
+// A parameter group, its options by name.
+struct GroupOptions {
+  PyObject* group;
+
+  PyObject* at(const char* name) const { return PyDict_GetItemString(group, name); }
+  bool read(const char* name, double* value) const {
+    return at(name) && number(at(name), 0, std::numeric_limits<double>::max(), value);
+  }
+  bool read(const char* name, bool* value) const {
+    if (!at(name) || !is_bool(at(name))) return false;
+    *value = at(name) == Py_True;
+    return true;
+  }
+  bool is_off(const char* name) const { return !at(name) || at(name) == Py_False || at(name) == Py_None; }
+};
+
+// What a step needs of a parameter group.
+template <class Args>
+struct StepGroup {
+  Args args{};
+  std::unique_ptr<StepTensor[]> tensors;
+  std::vector<Tensor> params;  // those with a gradient
+  // Gradients and state: while no lock of Python is held, another thread may drop them.
+  std::vector<Tensor> held;
+};
+
+// The options that all optimisers have. False for what is not the usual case. Python has checked that the
+// numbers are in range.
+inline bool read_options(const GroupOptions& options, StepArgs* a) {
+  PyObject* const mode = options.at("l1_mode");
+  if (!mode || options.at("stochastic_rounding") != Py_False || !options.is_off("ema_warmup") ||
+      !options.read("lr", &a->lr) || !options.read("weight_decay", &a->weight_decay) ||
+      !options.read("l1", &a->l1) || !options.read("maximize", &a->maximize) ||
+      !(options.is_off("ema") || options.read("ema", &a->ema)))
+    return false;
+  a->proximal = choice(mode, {"subgradient", "proximal"}) == 1;
+  a->grad_factor = a->maximize ? -1 : 1;
+  a->clip = 1;
+  return true;
+}
+
+// The state of a parameter under a name, of its form; null where there is none, or another.
+inline const Tensor* state_of(PyObject* own, const char* name, const Tensor& param) {
+  PyObject* const kept = own ? PyDict_GetItemString(own, name) : nullptr;
+  const Tensor* const t = kept ? flat(kept) : nullptr;
+  return t && same_form(param, *t) ? t : nullptr;
+}
+inline float* count_of(PyObject* own, const char* name, std::vector<Tensor>* held) {
+  PyObject* const kept = own ? PyDict_GetItemString(own, name) : nullptr;
+  const Tensor* const t = kept ? flat(kept) : nullptr;
+  if (!t || t->scalar_type() != ScalarType::Float || t->numel() != 1) return nullptr;
+  held->push_back(*t);
+  return t->mutable_data_ptr<float>();
+}
+
+// The parameters of a group that have a gradient, with the state of those names, and with the count of steps
+// and the average where they are asked for. False where one of them is not the usual case.
+template <class Args>
+bool collect_tensors(const GroupOptions& options, PyObject* state, std::initializer_list<const char*> names,
+                     const char* counter, StepGroup<Args>* result) {
+  PyObject* const list = options.at("params");
+  if (!list || !PyList_CheckExact(list)) return false;
+  const bool average = !options.is_off("ema");
+  const Py_ssize_t count = PyList_GET_SIZE(list);
+  // Not zeroed: most of it are layouts that nobody reads.
+  result->tensors = std::make_unique_for_overwrite<StepTensor[]>(size_t(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* const object = PyList_GET_ITEM(list, i);
+    const Tensor* const param = flat(object);
+    if (!param) return false;
+    const Tensor& grad = param->grad();
+    if (!grad.defined()) continue;
+    if (!same_form(*param, grad)) return false;
+    PyObject* own = nullptr;
+    if (names.size() || average) own = PyDict_GetItemWithError(state, object);
+    if (own && !PyDict_CheckExact(own)) return false;
+    StepTensor& t = result->tensors[result->params.size()];
+    t.dtype = dtype_of(param->scalar_type());
+    t.layout[kParam].numel = param->numel();
+    t.counter = t.n_averaged = nullptr;
+    for (void*& data : t.data) data = nullptr;
+    t.data[kParam] = param->mutable_data_ptr();
+    t.data[kGrad] = const_cast<void*>(grad.const_data_ptr());
+    int slot = kState;
+    const auto take = [&](int to, const char* name) {
+      const Tensor* const kept = state_of(own, name, *param);
+      if (!kept) return false;
+      t.data[to] = kept->mutable_data_ptr();
+      result->held.push_back(*kept);
+      return true;
+    };
+    for (const char* const name : names)
+      if (!take(slot++, name)) return false;
+    if (counter && !(t.counter = count_of(own, counter, &result->held))) return false;
+    if (average && !(take(kAverage, "ema") && (t.n_averaged = count_of(own, "n_averaged", &result->held))))
+      return false;
+    result->params.push_back(*param);
+    result->held.push_back(grad);
+  }
+  return true;
+}
+
+// (param_groups, state) -> True if all of them have been stepped, None if none has. collect(group, state,
+// result) is false for a group that is not the usual case.
+template <class Args, class Step, class Collect>
+PyObject* step_groups(PyObject* list, PyObject* state, Step step, Collect collect) {
+  if (!PyList_CheckExact(list) || !PyDict_Check(state) || is_transformed()) Py_RETURN_NONE;
+  std::vector<StepGroup<Args>> groups(size_t(PyList_GET_SIZE(list)));
+  for (size_t i = 0; i < groups.size(); ++i) {
+    PyObject* const group = PyList_GET_ITEM(list, Py_ssize_t(i));
+    if (!PyDict_CheckExact(group) || !collect(GroupOptions{group}, state, &groups[i])) {
+      if (PyErr_Occurred()) return nullptr;
+      Py_RETURN_NONE;
+    }
+  }
+  {
+    const pybind11::gil_scoped_release no_gil;
+    for (const StepGroup<Args>& group : groups) {
+      step(group.args, group.tensors.get(), group.params.size());
+      for (const Tensor& param : group.params)
+        param.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
+    }
+  }
+  Py_RETURN_TRUE;
+}
+
+}  // namespace fastreg::autograd
