@@ -1,6 +1,7 @@
 """fastreg: fast, exact regularisation for PyTorch training."""
 
-from . import _adamw, _registry, _sum_of_squares, augment, nn, optim  # noqa: F401
+from . import _registry, augment, distributed, nn, optim
+from ._attention import scaled_dot_product_attention
 from ._cross_entropy import cross_entropy
 from ._dropout import dropout, dropout_with_mask
 from ._dropout_add import dropout_add
@@ -38,6 +39,7 @@ __all__ = [
     "calibration_error",
     "convert",
     "cross_entropy",
+    "distributed",
     "drop_path",
     "dropout",
     "dropout1d",
@@ -59,6 +61,7 @@ __all__ = [
     "pseudo_label_loss",
     "retrain",
     "robust_accuracy",
+    "scaled_dot_product_attention",
     "share_parameters",
     "unpack_mask",
     "unpatch",

@@ -589,6 +589,8 @@ def cross_entropy(
         expected=expected,
     )
     if any(map(is_sharded, (input, target, weight))):
+        from ._placed_cross_entropy import loss_of_dtensors
+
         return loss_of_dtensors(op, input, target, weight, options)
     soft = target.is_floating_point()
     if unbatched:
@@ -622,27 +624,6 @@ def loss_of(input: Tensor, target: Tensor, weight: Tensor | None, options: LossO
     if torch.is_grad_enabled() and input.requires_grad:
         return _CrossEntropy.apply(input, target, weight, *options)[0]
     return _cross_entropy(input, target, weight, *options)[0]
-
-
-def loss_of_dtensors(
-    op: str, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
-) -> Tensor:
-    """The loss of DTensors, by torch's function, which knows how they are placed. It has not all options."""
-    if options.others or options.z_loss or options.all_ignored_zero:
-        raise NotImplementedError(
-            f"{op}: of a DTensor there is only torch's own loss, without smoothing='others', z_loss and "
-            f"all_ignored='zero'; call it on input.full_tensor(), or under fully_shard, where a model's "
-            f"outputs are plain tensors"
-        )
-    loss = torch.nn.functional.cross_entropy(
-        input,
-        target,
-        weight,
-        ignore_index=options.ignore_index,
-        reduction=next(name for name, number in _REDUCTIONS.items() if number == options.reduction),
-        label_smoothing=options.label_smoothing,
-    )
-    return loss if options.loss_dtype is None else loss.to(options.loss_dtype)
 
 
 def promoted_dtype(input: torch.dtype, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:

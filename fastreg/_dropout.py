@@ -130,12 +130,12 @@ def dropout_apply_plain(
 # --- The operators: their schemas, and the shapes of their results for torch.compile.
 
 define(
-    "dropout(Tensor input, float p, Tensor seed, int offset=0, SymInt inner=1, float scale=1.0, "
+    "dropout(Tensor input, float p, Tensor seed, SymInt offset=0, SymInt inner=1, float scale=1.0, "
     "float shift=0.0, float dropped=0.0) -> (Tensor output, Tensor mask)",
     plain=dropout_plain,
 )
 define(
-    "dropout_(Tensor(a!) input, float p, Tensor seed, int offset=0, SymInt inner=1, float scale=1.0, "
+    "dropout_(Tensor(a!) input, float p, Tensor seed, SymInt offset=0, SymInt inner=1, float scale=1.0, "
     "float shift=0.0, float dropped=0.0) -> Tensor mask",
     plain=dropout_inplace_plain,
 )
@@ -280,7 +280,7 @@ def _differentiable(input, p, seed, offset, inner, form):
 # fail (two dropouts under dynamic=True), compute with them inexactly, and lose the derivative under
 # torch.func.grad. It leaves an operator to AOTAutograd, which does none of that.
 define_composite(
-    "dropout_traced(Tensor input, float p, Tensor seed, int offset, SymInt inner, str form) "
+    "dropout_traced(Tensor input, float p, Tensor seed, SymInt offset, SymInt inner, str form) "
     "-> (Tensor output, Tensor mask)",
     _differentiable,
 )
@@ -363,7 +363,6 @@ def _run_in_place(op, input, p, seed, inner, form, derive):
 
 def _run_on_shards(op, input, p, inplace, seed, inner, form):
     """Dropout of a DTensor: every rank draws for its part what it would draw for the whole tensor."""
-    from torch.distributed import broadcast
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -376,8 +375,7 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
     seed = seed.to(
         local.device
     )  # a GPU's seed is drawn on the CPU, and its ranks may have no way to send that
-    for group in mesh.get_all_groups():  # rank 0 decides: generators may be seeded differently
-        broadcast(seed, group=group, group_src=0)
+    seed = _seed_of_first_rank(seed, mesh)
 
     # What this rank holds, counted in decisions: the dimensions that are decided index by index.
     dims = input.dim()
@@ -403,6 +401,21 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
         output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride()
     )
     return input.copy_(output) if inplace else output
+
+
+def _seed_of_first_rank(seed, mesh):
+    """The seed of a mesh's first rank, which decides: generators may be seeded differently."""
+    from torch.distributed import broadcast
+    from torch.distributed._functional_collectives import broadcast as traced_broadcast
+
+    for axis in range(mesh.ndim):
+        if mesh.size(axis) == 1:
+            continue
+        if is_compiling():
+            seed = traced_broadcast(seed, 0, (mesh, axis))
+        else:
+            broadcast(seed, group=mesh.get_group(axis), group_src=0)
+    return seed
 
 
 # --- The public functions.

@@ -6,11 +6,13 @@ attacks themselves are in attacks.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define
+from ._transforms import is_sharded
 from ._types import Bounds, Number, Value
 
 # --- The operators in plain torch: what the kernels compute, bit for bit.
@@ -272,4 +274,34 @@ def fgsm_step(
     step = number_of(op, "eps", eps, x)
     low, high = bounds_of(op, lower, upper, x)
     with torch.no_grad():
-        return fgsm_step_op(x.detach(), grad.detach(), step[0], low[0], high[0], step[1], low[1], high[1])
+        x, grad = x.detach(), grad.detach()
+        if is_sharded(x) or is_sharded(grad):
+            return _step_of_shards(op, x, grad, step, low, high)
+        return fgsm_step_op(x, grad, step[0], low[0], high[0], step[1], low[1], high[1])
+
+
+def _step_of_shards(op: str, x: Any, grad: Any, step: Value, low: Value, high: Value) -> torch.Tensor:
+    """The step of DTensors: each rank's of its part, placed as x is."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not (is_sharded(x) and is_sharded(grad)):
+        which = "x" if is_sharded(x) else "grad"
+        raise TypeError(
+            f"{op}: x and grad must both be DTensors or both plain tensors, got a DTensor as {which} alone; "
+            f"make the other with torch.distributed.tensor.distribute_tensor"
+        )
+    mesh, placements = x.device_mesh, x.placements
+    if any(placement.is_partial() for placement in placements):
+        raise ValueError(
+            f"{op}: x must be a replicated or sharded DTensor, got {placements}; call .redistribute() first"
+        )
+    grad = grad.redistribute(mesh, placements)
+    shape, start = compute_local_shape_and_global_offset(x.shape, mesh, placements)
+    part = tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))
+    values = [
+        value if value is None or value.dim() == 0 else value.expand(x.shape)[part].contiguous()
+        for value in (step[1], low[1], high[1])
+    ]
+    moved = fgsm_step_op(x.to_local(), grad.to_local(), step[0], low[0], high[0], *values)
+    return DTensor.from_local(moved, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())

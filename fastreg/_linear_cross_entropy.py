@@ -8,6 +8,8 @@ kernel: efficient Triton kernels for LLM training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -23,7 +25,6 @@ from ._cross_entropy import (
     check_classes,
     class_index_error,
     loss_of,
-    loss_of_dtensors,
     plain_rows_,
     promoted_dtype,
     scaled,
@@ -72,7 +73,6 @@ def _chunk_rows(hidden: Tensor, classes: int) -> int:
     return min(max(chunk // _STEP, 1) * _STEP, rows)
 
 
-@torch.no_grad()
 def _forward(
     hidden: Tensor,
     weight: Tensor,
@@ -83,13 +83,35 @@ def _forward(
     wants: str,
     *of_row,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`by_chunks` with the loss of whole rows. of_row: as in LossOptions.of_row()."""
+
+    def rows_(logits, target, factor, class_weight):
+        return _cross_entropy_(logits, target, factor, class_weight, *of_row)
+
+    classes = weight.shape[0]
+    return by_chunks(hidden, weight, bias, target, factor, class_weight, wants, rows_, classes)
+
+
+@torch.no_grad()
+def by_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    factor: Tensor,
+    class_weight: Tensor | None,
+    wants: str,
+    rows_: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    columns: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(losses of the rows, gradients of sum_r factor_r * loss_r with respect to hidden, weight and bias).
 
-    factor: (rows,). wants: which gradients, letters of "hwb"; the others come back empty. of_row: as in
-    LossOptions.of_row().
+    factor: (rows,). wants: which gradients, letters of "hwb"; the others come back empty. rows_(logits,
+    target, factor, class_weight) overwrites the logits of a chunk with factor times their gradient and gives
+    the losses. columns: of the logits, for the size of a chunk.
     """
     rows, classes, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
-    losses, d_hidden, d_weight, d_bias = _empty_results(hidden, weight, wants)
+    losses, d_hidden, d_weight, d_bias = empty_results(hidden, weight, wants)
     d_bias.zero_()
     if not rows:
         d_weight.zero_()
@@ -98,7 +120,7 @@ def _forward(
         scale = factor.abs().max()
         scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)  # inf: a mean over no row
         factor = factor / scale
-    chunk = _chunk_rows(hidden, classes)
+    chunk = _chunk_rows(hidden, columns)
     buffer = hidden.new_empty(chunk, classes)
     with without_autocast(hidden.device.type):
         for begin in range(0, rows, max(chunk, 1)):
@@ -108,7 +130,7 @@ def _forward(
                 torch.mm(h, weight.t(), out=logits)
             else:
                 torch.addmm(bias, h, weight.t(), out=logits)
-            losses[part] = _cross_entropy_(logits, target[part], factor[part], class_weight, *of_row)
+            losses[part] = rows_(logits, target[part], factor[part], class_weight)
             if "h" in wants:
                 _add_product(d_hidden[part], logits, weight, first=True)
             if "w" in wants:
@@ -131,7 +153,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total.addmm_(a, b)
 
 
-def _empty_results(hidden: Tensor, weight: Tensor, wants: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def empty_results(hidden: Tensor, weight: Tensor, wants: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics, empty = statistics_dtype(hidden), hidden.new_empty
     narrow, wide = hidden.dtype == torch.float16, _sums_are_wide(hidden)
     return (
@@ -151,7 +173,7 @@ define_kernel(
 
 @torch.library.register_fake("fastreg::linear_cross_entropy", allow_override=True)
 def _(hidden, weight, bias, target, factor, class_weight, wants, *args):
-    return _empty_results(hidden, weight, wants)
+    return empty_results(hidden, weight, wants)
 
 
 _linear_cross_entropy = torch.ops.fastreg.linear_cross_entropy.default
@@ -170,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden, weight, bias, target, factor, class_weight, wants, *options
         )
         ctx.save_for_backward(hidden, weight, bias, target, factor, class_weight, *gradients)
-        return losses if each else _weighted_sum(losses, factor)
+        return losses if each else weighted_sum(losses, factor)
 
     @staticmethod
     def backward(ctx, g):
@@ -194,7 +216,7 @@ def _sum_dtype(like: Tensor) -> torch.dtype:
     return torch.float32 if like.device.type == "mps" else torch.float64
 
 
-def _weighted_sum(losses: Tensor, factor: Tensor) -> Tensor:
+def weighted_sum(losses: Tensor, factor: Tensor) -> Tensor:
     return (losses.to(_sum_dtype(losses)) * factor).sum()
 
 
@@ -204,10 +226,12 @@ def _differentiable_gradients(
     """For derivatives of derivatives, in operations that have them, with all logits at once. The tensors are
     not read from ctx again: in a checkpoint each can be read once.
     """
+    # One may have been computed from another. Seen through views, none depends on another.
+    hidden, weight, bias = (x if x is None else x.view_as(x) for x in (hidden, weight, bias))
     logits = torch.nn.functional.linear(hidden, weight, bias)
     options = LossOptions(0, *ctx.options)._replace(loss_dtype=factor.dtype)
     losses = loss_of(logits, target, class_weight, options)
-    loss = losses if ctx.each else _weighted_sum(losses, factor)
+    loss = losses if ctx.each else weighted_sum(losses, factor)
     inputs = {name: x for name, x in zip("hwb", (hidden, weight, bias), strict=True) if name in ctx.wants}
     gradients = torch.autograd.grad(loss, list(inputs.values()), g, create_graph=True)
     found = dict(zip(inputs, gradients, strict=True))
@@ -262,7 +286,7 @@ def linear_cross_entropy(
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
         if name != "bias" or bias is not None:
             check_tensor(op, name, value)
-    hidden, weight, bias, autocast = _as_autocast(hidden, weight, bias)
+    hidden, weight, bias, autocast = as_autocast(hidden, weight, bias)
     if loss_dtype is None:
         loss_dtype = promoted_dtype(hidden.dtype, target, class_weight, autocast)
     options = LossOptions.checked(
@@ -275,7 +299,7 @@ def linear_cross_entropy(
         all_ignored=all_ignored,
         loss_dtype=loss_dtype,
     )
-    _check_layer(op, hidden, weight, bias)
+    check_layer(op, hidden, weight, bias)
     classes, shape = weight.shape[0], hidden.shape[:-1]
     target, class_weight = check_classes(
         op,
@@ -290,14 +314,13 @@ def linear_cross_entropy(
     )
     soft = target.is_floating_point()
     if any(map(is_sharded, (hidden, weight, bias, target, class_weight))):
-        logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, -2)
-        target = target.flatten(0, -2) if soft else target.flatten()
-        loss = loss_of_dtensors(op, logits, target, class_weight, options)
-        return loss.view(shape) if reduction == "none" else loss
+        from ._placed_cross_entropy import linear_loss_of_dtensors
+
+        return linear_loss_of_dtensors(op, hidden, weight, bias, target, class_weight, options)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     target = target.detach().reshape(-1, classes) if soft else target.reshape(-1)
 
-    factor = _row_factor(hidden, target, class_weight, options)
+    factor = row_factor(hidden, target, class_weight, options)
     each = reduction == "none"
     arguments = hidden, weight, bias, target, factor, class_weight
     if is_compiling():
@@ -327,10 +350,10 @@ def _loss(arguments: tuple, each: bool, options: LossOptions) -> Tensor:
         return _LinearCrossEntropy.apply(*arguments, each, *options.of_row())
     else:
         losses = _linear_cross_entropy(*arguments, "", *options.of_row())[0]
-    return losses if each else _weighted_sum(losses, factor)
+    return losses if each else weighted_sum(losses, factor)
 
 
-def _as_autocast(
+def as_autocast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """The arguments of the linear layer in the dtype of autocast, and whether it is on for them."""
@@ -340,7 +363,7 @@ def _as_autocast(
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
 
 
-def _check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise unless the shapes, dtypes and devices of the linear layer fit."""
     if hidden.dim() == 0 or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ArgumentError(
@@ -359,20 +382,22 @@ def _check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -
             )
 
 
-def _row_factor(hidden: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions) -> Tensor:
+def row_factor(hidden: Tensor, target: Tensor, class_weight: Tensor | None, options: LossOptions) -> Tensor:
     """What each row's loss counts in the reduced one, (rows,): 1, or 1 / normaliser of a mean."""
-    inverse = torch.ones((), dtype=_sum_dtype(hidden), device=hidden.device)
+    one = torch.ones((), dtype=_sum_dtype(hidden), device=hidden.device)
     if options.reduction == 1:
-        if target.is_floating_point():
-            normaliser = torch.full_like(inverse, len(target))
-        else:
-            counted = target != options.ignore_index
-            if class_weight is None:
-                normaliser = counted.sum()
-            else:
-                weights = class_weight[target.clamp(0, len(class_weight) - 1)].where(counted, 0)
-                normaliser = weights.sum(dtype=inverse.dtype)
-        inverse = 1 / normaliser.to(inverse.dtype)
+        normaliser = row_weights(target, class_weight, options.ignore_index, one.dtype).sum()
+        one = 1 / normaliser
         if options.all_ignored_zero:
-            inverse = torch.where(normaliser == 0, 0.0, inverse)
-    return inverse.to(statistics_dtype(hidden)).expand(len(hidden)).contiguous()
+            one = torch.where(normaliser == 0, 0.0, one)
+    return one.to(statistics_dtype(hidden)).expand(len(hidden)).contiguous()
+
+
+def row_weights(target: Tensor, class_weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What each row counts in the normaliser of a mean: 1, the weight of its class, or 0 where ignored."""
+    if target.is_floating_point():
+        return target.new_ones(target.shape[:1] + target.shape[2:], dtype=dtype)
+    counted = target != ignore_index
+    if class_weight is None:
+        return counted.to(dtype)
+    return class_weight.to(dtype)[target.clamp(0, len(class_weight) - 1)].where(counted, 0)

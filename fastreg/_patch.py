@@ -3,8 +3,7 @@
 Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`,
 `cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of torch.nn.functional. torch's
 modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these
-functions and so change with them. The dropout in torch's RNN kernels, and that of attention under
-torch.compile, stay torch's.
+functions and so change with them. The dropout in torch's RNN kernels stays torch's.
 
 How torch's functions are exchanged stands in _exchange.py.
 """
@@ -25,6 +24,7 @@ from torch.compiler import is_compiling
 from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from . import nn
+from ._attention import scaled_dot_product_attention
 from ._checks import DTYPES, check_choice, or_torchs
 from ._cross_entropy import cross_entropy, is_torchs
 from ._dropout import dropout
@@ -152,80 +152,29 @@ def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
     def run_attention(
         query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
     ):
+        options = dict(scale=scale, enable_gqa=enable_gqa)
+        arguments = query, key, value, attn_mask, dropout_p, is_causal
         if (
             dropout_p
             and _patched  # a replacement that a partial or a graph keeps ends with the patch
-            and not is_compiling()
             and _is_replaced()
             and not has_torch_function((query, key, value, attn_mask))
-            and isinstance(dropout_p, (float, int))
-            and not enable_gqa
-            and (scale is None or scale > 0)
-            and _fits_attention(query, key, value, attn_mask, is_causal)
+            and all(_has_kernel(t) and t.is_cpu for t in (query, key, value))
+            and (attn_mask is None or (type(attn_mask) in _PLAIN and attn_mask.is_cpu))
         ):
-            for tell in _watchers:
-                tell(original.__name__, True)
-            return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-        return original(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+            if is_compiling():
+                return scaled_dot_product_attention(*arguments, **options)
+            if torch.backends.cuda.math_sdp_enabled():  # the only one of torch's kernels that drops on a CPU
+                for tell in _watchers:
+                    tell(original.__name__, True)
+                try:
+                    return scaled_dot_product_attention(*arguments, **options)
+                except (TypeError, ValueError) as error:
+                    refusal = error
+                return or_torchs(refusal, original, *arguments, **options)
+        return original(*arguments, **options)
 
     return run_attention
-
-
-def _fits_attention(query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool) -> bool:
-    """Whether `_attention` takes this. All else is left to torch: it says what is wrong, or knows heads
-    without any width.
-    """
-    return (
-        all(
-            _has_kernel(t) and t.is_cpu and t.dim() >= 2 and t.dtype == query.dtype
-            for t in (query, key, value)
-        )
-        and query.shape[-1] > 0
-        and (
-            attn_mask is None
-            or (
-                type(attn_mask) in _PLAIN
-                and attn_mask.is_cpu
-                and attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
-                and not is_causal
-            )
-        )
-    )
-
-
-def _attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    """dropout(softmax(query @ key.T * scale + mask)) @ value, as torch itself computes it on a CPU."""
-    if torch.is_autocast_enabled("cpu"):
-        lower = torch.get_autocast_dtype("cpu")
-        query, key, value = (t if t.dtype == torch.float64 else t.to(lower) for t in (query, key, value))
-    dtype = query.dtype
-    with torch.autocast("cpu", enabled=False):
-        if dtype in (torch.float16, torch.bfloat16):
-            query, key, value = query.float(), key.float(), value.float()
-        # Each side takes the root of the scale, so that the product keeps its range.
-        factor = (scale if scale is not None else query.shape[-1] ** -0.5) ** 0.5
-        weights = (query * factor) @ (key * factor).transpose(-2, -1)
-        if is_causal:
-            attn_mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
-        if attn_mask is None:
-            weights = torch.softmax(weights, -1)
-        else:
-            if attn_mask.dtype == torch.bool:
-                weights = weights.masked_fill(attn_mask.logical_not(), -torch.inf)
-            else:
-                weights = weights + attn_mask
-            weights = torch.ops.aten._safe_softmax(weights, -1)  # gives 0 for a query that may see no key
-        return (dropout(weights, dropout_p) @ value).to(dtype)
 
 
 _DROPOUT = "input", "p", "training", "inplace"
@@ -304,9 +253,10 @@ def patch(*, compiled: Compiled | None = None) -> None:
     """Put fastreg's dropout and cross-entropy under torch.nn.functional, for the whole process, until
     `unpatch`.
 
-    On a CPU, attention with dropout computes what torch computes, with fastreg's dropout in it. On a GPU it
-    stays torch's, and so does all dropout under torch.compile, which fuses it into the operations around it,
-    unless `compiled` is "ours". `fastreg.dropout` by name is always ours.
+    On a CPU, attention with dropout is `fastreg.scaled_dot_product_attention`, whose memory grows with the
+    length and not with its square. On a GPU it stays torch's, and so does all dropout under torch.compile,
+    which fuses it into the operations around it, unless `compiled` is "ours". `fastreg.dropout` by name is
+    always ours.
 
     torch's functions keep their identity, so that whoever holds one, under any name, in a table or in a
     partial, calls the patched one. Attention is exchanged among the globals of every loaded module; where it

@@ -10,6 +10,7 @@ Rice, Kolter 2020). PGD repeats the step and projects each result onto the eps-b
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -130,6 +131,31 @@ def shielded(model: Any) -> Iterator[None]:
             _set_buffer(module, name, buffer)
 
 
+@contextlib.contextmanager
+def alone(model: Any) -> Iterator[None]:
+    """DistributedDataParallel computes as the model that it wraps.
+
+    The gradient of an input is a rank's own business. Through the wrapper the forward pass would send the
+    buffers of rank 0, and static_graph=True would take this backward pass, which reaches no parameter, for
+    the pattern of all that follow: the gradients of the training steps would never be averaged again.
+    """
+    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    wrappers = [m for m in modules if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
+    wrappers = [m for m in wrappers if "forward" not in m.__dict__]
+    try:
+        for wrapper in wrappers:
+            wrapper.__dict__["forward"] = functools.partial(_call, wrapper.module)
+        yield
+    finally:
+        for wrapper in wrappers:
+            wrapper.__dict__.pop("forward", None)
+
+
+def _call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
 def _set_buffer(module: torch.nn.Module, name: str, buffer: torch.Tensor) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         setattr(module, name, buffer)
@@ -185,7 +211,7 @@ def _input_gradient(op: str, model: Model, x: torch.Tensor, y: Any, loss: Loss |
     if isinstance(y, torch.Tensor) and y.is_inference():
         y = y.clone()
     # The backward pass is shielded too, because checkpoints run the model's modules again in it.
-    with shielded(model), plain_checkpoints:
+    with shielded(model), alone(model), plain_checkpoints:
         return _signed_gradient(op, model, x, attacked_loss(op, loss, model(x), y, count_of(x)))
 
 

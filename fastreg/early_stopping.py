@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import copy
 import decimal
+import fractions
 import math
 import numbers
-import statistics
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
 from ._checks import check_choice, check_count, check_number, names_unknown_arguments
+from ._ranks import process_group, told_by_all
 from ._seeds import forked_generators
 
 __all__ = ["EarlyStopping", "retrain"]
@@ -44,7 +45,11 @@ class StoppingOptions(TypedDict, total=False):
     diverged: float | None
     collapse: float | None
     nan: Literal["skip", "stop", "raise"]
-    group: dist.ProcessGroup | None
+    group: Any
+
+
+# The attributes that a state dict has, beside the snapshot.
+_PROGRESS = ("mode", "epoch", "best", "best_epoch", "bad_epochs", "reason")
 
 
 class EarlyStopping:
@@ -82,9 +87,9 @@ class EarlyStopping:
             ValueError. An infinity in the improving direction (an overflow, the log of 0) is no achievement
             and is treated as NaN; in the other direction it is just a very bad score. Neither is ever the
             best.
-        group: process group of the ranks that decide together (None: the default one). Where
-            torch.distributed is initialised, every rank calls step with its own score, and all go by the
-            mean, which is NaN if one is.
+        group: the ranks that decide together, a ProcessGroup or a DeviceMesh of one dimension (None: the
+            default group). Where torch.distributed is initialised, every rank calls step with its own score,
+            and all go by the mean, which is NaN if one is.
 
     Attributes:
         best, best_epoch: score and index (from 0) of the best epoch; None before the first finite score.
@@ -110,7 +115,7 @@ class EarlyStopping:
         diverged: float | None = None,
         collapse: float | None = None,
         nan: Literal["skip", "stop", "raise"] = "skip",
-        group: dist.ProcessGroup | None = None,
+        group: Any = None,
     ) -> None:
         op = "EarlyStopping"
         for obj in tracked:
@@ -150,18 +155,27 @@ class EarlyStopping:
         self.reason: str | None = None
         self._snapshot: list[Any] | None = None
 
-    def step(self, score: float | torch.Tensor) -> bool:
+    def step(self, score: float | torch.Tensor | None, *, count: float | None = None) -> bool:
         """Judge one epoch by its validation score; True means stop.
 
         Args:
             score: float, int or any other real number (Fraction, Decimal), numpy scalar, or 0-dim array or
-                tensor on any device.
+                tensor on any device. On several ranks None says that this one has no score: the others' mean
+                counts.
+            count: what this rank's score weighs in the mean over ranks, such as the number of its samples;
+                on all ranks that have a score, or on none.
+
+        On several ranks it is one message, in which every rank also says at which epoch it is and how it
+        decides.
 
         Raises:
             TypeError: any other score.
-            ValueError: NaN under nan="raise", on all ranks alike; the epoch is not counted.
+            ValueError: NaN under nan="raise"; the epoch is not counted. On several ranks also, on all of them
+                alike: a rank whose score is none of these, ranks at different epochs, with different bests or
+                options, and a rank that is at another call.
+            RuntimeError: a rank has ended, or has not come within the time-out of the group.
         """
-        value = _mean_over_ranks(_as_float(score), self.group)
+        value = self._score_of_all(score, count)
         sign, epoch = self._sign, self.epoch
         broken = math.isnan(value) or sign * value == -math.inf
         if broken and self.nan == "raise":
@@ -185,6 +199,34 @@ class EarlyStopping:
 
         self.reason = self._why_stop(value, epoch, broken, reached)
         return self.reason is not None
+
+    def _score_of_all(self, score: Any, count: float | None) -> float:
+        """The score of an epoch: this process's own, or the mean over ranks."""
+        op = "EarlyStopping.step"
+        if not (dist.is_available() and dist.is_initialized()):
+            value = _as_float(score)
+            _check_weight(op, count)
+            return value
+        group = process_group(op, self.group)
+        own: dict[str, Any] = {}
+        failed: Exception | None = None
+        try:
+            own["score"] = None if score is None else _as_float(score)
+            _check_weight(op, count)
+            own["count"] = None if count is None else float(count)
+        except (TypeError, ValueError) as error:
+            failed, own = error, {"error": str(error)}
+        names = ("epoch", "mode", "best", "patience", "warmup", "min_delta", "relative", "target", "diverged")
+        same = {name: getattr(self, name) for name in (*names, "collapse", "nan")}
+        same = {name: value.item() if hasattr(value, "item") else value for name, value in same.items()}
+        remedy = "call step once per epoch on every rank of the group, with the same options"
+        try:
+            told = told_by_all(op, group, same, own, remedy)
+        except ValueError:
+            if failed is not None:
+                raise failed from None
+            raise
+        return _mean([each["score"] for each in told], [each["count"] for each in told])
 
     def _why_stop(self, score: float, epoch: int, broken: bool, reached: bool) -> str | None:
         """The first rule that ends training at this score, in words; None to go on."""
@@ -243,11 +285,11 @@ class EarlyStopping:
         """Progress and snapshot, for torch.save; torch.load(weights_only=True) reads it if it reads the
         tracked states.
 
-        The tensors are the snapshot's own, rewritten at the next improvement: save or copy them. Options
-        (patience and the rest) are not in it, so those given at construction hold after a resume.
+        The tensors are copies, so that a checkpoint that is loaded into them, and is found broken on the way,
+        leaves the snapshot whole. Options (patience and the rest) are not in it, so those given at
+        construction hold after a resume.
         """
-        names = ("mode", "epoch", "best", "best_epoch", "bad_epochs", "reason")
-        return {name: getattr(self, name) for name in names} | {"snapshot": self._snapshot}
+        return {name: getattr(self, name) for name in _PROGRESS} | {"snapshot": _copy(self._snapshot)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state_dict(), which is copied. The tracked objects are left alone: load their own
@@ -263,7 +305,7 @@ class EarlyStopping:
                     f"EarlyStopping.load_state_dict: expected {what} {expected!r}, got {got!r}; {remedy}"
                 )
 
-        keys = set(self.state_dict())
+        keys = {*_PROGRESS, "snapshot"}
         got = set(state) if isinstance(state, dict) else _name(state)
         check("the keys", keys, got, "pass what EarlyStopping.state_dict() returned")
         check("mode", self.mode, state["mode"], "construct with the mode of the saved run")
@@ -419,18 +461,31 @@ def _as_float(score: Any) -> float:
     return float(number)
 
 
-def _mean_over_ranks(score: float, group: dist.ProcessGroup | None) -> float:
-    if not (dist.is_available() and dist.is_initialized()):
-        return score
-    if dist.get_rank(group) < 0:
+def _check_weight(op: str, count: Any) -> None:
+    if count is not None:
+        check_number(op, "count", count, 0, finite=True)
+
+
+def _mean(scores: list[float | None], counts: list[float | None]) -> float:
+    """The mean of the scores that are there, weighted where counts are. The sums are exact, so that scores
+    that agree already come back unchanged.
+    """
+    op = "EarlyStopping.step"
+    known = [(s, 1 if c is None else c) for s, c in zip(scores, counts, strict=True) if s is not None]
+    if not known:
         raise ValueError(
-            "EarlyStopping.step: expected a rank of group, got one outside; step only on its ranks"
+            f"{op}: at least one rank must have a score, got None from all; pass its score there"
         )
-    # All ranks take the mean of one list, since a sum by all_reduce need not have the same last bit on every
-    # rank. statistics.mean rounds once, so that scores that agree already come back unchanged.
-    scores: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(scores, score, group=group)
-    return statistics.mean(scores)
+    with_count = [c is not None for s, c in zip(scores, counts, strict=True) if s is not None]
+    if len(set(with_count)) > 1:
+        raise ValueError(f"{op}: count must be given on all ranks or on none, got it on {sum(with_count)}")
+    known = [(s, c) for s, c in known if c > 0]
+    if not known:
+        raise ValueError(f"{op}: count must be above 0 on one rank at least, got 0 on all")
+    if not all(math.isfinite(score) for score, _ in known):
+        return sum(score for score, _ in known)  # NaN, or the infinity
+    weighted = sum(fractions.Fraction(score) * fractions.Fraction(count) for score, count in known)
+    return float(weighted / sum(fractions.Fraction(count) for _, count in known))
 
 
 def _dataset(name: str, data: Any) -> Dataset:

@@ -131,7 +131,7 @@ def check(cuda):
     for crop in (0, 1, 2):
         boxes = ([0.1, 1.0, -0.3, 0.3, 2.0], [0.1, 0.3, -1.0, 1.0])
         args = (x, seed, 7, 9, [0.5, 0.5, 0.5], low, high, crop, *boxes, [11, 13, 8, 9])
-        for kernel in ((3, 5), (1, 1)):
+        for kernel in ((3, 5, torch.arange(9) * 7), (1, 1)):
             drawn, expected = cuda.augment_draw(*args, *kernel), CPU.augment_draw(*args, *kernel)
             for ours, theirs in zip(drawn, expected, strict=True):
                 near(ours, theirs, crop, 1e-13)

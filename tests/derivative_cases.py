@@ -105,6 +105,31 @@ def layer_case(name: str, x: Tensor) -> Case:
     return Case(lambda t: fr.linear_cross_entropy(**layer(t), target=CLASSES, label_smoothing=0.1), torchs, x)
 
 
+def dependent_layer(loss: Callable[..., Tensor]) -> Function:
+    """A loss of a hidden state that was computed from the weight, as an embedding's is that is tied to it."""
+    return lambda x: loss(x.sin(), x, CLASSES.clamp(0, 3), x[:, 0])
+
+
+def loss_of_layer(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight, bias), target)
+
+
+def attends(x: Tensor) -> Tensor:
+    """Self-attention of four tokens with dropout of the weights."""
+    generator = torch.Generator().manual_seed(7)
+    return squares(
+        fr.scaled_dot_product_attention(
+            x, x.sin(), x.cos(), dropout_p=0.3, is_causal=True, generator=generator
+        )
+    )
+
+
+def attends_by_torch(x: Tensor) -> Tensor:
+    scores = x @ x.sin().transpose(-2, -1) / x.shape[-1] ** 0.5
+    scores = scores.masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -torch.inf)
+    return squares(scores.softmax(-1) * WEIGHTS_FACTOR @ x.cos())
+
+
 def pseudo_labels(x: Tensor) -> Tensor:
     confidence, label = (3 * RESIDUAL).softmax(1).max(1)
     rows = F.cross_entropy(x, label, reduction="none")
@@ -140,6 +165,8 @@ def mixed(x: Tensor) -> Tensor:
 
 MIXUP = linear_map(mixup_of, *PAIR.shape)
 
+WEIGHTS_FACTOR = drawn(seeded("dropout"), 4, 4)[0]
+
 # The names of operators that the case goes through; tests/test_derivatives.py asks that none is forgotten.
 CASES: dict[str, Case] = {
     "dropout": dropout_case(seeded("dropout"), 4, 5),
@@ -149,6 +176,7 @@ CASES: dict[str, Case] = {
     "feature_alpha_dropout": dropout_case(seeded("feature_alpha_dropout"), 2, 3, 4),
     "drop_path": dropout_case(seeded("drop_path"), 4, 5),
     "dropout_add": dropout_case(added, 4, 5),
+    "scaled_dot_product_attention": Case(attends, attends_by_torch, numbers(4, 5, seed=10)),
     "cross_entropy": loss_case(CLASSES, WEIGHT, label_smoothing=0.1),
     "cross_entropy, sum of pixels": loss_case(
         torch.tensor([[[0, 4]], [[2, -100]]]), reduction="sum", x=numbers(2, 5, 1, 2)
@@ -165,6 +193,9 @@ CASES: dict[str, Case] = {
     "linear_cross_entropy": layer_case("hidden", HIDDEN),
     "linear_cross_entropy, to the weight": layer_case("weight", LAYER),
     "linear_cross_entropy, to the bias": layer_case("bias", BIAS),
+    "linear_cross_entropy, to a tied weight": Case(
+        dependent_layer(fr.linear_cross_entropy), dependent_layer(loss_of_layer), LOGITS
+    ),
     "pseudo_label_loss": Case(
         lambda x: fr.pseudo_label_loss(x, 3 * RESIDUAL, threshold=0.5), pseudo_labels, LOGITS
     ),

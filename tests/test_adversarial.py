@@ -193,6 +193,34 @@ def test_adversarial_loss_through_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_attacks_leave_distributed_data_parallel_alone(tmp_path):
+    """With a static graph it would take an attack's backward pass, which reaches no parameter, for that of
+    the training, and average no gradient again."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        (x, y), averaged = batch(), []
+
+        def hook(state, bucket):
+            averaged.append(bucket.buffer().numel())
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        for attack in (fr.fgsm, lambda m, x, y, eps: fr.pgd(m, x, y, eps, eps / 2, 2)):
+            wrapped = nn.parallel.DistributedDataParallel(net(norm=True), static_graph=True)
+            wrapped.register_comm_hook(None, hook)
+            for owner in (wrapped, nn.Sequential(wrapped)):
+                for _ in range(3):
+                    adversarial = attack(owner, x, y, 0.1)
+                    assert not averaged
+                    F.cross_entropy(owner(adversarial), y).backward()
+                    assert sum(averaged) == sum(p.numel() for p in wrapped.parameters())
+                    averaged.clear()
+            assert "forward" not in vars(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_adversarial_training_makes_the_model_harder_to_fool():
     centres = torch.rand(5, 3, 6, 6)
     y = torch.randint(5, (100,))

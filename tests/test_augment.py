@@ -512,6 +512,29 @@ def test_nothing_is_made_on_another_device():
     assert all(result.device.type == "cpu" for result in calls(pictures(4, 3, 12, 13)))
 
 
+def test_a_sample_draws_by_its_index_wherever_it_is():
+    """As on two ranks with a DistributedSampler, whose batches hold samples that are no neighbours."""
+    augment = Augment(
+        hflip=0.5, rotate=30, translate=(0.2, 0.2), crop=(0.3, 1.0), size=(5, 6), blur=(3, (1, 2))
+    )
+    x = torch.rand(12, 3, 9, 9)
+    whole = apply(x, augment.sample(x, seed=4))
+    order = torch.randperm(12)
+    for part in (order[::2], order[1::2], order[:0]):
+        assert torch.equal(apply(x[part], augment.sample(x[part], seed=4, index=part)), whole[part])
+    assert torch.equal(apply(x[7], augment.sample(x[7], seed=4, index=torch.tensor([7]))), whole[7])
+    for wrong, error, words in (
+        (torch.arange(11), ValueError, r"index must be int64 of shape \(12,\)"),
+        (torch.arange(12.0), ValueError, "index must be int64"),
+        (torch.arange(12) - 1, ValueError, "index must be at least 0, got -1"),
+        ([1] * 12, TypeError, "index must be a torch.Tensor"),
+    ):
+        with pytest.raises(error, match=words):
+            augment.sample(x, seed=4, index=wrong)
+    with pytest.raises(ValueError, match="offset or index, not both"):
+        augment.sample(x, seed=4, index=torch.arange(12), offset=3)
+
+
 def test_seed_and_offset_of_sample_are_checked():
     augment, x = fr.augment.Augment(rotate=20), torch.rand(3, 3, 8, 8)
     same = [augment.sample(x, seed=seed).angle for seed in (5, 5 + 2**64, torch.tensor([5]))]

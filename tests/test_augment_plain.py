@@ -145,6 +145,10 @@ def test_draws_are_the_kernels(crop):
         for seed, offset in SEEDS:
             arguments = draw_arguments(size, out, crop, seed, offset)
             want, got = KERNELS.augment_draw(*arguments), _plain_draw.augment_draw(*arguments)
+            index = offset + torch.arange(arguments[3])
+            both = [f(*arguments, index) for f in (KERNELS.augment_draw, _plain_draw.augment_draw)]
+            for a, b in zip((*want, *got), (*both[0], *both[1]), strict=True):
+                assert torch.equal(a, b)
             for a, b in zip(got, want, strict=True):
                 assert a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
                 difference = (a - b).abs() / b.abs().clamp(min=1)

@@ -46,6 +46,7 @@ SampleArgs = structure(
     "SampleArgs",
     """Seed seed
     uint64 offset
+    pointer index
     int64 batch, in_height, in_width, out_height, out_width
     double hflip, vflip, erase
     columns low, high
@@ -429,17 +430,19 @@ def test_parameters_are_the_cpus(crop):
         [0.1, 0.3, -1.0, 1.0],
         [11, 13, 8, 9],
     )
-    blur = (3, 5)
+    blur, index = (3, 5), torch.arange(300) ** 2 * 2**40
     want = CPU.augment_draw(
-        torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes, *blur
-    )
+        torch.empty(0), seed, 7, batch, chances, low, high, crop, crop_box, erase_box, sizes, *blur,
+        None if crop else index,
+    )  # fmt: skip
     table, kept = want[0], []
 
     def draw(machine):
         two, columns = ctypes.c_double * 2, ctypes.c_double * 22
         kept[:] = [machine.room(t, f"result {i}") for i, t in enumerate(want)]
         sample = SampleArgs(
-            seed_at(machine, seed) if crop else Seed(2**64 - 5, None), 7, batch, *sizes, *chances,
+            seed_at(machine, seed) if crop else Seed(2**64 - 5, None), 7,
+            None if crop else machine.put(index, "index").at, batch, *sizes, *chances,
             columns(*low), columns(*high), crop, two(*crop_box[:2]), two(*crop_box[2:4]), crop_box[4],
             two(*erase_box[:2]), two(*erase_box[2:]), kept[0].at,
         )  # fmt: skip

@@ -37,6 +37,7 @@ DRAWS = (
     "feature_alpha_dropout",
     "drop_path",
     "dropout_add",
+    "scaled_dot_product_attention",
     "mixup",
 )
 ERRORS = {(case, "forward-mode jacobian"): "random operations inside of vmap" for case in DRAWS}

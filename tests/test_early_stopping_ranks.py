@@ -135,9 +135,9 @@ def _rank(rank, file, out):
     model.embed.weight = model.out.weight = nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
     stopper = EarlyStopping(model)
     stopper.step(2)
-    first = stopper.state_dict()["snapshot"][0]["out.weight"]
+    first = stopper._snapshot[0]["out.weight"]
     stopper.step(1)
-    state = stopper.state_dict()["snapshot"][0]
+    state = stopper._snapshot[0]
     with torch.no_grad():
         model.out.weight.zero_()
     stopper.restore()
@@ -146,9 +146,53 @@ def _rank(rank, file, out):
         model.out.weight is model.embed.weight,
         torch.equal(model.out.weight.full_tensor(), full),
     )
+    log["apart"] = apart(rank, mesh)
     torch.save(log, f"{out}.{rank}")
     dist.barrier()  # or torch aborts a rank whose partner is gone
     dist.destroy_process_group()
+
+
+def said(call):
+    try:
+        return call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def apart(rank, mesh):
+    """What each rank is told where the ranks do not agree, and the best after what they may differ in."""
+    log = {}
+    ahead = EarlyStopping()
+    ahead.epoch = 3 + rank
+    log["epoch"] = said(lambda: ahead.step(1.0))
+    log["options"] = said(lambda: EarlyStopping(patience=3 + rank).step(1.0))
+    log["score"] = said(lambda: EarlyStopping().step("high" if rank else 1.0))
+    log["another call"] = said(
+        lambda: (
+            EarlyStopping().step(1.0)
+            if rank == 0
+            else dist.all_gather(
+                [torch.empty(2048, dtype=torch.uint8) for _ in range(2)], torch.zeros(2048, dtype=torch.uint8)
+            )
+        )
+    )
+    log["no score at all"] = said(lambda: EarlyStopping().step(None))
+    log["count on one"] = said(lambda: EarlyStopping().step(1.0, count=3 if rank else None))
+    for name, call in (
+        ("no score here", lambda s: s.step(None if rank else 4.0)),
+        ("count", lambda s: s.step(float(rank), count=1 + 2 * rank)),
+        ("count of none", lambda s: s.step(float(rank), count=rank)),
+        ("mesh", lambda s: s.step(float(rank))),
+    ):
+        stopper = EarlyStopping(group=mesh if name == "mesh" else None)
+        call(stopper)
+        log[name] = stopper.best
+    sent = []
+    gather, dist.all_gather = dist.all_gather, lambda out, t, **more: (sent.append(1), gather(out, t, **more))
+    EarlyStopping().step(1.0)
+    dist.all_gather = gather
+    log["messages"] = len(sent)
+    return log
 
 
 RANK_CASES = [  # name, options, scores of rank 0 and of rank 1
@@ -183,6 +227,36 @@ def test_every_rank_takes_the_same_decision(tmp_path):
     assert [log["mean"][4] for log in logs] == [[20.0, 20.0], [21.0, 21.0]]
     assert logs[0]["alone"] == (False, 1.0) and "expected a rank of group" in logs[1]["alone"]
     assert [log["dtensor"] for log in logs] == [(True, True, True)] * 2
+    ours, theirs = (log["apart"] for log in logs)
+    for name, words in (
+        (
+            "epoch",
+            "ValueError: EarlyStopping.step: rank 1 has epoch 4, rank 0 has 3; call step once per epoch",
+        ),
+        ("options", "ValueError: EarlyStopping.step: rank 1 has patience 4, rank 0 has 3"),
+        ("no score at all", "ValueError: EarlyStopping.step: at least one rank must have a score"),
+        ("count on one", "ValueError: EarlyStopping.step: count must be given on all ranks"),
+    ):
+        assert ours[name].startswith(words) and theirs[name] == ours[name]
+    assert "rank 1 of the group cannot go on: EarlyStopping.step: expected one real number" in ours["score"]
+    assert theirs["score"].startswith("TypeError: EarlyStopping.step: expected one real number")
+    assert "rank 1 of the group is at another call" in ours["another call"]
+    for name, best in (("no score here", 4.0), ("count", 0.75), ("count of none", 1.0), ("mesh", 0.5)):
+        assert ours[name] == theirs[name] == best
+    assert ours["messages"] == 1
+
+
+def test_a_checkpoint_that_breaks_off_leaves_the_snapshot_whole():
+    model = nn.Linear(2, 2)
+    stopper = EarlyStopping(model)
+    stopper.step(1.0)
+    best = state_of(model)
+    for tensor in stopper.state_dict()["snapshot"][0].values():  # as torch.distributed.checkpoint.load does
+        tensor.zero_()
+    with torch.no_grad():
+        model.weight.zero_()
+    stopper.restore()
+    assert has_state(model, best)
 
 
 def uneven_scores(rank):

@@ -27,6 +27,9 @@ GENERATORS = {
     "drop_path": lambda g: fr.drop_path(X, generator=g),
     "dropout_with_mask": lambda g: fr.dropout_with_mask(X, generator=g),
     "dropout_add": lambda g: fr.dropout_add(X, X, generator=g),
+    "scaled_dot_product_attention": lambda g: fr.scaled_dot_product_attention(
+        X, X, X, None, 0.5, generator=g
+    ),
     "augment.Augment": lambda g: fr.augment.Augment(hflip=0.5)(IMAGES, generator=g),
     "augment.Augment.sample": lambda g: fr.augment.Augment(hflip=0.5).sample(IMAGES, generator=g),
     "augment.mixup": lambda g: fr.augment.mixup(IMAGES, Y, num_classes=2, generator=g),

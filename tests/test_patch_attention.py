@@ -10,7 +10,6 @@ from patch_cases import NN, TORCH_OPS, ops_seen, train, with_loss
 from torch import nn
 
 import fastreg as fr
-from fastreg import _patch
 
 
 class TestAttention:
@@ -36,14 +35,13 @@ class TestAttention:
 
     @pytest.mark.parametrize("mask", [None, "boolean", "additive", "of -inf", "causal"])
     @pytest.mark.parametrize("scale", [None, 0.3])
-    def test_what_is_not_dropped_is_torchs(self, monkeypatch, dtype, mask, scale):
+    def test_what_is_not_dropped_is_torchs(self, dtype, mask, scale):
         (q, k, v), attn_mask = self.case(dtype, mask)
         options = dict(attn_mask=attn_mask, is_causal=mask == "causal", scale=scale)
-        monkeypatch.setattr(_patch, "dropout", lambda input, p: input)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             want = NN.scaled_dot_product_attention(q, k, v, **options)
             with fr.patched():
-                got = F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, **options)
+                got = F.scaled_dot_product_attention(q, k, v, dropout_p=1e-12, **options)  # drops nothing
         assert got.dtype == dtype
         tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
@@ -62,6 +60,8 @@ class TestAttention:
         weights = fr.dropout(torch.softmax(q @ k.transpose(-2, -1) / 8**0.5, -1), 0.4)
         torch.testing.assert_close(got, weights @ v)
         assert (weights == 0).any()
+        torch.manual_seed(4)
+        assert torch.equal(got, fr.scaled_dot_product_attention(q, k, v, dropout_p=0.4))
 
     def test_the_mean_is_torchs(self):
         q, k, v = (torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(i)) for i in range(3))
@@ -85,46 +85,96 @@ class TestAttention:
             layer(x).sum().backward()
         assert not {event.key for event in profile.key_averages()} & TORCH_OPS
 
+    def test_heads_are_shared(self):
+        (q, k, v), mask = self.case(mask="boolean")
+        with fr.patched(), ops_seen() as seen:
+            got = F.scaled_dot_product_attention(
+                q, k[:, :1], v[:, :1], mask, dropout_p=1e-12, scale=-0.3, enable_gqa=True
+            )
+        assert "fastreg::dropout" in seen and not seen & TORCH_OPS
+        want = NN.scaled_dot_product_attention(q, k[:, :1], v[:, :1], mask, scale=-0.3, enable_gqa=True)
+        torch.testing.assert_close(got, want)
+
     def test_the_rest_goes_to_torch(self):
         (q, k, v), mask = self.case(mask="boolean")
         for arguments, options in (
             ((q, k, v), {}),
             ((q, k, v, mask), dict(dropout_p=0.0)),
-            ((q.expand(2, 3, 5, 8), k[:, :1], v[:, :1]), dict(dropout_p=0.2, enable_gqa=True)),
+            ((q, k, v), dict(dropout_p=0.2, scale=float("nan"))),
             ((q.to("meta"), k.to("meta"), v.to("meta")), dict(dropout_p=0.2)),
-            ((q, k, v), dict(dropout_p=0.2, scale=-0.3)),
-            ((q[..., :0], k[..., :0], v), dict(dropout_p=0.2)),
         ):
             torch.manual_seed(5)
             want = NN.scaled_dot_product_attention(*arguments, **options)
-            with fr.patched():
+            with fr.patched(), ops_seen() as seen:
                 torch.manual_seed(5)
                 got = F.scaled_dot_product_attention(*arguments, **options)
-            assert got.device == want.device and (got.is_meta or torch.equal(got, want))
-        with fr.patched(), pytest.raises(RuntimeError):
-            F.scaled_dot_product_attention(q, k, v, mask, 0.2, True)  # a mask and causal at once
-        for wrong, words in (
-            ((q.bfloat16(), k, v), "same dtype"),
-            ((q, k, v, torch.zeros(5, 7, dtype=torch.float64)), "attn_mask dtype"),
-        ):
-            with fr.patched(), pytest.raises(RuntimeError, match=words):
-                F.scaled_dot_product_attention(*wrong, dropout_p=0.2)
+            assert not any(name.startswith("fastreg::") for name in seen)
+            assert got.device == want.device
+            assert got.is_meta or torch.equal(got.nan_to_num(), want.nan_to_num())
+        flash = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+        with flash, fr.patched(), pytest.raises(RuntimeError):
+            F.scaled_dot_product_attention(q, k, v, dropout_p=0.2)  # torch's has no dropout on a CPU
 
-    def test_compiled_and_scripted_code_has_torchs(self):
+    def test_what_torch_refuses_has_torchs_exception(self):
+        (q, k, v), mask = self.case(mask="boolean")
+        wide, bad = torch.zeros(5, 7, dtype=torch.float64), torch.zeros(4, 7)
+        for wrong, options in (
+            ((q, k, v, mask, 0.2, True), {}),  # a mask and causal at once
+            ((q.bfloat16(), k, v), {}),
+            ((q, k, v, wide), {}),
+            ((q, k, v, bad), {}),
+            ((q, k, v, mask.long()), {}),
+            ((q, k[..., :3], v), {}),
+            ((q, k, v[:, :, :3]), {}),
+            ((q, k[:, :2], v[:, :2]), {}),
+            ((q, k[:, :2], v[:, :2]), dict(enable_gqa=True)),
+            ((q[0, 0], k[0, 0], v[0, 0]), dict(enable_gqa=True)),
+            ((q[0, 0, 0], k, v), {}),
+            ((q, k, v), dict(dropout_p=1.5)),
+            ((q, k, v), dict(dropout_p=-0.2)),
+            ((q, k, v), dict(dropout_p="0.2")),
+            ((q, k, v), dict(is_causal=1)),
+            ((q, k, v), dict(scale="0.2")),
+            (([q], k, v), {}),
+            ((q.int(), k.int(), v.int()), {}),
+        ):
+            options = options if len(wrong) > 4 else {"dropout_p": 0.2, **options}
+            with pytest.raises(Exception) as theirs:
+                NN.scaled_dot_product_attention(*wrong, **options)
+            with fr.patched(), pytest.raises(theirs.type):
+                F.scaled_dot_product_attention(*wrong, **options)
+
+    def test_compiled_code_has_ours(self):
         (q, k, v), _ = self.case()
 
         def f(q, k, v):
             return F.scaled_dot_product_attention(q, k, v, None, 0.2)
 
+        torch._dynamo.reset()
         with fr.patched():
-            assert torch.compile(f, backend="aot_eager", fullgraph=True)(q, k, v).shape == q.shape
+            run = torch.compile(f, backend="aot_eager", fullgraph=True)
+            with ops_seen() as seen:
+                torch.manual_seed(4)
+                got = run(q, k, v)
+            assert "fastreg::attention" in seen
+        torch.manual_seed(4)
+        torch.testing.assert_close(got, fr.scaled_dot_product_attention(q, k, v, dropout_p=0.2))
+        with ops_seen() as seen:  # compiled anew
+            run(q, k, v)
+        assert "fastreg::attention" not in seen
+        torch._dynamo.reset()
+
+    def test_scripted_and_traced_code_has_torchs(self):
+        def f(q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, None, 0.2)
+
+        with fr.patched():
             scripted = torch.jit.script(attention_to_script)
             traced = torch.fx.symbolic_trace(f)
         assert "aten::scaled_dot_product_attention" in str(scripted.graph)
         assert {node.target for node in traced.graph.nodes if node.op == "call_function"} == {
             NN.scaled_dot_product_attention
         }
-        torch._dynamo.reset()
         assert F.scaled_dot_product_attention is NN.scaled_dot_product_attention
 
 

@@ -54,7 +54,8 @@ enum class Crop : int { kNone, kByArea, kWindow, kCount };
 
 struct SampleArgs {
   Seed seed;
-  uint64_t offset;
+  uint64_t offset;       // global index of the first sample
+  const int64_t* index;  // or, where it is not null, of each
   int64_t batch;
   int64_t in_height, in_width, out_height, out_width;
   double hflip, vflip, erase;                      // probabilities
@@ -120,7 +121,7 @@ FR_HD void draw_crop(const SampleArgs& a, uint64_t index, uint32_t top, uint32_t
 // Row `i` of the table. Each column depends on the seed and the global index of the sample alone, whichever
 // other steps are on.
 FR_HD void sample_row(const SampleArgs& a, int64_t i) {
-  const uint64_t index = a.offset + uint64_t(i);
+  const uint64_t index = a.index ? uint64_t(a.index[i]) : a.offset + uint64_t(i);
   double* row = a.out + i * kParamColumns;
   PhiloxWords words[kParamDraws];
   for (uint32_t draw = 0; draw < kParamDraws; ++draw)

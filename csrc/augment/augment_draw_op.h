@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -16,7 +17,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(
     Tensor images, Tensor seed, int64_t offset, int64_t batch, std::vector<double> chances,
     std::vector<double> low, std::vector<double> high, int64_t crop, std::vector<double> crop_box,
-    std::vector<double> erase_box, std::vector<int64_t> sizes, int64_t blur_width, int64_t blur_height) {
+    std::vector<double> erase_box, std::vector<int64_t> sizes, int64_t blur_width, int64_t blur_height,
+    std::optional<Tensor> index) {
   check(low.size() == kParamColumns && high.size() == kParamColumns && chances.size() == 3 &&
             crop_box.size() == 5 && erase_box.size() == 4 && sizes.size() == 4 && batch >= 0 &&
             blur_width > 0 && blur_height > 0 && crop >= 0 && crop < int(Crop::kCount),
@@ -35,6 +37,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> augment_draw(
   SampleArgs& a = args.sample;
   a.seed = seed_of("augment", seed, images);
   a.offset = uint64_t(offset);
+  if (index) {
+    check_device("augment", "index", *index, "the images", images);
+    check(index->scalar_type() == ScalarType::Long && index->dim() == 1 && index->size(0) == batch &&
+              index->is_contiguous(),
+          "augment: index must be contiguous int64 of shape (", batch, "), one for each sample, got ",
+          index->scalar_type(), " of shape ", shape_text(*index));
+    a.index = static_cast<const int64_t*>(index->const_data_ptr());
+  }
   args.matrix.batch = a.batch = batch;
   args.matrix.in_height = a.in_height = sizes[0];
   args.matrix.in_width = a.in_width = sizes[1];

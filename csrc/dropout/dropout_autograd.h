@@ -14,16 +14,16 @@ struct Form {
 
 std::tuple<Tensor, Tensor> dropout_op(const Tensor& input, double p, const Tensor& seed, const Form& f) {
   static const auto op =
-      find<std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, int64_t, c10::SymInt, double,
+      find<std::tuple<Tensor, Tensor>(const Tensor&, double, const Tensor&, c10::SymInt, c10::SymInt, double,
                                       double, double)>("fastreg::dropout");
-  return call(op, input, p, seed, int64_t(0), c10::SymInt(f.inner), f.scale, f.shift, f.dropped);
+  return call(op, input, p, seed, c10::SymInt(0), c10::SymInt(f.inner), f.scale, f.shift, f.dropped);
 }
 
 inline void dropout_inplace_op(const Tensor& input, double p, const Tensor& seed, const Form& f) {
   static const auto op =
-      find<Tensor(const Tensor&, double, const Tensor&, int64_t, c10::SymInt, double, double, double)>(
+      find<Tensor(const Tensor&, double, const Tensor&, c10::SymInt, c10::SymInt, double, double, double)>(
           "fastreg::dropout_");
-  call(op, input, p, seed, int64_t(0), c10::SymInt(f.inner), f.scale, f.shift, f.dropped);
+  call(op, input, p, seed, c10::SymInt(0), c10::SymInt(f.inner), f.scale, f.shift, f.dropped);
 }
 
 inline Tensor dropout_apply_op(const Tensor& input, const Tensor& mask, int64_t inner, double scale) {

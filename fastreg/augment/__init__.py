@@ -109,6 +109,20 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name
 _SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
+def _checked_index(op: str, index: Tensor, batch: Tensor, count: int, offset: int) -> Tensor:
+    check_tensor(op, "index", index)
+    if index.dtype != torch.int64 or index.shape != (count,):
+        raise ValueError(
+            f"{op}: index must be int64 of shape ({count},), one for each sample, got {index.dtype} of shape "
+            f"{tuple(index.shape)}"
+        )
+    if offset:
+        raise ValueError(f"{op}: give offset or index, not both, got offset {offset}; add it to the index")
+    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index < 0).any()):
+        raise ValueError(f"{op}: index must be at least 0, got {int(index.min())}")
+    return index.to(batch.device).contiguous()
+
+
 def _options(settings: Settings) -> dict[str, Any]:
     """The settings as arguments by name. torch.compile of torch 2.10 cannot spread vars(settings)."""
     return {name: getattr(settings, name) for name in _SETTINGS}
@@ -437,6 +451,7 @@ class Augment(nn.Module):
         generator: torch.Generator | None = None,
         seed: int | Tensor | None = None,
         offset: int = 0,
+        index: Tensor | None = None,
     ) -> Params:
         """Draw `Params` for a batch.
 
@@ -446,10 +461,14 @@ class Augment(nn.Module):
             seed: whole number, or int64 tensor of one element; drawn if None.
             offset: global index of the first sample: sample i draws what it would as number offset + i of one
                 large batch.
+            index: int64 tensor (B,) of at least 0, the global index of each sample, where they are no
+                neighbours: with the index in the dataset and a seed for each epoch, a sample draws the same
+                on however many ranks and in whatever batch. Instead of `offset`.
 
         Raises:
-            ValueError: a batch of another shape, a seed that is not one int64, a window that does not fit.
-            TypeError: a batch that is no tensor, an offset that is no int.
+            ValueError: a batch of another shape, a seed that is not one int64, a window that does not fit, an
+                index of another shape or dtype, negative or beside an offset.
+            TypeError: a batch or an index that is no tensor, an offset that is no int.
         """
         count, (height, width), size = self._shapes(batch)
         if not self.training:
@@ -460,7 +479,7 @@ class Augment(nn.Module):
                     box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
                 params.crop = _op.rows(box, count, batch.device)
             return params
-        table, _, _, _, boxes = self._draw(batch, generator, seed, offset)
+        table, _, _, _, boxes = self._draw(batch, generator, seed, offset, index)
         fields = {
             name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")
         }
@@ -498,6 +517,7 @@ class Augment(nn.Module):
         generator: torch.Generator | None = None,
         seed: int | Tensor | None = None,
         offset: int = 0,
+        index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(table of all columns, matrices, colour, blur, boxes): what the samples draw, and what the operator
         takes of it.
@@ -506,6 +526,8 @@ class Augment(nn.Module):
         check_generator("augment", generator)
         seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         check_count("Augment.sample", "offset", offset, low=0)
+        if index is not None:
+            index = _checked_index("Augment.sample", index, batch, count, offset)
         low, high = self._ends
         if self.translate is not None:
             low, high = low.copy(), high.copy()
@@ -517,7 +539,7 @@ class Augment(nn.Module):
         crop_box = [*shares, *_CROP_RATIO, float(padding)]
         return _op.augment_draw(
             batch.detach(), seed, offset, count, list(self.chances.values()), low, high, kind, crop_box,
-            [*_ERASED_SHARE, *_ERASED_RATIO], [height, width, *size], *self.settings.kernel,
+            [*_ERASED_SHARE, *_ERASED_RATIO], [height, width, *size], *self.settings.kernel, index,
         )  # fmt: skip
 
     def forward(

@@ -36,7 +36,8 @@ define(f"augment_backward(Tensor grad, {_ARGUMENTS}) -> Tensor", _plain.augment_
 define(
     "augment_draw(Tensor images, Tensor seed, int offset, SymInt batch, float[] chances, float[] low, "
     "float[] high, int crop, float[] crop_box, float[] erase_box, SymInt[] sizes, int blur_width, "
-    "int blur_height) -> (Tensor table, Tensor matrices, Tensor colour, Tensor blur, Tensor boxes)",
+    "int blur_height, Tensor? index=None) -> (Tensor table, Tensor matrices, Tensor colour, Tensor blur, "
+    "Tensor boxes)",
     _plain_draw.augment_draw,
 )
 define(
@@ -62,8 +63,11 @@ def _(grad, images, *rest):
 
 
 @torch.library.register_fake("fastreg::augment_draw", allow_override=True)
-def _(images, seed, offset, batch, *rest):
-    shapes = ((batch, len(COLUMNS)), (batch, 2, 3), (batch, len(STEPS)), (batch, rest[-2] + rest[-1]))
+def _(
+    images, seed, offset, batch, chances, low, high, crop, crop_box, erase_box, sizes, blur_width,
+    blur_height, index=None,
+):  # fmt: skip
+    shapes = ((batch, len(COLUMNS)), (batch, 2, 3), (batch, len(STEPS)), (batch, blur_width + blur_height))
     tables = (images.new_empty(shape, dtype=number_dtype(images.device)) for shape in shapes)
     return *tables, images.new_empty((batch, 4), dtype=torch.int64)
 

@@ -89,10 +89,10 @@ def _draw_crop(seed, index, crop, crop_box, sizes, u_top, u_left) -> Tensor:
 def augment_draw(
     images: Tensor, seed: Tensor, offset: int, batch: int, chances: list[float], low: list[float],
     high: list[float], crop: int, crop_box: list[float], erase_box: list[float], sizes: list[int],
-    blur_width: int, blur_height: int,
+    blur_width: int, blur_height: int, index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(table (B, 22), matrices (B, 2, 3), colour (B, 4), blur (B, width + height), boxes (B, 4)): what the
-    samples from number `offset` on draw, and what `augment` takes of it.
+    samples from number `offset` on draw, or those of the numbers `index`, and what `augment` takes of it.
 
     `chances` are those of hflip, vflip and erase; `low` and `high` the ends of each column; `crop_box` the
     crop's area, logarithm of the ratio and padding; `erase_box` the erased area and logarithm of the ratio;
@@ -105,7 +105,8 @@ def augment_draw(
             f"torch.randint(-2**63, 2**63 - 1, (1,))"
         )
     seed = seed.reshape(()).to(device)
-    index = offset + torch.arange(batch, device=device)
+    if index is None:
+        index = offset + torch.arange(batch, device=device)
     u = _uniform(sample_words(seed, index[:, None], torch.arange(5, device=device))).flatten(1)
     # Each column has a word of its own, so that what it draws does not depend on the other steps.
     count = COLUMNS.index("erase_top")

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .._checks import DTYPES, arithmetic_dtype
 from .._registry import fast
+from .._transforms import is_sharded
 from ._average import Averages, average_idle, warmed_up
 from ._clip import OPTIONS as CLIPPING
 from ._clip import check_clipping, clipped
@@ -326,7 +327,7 @@ class OnePass(Averages):
                 found[device] = work, rows
             else:
                 work, rows = here
-            sharded = type(p) is not torch.nn.Parameter and hasattr(p, "to_local")
+            sharded = type(p) is not torch.nn.Parameter and is_sharded(p)
             if grad is not None:
                 if sharded:
                     work.owners[len(work.params)] = p

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import math
+import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -12,6 +14,7 @@ import numpy
 import torch
 
 from .._checks import check_choice, check_initialised, check_number, check_tensor
+from .._transforms import is_sharded
 from ._groups import Params, check_factor, tensor_of
 
 _NORMS = (
@@ -174,7 +177,7 @@ def penalty(
     elif isinstance(source, (torch.Tensor, dict)):
         source = [source]
     seen: set[int] = set()
-    total: torch.Tensor | None = None
+    terms: list[torch.Tensor] = []
     for item in source:
         group: dict[str, Any] = item if isinstance(item, dict) else {"params": [item]}
         group_l1, group_l2 = group.get("l1", l1), group.get("weight_decay", l2)
@@ -185,15 +188,14 @@ def penalty(
                 continue
             seen.add(id(p))
             w = p if p.dtype == torch.float64 else p.float()
-            term = w.new_zeros(())
             # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
             if group_l1:
-                term = term + group_l1 * w.abs().sum()
+                terms.append(group_l1 * w.abs().sum())
             if group_l2:
-                term = term + 0.5 * group_l2 * (w * w).sum()
-            term = _whole(term)
-            total = term if total is None else total + term
-    return torch.zeros((), dtype=torch.float32) if total is None else total
+                terms.append(0.5 * group_l2 * (w * w).sum())
+            if not (group_l1 or group_l2) and not is_sharded(w):
+                terms.append(w.new_zeros(()))
+    return torch.zeros((), dtype=torch.float32) if not terms else _sum_of(terms)
 
 
 def _penalised(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -213,9 +215,20 @@ def _penalised(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return groups
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A sum over all elements; of a DTensor, over all of its shards."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def _sum_of(terms: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of numbers. Those of DTensors that are sharded alike are added up first, so that however many
+    there are, their shards meet in one message.
+    """
+    plain: list[torch.Tensor] = []
+    placed: dict[Any, Any] = {}
+    for term in terms:
+        if is_sharded(term):
+            where: Any = term
+            key = where.device_mesh, where.placements
+            placed[key] = placed[key] + term if key in placed else term
+        else:
+            plain.append(term)
+    return functools.reduce(operator.add, [*plain, *(total.full_tensor() for total in placed.values())])
 
 
 def prior_scale(
@@ -306,4 +319,7 @@ def sparsity(model: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> 
         check_tensor(op, "each parameter", each)
     tensors = {id(p): p for p in given}.values()
     total = sum(p.numel() for p in tensors)
-    return sum(int(_whole((p == 0).sum())) for p in tensors) / total if total else 0.0
+    zeros: dict[torch.device, list[torch.Tensor]] = {}
+    for p in tensors:
+        zeros.setdefault(p.device, []).append((p == 0).sum())
+    return sum(int(_sum_of(counts)) for counts in zeros.values()) / total if total else 0.0

@@ -1,0 +1,688 @@
+"""Cross-entropy of logits whose classes are split over ranks: one gather of four numbers a row, nothing else.
+
+The loss is that of `_cross_entropy`, over the whole vocabulary. Of its own classes each rank computes, for
+each row, in float32 (float64 for float64):
+
+    top = max x,  rest = sum_c exp(x_c - top) - 1,  and two sums of w_c (x_c - top), by kind of target
+
+All ranks gather them and put them together in the order of the ranks, hence with the same bits:
+
+    M = max top,  others = rest_M + sum_r (1 + rest_r) exp(top_r - M),  lse = M + log1p(others)
+
+The 1 of the largest logit stays out of the sum, and no sum is over logits that are not centred: half of a
+vocabulary 10^4 below the other half costs no digits (online softmax: Milakov and Gimelshein 2018; over ranks:
+Shoeybi et al. 2019, whose three messages these are in one). The gradient is local, and written while the rank
+waits for nobody.
+"""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.compiler import is_compiling
+
+from ._checks import ArgumentError, UnsupportedError, check_tensor
+from ._cross_entropy import (
+    ROW_OPTIONS,
+    AllIgnored,
+    LossOptions,
+    Reduction,
+    Smoothing,
+    check_classes,
+    class_index_error,
+    promoted_dtype,
+    scaled,
+    statistics_dtype,
+)
+from ._linear_cross_entropy import (
+    as_autocast,
+    by_chunks,
+    check_layer,
+    empty_results,
+    row_factor,
+    weighted_sum,
+)
+from ._ranks import process_group
+from ._registry import define_kernel
+from ._transforms import autocast_dtype, is_sharded, is_transformed
+
+_CHUNK = 2**18  # logits that are computed at a time: what is made of them stays in a core's cache
+
+
+class _Shard(NamedTuple):
+    """The classes [first, first + held) of `classes`, which this rank has; `group` has them all."""
+
+    group: str
+    first: int
+    held: int
+    classes: int
+
+
+class _Local(NamedTuple):
+    """What a rank finds out about its classes."""
+
+    statistics: Tensor  # (4, rows): top, rest, and the two sums
+    at: Tensor  # (rows,), the class of the largest logit
+
+
+class _Whole(NamedTuple):
+    """What all of them together say of each row; (rows,) each."""
+
+    loss: Tensor
+    top: Tensor
+    others: Tensor  # sum_c exp(x_c - top) - 1
+    lse: Tensor
+    mass: Tensor  # sum of the targets
+    owners: Tensor  # how many ranks say that the target is among their classes
+
+
+class _Targets(NamedTuple):
+    """The targets of some rows in the classes of this rank. q_c = spread_c + own_c, weighted."""
+
+    probabilities: Tensor | None  # (rows, count), smoothed and weighted: soft targets
+    kept: Tensor  # (rows,), bool
+    column: Tensor  # (rows,), the target among this rank's classes, 0 where it is not
+    mine: Tensor  # (rows,), bool: the target is among this rank's classes and counts
+    own: Tensor  # (rows,), what is on the target alone
+    spread: float  # on each class, before its weight
+    weight: Tensor | None  # (count,)
+    total: Tensor  # (), the weights of all classes
+    local: Tensor  # (), those of this rank's
+
+
+def _read_targets(
+    target: Tensor, weight: Tensor | None, options: LossOptions, shard: _Shard, dtype: torch.dtype
+) -> _Targets:
+    k, eps = shard.classes, options.label_smoothing
+    spread = 0.0 if eps == 0 else eps / (k - 1 if options.others else k)
+    alpha = 1 - eps - (spread if options.others else 0.0)
+    own_weight = None if weight is None else weight[shard.first : shard.first + shard.held]
+    total = target.new_full((), k, dtype=dtype) if weight is None else weight.sum(dtype=dtype)
+    local = (
+        target.new_full((), shard.held, dtype=dtype) if own_weight is None else own_weight.sum(dtype=dtype)
+    )
+    if target.is_floating_point():
+        q = alpha * target[:, : shard.held].to(dtype) + spread
+        q = q if own_weight is None else q * own_weight.to(dtype)
+        yes = torch.ones(len(target), dtype=torch.bool, device=target.device)
+        zero = target.new_zeros(len(target), dtype=dtype)
+        return _Targets(q, yes, zero.long(), ~yes, zero, spread, own_weight, total, local)
+    kept, column = target != options.ignore_index, target - shard.first
+    mine = kept & (column >= 0) & (column < shard.held)
+    own = torch.full_like(target, alpha, dtype=dtype)
+    if weight is not None:
+        own = own * weight.to(dtype)[target.clamp(0, k - 1)]
+    column = column.where(mine, 0)
+    return _Targets(None, kept, column, mine, own, spread, own_weight, total, local)
+
+
+def _local(x: Tensor, targets: _Targets) -> _Local:
+    """Of logits (rows, count) in the dtype of the statistics."""
+    rows, count = x.shape
+    if count == 0:
+        none = x.new_zeros(rows)
+        top, t = torch.full_like(none, -torch.inf), none if targets.probabilities is not None else none + 1
+        return _Local(torch.stack((top, none, t, none)), none.long())
+    top, at = x.max(1)
+    shifted = x - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
+    if targets.probabilities is not None:
+        q = targets.probabilities
+        t = torch.where(q == 0, 0, q * shifted).sum(1)
+        u = q.sum(1)
+    else:
+        # A rank that does not hold the target says so by a number above 0, 1 + the weights of its classes,
+        # which the others need to know. What the owner sends is at most 0.
+        t = shifted.gather(1, targets.column.unsqueeze(1)).squeeze(1)
+        t = torch.where(targets.mine, t, 1 + targets.local)
+        if targets.spread == 0:
+            u = torch.zeros_like(top)
+        elif targets.weight is None:
+            u = shifted.sum(1)
+        else:
+            w = targets.weight.to(x.dtype)
+            u = torch.where(w == 0, 0, w * shifted).sum(1)
+    rest = shifted.exp_().scatter_(1, at.unsqueeze(1), 0).sum(1)
+    return _Local(torch.stack((top, rest, t, u)), at)
+
+
+def _together(gathered: Tensor, targets: _Targets, z_loss: float) -> _Whole:
+    """The statistics of all ranks, (ranks, 4, rows), in one."""
+    top, rest, t, u = gathered.unbind(1)
+    highest, winner = top.max(0)
+    there = top != -torch.inf
+    base, highest_base = top.where(there, 0), highest.where(highest != -torch.inf, 0)
+    d = base - highest_base
+    parts = torch.where(there, (1 + rest) * d.exp(), 0)
+    others = parts.scatter(0, winner.unsqueeze(0), 0).sum(0) + rest.gather(0, winner.unsqueeze(0)).squeeze(0)
+    others = torch.where(highest.isinf(), torch.nan, others)  # inf - inf
+    log_sum = others.log1p()
+    lse = highest_base + log_sum
+    if targets.probabilities is not None:
+        mass = u.sum(0)
+        far = (t + torch.where(u == 0, 0, u * d)).sum(0)
+        loss = torch.where(mass == 0, 0, mass * log_sum) - far
+        owners = torch.ones_like(winner)
+    else:
+        owner = ~(t > 0)
+        weights = torch.where(owner, 0, t - 1)  # of the classes of each rank; the owner's is what is left
+        weights = torch.where(owner, targets.total - weights.sum(0), weights)
+        mass = targets.own + targets.spread * targets.total
+        loss = mass * log_sum
+        loss = loss - torch.where(targets.own == 0, 0, targets.own * torch.where(owner, t + d, 0).sum(0))
+        if targets.spread:
+            loss = loss - targets.spread * (u + torch.where(weights == 0, 0, weights * d)).sum(0)
+        owners = owner.sum(0)
+    if z_loss:
+        loss = loss + z_loss * lse**2
+    return _Whole(loss.where(targets.kept, 0), highest_base, others, lse, mass, owners)
+
+
+def _gradient(
+    x: Tensor, at: Tensor, local_top: Tensor, whole: _Whole, targets: _Targets, factor: Tensor, z_loss: float
+) -> Tensor:
+    """factor * (mass p_c - q_c + 2 z_loss lse p_c) of this rank's classes, in the memory of x.
+
+    Where one class has more than half of the mass its p is nearly 1, and mass p - q is taken from what the
+    other classes hold: the difference would lose their digits. No other class can have as much.
+    """
+    if x.shape[1] == 0:
+        return x
+    factor = torch.where(targets.kept, factor, 0)
+    pull = 2 * z_loss * whole.lse if z_loss else torch.zeros_like(whole.lse)
+    p_of_top = 1 / (1 + whole.others)
+    q = targets.probabilities
+    rows_at = at.unsqueeze(1)
+    if q is None:
+        weight_at = torch.ones_like(pull) if targets.weight is None else targets.weight.to(x.dtype)[at]
+        q_at = targets.spread * weight_at + torch.where(targets.mine & (targets.column == at), targets.own, 0)
+    else:
+        q_at = q.gather(1, rows_at).squeeze(1)
+    most = (local_top == whole.top) & (p_of_top >= 0.5)
+    exact = (whole.mass - q_at) - whole.mass * (whole.others * p_of_top) + pull * p_of_top
+
+    gradient = (
+        x.sub_(whole.top.unsqueeze(1)).exp_().mul_((factor * (whole.mass + pull) * p_of_top).unsqueeze(1))
+    )
+    if q is not None:
+        gradient.sub_(q * factor.unsqueeze(1))
+    else:
+        if targets.spread:
+            each = targets.spread * factor.unsqueeze(1)
+            gradient.sub_(each if targets.weight is None else each * targets.weight.to(x.dtype))
+        own = torch.where(targets.mine, targets.own * factor, 0)
+        gradient.scatter_add_(1, targets.column.unsqueeze(1), -own.unsqueeze(1))
+    before = gradient.gather(1, rows_at).squeeze(1)
+    gradient.scatter_(1, rows_at, torch.where(most, factor * exact, before).unsqueeze(1))
+    # NaN and infinite logits are not those of a row that counts for nothing.
+    return gradient.masked_fill_(~targets.kept.unsqueeze(1), 0)
+
+
+def _gather(statistics: Tensor, group: str) -> Tensor:
+    """The one message: (4, rows) of each rank, (ranks, 4, rows)."""
+    process_group = _group_of(group)
+    ranks = dist.get_world_size(process_group)
+    gathered = statistics.new_empty((ranks, *statistics.shape))
+    _all_gather(gathered.flatten(0, 1), statistics, group=process_group)
+    return gathered
+
+
+def _group_of(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(cast(Any, name))
+
+
+def _all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
+    """torch 2.14 has a new name for it, and warns of the old one."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(out, part, group=group)
+
+
+def _pieces(logits: Tensor) -> list[slice]:
+    step = max(1, _CHUNK // max(logits.shape[1], 1))
+    return [slice(begin, begin + step) for begin in range(0, len(logits), step)]
+
+
+def _rows_(
+    logits: Tensor, target: Tensor, factor: Tensor, weight: Tensor | None, options: LossOptions,
+    shard: _Shard, gradient: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The losses of rows; into `gradient`, which may be `logits`, goes factor times theirs.
+
+    logits: (rows, columns), of which those beyond shard.held are padding, with a gradient of 0.
+    """
+    rows, dtype = len(logits), statistics_dtype(logits)
+    locals_ = []
+    targets = _read_targets(target, weight, options, shard, dtype)
+    for piece in _pieces(logits):
+        x = logits[piece, : shard.held].to(dtype)
+        locals_.append(_local(x, _part(targets, piece)))
+    if rows:
+        local = _Local(torch.cat([p.statistics for p in locals_], 1), torch.cat([p.at for p in locals_]))
+    else:
+        local = _Local(logits.new_empty((4, 0), dtype=dtype), target.new_empty(0, dtype=torch.int64))
+    whole = _together(_gather(local.statistics, shard.group), targets, options.z_loss)
+    wrong = targets.kept & (whole.owners != 1)
+    if logits.device.type == "cpu":
+        if wrong.any():
+            at = int(wrong.to(torch.uint8).argmax())
+            raise ArgumentError(
+                f"distributed.cross_entropy: each class must be on one rank and the targets must be the same "
+                f"on all, got {int(whole.owners[at])} ranks that hold class {int(target[at])}, the target of "
+                f"row {at}; check first_class and num_classes"
+            )
+    else:  # To raise would be to wait for the device.
+        whole = whole._replace(loss=torch.where(wrong, torch.nan, whole.loss))
+    if gradient is not None:
+        for piece in _pieces(logits):
+            x = logits[piece, : shard.held].to(dtype, copy=True)
+            part = _Whole(*(value[piece] for value in whole))
+            top = local.statistics[0, piece]
+            result = _gradient(
+                x, local.at[piece], top, part, _part(targets, piece), factor[piece], options.z_loss
+            )
+            gradient[piece, : shard.held].copy_(result)
+        gradient[:, shard.held :].zero_()
+    return whole.loss
+
+
+def _part(targets: _Targets, piece: slice) -> _Targets:
+    q = targets.probabilities
+    return targets._replace(
+        probabilities=None if q is None else q[piece],
+        kept=targets.kept[piece],
+        column=targets.column[piece],
+        mine=targets.mine[piece],
+        own=targets.own[piece],
+    )
+
+
+# ---- the operators
+
+
+@torch.no_grad()
+def _forward(
+    logits: Tensor, target: Tensor, factor: Tensor, weight: Tensor | None, group: str, first: int,
+    classes: int, with_grad: bool, *of_row: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    shard = _shard_of(logits.shape[1], group, first, classes)
+    gradient = _empty_gradient(logits, with_grad)
+    losses = _rows_(
+        logits, target, factor, weight, LossOptions(0, *of_row), shard, gradient if with_grad else None
+    )
+    return losses, gradient
+
+
+def _shard_of(columns: int, group: str, first: int, classes: int) -> _Shard:
+    return _Shard(group, min(first, classes), max(0, min(columns, classes - first)), classes)
+
+
+def _empty_gradient(logits: Tensor, with_grad: bool) -> Tensor:
+    """A float16 gradient is kept in float32, whose small values a loss scale can still lift."""
+    if not with_grad:
+        return logits.new_empty(0)
+    return logits.new_empty(logits.shape, dtype=torch.float32 if logits.dtype == torch.float16 else None)
+
+
+# Losses of the rows, and factor times their gradient, which is empty unless with_grad.
+define_kernel(
+    "sharded_cross_entropy(Tensor logits, Tensor target, Tensor factor, Tensor? weight, str group, "
+    f"int first, int classes, bool with_grad, {ROW_OPTIONS}) -> (Tensor losses, Tensor grad)",
+    _forward,
+)
+
+
+@torch.library.register_fake("fastreg::sharded_cross_entropy", allow_override=True)
+def _(logits, target, factor, weight, group, first, classes, with_grad, *of_row):
+    return factor.new_empty(factor.shape), _empty_gradient(logits, with_grad)
+
+
+@torch.no_grad()
+def _forward_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, factor: Tensor,
+    class_weight: Tensor | None, group: str, first: int, classes: int, wants: str, *of_row: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    shard = _shard_of(weight.shape[0], group, first, classes)
+    options = LossOptions(0, *of_row)
+
+    def rows_(logits, target, factor, class_weight):
+        return _rows_(logits, target, factor, class_weight, options, shard, logits if wants else None)
+
+    process_group = _group_of(group)
+    # All ranks must cut the rows alike, whatever number of classes each of them has.
+    columns = -(-classes // dist.get_world_size(process_group))
+    losses, d_hidden, d_weight, d_bias = by_chunks(
+        hidden, weight, bias, target, factor, class_weight, wants, rows_, columns
+    )
+    if "h" in wants:  # Each rank has what its classes add to it.
+        dist.all_reduce(d_hidden, group=process_group)
+    return losses, d_hidden, d_weight, d_bias
+
+
+define_kernel(
+    "sharded_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor factor, "
+    f"Tensor? class_weight, str group, int first, int classes, str wants, {ROW_OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _forward_linear,
+)
+
+
+@torch.library.register_fake("fastreg::sharded_linear_cross_entropy", allow_override=True)
+def _(hidden, weight, bias, target, factor, class_weight, group, first, classes, wants, *of_row):
+    return empty_results(hidden, weight, wants)
+
+
+# Only compiled code needs operators. Elsewhere whoever watches the messages of torch.distributed sees ours.
+
+
+def _sharded(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return (torch.ops.fastreg.sharded_cross_entropy.default if is_compiling() else _forward)(*arguments)
+
+
+def _sharded_linear(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    operator = torch.ops.fastreg.sharded_linear_cross_entropy.default
+    return (operator if is_compiling() else _forward_linear)(*arguments)
+
+
+def _once(op: str) -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{op}: the derivative of its gradient would need another message and is not there; take "
+            f"fastreg.cross_entropy of all logits for derivatives of derivatives"
+        )
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """sum_r factor_r * loss_r; or, for `each` row, its loss. What is kept is the gradient of that."""
+
+    @staticmethod
+    def forward(ctx, logits, target, factor, weight, each, *rest):
+        losses, gradient = _sharded(logits, target, factor, weight, *rest[:3], True, *rest[3:])
+        ctx.each, ctx.dtype, ctx.arguments = each, logits.dtype, 4 + len(rest)
+        ctx.save_for_backward(gradient)
+        return losses if each else weighted_sum(losses, factor)
+
+    @staticmethod
+    def backward(ctx, g):
+        _once("distributed.cross_entropy")
+        first = scaled(ctx.saved_tensors[0], g.unsqueeze(1) if ctx.each else g)
+        return first.to(ctx.dtype), *(None,) * ctx.arguments
+
+
+class _ShardedLinearCrossEntropy(torch.autograd.Function):
+    """sum_r factor_r * loss_r, whose gradients are computed at once; or, for `each` row, its loss, whose
+    gradients are computed when their factors arrive, which takes the messages of another forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, target, factor, class_weight, each, *rest):
+        ctx.wants = "".join(name for name, wanted in zip("hwb", ctx.needs_input_grad, strict=False) if wanted)
+        ctx.each, ctx.rest = each, rest
+        losses, *gradients = _sharded_linear(
+            hidden,
+            weight,
+            bias,
+            target,
+            factor,
+            class_weight,
+            *rest[:3],
+            "" if each else ctx.wants,
+            *rest[3:],
+        )
+        saved = (hidden, weight, bias, target, factor, class_weight) if each else gradients
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*saved)
+        return losses if each else weighted_sum(losses, factor)
+
+    @staticmethod
+    def backward(ctx, g):
+        _once("distributed.linear_cross_entropy")
+        saved, rest = ctx.saved_tensors, ctx.rest
+        if ctx.each:
+            *inputs, factor, class_weight = saved
+            g = g.to(factor.dtype).contiguous()
+            saved = _sharded_linear(*inputs, g, class_weight, *rest[:3], ctx.wants, *rest[3:])[1:]
+            g = torch.ones((), dtype=g.dtype, device=g.device)
+        wanted = (
+            scaled(d, g).to(ctx.dtype) if name in ctx.wants else None
+            for name, d in zip("hwb", saved, strict=True)
+        )
+        return *wanted, *(None,) * (4 + len(rest))
+
+
+# ---- the public functions
+
+
+def _checked_shard(op: str, group: Any, first_class: int, num_classes: int) -> tuple[str, int, int]:
+    for name, value, least in (("first_class", first_class, 0), ("num_classes", num_classes, 1)):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+        if value < least:
+            raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    return process_group(op, group).group_name, int(first_class), int(num_classes)
+
+
+def _refuse(op: str, *tensors: Tensor | None) -> None:
+    if any(map(is_sharded, tensors)):
+        raise UnsupportedError(
+            f"{op}: tensors must be a rank's own part, got a DTensor; give its .to_local(), or call "
+            f"fastreg.{op.rpartition('.')[2]}, which knows how DTensors are placed"
+        )
+    if is_transformed():
+        raise NotImplementedError(
+            f"{op}: there are no transforms of torch.func and no forward mode for it; take "
+            f"fastreg.cross_entropy of all logits"
+        )
+
+
+def cross_entropy(
+    local_logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    group: Any = None,
+    first_class: int,
+    num_classes: int,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    smoothing: Smoothing = "uniform",
+    z_loss: float = 0.0,
+    all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`fastreg.cross_entropy` of logits whose classes are split over the ranks of a group.
+
+    Every rank of the group calls it with its own classes and the same targets, and gets the same loss.
+
+    Args:
+        local_logits: this rank's classes, (N, c) or (N, c, d1, ...), c >= 0, also other numbers on other
+            ranks; float32, float64, float16 or bfloat16. Never modified.
+        target: class indices among all classes, (N,) or (N, d1, ...), an integer dtype; or this rank's part
+            of probabilities, of the shape of `local_logits`.
+        weight: a weight per class, (num_classes,), all of them on every rank.
+        group: the ProcessGroup or the DeviceMesh of one dimension over which the classes are split; None is
+            the default group.
+        first_class: the index of this rank's first class. The parts of all ranks make up the classes, each
+            of them once.
+        num_classes: how many classes there are. Columns beyond them are padding: no class, gradient 0.
+        ignore_index, reduction, label_smoothing, smoothing, z_loss, all_ignored, loss_dtype: as in
+            `fastreg.cross_entropy`; both smoothings go over all classes.
+
+    Returns:
+        The loss, equal on all ranks to the last bit; () or, with reduction "none", (N, d1, ...). One message,
+        a gather of four float32 (float64 for float64) per row and rank, in the forward pass, and none in the
+        backward pass. Saved for that: the gradient, one tensor like `local_logits` (float32 for float16).
+
+    Raises:
+        RuntimeError: there is no process group.
+        ValueError: as `fastreg.cross_entropy`; on the CPU also a target that no rank holds, or several do,
+            on all ranks alike (elsewhere: the loss of its row is NaN).
+        TypeError: as `fastreg.cross_entropy`; group, first_class or num_classes of another type.
+        NotImplementedError: derivatives of its gradient, transforms of torch.func.
+
+    Source: Shoeybi et al. 2019, Megatron-LM, section 3 (the loss of split classes, there by three messages);
+    Milakov and Gimelshein 2018 (sums of exponentials put together); the loss as in `fastreg.cross_entropy`.
+    """
+    op = "distributed.cross_entropy"
+    for name, value in (("local_logits", local_logits), ("target", target)):
+        check_tensor(op, name, value)
+    shard = _checked_shard(op, group, first_class, num_classes)
+    _refuse(op, local_logits, target, weight)
+    if loss_dtype is None:
+        autocast = autocast_dtype(local_logits.device.type) is not None
+        loss_dtype = promoted_dtype(local_logits.dtype, target, weight, autocast)
+    options = LossOptions.checked(
+        op,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        all_ignored=all_ignored,
+        loss_dtype=loss_dtype,
+    )
+    if local_logits.dim() < 2:
+        raise ArgumentError(
+            f"{op}: local_logits must be (N, C) or (N, C, ...), got shape {tuple(local_logits.shape)}"
+        )
+    shape = local_logits.shape[:1] + local_logits.shape[2:]
+    target, weight = check_classes(
+        op, local_logits, target, weight, options,
+        classes=num_classes, expected=(shape, local_logits.shape), name="local_logits",
+    )  # fmt: skip
+    _check_indices(op, target, options, num_classes)
+    return sharded_loss(local_logits, target, weight, options, shard)
+
+
+def sharded_loss(
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: tuple[str, int, int]
+) -> Tensor:
+    """The loss of arguments that are checked. shard: the group's name, first_class and num_classes."""
+    soft = target.is_floating_point()
+    shape = logits.shape[:1] + logits.shape[2:]
+    logits = logits.movedim(1, -1).flatten(0, -2)
+    target = target.detach().movedim(1, -1).flatten(0, -2) if soft else target.reshape(-1)
+    factor = row_factor(logits, target, weight, options)
+    each = options.reduction == 0
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss = _ShardedCrossEntropy.apply(logits, target, factor, weight, each, *shard, *options.of_row())
+    else:
+        losses = _sharded(logits, target, factor, weight, *shard, False, *options.of_row())[0]
+        loss = losses if each else weighted_sum(losses, factor)
+    return _finished(loss, shape, logits, options)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    local_weight: Tensor,
+    target: Tensor,
+    local_bias: Tensor | None = None,
+    *,
+    group: Any = None,
+    first_class: int,
+    num_classes: int,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    smoothing: Smoothing = "uniform",
+    z_loss: float = 0.0,
+    all_ignored: AllIgnored = "nan",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`fastreg.linear_cross_entropy` with a layer whose classes are split over the ranks of a group.
+
+    Every rank calls it with the same hidden and targets and with its own rows of the weight.
+
+    Args:
+        hidden: (..., H), the same on all ranks; float32, float64, float16 or bfloat16.
+        local_weight: this rank's rows of the layer's weight, (c, H).
+        target: class indices among all classes, (...), an integer dtype; or this rank's part of
+            probabilities, (..., c).
+        local_bias: this rank's part of the bias, (c,), or None.
+        group, first_class, num_classes: as in `distributed.cross_entropy`.
+        class_weight: a weight per class, (num_classes,), all of them on every rank.
+        ignore_index, reduction, label_smoothing, smoothing, z_loss, all_ignored, loss_dtype: as in
+            `fastreg.cross_entropy`.
+
+    Returns:
+        The loss, equal on all ranks. The logits are never whole, not even a rank's own: they are computed by
+        chunks of rows, with one gather of four numbers a row and rank for each. The gradient of hidden is
+        that of all classes: it is summed over the ranks once, in the forward pass, and the backward pass has
+        no message, but with reduction "none", where gradients are computed only there.
+
+    Raises:
+        As `distributed.cross_entropy` and `fastreg.linear_cross_entropy`.
+
+    Source: Hsu et al. 2024, Liger kernel (gradients by chunks); Shoeybi et al. 2019, Megatron-LM, section 3.
+    """
+    op = "distributed.linear_cross_entropy"
+    named = (
+        ("hidden", hidden),
+        ("local_weight", local_weight),
+        ("target", target),
+        ("local_bias", local_bias),
+    )
+    for name, value in named:
+        if name != "local_bias" or local_bias is not None:
+            check_tensor(op, name, value)
+    shard = _checked_shard(op, group, first_class, num_classes)
+    _refuse(op, hidden, local_weight, target, local_bias, class_weight)
+    hidden, weight, bias, autocast = as_autocast(hidden, local_weight, local_bias)
+    if loss_dtype is None:
+        loss_dtype = promoted_dtype(hidden.dtype, target, class_weight, autocast)
+    options = LossOptions.checked(
+        op,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        all_ignored=all_ignored,
+        loss_dtype=loss_dtype,
+    )
+    check_layer(op, hidden, weight, bias)
+    columns, shape = weight.shape[0], hidden.shape[:-1]
+    target, class_weight = check_classes(
+        op, hidden, target, class_weight, options,
+        classes=num_classes, expected=(shape, torch.Size((*shape, columns))), name="hidden",
+        weight_name="class_weight",
+    )  # fmt: skip
+    return sharded_linear_loss(op, hidden, weight, bias, target, class_weight, options, shard)
+
+
+def sharded_linear_loss(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, options: LossOptions, shard: tuple[str, int, int],
+) -> Tensor:  # fmt: skip
+    """The loss of arguments that are checked. shard: the group's name, first_class and num_classes."""
+    shape = hidden.shape[:-1]
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    target = target.detach().flatten(0, -2) if target.is_floating_point() else target.reshape(-1)
+    _check_indices(op, target, options, shard[2])
+    factor = row_factor(hidden, target, class_weight, options)
+    each = options.reduction == 0
+    arguments = hidden, weight, bias, target, factor, class_weight
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:3]):
+        loss = _ShardedLinearCrossEntropy.apply(*arguments, each, *shard, *options.of_row())
+    else:
+        losses = _sharded_linear(*arguments, *shard, "", *options.of_row())[0]
+        loss = losses if each else weighted_sum(losses, factor)
+    return _finished(loss, shape, hidden, options)
+
+
+def _check_indices(op: str, target: Tensor, options: LossOptions, classes: int) -> None:
+    """Before the message, and on all ranks alike, as all have the same targets."""
+    if not is_compiling():
+        error = class_index_error(op, target, options.ignore_index, classes)
+        if error is not None:
+            raise error
+
+
+def _finished(loss: Tensor, shape: torch.Size, rows: Tensor, options: LossOptions) -> Tensor:
+    if options.reduction == 1 and not len(rows) and not options.all_ignored_zero:
+        loss = loss + torch.nan
+    loss = loss.to(options.loss_dtype or rows.dtype)
+    return loss.view(shape) if options.reduction == 0 else loss

@@ -1,0 +1,112 @@
+"""Ops of DTensors on two ranks: what they give is what they give for the whole tensor, also when compiled."""
+
+import datetime
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+import fastreg as fr
+
+PLACEMENTS = (Replicate(), Shard(0), Shard(1))
+
+
+def numbers(seed, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fgsm_step(rank, mesh):
+    x, grad = numbers(0, 7, 4), numbers(1, 7, 4)
+    for placement, eps, upper in itertools.product(
+        PLACEMENTS, (0.1, torch.linspace(0.1, 0.4, 4), torch.linspace(0.1, 0.7, 7)), (1, numbers(2, 7, 4) + 9)
+    ):
+        moved = fr.fgsm_step(
+            distribute_tensor(x, mesh, [placement]), distribute_tensor(grad, mesh, [Shard(0)]), eps, -1, upper
+        )
+        assert moved.placements == (placement,)
+        assert torch.equal(moved.full_tensor(), fr.fgsm_step(x, grad, eps, -1, upper))
+    placed = distribute_tensor(x, mesh, [Shard(0)])
+    with pytest.raises(TypeError, match="got a DTensor as x alone"):
+        fr.fgsm_step(placed, grad, 0.1)
+    partial = DTensor.from_local(x, mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"call \.redistribute\(\) first"):
+        fr.fgsm_step(partial, placed, 0.1)
+
+
+def compiled_dropout(rank, mesh):
+    x = numbers(0, 6, 4)
+    for placement, backend in itertools.product(PLACEMENTS, ("eager", "aot_eager")):
+        placed = distribute_tensor(x, mesh, [placement]).requires_grad_()
+        torch.manual_seed(3 + rank)
+        want = fr.dropout(placed, 0.5)
+        (wanted,) = torch.autograd.grad(want.sum(), placed)
+        torch._dynamo.reset()
+        torch.manual_seed(3 + rank)
+        got = torch.compile(lambda t: fr.dropout(t, 0.5) * 1, backend=backend, fullgraph=True)(placed)
+        (grad,) = torch.autograd.grad(got.sum(), placed)
+        assert torch.equal(got.full_tensor(), want.full_tensor())
+        assert torch.equal(grad.full_tensor(), wanted.full_tensor())
+
+
+def penalties(rank, mesh):
+    """However many parameters there are, the shards meet in one message."""
+    tensors = [numbers(i, 5, 3) for i in range(6)]
+    for t in tensors:
+        t[t.abs() < 0.5] = 0
+    placed = [nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in tensors]
+    mixed = [
+        *placed,
+        nn.Parameter(tensors[0]),
+        nn.Parameter(distribute_tensor(tensors[1], mesh, [Replicate()])),
+    ]
+    for given, plain in ((placed, tensors), (mixed, [*tensors, tensors[0], tensors[1]])):
+        with CommDebugMode() as messages:
+            value = fr.optim.penalty(given, l1=0.5, l2=0.25)
+        assert messages.get_total_counts() == 1
+        torch.testing.assert_close(value, fr.optim.penalty([t.clone() for t in plain], l1=0.5, l2=0.25))
+        value.backward()
+        torch.testing.assert_close(given[0].grad.full_tensor(), 0.5 * plain[0].sign() + 0.25 * plain[0])
+        for p in given:
+            p.grad = None
+        with CommDebugMode() as messages:
+            share = fr.optim.sparsity(given)
+        assert messages.get_total_counts() == 1 and share == fr.optim.sparsity([t.clone() for t in plain])
+
+
+def compiled_step(rank, mesh):
+    for make in (
+        lambda p: fr.optim.SGD(p, lr=0.1, momentum=0.9, l1=0.01),
+        lambda p: fr.optim.AdamW(p, lr=0.1, l1=0.01),
+    ):
+        results = []
+        for compiled in (False, True):
+            p = nn.Parameter(distribute_tensor(numbers(0, 7, 3), mesh, [Shard(0)]))
+            p.grad = distribute_tensor(numbers(1, 7, 3), mesh, [Shard(0)])
+            optimizer = make([p])
+            step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+            for _ in range(2):
+                step()
+            results.append(p.full_tensor())
+        assert torch.equal(*results)
+        torch._dynamo.reset()
+
+
+def on_rank(rank, file):
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timeout)
+    try:
+        for check in (fgsm_step, compiled_dropout, penalties, compiled_step):
+            check(rank, init_device_mesh("cpu", (2,)))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_on_two_ranks(tmp_path):
+    mp.spawn(on_rank, args=(str(tmp_path / "store"),), nprocs=2)
