@@ -193,7 +193,7 @@ def test_cross_entropy_has_the_same_rules(taken_alike, option):
             assert taken[0] == expected, value
 
 
-# ---- the reader of an optimiser's parameter groups: collect in sgd_autograd.h, OnePass._collect
+# ---- the reader of an optimiser's parameter groups: optimizer_autograd.h, OnePass._collect
 
 SGD_OPTIONS = {
     # option: [(value, whether C++ takes the group, whether the step changes by it)]
@@ -213,8 +213,8 @@ SGD_OPTIONS = {
     "scale_penalty": [(False, True, False), (True, True, False)],  # l1 goes through the momentum here
     "maximize": [(True, True, True), (1, False, True)],
     "stochastic_rounding": [(False, True, False), (True, False, False)],  # of float32 it changes nothing
-    "ema": [(None, True, False), (0.5, False, False)],  # the average is no part of what is compared
-    "ema_warmup": [(False, True, False), (True, True, False)],
+    "ema": [(None, True, False), (0.5, True, False)],  # the average is no part of what is compared
+    "ema_warmup": [(False, True, False), (True, False, False)],
     "foreach": [(True, True, False)],
     "differentiable": [(False, True, False)],
     "fused": [(True, True, False)],
