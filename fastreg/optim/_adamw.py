@@ -183,7 +183,7 @@ class AdamW(OnePass, torch.optim.AdamW):
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        if not hasattr(fast, "adamw") or has_idle(groups):
+        if has_idle(groups):
             return None
         return fast.adamw(groups, self.state)
 

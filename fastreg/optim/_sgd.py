@@ -164,7 +164,7 @@ class SGD(OnePass, torch.optim.SGD):
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
         averages = any(group["ema"] is not None for group in groups)
-        if averages and (not hasattr(fast, "adamw") or has_idle(groups)):  # the older one knows no average
+        if averages and has_idle(groups):
             return None
         return fast.sgd([_scaled(group) for group in groups], self.state)
 
