@@ -469,7 +469,7 @@ def test_sizes(count, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ops", "dropout,foo"], "--ops: expected some of augment, cross_entropy, dropout, .* got foo$"),
+        (["--ops", "dropout,foo"], "--ops: expected some of adamw, attention, augment, .* got foo$"),
         (["--ops", ","], "got nothing$"),
         (["--out", "/dev/null/x"], "--out: /dev/null/x is no folder .* --out$"),
         (["--markdown", "/nonexistent.json"], "--markdown: .* cannot be read .* results.json"),

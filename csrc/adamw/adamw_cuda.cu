@@ -29,7 +29,7 @@ struct AdamwWork {
 int adamw_step_cuda(const AdamwArgs& a, const StepTensor* tensors, size_t count, void* stream) {
   constexpr unsigned kPlain = 1u << kParam | 1u << kGrad | 1u << kExpAvg | 1u << kExpAvgSq;
   constexpr unsigned kMost = 1u << kMaxExpAvgSq, kEma = 1u << kAverage;
-  const bool average = count && tensors[0].data[kAverage], amsgrad = count && tensors[0].data[kMaxExpAvgSq];
+  const bool average = any_has(tensors, count, kAverage), amsgrad = any_has(tensors, count, kMaxExpAvgSq);
   return launch_step<AdamwWork<float>>(
       a.step, true, tensors, count, stream, [&](auto* type, auto begin, auto end) {
         using T = std::remove_pointer_t<decltype(type)>;

@@ -239,6 +239,13 @@ inline bool is_flat(const StepTensor& t) {
   return true;
 }
 
+// Whether the tensors of a step have a slot. One without elements may lie nowhere, so that all are asked.
+inline bool any_has(const StepTensor* tensors, size_t count, int slot) {
+  for (size_t i = 0; i < count; ++i)
+    if (tensors[i].data[slot]) return true;
+  return false;
+}
+
 // The tensors of one dtype and one form from `begin` on that are flat memory, in launches of at most kTensors
 // neighbours; the others alone.
 template <class T, unsigned kHas, class Work>

@@ -29,7 +29,7 @@ struct SgdWork {
 
 int sgd_step_cuda(const SgdArgs& a, const StepTensor* tensors, size_t count, void* stream) {
   constexpr unsigned kPlain = 1u << kParam | 1u << kGrad, kBuffer = 1u << kMomentum, kEma = 1u << kAverage;
-  const bool average = count && tensors[0].data[kAverage];
+  const bool average = any_has(tensors, count, kAverage);
   return launch_step<SgdWork<float>>(
       a.step, false, tensors, count, stream, [&](auto* type, auto begin, auto end) {
         using T = std::remove_pointer_t<decltype(type)>;
