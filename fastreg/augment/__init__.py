@@ -23,6 +23,7 @@ from .._checks import check_choice, check_count, check_generator, check_number, 
 from .._seeds import draw_seed, seed_tensor
 from .._transforms import is_vmapped
 from . import _collate, _op, functional
+from ._arguments import IMAGE_DTYPES, batched, pair
 from ._op import Interpolation, Padding, PerChannel
 from .mix import cutmix, mixup
 
@@ -151,7 +152,7 @@ def apply(images: Tensor, params: Params) -> Tensor:
             gradient is added up in no fixed order there.
     """
     op = "augment"
-    batch, lead = functional.batched(op, images)
+    batch, lead = batched(op, images)
     if len(lead) > 1:
         raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
     count = len(batch)
@@ -278,7 +279,7 @@ def _translation(translate: Any) -> tuple[float, float] | None:
 def _output_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
-    sides = tuple(functional.pair(size))
+    sides = tuple(pair(size))
     if len(sides) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sides):
         raise ValueError(f"Augment: size must be whole numbers of at least 1, (height, width), got {size!r}")
     return sides
@@ -395,7 +396,7 @@ class Augment(nn.Module):
                 raise ValueError(f"{op}: blur must be (kernel, (lo, hi)), got {blur!r}")
             kernel = functional.check_kernel(op, blur[0])
             self.ranges["sigma"] = _interval("blur", blur[1], None, 0)
-        if dtype is not None and dtype not in functional.IMAGE_DTYPES:
+        if dtype is not None and dtype not in IMAGE_DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
         self.settings = Settings(
             size=self.size, kernel=kernel, erase_value=_constant("erase_value", erase_value),
@@ -555,7 +556,7 @@ class Augment(nn.Module):
             return self._together(batch, generator)
         if not self.training:
             return apply(batch, self.sample(batch))
-        images, lead = functional.batched("augment", batch)
+        images, lead = batched("augment", batch)
         _check_units(images, self.settings, self._steps != 0)
         _, matrices, colour, blur, boxes = self._draw(batch, generator)
         output = _op.augment_batch(

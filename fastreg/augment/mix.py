@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._checks import check_count, check_generator, check_number, check_tensor
 from .._transforms import is_vmapped
-from .functional import batched
+from ._arguments import batched
 
 
 def _draw(

@@ -1,0 +1,152 @@
+"""The steps that change the values of pixels by what an image holds or by whole levels, one by one.
+
+They are made of torch's operators: the fused pass of `Augment` does not have them. Each equals
+torchvision.transforms.v2.functional's of the same name, for the same dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._arguments import Number, batched, numbers
+
+
+def _most(image: Tensor) -> int:
+    """White."""
+    return 255 if image.dtype == torch.uint8 else 1
+
+
+def _wide(image: Tensor) -> Tensor:
+    """The image in the type of the arithmetic: float32, and float64 for float64."""
+    return image if image.dtype in (torch.float32, torch.float64) else image.float()
+
+
+def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: float) -> Tensor:
+    """One number for each sample, in the shape that broadcasts over its pixels."""
+    lead = image.shape[:-3]
+    return numbers(op, name, value, image, **limits).view(*lead, 1, 1, 1)
+
+
+def invert(inpt: Tensor) -> Tensor:
+    """1 - p, of uint8 255 - p."""
+    batched("invert", inpt)
+    return _most(inpt) - inpt
+
+
+def posterize(inpt: Tensor, bits: Number) -> Tensor:
+    """Keep the upper `bits` bits of a pixel, in [0, 8]: of uint8 the others become 0; of floats
+    min(floor(p 2^bits), 2^bits - 1) / 2^bits.
+
+    Args:
+        bits: whole Number.
+    """
+    op = "posterize"
+    batched(op, inpt)
+    levels = 2 ** _per_sample(op, "bits", bits, inpt, low=0, high=8).floor()
+    if inpt.dtype == torch.uint8:
+        step = (256 / levels).to(torch.int32)
+        return (inpt.to(torch.int32) // step * step).to(torch.uint8)
+    levels = levels.to(_wide(inpt).dtype)
+    kept = (_wide(inpt) * levels).floor()
+    return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
+
+
+def solarize(inpt: Tensor, threshold: Number) -> Tensor:
+    """Invert the pixels of at least `threshold`.
+
+    Args:
+        threshold: Number, in the images' units: at most 1, of uint8 at most 255.
+
+    Raises:
+        ValueError: a threshold above white.
+    """
+    op = "solarize"
+    batched(op, inpt)
+    least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
+    return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
+
+
+def autocontrast(inpt: Tensor) -> Tensor:
+    """Stretch each channel of each image to the whole range from black to white; a channel of one value stays
+    as it is. uint8 is rounded down, as in torchvision, so that white may become 254.
+    """
+    batched("autocontrast", inpt)
+    if not inpt.numel():
+        return inpt.clone()
+    image = _wide(inpt)
+    low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
+    flat = low == high
+    scale = torch.where(flat, 1.0, (high - low) * (1 / _most(inpt)))
+    return ((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)).to(inpt.dtype)
+
+
+def equalize(inpt: Tensor) -> Tensor:
+    """Spread the values of each channel of each image evenly over the 256 levels, by its histogram: level i
+    becomes (pixels below i + step // 2) // step, where step is a 255th of the pixels below the highest level
+    that there is. A channel in which that is 0 stays as it is. Floats are counted in 256 levels, and are
+    multiples of 1/255 afterwards.
+
+    Not differentiable: the gradient is an error.
+    """
+    op = "equalize"
+    batched(op, inpt)
+    if inpt.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: its levels have no gradient; give it inpt.detach()")
+    if not inpt.numel():
+        return inpt.clone()
+    image = inpt if inpt.dtype == torch.uint8 else (_wide(inpt) * (256 - 1e-3)).to(torch.uint8)
+    levels = image.flatten(-2).long()
+    histogram = torch.zeros(*levels.shape[:-1], 256, dtype=torch.int64, device=inpt.device)
+    histogram.scatter_add_(-1, levels, torch.ones_like(levels))
+    below = histogram.cumsum(-1) - histogram
+    in_highest = histogram.gather(-1, levels.amax(-1, keepdim=True))
+    step = (levels.shape[-1] - in_highest) // 255
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    spread = torch.where(step == 0, levels, table.gather(-1, levels)).view(image.shape).to(torch.uint8)
+    return spread if inpt.dtype == torch.uint8 else (spread.to(_wide(inpt).dtype) / 255).to(inpt.dtype)
+
+
+def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
+    """clamp(factor * p + (1 - factor) * smooth) of the inner pixels, where smooth is a mean over a pixel and
+    its neighbours in which the pixel counts 5 times: 0 smooths, 1 changes nothing, above 1 sharpens. The
+    border stays as it is; the factor is at least 0.
+    """
+    op = "adjust_sharpness"
+    batched(op, inpt)
+    factor = _per_sample(op, "sharpness_factor", sharpness_factor, inpt, low=0)
+    if min(inpt.shape[-2:]) < 3 or not inpt.numel():
+        return inpt.clone()
+    image = _wide(inpt)
+    height, width = image.shape[-2:]
+    rows = [image[..., i : height - 2 + i, :] for i in range(3)]
+    three = rows[0] + rows[1] + rows[2]
+    nine = three[..., : width - 2] + three[..., 1 : width - 1] + three[..., 2:]
+    inner = image[..., 1:-1, 1:-1]
+    smooth = (nine + 4 * inner) / 13
+    if inpt.dtype == torch.uint8:
+        smooth = smooth.round()
+    sharp = image.clone()
+    sharp[..., 1:-1, 1:-1] = inner + (1 - factor).to(image.dtype) * (smooth - inner)
+    return sharp.clamp(0, _most(inpt)).to(inpt.dtype)
+
+
+def rgb_to_grayscale(inpt: Tensor, num_output_channels: int = 1) -> Tensor:
+    """grey = 0.2989 r + 0.587 g + 0.114 b of images of 3 channels, in 1 or 3 channels, rounded down for
+    uint8. Images of 1 channel are grey already.
+
+    Raises:
+        ValueError: images of another number of channels, a num_output_channels other than 1 and 3.
+    """
+    op = "rgb_to_grayscale"
+    batched(op, inpt)
+    channels = inpt.shape[-3]
+    if channels not in (1, 3):
+        raise ValueError(f"{op}: images must have 1 or 3 channels, got {channels}")
+    if num_output_channels not in (1, 3):
+        raise ValueError(f"{op}: num_output_channels must be 1 or 3, got {num_output_channels}")
+    grey = inpt.clone()
+    if channels == 3:
+        r, g, b = _wide(inpt).unbind(-3)
+        grey = (0.2989 * r + 0.587 * g + 0.114 * b).to(inpt.dtype).unsqueeze(-3)
+    return grey if num_output_channels == 1 else grey.expand(*grey.shape[:-3], 3, *grey.shape[-2:]).clone()
