@@ -11,6 +11,7 @@ from cuda_optimizer import AVERAGE, GRAD, PARAM, STATE, StepArgs, StepTensor, ru
 import fastreg  # noqa: F401
 
 pytestmark = needs_nvcc
+FLOAT64_PRODUCTS = 2  # 1 less the decay of the average, by one thread for its block
 
 SgdArgs = structure(
     "SgdArgs",
@@ -128,7 +129,7 @@ def test_numbers_read_from_memory(dtype):
 def test_stochastic_rounding(momentum):
     params, grads, buffers, averages = tensors([(4103,), (77, 41), (8, 8)], torch.bfloat16, 4)
     params[1], grads[1] = params[1].t(), grads[1].t()
-    buffers[1] = buffers[1].t()
+    buffers[1], averages[1] = buffers[1].t(), averages[1].t()
     step = Step(
         params,
         grads,

@@ -101,7 +101,7 @@ def declared(structure):
         type_ = types[name]
         if issubclass(type_, (ctypes.Structure, ctypes.Array)):
             return "s"
-        return {"d": "f", "P": "p"}.get(type_._type_, "i")
+        return {"d": "f", "f": "f", "P": "p"}.get(type_._type_, "i")
 
     places = [(name, getattr(structure, name)) for name in all_fields(structure)]
     return [ctypes.sizeof(structure), *([name, at.offset, at.size, kind(name)] for name, at in places)]

@@ -24,7 +24,7 @@ SquaresTensor = structure(
     Layout layout""",
 )
 LAUNCHER = "_ZN7fastreg19sum_of_squares_cudaEPKNS_13SquaresTensorEmPdPvNS_5DTypeES4_"
-FLOAT64_ROWS = ("sum_of_squares",)  # partial sums, one addition for each chunk
+FLOAT64_PRODUCTS = 18  # partial sums: one addition for each chunk, and those of one block at the end
 
 
 def run(tensors, wide=False, misaligned=0, **options):

@@ -331,7 +331,8 @@ def test_only_some_sections(tmp_path, npz, quick):
         "l1",
         "lasso",
     ]  # in the lecture's order
-    assert {r["variant"] for r in measured["records"]} == {"none", "l2", "l1", "lasso_strong", "lasso_weak"}
+    variants = {"none", "l2", "l1", "l1_adamw", "lasso_strong", "lasso_weak"}
+    assert {r["variant"] for r in measured["records"]} == variants
     assert demo.main(["--out", str(out), "--quick", "--only", "lasso"]) == 0
     _check_page(_read(out)[0], ["lasso"])
 

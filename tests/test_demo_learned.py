@@ -133,7 +133,7 @@ def test_terminal_and_page_name_what_learned_nothing(tmp_path, monkeypatch, caps
     shown = capsys.readouterr().out
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     measured = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert [claim["holds"] for claim in measured["claims"]] == [None] * 3
+    assert [claim["holds"] for claim in measured["claims"]] == [None] * 4
     assert {claim["evidence"].split(":")[0] for claim in measured["claims"]} == {"not decided"}
     outcome = DIVERGED if what == "diverged" else CHANCE
     assert {record["outcome"] for record in measured["records"]} == {outcome}
