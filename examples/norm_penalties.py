@@ -8,12 +8,11 @@ from sklearn.preprocessing import StandardScaler
 
 import fastreg as fr
 
-torch.manual_seed(0)
-
 # LASSO: least squares / 2 plus l1 |w|_1. The proximal step makes weights exactly 0; the bias is free.
 x, y = load_diabetes(return_X_y=True)
 x = StandardScaler().fit_transform(x)
 data, target = torch.tensor(x), torch.tensor(y)[:, None]
+torch.manual_seed(0)
 for l1 in (30.0, 10.0, 3.0, 1.0):
     model = torch.nn.Linear(10, 1, dtype=torch.float64)
     optimizer = fr.optim.SGD(fr.optim.penalty_groups(model, l1=l1), lr=0.24, l1_mode="proximal")
@@ -25,19 +24,16 @@ for l1 in (30.0, 10.0, 3.0, 1.0):
     print(f"l1 = {l1:4}: {(model.weight != 0).sum()} of 10 coefficients, within {gap:.0e} of scikit-learn's")
 
 # The digits: under L1 more weights are 0, and the others are larger.
-x, y = mnist_data()
-x, y = torch.tensor(x, dtype=torch.float32) / 255, torch.tensor(y)
+x, y = map(torch.tensor, mnist_data())
+sgd = dict(lr=0.1, momentum=0.9, l1_mode="proximal")
 networks = {"none": {}, "L2": dict(l2=3e-3), "L1": dict(l1=5e-4), "L1, AdamW": dict(l1=1e-4)}
 for name, penalty in networks.items():
     model = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
     groups = fr.optim.penalty_groups(model, **penalty)
-    if name.endswith("AdamW"):  # clips, too, in the pass of its step
-        optimizer = fr.optim.AdamW(groups, lr=1e-3, max_norm=3.0)
-    else:
-        optimizer = fr.optim.SGD(groups, lr=0.1, momentum=0.9, l1_mode="proximal")
+    optimizer = fr.optim.AdamW(groups, max_norm=3.0) if "AdamW" in name else fr.optim.SGD(groups, **sgd)
     for batch in (b for _ in range(10) for b in torch.randperm(len(x)).split(100)):
         optimizer.zero_grad()
-        fr.cross_entropy(model(x[batch]), y[batch]).backward()
+        fr.cross_entropy(model(x[batch].float() / 255), y[batch]).backward()
         optimizer.step()
     w = model[0].weight.detach()
     zeros, others = (w == 0).double().mean(), w[w != 0].abs().mean()
