@@ -37,6 +37,7 @@ from ._dropout import constants_of, dropout_inplace_op, dropout_op, dropout_with
 from ._dropout_masks import unpack_mask
 from ._registry import define_composite, define_kernel, fast
 from ._seeds import draw_seed
+from ._shards import own_part, seed_of_first_rank
 from ._transforms import autocast_dtype, is_sharded, is_transformed, without_autocast
 
 # torch's own, also while it is patched.
@@ -451,13 +452,13 @@ def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
 
 define_kernel(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float p, bool is_causal, "
-    "float scale, Tensor seed, int[] whole, int[] start) -> (Tensor, Tensor, Tensor)",
+    "float scale, Tensor seed, SymInt[] whole, SymInt[] start) -> (Tensor, Tensor, Tensor)",
     _forward,
 )
 define_kernel(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, "
     "Tensor largest, Tensor total, float p, bool is_causal, float scale, Tensor seed, str wants, "
-    "int[] whole, int[] start) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt[] whole, SymInt[] start) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
 )
 
@@ -818,21 +819,17 @@ def _check_shards(
 
 def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
     """The output of DTensors: every rank draws for its heads what one process would."""
-    from torch.distributed import broadcast
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = query.device_mesh, query.placements
-    seed = seed.to(query.to_local().device)  # a GPU's seed is drawn on the CPU
-    for group in mesh.get_all_groups():  # rank 0 decides: generators may be seeded differently
-        broadcast(seed, group=group, group_src=0)
-    shape, first = compute_local_shape_and_global_offset(query.shape, mesh, placements)
-    whole, start = list(query.shape[:-2]), list(first[:-2])
+    seed = seed_of_first_rank(seed.to(query.to_local().device), mesh)  # a GPU's seed is drawn on the CPU
+    part = own_part(query.shape, mesh, placements)[:-2]
+    whole, start = list(query.shape[:-2]), [own.start for own in part]
     if attn_mask is not None:
         missing = query.dim() - attn_mask.dim()
-        for dim, begin in enumerate(start):
+        for dim, own in enumerate(part):
             if dim >= missing and attn_mask.shape[dim - missing] > 1:
-                attn_mask = attn_mask.narrow(dim - missing, begin, shape[dim])
+                attn_mask = attn_mask.narrow(dim - missing, own.start, own.stop - own.start)
     tensors = (t.to_local() for t in (query, key, value))
     output = _Attention.apply(*tensors, attn_mask, p, is_causal, scale, seed, whole, start)
     size = torch.Size((*query.shape[:-1], value.shape[-1]))

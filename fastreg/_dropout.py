@@ -31,6 +31,7 @@ from ._checks import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
+from ._shards import own_part, seed_of_first_rank
 from ._transforms import is_sharded, is_transformed
 
 Form = Literal["inverted", "textbook", "alpha"]
@@ -364,7 +365,6 @@ def _run_in_place(op, input, p, seed, inner, form, derive):
 def _run_on_shards(op, input, p, inplace, seed, inner, form):
     """Dropout of a DTensor: every rank draws for its part what it would draw for the whole tensor."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh, placements = input.device_mesh, input.placements
     if any(placement.is_partial() for placement in placements):
@@ -375,47 +375,30 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
     seed = seed.to(
         local.device
     )  # a GPU's seed is drawn on the CPU, and its ranks may have no way to send that
-    seed = _seed_of_first_rank(seed, mesh)
+    seed = seed_of_first_rank(seed, mesh)
 
     # What this rank holds, counted in decisions: the dimensions that are decided index by index.
     dims = input.dim()
     while dims and input.shape[dims - 1 :].numel() <= inner:
         dims -= 1
-    shape, start = (
-        numbers[:dims] for numbers in compute_local_shape_and_global_offset(input.shape, mesh, placements)
-    )
-    decided, whole = input.shape[:dims], torch.Size(shape)
+    part = own_part(input.shape, mesh, placements)[:dims]
+    decided, whole = input.shape[:dims], local.shape[:dims]
     decisions = whole.numel()
 
     # The mask of that, then dropout by it.
     if not local.numel():
         mask, decisions = local.new_empty(0, dtype=torch.uint8), 1
     elif whole[1:] == decided[1:]:  # decisions that are neighbours in the whole tensor
-        first = start[0] * decided[1:].numel() if dims else 0
+        first = part[0].start * decided[1:].numel() if dims else 0
         mask = dropout_op(local.new_empty(1).expand(decisions), p, seed, first)[1]
     else:
         kept = unpack_mask(dropout_op(local.new_empty(1).expand(decided.numel()), p, seed)[1], decided)
-        mask = pack_mask(kept[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))])
+        mask = pack_mask(kept[part])
     output = _Masked.apply(local, mask, max(local.numel() // decisions, 1), *constants_of(form, p))
     output = DTensor.from_local(
         output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride()
     )
     return input.copy_(output) if inplace else output
-
-
-def _seed_of_first_rank(seed, mesh):
-    """The seed of a mesh's first rank, which decides: generators may be seeded differently."""
-    from torch.distributed import broadcast
-    from torch.distributed._functional_collectives import broadcast as traced_broadcast
-
-    for axis in range(mesh.ndim):
-        if mesh.size(axis) == 1:
-            continue
-        if is_compiling():
-            seed = traced_broadcast(seed, 0, (mesh, axis))
-        else:
-            broadcast(seed, group=mesh.get_group(axis), group_src=0)
-    return seed
 
 
 # --- The public functions.

@@ -12,6 +12,7 @@ import torch
 
 from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define
+from ._shards import own_part
 from ._transforms import is_sharded
 from ._types import Bounds, Number, Value
 
@@ -283,7 +284,6 @@ def fgsm_step(
 def _step_of_shards(op: str, x: Any, grad: Any, step: Value, low: Value, high: Value) -> torch.Tensor:
     """The step of DTensors: each rank's of its part, placed as x is."""
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not (is_sharded(x) and is_sharded(grad)):
         which = "x" if is_sharded(x) else "grad"
@@ -297,8 +297,7 @@ def _step_of_shards(op: str, x: Any, grad: Any, step: Value, low: Value, high: V
             f"{op}: x must be a replicated or sharded DTensor, got {placements}; call .redistribute() first"
         )
     grad = grad.redistribute(mesh, placements)
-    shape, start = compute_local_shape_and_global_offset(x.shape, mesh, placements)
-    part = tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))
+    part = own_part(x.shape, mesh, placements)
     values = [
         value if value is None or value.dim() == 0 else value.expand(x.shape)[part].contiguous()
         for value in (step[1], low[1], high[1])

@@ -14,6 +14,7 @@ from torch import Tensor
 from ._cross_entropy import LossOptions, class_index_error, loss_of, statistics_dtype
 from ._linear_cross_entropy import row_weights
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
+from ._shards import own_part
 from ._transforms import is_sharded
 
 
@@ -53,7 +54,6 @@ def _placed(logits: Any) -> _Placed:
 def _part(value: Tensor, placed: _Placed, without_classes: bool) -> Tensor:
     """What a rank needs of a target: a plain tensor is the same on all ranks."""
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements: list[Any] = []
     for placement in placed.logits.placements:
@@ -63,9 +63,7 @@ def _part(value: Tensor, placed: _Placed, without_classes: bool) -> Tensor:
         placements.append(placement)
     if is_sharded(value):
         return value.redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
-    mesh = placed.logits.device_mesh
-    shape, start = compute_local_shape_and_global_offset(value.shape, mesh, placements)
-    return value[tuple(slice(i, i + n) for i, n in zip(start, shape, strict=True))]
+    return value[own_part(value.shape, placed.logits.device_mesh, placements)]
 
 
 def loss_of_dtensors(
@@ -76,7 +74,6 @@ def loss_of_dtensors(
     losses of the rows are placed as the rows are.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     mesh = next(t.device_mesh for t in (input, target, weight) if is_sharded(t))  # type: ignore[union-attr]
     everywhere = [Replicate()] * mesh.ndim
@@ -107,9 +104,9 @@ def loss_of_dtensors(
     if placed.class_axis is None:
         loss = loss_of(local, target, weight, own)
     else:
-        start = compute_local_shape_and_global_offset(input.shape, mesh, placed.logits.placements)[1]
+        first = own_part(input.shape, mesh, placed.logits.placements)[1].start
         group = mesh.get_group(placed.class_axis).group_name
-        loss = sharded_loss(local, target, weight, own, (group, int(start[1]), classes))
+        loss = sharded_loss(local, target, weight, own, (group, int(first), classes))
     dtype = options.loss_dtype or input.dtype
 
     if each:
@@ -153,7 +150,6 @@ def linear_loss_of_dtensors(
     by_class = mesh is not None and tuple(weight.placements) == (Shard(0),)  # type: ignore[attr-defined]
     others = [t for t in (hidden, target, class_weight) if t is not None and is_sharded(t)]
     if by_class and not soft and all(t.placements[0].is_replicate() for t in others):  # type: ignore[attr-defined]
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         def local(value: Any) -> Any:
             return value.to_local() if value is not None and is_sharded(value) else value
@@ -162,8 +158,8 @@ def linear_loss_of_dtensors(
             bias = bias.redistribute(placements=[Shard(0)])  # type: ignore[attr-defined]
         elif bias is not None:
             bias = _part_of_bias(bias, weight)
-        start = compute_local_shape_and_global_offset(weight.shape, mesh, [Shard(0)])[1]
-        where = mesh.get_group().group_name, int(start[0]), classes
+        first = own_part(weight.shape, mesh, [Shard(0)])[0].start
+        where = mesh.get_group().group_name, int(first), classes
         loss = sharded_linear_loss(
             op, local(hidden), local(weight), local(bias), local(target), local(class_weight), options, where
         )

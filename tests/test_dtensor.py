@@ -54,6 +54,18 @@ def compiled_dropout(rank, mesh):
         assert torch.equal(grad.full_tensor(), wanted.full_tensor())
 
 
+def compiled_attention(rank, mesh):
+    tensors = [numbers(i, 2, 4, 6, 8) for i in range(3)]
+    for placement in PLACEMENTS:
+        placed = [distribute_tensor(t, mesh, [placement]) for t in tensors]
+        torch.manual_seed(3 + rank)
+        want = fr.scaled_dot_product_attention(*placed, dropout_p=0.5)
+        torch._dynamo.reset()
+        torch.manual_seed(3 + rank)
+        attention = torch.compile(fr.scaled_dot_product_attention, backend="eager", fullgraph=True)
+        assert torch.equal(attention(*placed, dropout_p=0.5).full_tensor(), want.full_tensor())
+
+
 def penalties(rank, mesh):
     """However many parameters there are, the shards meet in one message."""
     tensors = [numbers(i, 5, 3) for i in range(6)]
@@ -102,8 +114,9 @@ def on_rank(rank, file):
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timeout)
     try:
-        for check in (fgsm_step, compiled_dropout, penalties, compiled_step):
+        for check in (fgsm_step, compiled_dropout, compiled_attention, penalties, compiled_step):
             check(rank, init_device_mesh("cpu", (2,)))
+        dist.barrier()  # or torch aborts a rank whose partner is gone
     finally:
         dist.destroy_process_group()
 
