@@ -216,13 +216,13 @@ def _plain(
         gradient = torch.where(targets.kept, gradient, 0)
     elif options.reduction == 2:
         loss = loss.sum()
-    grad = _empty_grad(input, with_grad)
+    grad = empty_grad(input, with_grad)
     if with_grad:
         grad.copy_(gradient)
     return loss.to(options.loss_dtype or input.dtype), grad, lse.reshape(-1)
 
 
-def _empty_grad(input: Tensor, with_grad: bool) -> Tensor:
+def empty_grad(input: Tensor, with_grad: bool) -> Tensor:
     """A float16 gradient is kept in float32: its small values would vanish before a loss scale could lift
     them."""
     if not with_grad:
@@ -240,7 +240,7 @@ def _fake(
     for size in rows:
         numel = numel * size
     loss = input.new_empty(rows if options.reduction == 0 else (), dtype=options.loss_dtype or input.dtype)
-    return loss, _empty_grad(input, with_grad), input.new_empty((numel,), dtype=statistics_dtype(input))
+    return loss, empty_grad(input, with_grad), input.new_empty((numel,), dtype=statistics_dtype(input))
 
 
 def _with_options(function):
@@ -670,14 +670,19 @@ def class_index_error(op: str, target: Tensor, ignore_index: int, classes: int) 
     )
 
 
+def check_indices(op: str, target: Tensor, ignore_index: int, classes: int) -> None:
+    """Raise for a class index out of range where its values can be looked at."""
+    if not (is_compiling() or is_vmapped()):
+        error = class_index_error(op, target, ignore_index, classes)
+        if error is not None:
+            raise error
+
+
 def _composed(input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions) -> Tensor:
     """The same loss in torch's operators, which have derivatives of every kind and batching rules: for
     transforms, and for a target that wants a gradient itself, as of a teacher that learns.
     """
-    if not (is_compiling() or is_vmapped()):
-        error = class_index_error("cross_entropy", target, options.ignore_index, input.shape[1])
-        if error is not None:
-            raise error
+    check_indices("cross_entropy", target, options.ignore_index, input.shape[1])
     targets = _read_targets(target, weight, options.ignore_index, input.shape, statistics_dtype(input))
     q = options.smoothed(targets.one_hot, weight)
     loss, _ = _row_losses(input.to(q.dtype), q, options.z_loss)

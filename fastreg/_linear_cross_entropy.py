@@ -330,10 +330,15 @@ def linear_cross_entropy(
             loss = _loss(arguments, each, options)
         except ValueError as error:  # the kernel's, which knows no IndexError
             raise class_index_error(op, target, options.ignore_index, classes) or error from None
-    if reduction == "mean" and not len(hidden) and all_ignored == "nan":
+    return finished(loss, shape, hidden, options)
+
+
+def finished(loss: Tensor, shape: torch.Size, rows: Tensor, options: LossOptions) -> Tensor:
+    """The loss in its dtype and shape; the mean over no row is NaN unless the options say otherwise."""
+    if options.reduction == 1 and not len(rows) and not options.all_ignored_zero:
         loss = loss + torch.nan
-    loss = loss.to(options.loss_dtype or hidden.dtype)
-    return loss.view(shape) if each else loss
+    loss = loss.to(options.loss_dtype or rows.dtype)
+    return loss.view(shape) if options.reduction == 0 else loss
 
 
 def _loss(arguments: tuple, each: bool, options: LossOptions) -> Tensor:

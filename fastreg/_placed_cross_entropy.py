@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._cross_entropy import LossOptions, class_index_error, loss_of, statistics_dtype
+from ._cross_entropy import LossOptions, check_indices, loss_of, statistics_dtype
 from ._linear_cross_entropy import row_weights
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
 from ._shards import own_part
@@ -94,9 +94,7 @@ def loss_of_dtensors(
     if local.dim() > 3:  # the operators take rows side by side as one dimension
         local, target = local.flatten(2), target.flatten(2 if soft else 1)
     target = target.contiguous()
-    error = class_index_error(op, target, options.ignore_index, classes)
-    if error is not None:
-        raise error
+    check_indices(op, target, options.ignore_index, classes)
 
     # This rank's losses, or their sum.
     each = options.reduction == 0
@@ -154,10 +152,11 @@ def linear_loss_of_dtensors(
         def local(value: Any) -> Any:
             return value.to_local() if value is not None and is_sharded(value) else value
 
-        if bias is not None and is_sharded(bias):
-            bias = bias.redistribute(placements=[Shard(0)])  # type: ignore[attr-defined]
-        elif bias is not None:
-            bias = _part_of_bias(bias, weight)
+        if bias is not None:
+            placed: Any = bias
+            if not is_sharded(bias):
+                placed = DTensor.from_local(bias, mesh, [Replicate()], run_check=False)
+            bias = placed.redistribute(placements=[Shard(0)])
         first = own_part(weight.shape, mesh, [Shard(0)])[0].start
         where = mesh.get_group().group_name, int(first), classes
         loss = sharded_linear_loss(
@@ -168,9 +167,3 @@ def linear_loss_of_dtensors(
     target = target.flatten(0, -2) if soft else target.flatten()
     loss = loss_of_dtensors(op, logits, target, class_weight, options)
     return loss.view(shape) if options.reduction == 0 else loss
-
-
-def _part_of_bias(bias: Tensor, weight: Any) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(bias, weight.device_mesh, weight.placements)

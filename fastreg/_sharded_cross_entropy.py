@@ -17,7 +17,6 @@ waits for nobody.
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.compiler import is_compiling
 
-from ._checks import ArgumentError, UnsupportedError, check_tensor
+from ._checks import ArgumentError, UnsupportedError, check_count, check_tensor
 from ._cross_entropy import (
     ROW_OPTIONS,
     AllIgnored,
@@ -33,7 +32,8 @@ from ._cross_entropy import (
     Reduction,
     Smoothing,
     check_classes,
-    class_index_error,
+    check_indices,
+    empty_grad,
     promoted_dtype,
     scaled,
     statistics_dtype,
@@ -43,6 +43,7 @@ from ._linear_cross_entropy import (
     by_chunks,
     check_layer,
     empty_results,
+    finished,
     row_factor,
     weighted_sum,
 )
@@ -307,7 +308,7 @@ def _forward(
     classes: int, with_grad: bool, *of_row: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shard = _shard_of(logits.shape[1], group, first, classes)
-    gradient = _empty_gradient(logits, with_grad)
+    gradient = empty_grad(logits, with_grad)
     losses = _rows_(
         logits, target, factor, weight, LossOptions(0, *of_row), shard, gradient if with_grad else None
     )
@@ -316,13 +317,6 @@ def _forward(
 
 def _shard_of(columns: int, group: str, first: int, classes: int) -> _Shard:
     return _Shard(group, min(first, classes), max(0, min(columns, classes - first)), classes)
-
-
-def _empty_gradient(logits: Tensor, with_grad: bool) -> Tensor:
-    """A float16 gradient is kept in float32, whose small values a loss scale can still lift."""
-    if not with_grad:
-        return logits.new_empty(0)
-    return logits.new_empty(logits.shape, dtype=torch.float32 if logits.dtype == torch.float16 else None)
 
 
 # Losses of the rows, and factor times their gradient, which is empty unless with_grad.
@@ -335,7 +329,7 @@ define_kernel(
 
 @torch.library.register_fake("fastreg::sharded_cross_entropy", allow_override=True)
 def _(logits, target, factor, weight, group, first, classes, with_grad, *of_row):
-    return factor.new_empty(factor.shape), _empty_gradient(logits, with_grad)
+    return factor.new_empty(factor.shape), empty_grad(logits, with_grad)
 
 
 @torch.no_grad()
@@ -455,11 +449,8 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _checked_shard(op: str, group: Any, first_class: int, num_classes: int) -> tuple[str, int, int]:
-    for name, value, least in (("first_class", first_class, 0), ("num_classes", num_classes, 1)):
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-            raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
-        if value < least:
-            raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    check_count(op, "first_class", first_class, 0)
+    check_count(op, "num_classes", num_classes)
     return process_group(op, group).group_name, int(first_class), int(num_classes)
 
 
@@ -552,7 +543,7 @@ def cross_entropy(
         op, local_logits, target, weight, options,
         classes=num_classes, expected=(shape, local_logits.shape), name="local_logits",
     )  # fmt: skip
-    _check_indices(op, target, options, num_classes)
+    check_indices(op, target, options.ignore_index, num_classes)  # on all ranks alike, before the message
     return sharded_loss(local_logits, target, weight, options, shard)
 
 
@@ -571,7 +562,7 @@ def sharded_loss(
     else:
         losses = _sharded(logits, target, factor, weight, *shard, False, *options.of_row())[0]
         loss = losses if each else weighted_sum(losses, factor)
-    return _finished(loss, shape, logits, options)
+    return finished(loss, shape, logits, options)
 
 
 def linear_cross_entropy(
@@ -661,7 +652,7 @@ def sharded_linear_loss(
     shape = hidden.shape[:-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])
     target = target.detach().flatten(0, -2) if target.is_floating_point() else target.reshape(-1)
-    _check_indices(op, target, options, shard[2])
+    check_indices(op, target, options.ignore_index, shard[2])  # on all ranks alike, before the message
     factor = row_factor(hidden, target, class_weight, options)
     each = options.reduction == 0
     arguments = hidden, weight, bias, target, factor, class_weight
@@ -670,19 +661,4 @@ def sharded_linear_loss(
     else:
         losses = _sharded_linear(*arguments, *shard, "", *options.of_row())[0]
         loss = losses if each else weighted_sum(losses, factor)
-    return _finished(loss, shape, hidden, options)
-
-
-def _check_indices(op: str, target: Tensor, options: LossOptions, classes: int) -> None:
-    """Before the message, and on all ranks alike, as all have the same targets."""
-    if not is_compiling():
-        error = class_index_error(op, target, options.ignore_index, classes)
-        if error is not None:
-            raise error
-
-
-def _finished(loss: Tensor, shape: torch.Size, rows: Tensor, options: LossOptions) -> Tensor:
-    if options.reduction == 1 and not len(rows) and not options.all_ignored_zero:
-        loss = loss + torch.nan
-    loss = loss.to(options.loss_dtype or rows.dtype)
-    return loss.view(shape) if options.reduction == 0 else loss
+    return finished(loss, shape, hidden, options)

@@ -289,6 +289,11 @@ def placed_linear(rank, group):
             torch.testing.assert_close(loss.full_tensor(), whole)
             for got, wanted in zip(torch.autograd.grad(loss.sum(), parts), want, strict=True):
                 torch.testing.assert_close(got.full_tensor(), wanted, rtol=1e-5, atol=1e-6)
+        # A plain bias is the same on all ranks, and so is its gradient.
+        layer = distribute_tensor(weight, mesh, [Shard(0)])
+        loss = fr.linear_cross_entropy(hidden, layer, target, inputs[2], **options)
+        (got,) = torch.autograd.grad(loss.sum(), inputs[2])
+        torch.testing.assert_close(got, want[2], rtol=1e-5, atol=1e-6)
 
 
 CHECKS = (values, hostile, linear, messages, compiled, refused, padded, placed, placed_linear)
