@@ -186,10 +186,16 @@ def check_no_overlap(op: str, name: str, value: torch.Tensor) -> None:
         )
 
 
+def module_of(model: Any) -> torch.nn.Module | None:
+    """The Module that a model is, or whose method it is, such as model.forward; None for anything else."""
+    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    return owner if isinstance(owner, torch.nn.Module) else None
+
+
 def check_initialised(op: str, model: Any) -> None:
     """Raise if a parameter or buffer of a Module, or of the Module that a method belongs to, has no shape."""
-    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
-    if not isinstance(owner, torch.nn.Module):
+    owner = module_of(model)
+    if owner is None:
         return
     for name, tensor in (*owner.named_parameters(), *owner.named_buffers()):
         if torch.nn.parameter.is_lazy(tensor):

@@ -10,7 +10,6 @@ Rice, Kolter 2020). PGD repeats the step and projects each result onto the eps-b
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from ._checks import (
     check_generator,
     check_initialised,
     check_tensor,
+    module_of,
 )
 from ._fgsm import bounds_of, fgsm_step_op, number_of, pair_of, pgd_step_op, times, value_of
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
@@ -115,9 +115,8 @@ def shielded(model: Any) -> Iterator[None]:
     torch.func.functional_call does not serve here: where one module stands at two places of the model, it
     leaves a copy behind in one of them.
     """
-    # A method such as model.forward is a model too; its buffers are those of its object.
-    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
-    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    owner = module_of(model)
+    modules = () if owner is None else owner.modules()
     originals = [
         (m, name, buffer) for m in modules for name, buffer in m._buffers.items() if buffer is not None
     ]
@@ -139,21 +138,17 @@ def alone(model: Any) -> Iterator[None]:
     buffers of rank 0, and static_graph=True would take this backward pass, which reaches no parameter, for
     the pattern of all that follow: the gradients of the training steps would never be averaged again.
     """
-    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
-    modules = owner.modules() if isinstance(owner, torch.nn.Module) else ()
+    owner = module_of(model)
+    modules = () if owner is None else owner.modules()
     wrappers = [m for m in modules if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
     wrappers = [m for m in wrappers if "forward" not in m.__dict__]
     try:
         for wrapper in wrappers:
-            wrapper.__dict__["forward"] = functools.partial(_call, wrapper.module)
+            wrapper.__dict__["forward"] = wrapper.module.__call__
         yield
     finally:
         for wrapper in wrappers:
             wrapper.__dict__.pop("forward", None)
-
-
-def _call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module(*args, **kwargs)
 
 
 def _set_buffer(module: torch.nn.Module, name: str, buffer: torch.Tensor) -> None:

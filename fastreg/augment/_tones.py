@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import arithmetic_dtype
 from ._arguments import Number, batched, numbers
 
 
@@ -19,7 +20,7 @@ def _most(image: Tensor) -> int:
 
 def _wide(image: Tensor) -> Tensor:
     """The image in the type of the arithmetic: float32, and float64 for float64."""
-    return image if image.dtype in (torch.float32, torch.float64) else image.float()
+    return image.to(arithmetic_dtype(image))
 
 
 def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: float) -> Tensor:
@@ -47,7 +48,7 @@ def posterize(inpt: Tensor, bits: Number) -> Tensor:
     if inpt.dtype == torch.uint8:
         step = (256 / levels).to(torch.int32)
         return (inpt.to(torch.int32) // step * step).to(torch.uint8)
-    levels = levels.to(_wide(inpt).dtype)
+    levels = levels.to(arithmetic_dtype(inpt))
     kept = (_wide(inpt) * levels).floor()
     return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
 
@@ -104,7 +105,7 @@ def equalize(inpt: Tensor) -> Tensor:
     step = (levels.shape[-1] - in_highest) // 255
     table = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
     spread = torch.where(step == 0, levels, table.gather(-1, levels)).view(image.shape).to(torch.uint8)
-    return spread if inpt.dtype == torch.uint8 else (spread.to(_wide(inpt).dtype) / 255).to(inpt.dtype)
+    return spread if inpt.dtype == torch.uint8 else (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
 
 
 def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
