@@ -16,7 +16,6 @@ stays where it is exactly where 0 is in dE/dw + l1 * sign(w), whatever d. Option
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -36,7 +35,7 @@ from ._optimizer_math import (
     square_root,
     store,
 )
-from ._registry import define, define_kernel
+from ._step_operator import define_step
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 
@@ -132,56 +131,13 @@ def adamw_plain(
 
 # One call steps all tensors of a parameter group. steps and n_averaged, one float32 per tensor, count: only
 # the operator knows whether a step was skipped for an overflow.
-_LISTS = (
-    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] averages, Tensor(g!)[] n_averaged"
+adamw_step = define_step(
+    "adamw",
+    adamw_plain,
+    lists="Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor(f!)[] averages, Tensor(g!)[] n_averaged",
+    numbers=("lr", "beta1", "beta2", "eps", "weight_decay", "l1", "ema"),
+    unsigned=("lr", "eps", "weight_decay"),
+    options="bool proximal, bool cautious, bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, Tensor? seed=None",
 )
-_OPTIONS = (
-    "bool proximal, bool cautious, bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
-    "Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, Tensor? seed=None"
-)
-define(
-    f"adamw_({_LISTS}, float lr, float beta1, float beta2, float eps, float weight_decay, float l1, "
-    f"float ema, {_OPTIONS}) -> ()",
-    plain=adamw_plain,
-)
-
-
-def adamw_with_numbers(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    exp_avgs: Sequence[torch.Tensor],
-    exp_avg_sqs: Sequence[torch.Tensor],
-    max_exp_avg_sqs: Sequence[torch.Tensor],
-    steps: Sequence[torch.Tensor],
-    averages: Sequence[torch.Tensor],
-    n_averaged: Sequence[torch.Tensor],
-    numbers: Sequence[float],
-    *others: Any,
-) -> None:
-    """The operator with (lr, beta1, beta2, eps, weight_decay, l1, ema) in one. The kernels take no negative
-    factors, which a group may be given later, to climb for example: those go to plain torch.
-    """
-    lr, _, _, eps, weight_decay, _, _ = numbers
-    step: Any = adamw_plain if min(lr, eps, weight_decay) < 0 else adamw_
-    state = exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, averages, n_averaged
-    step(params, grads, *state, *numbers, *others)
-
-
-def _with_numbers(*args):
-    lists, numbers, others = args[:8], args[8], args[9:]
-    adamw_with_numbers(*lists, numbers.tolist(), *others)
-
-
-# The same for a compiled step whose numbers change, as sgd_numbers_.
-define_kernel(f"adamw_numbers_({_LISTS}, Tensor numbers, {_OPTIONS}) -> ()", _with_numbers)
-
-
-@torch.library.register_fake("fastreg::adamw_", allow_override=True)
-@torch.library.register_fake("fastreg::adamw_numbers_", allow_override=True)
-def _(params, *args, **kwargs):
-    return None
-
-
-adamw_ = torch.ops.fastreg.adamw_.default
-adamw_numbers_ = torch.ops.fastreg.adamw_numbers_.default

@@ -8,7 +8,6 @@ step;  w <- w - lr * (g + momentum * v if nesterov else v);  average <- ema * av
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ from ._optimizer_math import (
     soft_threshold,
     store,
 )
-from ._registry import define, define_kernel
+from ._step_operator import define_step
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 
@@ -113,56 +112,14 @@ def sgd_plain(
 # operator sets to 1, is only there with dampening, whose first step differs: only the operator knows whether
 # a step was skipped for an overflow, and so was not the first. n_averaged counts, one float32 per tensor, the
 # updates of the average, for the same reason.
-_LISTS = (
-    "Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor(c!)[] momentum_started, "
-    "Tensor(d!)[] averages, Tensor(e!)[] n_averaged"
-)
-_OPTIONS = (
-    "bool nesterov, bool proximal, bool decoupled, bool maximize, Tensor? lr_tensor=None, "
+sgd_step = define_step(
+    "sgd",
+    sgd_plain,
+    lists="Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] momentum_started, Tensor(d!)[] averages, Tensor(e!)[] n_averaged",
+    numbers=("lr", "momentum", "dampening", "weight_decay", "l1", "ema"),
+    unsigned=("lr", "momentum", "weight_decay"),
+    options="bool nesterov, bool proximal, bool decoupled, bool maximize, Tensor? lr_tensor=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, "
-    "Tensor? seed=None"
+    "Tensor? seed=None",
 )
-define(
-    f"sgd_({_LISTS}, float lr, float momentum, float dampening, float weight_decay, float l1, float ema, "
-    f"{_OPTIONS}) -> ()",
-    plain=sgd_plain,
-)
-
-
-def sgd_with_numbers(
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    momentum_buffers: Sequence[torch.Tensor],
-    momentum_started: Sequence[torch.Tensor],
-    averages: Sequence[torch.Tensor],
-    n_averaged: Sequence[torch.Tensor],
-    numbers: Sequence[float],
-    *others: Any,
-) -> None:
-    """The operator with (lr, momentum, dampening, weight_decay, l1, ema) in one. The kernels take no negative
-    factors, which a group may be given later, to climb for example: those go to plain torch.
-    """
-    lr, momentum, _, weight_decay, _, _ = numbers
-    step: Any = sgd_plain if min(lr, momentum, weight_decay) < 0 else sgd_
-    step(params, grads, momentum_buffers, momentum_started, averages, n_averaged, *numbers, *others)
-
-
-def _with_numbers(*args):
-    lists, numbers, others = args[:6], args[6], args[7:]
-    sgd_with_numbers(*lists, numbers.tolist(), *others)
-
-
-# The same for a compiled step whose numbers change, under a schedule for example. torch.compile makes a new
-# graph for every value of an operator's float, but not for the values in a tensor. It lies on the CPU, where
-# reading it waits for no device.
-define_kernel(f"sgd_numbers_({_LISTS}, Tensor numbers, {_OPTIONS}) -> ()", _with_numbers)
-
-
-@torch.library.register_fake("fastreg::sgd_", allow_override=True)
-@torch.library.register_fake("fastreg::sgd_numbers_", allow_override=True)
-def _(params, *args, **kwargs):
-    return None
-
-
-sgd_ = torch.ops.fastreg.sgd_.default
-sgd_numbers_ = torch.ops.fastreg.sgd_numbers_.default

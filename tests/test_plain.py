@@ -148,7 +148,7 @@ def test_sgd():
     for _ in range(300):
         tensors, options = sgd_case(choose)
         want, got = ([[t.clone() for t in group] for group in tensors] for _ in range(2))
-        _sgd.sgd_(*want, **options)
+        torch.ops.fastreg.sgd_(*want, **options)
         _sgd.sgd_plain(*got, **options)
         for mine, theirs in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
             assert same_bits(mine, theirs), options
@@ -167,7 +167,7 @@ def test_a_tensor_without_elements_shares_no_memory():
     empty = torch.empty(1, 0).expand(3, 0)
     assert 0 in empty.stride()
     _sgd.sgd_plain([empty], [empty], [], [], [], [], 0.1, 0, 0, 0, 0, 0, False, False, False, False)
-    _sgd.sgd_([empty], [empty], [], [], [], [], 0.1, 0, 0, 0, 0, 0, False, False, False, False)
+    torch.ops.fastreg.sgd_([empty], [empty], [], [], [], [], 0.1, 0, 0, 0, 0, 0, False, False, False, False)
     for in_place in (_dropout.dropout_inplace_plain, torch.ops.fastreg.dropout_.default):
         assert in_place(empty, 0.5, seed()).numel() == 0
 

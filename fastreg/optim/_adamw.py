@@ -13,14 +13,14 @@ import numpy
 import torch
 from torch.compiler import is_compiling
 
-from .._adamw import adamw_, adamw_numbers_, adamw_with_numbers
+from .._adamw import adamw_step
 from .._checks import ArgumentError, check_choice, check_number, names_unknown_arguments
 from .._seeds import draw_seed
 from .._types import Number
 from . import _average
 from ._average import check_average, has_idle
 from ._groups import Params, check_penalised, in_numbers
-from ._one_pass import Column, OnePass, Scaling, Work, are_fixed, rate_of, stacked, zero, zeros
+from ._one_pass import Column, OnePass, Scaling, Work, rate_of, zero, zeros
 
 
 class AdamW(OnePass, torch.optim.AdamW):
@@ -228,12 +228,7 @@ class AdamW(OnePass, torch.optim.AdamW):
             ema_tensor,
             draw_seed(device) if group["stochastic_rounding"] else None,
         )
-        if not is_compiling():
-            adamw_with_numbers(*lists, numbers, *others)
-        elif are_fixed(numbers) and min(numbers[0], numbers[3], numbers[4]) >= 0:
-            adamw_(*lists, *numbers, *others)
-        else:
-            adamw_numbers_(*lists, stacked(numbers), *others)
+        adamw_step(lists, numbers, others)
 
 
 def _beta(value: Any) -> Any:

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.compiler import is_compiling
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .._checks import DTYPES, arithmetic_dtype
 from .._registry import fast
@@ -370,21 +369,3 @@ def rate_of(group: dict[str, Any], device: torch.device) -> tuple[float, torch.T
         return float(lr), None
     narrow = lr.dtype in (torch.float32, torch.float16, torch.bfloat16)
     return 0.0, lr.detach().to(device, torch.float32 if narrow else torch.float64)
-
-
-def are_fixed(numbers: Sequence[float]) -> bool:
-    """Whether torch.compile takes the numbers for constants, and not for inputs of its graph: of an input it
-    cannot know on which side of some bound it lies.
-    """
-    bound = 0.7071067811865475
-    return all(
-        statically_known_true(number > bound) or statically_known_true(number <= bound) for number in numbers
-    )
-
-
-def stacked(numbers: Sequence[float]) -> torch.Tensor:
-    """The numbers as one tensor, which stay inputs of a compiled graph, inductor's too: as factors of a
-    tensor, rather than its contents.
-    """
-    one = torch.ones((), dtype=torch.float64, device="cpu")
-    return torch.stack([one * number for number in numbers])

@@ -12,16 +12,15 @@ import sys
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.compiler import is_compiling
 
 from .._checks import check_number, names_unknown_arguments
 from .._seeds import draw_seed
-from .._sgd import sgd_, sgd_numbers_, sgd_with_numbers
+from .._sgd import sgd_step
 from .._types import Number
 from . import _average
 from ._average import check_average, has_idle
 from ._groups import Params, check_penalised
-from ._one_pass import Column, OnePass, Scaling, Work, are_fixed, rate_of, stacked, zeros
+from ._one_pass import Column, OnePass, Scaling, Work, rate_of, zeros
 
 
 class SGD(OnePass, torch.optim.SGD):
@@ -199,12 +198,7 @@ class SGD(OnePass, torch.optim.SGD):
             ema_tensor,
             draw_seed(device) if group["stochastic_rounding"] else None,
         )
-        if not is_compiling():
-            sgd_with_numbers(*lists, numbers, *others)
-        elif are_fixed(numbers) and min(numbers[0], numbers[1], numbers[3]) >= 0:
-            sgd_(*lists, *numbers, *others)
-        else:
-            sgd_numbers_(*lists, stacked(numbers), *others)
+        sgd_step(lists, numbers, others)
 
 
 def _started(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
