@@ -1,5 +1,6 @@
 """For the Trainer of Hugging Face transformers: early stopping by `fastreg.EarlyStopping`, the smoothed loss
-by `fastreg.cross_entropy`, and `fastreg.optim.AdamW`.
+by `fastreg.cross_entropy`, a loss without logits by `fastreg.linear_cross_entropy`, and
+`fastreg.optim.AdamW`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ import dataclasses
 import decimal
 import numbers
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +17,8 @@ import torch
 from .. import early_stopping
 from .._cross_entropy import cross_entropy
 from ..optim import AdamW
+from ._fuse_loss import fuse_loss, unfuse_loss
+from ._unmade_logits import UnmadeLogits
 
 try:
     from transformers import TrainerCallback
@@ -29,7 +33,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["EarlyStopping", "loss", "optimizer"]
+__all__ = ["EarlyStopping", "fuse_loss", "loss", "optimizer", "unfuse_loss"]
 
 
 class EarlyStopping(TrainerCallback, ExportableState):
@@ -263,8 +267,8 @@ class SmoothedLoss:
                 )
         if shift:
             labels = torch.nn.functional.pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
-        total = cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
+        rows = logits.reshape(-1, logits.shape[-1])
+        total = (rows.loss if isinstance(rows, UnmadeLogits) else partial(cross_entropy, rows))(
             labels.reshape(-1).to(logits.device),
             None if self.weight is None else self.weight.to(logits.device),
             ignore_index=self.ignore_index,
