@@ -17,9 +17,12 @@ StepTensor = structure(
     pointer counter
     float step
     pointer n_averaged
+    unsigned draw
+    int64 first, columns, row
     layouts layout""",
     slots=ctypes.c_void_p * SLOTS,
     float=ctypes.c_float,
+    unsigned=ctypes.c_uint32,
     layouts=Layout * SLOTS,
 )
 StepArgs = structure(

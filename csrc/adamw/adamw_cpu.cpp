@@ -54,17 +54,16 @@ __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, cons
   });
 }
 
-void step(const AdamwArgs& a, const StepTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
+void step(const AdamwArgs& a, const StepTensor& t, int64_t begin, int64_t end) {
   with_dtype(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = typename Accumulate<T>::type;
     using V = Vec<A>;
-    const AdamwNumbers<V> numbers = adamw_numbers<V, A>(a, t.counter ? *t.counter : t.step, t.n_averaged,
-                                                        t.data[kMaxExpAvgSq] != nullptr);
-    step_blocks<T>(a.step, t, tensor_index, begin, end,
-                   [&](T* const* slots, int64_t count, const uint16_t* random) {
-                     step_vectors<T, V>(slots, count, random, numbers);
-                   });
+    const AdamwNumbers<V> numbers =
+        adamw_numbers<V, A>(a, steps_done(t.counter, t.step), t.n_averaged, t.data[kMaxExpAvgSq] != nullptr);
+    step_blocks<T>(a.step, t, begin, end, [&](T* const* slots, int64_t count, const uint16_t* random) {
+      step_vectors<T, V>(slots, count, random, numbers);
+    });
   });
 }
 

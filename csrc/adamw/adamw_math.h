@@ -102,9 +102,8 @@ FR_HD void adamw_element(V& w, V g, V& m, V& v, V& most, const AdamwNumbers<V>& 
 }
 
 struct AdamwKernels {
-  // Elements [begin, end) of a tensor; begin is a multiple of 8. Its index among those of the step is its
-  // draw.
-  void (*step)(const AdamwArgs&, const StepTensor&, uint32_t tensor_index, int64_t begin, int64_t end);
+  // Elements [begin, end) of a tensor.
+  void (*step)(const AdamwArgs&, const StepTensor&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(AdamwKernels, adamw_kernels)
 

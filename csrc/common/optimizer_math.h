@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "mix_seed.h"
 #include "philox.h"
 
 namespace fastreg {
@@ -22,8 +23,19 @@ struct StepTensor {
   float* counter;
   float step;
   float* n_averaged;  // updates of the average, where there is one
+  // What the rounding at random is drawn by: a number of the tensor's own, and the index of element i in the
+  // whole of which the tensor is a part, first + i / columns * row + i % columns.
+  uint32_t draw;
+  int64_t first, columns, row;
   Layout layout[kSlots];
 };
+
+FR_HD float steps_done(const float* counter, float step) { return counter ? *counter : step; }
+
+// The seed of a step of one tensor: every step has one of its own, the same on every rank that is at it.
+FR_HD uint64_t seed_of_step(const Seed& seed, float steps) {
+  return mix_seed(seed.get(), steps > 0 ? uint64_t(steps) : 0);
+}
 
 struct StepArgs {
   double lr, weight_decay, l1, ema;

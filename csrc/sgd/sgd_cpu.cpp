@@ -56,7 +56,7 @@ auto choose_penalty(SgdPenalty penalty) {
                                               : step_vectors<T, kForm, SgdPenalty::kDecoupled, V>;
 }
 
-void step(const SgdArgs& a, const StepTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
+void step(const SgdArgs& a, const StepTensor& t, int64_t begin, int64_t end) {
   with_dtype(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = typename Accumulate<T>::type;
@@ -66,10 +66,9 @@ void step(const SgdArgs& a, const StepTensor& t, uint32_t tensor_index, int64_t 
     const auto vectors = !t.data[kMomentum] ? choose_penalty<T, V, SgdMomentum::kNone>(penalty)
                          : a.nesterov       ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
                                             : choose_penalty<T, V, SgdMomentum::kHeavyBall>(penalty);
-    step_blocks<T>(a.step, t, tensor_index, begin, end,
-                   [&](T* const* slots, int64_t count, const uint16_t* random) {
-                     vectors(slots, count, random, numbers);
-                   });
+    step_blocks<T>(a.step, t, begin, end, [&](T* const* slots, int64_t count, const uint16_t* random) {
+      vectors(slots, count, random, numbers);
+    });
   });
 }
 
