@@ -17,7 +17,7 @@ from .._adamw import adamw_step
 from .._checks import ArgumentError, check_choice, check_number, names_unknown_arguments
 from .._types import Number
 from . import _average
-from ._average import check_average, has_idle
+from ._average import check_average
 from ._groups import Params, check_penalised, in_numbers
 from ._one_pass import ROUNDING, Column, OnePass, Scaling, Work, check_rounding, rate_of, seed_of, zero, zeros
 
@@ -186,11 +186,9 @@ class AdamW(OnePass, torch.optim.AdamW):
         columns = (_STEP if on_device else _STEP_ON_CPU, _AVERAGE, _SQUARE)
         return (*columns, _MOST) if group["amsgrad"] else columns
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        if has_idle(groups):
-            return None
-        return fast.adamw(groups, self.state)
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
+        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        return fast.adamw(groups, self.state, *clipping)
 
     def _call(
         self,

@@ -18,7 +18,7 @@ from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
 from ._average import Averages, average_idle, warmed_up
 from ._clip import OPTIONS as CLIPPING
-from ._clip import check_clipping, clipped
+from ._clip import check_clipping, clipped, norm_of
 from ._groups import (
     Params,
     check_keys,
@@ -133,8 +133,8 @@ class OnePass(Averages):
         """
         raise NotImplementedError
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
+        """Call the step in C++, with the factor that clips and what skips it, or neither."""
         raise NotImplementedError
 
     def _call(
@@ -289,24 +289,37 @@ class OnePass(Averages):
             self._check_group(group)
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        max_norm = self.defaults["max_norm"]
-        usual = grad_scale is None and found_inf is None and max_norm is None and not is_compiling()
-        if usual and fast is not None and self._step_fast(fast, groups):
+        scaling = Scaling(grad_scale, found_inf, None)
+        usual = grad_scale is None and found_inf is None and not is_compiling()
+        if usual and fast is not None and self._step_usual(fast, groups):
             return loss
         # All groups are collected before the first is stepped, so that an error leaves everything as it was.
+        max_norm = self.defaults["max_norm"]
         skippable = found_inf is not None or max_norm is not None
         works, first = [], 0
         for group in groups:
             works.append(self._collect(group, skippable, first))
             first += len(group["params"])
-        scaling = Scaling(grad_scale, found_inf, None)
         if max_norm is not None:
-            norm, scaling = clipped(self._op, works, scaling, self.defaults)
+            norm = norm_of(work for by_device in works for work in by_device.values())
+            norm, scaling = clipped(self._op, norm, scaling, self.defaults)
             self._keep_norm(norm)
         for group, work in zip(groups, works, strict=True):
             for device, tensors in work.items():
                 self._step_on(device, group, tensors, scaling.to(device))
         return loss
+
+    def _step_usual(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
+        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
+        clipping: tuple[Any, ...] = ()
+        if self.defaults["max_norm"] is not None:
+            squares = fast.squares(groups)
+            if squares is None:
+                return None
+            norm, scaling = clipped(self._op, squares.sqrt(), Scaling(None, None, None), self.defaults)
+            self._keep_norm(norm)
+            clipping = scaling.clip, scaling.found_inf
+        return self._step_fast(fast, groups, clipping)
 
     def _step_on(self, device: torch.device, group: dict[str, Any], work: Work, scaling: Scaling) -> None:
         """Step the parameters of a group on one device."""

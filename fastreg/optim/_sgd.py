@@ -17,7 +17,7 @@ from .._checks import check_number, names_unknown_arguments
 from .._sgd import sgd_step
 from .._types import Number
 from . import _average
-from ._average import check_average, has_idle
+from ._average import check_average
 from ._groups import Params, check_penalised
 from ._one_pass import ROUNDING, Column, OnePass, Scaling, Work, check_rounding, rate_of, seed_of, zeros
 
@@ -164,12 +164,9 @@ class SGD(OnePass, torch.optim.SGD):
             return (_STEP, *buffer)
         return (_STARTED, *buffer) if buffer and group["dampening"] != 0 else buffer
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        averages = any(group["ema"] is not None for group in groups)
-        if averages and has_idle(groups):
-            return None
-        return fast.sgd([_scaled(group) for group in groups], self.state)
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
+        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        return fast.sgd([_scaled(group) for group in groups], self.state, *clipping)
 
     def _call(
         self,
