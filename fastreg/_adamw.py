@@ -106,16 +106,16 @@ def adamw_plain(
         take = number(1 - beta2, param)
         v = flush(number(beta2, param) * exp_avg_sqs[i].to(wide) + take * g * g)
         most = torch.maximum(flush(max_exp_avg_sqs[i].to(wide)), v) if max_exp_avg_sqs else v
-        denominator = square_root(most) * (1 / square_root(correction2)) + number(eps, param)
+        inverse = 1 / (square_root(most) * (1 / square_root(correction2)) + number(eps, param))
 
         # The decay, the step and the threshold.
         decayed = w * (1 - rate * number(weight_decay, param))
         if cautious:
             against = ((m > 0) & (w < 0)) | ((m < 0) & (w > 0))
             decayed = torch.where(against, w, decayed)
-        w = decayed - rate / correction1 * m / denominator
+        w = decayed - rate / correction1 * m * inverse
         if proximal and l1 != 0:
-            w = soft_threshold(w, rate * number(l1, param) / denominator)
+            w = soft_threshold(w, rate * number(l1, param) * inverse)
 
         # Back to the tensors.
         rounding = rounding_of(seed, steps[i], places, i, param)

@@ -17,10 +17,10 @@ inline bool collect_adamw(const GroupOptions& options, PyObject* state, size_t f
       !number(PyTuple_GET_ITEM(betas, 0), 0, below_one, &a.beta1) ||
       !number(PyTuple_GET_ITEM(betas, 1), 0, below_one, &a.beta2))
     return false;
-  if (amsgrad)
-    return collect_tensors(options, state, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, "step", first,
-                           result);
-  return collect_tensors(options, state, {"exp_avg", "exp_avg_sq"}, "step", first, result);
+  static PyObject *const m = name_of("exp_avg"), *const v = name_of("exp_avg_sq"),
+                         *const most = name_of("max_exp_avg_sq"), *const counter = name_of("step");
+  if (amsgrad) return collect_tensors(options, state, {m, v, most}, counter, first, result);
+  return collect_tensors(options, state, {m, v}, counter, first, result);
 }
 
 // (param_groups, state[, clip, found_inf]) -> True if all of them have been stepped, None if none has

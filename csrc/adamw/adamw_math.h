@@ -91,14 +91,14 @@ FR_HD void adamw_element(V& w, V g, V& m, V& v, V& most, const AdamwNumbers<V>& 
     most = select(most == most, maximum(most, v), most);
     used = most;
   }
-  const V d = square_root(used) * n.unbias + n.eps;
+  const V inverse = V(1) / (square_root(used) * n.unbias + n.eps);  // a division takes as long as all else
 
   V decayed = w * n.decay;
   if (n.cautious)
     decayed = select(m > zero, select(w < zero, w, decayed),
                      select(m < zero, select(w > zero, w, decayed), decayed));
-  w = decayed - n.rate * m / d;
-  if (n.proximal) w = soft_threshold(w, n.threshold / d);
+  w = decayed - n.rate * m * inverse;
+  if (n.proximal) w = soft_threshold(w, n.threshold * inverse);
 }
 
 struct AdamwKernels {

@@ -71,14 +71,17 @@ inline bool read_options(const GroupOptions& options, StepArgs* a) {
   return true;
 }
 
+// A name as Python has it, made once: to make one for every parameter would take as long as all else.
+inline PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
+
 // The state of a parameter under a name, of its form; null where there is none, or another.
-inline const Tensor* state_of(PyObject* own, const char* name, const Tensor& param) {
-  PyObject* const kept = own ? PyDict_GetItemString(own, name) : nullptr;
+inline const Tensor* state_of(PyObject* own, PyObject* name, const Tensor& param) {
+  PyObject* const kept = own ? PyDict_GetItemWithError(own, name) : nullptr;
   const Tensor* const t = kept ? flat(kept) : nullptr;
   return t && same_form(param, *t) ? t : nullptr;
 }
-inline float* count_of(PyObject* own, const char* name, std::vector<Tensor>* held) {
-  PyObject* const kept = own ? PyDict_GetItemString(own, name) : nullptr;
+inline float* count_of(PyObject* own, PyObject* name, std::vector<Tensor>* held) {
+  PyObject* const kept = own ? PyDict_GetItemWithError(own, name) : nullptr;
   const Tensor* const t = kept ? flat(kept) : nullptr;
   if (!t || t->scalar_type() != ScalarType::Float || t->numel() != 1) return nullptr;
   held->push_back(*t);
@@ -103,14 +106,17 @@ inline bool warm_up(const GroupOptions& options, const StepTensor* tensors, size
 // and the average where they are asked for. `first` is the number of the group's first parameter. False where
 // one of them is not the usual case.
 template <class Args>
-bool collect_tensors(const GroupOptions& options, PyObject* state, std::initializer_list<const char*> names,
-                     const char* counter, size_t first, StepGroup<Args>* result) {
+bool collect_tensors(const GroupOptions& options, PyObject* state, std::initializer_list<PyObject*> names,
+                     PyObject* counter, size_t first, StepGroup<Args>* result) {
+  static PyObject *const ema = name_of("ema"), *const n_averaged = name_of("n_averaged");
   PyObject* const list = options.at("params");
   if (!list || !PyList_CheckExact(list)) return false;
   const bool average = !options.is_off("ema"), rounds = result->args.step.stochastic_rounding;
   const Py_ssize_t count = PyList_GET_SIZE(list);
   // Not zeroed: most of it are layouts that nobody reads.
   result->tensors = std::make_unique_for_overwrite<StepTensor[]>(size_t(count));
+  result->params.reserve(size_t(count));
+  result->held.reserve(size_t(count) * (names.size() + 4));
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const object = PyList_GET_ITEM(list, i);
     const Tensor* const param = flat(object);
@@ -136,17 +142,17 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
     t.data[kParam] = param->mutable_data_ptr();
     t.data[kGrad] = const_cast<void*>(grad.const_data_ptr());
     int slot = kState;
-    const auto take = [&](int to, const char* name) {
+    const auto take = [&](int to, PyObject* name) {
       const Tensor* const kept = state_of(own, name, *param);
       if (!kept) return false;
       t.data[to] = kept->mutable_data_ptr();
       result->held.push_back(*kept);
       return true;
     };
-    for (const char* const name : names)
+    for (PyObject* const name : names)
       if (!take(slot++, name)) return false;
     if (counter && !(t.counter = count_of(own, counter, &result->held))) return false;
-    if (average && !(take(kAverage, "ema") && (t.n_averaged = count_of(own, "n_averaged", &result->held))))
+    if (average && !(take(kAverage, ema) && (t.n_averaged = count_of(own, n_averaged, &result->held))))
       return false;
     result->params.push_back(*param);
     result->held.push_back(grad);

@@ -6,6 +6,16 @@
 
 namespace fastreg::FASTREG_ISA {
 
+// Asks for what a loop over all slots reads some lines later. The processor does so by itself, but not beyond
+// a page, which 1024 numbers have left. What begins a tensor is asked for while the one before is stepped.
+template <class T>
+FR_INLINE void fetch_ahead(T* const* slots, int64_t i, int64_t count) {
+  i += kAhead / int64_t(sizeof(T));
+  if (i >= count) return;
+  for (int s = 0; s < kSlots; ++s)
+    if (slots[s]) __builtin_prefetch(slots[s] + i);
+}
+
 // ---- stochastic rounding. bfloat16 keeps the upper half of a float32: adding 16 random bits to the lower
 // half and cutting it off rounds up with the probability of the remainder, so that the expected value is
 // exact (Gupta et al. 2015). Element i of the whole takes value i % 8 of group i / 8, in the draw of its

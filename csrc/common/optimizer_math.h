@@ -15,6 +15,8 @@ namespace fastreg {
 enum Slot { kParam, kGrad, kAverage, kState };
 constexpr int kSlots = 6;
 
+constexpr int64_t kAhead = 2048;  // bytes that the CPU's loops ask for before they read them
+
 struct StepTensor {
   DType dtype;
   void* data[kSlots];  // null where there is none; the gradient is only read
@@ -71,6 +73,7 @@ typename V::Scalar scalar_of(V);
 
 FR_HD float square_root(float x) { return sqrtf(x); }
 FR_HD double square_root(double x) { return sqrt(x); }
+FR_HD float magnitude(float x) { return fabsf(x); }
 
 // Zero in place of a subnormal float32, with which every later step would take 10 to 40 times as long;
 // float64 as it is.
@@ -79,8 +82,7 @@ FR_HD V flush(V x) {
   if constexpr (std::is_same_v<decltype(scalar_of(x)), double>) {
     return x;
   } else {
-    const V smallest(0x1p-126f), zero(0);
-    return select(x < smallest, select(x > zero - smallest, zero, x), x);
+    return select(magnitude(x) < V(0x1p-126f), V(0), x);
   }
 }
 

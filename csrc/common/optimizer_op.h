@@ -182,13 +182,23 @@ void for_each_span(size_t count, Numel numel, Work work) {
   }
 }
 
+inline void fetch_beginning(const StepTensor& t) {
+  const int64_t size = with_dtype(t.dtype, [](auto* type) { return int64_t(sizeof *type); });
+  const int64_t bytes = std::min(kAhead, t.layout[kParam].numel * size);
+  for (const void* data : t.data)
+    for (int64_t i = 0; data && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+}
+
 // A step of all tensors, and what is counted after it; nothing is checked.
 template <class Kernels, class Args>
 void step_all(const Kernels& kernels, const Args& a, const StepTensor* tensors, size_t count,
               bool counts_steps) {
   for_each_span(
       count, [&](size_t i) { return tensors[i].layout[kParam].numel; },
-      [&](size_t i, int64_t begin, int64_t end) { kernels.step(a, tensors[i], begin, end); });
+      [&](size_t i, int64_t begin, int64_t end) {
+        if (i + 1 < count) fetch_beginning(tensors[i + 1]);
+        kernels.step(a, tensors[i], begin, end);
+      });
   for (size_t i = 0; i < count; ++i) {
     if (float* counter = tensors[i].counter) *counter = counts_steps ? *counter + 1 : 1;
     if (float* n_averaged = tensors[i].n_averaged) *n_averaged += 1;

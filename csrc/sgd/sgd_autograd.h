@@ -12,8 +12,9 @@ inline bool collect_sgd(const GroupOptions& options, PyObject* state, size_t fir
       !options.read("dampening", &a.dampening) || a.dampening != 0 ||
       !options.read("nesterov", &a.nesterov) || !options.read("decoupled", &a.decoupled))
     return false;
-  const char* const counter = a.step.stochastic_rounding ? "step" : nullptr;
-  if (a.momentum != 0) return collect_tensors(options, state, {"momentum_buffer"}, counter, first, result);
+  static PyObject *const buffer = name_of("momentum_buffer"), *const step = name_of("step");
+  PyObject* const counter = a.step.stochastic_rounding ? step : nullptr;
+  if (a.momentum != 0) return collect_tensors(options, state, {buffer}, counter, first, result);
   return collect_tensors(options, state, {}, counter, first, result);
 }
 

@@ -22,6 +22,7 @@ __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, cons
   if constexpr (std::is_same_v<T, BFloat16>) {
     for (; done + 32 <= count; done += 32) {  // in pairs
       const uint16_t* const bits = random ? random + done : nullptr;
+      fetch_ahead(slots, done, count);
       V w_even, w_odd, g_even, g_odd, v_even(0), v_odd(0);
       load_pairs(param + done, w_even, w_odd);
       load_pairs(grad + done, g_even, g_odd);
@@ -40,6 +41,7 @@ __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, cons
   for_each_vector<typename V::Scalar>(count - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
     const int64_t i = done + j;
     const uint16_t* const bits = random ? random + i : nullptr;
+    fetch_ahead(slots, i, count);
     V w = load(param + i, lanes), v(0);
     if (has_momentum) v = load(momentum + i, lanes);
     sgd_element(kForm, kPenalty, w, load(grad + i, lanes), v, n);
