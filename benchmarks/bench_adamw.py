@@ -1,5 +1,6 @@
 """A step of AdamW with L1, alone and with what stands beside it: clipping by the global norm and a
-moving average of the weights, which torch makes with `clip_grad_norm_` and `AveragedModel`.
+moving average of the weights, which torch makes with `clip_grad_norm_` and `AveragedModel`. All sides are the
+optimisers themselves, `step()` from Python.
 
 The floor is torch's fused AdamW, which has no L1. Seven elements cannot be avoided: p, g and both moments
 read, p and the moments written.
@@ -10,11 +11,11 @@ from functools import partial
 
 import torch
 
+import fastreg as fr
 import fastreg.benchmarks
 from fastreg.benchmarks import _timing
 from fastreg.benchmarks._timing import Case, Targets, Work
 
-NUMBERS = dict(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2)
 OPTIONS = dict(lr=1e-3, weight_decay=1e-2)
 L1, DECAY, MAX_NORM = 1e-5, 0.999, 1.0
 
@@ -67,28 +68,6 @@ def cases(scale: str) -> Iterator[Case]:
                 )
 
 
-class _Step:
-    """The operator over tensors of its own, as an optimiser holds them."""
-
-    def __init__(self, start, gradients, average=False, **numbers):
-        like = [torch.zeros_like(t) for t in start]
-        counts = [torch.zeros((), device=t.device) for t in start]
-        self.params, self.gradients = [t.clone() for t in start], [t.clone() for t in gradients]
-        self.state = [[t.clone() for t in like] for _ in range(2)] + [[], counts]
-        self.averages = [[t.clone() for t in like], [t.clone() for t in counts]] if average else [[], []]
-        self.numbers, self.average = {**NUMBERS, "l1": 0.0, "ema": DECAY, **numbers}, average
-
-    def __call__(self):
-        clip = None
-        if self.average:
-            norm = torch.ops.fastreg.sum_of_squares(self.gradients).sqrt()
-            clip = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0).float()
-        torch.ops.fastreg.adamw_(
-            self.params, self.gradients, *self.state, *self.averages, *self.numbers.values(), False, False,
-            False, clip=clip,
-        )  # fmt: skip
-
-
 def _parameters(start, gradients):
     copies = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     for parameter, gradient in zip(copies, gradients, strict=True):
@@ -104,20 +83,26 @@ def _fused(start, gradients):
     return torch.optim.AdamW(_parameters(start, gradients), fused=True, **OPTIONS).step
 
 
+def _ours(parameters, **options):
+    """With the L1 that torch's line over the gradients makes."""
+    return fr.optim.AdamW(parameters, l1_mode="subgradient", **options)
+
+
 def _check(start, gradients, dtype, **numbers):
     """Two steps against the formula in float64, with factors large enough to show."""
     large = dict(lr=0.1, weight_decay=0.1, **numbers)
-    step = _Step(start, gradients, **large)
+    parameters = _parameters(start, gradients)
+    optimizer = _ours(parameters, **large)
     for _ in range(2):
-        step()
+        optimizer.step()
     tolerance = 4 * _timing.tolerance(dtype)
-    for got, w, g in zip(step.params, start, gradients, strict=True):
+    for got, w, g in zip(parameters, start, gradients, strict=True):
         w, m, v = w.double(), 0, 0
         for t in (1, 2):
             full = g.double() + numbers.get("l1", 0.0) * w.sign()
             m, v = 0.9 * m + 0.1 * full, 0.999 * v + 0.001 * full * full
             w = w - 0.1 * (0.1 * w + m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
-        near = (got.double() - w).abs() <= tolerance * (1 + w.abs())
+        near = (got.detach().double() - w).abs() <= tolerance * (1 + w.abs())
         assert near.double().mean() > 0.99  # a gradient beside 0 has a sign of its own
 
 
@@ -132,7 +117,7 @@ def _build(shapes, dtype, device):
 
     eager = _parameters(start, gradients)
     sides = {
-        "fastreg": _Step(start, gradients, l1=L1),
+        "fastreg": _ours(_parameters(start, gradients), l1=L1, **OPTIONS).step,
         "torch": partial(theirs, eager, torch.optim.AdamW(eager, foreach=True, **OPTIONS)),
         "floor": _fused(start, gradients),
     }
@@ -155,7 +140,9 @@ def _build_whole(shapes, dtype, device):
         average.update_parameters(model)
 
     sides = {
-        "fastreg": _Step(start, gradients, average=True),
+        "fastreg": fr.optim.AdamW(
+            _parameters(start, gradients), ema=DECAY, max_norm=MAX_NORM, **OPTIONS
+        ).step,
         "torch": theirs,
         "floor": _fused(start, gradients),
     }

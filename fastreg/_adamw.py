@@ -31,6 +31,7 @@ from ._optimizer_math import (
     lerp,
     number,
     rounded,
+    rounding_of,
     soft_threshold,
     square_root,
     store,
@@ -75,13 +76,15 @@ def adamw_plain(
     clip: torch.Tensor | None = None,
     ema_tensor: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    places: Sequence[int] = (),
 ) -> None:
     """The operator `adamw_`: one step of all parameters. A found_inf other than 0 skips it: nothing changes.
 
     max_exp_avg_sqs is empty without amsgrad, averages and n_averaged without a moving average, whose decay is
     ema, or ema_tensor where that is there. steps may lie on the CPU where nothing can skip the step.
     Gradients are multiplied by clip. cautious: the decay acts only where the update does not push the weight
-    away from 0 (Chen et al. 2025). A seed asks for stochastic rounding of bfloat16 parameters and averages.
+    away from 0 (Chen et al. 2025). A seed asks for stochastic rounding of bfloat16 parameters and averages,
+    by numbers that depend on the seed, steps and places alone (`rounding_of`).
     """
     for param in params:  # all of them first, so that an error finds nothing stepped
         check_dtype("AdamW", "a parameter", param)
@@ -103,23 +106,24 @@ def adamw_plain(
         take = number(1 - beta2, param)
         v = flush(number(beta2, param) * exp_avg_sqs[i].to(wide) + take * g * g)
         most = torch.maximum(flush(max_exp_avg_sqs[i].to(wide)), v) if max_exp_avg_sqs else v
-        denominator = square_root(most) * (1 / square_root(correction2)) + number(eps, param)
+        inverse = 1 / (square_root(most) * (1 / square_root(correction2)) + number(eps, param))
 
         # The decay, the step and the threshold.
         decayed = w * (1 - rate * number(weight_decay, param))
         if cautious:
             against = ((m > 0) & (w < 0)) | ((m < 0) & (w > 0))
             decayed = torch.where(against, w, decayed)
-        w = decayed - rate / correction1 * m / denominator
+        w = decayed - rate / correction1 * m * inverse
         if proximal and l1 != 0:
-            w = soft_threshold(w, rate * number(l1, param) / denominator)
+            w = soft_threshold(w, rate * number(l1, param) * inverse)
 
         # Back to the tensors.
+        rounding = rounding_of(seed, steps[i], places, i, param)
         if averages:
             average = averaged(averages[i], w, n_averaged[i], ema if ema_tensor is None else ema_tensor)
-            store(averages[i], rounded(average, param.dtype, seed, i), skip)
+            store(averages[i], rounded(average, param.dtype, rounding), skip)
             count(n_averaged[i], skip)
-        store(param, rounded(w, param.dtype, seed, i), skip)
+        store(param, rounded(w, param.dtype, rounding), skip)
         store(exp_avgs[i], m.to(param.dtype), skip)
         store(exp_avg_sqs[i], v.to(param.dtype), skip)
         if max_exp_avg_sqs:
@@ -139,5 +143,5 @@ adamw_step = define_step(
     numbers=("lr", "beta1", "beta2", "eps", "weight_decay", "l1", "ema"),
     unsigned=("lr", "eps", "weight_decay"),
     options="bool proximal, bool cautious, bool maximize, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
-    "Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, Tensor? seed=None",
+    "Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, Tensor? seed=None, int[] places=[]",
 )

@@ -5,10 +5,13 @@ The compiled kernels compute the same bits; their form of it is csrc/common/opti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from ._checks import arithmetic_dtype
-from ._seeds import Purpose, random_halves
+from ._seeds import Purpose, mixed_seed, random_halves
 
 # Below it float32 is subnormal, and a step over such a state takes 10 to 40 times as long.
 SMALLEST_NORMAL = 2.0**-126
@@ -91,26 +94,66 @@ def averaged(
     return flush(torch.where(n_averaged.reshape(()) == 0, w, moved))
 
 
-def _round_stochastic(w: torch.Tensor, seed: torch.Tensor, tensor_index: int) -> torch.Tensor:
+class Place(NamedTuple):
+    """What a tensor draws by: a number of its own, and where its elements stand in the whole of which it may
+    be a part. Element i has the index first + i // columns * row + i % columns there.
+    """
+
+    draw: int
+    first: int
+    columns: int
+    row: int
+
+
+class Rounding(NamedTuple):
+    """The random numbers of one tensor in one step: a function of these and of an element's index alone."""
+
+    seed: torch.Tensor
+    place: Place
+
+
+def rounding_of(
+    seed: torch.Tensor | None,
+    step: torch.Tensor | None,
+    places: Sequence[int],
+    index: int,
+    like: torch.Tensor,
+) -> Rounding | None:
+    """The random numbers of tensor `index` of a list after that many steps; None without a seed. places has
+    four numbers for each tensor, or none: then it draws by its place in the list, as a whole.
+    """
+    if seed is None:
+        return None
+    given = places[4 * index : 4 * index + 4]
+    place = Place(*given) if given else Place(index, 0, max(1, like.numel()), 0)
+    steps = torch.zeros((), dtype=torch.int64) if step is None else step.reshape(()).to(torch.int64)
+    return Rounding(mixed_seed(seed.reshape(()), steps.to(seed.device)), place)
+
+
+def _round_stochastic(w: torch.Tensor, rounding: Rounding) -> torch.Tensor:
     """Finite float32 numbers rounded to bfloat16, up with the probability of what is cut off (Gupta et al.
     2015).
 
     bfloat16 is the upper half of a float32: 16 random bits are added to the lower half, then it is cut off.
     """
-    halves = random_halves(
-        seed, 0, w.numel(), w.device, draw=tensor_index, purpose=Purpose.STOCHASTIC_ROUNDING
-    )
+    draw, first, columns, row = rounding.place
+    lengths = [min(columns, w.numel() - i) for i in range(0, w.numel(), columns)]
+    rows = [
+        random_halves(
+            rounding.seed, first + i * row, n, w.device, draw=draw, purpose=Purpose.STOCHASTIC_ROUNDING
+        )
+        for i, n in enumerate(lengths)
+    ]
+    halves = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64, device=w.device)
     bits = w.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     cut = ((bits + halves.view(w.shape)) & 0xFFFF0000).to(torch.int32).view(torch.float32)
     return torch.where(w.isfinite(), cut, w).to(torch.bfloat16)
 
 
-def rounded(
-    value: torch.Tensor, dtype: torch.dtype, seed: torch.Tensor | None, tensor_index: int
-) -> torch.Tensor:
-    """`value` in the type of its tensor; with a seed, and to bfloat16, at random."""
-    if seed is not None and dtype == torch.bfloat16:
-        return _round_stochastic(value, seed, tensor_index)
+def rounded(value: torch.Tensor, dtype: torch.dtype, rounding: Rounding | None) -> torch.Tensor:
+    """`value` in the type of its tensor; with random numbers, and to bfloat16, at random."""
+    if rounding is not None and dtype == torch.bfloat16:
+        return _round_stochastic(value, rounding)
     return value.to(dtype)
 
 

@@ -77,7 +77,7 @@ def _count_seed(device: torch.device, generator: torch.Generator | None) -> torc
 
 
 def mix_seed(seed: int, offset: int) -> int:
-    """The int64 that a generator's seed and offset stand for: splitmix64's `offset`-th number from `seed`.
+    """The int64 that a seed and an offset or count stand for: splitmix64's `offset`-th number from `seed`.
 
     Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
     """
@@ -86,6 +86,18 @@ def mix_seed(seed: int, offset: int) -> int:
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
     z ^= z >> 31
     return z - 2**64 if z >= 2**63 else z
+
+
+def mixed_seed(seed: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """`mix_seed` of two tensors of one int64, which are not read on the host."""
+
+    def shifted(z: torch.Tensor, bits: int) -> torch.Tensor:  # as unsigned
+        return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+    z = seed + (0x9E3779B97F4A7C15 - 2**64) * (offset + 1)
+    z = (z ^ shifted(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ shifted(z, 27)) * (0x94D049BB133111EB - 2**64)
+    return z ^ shifted(z, 31)
 
 
 def forked_generators() -> contextlib.AbstractContextManager[None]:

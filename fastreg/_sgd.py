@@ -21,6 +21,7 @@ from ._optimizer_math import (
     l1_pull,
     number,
     rounded,
+    rounding_of,
     soft_threshold,
     store,
 )
@@ -52,12 +53,14 @@ def sgd_plain(
     clip: torch.Tensor | None = None,
     ema_tensor: torch.Tensor | None = None,
     seed: torch.Tensor | None = None,
+    places: Sequence[int] = (),
 ) -> None:
     """The operator `sgd_`: one step of all parameters. A found_inf other than 0 skips it: nothing changes.
 
     momentum_buffers is empty without momentum, momentum_started without dampening, averages and n_averaged
     without a moving average, whose decay is ema, or ema_tensor where that is there. Gradients are multiplied
-    by clip. A seed asks for stochastic rounding of bfloat16 parameters and averages.
+    by clip. A seed asks for stochastic rounding of bfloat16 parameters and averages, by numbers that depend
+    on the seed, the steps and places alone (`rounding_of`); momentum_started then counts the steps.
     """
     for param in params:  # all of them first, so that an error finds nothing stepped
         check_dtype("SGD", "a parameter", param)
@@ -95,23 +98,26 @@ def sgd_plain(
             w = soft_threshold(w, rate * number(l1, param))
 
         # Back to the tensors.
+        rounding = rounding_of(seed, momentum_started[i] if momentum_started else None, places, i, param)
         if averages:
             average = averaged(averages[i], w, n_averaged[i], ema if ema_tensor is None else ema_tensor)
-            store(averages[i], rounded(average, param.dtype, seed, i), skip)
+            store(averages[i], rounded(average, param.dtype, rounding), skip)
             count(n_averaged[i], skip)
-        store(param, rounded(w, param.dtype, seed, i), skip)
+        store(param, rounded(w, param.dtype, rounding), skip)
         if v is not None:
             store(momentum_buffers[i], v.to(param.dtype), skip)
-            if momentum_started:
-                store(momentum_started[i], torch.ones_like(momentum_started[i]), skip)
+        if momentum_started and seed is not None:
+            count(momentum_started[i], skip)
+        elif momentum_started:
+            store(momentum_started[i], torch.ones_like(momentum_started[i]), skip)
 
 
 # --- The operator.
 
 # One call steps all tensors of a parameter group. momentum_started, one float32 flag per tensor that the
 # operator sets to 1, is only there with dampening, whose first step differs: only the operator knows whether
-# a step was skipped for an overflow, and so was not the first. n_averaged counts, one float32 per tensor, the
-# updates of the average, for the same reason.
+# a step was skipped for an overflow, and so was not the first. With a seed it counts the steps, by which the
+# numbers are drawn. n_averaged counts, one float32 per tensor, the updates of the average.
 sgd_step = define_step(
     "sgd",
     sgd_plain,
@@ -121,5 +127,5 @@ sgd_step = define_step(
     unsigned=("lr", "momentum", "weight_decay"),
     options="bool nesterov, bool proximal, bool decoupled, bool maximize, Tensor? lr_tensor=None, "
     "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? clip=None, Tensor? ema_tensor=None, "
-    "Tensor? seed=None",
+    "Tensor? seed=None, int[] places=[]",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,25 @@ def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[s
 
     sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, int] | None:
+    """(first, columns, row): element i of a part of a tensor of `shape` is element first + i // columns * row
+    + i % columns of the whole. None for a part that three numbers do not tell, of the second and the third
+    dimension for example.
+    """
+    lengths = [each.stop - each.start for each in part]
+    if 0 in lengths:
+        return 0, 1, 0
+    cut = [k for k, (length, size) in enumerate(zip(lengths, shape, strict=True)) if length < size]
+    if not cut:
+        return 0, math.prod(shape), 0
+    if any(math.prod(lengths[:k]) > 1 for k in cut[:-1]):
+        return None
+    strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+    first = sum(each.start * stride for each, stride in zip(part, strides, strict=True))
+    last = cut[-1]
+    return first, lengths[last] * strides[last], shape[last] * strides[last]
 
 
 def seed_of_first_rank(seed: torch.Tensor, mesh: Any) -> torch.Tensor:

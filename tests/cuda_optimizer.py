@@ -17,9 +17,12 @@ StepTensor = structure(
     pointer counter
     float step
     pointer n_averaged
+    unsigned draw
+    int64 first, columns, row
     layouts layout""",
     slots=ctypes.c_void_p * SLOTS,
     float=ctypes.c_float,
+    unsigned=ctypes.c_uint32,
     layouts=Layout * SLOTS,
 )
 StepArgs = structure(
@@ -60,7 +63,8 @@ def step_args(machine, lr=0.1, weight_decay=0.0, l1=0.0, ema=0.0, proximal=False
     )  # fmt: skip
 
 
-def run(op, launcher, lists, counters, n_averaged, args, *, seed=None, misaligned=0, step=0.0, **options):
+def run(op, launcher, lists, counters, n_averaged, args, *, seed=None, misaligned=0, step=0.0, places=None,
+        **options):  # fmt: skip
     """Call a launcher. `lists` is {slot: tensors}, `args(machine)` gives its first argument.
 
     Gives ({slot: tensors}, counters, n_averaged) as the step leaves them, and the reports.
@@ -78,6 +82,8 @@ def run(op, launcher, lists, counters, n_averaged, args, *, seed=None, misaligne
         for i, entry in enumerate(table):
             param = lists[PARAM][i]
             entry.dtype, entry.step = dtype_number(param.dtype), step
+            place = places[i] if places else (i, 0, max(1, param.numel()), 0)
+            entry.draw, entry.first, entry.columns, entry.row = place
             flattens = seed is None or param.is_contiguous()
             layouts = flat([tensors[i] for tensors in lists.values()], flattens)
             for slot, layout in zip(lists, layouts, strict=True):

@@ -100,7 +100,7 @@ class TestTorchsSamples:
             assert_near(*both(start, grads, capturable, **options))
 
     def test_the_table_has_torchs_samples(self):
-        pytest.importorskip("expecttest", reason="torch's own tests need it")
+        pytest.importorskip("expecttest", reason='needs pip install "torch-fastreg[test]"')
         from torch.testing._internal.common_optimizers import optim_inputs_func_adamw
 
         for device in ("cpu", "cuda"):

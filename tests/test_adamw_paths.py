@@ -336,7 +336,7 @@ class TestBothPaths:
     class Spy:
         taken = 0
 
-        def adamw(self, groups, state):
+        def adamw(self, groups, state):  # without clipping, for which tests/test_optimizer_paths.py is
             result = fr._registry.fast.adamw(groups, state)
             self.taken += result is True
             return result

@@ -34,7 +34,8 @@ class Step:
         self.started = [torch.tensor(float(s)) for s in started or ()]
         self.n_averaged = [torch.tensor(float(i % 2)) for i in range(len(averages or ()))]
         self.own = {name: options.pop(name, value) for name, value in OWN.items()}
-        self.misaligned, self.options = options.pop("misaligned", 0), options
+        self.misaligned, self.places = options.pop("misaligned", 0), options.pop("places", None)
+        self.options = options
 
     def on_cpu(self):
         lists = {slot: [t.clone() for t in group] for slot, group in self.lists.items()}
@@ -43,6 +44,7 @@ class Step:
         options = {**usual, **self.own, **self.options}
         if options.get("seed") is not None:
             options["seed"] = torch.tensor([options["seed"]])
+            options["places"] = [number for place in self.places or () for number in place]
         torch.ops.fastreg.sgd_(
             lists[PARAM], lists[GRAD], lists.get(MOMENTUM, []), started, lists.get(AVERAGE, []), n_averaged,
             **options,
@@ -55,7 +57,7 @@ class Step:
 
         return run(
             "sgd", LAUNCHER, self.lists, self.started, self.n_averaged, args,
-            seed=self.options.get("seed"), misaligned=self.misaligned, **options,
+            seed=self.options.get("seed"), misaligned=self.misaligned, places=self.places, **options,
         )  # fmt: skip
 
 
@@ -147,6 +149,18 @@ def test_stochastic_rounding(momentum):
     assert not all_same(step.on_cpu()[0][PARAM], rounded[0][PARAM])
 
 
+def test_shards_are_rounded_as_parts_of_the_whole():
+    """Rows that begin within a group of eight or at one, and columns, at steps 0 and 7."""
+    params, grads, buffers, averages = tensors([(4103,), (4096,), (70, 33), (8, 8)], torch.bfloat16, 4)
+    places = [(3, 2**33 + 5, 4103, 4103), (1, 64, 4096, 4096), (2, 11, 33, 90), (0, 0, 64, 0)]
+    options = dict(averages=averages, ema=0.9, momentum=0.9, seed=77, started=[0, 7, 7, 0])
+    step = Step(params, grads, buffers, places=places, **options)
+    check(step)
+    whole = Step(params, grads, buffers, **options).on_cpu()[0][PARAM]
+    same_as_whole = [same(a, b) for a, b in zip(step.on_cpu()[0][PARAM], whole, strict=True)]
+    assert same_as_whole == [False, False, False, False]  # another number or another place
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_unaligned(dtype):
     params, grads, buffers = tensors([(40, 60), (40, 60), (7, 9, 11), (4000,)], dtype)
@@ -200,6 +214,7 @@ def test_more_than_2_31_elements():
         layout = Layout(n, 1, True)
         param, grad, momentum = (b.addr for b in buffers)
         tensors = (StepTensor * 1)()
+        tensors[0].columns = n
         for slot, at in ((PARAM, param), (GRAD, grad), (MOMENTUM, momentum)):
             tensors[0].data[slot], tensors[0].layout[slot] = at, layout
         args = SgdArgs(StepArgs(0.5, grad_factor=1.0, clip=1.0), 0.5)

@@ -143,7 +143,7 @@ def test_dampening_has_a_flag_in_the_state():
 
 
 def test_the_constructor_takes_options_of_its_own():
-    shared = {"l1", "l1_mode", "stochastic_rounding", "ema", "ema_warmup"}
+    shared = {"l1", "l1_mode", "stochastic_rounding", "rounding_seed", "ema", "ema_warmup"}
     for kind, more in (("SGD", {"decoupled", "scale_penalty"}), ("AdamW", {"cautious"})):
         ours, theirs = getattr(fr.optim, kind), getattr(torch.optim, kind)
         own = inspect.signature(ours).parameters.keys() - inspect.signature(theirs).parameters

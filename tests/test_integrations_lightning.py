@@ -255,6 +255,52 @@ def test_clipping_in_the_step(precision, kind):
     assert max(filter(math.isfinite, our_norms)) > 0.6
 
 
+class Averaged(Trained):
+    """Validates with the averages, as docs/guide.md has it."""
+
+    def on_validation_epoch_start(self):
+        self.averaged = self.optimizers().optimizer.averaged()
+        self.averaged.__enter__()
+
+    def validation_step(self, batch, index):
+        self.seen = [p.detach().clone() for p in self.parameters()]
+        self.log("loss", self.net(batch[0]).square().mean())
+
+    def on_validation_epoch_end(self):
+        self.averaged.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_averages_in_validation(kind, tmp_path):
+    """Validation sees the averages, training and checkpoints the weights, and a resumed run goes on."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    data = DataLoader(
+        TensorDataset(torch.randn(4, 3, generator=torch.Generator().manual_seed(3))), batch_size=2
+    )
+    runs = []
+    for resumes in (False, True):
+        module = Averaged(getattr(fr.optim, kind), ema=0.9, ema_warmup=True, max_norm=0.5)
+        saver = ModelCheckpoint(tmp_path / str(resumes), save_top_k=-1, filename="{epoch}")
+        for end in (1, 3) if resumes else (3,):
+            trainer = pl.Trainer(
+                accelerator="cpu", max_epochs=end, logger=False, callbacks=[saver],
+                enable_progress_bar=False, enable_model_summary=False,
+            )  # fmt: skip
+            trainer.fit(
+                module, data, data, ckpt_path=tmp_path / "True/epoch=0.ckpt" if end > 1 and resumes else None
+            )
+        optimizer = module.optimizers().optimizer
+        for p, seen in zip(module.parameters(), module.seen, strict=True):
+            assert torch.equal(optimizer.state[p]["ema"], seen) and not torch.equal(p.detach(), seen)
+        saved = torch.load(saver.best_model_path or saver.last_model_path, weights_only=False)["state_dict"]
+        if not resumes:
+            assert all(torch.equal(saved[name], p.detach()) for name, p in module.named_parameters())
+        runs.append([*module.seen, *(p.detach() for p in module.parameters())])
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_fused_is_refused_with_clipping_as_torch_is():
     for optimizer in (torch.optim.SGD, fr.optim.SGD):
         with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):

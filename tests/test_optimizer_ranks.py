@@ -126,6 +126,30 @@ def one_tensor(cls, options, mesh, world):
     assert not torch.equal(p.detach().to_local(), torch.ones(2, 3))
 
 
+def rounded_at_random(cls, options, mesh):
+    """Replicas and shards have the bits of one process, whatever the ranks' generators."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def stepped(params, place):
+        optimizer = cls(params, **options, ema=0.5, stochastic_rounding=True, rounding_seed=9)
+        for n in range(3):
+            for i, p in enumerate(params):
+                generator = torch.Generator().manual_seed(10 * n + i)
+                p.grad = place(i, torch.randn(p.shape, generator=generator).bfloat16())
+            optimizer.step()
+        return [whole(t.detach()) for p in params for t in (p, optimizer.state[p]["ema"])]
+
+    torch.manual_seed(mesh.get_rank())
+    layouts = ([Shard(0)], [Shard(1)], [Replicate()], [Shard(0)], [Shard(2)])
+    shapes = ((7, 3), (5, 20), (33,), (1, 6), (3, 5, 7))
+    start = [torch.linspace(-1, 1, torch.Size(s).numel()).reshape(s).bfloat16() for s in shapes]
+    one = stepped([torch.nn.Parameter(t.clone()) for t in start], lambda i, grad: grad)
+    sharded = [torch.nn.Parameter(distribute_tensor(t, mesh, p)) for t, p in zip(start, layouts, strict=True)]
+    several = stepped(sharded, lambda i, grad: distribute_tensor(grad, mesh, layouts[i]))
+    for a, b in zip(one, several, strict=True):
+        assert torch.equal(a, b)
+
+
 def worker(rank, world, folder):
     """On each of two gloo ranks; an assertion that fails here fails the spawn."""
     import torch.distributed as dist
@@ -138,6 +162,7 @@ def worker(rank, world, folder):
         options = {**own, **SHARED}
         of_one_process(cls, options, mesh, slice(4 * rank, 4 * rank + 4), folder)
         one_tensor(cls, options, mesh, world)
+        rounded_at_random(cls, own, mesh)
     dist.barrier()  # or torch aborts a rank whose partner is gone
     dist.destroy_process_group()
 

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from helpers import ROOT, run_python
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from torch.optim import SGD  # a name of this module
+from torch.optim import SGD, AdamW  # names of this module
 
 import fastreg as fr
 from fastreg.testing import patched
 from fastreg.testing.patched import Exchange
 
-TORCHS = (SGD,)  # where no name is exchanged
+TORCHS = (SGD, AdamW)  # where no name is exchanged
 
 
 @pytest.fixture
@@ -31,7 +31,8 @@ def exchange():
     yield lambda *options: begun.append(Exchange(options)) or begun[-1]
     for each in begun:
         each.undo()
-    assert torch.optim.SGD is SGD is TORCHS[0] and "__init__" not in vars(nn.Dropout)
+    assert torch.optim.SGD is SGD is TORCHS[0] and torch.optim.AdamW is AdamW is TORCHS[1]
+    assert "__init__" not in vars(nn.Dropout)
     assert type(nn.Dropout()) is nn.Dropout and type(nn.CrossEntropyLoss()) is nn.CrossEntropyLoss
     assert not F.dropout.__code__.co_filename.endswith("_exchange.py")
 
@@ -119,22 +120,26 @@ class TestOptim:
         p.grad = torch.ones(3)
         SGD([p], lr=0.5).step()
         assert run.counts == {"steps of SGD": 1} and p[0] == 0.5
+        assert torch.optim.AdamW is sys.modules["torch.optim.adamw"].AdamW is AdamW is fr.optim.AdamW
+        AdamW([p], 0.25, (0.0, 0.0), 0.0, 0.0).step()
+        assert run.counts["steps of AdamW"] == 1 and p[0] == 0.25
 
     def test_subclasses_and_pickles(self, exchange):
-        before = SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        before = [kind([nn.Parameter(torch.ones(1))], lr=0.1) for kind in TORCHS]
         exchange("optim")
+        for name in ("SGD", "AdamW"):
+            kind = getattr(torch.optim, name)
 
-        class Mine(torch.optim.SGD):
-            pass
+            class Mine(kind):
+                pass
 
-        p = nn.Parameter(torch.ones(1))
-        assert issubclass(Mine, fr.optim.SGD) and isinstance(Mine([p], lr=0.1), torch.optim.SGD)
-        optimizer = torch.optim.SGD([p], lr=0.1, momentum=0.9)
-        buffer = io.BytesIO()
-        torch.save(optimizer, buffer)
-        buffer.seek(0)
-        assert type(torch.load(buffer, weights_only=False)) is torch.optim.SGD
-        assert type(copy.deepcopy(before)) is TORCHS[0]
+            p = nn.Parameter(torch.ones(1))
+            assert issubclass(Mine, getattr(fr.optim, name)) and isinstance(Mine([p], lr=0.1), kind)
+            buffer = io.BytesIO()
+            torch.save(kind([p], lr=0.1), buffer)
+            buffer.seek(0)
+            assert type(torch.load(buffer, weights_only=False)) is kind
+        assert tuple(type(copy.deepcopy(optimizer)) for optimizer in before) == TORCHS
 
 
 def test_an_exchange_that_reached_nothing_says_so(exchange):

@@ -5,7 +5,8 @@
 
 namespace fastreg::autograd {
 
-inline bool collect_adamw(const GroupOptions& options, PyObject* state, StepGroup<AdamwArgs>* result) {
+inline bool collect_adamw(const GroupOptions& options, PyObject* state, size_t first,
+                          StepGroup<AdamwArgs>* result) {
   AdamwArgs& a = result->args;
   PyObject* const betas = options.at("betas");
   const double below_one = std::nextafter(1., 0.);
@@ -16,18 +17,19 @@ inline bool collect_adamw(const GroupOptions& options, PyObject* state, StepGrou
       !number(PyTuple_GET_ITEM(betas, 0), 0, below_one, &a.beta1) ||
       !number(PyTuple_GET_ITEM(betas, 1), 0, below_one, &a.beta2))
     return false;
-  if (amsgrad)
-    return collect_tensors(options, state, {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}, "step", result);
-  return collect_tensors(options, state, {"exp_avg", "exp_avg_sq"}, "step", result);
+  static PyObject *const m = name_of("exp_avg"), *const v = name_of("exp_avg_sq"),
+                         *const most = name_of("max_exp_avg_sq"), *const counter = name_of("step");
+  if (amsgrad) return collect_tensors(options, state, {m, v, most}, counter, first, result);
+  return collect_tensors(options, state, {m, v}, counter, first, result);
 }
 
-// (param_groups, state) -> True if all of them have been stepped, None if none has
-inline PyObject* adamw(PyObject*, PyObject* const* args, Py_ssize_t) {
+// (param_groups, state[, clip, found_inf]) -> True if all of them have been stepped, None if none has
+inline PyObject* adamw(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static const auto step =
       reinterpret_cast<decltype(&adamw_step)>(PyCapsule_Import("fastreg._C.adamw_step", 0));
-  return step ? step_groups<AdamwArgs>(args[0], args[1], step, collect_adamw) : nullptr;
+  return step ? step_groups<AdamwArgs>(args, count, step, collect_adamw) : nullptr;
 }
 
-inline const Method<adamw, 2> register_adamw("adamw");
+inline const Method<adamw, 2, 4> register_adamw("adamw");
 
 }  // namespace fastreg::autograd

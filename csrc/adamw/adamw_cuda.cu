@@ -16,7 +16,7 @@ struct AdamwWork {
 
   __device__ __forceinline__ const StepArgs& step() const { return args.step; }
   __device__ __forceinline__ Numbers numbers(const StepPointers& t) const {
-    return adamw_numbers<A, A>(args, t.counter ? *t.counter : t.step, t.n_averaged, amsgrad);
+    return adamw_numbers<A, A>(args, steps_done(t.counter, t.step), t.n_averaged, amsgrad);
   }
   __device__ __forceinline__ void element(A* value, const Numbers& n) const {
     adamw_element(value[kParam], value[kGrad], value[kExpAvg], value[kExpAvgSq], value[kMaxExpAvgSq], n);

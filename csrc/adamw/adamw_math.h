@@ -91,20 +91,19 @@ FR_HD void adamw_element(V& w, V g, V& m, V& v, V& most, const AdamwNumbers<V>& 
     most = select(most == most, maximum(most, v), most);
     used = most;
   }
-  const V d = square_root(used) * n.unbias + n.eps;
+  const V inverse = V(1) / (square_root(used) * n.unbias + n.eps);  // a division takes as long as all else
 
   V decayed = w * n.decay;
   if (n.cautious)
     decayed = select(m > zero, select(w < zero, w, decayed),
                      select(m < zero, select(w > zero, w, decayed), decayed));
-  w = decayed - n.rate * m / d;
-  if (n.proximal) w = soft_threshold(w, n.threshold / d);
+  w = decayed - n.rate * m * inverse;
+  if (n.proximal) w = soft_threshold(w, n.threshold * inverse);
 }
 
 struct AdamwKernels {
-  // Elements [begin, end) of a tensor; begin is a multiple of 8. Its index among those of the step is its
-  // draw.
-  void (*step)(const AdamwArgs&, const StepTensor&, uint32_t tensor_index, int64_t begin, int64_t end);
+  // Elements [begin, end) of a tensor.
+  void (*step)(const AdamwArgs&, const StepTensor&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(AdamwKernels, adamw_kernels)
 

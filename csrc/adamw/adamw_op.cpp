@@ -25,7 +25,7 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
            double beta2, double eps, double weight_decay, double l1, double ema, bool proximal, bool cautious,
            bool maximize, std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale,
            std::optional<Tensor> found_inf, std::optional<Tensor> clip, std::optional<Tensor> ema_tensor,
-           std::optional<Tensor> seed) {
+           std::optional<Tensor> seed, std::vector<int64_t> places) {
   const char* op = "AdamW";
   const size_t count = params.size();
   check(grads.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
@@ -43,11 +43,13 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
     check(beta >= 0 && beta < 1, "AdamW: beta1 and beta2 must be in [0, 1), got ", beta);
   check(std::isfinite(eps) && eps >= 0, "AdamW: eps must be finite and at least 0, got ", eps);
 
+  check_places(op, places, count);
+
   // Not zeroed: most of it are layouts that nobody reads.
   const auto tensors = std::make_unique_for_overwrite<StepTensor[]>(count);
   for (size_t i = 0; i < count; ++i) {
     StepTensor* t = &tensors[i];
-    fill_first(op, t, params[i], grads[i]);
+    fill_first(op, t, i, places, params[i], grads[i]);
     fill_slot(op, t, kExpAvg, "exp_avg", exp_avgs[i], params[i]);
     fill_slot(op, t, kExpAvgSq, "exp_avg_sq", exp_avg_sqs[i], params[i]);
     if (!max_exp_avg_sqs.empty())

@@ -24,6 +24,8 @@
 #include <tuple>
 #include <vector>
 
+#include "mix_seed.h"
+
 namespace fastreg::autograd {
 
 using at::ScalarType;
@@ -149,14 +151,6 @@ PyObject* without_lock(Work work) {
 }
 
 // ---- the seed
-
-// splitmix64, as mix_seed in fastreg/_seeds.py
-inline uint64_t mix_seed(uint64_t seed, uint64_t offset) {
-  uint64_t z = seed + 0x9E3779B97F4A7C15u * (offset + 1);
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-  return z ^ (z >> 31);
-}
 
 // From the default generator of the input's device, into the CPU's memory: what draw_seed in
 // fastreg/_seeds.py gives. On a CPU that is what torch.randint(-(2**63), 2**63 - 1, (1,)) gives, by the same

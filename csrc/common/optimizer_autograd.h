@@ -55,91 +55,140 @@ struct StepGroup {
 // numbers are in range.
 inline bool read_options(const GroupOptions& options, StepArgs* a) {
   PyObject* const mode = options.at("l1_mode");
-  if (!mode || options.at("stochastic_rounding") != Py_False || !options.is_off("ema_warmup") ||
-      !options.read("lr", &a->lr) || !options.read("weight_decay", &a->weight_decay) ||
-      !options.read("l1", &a->l1) || !options.read("maximize", &a->maximize) ||
-      !(options.is_off("ema") || options.read("ema", &a->ema)))
+  if (!mode || !options.read("stochastic_rounding", &a->stochastic_rounding) || !options.read("lr", &a->lr) ||
+      !options.read("weight_decay", &a->weight_decay) || !options.read("l1", &a->l1) ||
+      !options.read("maximize", &a->maximize) || !(options.is_off("ema") || options.read("ema", &a->ema)))
     return false;
+  if (a->stochastic_rounding) {
+    PyObject* const given = options.at("rounding_seed");
+    if (!given || !PyLong_CheckExact(given)) return false;
+    a->seed = {uint64_t(PyLong_AsLongLong(given)), nullptr};
+    if (PyErr_Occurred()) return false;
+  }
   a->proximal = choice(mode, {"subgradient", "proximal"}) == 1;
   a->grad_factor = a->maximize ? -1 : 1;
   a->clip = 1;
   return true;
 }
 
+// A name as Python has it, made once: to make one for every parameter would take as long as all else.
+inline PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
+
 // The state of a parameter under a name, of its form; null where there is none, or another.
-inline const Tensor* state_of(PyObject* own, const char* name, const Tensor& param) {
-  PyObject* const kept = own ? PyDict_GetItemString(own, name) : nullptr;
+inline const Tensor* state_of(PyObject* own, PyObject* name, const Tensor& param) {
+  PyObject* const kept = own ? PyDict_GetItemWithError(own, name) : nullptr;
   const Tensor* const t = kept ? flat(kept) : nullptr;
   return t && same_form(param, *t) ? t : nullptr;
 }
-inline float* count_of(PyObject* own, const char* name, std::vector<Tensor>* held) {
-  PyObject* const kept = own ? PyDict_GetItemString(own, name) : nullptr;
+inline float* count_of(PyObject* own, PyObject* name, std::vector<Tensor>* held) {
+  PyObject* const kept = own ? PyDict_GetItemWithError(own, name) : nullptr;
   const Tensor* const t = kept ? flat(kept) : nullptr;
   if (!t || t->scalar_type() != ScalarType::Float || t->numel() != 1) return nullptr;
   held->push_back(*t);
   return t->mutable_data_ptr<float>();
 }
 
+// The decay of the average in its warm-up, as warmed_up in fastreg/optim/_average.py: torch's power has bits
+// of its own.
+inline bool warm_up(const GroupOptions& options, const StepTensor* tensors, size_t count, double* ema) {
+  double power = 2. / 3;
+  if (options.is_off("ema_warmup") || count == 0) return true;
+  if (options.at("ema_warmup") != Py_True && !options.read("ema_warmup", &power)) return false;
+  if (power == 0) return true;
+  float most = 0;
+  for (size_t i = 0; i < count; ++i) most = std::max(most, *tensors[i].n_averaged);
+  const Tensor n = at::scalar_tensor(1 + double(most), at::TensorOptions().dtype(ScalarType::Double));
+  *ema = std::min(1 - at::pow(n, -power).item<double>(), *ema);
+  return true;
+}
+
 // The parameters of a group that have a gradient, with the state of those names, and with the count of steps
-// and the average where they are asked for. False where one of them is not the usual case.
+// and the average where they are asked for. `first` is the number of the group's first parameter. False where
+// one of them is not the usual case.
 template <class Args>
-bool collect_tensors(const GroupOptions& options, PyObject* state, std::initializer_list<const char*> names,
-                     const char* counter, StepGroup<Args>* result) {
+bool collect_tensors(const GroupOptions& options, PyObject* state, std::initializer_list<PyObject*> names,
+                     PyObject* counter, size_t first, StepGroup<Args>* result) {
+  static PyObject *const ema = name_of("ema"), *const n_averaged = name_of("n_averaged");
   PyObject* const list = options.at("params");
   if (!list || !PyList_CheckExact(list)) return false;
-  const bool average = !options.is_off("ema");
+  const bool average = !options.is_off("ema"), rounds = result->args.step.stochastic_rounding;
   const Py_ssize_t count = PyList_GET_SIZE(list);
   // Not zeroed: most of it are layouts that nobody reads.
   result->tensors = std::make_unique_for_overwrite<StepTensor[]>(size_t(count));
+  result->params.reserve(size_t(count));
+  result->held.reserve(size_t(count) * (names.size() + 4));
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* const object = PyList_GET_ITEM(list, i);
     const Tensor* const param = flat(object);
     if (!param) return false;
     const Tensor& grad = param->grad();
-    if (!grad.defined()) continue;
+    if (!grad.defined()) {
+      if (average && param->requires_grad()) return false;  // it is averaged without a step
+      continue;
+    }
     if (!same_form(*param, grad)) return false;
+    if (rounds && (param->scalar_type() == ScalarType::Half || !param->is_contiguous())) return false;
     PyObject* own = nullptr;
-    if (names.size() || average) own = PyDict_GetItemWithError(state, object);
+    if (names.size() || counter || average) own = PyDict_GetItemWithError(state, object);
     if (own && !PyDict_CheckExact(own)) return false;
     StepTensor& t = result->tensors[result->params.size()];
     t.dtype = dtype_of(param->scalar_type());
     t.layout[kParam].numel = param->numel();
     t.counter = t.n_averaged = nullptr;
+    t.draw = uint32_t(first + size_t(i));
+    t.first = t.row = 0;
+    t.columns = std::max<int64_t>(1, param->numel());
     for (void*& data : t.data) data = nullptr;
     t.data[kParam] = param->mutable_data_ptr();
     t.data[kGrad] = const_cast<void*>(grad.const_data_ptr());
     int slot = kState;
-    const auto take = [&](int to, const char* name) {
+    const auto take = [&](int to, PyObject* name) {
       const Tensor* const kept = state_of(own, name, *param);
       if (!kept) return false;
       t.data[to] = kept->mutable_data_ptr();
       result->held.push_back(*kept);
       return true;
     };
-    for (const char* const name : names)
+    for (PyObject* const name : names)
       if (!take(slot++, name)) return false;
     if (counter && !(t.counter = count_of(own, counter, &result->held))) return false;
-    if (average && !(take(kAverage, "ema") && (t.n_averaged = count_of(own, "n_averaged", &result->held))))
+    if (average && !(take(kAverage, ema) && (t.n_averaged = count_of(own, n_averaged, &result->held))))
       return false;
     result->params.push_back(*param);
     result->held.push_back(grad);
   }
+  return !average || warm_up(options, result->tensors.get(), result->params.size(), &result->args.step.ema);
+}
+
+// What clips the gradients, and whether the step is skipped: CPU tensors of one number, as `clipped` in
+// fastreg/optim/_clip.py gives them.
+inline bool read_number(PyObject* object, double* value) {
+  const Tensor* const t = flat(object);
+  if (!t || t->numel() != 1) return false;
+  *value = t->item<double>();
   return true;
 }
 
-// (param_groups, state) -> True if all of them have been stepped, None if none has. collect(group, state,
-// result) is false for a group that is not the usual case.
+// (param_groups, state[, clip, found_inf]) -> True if all of them have been stepped, None if none has.
+// collect(group, state, first, result) is false for a group that is not the usual case.
 template <class Args, class Step, class Collect>
-PyObject* step_groups(PyObject* list, PyObject* state, Step step, Collect collect) {
+PyObject* step_groups(PyObject* const* args, Py_ssize_t given, Step step, Collect collect) {
+  PyObject *const list = args[0], *const state = args[1];
   if (!PyList_CheckExact(list) || !PyDict_Check(state) || is_transformed()) Py_RETURN_NONE;
+  double clip = 1, found_inf = 0;
+  if (given == 4 && !(read_number(args[2], &clip) && read_number(args[3], &found_inf))) Py_RETURN_NONE;
   std::vector<StepGroup<Args>> groups(size_t(PyList_GET_SIZE(list)));
+  size_t first = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
     PyObject* const group = PyList_GET_ITEM(list, Py_ssize_t(i));
-    if (!PyDict_CheckExact(group) || !collect(GroupOptions{group}, state, &groups[i])) {
+    if (!PyDict_CheckExact(group) || !collect(GroupOptions{group}, state, first, &groups[i])) {
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
+    groups[i].args.step.clip = clip;
+    first += size_t(PyList_GET_SIZE(PyDict_GetItemString(group, "params")));
   }
+  if (found_inf != 0) Py_RETURN_TRUE;
   {
     const pybind11::gil_scoped_release no_gil;
     for (const StepGroup<Args>& group : groups) {
@@ -150,5 +199,28 @@ PyObject* step_groups(PyObject* list, PyObject* state, Step step, Collect collec
   }
   Py_RETURN_TRUE;
 }
+
+// (param_groups) -> the sum of the squares of all gradients, None if this is not the usual case
+inline PyObject* squares(PyObject*, PyObject* const* args, Py_ssize_t) {
+  static const auto op = find<Tensor(at::TensorList)>("fastreg::sum_of_squares");
+  if (!PyList_CheckExact(args[0]) || is_transformed()) Py_RETURN_NONE;
+  std::vector<Tensor> grads;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); ++i) {
+    PyObject* const group = PyList_GET_ITEM(args[0], i);
+    PyObject* const list = PyDict_CheckExact(group) ? GroupOptions{group}.at("params") : nullptr;
+    if (!list || !PyList_CheckExact(list)) Py_RETURN_NONE;
+    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j) {
+      const Tensor* const param = flat(PyList_GET_ITEM(list, j));
+      if (!param) Py_RETURN_NONE;
+      const Tensor& grad = param->grad();
+      if (grad.defined() && !same_form(*param, grad)) Py_RETURN_NONE;
+      if (grad.defined()) grads.push_back(grad);
+    }
+  }
+  if (grads.empty()) Py_RETURN_NONE;
+  return without_lock([&] { return call(op, at::TensorList(grads)); });
+}
+
+inline const Method<squares, 1> register_squares("squares");
 
 }  // namespace fastreg::autograd

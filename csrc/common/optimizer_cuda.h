@@ -25,12 +25,18 @@ constexpr int kTensors = 80, kMostParameters = 32764;
 struct StepPointers {
   void* data[kSlots];
   const float *counter, *n_averaged;
-  int64_t numel;
+  int64_t numel, first;  // where it begins in the whole
   float step;
+  uint32_t draw;
 
   StepPointers() = default;
   explicit StepPointers(const StepTensor& t)
-      : counter(t.counter), n_averaged(t.n_averaged), numel(t.layout[kParam].numel), step(t.step) {
+      : counter(t.counter),
+        n_averaged(t.n_averaged),
+        numel(t.layout[kParam].numel),
+        first(t.first),
+        step(t.step),
+        draw(t.draw) {
     for (int s = 0; s < kSlots; ++s) data[s] = t.data[s];
   }
 };
@@ -39,7 +45,6 @@ template <class Work>
 struct StepBatch {
   Work work;
   int count;
-  uint32_t first_index;  // of tensor 0 in the whole step
   uint32_t first_chunk[kTensors + 1];
   StepPointers tensor[kTensors];
 };
@@ -72,20 +77,20 @@ __device__ __forceinline__ T round_at_random(A w, bool stochastic, uint32_t rand
   return result;
 }
 
-// The random bits of a step, those of the 8 elements about i.
+// The random bits of a step, those of the 8 elements about element i of the whole.
 template <class T>
 struct Rounding {
   bool stochastic;
   uint64_t seed;
-  uint32_t tensor_index;
+  uint32_t number;
 
-  __device__ __forceinline__ Rounding(const StepArgs& a, uint32_t index)
+  __device__ __forceinline__ Rounding(const StepArgs& a, const StepPointers& t)
       : stochastic(std::is_same_v<T, BFloat16> && a.stochastic_rounding),
-        seed(stochastic ? a.seed.get() : 0),
-        tensor_index(index) {}
+        seed(stochastic ? seed_of_step(a.seed, steps_done(t.counter, t.step)) : 0),
+        number(t.draw) {}
   __device__ __forceinline__ PhiloxWords draw(int64_t i) const {
     if (!stochastic) return PhiloxWords{};
-    return philox_group(seed, uint64_t(i) / 8, tensor_index, Purpose::kStochasticRounding);
+    return philox_group(seed, uint64_t(i) / 8, number, Purpose::kStochasticRounding);
   }
 };
 
@@ -119,7 +124,7 @@ __device__ __forceinline__ void step_word(const Work& work, const typename Work:
 #pragma unroll
   for (int s = 0; s < kSlots; ++s)
     if (has_slot(kHas, s)) word[s] = load_word(static_cast<const T*>(t.data[s]) + i);
-  const PhiloxWords random = rounding.draw(i);
+  const PhiloxWords random = rounding.draw(t.first + i);
 #pragma unroll
   for (int k = 0; k < kSize; ++k) {
     T stored[kSlots];
@@ -137,10 +142,10 @@ __device__ __forceinline__ void step_word(const Work& work, const typename Work:
     if (has_slot(kHas, s) && s != kGrad) store_word(static_cast<T*>(t.data[s]) + i, word[s]);
 }
 
-// Element i, whose slot s lies at memory offset at(s).
+// Element i, of that index in the whole, whose slot s lies at memory offset at(s).
 template <class T, unsigned kHas, class Work, class At>
 __device__ __forceinline__ void step_one(const Work& work, const typename Work::Numbers& n,
-                                         const StepPointers& t, int64_t i, const Rounding<T>& rounding,
+                                         const StepPointers& t, int64_t index, const Rounding<T>& rounding,
                                          const At& at) {
   T stored[kSlots];
   int64_t offset[kSlots];
@@ -151,7 +156,7 @@ __device__ __forceinline__ void step_one(const Work& work, const typename Work::
     stored[s] = static_cast<const T*>(t.data[s])[offset[s]];
   }
   uint32_t random = 0;
-  if (rounding.stochastic) random = philox_half(rounding.draw(i), int(i % 8));
+  if (rounding.stochastic) random = philox_half(rounding.draw(index), int(index % 8));
   step_element<T, kHas>(work, n, stored, rounding.stochastic, random);
 #pragma unroll
   for (int s = 0; s < kSlots; ++s)
@@ -176,30 +181,32 @@ __global__ void __launch_bounds__(kThreads) step_tensors(const StepBatch<Work> b
     if (threadIdx.x == 0) shared = batch.work.numbers(t);
     __syncthreads();
     const Numbers n = shared;
-    const Rounding<T> rounding(a, batch.first_index + uint32_t(index));
+    const Rounding<T> rounding(a, t);
     const int64_t base = int64_t(chunk - batch.first_chunk[index]) * kChunk;
     uintptr_t addresses = 0;
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
       if (has_slot(kHas, s)) addresses |= reinterpret_cast<uintptr_t>(t.data[s]);
-    if (kWords && base + kChunk <= t.numel && addresses % 16 == 0) {
+    const bool in_groups = !rounding.stochastic || t.first % 8 == 0;  // a word draws from one
+    if (kWords && base + kChunk <= t.numel && addresses % 16 == 0 && in_groups) {
 #pragma unroll 2
       for (int j = 0; j < kChunk / (kThreads * Word<T>::kSize); ++j)
         step_word<T, kHas>(batch.work, n, t, base + (j * kThreads + int(threadIdx.x)) * Word<T>::kSize,
                            rounding);
     } else {
       for (int64_t i = base + threadIdx.x; i < base + kChunk && i < t.numel; i += kThreads)
-        step_one<T, kHas>(batch.work, n, t, i, rounding, [i](int) { return i; });
+        step_one<T, kHas>(batch.work, n, t, t.first + i, rounding, [i](int) { return i; });
     }
   }
 }
 
-// One tensor that cannot be walked as flat memory.
+// One tensor that cannot be walked as flat memory, or is rounded as a shard of several rows.
 template <class Work>
 struct StridedStep {
   Work work;
   StepPointers tensor;
-  uint32_t index;
+  Divider columns;
+  int64_t row;
   Offsets at[kSlots];
 };
 template <class T, unsigned kHas, class Work>
@@ -211,10 +218,16 @@ __global__ void __launch_bounds__(kThreads) step_strided(const StridedStep<Work>
   if (threadIdx.x == 0) shared = step.work.numbers(step.tensor);
   __syncthreads();
   const Numbers n = shared;
-  const Rounding<T> rounding(a, step.index);
+  const Rounding<T> rounding(a, step.tensor);
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < step.tensor.numel;
-       i += int64_t(gridDim.x) * kThreads)
-    step_one<T, kHas>(step.work, n, step.tensor, i, rounding, [&](int s) { return step.at[s][i]; });
+       i += int64_t(gridDim.x) * kThreads) {
+    int64_t index = step.tensor.first + i;
+    if (rounding.stochastic) {
+      const int64_t row = step.columns.divide(i);
+      index += row * (step.row - int64_t(step.columns.divisor));
+    }
+    step_one<T, kHas>(step.work, n, step.tensor, index, rounding, [&](int s) { return step.at[s][i]; });
+  }
 }
 
 // After all tensors of a step: their steps and averages are counted.
@@ -233,7 +246,9 @@ __global__ void count_steps(const StepCounts<Work> counts) {
   if (float* n_averaged = counts.n_averaged[i]) *n_averaged += 1;
 }
 
+// Flat memory that is also neighbours in the whole.
 inline bool is_flat(const StepTensor& t) {
+  if (t.columns < t.layout[kParam].numel) return false;
   for (int s = 0; s < kSlots; ++s)
     if (t.data[s] && !t.layout[s].contiguous) return false;
   return true;
@@ -255,14 +270,14 @@ int launch_steps(const Work& work, const StepTensor* tensors, size_t begin, size
   for (size_t i = begin; i < end;) {
     int error = cudaSuccess;
     if (!is_flat(tensors[i])) {
-      StridedStep<Work> step{work, StepPointers(tensors[i]), uint32_t(i), {}};
+      StridedStep<Work> step{work, StepPointers(tensors[i]), Divider(tensors[i].columns), tensors[i].row, {}};
       for (int s = 0; s < kSlots; ++s)
         if (tensors[i].data[s]) step.at[s] = Offsets(tensors[i].layout[s]);
       error = launch(step_strided<T, kHas, Work>, blocks_for(step.tensor.numel, kThreads), kThreads, 0,
                      stream, step);
       ++i;
     } else {
-      StepBatch<Work> batch{work, 0, uint32_t(i), {}, {}};
+      StepBatch<Work> batch{work, 0, {}, {}};
       for (; i < end && batch.count < kTensors && is_flat(tensors[i]); ++i) {
         const int64_t chunks = (tensors[i].layout[kParam].numel + kChunk - 1) / kChunk;
         if (batch.count && chunks > int64_t(UINT32_MAX) - batch.first_chunk[batch.count]) break;

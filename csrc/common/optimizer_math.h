@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "mix_seed.h"
 #include "philox.h"
 
 namespace fastreg {
@@ -13,6 +14,8 @@ namespace fastreg {
 // The tensors that belong to one parameter, by place: what every optimiser has, then the state of its own.
 enum Slot { kParam, kGrad, kAverage, kState };
 constexpr int kSlots = 6;
+
+constexpr int64_t kAhead = 2048;  // bytes that the CPU's loops ask for before they read them
 
 struct StepTensor {
   DType dtype;
@@ -22,8 +25,19 @@ struct StepTensor {
   float* counter;
   float step;
   float* n_averaged;  // updates of the average, where there is one
+  // What the rounding at random is drawn by: a number of the tensor's own, and the index of element i in the
+  // whole of which the tensor is a part, first + i / columns * row + i % columns.
+  uint32_t draw;
+  int64_t first, columns, row;
   Layout layout[kSlots];
 };
+
+FR_HD float steps_done(const float* counter, float step) { return counter ? *counter : step; }
+
+// The seed of a step of one tensor: every step has one of its own, the same on every rank that is at it.
+FR_HD uint64_t seed_of_step(const Seed& seed, float steps) {
+  return mix_seed(seed.get(), steps > 0 ? uint64_t(steps) : 0);
+}
 
 struct StepArgs {
   double lr, weight_decay, l1, ema;
@@ -59,6 +73,7 @@ typename V::Scalar scalar_of(V);
 
 FR_HD float square_root(float x) { return sqrtf(x); }
 FR_HD double square_root(double x) { return sqrt(x); }
+FR_HD float magnitude(float x) { return fabsf(x); }
 
 // Zero in place of a subnormal float32, with which every later step would take 10 to 40 times as long;
 // float64 as it is.
@@ -67,8 +82,7 @@ FR_HD V flush(V x) {
   if constexpr (std::is_same_v<decltype(scalar_of(x)), double>) {
     return x;
   } else {
-    const V smallest(0x1p-126f), zero(0);
-    return select(x < smallest, select(x > zero - smallest, zero, x), x);
+    return select(magnitude(x) < V(0x1p-126f), V(0), x);
   }
 }
 

@@ -100,11 +100,28 @@ inline void fill_slot(const char* op, StepTensor* t, int slot, const char* name,
   t->data[slot] = slot == kGrad ? const_cast<void*>(tensor.const_data_ptr()) : tensor.mutable_data_ptr();
 }
 
-inline void fill_first(const char* op, StepTensor* t, const Tensor& param, const Tensor& grad) {
+// places has (draw, first, columns, row) of each tensor, in their order, or nothing: then a tensor's number
+// is its place in the list, and it is a whole.
+inline void check_places(const char* op, const std::vector<int64_t>& places, size_t count) {
+  check(places.empty() || places.size() == 4 * count, op, ": places must have four numbers for each of ",
+        count, " parameters or none, got ", places.size());
+  for (size_t i = 0; i < places.size(); ++i)
+    check(places[i] >= (i % 4 == 2), op, ": places must be at least 0, and columns at least 1, got ",
+          places[i]);
+}
+
+inline void fill_first(const char* op, StepTensor* t, size_t index, const std::vector<int64_t>& places,
+                       const Tensor& param, const Tensor& grad) {
   t->dtype = dtype_of(op, "a parameter", param);
   for (void*& data : t->data) data = nullptr;
   t->counter = t->n_averaged = nullptr;
   t->step = 0;
+  const int64_t whole[] = {int64_t(index), 0, std::max<int64_t>(1, param.numel()), 0};
+  const int64_t* const place = places.empty() ? whole : &places[4 * index];
+  t->draw = uint32_t(place[0]);
+  t->first = place[1];
+  t->columns = place[2];
+  t->row = place[3];
   fill_slot(op, t, kParam, "a parameter", param, param);
   fill_slot(op, t, kGrad, "a gradient", grad, param);
 }
@@ -135,7 +152,7 @@ inline void find_flat(StepTensor* t, bool stochastic_rounding) {
 }
 
 #ifndef FASTREG_CUDA
-constexpr int64_t kGrain = 1 << 15;  // elements per piece of work; a multiple of 8, as a span begins
+constexpr int64_t kGrain = 1 << 15;  // elements per piece of work
 
 // Calls work(tensor, begin, end) for spans of all tensors, over torch's threads; numel(i) are the elements of
 // tensor i. A span begins at a multiple of kGrain.
@@ -165,13 +182,23 @@ void for_each_span(size_t count, Numel numel, Work work) {
   }
 }
 
+inline void fetch_beginning(const StepTensor& t) {
+  const int64_t size = with_dtype(t.dtype, [](auto* type) { return int64_t(sizeof *type); });
+  const int64_t bytes = std::min(kAhead, t.layout[kParam].numel * size);
+  for (const void* data : t.data)
+    for (int64_t i = 0; data && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+}
+
 // A step of all tensors, and what is counted after it; nothing is checked.
 template <class Kernels, class Args>
 void step_all(const Kernels& kernels, const Args& a, const StepTensor* tensors, size_t count,
               bool counts_steps) {
   for_each_span(
       count, [&](size_t i) { return tensors[i].layout[kParam].numel; },
-      [&](size_t i, int64_t begin, int64_t end) { kernels.step(a, tensors[i], uint32_t(i), begin, end); });
+      [&](size_t i, int64_t begin, int64_t end) {
+        if (i + 1 < count) fetch_beginning(tensors[i + 1]);
+        kernels.step(a, tensors[i], begin, end);
+      });
   for (size_t i = 0; i < count; ++i) {
     if (float* counter = tensors[i].counter) *counter = counts_steps ? *counter + 1 : 1;
     if (float* n_averaged = tensors[i].n_averaged) *n_averaged += 1;

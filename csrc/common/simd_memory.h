@@ -86,10 +86,14 @@ FR_INLINE Pairs all_pairs(BFloat16 x) {
 }
 FR_INLINE Pairs load_pairs(const BFloat16* p) {  // as they are
   Pairs pairs;
-  memcpy(&pairs, p, sizeof pairs);
+  for (int i = 0; i < Vec<float>::kParts; ++i)
+    memcpy(&pairs.part[i], p + i * FR_VECTOR_BYTES / 2, FR_VECTOR_BYTES);
   return pairs;
 }
-FR_INLINE void store_pairs(BFloat16* p, const Pairs& pairs) { memcpy(p, &pairs, sizeof pairs); }
+FR_INLINE void store_pairs(BFloat16* p, const Pairs& pairs) {  // part by part, as above
+  for (int i = 0; i < Vec<float>::kParts; ++i)
+    memcpy(p + i * FR_VECTOR_BYTES / 2, &pairs.part[i], FR_VECTOR_BYTES);
+}
 
 // ---- the first `count` lanes; the rest read as `fill` and are not written
 

@@ -95,6 +95,13 @@ FR_INLINE Vec<A> square_root(const Vec<A>& a) {
   return b;
 }
 
+FR_INLINE Vec<float> magnitude(const Vec<float>& a) {
+  Vec<float> b;
+  for (int i = 0; i < b.kParts; ++i)
+    b.part[i] = (Vec<float>::Part)((Vec<float>::IntPart)a.part[i] & 0x7fffffff);
+  return b;
+}
+
 // a where a > b (a < b), else b: a NaN in a is passed over, one in b stays.
 template <class A>
 FR_INLINE Vec<A> maximum(const Vec<A>& a, const Vec<A>& b) {

@@ -5,22 +5,25 @@
 
 namespace fastreg::autograd {
 
-inline bool collect_sgd(const GroupOptions& options, PyObject* state, StepGroup<SgdArgs>* result) {
+inline bool collect_sgd(const GroupOptions& options, PyObject* state, size_t first,
+                        StepGroup<SgdArgs>* result) {
   SgdArgs& a = result->args;
   if (!read_options(options, &a.step) || !options.read("momentum", &a.momentum) ||
       !options.read("dampening", &a.dampening) || a.dampening != 0 ||
       !options.read("nesterov", &a.nesterov) || !options.read("decoupled", &a.decoupled))
     return false;
-  if (a.momentum != 0) return collect_tensors(options, state, {"momentum_buffer"}, nullptr, result);
-  return collect_tensors(options, state, {}, nullptr, result);
+  static PyObject *const buffer = name_of("momentum_buffer"), *const step = name_of("step");
+  PyObject* const counter = a.step.stochastic_rounding ? step : nullptr;
+  if (a.momentum != 0) return collect_tensors(options, state, {buffer}, counter, first, result);
+  return collect_tensors(options, state, {}, counter, first, result);
 }
 
-// (param_groups, state) -> True if all of them have been stepped, None if none has
-inline PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t) {
+// (param_groups, state[, clip, found_inf]) -> True if all of them have been stepped, None if none has
+inline PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static const auto step = reinterpret_cast<decltype(&sgd_step)>(PyCapsule_Import("fastreg._C.sgd_step", 0));
-  return step ? step_groups<SgdArgs>(args[0], args[1], step, collect_sgd) : nullptr;
+  return step ? step_groups<SgdArgs>(args, count, step, collect_sgd) : nullptr;
 }
 
-inline const Method<sgd, 2> register_sgd("sgd");
+inline const Method<sgd, 2, 4> register_sgd("sgd");
 
 }  // namespace fastreg::autograd

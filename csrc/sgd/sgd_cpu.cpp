@@ -22,6 +22,7 @@ __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, cons
   if constexpr (std::is_same_v<T, BFloat16>) {
     for (; done + 32 <= count; done += 32) {  // in pairs
       const uint16_t* const bits = random ? random + done : nullptr;
+      fetch_ahead(slots, done, count);
       V w_even, w_odd, g_even, g_odd, v_even(0), v_odd(0);
       load_pairs(param + done, w_even, w_odd);
       load_pairs(grad + done, g_even, g_odd);
@@ -40,6 +41,7 @@ __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, cons
   for_each_vector<typename V::Scalar>(count - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
     const int64_t i = done + j;
     const uint16_t* const bits = random ? random + i : nullptr;
+    fetch_ahead(slots, i, count);
     V w = load(param + i, lanes), v(0);
     if (has_momentum) v = load(momentum + i, lanes);
     sgd_element(kForm, kPenalty, w, load(grad + i, lanes), v, n);
@@ -56,7 +58,7 @@ auto choose_penalty(SgdPenalty penalty) {
                                               : step_vectors<T, kForm, SgdPenalty::kDecoupled, V>;
 }
 
-void step(const SgdArgs& a, const StepTensor& t, uint32_t tensor_index, int64_t begin, int64_t end) {
+void step(const SgdArgs& a, const StepTensor& t, int64_t begin, int64_t end) {
   with_dtype(t.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = typename Accumulate<T>::type;
@@ -66,10 +68,9 @@ void step(const SgdArgs& a, const StepTensor& t, uint32_t tensor_index, int64_t 
     const auto vectors = !t.data[kMomentum] ? choose_penalty<T, V, SgdMomentum::kNone>(penalty)
                          : a.nesterov       ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
                                             : choose_penalty<T, V, SgdMomentum::kHeavyBall>(penalty);
-    step_blocks<T>(a.step, t, tensor_index, begin, end,
-                   [&](T* const* slots, int64_t count, const uint16_t* random) {
-                     vectors(slots, count, random, numbers);
-                   });
+    step_blocks<T>(a.step, t, begin, end, [&](T* const* slots, int64_t count, const uint16_t* random) {
+      vectors(slots, count, random, numbers);
+    });
   });
 }
 

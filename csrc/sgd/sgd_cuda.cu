@@ -31,7 +31,7 @@ int sgd_step_cuda(const SgdArgs& a, const StepTensor* tensors, size_t count, voi
   constexpr unsigned kPlain = 1u << kParam | 1u << kGrad, kBuffer = 1u << kMomentum, kEma = 1u << kAverage;
   const bool average = any_has(tensors, count, kAverage);
   return launch_step<SgdWork<float>>(
-      a.step, false, tensors, count, stream, [&](auto* type, auto begin, auto end) {
+      a.step, sgd_counts(a), tensors, count, stream, [&](auto* type, auto begin, auto end) {
         using T = std::remove_pointer_t<decltype(type)>;
         const SgdWork<typename Accumulate<T>::type> work(a);
         if (a.momentum == 0)

@@ -17,13 +17,16 @@ namespace fastreg {
 
 constexpr int kMomentum = kState;  // the slot of the momentum; null: plain SGD
 // StepTensor::counter is 0 before the first step. Null without dampening, where a fresh buffer of zeros needs
-// no first step.
+// no first step, unless there are numbers to draw for each step.
 
 struct SgdArgs {
   StepArgs step;
   double momentum, dampening;
   bool nesterov, decoupled;
 };
+
+// Whether the counter counts the steps, or only tells that there was one.
+inline bool sgd_counts(const SgdArgs& a) { return a.step.stochastic_rounding; }
 
 // What changes the instructions of an element. On the CPU it is fixed at compile time, since choosing at run
 // time would cost more than the arithmetic; on a GPU choosing costs less than the code of all cases would.
@@ -88,9 +91,8 @@ FR_HD void sgd_element(SgdMomentum momentum, SgdPenalty penalty, V& w, V g, V& v
 }
 
 struct SgdKernels {
-  // Elements [begin, end) of a tensor; begin is a multiple of 8. Its index among those of the step is its
-  // draw.
-  void (*step)(const SgdArgs&, const StepTensor&, uint32_t tensor_index, int64_t begin, int64_t end);
+  // Elements [begin, end) of a tensor.
+  void (*step)(const SgdArgs&, const StepTensor&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(SgdKernels, sgd_kernels)
 

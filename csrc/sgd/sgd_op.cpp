@@ -11,7 +11,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
          double lr, double momentum, double dampening, double weight_decay, double l1, double ema,
          bool nesterov, bool proximal, bool decoupled, bool maximize, std::optional<Tensor> lr_tensor,
          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> clip,
-         std::optional<Tensor> ema_tensor, std::optional<Tensor> seed) {
+         std::optional<Tensor> ema_tensor, std::optional<Tensor> seed, std::vector<int64_t> places) {
   const char* op = "SGD";
   const size_t count = params.size();
   check(grads.size() == count &&
@@ -30,13 +30,15 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
         momentum);
   check(std::isfinite(dampening), "SGD: dampening must be finite, got ", dampening);
 
+  check_places(op, places, count);
+
   // Not zeroed: most of it are layouts that nobody reads.
   const auto tensors = std::make_unique_for_overwrite<StepTensor[]>(count);
   for (size_t i = 0; i < count; ++i) {
     StepTensor* t = &tensors[i];
-    fill_first(op, t, params[i], grads[i]);
+    fill_first(op, t, i, places, params[i], grads[i]);
     if (momentum != 0) fill_slot(op, t, kMomentum, "a momentum buffer", momentum_buffers[i], params[i]);
-    if (momentum != 0 && !momentum_started.empty())
+    if (!momentum_started.empty())
       t->counter = counter_of(op, "momentum_started", momentum_started[i], params[i]);
     if (!averages.empty()) fill_average(op, t, averages[i], n_averaged[i], params[i]);
     find_flat(t, seed.has_value());
@@ -53,7 +55,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
 
 #ifndef FASTREG_CUDA
 void sgd_step(const SgdArgs& a, const StepTensor* tensors, size_t count) {
-  step_all(FR_KERNELS(sgd_kernels, elements_of(tensors, count)), a, tensors, count, false);
+  step_all(FR_KERNELS(sgd_kernels, elements_of(tensors, count)), a, tensors, count, sgd_counts(a));
 }
 // For sgd_autograd.h, which has checked the tensors itself.
 const Capsule step_capsule("fastreg._C.sgd_step", reinterpret_cast<const void*>(&sgd_step));

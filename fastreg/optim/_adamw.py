@@ -15,12 +15,11 @@ from torch.compiler import is_compiling
 
 from .._adamw import adamw_step
 from .._checks import ArgumentError, check_choice, check_number, names_unknown_arguments
-from .._seeds import draw_seed
 from .._types import Number
 from . import _average
-from ._average import check_average, has_idle
+from ._average import check_average
 from ._groups import Params, check_penalised, in_numbers
-from ._one_pass import Column, OnePass, Scaling, Work, rate_of, zero, zeros
+from ._one_pass import ROUNDING, Column, OnePass, Scaling, Work, check_rounding, rate_of, seed_of, zero, zeros
 
 
 class AdamW(OnePass, torch.optim.AdamW):
@@ -50,8 +49,11 @@ class AdamW(OnePass, torch.optim.AdamW):
         cautious: the decay acts only where update and weight agree in sign, m * w >= 0, so where both pull
             towards 0, and does not shift the minimum of E.
         stochastic_rounding: round bfloat16 parameters and averages up or down at random so that small steps
-            count in the mean; no effect on float32 and float64. The seed comes from the device's default
-            generator: data-parallel ranks must seed it alike.
+            count in the mean; no effect on float32 and float64. No generator is drawn from: the numbers are a
+            function of rounding_seed, the parameter's count of steps, its number among the optimiser's and an
+            element's index, so that replicas and shards on all ranks agree, and resumed training does.
+        rounding_seed: an int64, kept with the other options in state_dict. The same on all ranks; another one
+            for other numbers, such as torch.initial_seed() % 2**63 where all ranks are seeded alike.
         ema: decay of a moving average of the parameters, in [0, 1); None for none. It is taken in the same
             pass, with the weight before it is rounded, and is `state[p]["ema"]`: the weights after a
             parameter's first step, then ema * average + (1 - ema) * weights, as `AveragedModel` with
@@ -95,7 +97,7 @@ class AdamW(OnePass, torch.optim.AdamW):
         "l1": 0.0,
         "l1_mode": "proximal",
         "cautious": False,
-        "stochastic_rounding": False,
+        **ROUNDING,
         **_average.OPTIONS,
     }
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "eps", "weight_decay", "l1", "ema")
@@ -115,6 +117,7 @@ class AdamW(OnePass, torch.optim.AdamW):
         cautious: bool = False,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         ema: float | None = None,
         ema_warmup: bool | float = False,
         max_norm: float | None = None,
@@ -135,6 +138,7 @@ class AdamW(OnePass, torch.optim.AdamW):
             cautious=cautious,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
             ema=ema,
             ema_warmup=ema_warmup,
             max_norm=max_norm,
@@ -160,6 +164,7 @@ class AdamW(OnePass, torch.optim.AdamW):
         op = self._op
         check_penalised(op, group, ("eps", "weight_decay"), least)
         check_average(op, group)
+        check_rounding(op, group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ArgumentError(f"{op}: betas must be two numbers, got {betas!r}; use (0.9, 0.999)")
@@ -181,11 +186,9 @@ class AdamW(OnePass, torch.optim.AdamW):
         columns = (_STEP if on_device else _STEP_ON_CPU, _AVERAGE, _SQUARE)
         return (*columns, _MOST) if group["amsgrad"] else columns
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        if has_idle(groups):
-            return None
-        return fast.adamw(groups, self.state)
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
+        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        return fast.adamw(groups, self.state, *clipping)
 
     def _call(
         self,
@@ -226,7 +229,8 @@ class AdamW(OnePass, torch.optim.AdamW):
             lr_tensor,
             *scaling,
             ema_tensor,
-            draw_seed(device) if group["stochastic_rounding"] else None,
+            seed_of(group, device),
+            work.places,
         )
         adamw_step(lists, numbers, others)
 

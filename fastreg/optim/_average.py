@@ -45,16 +45,6 @@ def warmed_up(ema: float, warmup: float | bool, counts: list[torch.Tensor]) -> t
     return (1 - (1 + n) ** -power).clamp(max=ema)
 
 
-def has_idle(groups: list[dict[str, Any]]) -> bool:
-    """Whether a parameter with an average has no gradient, and is to be averaged nevertheless."""
-    return any(
-        p.grad is None and p.requires_grad
-        for group in groups
-        if group["ema"] is not None
-        for p in group["params"]
-    )
-
-
 def average_idle(
     idle: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     ema: float | torch.Tensor,

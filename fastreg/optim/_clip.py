@@ -27,16 +27,15 @@ def check_clipping(op: str, options: dict[str, Any]) -> None:
 
 
 def clipped(
-    op: str, works: list[dict[torch.device, Work]], scaling: Scaling, options: dict[str, Any]
+    op: str, norm: torch.Tensor, scaling: Scaling, options: dict[str, Any]
 ) -> tuple[torch.Tensor, Scaling]:
-    """The norm of all gradients, and the scaling that clips them as `torch.nn.utils.clip_grad_norm_` does and
-    skips the step where the norm is not finite.
+    """The norm of all gradients, unscaled, and the scaling that clips them as
+    `torch.nn.utils.clip_grad_norm_` does and skips the step where the norm is not finite.
 
     Raises:
         RuntimeError: a norm that is not finite, if the options ask for it; not where a GradScaler has found
             the overflow, and skips the step itself.
     """
-    norm = _norm(work for by_device in works for work in by_device.values())
     if scaling.grad_scale is not None:
         norm = norm / scaling.grad_scale.to(norm.device, norm.dtype).reshape(())
     bad = ~norm.isfinite()
@@ -51,7 +50,7 @@ def clipped(
     return norm, scaling._replace(found_inf=skip.float(), clip=factor)
 
 
-def _norm(works: Iterable[Work]) -> torch.Tensor:
+def norm_of(works: Iterable[Work]) -> torch.Tensor:
     """The norm of all gradients as one vector; of DTensors over all shards, of which only sums travel."""
     whole: dict[torch.device, list[torch.Tensor]] = {}
     sharded: dict[Any, list[torch.Tensor]] = {}

@@ -12,12 +12,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from .._checks import DTYPES, arithmetic_dtype
+from .._checks import DTYPES, ArgumentError, arithmetic_dtype, check_choice
 from .._registry import fast
+from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
 from ._average import Averages, average_idle, warmed_up
 from ._clip import OPTIONS as CLIPPING
-from ._clip import check_clipping, clipped
+from ._clip import check_clipping, clipped, norm_of
 from ._groups import (
     Params,
     check_keys,
@@ -64,7 +65,7 @@ _AVERAGE = (Column("ema", _copy), Column("n_averaged", zero, is_number=True))
 class Work(NamedTuple):
     """The tensors of a parameter group on one device: of DTensors, which `owners` has by their place in the
     list, the local shards. `state` has one list for each column, `idle` (parameter, average, count) of
-    parameters that have no gradient.
+    parameters that have no gradient, `places` where each tensor draws its random numbers, with rounding.
     """
 
     owners: dict[int, Any]
@@ -72,6 +73,7 @@ class Work(NamedTuple):
     grads: list[torch.Tensor]
     state: dict[str, list[torch.Tensor]]
     idle: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    places: list[int]
 
 
 class Scaling(NamedTuple):
@@ -84,6 +86,25 @@ class Scaling(NamedTuple):
     def to(self, device: torch.device) -> Scaling:
         """The same on another device."""
         return Scaling(*(None if value is None else value.to(device) for value in self))
+
+
+# Of the rounding at random. Each step of a parameter draws by this seed, its count of steps, the parameter's
+# number among all of the optimiser's and the element's index in the whole parameter. All of them are alike on
+# ranks that hold replicas or shards, which therefore agree without a message, whatever their generators.
+ROUNDING: dict[str, Any] = {"stochastic_rounding": False, "rounding_seed": 0}
+
+
+def check_rounding(op: str, group: dict[str, Any]) -> None:
+    """Raise unless the options of rounding at random make sense."""
+    check_choice(op, "stochastic_rounding", group["stochastic_rounding"], (False, True))
+    seed = group["rounding_seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{op}: rounding_seed must be an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ArgumentError(
+            f"{op}: rounding_seed must be an int64, in [-2^63, 2^63), got {seed}; use torch.initial_seed() % "
+            f"2**63, for example"
+        )
 
 
 class OnePass(Averages):
@@ -112,8 +133,8 @@ class OnePass(Averages):
         """
         raise NotImplementedError
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
+        """Call the step in C++, with the factor that clips and what skips it, or neither."""
         raise NotImplementedError
 
     def _call(
@@ -268,21 +289,37 @@ class OnePass(Averages):
             self._check_group(group)
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        max_norm = self.defaults["max_norm"]
-        usual = grad_scale is None and found_inf is None and max_norm is None and not is_compiling()
-        if usual and fast is not None and self._step_fast(fast, groups):
+        scaling = Scaling(grad_scale, found_inf, None)
+        usual = grad_scale is None and found_inf is None and not is_compiling()
+        if usual and fast is not None and self._step_usual(fast, groups):
             return loss
         # All groups are collected before the first is stepped, so that an error leaves everything as it was.
+        max_norm = self.defaults["max_norm"]
         skippable = found_inf is not None or max_norm is not None
-        works = [self._collect(group, skippable) for group in groups]
-        scaling = Scaling(grad_scale, found_inf, None)
+        works, first = [], 0
+        for group in groups:
+            works.append(self._collect(group, skippable, first))
+            first += len(group["params"])
         if max_norm is not None:
-            norm, scaling = clipped(self._op, works, scaling, self.defaults)
+            norm = norm_of(work for by_device in works for work in by_device.values())
+            norm, scaling = clipped(self._op, norm, scaling, self.defaults)
             self._keep_norm(norm)
         for group, work in zip(groups, works, strict=True):
             for device, tensors in work.items():
                 self._step_on(device, group, tensors, scaling.to(device))
         return loss
+
+    def _step_usual(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
+        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
+        clipping: tuple[Any, ...] = ()
+        if self.defaults["max_norm"] is not None:
+            squares = fast.squares(groups)
+            if squares is None:
+                return None
+            norm, scaling = clipped(self._op, squares.sqrt(), Scaling(None, None, None), self.defaults)
+            self._keep_norm(norm)
+            clipping = scaling.clip, scaling.found_inf
+        return self._step_fast(fast, groups, clipping)
 
     def _step_on(self, device: torch.device, group: dict[str, Any], work: Work, scaling: Scaling) -> None:
         """Step the parameters of a group on one device."""
@@ -299,8 +336,9 @@ class OnePass(Averages):
         if work.idle:
             average_idle(work.idle, group["ema"] if ema_tensor is None else ema_tensor, scaling.found_inf)
 
-    def _collect(self, group: dict[str, Any], skippable: bool) -> dict[torch.device, Work]:
-        """The tensors of a parameter group by device, checked; of a DTensor the local shard.
+    def _collect(self, group: dict[str, Any], skippable: bool, first: int) -> dict[torch.device, Work]:
+        """The tensors of a parameter group by device, checked; of a DTensor the local shard. `first` is the
+        number of the first parameter among all of the optimiser's.
 
         With many small tensors this loop is most of a step. It therefore makes no container per parameter,
         and few calls.
@@ -308,7 +346,7 @@ class OnePass(Averages):
         found: dict[torch.device, tuple[Work, list[Any]]] = {}
         averages, rounds = group["ema"] is not None, group["stochastic_rounding"]
         columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
-        for p in group["params"]:
+        for i, p in enumerate(group["params"], first):
             grad = p.grad
             if grad is None and not (averages and p.requires_grad):
                 continue
@@ -321,7 +359,7 @@ class OnePass(Averages):
                 check_param(self._op, group, p)
             here = found.get(device)
             if here is None:
-                work = Work({}, [], [], {column.name: [] for column in columns}, [])
+                work = Work({}, [], [], {column.name: [] for column in columns}, [], [])
                 rows = [(*column, work.state[column.name]) for column in columns]
                 found[device] = work, rows
             else:
@@ -332,6 +370,8 @@ class OnePass(Averages):
                     work.owners[len(work.params)] = p
                 work.params.append(p.to_local() if sharded else p)
                 work.grads.append(_like_placed(grad, p).to_local() if sharded else grad)
+                if rounds:
+                    work.places.extend((i, *(_place(self._op, p) if sharded else (0, max(1, p.numel()), 0))))
             if not rows:
                 continue
             state, is_cpu = self.state[p], p.is_cpu
@@ -360,6 +400,27 @@ def _like_placed(grad: Any, param: Any) -> Any:
     if hasattr(grad, "placements") and grad.placements != param.placements:
         return grad.redistribute(placements=param.placements)
     return grad
+
+
+def _place(op: str, param: Any) -> tuple[int, int, int]:
+    """Where in the whole parameter the elements of its local shard stand."""
+    place = place_in_whole(param.shape, own_part(param.shape, param.device_mesh, param.placements))
+    if place is None:
+        raise ValueError(
+            f"{op}: stochastic_rounding needs shards of whole rows, or of one dimension, got "
+            f"{param.placements} of a parameter of shape {tuple(param.shape)}; switch it off"
+        )
+    return place
+
+
+def seed_of(group: dict[str, Any], device: torch.device) -> torch.Tensor | None:
+    """The seed of rounding as the operators take it; None without rounding. It lies on the CPU, which needs
+    no copy, but in compiled code.
+    """
+    if not group["stochastic_rounding"]:
+        return None
+    where = device if is_compiling() else torch.device("cpu")
+    return torch.full((1,), group["rounding_seed"], dtype=torch.int64, device=where)
 
 
 def rate_of(group: dict[str, Any], device: torch.device) -> tuple[float, torch.Tensor | None]:

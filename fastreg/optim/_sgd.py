@@ -14,13 +14,12 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from .._checks import check_number, names_unknown_arguments
-from .._seeds import draw_seed
 from .._sgd import sgd_step
 from .._types import Number
 from . import _average
-from ._average import check_average, has_idle
+from ._average import check_average
 from ._groups import Params, check_penalised
-from ._one_pass import Column, OnePass, Scaling, Work, rate_of, zeros
+from ._one_pass import ROUNDING, Column, OnePass, Scaling, Work, check_rounding, rate_of, seed_of, zeros
 
 
 class SGD(OnePass, torch.optim.SGD):
@@ -46,9 +45,9 @@ class SGD(OnePass, torch.optim.SGD):
         scale_penalty: what acts on the weight directly (a proximal l1, both factors if `decoupled`) grows by
             (1 - dampening) / (1 - momentum), as the steps of E do, so that the weights go to the minimum of E
             + l1 |w|_1 + weight_decay / 2 |w|_2^2 whatever the momentum.
-        stochastic_rounding: round bfloat16 parameters up or down at random so that small steps count in the
-            mean; no effect on float32 and float64. The seed comes from the device's default generator:
-            data-parallel ranks must seed it alike.
+        stochastic_rounding, rounding_seed: round bfloat16 parameters up or down at random so that small steps
+            count in the mean, by numbers on which all ranks agree, as in `AdamW`; no effect on float32 and
+            float64.
         ema, ema_warmup, max_norm, error_if_nonfinite: the moving average of the parameters, and clipping, as
             in `AdamW`.
         fused: there is one implementation, which is fused. True also moves the work of
@@ -58,7 +57,8 @@ class SGD(OnePass, torch.optim.SGD):
 
     All of these but max_norm, error_if_nonfinite and the last three may differ per group. Parameters are
     float32, float64, float16 or bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard
-    by shard. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways.
+    by shard. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways; with
+    stochastic_rounding a count, `step`.
 
     Under `torch.amp.GradScaler` all is as with torch's SGD. By default the scaler unscales the gradients
     where they lie, and calls `step` unless they overflowed: accelerate, Lightning and step hooks see a
@@ -86,7 +86,7 @@ class SGD(OnePass, torch.optim.SGD):
         "l1_mode": "subgradient",
         "decoupled": False,
         "scale_penalty": False,
-        "stochastic_rounding": False,
+        **ROUNDING,
         **_average.OPTIONS,
     }
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "l1", "ema")
@@ -106,6 +106,7 @@ class SGD(OnePass, torch.optim.SGD):
         decoupled: bool = False,
         maximize: bool = False,
         stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         scale_penalty: bool = False,
         ema: float | None = None,
         ema_warmup: bool | float = False,
@@ -126,6 +127,7 @@ class SGD(OnePass, torch.optim.SGD):
             decoupled=decoupled,
             maximize=maximize,
             stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
             scale_penalty=scale_penalty,
             ema=ema,
             ema_warmup=ema_warmup,
@@ -142,6 +144,7 @@ class SGD(OnePass, torch.optim.SGD):
         op = self._op
         check_penalised(op, group, ("momentum", "weight_decay"), least)
         check_average(op, group)
+        check_rounding(op, group)
         check_number(op, "dampening", group["dampening"], finite=True, allow_bool=True)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
@@ -155,17 +158,15 @@ class SGD(OnePass, torch.optim.SGD):
             )
 
     def _columns(self, group: dict[str, Any], skippable: bool) -> tuple[Column, ...]:
-        """The flag stands first, because it tells a first step by the missing buffer."""
-        if group["momentum"] == 0:
-            return ()
-        return (_STARTED, _BUFFER) if group["dampening"] != 0 else (_BUFFER,)
+        """Flag and count stand first, because they tell a first step by the missing buffer."""
+        buffer = (_BUFFER,) if group["momentum"] else ()
+        if group["stochastic_rounding"]:
+            return (_STEP, *buffer)
+        return (_STARTED, *buffer) if buffer and group["dampening"] != 0 else buffer
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        averages = any(group["ema"] is not None for group in groups)
-        if averages and has_idle(groups):
-            return None
-        return fast.sgd([_scaled(group) for group in groups], self.state)
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
+        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        return fast.sgd([_scaled(group) for group in groups], self.state, *clipping)
 
     def _call(
         self,
@@ -178,7 +179,8 @@ class SGD(OnePass, torch.optim.SGD):
         """Call the operator for one group on one device."""
         group = _scaled(group)
         lr, lr_tensor = rate_of(group, device)
-        names = ("momentum_buffer", "momentum_started", "ema", "n_averaged")
+        started = "step" if group["stochastic_rounding"] else "momentum_started"
+        names = ("momentum_buffer", started, "ema", "n_averaged")
         lists: Any = (work.params, work.grads, *(work.state.get(name, []) for name in names))
         numbers = (
             lr,
@@ -196,7 +198,8 @@ class SGD(OnePass, torch.optim.SGD):
             lr_tensor,
             *scaling,
             ema_tensor,
-            draw_seed(device) if group["stochastic_rounding"] else None,
+            seed_of(group, device),
+            work.places,
         )
         sgd_step(lists, numbers, others)
 
@@ -208,6 +211,7 @@ def _started(p: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
 
 
 _STARTED = Column("momentum_started", _started, is_number=True)
+_STEP = Column("step", _started, is_number=True)
 _BUFFER = Column("momentum_buffer", zeros)
 
 

@@ -4,7 +4,7 @@
 
 --fastreg-patch: `fastreg.patch()` for the whole run, before anything of the project is imported.
 --fastreg-convert: every module is converted, as by `fastreg.convert`, when it is built.
---fastreg-optim: `torch.optim.SGD` is `fastreg.optim.SGD`, under every name.
+--fastreg-optim: `torch.optim.SGD` and `AdamW` are those of `fastreg.optim`, under every name.
 
 Without an option nothing changes. A line at the beginning says what is exchanged, and one at the end how
 often fastreg ran, so that a run in which it did nothing cannot pass for a test of it. Calls inside of
@@ -30,6 +30,7 @@ from .._exchange import ExchangedName
 __all__: tuple[str, ...] = ()  # pytest finds its hooks by name; nobody else imports anything
 
 OPTIONS = ("patch", "convert", "optim")
+OPTIMIZERS = {"SGD": optim.SGD, "AdamW": optim.AdamW}
 
 
 class Exchange:
@@ -103,21 +104,21 @@ class Exchange:
 
     def _optim(self) -> None:
         def stepped(optimizer: Any, *_: Any) -> None:
-            if isinstance(optimizer, optim.SGD) and not is_compiling():
-                self.counts["steps of SGD"] += 1
+            for name, kind in OPTIMIZERS.items():
+                if isinstance(optimizer, kind) and not is_compiling():
+                    self.counts[f"steps of {name}"] += 1
 
-        exchanged = ExchangedName(torch.optim.SGD, optim.SGD)
-        exchanged.exchange(True)
-        self._undo += [
-            lambda: exchanged.exchange(False),
-            register_optimizer_step_post_hook(stepped).remove,
-        ]
+        self._undo.append(register_optimizer_step_post_hook(stepped).remove)
+        for name, kind in OPTIMIZERS.items():
+            exchanged = ExchangedName(getattr(torch.optim, name), kind)
+            exchanged.exchange(True)
+            self._undo.append(functools.partial(exchanged.exchange, False))
 
     def summary(self) -> str:
         """What ran, in one line."""
         ours = {name: count for name, count in self.counts.items() if count}
         calls = ours.get("patched calls", 0) - ours.get("of these handed on to torch", 0)
-        others = ("calls of converted modules", "steps of SGD")
+        others = ("calls of converted modules", *(f"steps of {name}" for name in OPTIMIZERS))
         if calls <= 0 and not any(map(ours.get, others)):
             return "fastreg ran nowhere: these tests say nothing about it"
         return "fastreg: " + ", ".join(f"{name} {count:,}" for name, count in ours.items())
@@ -134,7 +135,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         (
             "put fastreg's functions under torch.nn.functional",
             "convert every module when it is built",
-            "let torch.optim.SGD be fastreg.optim.SGD",
+            "let SGD and AdamW of torch.optim be those of fastreg.optim",
         ),
         strict=True,
     ):

@@ -8,7 +8,7 @@
 namespace fastreg::test::adamw_test {
 namespace {
 
-constexpr int64_t kSpan = 1024;  // where the second thread begins; a multiple of 8, as it must be
+constexpr int64_t kSpan = 1024;  // where the second thread begins
 const char* const kNames[kSlots] = {"weight",  "gradient",   "average",
                                     "exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
@@ -24,6 +24,8 @@ struct AdamwCase {
 void step(AdamwCase c, DType dtype, std::vector<Array>& slots) {
   StepTensor t{};
   t.dtype = dtype;
+  t.draw = c.tensor_index;
+  t.columns = slots[0].numel();
   for (int s = 0; s < kSlots; ++s) {
     t.data[s] = c.has[s] ? slots[size_t(s)].data() : nullptr;
     t.layout[s] = slots[size_t(s)].layout;
@@ -31,8 +33,8 @@ void step(AdamwCase c, DType dtype, std::vector<Array>& slots) {
   t.counter = &c.steps;
   t.n_averaged = &c.n_averaged;
   const int64_t n = slots[0].numel(), middle = n > kSpan ? kSpan : 0;
-  kernels::adamw_kernels.step(c.args, t, c.tensor_index, middle, n);
-  if (middle) kernels::adamw_kernels.step(c.args, t, c.tensor_index, 0, middle);
+  kernels::adamw_kernels.step(c.args, t, middle, n);
+  if (middle) kernels::adamw_kernels.step(c.args, t, 0, middle);
 }
 
 // `old` and `now` are of the type `wide`.
@@ -102,7 +104,7 @@ void adamw_case(const AdamwCase& c, DType dtype, Digest& digest) {
   expect_adamw_near(c, wide, old, exact);
 
   // A 16-bit tensor holds what float32 arithmetic gives, rounded once.
-  Halves halves{c.seed, c.tensor_index, 1};
+  Halves halves{mix_seed(c.seed, uint64_t(c.steps)), c.tensor_index, 1};
   for (int s = 0; s < kSlots; ++s) {
     const Array &narrow = slots[size_t(s)], &from = exact[size_t(s)];
     narrow.expect_guards(kNames[s]);

@@ -17,11 +17,13 @@ struct SgdCase {
   Layout param, grad, momentum;
 };
 
-constexpr int64_t kSpan = 1024;  // where the second thread begins; a multiple of 8, as it must be
+constexpr int64_t kSpan = 1024;  // where the second thread begins
 
 void step(const SgdCase& c, DType dtype, Array& w, Array& g, Array& v, Array& average) {
   StepTensor t{};
   t.dtype = dtype;
+  t.draw = c.tensor_index;
+  t.columns = w.numel();
   t.data[kParam] = w.data();
   t.data[kGrad] = g.data();
   t.data[kMomentum] = c.has_momentum ? v.data() : nullptr;
@@ -34,8 +36,8 @@ void step(const SgdCase& c, DType dtype, Array& w, Array& g, Array& v, Array& av
   t.counter = &started;
   t.n_averaged = &averaged;
   const int64_t n = w.numel(), middle = n > kSpan ? kSpan : 0;
-  kernels::sgd_kernels.step(c.args, t, c.tensor_index, middle, n);
-  if (middle) kernels::sgd_kernels.step(c.args, t, c.tensor_index, 0, middle);
+  kernels::sgd_kernels.step(c.args, t, middle, n);
+  if (middle) kernels::sgd_kernels.step(c.args, t, 0, middle);
 }
 
 // Float32 and float64 are within a few roundings of the formula in double. `wide` is the type of w, g and v.
@@ -111,7 +113,7 @@ void sgd_case(const SgdCase& c, DType dtype, Digest& digest) {
   expect_sgd_near(c, wide, w0, g0, v0, average0, wide_w, wide_v, wide_average);
 
   // A 16-bit tensor holds what float32 arithmetic gives, rounded once.
-  Halves halves{c.seed, c.tensor_index, 1};
+  Halves halves{mix_seed(c.seed, c.first_step ? 0 : 1), c.tensor_index, 1};
   const auto expect_rounded = [&](const Array& narrow, const Array& exact, int64_t i) {
     if (dtype == DType::kBFloat16 && c.args.step.stochastic_rounding && std::isfinite(exact.get(i)))
       narrow.expect(i, decode(dtype, (exact.raw(i) + halves.at(uint64_t(i))) >> 16));
