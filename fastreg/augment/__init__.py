@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,93 +22,22 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_count, check_generator, check_number, check_tensor
 from .._seeds import draw_seed, seed_tensor
-from .._transforms import is_vmapped
 from . import _collate, _op, functional
+from ._apply import TensorOrList, applied, apply, check_units, options_of
 from ._arguments import IMAGE_DTYPES, batched, pair
 from ._op import Interpolation, Padding, PerChannel
+from ._params import Params, Settings
+from ._structures import augmented_structure
+from ._targets import Augmented, Targets
+from ._tv import is_tv_tensor
 from .mix import cutmix, mixup
 
-__all__ = ["Augment", "Params", "Settings", "apply", "cutmix", "functional", "mixup"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all samples of a batch share.
-
-    `size` (height, width) of the result in pixels, None for the images'; `kernel` of the blur along (x, y) in
-    pixels; `erase_value` in the images' units, None for what becomes 0; `mean` and `std` for images in
-    [0, 1]; `fill` in the images' units; `dtype` of the result, None for the images', or float32 where uint8
-    is normalised. Numbers per channel are one for all, or a tuple. See `Augment`.
-    """
-
-    size: tuple[int, int] | None = None
-    kernel: tuple[int, int] = (1, 1)
-    erase_value: float | tuple[float, ...] | None = None
-    mean: float | tuple[float, ...] | None = None
-    std: float | tuple[float, ...] | None = None
-    interpolation: Interpolation = "bilinear"
-    padding: Padding = "zeros"
-    fill: float | tuple[float, ...] = 0.0
-    antialias: bool = False
-    dtype: torch.dtype | None = None
-
-
-@dataclasses.dataclass
-class Params:
-    """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that
-    is off.
-
-    Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height,
-    width): `crop`, in the input's pixels, and `erase`, int64, in the output's. `angle` is in degrees,
-    clockwise; `hue` in turns; `sigma`, of the blur, in pixels; flips are 0 or 1; `stretch`, `scale`,
-    `brightness`, `contrast` and `saturation` are factors.
-    """
-
-    hflip: Tensor | None = None
-    vflip: Tensor | None = None
-    stretch: Tensor | None = None
-    scale: Tensor | None = None
-    angle: Tensor | None = None
-    translate: Tensor | None = None  # (B, 2)
-    shear: Tensor | None = None  # (B, 2)
-    crop: Tensor | None = None  # (B, 4)
-    brightness: Tensor | None = None
-    contrast: Tensor | None = None
-    saturation: Tensor | None = None
-    hue: Tensor | None = None
-    sigma: Tensor | None = None
-    erase: Tensor | None = None  # (B, 4)
-    settings: Settings = Settings()
-
-    def matrices(self, height: int, width: int) -> Tensor | None:
-        """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height,
-        width), pixel centres at whole numbers; None if no pixel moves.
-
-        Raises:
-            ValueError: no parameter says how many samples there are.
-        """
-        names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
-        geometry = {
-            name: value.to(_op.number_dtype(value.device))
-            for name in names
-            if (value := getattr(self, name)) is not None
-        }
-        size = self.settings.size or (height, width)
-        if not geometry and size == (height, width):
-            return None
-        some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), None)
-        if some is None:
-            raise ValueError(
-                "Params.matrices: no parameter says how many samples there are; set crop to the whole image"
-            )
-        return _op.matrices_of(some, (height, width), size, **geometry)
+__all__ = ["Augment", "Augmented", "Params", "Settings", "apply", "cutmix", "functional", "mixup"]
 
 
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
-_FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
-_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
 
 
 def _checked_index(op: str, index: Tensor, batch: Tensor, count: int, offset: int) -> Tensor:
@@ -122,92 +52,6 @@ def _checked_index(op: str, index: Tensor, batch: Tensor, count: int, offset: in
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index < 0).any()):
         raise ValueError(f"{op}: index must be at least 0, got {int(index.min())}")
     return index.to(batch.device).contiguous()
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    """The settings as arguments by name. torch.compile of torch 2.10 cannot spread vars(settings)."""
-    return {name: getattr(settings, name) for name in _SETTINGS}
-
-
-def apply(images: Tensor, params: Params) -> Tensor:
-    """Augment images with given parameters; pure, and differentiable with respect to the images, but for hue.
-
-    Args:
-        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8 in [0, 255], or float32,
-            float64, float16 or bfloat16 in [0, 1].
-        params: `Params`, of `Augment.sample` or made by hand.
-
-    Returns:
-        (B, C, *size), in the images' memory format. float32 for uint8 images that are normalised, else of the
-        images' dtype, or `settings.dtype`. Arithmetic is float32 (float64 for float64) and rounded once; only
-        where uint8 stays uint8 each step rounds as torchvision's.
-
-    Raises:
-        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue
-            with other than 1 or 3 channels, hue of images that need a gradient, a matrix that is not finite
-            or leads further than 2^30 pixels away (on a GPU, which that would make us wait for, the sample
-            becomes NaN, or 0 in uint8).
-        TypeError: another dtype.
-        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, because the
-            gradient is added up in no fixed order there.
-    """
-    op = "augment"
-    batch, lead = batched(op, images)
-    if len(lead) > 1:
-        raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
-    count = len(batch)
-    for name in _FIELDS:
-        value = getattr(params, name)
-        if value is not None and len(value) != count:
-            raise ValueError(
-                f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
-            )
-    colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
-    _check_units(batch, params.settings, len(colour) > 0)
-    sigma = params.sigma
-    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
-    height, width = batch.shape[2:]
-    if params.settings.size is not None and all(getattr(params, name) is None for name in _FIELDS):
-        params = dataclasses.replace(params, crop=_op.rows((0, 0, height, width), count, batch.device))
-    output = _op.augment_batch(
-        op,
-        batch,
-        matrices=params.matrices(height, width),
-        **_op.factors(colour),
-        blur=blur,
-        boxes=params.erase,
-        **_options(params.settings),
-    )
-    return output if lead else output.squeeze(0)
-
-
-def _check_units(images: Tensor, settings: Settings, coloured: bool) -> None:
-    """Raise where pixels from 0 to 255 meet steps that are for images in [0, 1].
-
-    Pixels on a GPU are not looked at, because that would wait for it.
-    """
-    op = "augment"
-    means = settings.mean if isinstance(settings.mean, tuple) else (settings.mean or 0.0,)
-    large = max(means) > 1  # They are for pixels from 0 to 255.
-    if images.dtype == torch.uint8:
-        if large:
-            raise ValueError(
-                f"{op}: mean and std are for images in [0, 1], to which uint8 images are scaled first, got "
-                f"mean={settings.mean}; divide both by 255"
-            )
-        return
-    normalised = not large and (settings.mean is not None or settings.std is not None)
-    if not (coloured or normalised) or images.device.type != "cpu" or not images.numel():
-        return
-    if torch.compiler.is_compiling() or is_vmapped():
-        return
-    # Four images of the batch tell as much as all, for a fraction of the time.
-    least, largest = images.detach()[:: (len(images) + 3) // 4].aminmax()
-    if least >= 0 and 2 < largest <= 65535:
-        raise ValueError(
-            f"{op}: floating-point images must be in [0, 1] for changes of colour, mean and std, got values "
-            f"up to {largest.item():g}; divide them by 255, or give uint8"
-        )
 
 
 Range = float | Sequence[float]  # a distance to both sides, or (lo, hi)
@@ -544,21 +388,43 @@ class Augment(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, batch: Tensor | list[Tensor] | tuple[Tensor, ...], generator: torch.Generator | None = None
-    ) -> Tensor:
+        self,
+        batch: Any,
+        generator: torch.Generator | None = None,
+        *,
+        masks: TensorOrList | None = None,
+        boxes: TensorOrList | None = None,
+        keypoints: TensorOrList | None = None,
+        counts: Tensor | Sequence[int] | None = None,
+        visible: TensorOrList | None = None,
+        box_format: str | Enum = "XYXY",
+        mask_fill: float | None = None,
+        min_area: float = 0.0,
+        min_visibility: float = 0.0,
+        flip_permutation: Sequence[int] | None = None,
+    ) -> Any:
         """The augmented batch, of shape (B, C, *size), by parameters that are drawn from `generator` or the
-        default one; see `apply`.
+        default one. With targets, an `Augmented` of images and targets: for all arguments see `apply`.
 
         A list of images (C, H, W) becomes one batch, in which each draws what it would in any
         other; where there is a `size`, they may be of different heights and widths.
+
+        A sample (image, target), a dict, or any nest of those and of torchvision's Image, Mask, BoundingBoxes
+        and KeyPoints comes back as what it was, with the image and the targets moved; so does a list of
+        samples. Without an Image the first tensor of three dimensions or more is the image; tensors under the
+        keys "boxes" (XYXY), "masks", "mask" and "keypoints" are targets, all others stay.
         """
-        if isinstance(batch, (list, tuple)):
-            return self._together(batch, generator)
-        if not self.training:
-            return apply(batch, self.sample(batch))
+        targets = Targets(
+            masks, boxes, keypoints, counts, visible, box_format, mask_fill, min_area, min_visibility,
+            flip_permutation,
+        )  # fmt: skip
+        if not isinstance(batch, Tensor) or is_tv_tensor(batch):
+            return augmented_structure(self, batch, generator, targets)
+        if not self.training or targets.given():
+            return applied(batch, self.sample(batch, generator=generator), targets)
         images, lead = batched("augment", batch)
-        _check_units(images, self.settings, self._steps != 0)
-        _, matrices, colour, blur, boxes = self._draw(batch, generator)
+        check_units(images, self.settings, self._steps != 0)
+        _, matrices, colour, blur, erased = self._draw(batch, generator)
         output = _op.augment_batch(
             "augment",
             images,
@@ -566,47 +432,14 @@ class Augment(nn.Module):
             colour=colour if self._steps else None,
             steps=self._steps,
             blur=blur if "sigma" in self.ranges else None,
-            boxes=boxes if self.chances["erase"] else None,
-            **_options(self.settings),
+            boxes=erased if self.chances["erase"] else None,
+            **options_of(self.settings),
         )
         return output if lead else output.squeeze(0)
 
-    def _together(self, images: Sequence[Tensor], generator: torch.Generator | None) -> Tensor:
-        """The batch of a list of images."""
-        op = "augment"
-        kinds = set()
-        for image in images:
-            check_tensor(op, "each image of a list", image)
-            if image.dim() != 3:
-                raise ValueError(f"{op}: each image of a list must be (C, H, W), got {tuple(image.shape)}")
-            kinds.add((image.shape[0], image.dtype, image.device))
-        if len(kinds) != 1:
-            got = " and ".join(
-                sorted(f"{channels} of {dtype} on {device}" for channels, dtype, device in kinds)
-            )
-            raise ValueError(
-                f"{op}: images of a list must have the same number of channels, dtype and device, got {got}; "
-                f"make all of them RGB, for one"
-            )
-        sizes = sorted({tuple(image.shape[1:]) for image in images})
-        if len(sizes) == 1:
-            return self(torch.stack(list(images)), generator)
-        if self.size is None:
-            raise ValueError(
-                f"{op}: images of different sizes, such as {sizes[0]} and {sizes[-1]}, become no batch; give "
-                f"Augment a size=(height, width)"
-            )
-        # What a sample draws depends on the seed and on its index alone.
-        check_generator(op, generator)
-        seed = draw_seed(images[0].device, generator) if self.training else None
-        parts = (
-            apply(image[None], self.sample(image[None], seed=seed, offset=i))
-            for i, image in enumerate(images)
-        )
-        return torch.cat(list(parts))
-
-    def collate(self, samples: list[Any], key: Any = None) -> Any:
-        """For DataLoader(collate_fn=...): torch's default collation, with the images augmented.
+    def collate(self, samples: list[Any], key: Any = None, **reading: Any) -> Any:
+        """For DataLoader(collate_fn=...): torch's default collation, with the images augmented, and with them
+        the targets that a data set for detection or segmentation has.
 
         Args:
             samples: what the dataset yields: images (C, H, W), tensors or NumPy arrays; tuples or named
@@ -614,16 +447,18 @@ class Augment(nn.Module):
                 tensor of three dimensions, or called "image", "images", "pixel_values" or "img". Images of
                 different sizes are resampled into one batch, of `size`.
             key: key, field or position of the image in a sample; functools.partial(augment.collate, key=...).
+            reading: `mask_fill`, `box_format` of plain tensors and `flip_permutation`, as in `apply`.
 
         Returns:
             A batch of the samples' structure, as torch makes it (a list for tuples, a dataclass for
-            dataclasses).
+            dataclasses). Where samples hold targets (see `forward`), boxes, key points, masks (N, H, W),
+            nests that hold any, and tensors beside boxes become lists of one for each sample.
 
         Raises:
             TypeError: no image, or several, are found in a sample. ValueError: different sizes without
             `size`. KeyError: samples without the key.
         """
-        return _collate.collated(samples, key, self)
+        return _collate.collated(samples, key, self, Targets(**reading))
 
     def extra_repr(self) -> str:
         """The steps that are on."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import arithmetic_dtype
 from ._arguments import Number, batched, numbers
+from ._tv import of_images
 
 
 def _most(image: Tensor) -> int:
@@ -29,12 +30,14 @@ def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: floa
     return numbers(op, name, value, image, **limits).view(*lead, 1, 1, 1)
 
 
+@of_images
 def invert(inpt: Tensor) -> Tensor:
     """1 - p, of uint8 255 - p."""
     batched("invert", inpt)
     return _most(inpt) - inpt
 
 
+@of_images
 def posterize(inpt: Tensor, bits: Number) -> Tensor:
     """Keep the upper `bits` bits of a pixel, in [0, 8]: of uint8 the others become 0; of floats
     min(floor(p 2^bits), 2^bits - 1) / 2^bits.
@@ -53,6 +56,7 @@ def posterize(inpt: Tensor, bits: Number) -> Tensor:
     return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
 
 
+@of_images
 def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     """Invert the pixels of at least `threshold`.
 
@@ -68,6 +72,7 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
+@of_images
 def autocontrast(inpt: Tensor) -> Tensor:
     """Stretch each channel of each image to the whole range from black to white; a channel of one value stays
     as it is. uint8 is rounded down, as in torchvision, so that white may become 254.
@@ -82,6 +87,7 @@ def autocontrast(inpt: Tensor) -> Tensor:
     return ((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)).to(inpt.dtype)
 
 
+@of_images
 def equalize(inpt: Tensor) -> Tensor:
     """Spread the values of each channel of each image evenly over the 256 levels, by its histogram: level i
     becomes (pixels below i + step // 2) // step, where step is a 255th of the pixels below the highest level
@@ -108,6 +114,7 @@ def equalize(inpt: Tensor) -> Tensor:
     return spread if inpt.dtype == torch.uint8 else (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
 
 
+@of_images
 def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * smooth) of the inner pixels, where smooth is a mean over a pixel and
     its neighbours in which the pixel counts 5 times: 0 smooths, 1 changes nothing, above 1 sharpens. The
@@ -132,6 +139,7 @@ def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     return sharp.clamp(0, _most(inpt)).to(inpt.dtype)
 
 
+@of_images
 def rgb_to_grayscale(inpt: Tensor, num_output_channels: int = 1) -> Tensor:
     """grey = 0.2989 r + 0.587 g + 0.114 b of images of 3 channels, in 1 or 3 channels, rounded down for
     uint8. Images of 1 channel are grey already.
