@@ -22,17 +22,28 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_count, check_generator, check_number, check_tensor
 from .._seeds import draw_seed, seed_tensor
-from . import _collate, _op, functional
+from . import _collate, _op, _policies, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
 from ._arguments import IMAGE_DTYPES, batched, pair
 from ._op import Interpolation, Padding, PerChannel
 from ._params import Params, Settings
+from ._policies import OPERATIONS, Policy
 from ._structures import augmented_structure
 from ._targets import Augmented, Targets
 from ._tv import is_tv_tensor
 from .mix import cutmix, mixup
 
-__all__ = ["Augment", "Augmented", "Params", "Settings", "apply", "cutmix", "functional", "mixup"]
+__all__ = [
+    "OPERATIONS",
+    "Augment",
+    "Augmented",
+    "Params",
+    "Settings",
+    "apply",
+    "cutmix",
+    "functional",
+    "mixup",
+]
 
 
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
@@ -194,6 +205,7 @@ class Augment(nn.Module):
     translate: tuple[float, float] | None
     size: tuple[int, int] | None
     crop: int | tuple[float, float] | None
+    policy: Policy | None = None
 
     def __init__(
         self,
@@ -289,6 +301,75 @@ class Augment(nn.Module):
         }
         return cls(**usual | changes)
 
+    @classmethod
+    def trivial(
+        cls,
+        num_magnitude_bins: int = 31,
+        interpolation: Interpolation | Enum = "nearest",
+        fill: PerChannel | None = None,
+        **changes: Any,
+    ) -> Augment:
+        """TrivialAugmentWide (Müller, Hutter 2021): each sample draws one of 14 operations and its strength,
+        from torchvision's table; a positive "Rotate" turns counter-clockwise, as there.
+
+        Args:
+            num_magnitude_bins: how many strengths an operation has.
+            interpolation: of the operations that move pixels: "nearest", "bilinear" or "bicubic".
+            fill: what lies outside for these, in the images' units, one or per channel; None for zeros.
+            changes: arguments of `Augment` for steps around it: geometry, colours and blur come before the
+                operations, normalising and erasing after them.
+
+        Raises:
+            ValueError: fewer than 2 strengths, an unknown interpolation. TypeError: what should be a number.
+        """
+        return cls._with_policy("Augment.trivial", 1, None, num_magnitude_bins, interpolation, fill, changes)
+
+    @classmethod
+    def rand(
+        cls,
+        n: int = 2,
+        magnitude: int = 9,
+        num_magnitude_bins: int = 31,
+        interpolation: Interpolation | Enum = "nearest",
+        fill: PerChannel | None = None,
+        **changes: Any,
+    ) -> Augment:
+        """RandAugment (Cubuk, Zoph, Shlens, Le 2020): each sample draws `n` of 14 operations, one after the
+        other, of strength number `magnitude`, from torchvision's table; a positive "Rotate" turns
+        counter-clockwise, as there.
+
+        Args:
+            n: number of operations for each sample.
+            magnitude: number of the strength, less than `num_magnitude_bins`.
+
+        Other arguments and errors as in `trivial`.
+        """
+        return cls._with_policy(
+            "Augment.rand", n, magnitude, num_magnitude_bins, interpolation, fill, changes
+        )
+
+    @classmethod
+    def _with_policy(
+        cls,
+        op: str,
+        rounds: int,
+        magnitude: int | None,
+        bins: int,
+        interpolation: Any,
+        fill: Any,
+        changes: Any,
+    ) -> Augment:
+        fill = None if fill is None else _constant("fill", fill)
+        interpolation = functional.check_interpolation(op, interpolation)
+        name = "n" if magnitude is not None else "rounds"
+        policy = _policies.checked_policy(op, rounds, magnitude, bins, interpolation, fill, name)
+        augment = cls(**changes)
+        augment.policy = policy
+        augment.settings = dataclasses.replace(
+            augment.settings, policy_interpolation=interpolation, policy_fill=fill
+        )
+        return augment
+
     def sample(
         self,
         batch: Tensor,
@@ -324,6 +405,8 @@ class Augment(nn.Module):
                     box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
                 params.crop = _op.rows(box, count, batch.device)
             return params
+        check_generator("augment", generator)
+        seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         table, _, _, _, boxes = self._draw(batch, generator, seed, offset, index)
         fields = {
             name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")
@@ -337,6 +420,12 @@ class Augment(nn.Module):
             fields["crop"] = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
         if self.chances["erase"]:
             fields["erase"] = boxes
+        if self.policy is not None:
+            if index is None:
+                index = offset + torch.arange(count, device=batch.device)
+            size = self.size or (height, width)
+            drawn = _policies.draw(self.policy, seed, index.to(batch.device), *size)
+            fields["operations"], fields["magnitudes"] = drawn
         return Params(**fields, settings=self.settings)
 
     def _shapes(self, batch: Tensor) -> tuple[int, tuple[int, int], tuple[int, int]]:
@@ -420,7 +509,7 @@ class Augment(nn.Module):
         )  # fmt: skip
         if not isinstance(batch, Tensor) or is_tv_tensor(batch):
             return augmented_structure(self, batch, generator, targets)
-        if not self.training or targets.given():
+        if not self.training or self.policy is not None or targets.given():
             return applied(batch, self.sample(batch, generator=generator), targets)
         images, lead = batched("augment", batch)
         check_units(images, self.settings, self._steps != 0)
@@ -472,4 +561,5 @@ class Augment(nn.Module):
             for f in dataclasses.fields(Settings)
             if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        texts = [f"{name}={value!r}" for name, value in shown.items()]
+        return ", ".join(texts if self.policy is None else [*texts, f"policy={self.policy}"])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .._transforms import is_vmapped
-from . import _op
+from . import _op, _policies
 from ._arguments import batched
 from ._geometry import Geometry
-from ._params import FIELDS, SETTINGS, Params, Settings
+from ._params import COUNTED, FIELDS, SETTINGS, Params, Settings
 from ._targets import Augmented, Targets
 
 TensorOrList = Tensor | Sequence[Tensor]
@@ -112,10 +112,65 @@ def apply(
 def steps_of(images: Tensor, params: Params) -> list[Geometry]:
     """The resamplings of images (B, C, H, W) or (C, H, W), one after the other."""
     height, width = images.shape[-2:]
-    if params.settings.size is not None and all(getattr(params, name) is None for name in FIELDS):
+    if params.settings.size is not None and all(getattr(params, name) is None for name in COUNTED):
         count = images.shape[:-3].numel()
         params = dataclasses.replace(params, crop=_op.rows((0, 0, height, width), count, images.device))
-    return [Geometry.of(params, height, width)]
+    first = Geometry.of(params, height, width)
+    if params.operations is None:
+        return [first]
+    return [first, *_policies.steps_of(params, *first.out_size)]
+
+
+def _check_operations(params: Params) -> None:
+    operations, magnitudes = params.operations, params.magnitudes
+    if operations is None and magnitudes is None:
+        return
+    if (
+        operations is None
+        or magnitudes is None
+        or operations.shape != magnitudes.shape
+        or operations.dim() != 2
+    ):
+        shapes = [None if v is None else tuple(v.shape) for v in (operations, magnitudes)]
+        raise ValueError(
+            f"augment: operations and magnitudes of params must both be of shape (B, n), got {shapes[0]} and "
+            f"{shapes[1]}"
+        )
+    if operations.device.type == "cpu" and not torch.compiler.is_compiling():
+        most = len(_policies.OPERATIONS) - 1
+        if bool(((operations < 0) | (operations > most)).any()):
+            raise ValueError(f"augment: operations of params must be in [0, {most}], see OPERATIONS")
+
+
+def _images(batch: Tensor, params: Params) -> Tensor:
+    """The images of `apply`."""
+    settings = params.settings
+    colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
+    check_units(batch, settings, len(colour) > 0 or params.operations is not None)
+    if params.operations is not None:
+        # What normalises and erases comes after the operations, as in recipes of torchvision's.
+        bare = dataclasses.replace(settings, mean=None, std=None, erase_value=None, dtype=None)
+        first = dataclasses.replace(params, operations=None, magnitudes=None, erase=None, settings=bare)
+        if settings.size is not None or any(getattr(first, name) is not None for name in FIELDS):
+            batch = _images(batch, first)
+        batch = _policies.operated(batch, params)
+        last = dataclasses.replace(
+            settings, size=None, kernel=(1, 1), antialias=False, padding="zeros", interpolation="nearest"
+        )
+        params, colour = Params(erase=params.erase, settings=last), {}
+        if params.erase is None and last.mean is None and last.std is None and last.dtype is None:
+            return batch
+    sigma = params.sigma
+    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
+    return _op.augment_batch(
+        "augment",
+        batch,
+        matrices=params.matrices(*batch.shape[2:]),
+        **_op.factors(colour),
+        blur=blur,
+        boxes=params.erase,
+        **options_of(params.settings),
+    )
 
 
 def applied(images: Tensor, params: Params, targets: Targets) -> Any:
@@ -125,7 +180,7 @@ def applied(images: Tensor, params: Params, targets: Targets) -> Any:
     if len(lead) > 1:
         raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
     count = len(batch)
-    for name in FIELDS:
+    for name in COUNTED:
         value = getattr(params, name)
         if value is not None and len(value) != count:
             raise ValueError(
@@ -134,20 +189,12 @@ def applied(images: Tensor, params: Params, targets: Targets) -> Any:
     has_targets = targets.given()
     if has_targets:
         targets.check(batch, len(lead))
-    colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
-    check_units(batch, params.settings, len(colour) > 0)
-    sigma = params.sigma
-    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
-    (geometry,) = steps = steps_of(batch, params)
-    output = _op.augment_batch(
-        op,
-        batch,
-        matrices=geometry.matrices,
-        **_op.factors(colour),
-        blur=blur,
-        boxes=params.erase,
-        **options_of(params.settings),
-    )
+    _check_operations(params)
+    if params.settings.size is not None and all(getattr(params, name) is None for name in COUNTED):
+        box = (0, 0, *batch.shape[2:])
+        params = dataclasses.replace(params, crop=_op.rows(box, count, batch.device))
+    output = _images(batch, params)
+    steps = steps_of(batch, params) if has_targets else []
     output = output if lead else output.squeeze(0)
     return targets.moved(output, steps, not lead) if has_targets else output
 

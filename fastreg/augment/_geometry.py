@@ -178,9 +178,9 @@ def _mask_matrices(geometry: Geometry, matrices: Tensor) -> Tensor:
     return moved
 
 
-def _row_of(geometry: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
+def _row_of(geometry: Geometry, axis: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
     """(B, 3) of the part between flips and crop for x (0) or y (1), from the middle of the image in halves of
-    its side, and the same in float32, as torchvision makes its grid of them.
+    its side, as torchvision makes its grid of them, in float32 but for images of float64.
     """
     if geometry.affine is None:
         return None
@@ -188,7 +188,7 @@ def _row_of(geometry: Geometry, axis: int) -> tuple[Tensor, Tensor] | None:
     m = geometry.affine[:, axis]
     middle, half = 0.5 * (width - 1, height - 1)[axis], 0.5 * (width, height)[axis]
     shift = m[:, 2] - middle + 0.5 * (m[:, 0] * (width - 1) + m[:, 1] * (height - 1))
-    return m, torch.stack([m[:, 0], m[:, 1], shift], 1).float() / half
+    return torch.stack([m[:, 0], m[:, 1], shift], 1).to(dtype) / half
 
 
 def _nearest(grid: Tensor, n: int) -> Tensor:
@@ -212,7 +212,7 @@ def _line(geometry: Geometry, axis: int) -> Tensor:
         pixel = (start[:, None] + place).floor().long()
     row = _row_of(geometry, axis)
     if row is not None:
-        grid = (pixel.float() - 0.5 * (n - 1)) * row[1][:, axis, None] + row[1][:, 2, None]
+        grid = (pixel.float() - 0.5 * (n - 1)) * row[:, axis, None] + row[:, 2, None]
         pixel = _nearest(grid, n)
     return pixel if flip is None else torch.where(flip[:, None] != 0, n - 1 - pixel, pixel)
 
@@ -226,7 +226,7 @@ def _padded(pixel: Tensor, n: int, padding: Padding) -> tuple[Tensor, Tensor | N
     return pixel.clamp(0, n - 1), None if padding in ("border", "reflect") else inside
 
 
-def _taken(masks: Tensor, rows: Tensor, columns: Tensor, geometry: Geometry, fill: float | None) -> Tensor:
+def _taken(masks: Tensor, rows: Tensor, columns: Tensor, geometry: Geometry, fill: Any) -> Tensor:
     """Pixels of masks (B, N, H, W) at rows and columns that broadcast to (B, *out_size)."""
     height, width = geometry.in_size
     padding: Padding = "fill" if fill is not None else geometry.padding
@@ -238,25 +238,47 @@ def _taken(masks: Tensor, rows: Tensor, columns: Tensor, geometry: Geometry, fil
         return moved
     if masks.device.type == "cpu" and not torch.compiler.is_compiling() and there.all() and beside.all():
         return moved  # A crop lies inside almost always.
-    return torch.where(
-        (there & beside)[:, None], moved, torch.tensor(fill or 0).to(masks.device, masks.dtype)
-    )
+    outside = torch.tensor(fill or 0).to(masks.device, masks.dtype).view(1, -1, 1, 1)
+    return torch.where((there & beside)[:, None], moved, outside)
 
 
-def _turned_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor:
-    """Masks (B, N, H, W) at the very pixels that torchvision's affine takes: its grid is in float32, so that
-    of two pixels that are equally near it may take either.
+def turned(images: Tensor, geometry: Geometry, fill: Any) -> Tensor:
+    """Images or masks (B, N, H, W) at the very pixels that torchvision's affine takes: its grid is in
+    float32, so that of two pixels that are equally near it may take either.
     """
     height, width = geometry.out_size
-    x = torch.arange(width, device=masks.device, dtype=torch.float32) - 0.5 * (width - 1)
-    y = torch.arange(height, device=masks.device, dtype=torch.float32)[:, None] - 0.5 * (height - 1)
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    x = torch.arange(width, device=images.device, dtype=dtype) - 0.5 * (width - 1)
+    y = torch.arange(height, device=images.device, dtype=dtype)[:, None] - 0.5 * (height - 1)
     pixels = []
     for axis in (1, 0):
-        row = _row_of(geometry, axis)
+        row = _row_of(geometry, axis, dtype)
         assert row is not None
-        a, b, c = row[1].view(-1, 3, 1, 1).unbind(1)
+        a, b, c = row.view(-1, 3, 1, 1).unbind(1)
         pixels.append(_nearest(x * a + y * b + c, geometry.in_size[1 - axis]))
-    return _taken(masks, pixels[0], pixels[1], geometry, fill)
+    return _taken(images, pixels[0], pixels[1], geometry, fill)
+
+
+def sheared(images: Tensor, slant: Tensor, is_x: bool, padding: Padding, fill: Any) -> Tensor:
+    """Images (B, C, H, W), sheared along one axis about the upper left corner, at the very pixels that
+    torchvision's affine takes with nearest: among its strengths are some that put whole lines of positions
+    between two pixels.
+    """
+    if not images.numel():
+        return images.clone()
+    height, width = images.shape[2:]
+    n, other = (width, height) if is_x else (height, width)
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    along, across = (torch.arange(k, device=images.device, dtype=dtype) - 0.5 * (k - 1) for k in (n, other))
+    factor, shift = ((v.to(dtype) / (0.5 * n)).view(-1, 1, 1) for v in (slant, 0.5 * other * slant))
+    scaled = along * (torch.ones((), dtype=dtype) / (0.5 * n)).item()
+    grid = scaled + across[:, None] * factor if is_x else across * factor + scaled[:, None]
+    pixel = _nearest(grid + shift, n)
+    inside = ((pixel >= 0) & (pixel < n))[:, None]
+    place = pixel.clamp(0, n - 1)[:, None].expand(images.shape)
+    moved = images.gather(3 if is_x else 2, place)
+    outside = torch.tensor(fill if padding == "fill" else 0.0, device=images.device).to(images.dtype)
+    return torch.where(inside, moved, outside.view(1, -1, 1, 1))
 
 
 def _fits_bytes(masks: Tensor, fill: float | None) -> bool:
@@ -281,7 +303,7 @@ def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor
         rows, columns = _line(geometry, 1)[:, :, None], _line(geometry, 0)[:, None]
         return _taken(masks, rows, columns, geometry, fill)
     if geometry.affine is not None:
-        return _turned_masks(masks, geometry, fill)
+        return turned(masks, geometry, fill)
     matrices = _mask_matrices(geometry, geometry.matrices)
     if _fits_bytes(masks, fill):
         return _kernel_masks(masks.to(torch.uint8), matrices, geometry, fill).to(masks.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import arithmetic_dtype
+from .._transforms import is_vmapped
 from ._arguments import Number, batched, numbers
 from ._tv import of_images
 
@@ -69,6 +70,8 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     op = "solarize"
     batched(op, inpt)
     least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
+    if inpt.dtype != torch.float64:
+        least = least.float()  # torch compares with a Python number so.
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
@@ -135,8 +138,22 @@ def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     if inpt.dtype == torch.uint8:
         smooth = smooth.round()
     sharp = image.clone()
-    sharp[..., 1:-1, 1:-1] = inner + (1 - factor).to(image.dtype) * (smooth - inner)
+    sharp[..., 1:-1, 1:-1] = _blended(inner, smooth - inner, 1 - factor, inpt)
     return sharp.clamp(0, _most(inpt)).to(inpt.dtype)
+
+
+def _blended(pixels: Tensor, change: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    """pixels + weight * change. Bytes are cut off after it, so that the last bit decides about a level: they
+    are added by the operator that torchvision adds them by, which takes one weight at a time.
+    """
+    lookable = like.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmapped()
+    if like.dtype != torch.uint8 or not lookable:
+        return pixels + weight.to(pixels.dtype) * change
+    result, flat = pixels.clone(), change.reshape(-1, *change.shape[-3:])
+    parts = result.view(flat.shape)
+    for i, alpha in enumerate(weight.expand(*pixels.shape[:-3], 1, 1, 1).reshape(-1).tolist()):
+        parts[i].add_(flat[i], alpha=alpha)
+    return result
 
 
 @of_images

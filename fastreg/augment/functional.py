@@ -75,7 +75,8 @@ def _matrices(images: Tensor, size: tuple[int, int] | None = None, **fields: Any
     return _op.matrices_of(one, images.shape[-2:], size or images.shape[-2:], **fields)
 
 
-def _check_interpolation(op: str, interpolation: Interpolation | Enum) -> Interpolation:
+def check_interpolation(op: str, interpolation: Interpolation | Enum) -> Interpolation:
+    """The name of an interpolation."""
     # The values of torchvision's enumeration are these names.
     name: Any = interpolation.value if isinstance(interpolation, Enum) else interpolation
     check_choice(op, "interpolation", name, _op.INTERPOLATIONS)
@@ -157,7 +158,7 @@ def _affine(
 ) -> Tensor:
     like = _like(inpt) if _is_target(inpt) else plain(inpt)
     batched(op, like)
-    interpolation = _check_interpolation(op, interpolation)
+    interpolation = check_interpolation(op, interpolation)
     if not isinstance(shear, (list, tuple)) and not (isinstance(shear, Tensor) and shear.dim() == 2):
         shear = (shear, 0.0)
     fields = {
@@ -262,7 +263,7 @@ def vertical_stretch(
     like = _like(inpt) if _is_target(inpt) else plain(inpt)
     batched(op, like)
     m = _matrices(like, stretch=numbers(op, "factor", factor, like, above=0))
-    interpolation = _check_interpolation(op, interpolation)
+    interpolation = check_interpolation(op, interpolation)
     if _is_target(inpt):
         return moved_alone(inpt, Geometry(canvas_of(inpt), canvas_of(inpt), m, affine=m), fill)
     padding, fill = _outside(fill)
@@ -295,7 +296,7 @@ def resized_crop(
     op = "resized_crop"
     given, inpt = inpt, _like(inpt) if _is_target(inpt) else plain(inpt)
     batched(op, inpt)
-    interpolation = _check_interpolation(op, interpolation)
+    interpolation = check_interpolation(op, interpolation)
     out_height, out_width = (int(v) for v in pair(size))
     if min(out_height, out_width) < 1:
         raise ValueError(f"{op}: size must be at least 1, got {(out_height, out_width)}")
