@@ -225,3 +225,196 @@ def test_compiled():
 def test_refused(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+# ---- torchvision's transforms as an Augment
+
+
+def fixed(degrees=10.0, **changes):
+    options = {"scale": (1.2, 1.2), "shear": (5, 5, 3, 3), "interpolation": v2.InterpolationMode.BILINEAR}
+    return v2.RandomAffine((degrees, degrees), **options | changes)
+
+
+def test_transforms_that_draw_nothing_give_torchvisions_pixels():
+    x = pictures(2, 24, 28, torch.float32)
+    chains = (
+        [v2.RandomHorizontalFlip(1.0), fixed(), v2.Normalize([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])],
+        [v2.RandomVerticalFlip(1.0), v2.RandomRotation((30, 30), fill=0.5)],
+        [fixed(fill=[0.1, 0.2, 0.3]), v2.ColorJitter((1.5, 1.5)), v2.GaussianBlur(3, (0.7, 0.7))],
+        [v2.RandomRotation((0, 0)), v2.ColorJitter(saturation=(0.5, 0.5))],
+        [v2.Resize((11, 13)), v2.RandomHorizontalFlip(1.0)],
+        [v2.RandomResizedCrop((12, 16), (1, 1)), v2.ToDtype(torch.float32, scale=True)],
+        [v2.RandomCrop((24, 28))],
+    )
+    for chain in chains:
+        ours = Augment.from_torchvision(v2.Compose([v2.ToImage(), v2.Compose(chain)]))
+        if isinstance(chain[0], v2.RandomResizedCrop):
+            # A box of the whole area is the whole image only where its ratio is drawn so.
+            assert ours.crop == (1.0, 1.0) and ours.size == (12, 16) and ours.settings.antialias
+            continue
+        torch.testing.assert_close(ours(x), v2.Compose(chain)(x), rtol=0, atol=2e-5)
+
+
+def test_arguments_of_the_usual_recipe():
+    chain = v2.Compose(
+        [
+            v2.RandomResizedCrop(176, antialias=True),
+            v2.RandomHorizontalFlip(0.3),
+            v2.TrivialAugmentWide(fill=[1, 2, 3]),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            v2.RandomErasing(0.1),
+        ]
+    )
+    aug = Augment.from_torchvision(chain, erase=0.2)
+    want = Augment.trivial(
+        fill=(1, 2, 3), size=176, crop=(0.08, 1.0), hflip=0.3, mean=(0.485, 0.456, 0.406), erase=0.2,
+        std=(0.229, 0.224, 0.225), antialias=True, padding="border", dtype=torch.float32,
+    )  # fmt: skip
+    assert repr(aug) == repr(want) and aug.settings == want.settings
+    x = pictures(3, 200, 190)
+    assert torch.equal(apply(x, aug.sample(x, seed=1)), apply(x, want.sample(x, seed=1)))
+    rand = Augment.from_torchvision([v2.RandAugment(3, 5)])
+    assert rand.policy == Augment.rand(3, 5).policy
+    window = Augment.from_torchvision([v2.RandomCrop(32, 4, padding_mode="symmetric")])
+    assert window.crop == 4 and window.settings.padding == "reflect"
+    turned = Augment.from_torchvision([v2.RandomRotation((-5, 20))])
+    assert turned.ranges["angle"] == (-20, 5)
+
+
+@pytest.mark.parametrize(
+    "chain, words",
+    [
+        ([v2.RandomGrayscale()], "RandomGrayscale has no place in Augment"),
+        ([v2.RandomApply([v2.GaussianBlur(3)])], "RandomApply has no place"),
+        ([torch.nn.ReLU()], "ReLU has no place"),
+        ([v2.RandomRotation(5, expand=True)], "RandomRotation must have expand=False"),
+        ([v2.RandomAffine(5, center=(1, 2))], "RandomAffine must have center=None"),
+        ([v2.RandomResizedCrop(8, ratio=(1, 2))], "RandomResizedCrop must have ratio"),
+        ([v2.Resize(8)], "Resize must have size=\\(height, width\\)"),
+        ([v2.RandomErasing(value="random")], "RandomErasing must have value=0"),
+        ([v2.ColorJitter(0.1), v2.RandomCrop(8)], "RandomCrop stands after ColorJitter"),
+        ([v2.RandomResizedCrop(8), v2.RandomAffine(5)], "RandomAffine stands after RandomResizedCrop"),
+        ([v2.RandomAffine(5), v2.RandomAffine(5)], "RandomAffine stands there twice"),
+        ([v2.RandomAffine((0, 5)), v2.RandomHorizontalFlip()], "RandomHorizontalFlip stands after an affine"),
+        ([v2.RandomAffine(5), v2.RandomResizedCrop(8)], "RandomResizedCrop wants interpolation='bilinear'"),
+        ([v2.RandomCrop(8, (1, 2))], "RandomCrop must have the same padding"),
+        ([v2.ToDtype(torch.float32)], "ToDtype must have scale=True"),
+    ],
+)
+def test_transforms_without_a_place_are_named(chain, words):
+    with pytest.raises(ValueError, match=f"from_torchvision: {words}"):
+        Augment.from_torchvision(v2.Compose(chain) if len(chain) > 1 else chain)
+
+
+# ---- pictures
+
+
+def test_a_picture_shows_images_and_targets():
+    image = pytest.importorskip("PIL.Image")
+    x = torch.zeros(3, 3, 20, 30)
+    masks = torch.zeros(3, 20, 30, dtype=torch.int64)
+    masks[:, 2:6, 3:9] = 1
+    boxes, points = torch.tensor([[[3.0, 2, 9, 6]]] * 3), torch.tensor([[[20.0, 15]]] * 3)
+    aug = Augment(hflip=1.0, mean=0.5, std=0.25)
+    picture = aug.show(x, masks=masks, boxes=boxes, keypoints=points, draws=2, columns=2)
+    assert isinstance(picture, image.Image)
+    # Two side by side, three rows of each, twice, with gaps of two pixels.
+    assert picture.size == (2 * 32 - 2, 6 * 22 - 2)
+    numbers = torch.tensor(list(picture.tobytes())).view(picture.height, picture.width, 3)
+    before, after = numbers[:20, :30], numbers[22:42, :30]
+    assert before[2, 3].tolist() == [255, 70, 70] == before[5, 8].tolist()  # the box's edge
+    assert before[3, 5].tolist() == [128, 35, 35] and before[15, 20].tolist() == [255, 70, 70]
+    assert after[2, 30 - 4].tolist() == [255, 70, 70] and after[3, 30 - 6].tolist() == [128, 35, 35]
+    assert after[15, 30 - 1 - 20].tolist() == [255, 70, 70] and after[10, 2].tolist() == [0, 0, 0]
+
+
+def test_a_picture_of_any_batch():
+    tv = pytest.importorskip("torchvision.tv_tensors")
+    x = pictures(3, 20, 30)
+    boxes = torch.tensor([[3.0, 2, 9, 6]])
+    sample = (tv.Image(x[0]), {"boxes": tv.BoundingBoxes(boxes, format="XYXY", canvas_size=(20, 30))})
+    for aug in (Augment(rotate=20), Augment.rand(), Augment(size=(20, 30), mean=0.5)):
+        batches = [(x, 3), (x[0], 1), (x.float() / 255, 3), ([x[0], x[1]], 2), (sample, 1), ([sample] * 4, 4)]
+        batches += [({"image": x, "label": 3}, 3), (x[:, :1], 3), (x.bfloat16() / 255, 3)]
+        for batch, count in batches:
+            picture = aug.show(batch)
+            assert picture.size == (count * 32 - 2, 42)
+    uneven = Augment(size=12).show([x[0], x[1][:, :9]], masks=[torch.zeros(20, 30), torch.zeros(9, 30)])
+    assert uneven.size == (62, 42)
+    with pytest.raises(ValueError, match=r"Augment\.show: draws must be"):
+        Augment().show(x, draws=0)
+    with pytest.raises(ValueError, match=r"Augment\.show: the batch has no images"):
+        Augment().show(x[:0])
+
+
+# ---- whole recipes
+
+
+def test_boxes_of_the_random_resized_crop_are_torchvisions():
+    """Height, width and place of boxes, each by the largest distance of the two distribution functions."""
+    draws, size = 2500, (60, 90)
+    theirs = v2.RandomResizedCrop(8)
+    sample = [torch.empty(3, *size)]
+    want = torch.tensor(
+        [
+            [p["top"], p["left"], p["height"], p["width"]]
+            for p in (theirs.make_params(sample) for _ in range(draws))
+        ]
+    )
+    got = Augment.imagenet().sample(torch.empty(20000, 3, *size), seed=1).crop
+    for column in range(4):
+        levels = torch.arange(0, 91)
+        one = (got[:, column, None] <= levels).double().mean(0)
+        two = (want[:, column, None] <= levels).double().mean(0)
+        assert (one - two).abs().max() < 1.95 * (1 / draws + 1 / 20000) ** 0.5, column  # one in a thousand
+
+
+def test_mixing_is_a_step_after_all_others():
+    x, y = pictures(8, 20, 20), torch.arange(8)
+    for name, mix in (("mixup", fr.augment.mixup), ("cutmix", fr.augment.cutmix)):
+        aug = Augment.imagenet(size=12, num_classes=10, **{name: 0.7})
+        images, soft = aug(x, torch.Generator().manual_seed(3), labels=y)
+        generator = torch.Generator().manual_seed(3)
+        alone = Augment.imagenet(size=12)(x, generator)
+        want, targets = mix(alone, y, 0.7, 10, generator=generator)
+        assert torch.equal(images, want) and torch.equal(soft, targets) and soft.shape == (8, 10)
+        again = aug([x, y], torch.Generator().manual_seed(3))
+        assert torch.equal(again[0], images) and torch.equal(again[1], soft)
+        assert f"{name}=0.7" in repr(aug) and "num_classes=10" in repr(aug)
+        with pytest.raises(ValueError, match="mixup and cutmix need labels"):
+            aug(x)
+        assert aug.show(x).size == (8 * 22 - 2, 42)
+        batch = aug.collate([(image, int(label)) for image, label in zip(x, y, strict=True)])
+        assert batch[0].shape == (8, 3, 12, 12) and batch[1].shape == (8, 10)
+        with pytest.raises(TypeError, match=r"need samples \(image, label\)"):
+            aug.collate(list(x))
+        images, same = aug.eval()(x, labels=y)
+        assert torch.equal(same, y) and torch.equal(images, Augment.imagenet(size=12).eval()(x))
+        assert torch.equal(aug(x), images)
+
+
+def test_mixup_or_cutmix():
+    x, y = torch.zeros(64, 1, 8, 8), torch.eye(64)
+    x[:] = torch.linspace(0, 1, 64).view(-1, 1, 1, 1)
+    aug = Augment(mixup=0.5, cutmix=0.5)
+    cut = 0
+    for seed in range(40):
+        images, soft = aug(x, torch.Generator().manual_seed(seed), labels=y)
+        torch.testing.assert_close(soft.sum(1), torch.ones(64))
+        torch.testing.assert_close(images.mean((1, 2, 3)), soft @ x[:, 0, 0, 0], rtol=0, atol=1e-5)
+        cut += bool((images.flatten(1).amax(1) != images.flatten(1).amin(1)).any())
+    assert 8 <= cut <= 32
+    images, same = Augment(hflip=0.5)(x, labels=y)
+    assert same is y
+    for bad, error in (
+        (dict(mixup=-1), ValueError),
+        (dict(cutmix=float("nan")), ValueError),
+        (dict(num_classes=0), ValueError),
+    ):
+        with pytest.raises(error):
+            Augment(**bad)
+    with pytest.raises(ValueError, match="do not mix"):
+        aug(x, labels=y, masks=torch.zeros(64, 8, 8))
+    with pytest.raises(ValueError, match="need num_classes"):
+        aug(x, labels=torch.arange(64))

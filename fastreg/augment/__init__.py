@@ -11,6 +11,7 @@ a sample draws depends on the seed and its global index alone.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -22,13 +23,25 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_count, check_generator, check_number, check_tensor
 from .._seeds import draw_seed, seed_tensor
-from . import _collate, _op, _policies, functional
+from . import _collate, _from_torchvision, _op, _policies, _show, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
-from ._arguments import IMAGE_DTYPES, batched, pair
+from ._arguments import IMAGE_DTYPES, batched
+from ._mixing import Mixing
 from ._op import Interpolation, Padding, PerChannel
 from ._params import Params, Settings
-from ._policies import OPERATIONS, Policy
-from ._structures import augmented_structure
+from ._policies import OPERATIONS as OPERATIONS
+from ._policies import Policy
+from ._ranges import (
+    Range,
+    checked_index,
+    constant,
+    crop_of,
+    interval,
+    intervals,
+    output_size,
+    translation,
+)
+from ._structures import augmented_structure, is_labelled
 from ._targets import Augmented, Targets
 from ._tv import is_tv_tensor
 from .mix import cutmix, mixup
@@ -51,120 +64,9 @@ _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 
 
-def _checked_index(op: str, index: Tensor, batch: Tensor, count: int, offset: int) -> Tensor:
-    check_tensor(op, "index", index)
-    if index.dtype != torch.int64 or index.shape != (count,):
-        raise ValueError(
-            f"{op}: index must be int64 of shape ({count},), one for each sample, got {index.dtype} of shape "
-            f"{tuple(index.shape)}"
-        )
-    if offset:
-        raise ValueError(f"{op}: give offset or index, not both, got offset {offset}; add it to the index")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index < 0).any()):
-        raise ValueError(f"{op}: index must be at least 0, got {int(index.min())}")
-    return index.to(batch.device).contiguous()
-
-
-Range = float | Sequence[float]  # a distance to both sides, or (lo, hi)
-
-
-def _interval(
-    name: str, value: Any, centre: float | None = None, low: float = -math.inf, high: float = math.inf
-) -> tuple[float, float]:
-    """(lo, hi) of a pair, or of a number that is the distance to both sides of `centre`, cut at `low` and
-    `high`.
-    """
-    op = "Augment"
-    if isinstance(value, (int, float)) and centre is not None:
-        check_number(op, name, value, 0)
-        check_number(op, name, value, finite=True)
-        value = (max(centre - value, low), min(centre + value, high))
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(
-            f"{op}: {name} must be {'a number or ' if centre is not None else ''}a pair (lo, hi), got "
-            f"{value!r}"
-        )
-    for end in value:
-        check_number(op, name, end, low, high)
-        check_number(op, name, end, finite=True)
-    if value[0] > value[1]:
-        raise ValueError(f"{op}: {name} must be (lo, hi) with lo <= hi, got {value}")
-    return float(value[0]), float(value[1])
-
-
-def _intervals(**given: Any) -> dict[str, tuple[float, float]]:
-    """The range of each column of the table that is drawn from one, of the arguments that are not None."""
-    limits = {
-        "rotate": (0, -math.inf, math.inf),
-        "stretch": (None, 0, math.inf),
-        "scale": (None, 0, math.inf),
-        "brightness": (1, 0, math.inf),
-        "contrast": (1, 0, math.inf),
-        "saturation": (1, 0, math.inf),
-        "hue": (0, -0.5, 0.5),
-    }
-    shear, hue = given.pop("shear"), given["hue"]
-    ranges = {
-        "angle" if name == "rotate" else name: _interval(name, value, *limits[name])
-        for name, value in given.items()
-        if value is not None
-    }
-    for name in ("stretch", "scale"):
-        if ranges.get(name, (1, 1))[0] <= 0:
-            raise ValueError(f"Augment: {name} must be greater than 0, got {ranges[name]}")
-    if isinstance(hue, (int, float)) and hue > 0.5:
-        raise ValueError(f"Augment: hue must be at most 0.5, got {hue}")
-    if shear is not None:
-        four = isinstance(shear, (tuple, list)) and len(shear) == 4
-        ranges["shear_x"] = _interval("shear", shear[:2] if four else shear, 0)
-        ranges["shear_y"] = _interval("shear", shear[2:], 0) if four else (0.0, 0.0)
-    return ranges
-
-
-def _translation(translate: Any) -> tuple[float, float] | None:
-    if translate is None:
-        return None
-    if not isinstance(translate, (tuple, list)) or len(translate) != 2:
-        raise ValueError(f"Augment: translate must be a pair (fx, fy), got {translate!r}")
-    for value in translate:
-        check_number("Augment", "translate", value, 0, 1)
-    return float(translate[0]), float(translate[1])
-
-
-def _output_size(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    sides = tuple(pair(size))
-    if len(sides) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sides):
-        raise ValueError(f"Augment: size must be whole numbers of at least 1, (height, width), got {size!r}")
-    return sides
-
-
-def _crop(crop: Any) -> int | tuple[float, float] | None:
-    """The padding of a window, or a range of shares of the area."""
-    if crop is None:
-        return None
-    if isinstance(crop, int) and not isinstance(crop, bool):
-        check_number("Augment", "crop", crop, 0, 2**20)
-        return crop
-    shares = _interval("crop", crop, None, 0, 1)
-    if not shares[0] > 0:
-        raise ValueError(f"Augment: crop must be shares of the area greater than 0, got {crop}")
-    return shares
-
-
-def _constant(name: str, value: PerChannel | None) -> Any:
-    """One number, or a tuple of one per channel: settings are compared and hashed."""
-    if value is None:
-        return None
-    count = 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
-    values = _op.per_channel("Augment", name, value, count)
-    return values[0] if len(values) == 1 else tuple(values)
-
-
 class Augment(nn.Module):
-    """Augments batches of images, each sample with its own parameters, in one pass. Everything left out is
-    off.
+    """Augments batches of images, and their targets, each sample with its own parameters, in one pass;
+    positive angles turn clockwise. Everything left out is off.
 
     Args:
         hflip, vflip: probability of mirroring left and right, top and bottom.
@@ -191,6 +93,9 @@ class Augment(nn.Module):
         antialias: where the image shrinks, widen the interpolation's filter by as much, as torch's
             interpolate does; with a rotation or shear where it shrinks by more than 2.
         dtype: of the result; None for the images', or float32 where uint8 is normalised.
+        mixup, cutmix: alpha of what mixes the images and the `labels` that are then given beside them, 0 for
+            off; of both, one for each batch, with probability 1/2.
+        num_classes: of labels that are class indices.
 
     Numbers are uniform in their ranges; the crop's and box's ratio is uniform in its logarithm. In eval mode
     nothing is random: images are only brought to `size` (a window from the middle for crop=p) and normalised.
@@ -206,6 +111,7 @@ class Augment(nn.Module):
     size: tuple[int, int] | None
     crop: int | tuple[float, float] | None
     policy: Policy | None = None
+    mixing: Mixing = Mixing()
 
     def __init__(
         self,
@@ -233,6 +139,9 @@ class Augment(nn.Module):
         fill: PerChannel = 0.0,
         antialias: bool = False,
         dtype: torch.dtype | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         op = "Augment"
@@ -241,24 +150,26 @@ class Augment(nn.Module):
         check_choice(op, "interpolation", interpolation, _op.INTERPOLATIONS)
         check_choice(op, "padding", padding, _op.PADDINGS)
         self.chances = {"hflip": float(hflip), "vflip": float(vflip), "erase": float(erase)}
-        self.ranges = _intervals(
+        self.ranges = intervals(
             rotate=rotate, stretch=stretch, scale=scale, brightness=brightness, contrast=contrast,
             saturation=saturation, hue=hue, shear=shear,
         )  # fmt: skip
-        self.translate, self.size, self.crop = _translation(translate), _output_size(size), _crop(crop)
+        self.translate, self.size, self.crop = translation(translate), output_size(size), crop_of(crop)
         kernel = (1, 1)
         if blur is not None:
             if not isinstance(blur, (tuple, list)) or len(blur) != 2:
                 raise ValueError(f"{op}: blur must be (kernel, (lo, hi)), got {blur!r}")
             kernel = functional.check_kernel(op, blur[0])
-            self.ranges["sigma"] = _interval("blur", blur[1], None, 0)
+            self.ranges["sigma"] = interval("blur", blur[1], None, 0)
         if dtype is not None and dtype not in IMAGE_DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
         self.settings = Settings(
-            size=self.size, kernel=kernel, erase_value=_constant("erase_value", erase_value),
-            mean=_constant("mean", mean), std=_constant("std", std), interpolation=interpolation,
-            padding=padding, fill=_constant("fill", fill), antialias=antialias, dtype=dtype,
+            size=self.size, kernel=kernel, erase_value=constant("erase_value", erase_value),
+            mean=constant("mean", mean), std=constant("std", std), interpolation=interpolation,
+            padding=padding, fill=constant("fill", fill), antialias=antialias, dtype=dtype,
         )  # fmt: skip
+        self.mixing = Mixing(mixup, cutmix, num_classes)
+        self.mixing.check()
         # What the operators take of it.
         self._steps = sum(bit for name, bit in _op.STEPS.items() if name in self.ranges)
         self._is_geometric = bool(
@@ -349,6 +260,38 @@ class Augment(nn.Module):
         )
 
     @classmethod
+    def from_torchvision(cls, transforms: Any, **changes: Any) -> Augment:
+        """An `Augment` that draws what torchvision's transforms draw, for each sample of a batch its own.
+
+        All geometric steps become one resampling, and the colours of ColorJitter are changed in one order;
+        a RandomRotation, which turns counter-clockwise, becomes a `rotate` the other way round.
+
+        Args:
+            transforms: a Compose of torchvision's v2 (or v1), nested or not, or a list of transforms; those
+                that make tensors of images say nothing.
+            changes: arguments of `Augment` that replace what the transforms say.
+
+        Raises:
+            ValueError: a transform, or an option of one, that has no place here, or stands where it would do
+                something else; the message names it.
+        """
+        known = _from_torchvision.mapped(transforms)
+        policy = known.pop("policy", None)
+        if policy is None:
+            return cls(**known | changes)
+        given: dict[str, Any] = dict(policy)
+        make = cls.rand if "n" in given else cls.trivial
+        augment = cls(**known | changes)
+        one = make(**given)
+        augment.policy = one.policy
+        augment.settings = dataclasses.replace(
+            augment.settings,
+            policy_interpolation=one.settings.policy_interpolation,
+            policy_fill=one.settings.policy_fill,
+        )
+        return augment
+
+    @classmethod
     def _with_policy(
         cls,
         op: str,
@@ -359,7 +302,7 @@ class Augment(nn.Module):
         fill: Any,
         changes: Any,
     ) -> Augment:
-        fill = None if fill is None else _constant("fill", fill)
+        fill = None if fill is None else constant("fill", fill)
         interpolation = functional.check_interpolation(op, interpolation)
         name = "n" if magnitude is not None else "rounds"
         policy = _policies.checked_policy(op, rounds, magnitude, bins, interpolation, fill, name)
@@ -461,7 +404,7 @@ class Augment(nn.Module):
         seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         check_count("Augment.sample", "offset", offset, low=0)
         if index is not None:
-            index = _checked_index("Augment.sample", index, batch, count, offset)
+            index = checked_index("Augment.sample", index, batch, count, offset)
         low, high = self._ends
         if self.translate is not None:
             low, high = low.copy(), high.copy()
@@ -491,6 +434,7 @@ class Augment(nn.Module):
         min_area: float = 0.0,
         min_visibility: float = 0.0,
         flip_permutation: Sequence[int] | None = None,
+        labels: Tensor | None = None,
     ) -> Any:
         """The augmented batch, of shape (B, C, *size), by parameters that are drawn from `generator` or the
         default one. With targets, an `Augmented` of images and targets: for all arguments see `apply`.
@@ -502,11 +446,19 @@ class Augment(nn.Module):
         and KeyPoints comes back as what it was, with the image and the targets moved; so does a list of
         samples. Without an Image the first tensor of three dimensions or more is the image; tensors under the
         keys "boxes" (XYXY), "masks", "mask" and "keypoints" are targets, all others stay.
+
+        With `labels`, (B,) or (B, classes), a pair of images and labels, mixed where `mixup` or `cutmix` is
+        on, which a pair (images, labels) as the batch is as well; in eval mode, and without either, the
+        labels stay.
         """
         targets = Targets(
             masks, boxes, keypoints, counts, visible, box_format, mask_fill, min_area, min_visibility,
             flip_permutation,
         )  # fmt: skip
+        if labels is None and self.mixing.on() and is_labelled(batch):
+            batch, labels = batch
+        if labels is not None or (self.mixing.on() and self.training):
+            return self._mixed(batch, labels, generator, targets)
         if not isinstance(batch, Tensor) or is_tv_tensor(batch):
             return augmented_structure(self, batch, generator, targets)
         if not self.training or self.policy is not None or targets.given():
@@ -525,6 +477,50 @@ class Augment(nn.Module):
             **options_of(self.settings),
         )
         return output if lead else output.squeeze(0)
+
+    def _mixed(
+        self, batch: Any, labels: Tensor | None, generator: torch.Generator | None, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
+        op = "augment"
+        if labels is None:
+            raise ValueError(f"{op}: mixup and cutmix need labels, one for each image; give labels=")
+        if targets.given():
+            raise ValueError(f"{op}: labels are given without masks, boxes and key points, which do not mix")
+        check_tensor(op, "labels", labels)
+        images = self._unmixed()(batch, generator)
+        if not self.mixing.on() or not self.training:
+            return images, labels
+        return self.mixing.mixed(images, labels, generator)
+
+    def _unmixed(self) -> Augment:
+        """This without the step that mixes."""
+        alone = copy.copy(self)
+        alone.mixing = Mixing()
+        return alone
+
+    def show(
+        self,
+        batch: Any,
+        generator: torch.Generator | None = None,
+        *,
+        draws: int = 1,
+        columns: int = 8,
+        **targets: Any,
+    ) -> Any:
+        """A picture of a batch and of what becomes of it: the images in a row, and below them `draws` rows of
+        what is drawn for them, normalised or not, with masks, boxes that are left, and visible key points.
+
+        Args:
+            batch: whatever `forward` takes; `targets` are its arguments beside it.
+            columns: how many images stand side by side; the others follow below.
+
+        Returns:
+            A PIL image where Pillow is installed, else a tensor (height, width, 3) of uint8.
+
+        Raises:
+            ValueError: no images, draws or columns below 1, and what `forward` raises.
+        """
+        return _show.shown(self._unmixed(), batch, generator, Targets(**targets), draws, columns)
 
     def collate(self, samples: list[Any], key: Any = None, **reading: Any) -> Any:
         """For DataLoader(collate_fn=...): torch's default collation, with the images augmented, and with them
@@ -547,7 +543,13 @@ class Augment(nn.Module):
             TypeError: no image, or several, are found in a sample. ValueError: different sizes without
             `size`. KeyError: samples without the key.
         """
-        return _collate.collated(samples, key, self, Targets(**reading))
+        batch = _collate.collated(samples, key, self._unmixed(), Targets(**reading))
+        mixes = self.mixing.on() and self.training
+        if not mixes:
+            return batch
+        if not is_labelled(batch):
+            raise TypeError("Augment.collate: mixup and cutmix need samples (image, label)")
+        return list(self.mixing.mixed(*batch))
 
     def extra_repr(self) -> str:
         """The steps that are on."""
@@ -561,5 +563,6 @@ class Augment(nn.Module):
             for f in dataclasses.fields(Settings)
             if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
+        shown |= {n: v for n in ("mixup", "cutmix", "num_classes") if (v := getattr(self.mixing, n))}
         texts = [f"{name}={value!r}" for name, value in shown.items()]
         return ", ".join(texts if self.policy is None else [*texts, f"policy={self.policy}"])

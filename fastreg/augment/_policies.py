@@ -192,11 +192,12 @@ def operated(images: Tensor, params: Params) -> Tensor:
     assert operations is not None and magnitudes is not None
     magnitudes = magnitudes.to(number_dtype(images.device))
     result, count = images.clone(), len(images)
+    tracked = images.requires_grad and torch.is_grad_enabled()
     for i in range(operations.shape[1]):
         for name, samples in _groups(images, operations[:, i], magnitudes[:, i], params).items():
             whole = len(samples) == count
             at = torch.tensor(samples, device=images.device)
-            part = result if whole else result[at]
+            part = result if whole else result.index_select(0, at)
             strength = magnitudes[at, i]
             if name in _TONES:
                 part = _TONES[name](part, strength)
@@ -207,7 +208,7 @@ def operated(images: Tensor, params: Params) -> Tensor:
             if whole:
                 result = part
             else:
-                result[at] = part
+                result = result.index_copy(0, at, part) if tracked else result.index_copy_(0, at, part)
     return result
 
 

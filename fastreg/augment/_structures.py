@@ -166,7 +166,15 @@ def _is_plain_list(value: Any) -> bool:
     )
 
 
-def _samples_of(structure: Any) -> tuple[list[Any], Any] | None:
+def is_labelled(batch: Any) -> bool:
+    """Whether it is a pair of images (B, C, H, W) and labels (B,) or (B, classes)."""
+    if not _is_sequence(batch) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        return False
+    images, labels = batch
+    return images.dim() == 4 and labels.dim() in (1, 2) and len(labels) == len(images)
+
+
+def samples_of(structure: Any) -> tuple[list[Any], Any] | None:
     """(samples, what makes of their results a structure again) of a batch that is a list of samples, or a
     tuple of lists; None of a single structure.
     """
@@ -209,7 +217,7 @@ def augmented_structure(aug: Any, batch: Any, generator: torch.Generator | None,
         raise ValueError(
             f"{OP}: give targets as arguments beside a tensor of images, or inside of the samples, not both"
         )
-    samples = _samples_of(batch)
+    samples = samples_of(batch)
     if samples is None:
         return augmented_sample(aug, batch, targets, generator=generator)
     parts, together = samples

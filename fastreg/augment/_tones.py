@@ -50,8 +50,7 @@ def posterize(inpt: Tensor, bits: Number) -> Tensor:
     batched(op, inpt)
     levels = 2 ** _per_sample(op, "bits", bits, inpt, low=0, high=8).floor()
     if inpt.dtype == torch.uint8:
-        step = (256 / levels).to(torch.int32)
-        return (inpt.to(torch.int32) // step * step).to(torch.uint8)
+        return inpt & (256 - 256 / levels).to(torch.uint8)
     levels = levels.to(arithmetic_dtype(inpt))
     kept = (_wide(inpt) * levels).floor()
     return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
@@ -72,6 +71,8 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
     if inpt.dtype != torch.float64:
         least = least.float()  # torch compares with a Python number so.
+    if inpt.dtype == torch.uint8:
+        least = least.ceil().clamp(min=0).to(torch.uint8)
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
@@ -108,12 +109,13 @@ def equalize(inpt: Tensor) -> Tensor:
     image = inpt if inpt.dtype == torch.uint8 else (_wide(inpt) * (256 - 1e-3)).to(torch.uint8)
     levels = image.flatten(-2).long()
     histogram = torch.zeros(*levels.shape[:-1], 256, dtype=torch.int64, device=inpt.device)
-    histogram.scatter_add_(-1, levels, torch.ones_like(levels))
+    histogram.scatter_add_(-1, levels, histogram.new_ones(()).expand(levels.shape))
     below = histogram.cumsum(-1) - histogram
     in_highest = histogram.gather(-1, levels.amax(-1, keepdim=True))
     step = (levels.shape[-1] - in_highest) // 255
     table = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    spread = torch.where(step == 0, levels, table.gather(-1, levels)).view(image.shape).to(torch.uint8)
+    table = torch.where(step == 0, torch.arange(256, device=inpt.device), table).to(torch.uint8)
+    spread = table.gather(-1, levels).view(image.shape)
     return spread if inpt.dtype == torch.uint8 else (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
 
 
@@ -128,18 +130,20 @@ def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     factor = _per_sample(op, "sharpness_factor", sharpness_factor, inpt, low=0)
     if min(inpt.shape[-2:]) < 3 or not inpt.numel():
         return inpt.clone()
-    image = _wide(inpt)
+    is_bytes = inpt.dtype == torch.uint8
+    image = inpt.to(torch.int16) if is_bytes else _wide(inpt)  # which sums of 13 bytes fit into
     height, width = image.shape[-2:]
     rows = [image[..., i : height - 2 + i, :] for i in range(3)]
     three = rows[0] + rows[1] + rows[2]
     nine = three[..., : width - 2] + three[..., 1 : width - 1] + three[..., 2:]
     inner = image[..., 1:-1, 1:-1]
     smooth = (nine + 4 * inner) / 13
-    if inpt.dtype == torch.uint8:
-        smooth = smooth.round()
-    sharp = image.clone()
-    sharp[..., 1:-1, 1:-1] = _blended(inner, smooth - inner, 1 - factor, inpt)
-    return sharp.clamp(0, _most(inpt)).to(inpt.dtype)
+    if is_bytes:
+        smooth, inner = smooth.round_(), inner.float()
+    sharp = inpt.clone()
+    inside = _blended(inner, smooth - inner, 1 - factor, inpt).clamp(0, _most(inpt))
+    sharp[..., 1:-1, 1:-1] = inside.to(inpt.dtype)
+    return sharp if is_bytes else sharp.clamp(0, 1)
 
 
 def _blended(pixels: Tensor, change: Tensor, weight: Tensor, like: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ def affine(
     fill: PerChannel | None = None,
     center: Sequence[float] | None = None,
 ) -> Tensor:
-    """Rotate, scale and shear about the image's centre, then translate; the size stays.
+    """Rotate clockwise, scale and shear about the image's centre, then translate; the size stays.
 
     Args:
         angle: Number, degrees, clockwise.
