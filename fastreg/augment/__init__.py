@@ -47,7 +47,6 @@ from ._tv import is_tv_tensor
 from .mix import cutmix, mixup
 
 __all__ = [
-    "OPERATIONS",
     "Augment",
     "Augmented",
     "Params",
