@@ -130,6 +130,24 @@ def test_masks_after_a_scale_and_a_resized_crop():
         assert torch.equal(moved.masks[i], by_torchvision(tv.Mask(masks[i]), p, i).as_subclass(torch.Tensor))
 
 
+@pytest.mark.parametrize("height, width", [(24, 31), (23, 30), (32, 32), (9, 9)])
+def test_positions_between_two_pixels(height, width):
+    """Angles and scales that put whole lines of positions between two pixels: torchvision's rounding of its
+    grid to float32 says which of the two is taken.
+    """
+    f64 = torch.float64
+    p = Params(
+        hflip=torch.tensor([0, 1, 0, 1, 0], dtype=f64),
+        angle=torch.tensor([90, -45, 0, 180, 135], dtype=f64),
+        scale=torch.tensor([1, 1, 0.5, 2, 1.25], dtype=f64),
+    )
+    masks = torch.randint(1, 250, (5, height, width), dtype=torch.uint8)
+    moved = apply(torch.rand(5, 3, height, width), p, masks=masks).masks
+    for i in range(5):
+        want = by_torchvision(tv.Mask(masks[i]), p, i)
+        assert torch.equal(moved[i], want.as_subclass(torch.Tensor)), i
+
+
 def test_whole_numbers_are_cut_off_as_torchvision_does():
     x = images()
     for steps in ({"hflip": 1, "vflip": 1}, {"scale": 1}, {"angle": 1, "shear": 1}):

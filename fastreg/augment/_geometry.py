@@ -37,6 +37,7 @@ class Geometry:
     crop: Tensor | None = None
     is_straight: bool = False
     affine: Tensor | None = None
+    tied: Tensor | None = None  # (B,) bool: samples of which whole lines of positions lie between two pixels
     padding: Padding = "zeros"
     map: tuple[Tensor, Tensor] | None = None  # of boxes and points, where it is not that of the matrices
 
@@ -44,8 +45,11 @@ class Geometry:
     def of(cls, params: Params, height: int, width: int) -> Geometry:
         """What parameters do to images of (height, width)."""
         is_straight = params.angle is None and params.shear is None
-        affine = None
-        if is_straight and not all(v is None for v in (params.stretch, params.scale, params.translate)):
+        affine, tied = None, None
+        moves = (params.stretch, params.scale, params.translate, params.angle, params.shear)
+        if params.angle is not None and params.crop is None and params.angle.device.type == "cpu":
+            tied = params.angle % 45 == 0
+        if (is_straight or tied is not None) and not all(value is None for value in moves):
             bare = dataclasses.replace(
                 params,
                 hflip=None,
@@ -56,14 +60,14 @@ class Geometry:
             affine = bare.matrices(height, width)
         return cls(
             (height, width), params.settings.size or (height, width), params.matrices(height, width),
-            params.hflip, params.vflip, params.crop, is_straight, affine, params.settings.padding,
+            params.hflip, params.vflip, params.crop, is_straight, affine, tied, params.settings.padding,
         )  # fmt: skip
 
     def of_sample(self, i: int) -> Geometry:
         """What happens to sample i alone."""
         parts: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[i : i + 1]
-            for name in ("matrices", "hflip", "vflip", "crop", "affine")
+            for name in ("matrices", "hflip", "vflip", "crop", "affine", "tied")
         }
         return dataclasses.replace(self, **parts)
 
@@ -291,6 +295,18 @@ def _fits_bytes(masks: Tensor, fill: float | None) -> bool:
     return bool(low >= 0) and bool(high <= 255)
 
 
+def _with_ties(masks: Tensor, geometry: Geometry, fill: float | None, at: Tensor) -> Tensor:
+    """Masks of which the samples `at` take torchvision's own pixels."""
+    moved = moved_masks(masks, dataclasses.replace(geometry, affine=None, tied=None), fill)
+    some = masks[at]
+    for flip, axis in ((geometry.hflip, -1), (geometry.vflip, -2)):
+        if flip is not None:
+            some = torch.where(flip[at].view(-1, 1, 1, 1) != 0, some.flip(axis), some)
+    assert geometry.affine is not None
+    alone = dataclasses.replace(geometry, affine=geometry.affine[at])
+    return moved.index_copy_(0, at, turned(some, alone, fill))
+
+
 def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor:
     """Masks (B, N, H, W) at the nearest pixel of the source; what lies outside is `fill`, or, where that is
     None, what the images' padding makes of it.
@@ -302,8 +318,12 @@ def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor
     if geometry.is_straight and (geometry.crop is not None or geometry.affine is not None):
         rows, columns = _line(geometry, 1)[:, :, None], _line(geometry, 0)[:, None]
         return _taken(masks, rows, columns, geometry, fill)
-    if geometry.affine is not None:
+    if geometry.affine is not None and geometry.tied is None:
         return turned(masks, geometry, fill)
+    if geometry.tied is not None and not (torch.compiler.is_compiling() or is_vmapped()):
+        at = geometry.tied.nonzero()[:, 0]
+        if len(at):
+            return _with_ties(masks, geometry, fill, at)
     matrices = _mask_matrices(geometry, geometry.matrices)
     if _fits_bytes(masks, fill):
         return _kernel_masks(masks.to(torch.uint8), matrices, geometry, fill).to(masks.dtype)

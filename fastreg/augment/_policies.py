@@ -114,10 +114,16 @@ def steps_of(params: Params, height: int, width: int) -> list[Geometry]:
     operations, magnitudes = params.operations, params.magnitudes
     assert operations is not None and magnitudes is not None
     for i in range(operations.shape[1]):
-        matrices = matrices_of(
-            operations[:, i], magnitudes[:, i].to(number_dtype(operations.device)), height, width
-        )
-        steps.append(Geometry((height, width), (height, width), matrices))
+        strengths = magnitudes[:, i].to(number_dtype(operations.device))
+        matrices = matrices_of(operations[:, i], strengths, height, width)
+        tied = None
+        if operations.device.type == "cpu":
+            shears = (operations[:, i] == 1) | (operations[:, i] == 2)
+            tied = shears | (
+                (operations[:, i] == OPERATIONS.index("Rotate")) & ((strengths % 45).abs() < 1e-3)
+            )
+        size = (height, width)
+        steps.append(Geometry(size, size, matrices, affine=None if tied is None else matrices, tied=tied))
     return steps
 
 
