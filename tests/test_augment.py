@@ -52,7 +52,7 @@ def test_sample_depends_on_seed_and_index_alone():
     for begin, end in ((0, 1), (7, 9), (20, 40)):
         part = aug.sample(x[begin:end], seed=seed, offset=begin)
         for field in dataclasses.fields(Params):
-            if field.name != "settings":
+            if field.name not in ("settings", "operations", "magnitudes"):
                 assert torch.equal(getattr(part, field.name), getattr(params, field.name)[begin:end])
         assert torch.equal(apply(x[begin:end], part), images[begin:end])
     assert torch.equal(apply(x[5], aug.sample(x[5], seed=3, offset=5)), images[5])

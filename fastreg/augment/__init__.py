@@ -11,9 +11,11 @@ a sample draws depends on the seed and its global index alone.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,295 +23,49 @@ from torch import Tensor, nn
 
 from .._checks import check_choice, check_count, check_generator, check_number, check_tensor
 from .._seeds import draw_seed, seed_tensor
-from .._transforms import is_vmapped
-from . import _collate, _op, functional
-from ._arguments import IMAGE_DTYPES, batched, pair
+from . import _collate, _from_torchvision, _op, _policies, _show, functional
+from ._apply import TensorOrList, applied, apply, check_units, options_of
+from ._arguments import IMAGE_DTYPES, batched
+from ._mixing import Mixing
 from ._op import Interpolation, Padding, PerChannel
+from ._params import Params, Settings
+from ._policies import OPERATIONS as OPERATIONS
+from ._policies import Policy
+from ._ranges import (
+    Range,
+    checked_index,
+    constant,
+    crop_of,
+    interval,
+    intervals,
+    output_size,
+    translation,
+)
+from ._structures import augmented_structure, is_labelled
+from ._targets import Augmented, Targets
+from ._tv import is_tv_tensor
 from .mix import cutmix, mixup
 
-__all__ = ["Augment", "Params", "Settings", "apply", "cutmix", "functional", "mixup"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What all samples of a batch share.
-
-    `size` (height, width) of the result in pixels, None for the images'; `kernel` of the blur along (x, y) in
-    pixels; `erase_value` in the images' units, None for what becomes 0; `mean` and `std` for images in
-    [0, 1]; `fill` in the images' units; `dtype` of the result, None for the images', or float32 where uint8
-    is normalised. Numbers per channel are one for all, or a tuple. See `Augment`.
-    """
-
-    size: tuple[int, int] | None = None
-    kernel: tuple[int, int] = (1, 1)
-    erase_value: float | tuple[float, ...] | None = None
-    mean: float | tuple[float, ...] | None = None
-    std: float | tuple[float, ...] | None = None
-    interpolation: Interpolation = "bilinear"
-    padding: Padding = "zeros"
-    fill: float | tuple[float, ...] = 0.0
-    antialias: bool = False
-    dtype: torch.dtype | None = None
-
-
-@dataclasses.dataclass
-class Params:
-    """What each of B samples drew: float64 tensors of shape (B,) unless said otherwise; None for a step that
-    is off.
-
-    Two numbers along (x, y): `translate`, in pixels, and `shear`, in degrees. Boxes of (top, left, height,
-    width): `crop`, in the input's pixels, and `erase`, int64, in the output's. `angle` is in degrees,
-    clockwise; `hue` in turns; `sigma`, of the blur, in pixels; flips are 0 or 1; `stretch`, `scale`,
-    `brightness`, `contrast` and `saturation` are factors.
-    """
-
-    hflip: Tensor | None = None
-    vflip: Tensor | None = None
-    stretch: Tensor | None = None
-    scale: Tensor | None = None
-    angle: Tensor | None = None
-    translate: Tensor | None = None  # (B, 2)
-    shear: Tensor | None = None  # (B, 2)
-    crop: Tensor | None = None  # (B, 4)
-    brightness: Tensor | None = None
-    contrast: Tensor | None = None
-    saturation: Tensor | None = None
-    hue: Tensor | None = None
-    sigma: Tensor | None = None
-    erase: Tensor | None = None  # (B, 4)
-    settings: Settings = Settings()
-
-    def matrices(self, height: int, width: int) -> Tensor | None:
-        """(B, 2, 3) float64: from a pixel (x, y, 1) of the result to its place in an image of (height,
-        width), pixel centres at whole numbers; None if no pixel moves.
-
-        Raises:
-            ValueError: no parameter says how many samples there are.
-        """
-        names = ("hflip", "vflip", "stretch", "scale", "angle", "translate", "shear", "crop")
-        geometry = {
-            name: value.to(_op.number_dtype(value.device))
-            for name in names
-            if (value := getattr(self, name)) is not None
-        }
-        size = self.settings.size or (height, width)
-        if not geometry and size == (height, width):
-            return None
-        some = next((value for name in _FIELDS if (value := getattr(self, name)) is not None), None)
-        if some is None:
-            raise ValueError(
-                "Params.matrices: no parameter says how many samples there are; set crop to the whole image"
-            )
-        return _op.matrices_of(some, (height, width), size, **geometry)
+__all__ = [
+    "Augment",
+    "Augmented",
+    "Params",
+    "Settings",
+    "apply",
+    "cutmix",
+    "functional",
+    "mixup",
+]
 
 
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
-_FIELDS = tuple(field.name for field in dataclasses.fields(Params) if field.name != "settings")
-_SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
-
-
-def _checked_index(op: str, index: Tensor, batch: Tensor, count: int, offset: int) -> Tensor:
-    check_tensor(op, "index", index)
-    if index.dtype != torch.int64 or index.shape != (count,):
-        raise ValueError(
-            f"{op}: index must be int64 of shape ({count},), one for each sample, got {index.dtype} of shape "
-            f"{tuple(index.shape)}"
-        )
-    if offset:
-        raise ValueError(f"{op}: give offset or index, not both, got offset {offset}; add it to the index")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index < 0).any()):
-        raise ValueError(f"{op}: index must be at least 0, got {int(index.min())}")
-    return index.to(batch.device).contiguous()
-
-
-def _options(settings: Settings) -> dict[str, Any]:
-    """The settings as arguments by name. torch.compile of torch 2.10 cannot spread vars(settings)."""
-    return {name: getattr(settings, name) for name in _SETTINGS}
-
-
-def apply(images: Tensor, params: Params) -> Tensor:
-    """Augment images with given parameters; pure, and differentiable with respect to the images, but for hue.
-
-    Args:
-        images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8 in [0, 255], or float32,
-            float64, float16 or bfloat16 in [0, 1].
-        params: `Params`, of `Augment.sample` or made by hand.
-
-    Returns:
-        (B, C, *size), in the images' memory format. float32 for uint8 images that are normalised, else of the
-        images' dtype, or `settings.dtype`. Arithmetic is float32 (float64 for float64) and rounded once; only
-        where uint8 stays uint8 each step rounds as torchvision's.
-
-    Raises:
-        ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue
-            with other than 1 or 3 channels, hue of images that need a gradient, a matrix that is not finite
-            or leads further than 2^30 pixels away (on a GPU, which that would make us wait for, the sample
-            becomes NaN, or 0 in uint8).
-        TypeError: another dtype.
-        RuntimeError: in backward on a GPU under `torch.use_deterministic_algorithms(True)`, because the
-            gradient is added up in no fixed order there.
-    """
-    op = "augment"
-    batch, lead = batched(op, images)
-    if len(lead) > 1:
-        raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
-    count = len(batch)
-    for name in _FIELDS:
-        value = getattr(params, name)
-        if value is not None and len(value) != count:
-            raise ValueError(
-                f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
-            )
-    colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
-    _check_units(batch, params.settings, len(colour) > 0)
-    sigma = params.sigma
-    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
-    height, width = batch.shape[2:]
-    if params.settings.size is not None and all(getattr(params, name) is None for name in _FIELDS):
-        params = dataclasses.replace(params, crop=_op.rows((0, 0, height, width), count, batch.device))
-    output = _op.augment_batch(
-        op,
-        batch,
-        matrices=params.matrices(height, width),
-        **_op.factors(colour),
-        blur=blur,
-        boxes=params.erase,
-        **_options(params.settings),
-    )
-    return output if lead else output.squeeze(0)
-
-
-def _check_units(images: Tensor, settings: Settings, coloured: bool) -> None:
-    """Raise where pixels from 0 to 255 meet steps that are for images in [0, 1].
-
-    Pixels on a GPU are not looked at, because that would wait for it.
-    """
-    op = "augment"
-    means = settings.mean if isinstance(settings.mean, tuple) else (settings.mean or 0.0,)
-    large = max(means) > 1  # They are for pixels from 0 to 255.
-    if images.dtype == torch.uint8:
-        if large:
-            raise ValueError(
-                f"{op}: mean and std are for images in [0, 1], to which uint8 images are scaled first, got "
-                f"mean={settings.mean}; divide both by 255"
-            )
-        return
-    normalised = not large and (settings.mean is not None or settings.std is not None)
-    if not (coloured or normalised) or images.device.type != "cpu" or not images.numel():
-        return
-    if torch.compiler.is_compiling() or is_vmapped():
-        return
-    # Four images of the batch tell as much as all, for a fraction of the time.
-    least, largest = images.detach()[:: (len(images) + 3) // 4].aminmax()
-    if least >= 0 and 2 < largest <= 65535:
-        raise ValueError(
-            f"{op}: floating-point images must be in [0, 1] for changes of colour, mean and std, got values "
-            f"up to {largest.item():g}; divide them by 255, or give uint8"
-        )
-
-
-Range = float | Sequence[float]  # a distance to both sides, or (lo, hi)
-
-
-def _interval(
-    name: str, value: Any, centre: float | None = None, low: float = -math.inf, high: float = math.inf
-) -> tuple[float, float]:
-    """(lo, hi) of a pair, or of a number that is the distance to both sides of `centre`, cut at `low` and
-    `high`.
-    """
-    op = "Augment"
-    if isinstance(value, (int, float)) and centre is not None:
-        check_number(op, name, value, 0)
-        check_number(op, name, value, finite=True)
-        value = (max(centre - value, low), min(centre + value, high))
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(
-            f"{op}: {name} must be {'a number or ' if centre is not None else ''}a pair (lo, hi), got "
-            f"{value!r}"
-        )
-    for end in value:
-        check_number(op, name, end, low, high)
-        check_number(op, name, end, finite=True)
-    if value[0] > value[1]:
-        raise ValueError(f"{op}: {name} must be (lo, hi) with lo <= hi, got {value}")
-    return float(value[0]), float(value[1])
-
-
-def _intervals(**given: Any) -> dict[str, tuple[float, float]]:
-    """The range of each column of the table that is drawn from one, of the arguments that are not None."""
-    limits = {
-        "rotate": (0, -math.inf, math.inf),
-        "stretch": (None, 0, math.inf),
-        "scale": (None, 0, math.inf),
-        "brightness": (1, 0, math.inf),
-        "contrast": (1, 0, math.inf),
-        "saturation": (1, 0, math.inf),
-        "hue": (0, -0.5, 0.5),
-    }
-    shear, hue = given.pop("shear"), given["hue"]
-    ranges = {
-        "angle" if name == "rotate" else name: _interval(name, value, *limits[name])
-        for name, value in given.items()
-        if value is not None
-    }
-    for name in ("stretch", "scale"):
-        if ranges.get(name, (1, 1))[0] <= 0:
-            raise ValueError(f"Augment: {name} must be greater than 0, got {ranges[name]}")
-    if isinstance(hue, (int, float)) and hue > 0.5:
-        raise ValueError(f"Augment: hue must be at most 0.5, got {hue}")
-    if shear is not None:
-        four = isinstance(shear, (tuple, list)) and len(shear) == 4
-        ranges["shear_x"] = _interval("shear", shear[:2] if four else shear, 0)
-        ranges["shear_y"] = _interval("shear", shear[2:], 0) if four else (0.0, 0.0)
-    return ranges
-
-
-def _translation(translate: Any) -> tuple[float, float] | None:
-    if translate is None:
-        return None
-    if not isinstance(translate, (tuple, list)) or len(translate) != 2:
-        raise ValueError(f"Augment: translate must be a pair (fx, fy), got {translate!r}")
-    for value in translate:
-        check_number("Augment", "translate", value, 0, 1)
-    return float(translate[0]), float(translate[1])
-
-
-def _output_size(size: Any) -> tuple[int, int] | None:
-    if size is None:
-        return None
-    sides = tuple(pair(size))
-    if len(sides) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sides):
-        raise ValueError(f"Augment: size must be whole numbers of at least 1, (height, width), got {size!r}")
-    return sides
-
-
-def _crop(crop: Any) -> int | tuple[float, float] | None:
-    """The padding of a window, or a range of shares of the area."""
-    if crop is None:
-        return None
-    if isinstance(crop, int) and not isinstance(crop, bool):
-        check_number("Augment", "crop", crop, 0, 2**20)
-        return crop
-    shares = _interval("crop", crop, None, 0, 1)
-    if not shares[0] > 0:
-        raise ValueError(f"Augment: crop must be shares of the area greater than 0, got {crop}")
-    return shares
-
-
-def _constant(name: str, value: PerChannel | None) -> Any:
-    """One number, or a tuple of one per channel: settings are compared and hashed."""
-    if value is None:
-        return None
-    count = 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
-    values = _op.per_channel("Augment", name, value, count)
-    return values[0] if len(values) == 1 else tuple(values)
 
 
 class Augment(nn.Module):
-    """Augments batches of images, each sample with its own parameters, in one pass. Everything left out is
-    off.
+    """Augments batches of images, and their targets, each sample with its own parameters, in one pass;
+    positive angles turn clockwise. Everything left out is off.
 
     Args:
         hflip, vflip: probability of mirroring left and right, top and bottom.
@@ -336,6 +92,9 @@ class Augment(nn.Module):
         antialias: where the image shrinks, widen the interpolation's filter by as much, as torch's
             interpolate does; with a rotation or shear where it shrinks by more than 2.
         dtype: of the result; None for the images', or float32 where uint8 is normalised.
+        mixup, cutmix: alpha of what mixes the images and the `labels` that are then given beside them, 0 for
+            off; of both, one for each batch, with probability 1/2.
+        num_classes: of labels that are class indices.
 
     Numbers are uniform in their ranges; the crop's and box's ratio is uniform in its logarithm. In eval mode
     nothing is random: images are only brought to `size` (a window from the middle for crop=p) and normalised.
@@ -350,6 +109,8 @@ class Augment(nn.Module):
     translate: tuple[float, float] | None
     size: tuple[int, int] | None
     crop: int | tuple[float, float] | None
+    policy: Policy | None = None
+    mixing: Mixing = Mixing()
 
     def __init__(
         self,
@@ -377,6 +138,9 @@ class Augment(nn.Module):
         fill: PerChannel = 0.0,
         antialias: bool = False,
         dtype: torch.dtype | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        num_classes: int | None = None,
     ) -> None:
         super().__init__()
         op = "Augment"
@@ -385,24 +149,26 @@ class Augment(nn.Module):
         check_choice(op, "interpolation", interpolation, _op.INTERPOLATIONS)
         check_choice(op, "padding", padding, _op.PADDINGS)
         self.chances = {"hflip": float(hflip), "vflip": float(vflip), "erase": float(erase)}
-        self.ranges = _intervals(
+        self.ranges = intervals(
             rotate=rotate, stretch=stretch, scale=scale, brightness=brightness, contrast=contrast,
             saturation=saturation, hue=hue, shear=shear,
         )  # fmt: skip
-        self.translate, self.size, self.crop = _translation(translate), _output_size(size), _crop(crop)
+        self.translate, self.size, self.crop = translation(translate), output_size(size), crop_of(crop)
         kernel = (1, 1)
         if blur is not None:
             if not isinstance(blur, (tuple, list)) or len(blur) != 2:
                 raise ValueError(f"{op}: blur must be (kernel, (lo, hi)), got {blur!r}")
             kernel = functional.check_kernel(op, blur[0])
-            self.ranges["sigma"] = _interval("blur", blur[1], None, 0)
+            self.ranges["sigma"] = interval("blur", blur[1], None, 0)
         if dtype is not None and dtype not in IMAGE_DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
         self.settings = Settings(
-            size=self.size, kernel=kernel, erase_value=_constant("erase_value", erase_value),
-            mean=_constant("mean", mean), std=_constant("std", std), interpolation=interpolation,
-            padding=padding, fill=_constant("fill", fill), antialias=antialias, dtype=dtype,
+            size=self.size, kernel=kernel, erase_value=constant("erase_value", erase_value),
+            mean=constant("mean", mean), std=constant("std", std), interpolation=interpolation,
+            padding=padding, fill=constant("fill", fill), antialias=antialias, dtype=dtype,
         )  # fmt: skip
+        self.mixing = Mixing(mixup, cutmix, num_classes)
+        self.mixing.check()
         # What the operators take of it.
         self._steps = sum(bit for name, bit in _op.STEPS.items() if name in self.ranges)
         self._is_geometric = bool(
@@ -445,6 +211,107 @@ class Augment(nn.Module):
         }
         return cls(**usual | changes)
 
+    @classmethod
+    def trivial(
+        cls,
+        num_magnitude_bins: int = 31,
+        interpolation: Interpolation | Enum = "nearest",
+        fill: PerChannel | None = None,
+        **changes: Any,
+    ) -> Augment:
+        """TrivialAugmentWide (Müller, Hutter 2021): each sample draws one of 14 operations and its strength,
+        from torchvision's table; a positive "Rotate" turns counter-clockwise, as there.
+
+        Args:
+            num_magnitude_bins: how many strengths an operation has.
+            interpolation: of the operations that move pixels: "nearest", "bilinear" or "bicubic".
+            fill: what lies outside for these, in the images' units, one or per channel; None for zeros.
+            changes: arguments of `Augment` for steps around it: geometry, colours and blur come before the
+                operations, normalising and erasing after them.
+
+        Raises:
+            ValueError: fewer than 2 strengths, an unknown interpolation. TypeError: what should be a number.
+        """
+        return cls._with_policy("Augment.trivial", 1, None, num_magnitude_bins, interpolation, fill, changes)
+
+    @classmethod
+    def rand(
+        cls,
+        n: int = 2,
+        magnitude: int = 9,
+        num_magnitude_bins: int = 31,
+        interpolation: Interpolation | Enum = "nearest",
+        fill: PerChannel | None = None,
+        **changes: Any,
+    ) -> Augment:
+        """RandAugment (Cubuk, Zoph, Shlens, Le 2020): each sample draws `n` of 14 operations, one after the
+        other, of strength number `magnitude`, from torchvision's table; a positive "Rotate" turns
+        counter-clockwise, as there.
+
+        Args:
+            n: number of operations for each sample.
+            magnitude: number of the strength, less than `num_magnitude_bins`.
+
+        Other arguments and errors as in `trivial`.
+        """
+        return cls._with_policy(
+            "Augment.rand", n, magnitude, num_magnitude_bins, interpolation, fill, changes
+        )
+
+    @classmethod
+    def from_torchvision(cls, transforms: Any, **changes: Any) -> Augment:
+        """An `Augment` that draws what torchvision's transforms draw, for each sample of a batch its own.
+
+        All geometric steps become one resampling, and the colours of ColorJitter are changed in one order;
+        a RandomRotation, which turns counter-clockwise, becomes a `rotate` the other way round.
+
+        Args:
+            transforms: a Compose of torchvision's v2 (or v1), nested or not, or a list of transforms; those
+                that make tensors of images say nothing.
+            changes: arguments of `Augment` that replace what the transforms say.
+
+        Raises:
+            ValueError: a transform, or an option of one, that has no place here, or stands where it would do
+                something else; the message names it.
+        """
+        known = _from_torchvision.mapped(transforms)
+        policy = known.pop("policy", None)
+        if policy is None:
+            return cls(**known | changes)
+        given: dict[str, Any] = dict(policy)
+        make = cls.rand if "n" in given else cls.trivial
+        augment = cls(**known | changes)
+        one = make(**given)
+        augment.policy = one.policy
+        augment.settings = dataclasses.replace(
+            augment.settings,
+            policy_interpolation=one.settings.policy_interpolation,
+            policy_fill=one.settings.policy_fill,
+        )
+        return augment
+
+    @classmethod
+    def _with_policy(
+        cls,
+        op: str,
+        rounds: int,
+        magnitude: int | None,
+        bins: int,
+        interpolation: Any,
+        fill: Any,
+        changes: Any,
+    ) -> Augment:
+        fill = None if fill is None else constant("fill", fill)
+        interpolation = functional.check_interpolation(op, interpolation)
+        name = "n" if magnitude is not None else "rounds"
+        policy = _policies.checked_policy(op, rounds, magnitude, bins, interpolation, fill, name)
+        augment = cls(**changes)
+        augment.policy = policy
+        augment.settings = dataclasses.replace(
+            augment.settings, policy_interpolation=interpolation, policy_fill=fill
+        )
+        return augment
+
     def sample(
         self,
         batch: Tensor,
@@ -480,6 +347,8 @@ class Augment(nn.Module):
                     box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
                 params.crop = _op.rows(box, count, batch.device)
             return params
+        check_generator("augment", generator)
+        seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         table, _, _, _, boxes = self._draw(batch, generator, seed, offset, index)
         fields = {
             name: table.select(1, _COLUMN[name]) for name in self.ranges if not name.startswith("shear")
@@ -493,6 +362,12 @@ class Augment(nn.Module):
             fields["crop"] = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
         if self.chances["erase"]:
             fields["erase"] = boxes
+        if self.policy is not None:
+            if index is None:
+                index = offset + torch.arange(count, device=batch.device)
+            size = self.size or (height, width)
+            drawn = _policies.draw(self.policy, seed, index.to(batch.device), *size)
+            fields["operations"], fields["magnitudes"] = drawn
         return Params(**fields, settings=self.settings)
 
     def _shapes(self, batch: Tensor) -> tuple[int, tuple[int, int], tuple[int, int]]:
@@ -528,7 +403,7 @@ class Augment(nn.Module):
         seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         check_count("Augment.sample", "offset", offset, low=0)
         if index is not None:
-            index = _checked_index("Augment.sample", index, batch, count, offset)
+            index = checked_index("Augment.sample", index, batch, count, offset)
         low, high = self._ends
         if self.translate is not None:
             low, high = low.copy(), high.copy()
@@ -544,21 +419,52 @@ class Augment(nn.Module):
         )  # fmt: skip
 
     def forward(
-        self, batch: Tensor | list[Tensor] | tuple[Tensor, ...], generator: torch.Generator | None = None
-    ) -> Tensor:
+        self,
+        batch: Any,
+        generator: torch.Generator | None = None,
+        *,
+        masks: TensorOrList | None = None,
+        boxes: TensorOrList | None = None,
+        keypoints: TensorOrList | None = None,
+        counts: Tensor | Sequence[int] | None = None,
+        visible: TensorOrList | None = None,
+        box_format: str | Enum = "XYXY",
+        mask_fill: float | None = None,
+        min_area: float = 0.0,
+        min_visibility: float = 0.0,
+        flip_permutation: Sequence[int] | None = None,
+        labels: Tensor | None = None,
+    ) -> Any:
         """The augmented batch, of shape (B, C, *size), by parameters that are drawn from `generator` or the
-        default one; see `apply`.
+        default one. With targets, an `Augmented` of images and targets: for all arguments see `apply`.
 
         A list of images (C, H, W) becomes one batch, in which each draws what it would in any
         other; where there is a `size`, they may be of different heights and widths.
+
+        A sample (image, target), a dict, or any nest of those and of torchvision's Image, Mask, BoundingBoxes
+        and KeyPoints comes back as what it was, with the image and the targets moved; so does a list of
+        samples. Without an Image the first tensor of three dimensions or more is the image; tensors under the
+        keys "boxes" (XYXY), "masks", "mask" and "keypoints" are targets, all others stay.
+
+        With `labels`, (B,) or (B, classes), a pair of images and labels, mixed where `mixup` or `cutmix` is
+        on, which a pair (images, labels) as the batch is as well; in eval mode, and without either, the
+        labels stay.
         """
-        if isinstance(batch, (list, tuple)):
-            return self._together(batch, generator)
-        if not self.training:
-            return apply(batch, self.sample(batch))
+        targets = Targets(
+            masks, boxes, keypoints, counts, visible, box_format, mask_fill, min_area, min_visibility,
+            flip_permutation,
+        )  # fmt: skip
+        if labels is None and self.mixing.on() and is_labelled(batch):
+            batch, labels = batch
+        if labels is not None or (self.mixing.on() and self.training):
+            return self._mixed(batch, labels, generator, targets)
+        if not isinstance(batch, Tensor) or is_tv_tensor(batch):
+            return augmented_structure(self, batch, generator, targets)
+        if not self.training or self.policy is not None or targets.given():
+            return applied(batch, self.sample(batch, generator=generator), targets)
         images, lead = batched("augment", batch)
-        _check_units(images, self.settings, self._steps != 0)
-        _, matrices, colour, blur, boxes = self._draw(batch, generator)
+        check_units(images, self.settings, self._steps != 0)
+        _, matrices, colour, blur, erased = self._draw(batch, generator)
         output = _op.augment_batch(
             "augment",
             images,
@@ -566,47 +472,58 @@ class Augment(nn.Module):
             colour=colour if self._steps else None,
             steps=self._steps,
             blur=blur if "sigma" in self.ranges else None,
-            boxes=boxes if self.chances["erase"] else None,
-            **_options(self.settings),
+            boxes=erased if self.chances["erase"] else None,
+            **options_of(self.settings),
         )
         return output if lead else output.squeeze(0)
 
-    def _together(self, images: Sequence[Tensor], generator: torch.Generator | None) -> Tensor:
-        """The batch of a list of images."""
+    def _mixed(
+        self, batch: Any, labels: Tensor | None, generator: torch.Generator | None, targets: Targets
+    ) -> tuple[Tensor, Tensor]:
         op = "augment"
-        kinds = set()
-        for image in images:
-            check_tensor(op, "each image of a list", image)
-            if image.dim() != 3:
-                raise ValueError(f"{op}: each image of a list must be (C, H, W), got {tuple(image.shape)}")
-            kinds.add((image.shape[0], image.dtype, image.device))
-        if len(kinds) != 1:
-            got = " and ".join(
-                sorted(f"{channels} of {dtype} on {device}" for channels, dtype, device in kinds)
-            )
-            raise ValueError(
-                f"{op}: images of a list must have the same number of channels, dtype and device, got {got}; "
-                f"make all of them RGB, for one"
-            )
-        sizes = sorted({tuple(image.shape[1:]) for image in images})
-        if len(sizes) == 1:
-            return self(torch.stack(list(images)), generator)
-        if self.size is None:
-            raise ValueError(
-                f"{op}: images of different sizes, such as {sizes[0]} and {sizes[-1]}, become no batch; give "
-                f"Augment a size=(height, width)"
-            )
-        # What a sample draws depends on the seed and on its index alone.
-        check_generator(op, generator)
-        seed = draw_seed(images[0].device, generator) if self.training else None
-        parts = (
-            apply(image[None], self.sample(image[None], seed=seed, offset=i))
-            for i, image in enumerate(images)
-        )
-        return torch.cat(list(parts))
+        if labels is None:
+            raise ValueError(f"{op}: mixup and cutmix need labels, one for each image; give labels=")
+        if targets.given():
+            raise ValueError(f"{op}: labels are given without masks, boxes and key points, which do not mix")
+        check_tensor(op, "labels", labels)
+        images = self._unmixed()(batch, generator)
+        if not self.mixing.on() or not self.training:
+            return images, labels
+        return self.mixing.mixed(images, labels, generator)
 
-    def collate(self, samples: list[Any], key: Any = None) -> Any:
-        """For DataLoader(collate_fn=...): torch's default collation, with the images augmented.
+    def _unmixed(self) -> Augment:
+        """This without the step that mixes."""
+        alone = copy.copy(self)
+        alone.mixing = Mixing()
+        return alone
+
+    def show(
+        self,
+        batch: Any,
+        generator: torch.Generator | None = None,
+        *,
+        draws: int = 1,
+        columns: int = 8,
+        **targets: Any,
+    ) -> Any:
+        """A picture of a batch and of what becomes of it: the images in a row, and below them `draws` rows of
+        what is drawn for them, normalised or not, with masks, boxes that are left, and visible key points.
+
+        Args:
+            batch: whatever `forward` takes; `targets` are its arguments beside it.
+            columns: how many images stand side by side; the others follow below.
+
+        Returns:
+            A PIL image where Pillow is installed, else a tensor (height, width, 3) of uint8.
+
+        Raises:
+            ValueError: no images, draws or columns below 1, and what `forward` raises.
+        """
+        return _show.shown(self._unmixed(), batch, generator, Targets(**targets), draws, columns)
+
+    def collate(self, samples: list[Any], key: Any = None, **reading: Any) -> Any:
+        """For DataLoader(collate_fn=...): torch's default collation, with the images augmented, and with them
+        the targets that a data set for detection or segmentation has.
 
         Args:
             samples: what the dataset yields: images (C, H, W), tensors or NumPy arrays; tuples or named
@@ -614,16 +531,24 @@ class Augment(nn.Module):
                 tensor of three dimensions, or called "image", "images", "pixel_values" or "img". Images of
                 different sizes are resampled into one batch, of `size`.
             key: key, field or position of the image in a sample; functools.partial(augment.collate, key=...).
+            reading: `mask_fill`, `box_format` of plain tensors and `flip_permutation`, as in `apply`.
 
         Returns:
             A batch of the samples' structure, as torch makes it (a list for tuples, a dataclass for
-            dataclasses).
+            dataclasses). Where samples hold targets (see `forward`), boxes, key points, masks (N, H, W),
+            nests that hold any, and tensors beside boxes become lists of one for each sample.
 
         Raises:
             TypeError: no image, or several, are found in a sample. ValueError: different sizes without
             `size`. KeyError: samples without the key.
         """
-        return _collate.collated(samples, key, self)
+        batch = _collate.collated(samples, key, self._unmixed(), Targets(**reading))
+        mixes = self.mixing.on() and self.training
+        if not mixes:
+            return batch
+        if not is_labelled(batch):
+            raise TypeError("Augment.collate: mixup and cutmix need samples (image, label)")
+        return list(self.mixing.mixed(*batch))
 
     def extra_repr(self) -> str:
         """The steps that are on."""
@@ -637,4 +562,6 @@ class Augment(nn.Module):
             for f in dataclasses.fields(Settings)
             if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+        shown |= {n: v for n in ("mixup", "cutmix", "num_classes") if (v := getattr(self.mixing, n))}
+        texts = [f"{name}={value!r}" for name, value in shown.items()]
+        return ", ".join(texts if self.policy is None else [*texts, f"policy={self.policy}"])

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._structures import augmented_samples, has_targets, leaves_of
+from ._targets import Targets
+from ._tv import plain, tv_kind
 
 OP = "Augment.collate"
 
@@ -90,11 +94,63 @@ def with_part(sample: Any, place: Any, value: Any) -> Any:
     return changed
 
 
-def collated(samples: list[Any], key: Any, augmented: Callable[[Any], Tensor]) -> Any:
+def _together(parts: list[Any], lists: bool) -> Any:
+    """What stands at one place of all samples: a batch, or a list of what differs in length."""
+    tensors = all(isinstance(part, Tensor) for part in parts)
+    kinds = {tv_kind(part) for part in parts} if tensors else {None}
+    if kinds == {"image"} or (kinds == {"masks"} and all(part.dim() == 2 for part in parts)):
+        lists = False
+    elif kinds & {"boxes", "keypoints", "masks"} or has_targets(parts[0]):
+        lists = True
+    elif not tensors or parts[0].dim() == 0:
+        lists = False
+    return list(parts) if lists else torch.utils.data.default_collate([_plain(part) for part in parts])
+
+
+def _plain(part: Any) -> Any:
+    return plain(part) if isinstance(part, Tensor) else part
+
+
+def with_targets(samples: list[Any], place: Any, augment: Any, targets: Targets) -> Any:
+    """The batch of samples with targets, which become lists of one for each sample, as do tensors beside
+    boxes and key points; images and masks of one height and width are stacked.
+    """
+    moved = augmented_samples(augment, samples, targets, place=place)
+    first = moved[0]
+    fields = fields_of(first)
+    names: list[Any] = list(range(len(first))) if fields is None else list(fields)
+    at = [[part_of(sample, name) for sample in moved] for name in names]
+    images = next(i for i, name in enumerate(names) if _holds_image(samples[0], name, place))
+    sizes = {tuple(part.shape) for part in at[images] if isinstance(part, Tensor)}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{OP}: images of different sizes, such as {min(sizes)} and {max(sizes)}, become no batch; give "
+            f"Augment a size=(height, width)"
+        )
+    lists = any(leaf.kind in ("boxes", "keypoints") for leaf in leaves_of(samples[0], place)[0])
+    parts = [_together(part, lists and i != images) for i, part in enumerate(at)]
+    if fields is None:
+        return parts
+    if isinstance(first, Mapping):
+        return dict(zip(names, parts, strict=True))
+    return type(first)(*parts)
+
+
+def _holds_image(sample: Any, name: Any, place: Any) -> bool:
+    leaves = leaves_of(sample, place)[0]
+    key = next((leaf.path[0] for leaf in leaves if leaf.kind == "image" and leaf.path), None)
+    return name in [getattr(key, kind, None) for kind in ("key", "idx", "name")]
+
+
+def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> Any:
     """The samples as a batch, as torch's default collation makes it, with their images augmented.
 
-    `augmented` gets them as one tensor, or as a list of tensors where their sizes differ.
+    `augment` gets them as one tensor, or as a list of tensors where their sizes differ. Samples with targets
+    become what `with_targets` says.
     """
+    if any(has_targets(sample) for sample in samples):
+        at = None if key is None else place_of(samples[0], key)
+        return with_targets(samples, at, augment, targets)
     collate = torch.utils.data.default_collate
     place = place_of(samples[0], key)
     images = [part_of(sample, place) for sample in samples]
@@ -107,7 +163,7 @@ def collated(samples: list[Any], key: Any, augmented: Callable[[Any], Tensor]) -
                 f"functools.partial(augment.collate, key=...)"
             )
     uneven = len({tuple(image.shape) for image in images}) > 1
-    batch = augmented([torch.as_tensor(image) for image in images] if uneven else collate(images))
+    batch = augment([torch.as_tensor(image) for image in images] if uneven else collate(images))
     if place is None:
         return batch
     if _is_record(samples[0]):

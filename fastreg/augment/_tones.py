@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import arithmetic_dtype
+from .._transforms import is_vmapped
 from ._arguments import Number, batched, numbers
+from ._tv import of_images
 
 
 def _most(image: Tensor) -> int:
@@ -29,12 +31,14 @@ def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: floa
     return numbers(op, name, value, image, **limits).view(*lead, 1, 1, 1)
 
 
+@of_images
 def invert(inpt: Tensor) -> Tensor:
     """1 - p, of uint8 255 - p."""
     batched("invert", inpt)
     return _most(inpt) - inpt
 
 
+@of_images
 def posterize(inpt: Tensor, bits: Number) -> Tensor:
     """Keep the upper `bits` bits of a pixel, in [0, 8]: of uint8 the others become 0; of floats
     min(floor(p 2^bits), 2^bits - 1) / 2^bits.
@@ -46,13 +50,13 @@ def posterize(inpt: Tensor, bits: Number) -> Tensor:
     batched(op, inpt)
     levels = 2 ** _per_sample(op, "bits", bits, inpt, low=0, high=8).floor()
     if inpt.dtype == torch.uint8:
-        step = (256 / levels).to(torch.int32)
-        return (inpt.to(torch.int32) // step * step).to(torch.uint8)
+        return inpt & (256 - 256 / levels).to(torch.uint8)
     levels = levels.to(arithmetic_dtype(inpt))
     kept = (_wide(inpt) * levels).floor()
     return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
 
 
+@of_images
 def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     """Invert the pixels of at least `threshold`.
 
@@ -65,9 +69,14 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     op = "solarize"
     batched(op, inpt)
     least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
+    if inpt.dtype != torch.float64:
+        least = least.float()  # torch compares with a Python number so.
+    if inpt.dtype == torch.uint8:
+        least = least.ceil().clamp(min=0).to(torch.uint8)
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
+@of_images
 def autocontrast(inpt: Tensor) -> Tensor:
     """Stretch each channel of each image to the whole range from black to white; a channel of one value stays
     as it is. uint8 is rounded down, as in torchvision, so that white may become 254.
@@ -82,6 +91,7 @@ def autocontrast(inpt: Tensor) -> Tensor:
     return ((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)).to(inpt.dtype)
 
 
+@of_images
 def equalize(inpt: Tensor) -> Tensor:
     """Spread the values of each channel of each image evenly over the 256 levels, by its histogram: level i
     becomes (pixels below i + step // 2) // step, where step is a 255th of the pixels below the highest level
@@ -99,15 +109,17 @@ def equalize(inpt: Tensor) -> Tensor:
     image = inpt if inpt.dtype == torch.uint8 else (_wide(inpt) * (256 - 1e-3)).to(torch.uint8)
     levels = image.flatten(-2).long()
     histogram = torch.zeros(*levels.shape[:-1], 256, dtype=torch.int64, device=inpt.device)
-    histogram.scatter_add_(-1, levels, torch.ones_like(levels))
+    histogram.scatter_add_(-1, levels, histogram.new_ones(()).expand(levels.shape))
     below = histogram.cumsum(-1) - histogram
     in_highest = histogram.gather(-1, levels.amax(-1, keepdim=True))
     step = (levels.shape[-1] - in_highest) // 255
     table = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    spread = torch.where(step == 0, levels, table.gather(-1, levels)).view(image.shape).to(torch.uint8)
+    table = torch.where(step == 0, torch.arange(256, device=inpt.device), table).to(torch.uint8)
+    spread = table.gather(-1, levels).view(image.shape)
     return spread if inpt.dtype == torch.uint8 else (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
 
 
+@of_images
 def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * smooth) of the inner pixels, where smooth is a mean over a pixel and
     its neighbours in which the pixel counts 5 times: 0 smooths, 1 changes nothing, above 1 sharpens. The
@@ -118,20 +130,37 @@ def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     factor = _per_sample(op, "sharpness_factor", sharpness_factor, inpt, low=0)
     if min(inpt.shape[-2:]) < 3 or not inpt.numel():
         return inpt.clone()
-    image = _wide(inpt)
+    is_bytes = inpt.dtype == torch.uint8
+    image = inpt.to(torch.int16) if is_bytes else _wide(inpt)  # which sums of 13 bytes fit into
     height, width = image.shape[-2:]
     rows = [image[..., i : height - 2 + i, :] for i in range(3)]
     three = rows[0] + rows[1] + rows[2]
     nine = three[..., : width - 2] + three[..., 1 : width - 1] + three[..., 2:]
     inner = image[..., 1:-1, 1:-1]
     smooth = (nine + 4 * inner) / 13
-    if inpt.dtype == torch.uint8:
-        smooth = smooth.round()
-    sharp = image.clone()
-    sharp[..., 1:-1, 1:-1] = inner + (1 - factor).to(image.dtype) * (smooth - inner)
-    return sharp.clamp(0, _most(inpt)).to(inpt.dtype)
+    if is_bytes:
+        smooth, inner = smooth.round_(), inner.float()
+    sharp = inpt.clone()
+    inside = _blended(inner, smooth - inner, 1 - factor, inpt).clamp(0, _most(inpt))
+    sharp[..., 1:-1, 1:-1] = inside.to(inpt.dtype)
+    return sharp if is_bytes else sharp.clamp(0, 1)
 
 
+def _blended(pixels: Tensor, change: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    """pixels + weight * change. Bytes are cut off after it, so that the last bit decides about a level: they
+    are added by the operator that torchvision adds them by, which takes one weight at a time.
+    """
+    lookable = like.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmapped()
+    if like.dtype != torch.uint8 or not lookable:
+        return pixels + weight.to(pixels.dtype) * change
+    result, flat = pixels.clone(), change.reshape(-1, *change.shape[-3:])
+    parts = result.view(flat.shape)
+    for i, alpha in enumerate(weight.expand(*pixels.shape[:-3], 1, 1, 1).reshape(-1).tolist()):
+        parts[i].add_(flat[i], alpha=alpha)
+    return result
+
+
+@of_images
 def rgb_to_grayscale(inpt: Tensor, num_output_channels: int = 1) -> Tensor:
     """grey = 0.2989 r + 0.587 g + 0.114 b of images of 3 channels, in 1 or 3 channels, rounded down for
     uint8. Images of 1 channel are grey already.

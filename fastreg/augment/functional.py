@@ -25,7 +25,9 @@ from torch import Tensor
 from .._checks import check_choice, check_number, check_tensor
 from . import _op
 from ._arguments import Number, batched, numbers, pair
+from ._geometry import Geometry
 from ._op import Interpolation, Padding, PerChannel
+from ._targets import moved_alone
 from ._tones import (
     adjust_sharpness,
     autocontrast,
@@ -35,6 +37,7 @@ from ._tones import (
     rgb_to_grayscale,
     solarize,
 )
+from ._tv import by_torchvision, canvas_of, is_turned, of_images, plain, tv_kind, wrapped
 
 __all__ = [
     "adjust_brightness",
@@ -66,13 +69,14 @@ def _augment(op: str, images: Tensor, **arguments: Any) -> Tensor:
     return output if len(lead) == 1 else output.reshape(*lead, *output.shape[1:])
 
 
-def _matrices(images: Tensor, size: tuple[int, int] | None = None, **fields: Tensor) -> Tensor:
+def _matrices(images: Tensor, size: tuple[int, int] | None = None, **fields: Any) -> Tensor:
     """(B, 2, 3) inverse matrices of the named parameters, (B,) or (B, columns); the rest is neutral."""
     one = next(iter(fields.values()))
     return _op.matrices_of(one, images.shape[-2:], size or images.shape[-2:], **fields)
 
 
-def _check_interpolation(op: str, interpolation: Interpolation | Enum) -> Interpolation:
+def check_interpolation(op: str, interpolation: Interpolation | Enum) -> Interpolation:
+    """The name of an interpolation."""
     # The values of torchvision's enumeration are these names.
     name: Any = interpolation.value if isinstance(interpolation, Enum) else interpolation
     check_choice(op, "interpolation", name, _op.INTERPOLATIONS)
@@ -84,16 +88,41 @@ def _outside(fill: PerChannel | None) -> tuple[Padding, PerChannel]:
     return ("zeros", 0.0) if fill is None else ("fill", fill)
 
 
+def _is_target(inpt: Any) -> bool:
+    return tv_kind(inpt) not in (None, "image")
+
+
+def _like(inpt: Tensor) -> Tensor:
+    """Images of the shape that a target belongs to, without pixels of their own."""
+    return plain(inpt).new_empty((), dtype=torch.float32).expand(1, 1, *canvas_of(inpt))
+
+
+def _flipped(op: str, name: str, axis: int, inpt: Tensor) -> Tensor:
+    check_tensor(op, "inpt", inpt)
+    if tv_kind(inpt) in (None, "image", "masks"):
+        return wrapped(plain(inpt).flip(axis), inpt)
+    if is_turned(inpt):
+        return by_torchvision(op, inpt)
+    like = _like(inpt)
+    on = _op.rows((1,), 1, like.device)[:, 0]
+    step = Geometry(
+        canvas_of(inpt),
+        canvas_of(inpt),
+        _op.matrices_of(like, canvas_of(inpt), canvas_of(inpt), **{name: on}),
+        is_straight=True,
+    )
+    setattr(step, name, on)
+    return moved_alone(inpt, step, clip=False)
+
+
 def horizontal_flip(inpt: Tensor) -> Tensor:
-    """Mirror left and right, images (..., W) of any dtype."""
-    check_tensor("horizontal_flip", "inpt", inpt)
-    return inpt.flip(-1)
+    """Mirror left and right, images (..., W) of any dtype, or a Mask, BoundingBoxes or KeyPoints."""
+    return _flipped("horizontal_flip", "hflip", -1, inpt)
 
 
 def vertical_flip(inpt: Tensor) -> Tensor:
-    """Mirror top and bottom, images (..., H, W) of any dtype."""
-    check_tensor("vertical_flip", "inpt", inpt)
-    return inpt.flip(-2)
+    """Mirror top and bottom, images (..., H, W) of any dtype, or a Mask, BoundingBoxes or KeyPoints."""
+    return _flipped("vertical_flip", "vflip", -2, inpt)
 
 
 def affine(
@@ -106,7 +135,7 @@ def affine(
     fill: PerChannel | None = None,
     center: Sequence[float] | None = None,
 ) -> Tensor:
-    """Rotate, scale and shear about the image's centre, then translate; the size stays.
+    """Rotate clockwise, scale and shear about the image's centre, then translate; the size stays.
 
     Args:
         angle: Number, degrees, clockwise.
@@ -127,29 +156,51 @@ def affine(
 def _affine(
     op, inpt, angle, translate, scale, shear, interpolation, fill, center, size: tuple[int, int] | None = None
 ) -> Tensor:
-    batched(op, inpt)
-    interpolation = _check_interpolation(op, interpolation)
+    like = _like(inpt) if _is_target(inpt) else plain(inpt)
+    batched(op, like)
+    interpolation = check_interpolation(op, interpolation)
     if not isinstance(shear, (list, tuple)) and not (isinstance(shear, Tensor) and shear.dim() == 2):
         shear = (shear, 0.0)
     fields = {
-        "angle": numbers(op, "angle", angle, inpt),
-        "translate": torch.stack([numbers(op, "translate", v, inpt) for v in pair(translate)], 1),
-        "scale": numbers(op, "scale", scale, inpt, above=0),
-        "shear": torch.stack([numbers(op, "shear", v, inpt) for v in pair(shear)], 1),
+        "angle": numbers(op, "angle", angle, like),
+        "translate": torch.stack([numbers(op, "translate", v, like) for v in pair(translate)], 1),
+        "scale": numbers(op, "scale", scale, like, above=0),
+        "shear": torch.stack([numbers(op, "shear", v, like) for v in pair(shear)], 1),
     }
-    height, width = inpt.shape[-2:]
+    height, width = like.shape[-2:]
     if size is not None:  # a larger frame about the same centre is a crop that begins outside
         crop = ((height - size[0]) / 2, (width - size[1]) / 2, *size)
-        fields["crop"] = _op.rows(crop, len(fields["angle"]), inpt.device)
-    m = _matrices(inpt, size, **fields)
+        fields["crop"] = _op.rows(crop, len(fields["angle"]), like.device)
+    m = _matrices(like, size, **fields)
     if center is not None:  # M (x - d) + d instead of M x
         check_number(op, "center", center[0])
         check_number(op, "center", center[1])
         dx, dy = center[0] - width / 2, center[1] - height / 2
         for row, d in ((0, dx), (1, dy)):
             m[:, row, 2] += d - m[:, row, 0] * dx - m[:, row, 1] * dy
+    if _is_target(inpt):
+        step = Geometry((height, width), size or (height, width), m)
+        fields.pop("crop", None)
+        step.affine = _matrices(like, None, **fields)
+        if center is not None:
+            step.affine = m
+        if size is not None and tv_kind(inpt) != "masks":
+            step.map = _expanded(_matrices(like, angle=fields["angle"]), height, width)
+        return moved_alone(inpt, step, fill)
     padding, fill = _outside(fill)
-    return _augment(op, inpt, matrices=m, size=size, interpolation=interpolation, padding=padding, fill=fill)
+    output = _augment(
+        op, like, matrices=m, size=size, interpolation=interpolation, padding=padding, fill=fill
+    )
+    return wrapped(output, inpt)
+
+
+def _expanded(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where boxes and points go in a frame that the turned image just fits into: its corners begin at 0, as
+    in torchvision, while the pixels lie about the middle of a frame of whole pixels.
+    """
+    linear, _shift = Geometry((height, width), (height, width), matrices).forward() or (matrices, matrices)
+    ends = [(linear * linear.new_tensor([x, y])).sum(2) for x in (0, width) for y in (0, height)]
+    return linear, -torch.stack(ends).amin(0)
 
 
 def rotate(
@@ -172,11 +223,13 @@ def rotate(
     op = "rotate"
     size: tuple[int, int] | None = None
     if expand:
-        batched(op, inpt)
+        check_tensor(op, "inpt", inpt)
         check_number(op, "angle", angle)
-        height, width = inpt.shape[-2:]
+        height, width = canvas_of(inpt)
         c, s = abs(math.cos(math.radians(angle))), abs(math.sin(math.radians(angle)))
         size = (_reached(height, height * c + width * s), _reached(width, width * c + height * s))
+        if angle % 90 == 0:  # The corners lie on whole pixels, whatever rounding says.
+            size = (height, width) if angle % 180 == 0 else (width, height)
         if center is not None:
             raise ValueError("rotate: expand=True keeps the centre; leave center out")
     negative = -angle if isinstance(angle, (int, float, Tensor)) else angle
@@ -207,17 +260,15 @@ def vertical_stretch(
     factor).
     """
     op = "vertical_stretch"
-    batched(op, inpt)
-    m = _matrices(inpt, stretch=numbers(op, "factor", factor, inpt, above=0))
+    like = _like(inpt) if _is_target(inpt) else plain(inpt)
+    batched(op, like)
+    m = _matrices(like, stretch=numbers(op, "factor", factor, like, above=0))
+    interpolation = check_interpolation(op, interpolation)
+    if _is_target(inpt):
+        return moved_alone(inpt, Geometry(canvas_of(inpt), canvas_of(inpt), m, affine=m), fill)
     padding, fill = _outside(fill)
-    return _augment(
-        op,
-        inpt,
-        matrices=m,
-        interpolation=_check_interpolation(op, interpolation),
-        padding=padding,
-        fill=fill,
-    )
+    output = _augment(op, like, matrices=m, interpolation=interpolation, padding=padding, fill=fill)
+    return wrapped(output, inpt)
 
 
 def resized_crop(
@@ -243,8 +294,9 @@ def resized_crop(
         ValueError: a box that does not lie inside, sizes below 1.
     """
     op = "resized_crop"
+    given, inpt = inpt, _like(inpt) if _is_target(inpt) else plain(inpt)
     batched(op, inpt)
-    interpolation = _check_interpolation(op, interpolation)
+    interpolation = check_interpolation(op, interpolation)
     out_height, out_width = (int(v) for v in pair(size))
     if min(out_height, out_width) < 1:
         raise ValueError(f"{op}: size must be at least 1, got {(out_height, out_width)}")
@@ -260,6 +312,14 @@ def resized_crop(
         numbers(op, name, v, inpt)
         for name, v in (("top", top), ("left", left), ("height", height), ("width", width))
     ]
+    if is_turned(given):
+        box_numbers = (int(v) for v in (top, left, height, width))
+        return by_torchvision(op, given, *box_numbers, [out_height, out_width])
+    if _is_target(given):
+        crop = torch.stack(box, 1)
+        m = _matrices(inpt, (out_height, out_width), crop=crop)
+        whole = Geometry(canvas_of(given), (out_height, out_width), m, crop=crop, is_straight=True)
+        return moved_alone(given, whole)
     windows = torch.stack(box, 1).long()
     m = torch.zeros(len(windows), 2, 3, dtype=box[0].dtype, device=inpt.device)
     # torch's nearest takes pixel floor(x * step), every other interpolation has centre on centre.
@@ -269,7 +329,7 @@ def resized_crop(
         m[:, axis, axis] = step
         m[:, axis, 2] = 0.5 * step - 0.5 if nudge is None else nudge
     antialias = bool(antialias) and interpolation != "nearest"
-    return _augment(
+    output = _augment(
         op,
         inpt,
         matrices=m,
@@ -279,6 +339,7 @@ def resized_crop(
         padding="border",
         antialias=antialias,
     )
+    return wrapped(output, given)
 
 
 def _adjust(step: str, inpt: Tensor, factor: Number, **limits: float) -> Tensor:
@@ -290,11 +351,13 @@ def _adjust(step: str, inpt: Tensor, factor: Number, **limits: float) -> Tensor:
     return _augment(op, inpt, **_op.factors({step: numbers(op, f"{step}_factor", factor, inpt, **limits)}))
 
 
+@of_images
 def adjust_brightness(inpt: Tensor, brightness_factor: Number) -> Tensor:
     """clamp(factor * p) of images of 1 or 3 channels; the factor is at least 0."""
     return _adjust("brightness", inpt, brightness_factor, low=0)
 
 
+@of_images
 def adjust_contrast(inpt: Tensor, contrast_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * mean of the image's grey) of images of 1 or 3 channels; the factor is
     at least 0.
@@ -302,6 +365,7 @@ def adjust_contrast(inpt: Tensor, contrast_factor: Number) -> Tensor:
     return _adjust("contrast", inpt, contrast_factor, low=0)
 
 
+@of_images
 def adjust_saturation(inpt: Tensor, saturation_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * grey), grey = 0.2989 r + 0.587 g + 0.114 b, of images of 3 channels;
     the factor is at least 0. Images of 1 channel stay as they are.
@@ -309,6 +373,7 @@ def adjust_saturation(inpt: Tensor, saturation_factor: Number) -> Tensor:
     return _adjust("saturation", inpt, saturation_factor, low=0)
 
 
+@of_images
 def adjust_hue(inpt: Tensor, hue_factor: Number) -> Tensor:
     """Turn the hue of images of 3 channels by `hue_factor` of a full circle, in [-0.5, 0.5]. Images of 1
     channel stay as they are.
@@ -319,6 +384,7 @@ def adjust_hue(inpt: Tensor, hue_factor: Number) -> Tensor:
     return _adjust("hue", inpt, hue_factor, low=-0.5, high=0.5)
 
 
+@of_images
 def gaussian_blur(
     inpt: Tensor,
     kernel_size: int | Sequence[int],
@@ -349,6 +415,7 @@ def check_kernel(op: str, kernel_size: int | Sequence[int]) -> tuple[int, int]:
     return kernel
 
 
+@of_images
 def erase(
     inpt: Tensor,
     i: Number,
@@ -389,6 +456,7 @@ def erase(
     return _augment(op, inpt, boxes=torch.stack(sides, 1).long(), erase_value=v)
 
 
+@of_images
 def normalize(inpt: Tensor, mean: PerChannel, std: PerChannel, inplace: bool = False) -> Tensor:
     """(p - mean) / std per channel; uint8 images are divided by 255 first and become float32.
 

@@ -1,0 +1,275 @@
+"""Samples and batches as data sets give them: images and targets in any nest of tuples, lists and dicts.
+
+torchvision's tensors are known by their class, and no torchvision is loaded for it. Everything comes back as
+what it was, in the same place; what is no image and no target is not touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
+
+from .._checks import check_generator, check_tensor
+from .._seeds import draw_seed
+from ._apply import applied, steps_of
+from ._targets import OP, Augmented, Targets
+from ._tv import is_tv_tensor, plain, tv_kind, wrapped
+
+# Under which of these keys a plain tensor is a target.
+KEYS = {"boxes": "boxes", "masks": "masks", "mask": "masks", "keypoints": "keypoints"}
+
+
+class Leaf(NamedTuple):
+    """A part of a structure: where it stands, what it is, and its kind, None for what stays."""
+
+    path: tuple[Any, ...]
+    value: Any
+    kind: str | None
+
+
+def _is_image(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() >= 3
+        and (value.is_floating_point() or value.dtype == torch.uint8)
+    )
+
+
+def _name_of(key: Any) -> Any:
+    """A key, position or field of a path."""
+    return next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), None)
+
+
+def leaves_of(structure: Any, place: Any = None) -> tuple[list[Leaf], Any]:
+    """(all parts in order, what puts them together again); the image is at `place` where that is given."""
+    flat, spec = tree_flatten_with_path(structure)
+    leaves = []
+    for path, value in flat:
+        kind = tv_kind(value)
+        key = _name_of(path[-1]) if path else None
+        if kind is None and isinstance(value, Tensor) and isinstance(key, str):
+            kind = KEYS.get(key)
+        leaves.append(Leaf(tuple(path), value, kind))
+    if not any(leaf.kind == "image" for leaf in leaves):
+        first = next(
+            (i for i, leaf in enumerate(leaves) if leaf.kind is None and _is_image(leaf.value)), None
+        )
+        if first is not None:
+            leaves[first] = leaves[first]._replace(kind="image")
+    return leaves, spec
+
+
+def has_targets(structure: Any) -> bool:
+    """Whether there is a target beside the image."""
+    return any(leaf.kind not in (None, "image") for leaf in leaves_of(structure)[0])
+
+
+def has_image(structure: Any) -> bool:
+    """Whether there is an image somewhere in it."""
+    return any(leaf.kind == "image" for leaf in leaves_of(structure)[0])
+
+
+def _owner(leaf: Leaf, image: Leaf, whole: Any, count: int) -> int | None:
+    """Which sample of a batch a part belongs to, by its place in a list of as many as there are samples,
+    beside the images; None of what belongs to all.
+    """
+    part = whole
+    for depth, key in enumerate(leaf.path):
+        index = getattr(key, "idx", None)
+        inside = leaf.path[:depth] == image.path[:depth] and depth < len(image.path)
+        if index is not None and not inside and isinstance(part, (list, tuple)) and len(part) == count:
+            return index
+        try:
+            part = key.get(part)
+        except (TypeError, AttributeError, KeyError):
+            return None
+    return None
+
+
+class _Move(NamedTuple):
+    """A target among the parts, checked, and the sample of a batch that it belongs to, None for all."""
+
+    place: int
+    targets: Targets
+    owner: int | None
+
+
+def _moves(leaves: list[Leaf], whole: Any, image: Leaf, targets: Targets) -> list[_Move]:
+    """The targets of a structure, checked against its images."""
+    images, moves = plain(image.value), []
+    is_batch = images.dim() == 4
+    batch = images if is_batch else images[None]
+    for place, leaf in enumerate(leaves):
+        if leaf.kind in (None, "image"):
+            continue
+        owner = _owner(leaf, image, whole, len(batch)) if is_batch else None
+        about: dict[str, Any] = dict.fromkeys(("masks", "boxes", "keypoints", "counts", "visible"))
+        about[str(leaf.kind)] = leaf.value
+        if leaf.kind != "keypoints":
+            about["flip_permutation"] = None
+        one = dataclasses.replace(targets, **about)
+        one.check(batch if owner is None else batch[owner : owner + 1], is_batch and owner is None)
+        moves.append(_Move(place, one, owner))
+    return moves
+
+
+def augmented_sample(aug: Any, structure: Any, targets: Targets, place: Any = None, **how: Any) -> Any:
+    """A sample, or a batch of them as one structure; `how` says what is drawn, as in `Augment.sample`."""
+    leaves, spec = leaves_of(structure, place)
+    images = [leaf for leaf in leaves if leaf.kind == "image"]
+    if not images:
+        held = ", ".join(type(leaf.value).__name__ for leaf in leaves)
+        raise TypeError(
+            f"{OP}: expected an image among the parts of a sample, a uint8 or floating-point tensor (C, H, "
+            f"W), got {held or 'nothing'}; convert PIL images with torchvision's PILToTensor"
+        )
+    sizes = {tuple(leaf.value.shape[-2:]) for leaf in images} | {leaf.value.dim() for leaf in images}
+    if len(sizes) > 2:
+        raise ValueError(
+            f"{OP}: the images of one sample must be of one size, got "
+            f"{[tuple(leaf.value.shape) for leaf in images]}"
+        )
+    moves = _moves(leaves, structure, images[0], targets)
+    first = plain(images[0].value)
+    params = aug.sample(first, **how)
+    steps = steps_of(first, params) if moves else []
+    results = [
+        wrapped(applied(plain(leaf.value), params, Targets()), leaf.value)
+        if leaf.kind == "image"
+        else leaf.value
+        for leaf in leaves
+    ]
+    for place, one, owner in moves:
+        here = steps if owner is None else [step.of_sample(owner) for step in steps]
+        is_single = first.dim() == 3 or owner is not None
+        kind = str(leaves[place].kind)
+        results[place] = getattr(one.moved(first, here, is_single), kind)
+    return tree_unflatten(results, spec)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and not hasattr(value, "_fields")
+
+
+def _is_plain_list(value: Any) -> bool:
+    """Whether it is a list of images that become one batch."""
+    return _is_sequence(value) and all(
+        (isinstance(part, Tensor) or hasattr(part, "__array__"))
+        and not is_tv_tensor(part)
+        and getattr(part, "ndim", 0) >= 3
+        for part in value
+    )
+
+
+def is_labelled(batch: Any) -> bool:
+    """Whether it is a pair of images (B, C, H, W) and labels (B,) or (B, classes)."""
+    if not _is_sequence(batch) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
+        return False
+    images, labels = batch
+    return images.dim() == 4 and labels.dim() in (1, 2) and len(labels) == len(images)
+
+
+def samples_of(structure: Any) -> tuple[list[Any], Any] | None:
+    """(samples, what makes of their results a structure again) of a batch that is a list of samples, or a
+    tuple of lists; None of a single structure.
+    """
+    if not _is_sequence(structure) or not structure:
+        return None
+    nested = all(isinstance(part, (list, tuple, Mapping)) for part in structure)
+    is_list = isinstance(structure, list)
+    first = structure[0]
+    if len(structure) > 1 and all(_is_sequence(part) and len(part) == len(first) for part in structure):
+        images = [isinstance(part, Tensor) and part.dim() == 3 and _is_image(part) for part in first]
+        if images and all(
+            images
+        ):  # as (images, targets) come from collate_fn=lambda batch: tuple(zip(*batch))
+            kinds = [type(part) for part in structure]
+
+            def together(results: list[Any]) -> Any:
+                columns = zip(*results, strict=True)
+                return type(structure)(kind(c) for kind, c in zip(kinds, columns, strict=True))
+
+            return list(zip(*structure, strict=True)), together
+    if (nested or is_list) and all(has_image(part) for part in structure):
+        return list(structure), type(structure)
+    return None
+
+
+def augmented_structure(aug: Any, batch: Any, generator: torch.Generator | None, targets: Targets) -> Any:
+    """What `Augment` makes of anything but a plain tensor."""
+    if not isinstance(batch, (Tensor, list, tuple, Mapping)):
+        check_tensor(OP, "images", batch)
+    if _is_sequence(batch) and not any(isinstance(leaf.value, Tensor) for leaf in leaves_of(batch)[0]):
+        check_tensor(OP, "each image of a list", batch[0] if batch else None)
+    if _is_plain_list(batch):
+        return _together(aug, batch, generator, targets)
+    if is_tv_tensor(batch) and tv_kind(batch) == "image":
+        result = aug(plain(batch), generator, **targets.arguments())
+        if isinstance(result, Augmented):
+            return result._replace(images=wrapped(result.images, batch))
+        return wrapped(result, batch)
+    if targets.given():
+        raise ValueError(
+            f"{OP}: give targets as arguments beside a tensor of images, or inside of the samples, not both"
+        )
+    samples = samples_of(batch)
+    if samples is None:
+        return augmented_sample(aug, batch, targets, generator=generator)
+    parts, together = samples
+    return together(augmented_samples(aug, parts, targets, generator))
+
+
+def augmented_samples(
+    aug: Any, samples: Sequence[Any], targets: Targets, generator: Any = None, place: Any = None
+) -> list[Any]:
+    """Each sample as in a batch of all."""
+    check_generator(OP, generator)
+    image = next((leaf for leaf in leaves_of(samples[0], place)[0] if leaf.kind == "image"), None)
+    seed = None
+    if aug.training and image is not None:
+        seed = draw_seed(image.value.device, generator)
+    return [
+        augmented_sample(aug, sample, targets, place, seed=seed, offset=i) for i, sample in enumerate(samples)
+    ]
+
+
+def _together(aug: Any, images: Sequence[Tensor], generator: torch.Generator | None, targets: Targets) -> Any:
+    """The batch of a list of images."""
+    op = OP
+    kinds = set()
+    for image in images:
+        check_tensor(op, "each image of a list", image)
+        if image.dim() != 3:
+            raise ValueError(f"{op}: each image of a list must be (C, H, W), got {tuple(image.shape)}")
+        kinds.add((image.shape[0], image.dtype, image.device))
+    if len(kinds) != 1:
+        got = " and ".join(sorted(f"{channels} of {dtype} on {device}" for channels, dtype, device in kinds))
+        raise ValueError(
+            f"{op}: images of a list must have the same number of channels, dtype and device, got {got}; "
+            f"make all of them RGB, for one"
+        )
+    sizes = sorted({tuple(image.shape[1:]) for image in images})
+    if len(sizes) == 1:
+        return aug(torch.stack(list(images)), generator, **targets.arguments())
+    if aug.size is None:
+        raise ValueError(
+            f"{op}: images of different sizes, such as {sizes[0]} and {sizes[-1]}, become no batch; give "
+            f"Augment a size=(height, width)"
+        )
+    # What a sample draws depends on the seed and on its index alone.
+    check_generator(op, generator)
+    seed = draw_seed(images[0].device, generator) if aug.training else None
+    parts = [
+        applied(image[None], aug.sample(image[None], seed=seed, offset=i), targets.of_sample(i, len(images)))
+        for i, image in enumerate(images)
+    ]
+    if not targets.given():
+        return torch.cat(parts)
+    rows = [[None if v is None else v[0] for v in part] for part in parts]
+    whole, *columns = ([*column] for column in zip(*rows, strict=True))
+    return Augmented(torch.stack(whole), *(None if column[0] is None else column for column in columns))
