@@ -24,7 +24,6 @@ from ._optimizer_math import (
     averaged,
     count,
     exact,
-    flush,
     gradient_factor,
     is_skipped,
     l1_pull,
@@ -37,6 +36,7 @@ from ._optimizer_math import (
     store,
 )
 from ._step_operator import define_step
+from ._subnormal import flush
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 

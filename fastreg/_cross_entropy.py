@@ -32,6 +32,7 @@ from ._checks import (
     scalar,
 )
 from ._registry import define, fast
+from ._subnormal import SMALLEST_NORMAL, flush
 from ._transforms import autocast_dtype, is_sharded, is_transformed, is_vmapped
 
 Reduction = Literal["none", "mean", "sum"]
@@ -218,7 +219,7 @@ def _plain(
         loss = loss.sum()
     grad = empty_grad(input, with_grad)
     if with_grad:
-        grad.copy_(gradient)
+        grad.copy_(flush(gradient))
     return loss.to(options.loss_dtype or input.dtype), grad, lse.reshape(-1)
 
 
@@ -261,13 +262,13 @@ def plain_rows_(
     options = LossOptions(0, *of_row)
     targets = _read_targets(target, weight, options.ignore_index, logits.shape, statistics_dtype(logits))
     loss, gradient, _ = _rows(logits, targets, weight, options)
-    logits.copy_(torch.where(targets.kept, gradient * factor.unsqueeze(1), 0))
+    logits.copy_(flush(torch.where(targets.kept, gradient * factor.unsqueeze(1), 0)))
     return loss
 
 
 def _plain_scale_(values: Tensor, factor: Tensor) -> None:
     dtype = statistics_dtype(values)
-    values.copy_(values.to(dtype) * factor.reshape(()).to(dtype))
+    values.copy_(flush(values.to(dtype) * factor.reshape(()).to(dtype)))
 
 
 # ---- the operators
@@ -346,7 +347,10 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
             gradient = gradient.detach()
             _cross_entropy_scale_(gradient, g)
             return gradient
-    return gradient * g
+    product = gradient * g
+    if product.dtype == torch.float64:
+        return product
+    return torch.nn.functional.hardshrink(product, SMALLEST_NORMAL - 2.0**-149)  # the largest subnormal
 
 
 def _second_order(
@@ -515,7 +519,8 @@ def cross_entropy(
         The loss, () or, with reduction "none", of the shape of `input` without its classes. Statistics are
         float32 (float64 for float64) whatever the input's dtype. A -inf logit of a class with no target mass,
         by weight 0, probability 0 or no smoothing, gives a finite loss. Saved for backward: the gradient, one
-        tensor like `input` (float32 for float16). Twice differentiable in `input`.
+        tensor like `input` (float32 for float16). Twice differentiable in `input`. Gradients below 2^-126, with
+        which the matrix products that follow would take many times as long, are 0 (but of float64).
 
     Raises:
         ValueError: class index out of range (on CUDA, where to look at it would be to wait for the GPU, the

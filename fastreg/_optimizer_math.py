@@ -12,9 +12,7 @@ import torch
 
 from ._checks import arithmetic_dtype
 from ._seeds import Purpose, mixed_seed, random_halves
-
-# Below it float32 is subnormal, and a step over such a state takes 10 to 40 times as long.
-SMALLEST_NORMAL = 2.0**-126
+from ._subnormal import flush
 
 
 def number(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -79,11 +77,6 @@ def square_root(x: torch.Tensor) -> torch.Tensor:
     error = ((high * high - square) + 2 * high * low) + low * low
     better = root + ((wide - square) - error) / (2 * root)
     return torch.where(better.isfinite(), better, root)
-
-
-def flush(x: torch.Tensor) -> torch.Tensor:
-    """Zero where a float32 is subnormal; float64 as it is."""
-    return x if x.dtype == torch.float64 else torch.where(x.abs() < SMALLEST_NORMAL, 0.0, x)
 
 
 def averaged(

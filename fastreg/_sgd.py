@@ -15,7 +15,6 @@ from ._checks import arithmetic_dtype, check_dtype, check_no_overlap
 from ._optimizer_math import (
     averaged,
     count,
-    flush,
     gradient_factor,
     is_skipped,
     l1_pull,
@@ -26,6 +25,7 @@ from ._optimizer_math import (
     store,
 )
 from ._step_operator import define_step
+from ._subnormal import flush
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 

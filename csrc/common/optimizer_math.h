@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "device.h"
+#include "flush.h"
 #include "mix_seed.h"
 #include "philox.h"
 
@@ -65,26 +66,8 @@ FR_HD A gradient_factor(const StepArgs& a) {
   return factor * (a.clip_at ? A(*a.clip_at) : A(a.clip));
 }
 
-// Declared only: the type of a number, or of the numbers in a vector.
-float scalar_of(float);
-double scalar_of(double);
-template <class V>
-typename V::Scalar scalar_of(V);
-
 FR_HD float square_root(float x) { return sqrtf(x); }
 FR_HD double square_root(double x) { return sqrt(x); }
-FR_HD float magnitude(float x) { return fabsf(x); }
-
-// Zero in place of a subnormal float32, with which every later step would take 10 to 40 times as long;
-// float64 as it is.
-template <class V>
-FR_HD V flush(V x) {
-  if constexpr (std::is_same_v<decltype(scalar_of(x)), double>) {
-    return x;
-  } else {
-    return select(magnitude(x) < V(0x1p-126f), V(0), x);
-  }
-}
 
 // a + weight * (b - a) from the end that is nearer, as torch.lerp does it.
 template <class V>

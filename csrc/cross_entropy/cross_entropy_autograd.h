@@ -35,6 +35,9 @@ inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& input, 
       o.all());
 }
 
+// As in Python: what a factor pushes below float32's normal numbers is zero.
+constexpr double kLargestSubnormal = 0x1p-126 - 0x1p-149;
+
 inline void cross_entropy_scale_op(const Tensor& values, const Tensor& factor) {
   static const auto op = find<void(const Tensor&, const Tensor&)>("fastreg::cross_entropy_scale_");
   call(op, values, factor);
@@ -95,6 +98,7 @@ struct CrossEntropy : Function<CrossEntropy> {
         first = grad.detach();
       } else {
         first = grad * (g.dim() ? g.unsqueeze(1) : g);
+        if (grad.scalar_type() != at::kDouble) first = at::hardshrink(first, kLargestSubnormal);
       }
       result = result.defined() ? first + result : first;
     }

@@ -159,10 +159,11 @@ struct Columns {
 
   FR_INLINE void write_gradient(const RowGradient<V>& gradient, const V& factor, uint32_t kept) const {
     const V base{A(a.base)}, zero{A(0)};
+    const SoftmaxFactor<V> softmax(gradient.softmax_factor);
     const auto keep = V::from_bits(kept);
     for (int64_t c = 0; c < k; ++c) {
       const V e = load(exps + c * kLanes);
-      const V g = cross_entropy_grad(e, kGeneral ? q_at(c) : base, gradient.softmax_factor, factor);
+      const V g = cross_entropy_grad(e, kGeneral ? q_at(c) : base, softmax, factor);
       store(grad + c * a.grad_stride.cls, select(keep, g, zero), lanes);
     }
     if (soft) return;

@@ -240,11 +240,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = thread; i < words; i += threads) {
     Word<T> word = load_word(values + i * kSize);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) store_float(load_float(word.value[j]) * factor, &word.value[j]);
+    for (int j = 0; j < kSize; ++j) store_float(flush(load_float(word.value[j]) * factor), &word.value[j]);
     store_word(values + i * kSize, word);
   }
   for (int64_t i = words * kSize + thread; i < numel; i += threads)
-    store_float(load_float(values[i]) * factor, values + i);
+    store_float(flush(load_float(values[i]) * factor), values + i);
 }
 
 }  // namespace cross_entropy_kernels

@@ -21,6 +21,7 @@
 #include <tuple>
 
 #include "../common/device.h"
+#include "../common/flush.h"
 #include "../common/isa.h"
 
 namespace fastreg {
@@ -78,9 +79,23 @@ template <class V>
 FR_HD V weighted_logit(V q, V x) {
   return select(q == V(0), V(0), q * x);
 }
+
+// What e^(x - top) is multiplied with for the gradient, and below what it counts as zero: its product would
+// be below the normal numbers, which take many times as long to compute here and in the matrix product that
+// follows. float64 is computed to its end.
 template <class V>
-FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) {
-  return multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
+struct SoftmaxFactor {
+  V value, least;
+
+  explicit FR_HD SoftmaxFactor(V factor) : value(factor), least(0) {
+    if constexpr (!std::is_same_v<decltype(scalar_of(factor)), double>)
+      least = V(0x1.00001p-126f) / magnitude(factor);
+  }
+};
+template <class V>
+FR_HD V cross_entropy_grad(V exp_shifted, V q, const SoftmaxFactor<V>& softmax, V grad_factor) {
+  const V e = select(exp_shifted < softmax.least, V(0), exp_shifted);
+  return flush(multiply_add(e, softmax.value, V(0) - q * grad_factor));
 }
 
 // ---- the end of a row, the same for rows and columns of the CPU and for CUDA. V is a number, or a vector
@@ -151,7 +166,7 @@ FR_HD RowGradient<V> row_gradient(const RowSums<V>& s, const RowTarget<V>& t, V 
   const V missing = s.others + (V(S(1)) - t.exp_shifted);
   const V from_others = factor * (s.q_rest + quotient(z_slope * t.exp_shifted - s.q_sum * missing, s.sum));
   const V from_target = t.exp_shifted * softmax_factor - t.q * factor;
-  return {softmax_factor, select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_others)};
+  return {softmax_factor, flush(select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_others))};
 }
 
 // The sum of q_c (x_c - top) without the target, one class after another. For "others" with eps = 1, where

@@ -96,10 +96,12 @@ __device__ __forceinline__ int64_t target_of(const RowsWork<T, G>& w, int64_t ro
 // The gradient of each class of a row, but at_target of the target.
 template <class A>
 struct ClassGradient {
-  A top, softmax_factor, factor, at_target;
+  A top;
+  SoftmaxFactor<A> softmax;
+  A factor, at_target;
 
   __device__ __forceinline__ A operator()(A x, A q) const {
-    return cross_entropy_grad(exponential(x - top), q, softmax_factor, factor);
+    return cross_entropy_grad(exponential(x - top), q, softmax, factor);
   }
 };
 
@@ -147,7 +149,7 @@ __device__ __forceinline__ ClassGradient<A> finish_row(const RowsWork<T, G>& w, 
     if (w.lse) w.lse[row] = result.lse;
   }
   const RowGradient<A> gradient = row_gradient(sums, t, result.lse, w.options, factor, TimesReciprocal{});
-  return {s.top, gradient.softmax_factor, factor, gradient.at_target};
+  return {s.top, SoftmaxFactor<A>(gradient.softmax_factor), factor, gradient.at_target};
 }
 
 template <class T, class G>

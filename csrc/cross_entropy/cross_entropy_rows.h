@@ -251,7 +251,7 @@ struct Row {
   FR_INLINE void write_gradient(const RowGradient<double>& gradient, double row_factor) const {
     const V grad_factor{A(row_factor)}, same{A(a.base)};
     for (size_t j = 0; j < segments.size(); ++j) {
-      const V factor{A(gradient.softmax_factor * segments[j].factor)};
+      const SoftmaxFactor<V> factor(V(A(gradient.softmax_factor * segments[j].factor)));
       for_each_two<A>(
           segments[j].begin, end_of_segment(j),
           [&](int64_t i) __attribute__((always_inline)) {
@@ -266,7 +266,7 @@ struct Row {
             store(grad + i, cross_entropy_grad(load(exps + i, lanes), q, factor, grad_factor), lanes);
           });
     }
-    if (!soft) from_float(A(gradient.at_target), grad + target);
+    if (!soft) from_float(flush(A(gradient.at_target)), grad + target);
   }
 };
 

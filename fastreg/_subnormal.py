@@ -1,0 +1,14 @@
+"""Zero in place of numbers below float32's smallest normal one, which processors compute with 10 to 40 times
+as slowly; csrc/common/flush.h in plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SMALLEST_NORMAL = 2.0**-126
+
+
+def flush(x: torch.Tensor) -> torch.Tensor:
+    """Zero where a float32 is subnormal; float64 as it is."""
+    return x if x.dtype == torch.float64 else torch.where(x.abs() < SMALLEST_NORMAL, 0.0, x)
