@@ -73,6 +73,8 @@ def test_the_same_bits(monkeypatch, make, options, dtype):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    skips = "max_norm" in options and not options.get("error_if_nonfinite")
+
     def run():
         params = [parameter(tensor(i, *shape)) for i, shape in enumerate([(6, 50), (), (3, 0), (2100,)])]
         second = {"params": params[2:], "lr": 0.01, "l1": 0.3, "rounding_seed": 2**62}
@@ -81,7 +83,7 @@ def test_the_same_bits(monkeypatch, make, options, dtype):
         for step in range(5):
             for i, p in enumerate(params):
                 p.grad = tensor(10 * step + i, *p.shape)
-            if step == 3 and "max_norm" in options and not options.get("error_if_nonfinite"):
+            if step == 3 and skips:
                 params[3].grad[77] = math.inf
             optimizer.step()
             norms += [] if optimizer.grad_norm is None else [optimizer.grad_norm]
@@ -89,7 +91,8 @@ def test_the_same_bits(monkeypatch, make, options, dtype):
             [p.detach() for p in params] + norms + [v for s in optimizer.state.values() for v in s.values()]
         )
 
-    assert both(monkeypatch, run) == 4  # the first step makes the state, in Python
+    # The first step makes the state, in Python, which skips steps too.
+    assert both(monkeypatch, run) == 4 - skips
 
 
 def test_what_is_left_to_python(monkeypatch, make):

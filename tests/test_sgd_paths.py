@@ -23,8 +23,7 @@ class TestStochasticRounding:
     def step(self, start, update, layout=None, seed=1, **options):
         p = parameter(start if layout is None else strided(start, layout)[0])
         p.grad = update
-        torch.manual_seed(seed)
-        fr.optim.SGD([p], lr=1.0, stochastic_rounding=True, **options).step()
+        fr.optim.SGD([p], lr=1.0, stochastic_rounding=True, rounding_seed=seed, **options).step()
         return p.detach()
 
     @pytest.mark.parametrize("share", [0.5, 0.25, 1 / 16, 3 / 8, 2**-7])

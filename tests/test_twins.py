@@ -212,9 +212,10 @@ SGD_OPTIONS = {
     "decoupled": [(True, True, True), (1, False, True)],
     "scale_penalty": [(False, True, False), (True, True, False)],  # l1 goes through the momentum here
     "maximize": [(True, True, True), (1, False, True)],
-    "stochastic_rounding": [(False, True, False), (True, False, False)],  # of float32 it changes nothing
+    "stochastic_rounding": [(False, True, False), (True, True, False)],  # of float32 it changes nothing
+    "rounding_seed": [(0, True, False), (-7, True, False)],
     "ema": [(None, True, False), (0.5, True, False)],  # the average is no part of what is compared
-    "ema_warmup": [(False, True, False), (True, False, False)],
+    "ema_warmup": [(False, True, False), (True, True, False), (0.5, True, False)],
     "foreach": [(True, True, False)],
     "differentiable": [(False, True, False)],
     "fused": [(True, True, False)],

@@ -102,6 +102,47 @@ inline bool warm_up(const GroupOptions& options, const StepTensor* tensors, size
   return true;
 }
 
+// Asks for tensors and their storage. What nobody has touched since the last step has left the caches, and
+// each object lies behind a pointer in another one. Level by level many are waited for at once; tensor by
+// tensor the wait for 256 small parameters would be longer than their step.
+inline void fetch(const void* at, int lines) {
+  for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char*>(at) + 64 * i);
+}
+inline void fetch_tensors(const std::vector<const Tensor*>& tensors) {
+  for (const Tensor* t : tensors) fetch(t->unsafeGetTensorImpl(), 4);
+  for (const Tensor* t : tensors)
+    if (t->has_storage()) fetch(t->storage().unsafeGetStorageImpl(), 2);
+}
+inline void fetch_group(PyObject* params, PyObject* state, const std::vector<PyObject*>& names) {
+  std::vector<const Tensor*> tensors;
+  std::vector<PyObject*> owns, kept;
+  const Py_ssize_t count = PyList_GET_SIZE(params);
+  const auto unpack = [&](PyObject* object) {
+    if (THPVariable_CheckExact(object)) tensors.push_back(&THPVariable_Unpack(object));
+  };
+  for (Py_ssize_t i = 0; i < count; ++i) fetch(PyList_GET_ITEM(params, i), 1);
+  for (Py_ssize_t i = 0; i < count; ++i) unpack(PyList_GET_ITEM(params, i));
+  fetch_tensors(tensors);
+  for (const Tensor* t : tensors)
+    if (const auto* meta = t->unsafeGetTensorImpl()->autograd_meta()) fetch(meta, 2);
+  std::vector<const Tensor*> grads;
+  for (const Tensor* t : tensors)
+    if (t->grad().defined()) grads.push_back(&t->grad());
+  fetch_tensors(grads);
+  if (names.empty()) return;
+  for (Py_ssize_t i = 0; i < count; ++i)
+    if (PyObject* const own = PyDict_GetItem(state, PyList_GET_ITEM(params, i));
+        own && PyDict_CheckExact(own))
+      owns.push_back(own), fetch(own, 1);
+  for (PyObject* const own : owns) fetch(reinterpret_cast<PyDictObject*>(own)->ma_keys, 3);
+  for (PyObject* const own : owns)
+    for (PyObject* const name : names)
+      if (PyObject* const value = PyDict_GetItem(own, name)) kept.push_back(value), fetch(value, 1);
+  tensors.clear();
+  for (PyObject* const object : kept) unpack(object);
+  fetch_tensors(tensors);
+}
+
 // The parameters of a group that have a gradient, with the state of those names, and with the count of steps
 // and the average where they are asked for. `first` is the number of the group's first parameter. False where
 // one of them is not the usual case.
@@ -111,6 +152,10 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
   static PyObject *const ema = name_of("ema"), *const n_averaged = name_of("n_averaged");
   PyObject* const list = options.at("params");
   if (!list || !PyList_CheckExact(list)) return false;
+  std::vector<PyObject*> all(names);
+  if (counter) all.push_back(counter);
+  if (!options.is_off("ema")) all.insert(all.end(), {ema, n_averaged});
+  fetch_group(list, state, all);
   const bool average = !options.is_off("ema"), rounds = result->args.step.stochastic_rounding;
   const Py_ssize_t count = PyList_GET_SIZE(list);
   // Not zeroed: most of it are layouts that nobody reads.
@@ -160,23 +205,14 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
   return !average || warm_up(options, result->tensors.get(), result->params.size(), &result->args.step.ema);
 }
 
-// What clips the gradients, and whether the step is skipped: CPU tensors of one number, as `clipped` in
-// fastreg/optim/_clip.py gives them.
-inline bool read_number(PyObject* object, double* value) {
-  const Tensor* const t = flat(object);
-  if (!t || t->numel() != 1) return false;
-  *value = t->item<double>();
-  return true;
-}
-
-// (param_groups, state[, clip, found_inf]) -> True if all of them have been stepped, None if none has.
+// (param_groups, state[, clip]) -> True if all of them have been stepped, None if none has.
 // collect(group, state, first, result) is false for a group that is not the usual case.
 template <class Args, class Step, class Collect>
 PyObject* step_groups(PyObject* const* args, Py_ssize_t given, Step step, Collect collect) {
   PyObject *const list = args[0], *const state = args[1];
   if (!PyList_CheckExact(list) || !PyDict_Check(state) || is_transformed()) Py_RETURN_NONE;
-  double clip = 1, found_inf = 0;
-  if (given == 4 && !(read_number(args[2], &clip) && read_number(args[3], &found_inf))) Py_RETURN_NONE;
+  double clip = 1;
+  if (given == 3 && !number(args[2], 0, 1, &clip)) Py_RETURN_NONE;
   std::vector<StepGroup<Args>> groups(size_t(PyList_GET_SIZE(list)));
   size_t first = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
@@ -188,7 +224,6 @@ PyObject* step_groups(PyObject* const* args, Py_ssize_t given, Step step, Collec
     groups[i].args.step.clip = clip;
     first += size_t(PyList_GET_SIZE(PyDict_GetItemString(group, "params")));
   }
-  if (found_inf != 0) Py_RETURN_TRUE;
   {
     const pybind11::gil_scoped_release no_gil;
     for (const StepGroup<Args>& group : groups) {
@@ -209,6 +244,7 @@ inline PyObject* squares(PyObject*, PyObject* const* args, Py_ssize_t) {
     PyObject* const group = PyList_GET_ITEM(args[0], i);
     PyObject* const list = PyDict_CheckExact(group) ? GroupOptions{group}.at("params") : nullptr;
     if (!list || !PyList_CheckExact(list)) Py_RETURN_NONE;
+    fetch_group(list, nullptr, {});
     for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j) {
       const Tensor* const param = flat(PyList_GET_ITEM(list, j));
       if (!param) Py_RETURN_NONE;

@@ -187,7 +187,7 @@ class AdamW(OnePass, torch.optim.AdamW):
         return (*columns, _MOST) if group["amsgrad"] else columns
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
-        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        """Call the step in C++, with the factor that clips, if one does."""
         return fast.adamw(groups, self.state, *clipping)
 
     def _call(

@@ -18,7 +18,7 @@ from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
 from ._average import Averages, average_idle, warmed_up
 from ._clip import OPTIONS as CLIPPING
-from ._clip import check_clipping, clipped, norm_of
+from ._clip import check_clipping, clipped, clipped_on_host, norm_of
 from ._groups import (
     Params,
     check_keys,
@@ -134,7 +134,7 @@ class OnePass(Averages):
         raise NotImplementedError
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
-        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        """Call the step in C++, with the factor that clips, if one does."""
         raise NotImplementedError
 
     def _call(
@@ -311,15 +311,18 @@ class OnePass(Averages):
 
     def _step_usual(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
         """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        clipping: tuple[Any, ...] = ()
-        if self.defaults["max_norm"] is not None:
-            squares = fast.squares(groups)
-            if squares is None:
-                return None
-            norm, scaling = clipped(self._op, squares.sqrt(), Scaling(None, None, None), self.defaults)
-            self._keep_norm(norm)
-            clipping = scaling.clip, scaling.found_inf
-        return self._step_fast(fast, groups, clipping)
+        if self.defaults["max_norm"] is None:
+            return self._step_fast(fast, groups, ())
+        squares = fast.squares(groups)
+        if squares is None:
+            return None
+        norm, factor = clipped_on_host(squares, self.defaults)
+        if not math.isfinite(norm) or not self._step_fast(fast, groups, (factor,)):
+            return None
+        if self._norm is None or self._norm.device != squares.device or self._norm.dtype != squares.dtype:
+            self._norm = squares  # the parameters have moved, or are of another type
+        self._norm.fill_(norm)
+        return True
 
     def _step_on(self, device: torch.device, group: dict[str, Any], work: Work, scaling: Scaling) -> None:
         """Step the parameters of a group on one device."""

@@ -165,7 +165,7 @@ class SGD(OnePass, torch.optim.SGD):
         return (_STARTED, *buffer) if buffer and group["dampening"] != 0 else buffer
 
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
-        """Call the step in C++, with the factor that clips and what skips it, or neither."""
+        """Call the step in C++, with the factor that clips, if one does."""
         return fast.sgd([_scaled(group) for group in groups], self.state, *clipping)
 
     def _call(
