@@ -73,6 +73,7 @@ def by_torchvision(target, p, i, fill=0):
         target = vision.affine(target, number(p.angle), pair(p.translate), scale, pair(p.shear), **filled)
     if p.crop is not None:
         target = vision.resized_crop(target, *p.crop[i].int().tolist(), list(p.settings.size))
+        return target  # boxes are cut off by the crop
     return vision.clamp_bounding_boxes(target) if isinstance(target, tv.BoundingBoxes) else target
 
 
@@ -150,8 +151,14 @@ def test_positions_between_two_pixels(height, width):
 
 def test_whole_numbers_are_cut_off_as_torchvision_does():
     x = images()
-    for steps in ({"hflip": 1, "vflip": 1}, {"scale": 1}, {"angle": 1, "shear": 1}):
-        p = drawn(**steps)
+    crop = {"hflip": 1, "vflip": 1, "crop": 1}
+    for steps, size in (
+        ({"hflip": 1}, None),
+        ({"scale": 1}, None),
+        ({"angle": 1, "shear": 1}, None),
+        (crop, (20, 45)),
+    ):
+        p = drawn(**steps, size=size)
         for dtype in (torch.int64, torch.int32):
             boxes, points = some_boxes(4, 5, dtype=dtype), torch.randint(24, (4, 6, 2)).to(dtype)
             moved = apply(x, p, boxes=boxes, keypoints=points)
@@ -161,6 +168,14 @@ def test_whole_numbers_are_cut_off_as_torchvision_does():
                 assert torch.equal(moved.boxes[i], one.as_subclass(torch.Tensor))
                 one = by_torchvision(tv.KeyPoints(points[i], canvas_size=(H, W)), p, i)
                 assert torch.equal(moved.keypoints[i], one.as_subclass(torch.Tensor))
+            for box_format in FORMATS if size else ():
+                boxes = some_boxes(4, 5, box_format=box_format, dtype=dtype)
+                moved = apply(x, p, boxes=boxes, box_format=box_format)
+                for i in range(4):
+                    one = by_torchvision(
+                        tv.BoundingBoxes(boxes[i], format=box_format, canvas_size=(H, W)), p, i
+                    )
+                    assert torch.equal(moved.boxes[i], one.as_subclass(torch.Tensor)), (box_format, i)
 
 
 # ---- what they promise

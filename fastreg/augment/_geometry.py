@@ -63,6 +63,10 @@ class Geometry:
             params.hflip, params.vflip, params.crop, is_straight, affine, tied, params.settings.padding,
         )  # fmt: skip
 
+    def crops_alone(self) -> bool:
+        """Whether a crop and flips are all there is."""
+        return self.is_straight and self.crop is not None and self.affine is None
+
     def of_sample(self, i: int) -> Geometry:
         """What happens to sample i alone."""
         parts: dict[str, Any] = {
@@ -275,7 +279,7 @@ def sheared(images: Tensor, slant: Tensor, is_x: bool, padding: Padding, fill: A
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     along, across = (torch.arange(k, device=images.device, dtype=dtype) - 0.5 * (k - 1) for k in (n, other))
     factor, shift = ((v.to(dtype) / (0.5 * n)).view(-1, 1, 1) for v in (slant, 0.5 * other * slant))
-    scaled = along * (torch.ones((), dtype=dtype) / (0.5 * n)).item()
+    scaled = along * (torch.ones((), dtype=dtype, device=images.device) / (0.5 * n))
     grid = scaled + across[:, None] * factor if is_x else across * factor + scaled[:, None]
     pixel = _nearest(grid + shift, n)
     inside = ((pixel >= 0) & (pixel < n))[:, None]
