@@ -657,7 +657,7 @@ def test_compiled():
 
     counts = torch.tensor([3, 0, 1, 2])
     want = step(x, masks, boxes, points, counts)
-    got = torch.compile(step, backend="aot_eager", fullgraph=True)(x, masks, boxes, points, counts)
+    got = torch.compile(step, backend="eager", fullgraph=True)(x, masks, boxes, points, counts)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
     whole = torch.compile(lambda x, m, b: aug(x, masks=m, boxes=b), backend="eager", fullgraph=True)

@@ -67,6 +67,14 @@ class Geometry:
         """Whether a crop and flips are all there is."""
         return self.is_straight and self.crop is not None and self.affine is None
 
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """(B,) float32 along x and y: by how much a crop is enlarged. They are of two numbers of float64, as
+        torchvision's.
+        """
+        assert self.crop is not None
+        sides = torch.tensor(self.out_size, dtype=self.crop.dtype).to(self.crop.device)
+        return (sides[1] / self.crop[:, 3]).float(), (sides[0] / self.crop[:, 2]).float()
+
     def of_sample(self, i: int) -> Geometry:
         """What happens to sample i alone."""
         parts: dict[str, Any] = {

@@ -336,10 +336,9 @@ class Targets:
         else:
             cut = [end for end, _ in ends]
         whole = from_xyxy(torch.stack(cut, -1), self.box_format).to(dtype)
-        sides = torch.tensor(step.out_size, dtype=step.crop.dtype).to(xyxy.device)
-        across, down = (sides[axis] / step.crop[:, 2 + axis].view(lead) for axis in (1, 0))
+        across, down = (ratio.view(lead) for ratio in step.ratios())
         ratio = torch.stack([across, down] * 2, -1)
-        return (whole * ratio.float()).to(dtype)
+        return (whole * ratio).to(dtype)
 
     def _moved_rotated(self, boxes: Tensor, steps: Sequence[Geometry], forward: Any) -> Any:
         before = _tv.corners_of(boxes.to(number_dtype(boxes.device)), self.box_format)
@@ -367,7 +366,10 @@ class Targets:
             shifts.append(on.to(places.dtype))  # torchvision mirrors key points about the centres of pixels
             mirrored = on if mirrored is None else mirrored ^ on
         places = places + torch.stack(shifts, 1).view(-1, *(1,) * (places.dim() - 2), 2)
-        places = moved_points(places, _one_map(forward, i))
+        if not points.dtype.is_floating_point and len(steps) == 1 and first.crops_alone():
+            places = _points_of_crop(places, first)
+        else:
+            places = moved_points(places, _one_map(forward, i))
         height, width = steps[-1].out_size
         x, y = places.unbind(-1)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -453,6 +455,23 @@ def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def _area(boxes: Tensor) -> Tensor:
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
+
+
+def _points_of_crop(places: Tensor, step: Geometry) -> Tensor:
+    """Points (B, ..., 2) of whole numbers, shifted for a flip, after the flip and a crop, in torchvision's
+    float32.
+    """
+    height, width = step.in_size
+    lead = (-1, *(1,) * (places.dim() - 2))
+    assert step.crop is not None
+    along = []
+    for axis, flip, side in ((0, step.hflip, width), (1, step.vflip, height)):
+        place = places[..., axis]
+        if flip is not None:
+            place = torch.where(flip.view(lead) != 0, side - place, place)
+        start = step.crop[:, 1 - axis].to(place.dtype).view(lead)
+        along.append((place - start) * step.ratios()[axis].view(lead))
+    return torch.stack(along, -1)
 
 
 def _polygon_area(corners: Tensor) -> Tensor:
