@@ -365,6 +365,16 @@ def test_gradients_go_to_boxes_and_points():
     assert torch.autograd.gradcheck(lambda b, k: apply(x, p, boxes=b, keypoints=k)[2::2], (boxes, points))
 
 
+def test_autocast_rounds_no_places():
+    x, p = images(), drawn(angle=1, scale=1)
+    for dtype in (torch.float32, torch.int64):
+        boxes, points = some_boxes(4, 3, dtype=dtype), (torch.rand(4, 3, 2) * 20).to(dtype)
+        want = apply(x, p, boxes=boxes, keypoints=points)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = apply(x, p, boxes=boxes, keypoints=points)
+        assert torch.equal(got.boxes, want.boxes) and torch.equal(got.keypoints, want.keypoints)
+
+
 def test_eval_mode():
     aug = Augment(rotate=90, size=(10, 12), crop=4).eval()
     x, boxes = images(), some_boxes(4, 3)

@@ -109,10 +109,14 @@ def moved_points(points: Tensor, forward: tuple[Tensor, Tensor] | None) -> Tenso
     """Points (B, ..., 2) at their places in the result."""
     if forward is None:
         return points
-    affine = torch.cat([forward[0], forward[1][:, :, None]], 2).to(points.dtype)
-    flat = points.flatten(1, -2)
-    moved = torch.cat([flat, torch.ones_like(flat[..., :1])], -1) @ affine.transpose(1, 2)
-    return moved.view(points.shape)
+    # No product of matrices, because autocast and TF32 would round it.
+    rows = (
+        torch.cat([forward[0], forward[1][:, :, None]], 2)
+        .to(points.dtype)
+        .view(-1, *(1,) * (points.dim() - 2), 2, 3)
+    )
+    x, y = points[..., 0, None], points[..., 1, None]
+    return x * rows[..., 0] + y * rows[..., 1] + rows[..., 2]
 
 
 def moved_boxes(boxes: Tensor, forward: tuple[Tensor, Tensor] | None, is_straight: bool) -> Tensor:
