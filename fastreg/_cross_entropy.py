@@ -519,8 +519,8 @@ def cross_entropy(
         The loss, () or, with reduction "none", of the shape of `input` without its classes. Statistics are
         float32 (float64 for float64) whatever the input's dtype. A -inf logit of a class with no target mass,
         by weight 0, probability 0 or no smoothing, gives a finite loss. Saved for backward: the gradient, one
-        tensor like `input` (float32 for float16). Twice differentiable in `input`. Gradients below 2^-126, with
-        which the matrix products that follow would take many times as long, are 0 (but of float64).
+        tensor like `input` (float32 for float16). Twice differentiable in `input`. Gradients below 2^-126,
+        with which the matrix products that follow would take many times as long, are 0 (but of float64).
 
     Raises:
         ValueError: class index out of range (on CUDA, where to look at it would be to wait for the GPU, the
