@@ -32,7 +32,7 @@ from ._checks import (
     scalar,
 )
 from ._registry import define, fast
-from ._subnormal import SMALLEST_NORMAL, flush
+from ._subnormal import flush
 from ._transforms import autocast_dtype, is_sharded, is_transformed, is_vmapped
 
 Reduction = Literal["none", "mean", "sum"]
@@ -348,9 +348,10 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
             _cross_entropy_scale_(gradient, g)
             return gradient
     product = gradient * g
-    if product.dtype == torch.float64:
+    if gradient.dtype == torch.float64:
         return product
-    return torch.nn.functional.hardshrink(product, SMALLEST_NORMAL - 2.0**-149)  # the largest subnormal
+    # A literal: Dynamo would make a number of the module an input, which it cannot give to a backward pass.
+    return torch.where(product.abs() < 2.0**-126, 0.0, product)
 
 
 def _second_order(

@@ -188,7 +188,8 @@ def test_an_operator_has_a_plain_definition_with_its_arguments(name):
     assert names == arguments[: len(names)] and bool(rest) == (len(names) < len(arguments))
     for argument in schema.arguments[: len(names)]:
         if argument.has_default_value() and not rest:
-            assert named[argument.name].default == argument.default_value
+            default = named[argument.name].default  # of a list, which a signature gives as a tuple
+            assert (list(default) if default == () else default) == argument.default_value
 
 
 @pytest.fixture(scope="module")
