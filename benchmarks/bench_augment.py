@@ -19,6 +19,7 @@ from fastreg.benchmarks._timing import Case, Targets, Work
 try:
     import torchvision.transforms.v2 as transforms
     import torchvision.transforms.v2.functional as vision
+    from torchvision import tv_tensors
 except ImportError:  # torchvision is not made for every torch
     vision = None
 try:
@@ -61,6 +62,19 @@ def cases(scale: str) -> Iterator[Case]:
                     targets,
                     scales=False,
                 )
+
+    for batch, side in SHAPES[scale] if vision else ():
+        size, count = f"{batch} × 3 × {side} × {side}", 3 * batch * side**2
+        yield Case(
+            "augment", "augmentation, TrivialAugmentWide", size, count, torch.uint8,
+            partial(_build_trivial, batch, side), "a copy of the batch", Targets(eager=8), scales=False,
+        )  # fmt: skip
+        for name in ("all steps", "geometry"):
+            yield Case(
+                "augment", f"augmentation, {name}, 8 boxes and a mask", size, count, torch.uint8,
+                partial(_build_targets, CHAINS[name][0], batch, side), "the same without boxes and masks",
+                Targets(floor=1.15), scales=False,
+            )  # fmt: skip
 
 
 def by_torchvision(x, p):
@@ -141,6 +155,71 @@ def _build(steps, batch, side, dtype, everything, device):
         chain = random_kornia(steps)
         sides["kornia"] = lambda: chain(x if dtype == torch.float32 else x.float() / 255)
     return Work(sides, check, moved=x.numel() * (x.element_size() + 4))
+
+
+def _build_trivial(batch, side, device):
+    """torchvision draws one operation for each call, so it gets one image after the other."""
+    x = (torch.rand(batch, 3, side, side, device=device) * 255).to(torch.uint8)
+    aug, theirs = fr.augment.Augment.trivial(), transforms.TrivialAugmentWide()
+
+    def check():
+        drawn = aug.sample(x, seed=1)
+        got = fr.augment.apply(x, drawn)
+        names = fr.augment.OPERATIONS
+        for image, want, k, strength in zip(
+            got, x, drawn.operations[:, 0].tolist(), drawn.magnitudes[:, 0].tolist(), strict=True
+        ):
+            want = theirs._apply_image_or_video_transform(
+                want, names[k], strength, theirs.interpolation, theirs._fill
+            )
+            # Contrast is about a mean, whose last bit is another one in another order.
+            assert (image.int() - want.int()).abs().float().mean() <= 0.01, names[k]
+
+    target = torch.empty_like(x)
+    sides = {
+        "fastreg": lambda: aug(x),
+        "torch": lambda: torch.stack([theirs(image) for image in x]),
+        "floor": lambda: target.copy_(x),
+    }
+    return Work(sides, check, moved=2 * x.numel())
+
+
+def _build_targets(steps, batch, side, device):
+    """torchvision moves the boxes and the mask of one image after the other."""
+    x = (torch.rand(batch, 3, side, side, device=device) * 255).to(torch.uint8)
+    masks = torch.randint(20, (batch, side, side), device=device, dtype=torch.uint8)
+    boxes = torch.rand(batch, 8, 4, device=device) * side / 2
+    boxes[..., 2:] += boxes[..., :2]
+    aug = fr.augment.Augment(**steps)
+    affine = transforms.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"])
+    one = transforms.Compose([transforms.RandomHorizontalFlip(steps["hflip"]), affine])
+    one = random_torchvision(steps) if "blur" in steps else one
+    samples = [
+        (
+            tv_tensors.Image(image),
+            tv_tensors.BoundingBoxes(part, format="XYXY", canvas_size=(side, side)),
+            tv_tensors.Mask(mask),
+        )
+        for image, part, mask in zip(x, boxes, masks, strict=True)
+    ]
+
+    def check():
+        drawn = aug.sample(x, seed=1)
+        moved = fr.augment.apply(x, drawn, masks=masks, boxes=boxes)
+        for i, p in enumerate(per_sample(drawn)[:4]):
+            given = samples[i][1:]
+            given = [vision.horizontal_flip(t) for t in given] if p["hflip"] else given
+            want = [vision.affine(t, p["angle"], p["translate"], p["scale"], p["shear"]) for t in given]
+            torch.testing.assert_close(moved.boxes[i], want[0].as_subclass(torch.Tensor), rtol=0, atol=1e-2)
+            # A position between two pixels is rounded in float32 there.
+            assert (moved.masks[i] != want[1]).float().mean() <= 1e-3
+
+    sides = {
+        "fastreg": lambda: aug(x, masks=masks, boxes=boxes),
+        "torch": lambda: [one(*sample) for sample in samples],
+        "floor": lambda: aug(x),
+    }
+    return Work(sides, check)
 
 
 if __name__ == "__main__":

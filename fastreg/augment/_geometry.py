@@ -63,6 +63,18 @@ class Geometry:
             params.hflip, params.vflip, params.crop, is_straight, affine, tied, params.settings.padding,
         )  # fmt: skip
 
+    def crops_alone(self) -> bool:
+        """Whether a crop and flips are all there is."""
+        return self.is_straight and self.crop is not None and self.affine is None
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """(B,) float32 along x and y: by how much a crop is enlarged. They are of two numbers of float64, as
+        torchvision's.
+        """
+        assert self.crop is not None
+        sides = torch.tensor(self.out_size, dtype=self.crop.dtype).to(self.crop.device)
+        return (sides[1] / self.crop[:, 3]).float(), (sides[0] / self.crop[:, 2]).float()
+
     def of_sample(self, i: int) -> Geometry:
         """What happens to sample i alone."""
         parts: dict[str, Any] = {
@@ -97,10 +109,14 @@ def moved_points(points: Tensor, forward: tuple[Tensor, Tensor] | None) -> Tenso
     """Points (B, ..., 2) at their places in the result."""
     if forward is None:
         return points
-    affine = torch.cat([forward[0], forward[1][:, :, None]], 2).to(points.dtype)
-    flat = points.flatten(1, -2)
-    moved = torch.cat([flat, torch.ones_like(flat[..., :1])], -1) @ affine.transpose(1, 2)
-    return moved.view(points.shape)
+    # No product of matrices, because autocast and TF32 would round it.
+    rows = (
+        torch.cat([forward[0], forward[1][:, :, None]], 2)
+        .to(points.dtype)
+        .view(-1, *(1,) * (points.dim() - 2), 2, 3)
+    )
+    x, y = points[..., 0, None], points[..., 1, None]
+    return x * rows[..., 0] + y * rows[..., 1] + rows[..., 2]
 
 
 def moved_boxes(boxes: Tensor, forward: tuple[Tensor, Tensor] | None, is_straight: bool) -> Tensor:
@@ -275,7 +291,7 @@ def sheared(images: Tensor, slant: Tensor, is_x: bool, padding: Padding, fill: A
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     along, across = (torch.arange(k, device=images.device, dtype=dtype) - 0.5 * (k - 1) for k in (n, other))
     factor, shift = ((v.to(dtype) / (0.5 * n)).view(-1, 1, 1) for v in (slant, 0.5 * other * slant))
-    scaled = along * (torch.ones((), dtype=dtype) / (0.5 * n)).item()
+    scaled = along * (torch.ones((), dtype=dtype, device=images.device) / (0.5 * n))
     grid = scaled + across[:, None] * factor if is_x else across * factor + scaled[:, None]
     pixel = _nearest(grid + shift, n)
     inside = ((pixel >= 0) & (pixel < n))[:, None]

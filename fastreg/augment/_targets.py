@@ -307,10 +307,38 @@ class Targets:
         left = there & (area > 0) & (area >= self.min_area)
         left = left & (area >= self.min_visibility * _area(around))
         moved = as_dtype(from_xyxy(cut, self.box_format), boxes.dtype)
+        step = steps[-1] if i is None else steps[-1].of_sample(i)
+        if not boxes.dtype.is_floating_point and len(steps) == 1 and step.crops_alone():
+            moved = self._cropped_whole(xyxy, boxes.dtype, step)
         if self.counts is not None:
             known = torch.arange(boxes.shape[1], device=boxes.device) < self.counts[:, None]
             moved, left = torch.where(known[:, :, None], moved, boxes), left & known
         return moved, left
+
+    def _cropped_whole(self, xyxy: Tensor, dtype: torch.dtype, step: Geometry) -> Tensor:
+        """Boxes of whole numbers after a crop, and then after its resize, which torchvision cuts off after
+        each of the two, in their own format.
+        """
+        height, width = step.in_size
+        lead = (-1, *(1,) * (xyxy.dim() - 2))
+        assert step.crop is not None
+        top, left, high, wide = (side.to(xyxy.dtype).view(lead) for side in step.crop.unbind(1))
+        x1, y1, x2, y2 = xyxy.unbind(-1)
+        for flip, axis in ((step.hflip, 0), (step.vflip, 1)):
+            if flip is not None:
+                on, side = flip.view(lead) != 0, (width, height)[axis]
+                low, far = (x1, x2) if axis == 0 else (y1, y2)
+                low, far = torch.where(on, side - far, low), torch.where(on, side - low, far)
+                x1, y1, x2, y2 = (low, y1, far, y2) if axis == 0 else (x1, low, x2, far)
+        ends = [(x1 - left, wide), (y1 - top, high), (x2 - left, wide), (y2 - top, high)]
+        if self.clamping is not None:
+            cut = [torch.minimum(end.clamp(min=0), most) for end, most in ends]
+        else:
+            cut = [end for end, _ in ends]
+        whole = from_xyxy(torch.stack(cut, -1), self.box_format).to(dtype)
+        across, down = (ratio.view(lead) for ratio in step.ratios())
+        ratio = torch.stack([across, down] * 2, -1)
+        return (whole * ratio).to(dtype)
 
     def _moved_rotated(self, boxes: Tensor, steps: Sequence[Geometry], forward: Any) -> Any:
         before = _tv.corners_of(boxes.to(number_dtype(boxes.device)), self.box_format)
@@ -338,7 +366,10 @@ class Targets:
             shifts.append(on.to(places.dtype))  # torchvision mirrors key points about the centres of pixels
             mirrored = on if mirrored is None else mirrored ^ on
         places = places + torch.stack(shifts, 1).view(-1, *(1,) * (places.dim() - 2), 2)
-        places = moved_points(places, _one_map(forward, i))
+        if not points.dtype.is_floating_point and len(steps) == 1 and first.crops_alone():
+            places = _points_of_crop(places, first)
+        else:
+            places = moved_points(places, _one_map(forward, i))
         height, width = steps[-1].out_size
         x, y = places.unbind(-1)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -424,6 +455,23 @@ def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def _area(boxes: Tensor) -> Tensor:
     x1, y1, x2, y2 = boxes.unbind(-1)
     return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
+
+
+def _points_of_crop(places: Tensor, step: Geometry) -> Tensor:
+    """Points (B, ..., 2) of whole numbers, shifted for a flip, after the flip and a crop, in torchvision's
+    float32.
+    """
+    height, width = step.in_size
+    lead = (-1, *(1,) * (places.dim() - 2))
+    assert step.crop is not None
+    along = []
+    for axis, flip, side in ((0, step.hflip, width), (1, step.vflip, height)):
+        place = places[..., axis]
+        if flip is not None:
+            place = torch.where(flip.view(lead) != 0, side - place, place)
+        start = step.crop[:, 1 - axis].to(place.dtype).view(lead)
+        along.append((place - start) * step.ratios()[axis].view(lead))
+    return torch.stack(along, -1)
 
 
 def _polygon_area(corners: Tensor) -> Tensor:

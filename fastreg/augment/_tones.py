@@ -72,7 +72,8 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     if inpt.dtype != torch.float64:
         least = least.float()  # torch compares with a Python number so.
     if inpt.dtype == torch.uint8:
-        least = least.ceil().clamp(min=0).to(torch.uint8)
+        at_least = inpt >= least.ceil().clamp(min=0).to(torch.uint8)
+        return inpt ^ at_least.to(torch.uint8).mul_(255)  # 255 - p is p with every bit turned
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
