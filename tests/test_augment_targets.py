@@ -677,3 +677,9 @@ def test_compiled():
 
 def test_the_result_has_names():
     assert fr.augment.Augmented._fields == ("images", "masks", "boxes", "boxes_left", "keypoints", "visible")
+
+
+def test_masks_with_further_dimensions():
+    masks = tv.Mask(torch.randint(9, (2, 3, H, W)))
+    got, want = AF.rotate(masks, 33.0), vision.rotate(masks, 33.0)
+    assert type(got) is tv.Mask and torch.equal(got, want)
