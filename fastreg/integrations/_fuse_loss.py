@@ -103,7 +103,8 @@ def fuse_loss(
 
     Where no gradients are recorded (evaluation, generation) and where there are no labels, the model is what
     it was. `output.logits` of a fused run makes the logits when they are looked at: `output.logits.tensor()`,
-    or any function of torch.
+    or any function of torch; before `optimizer.step()`, after which they would be those of other weights. For
+    a PeftModel give that, not the model in it; under torch.nn.DataParallel the loss is not fused.
 
     Args:
         model: of transformers, by itself or in torch.compile, DistributedDataParallel or a PeftModel, whose
