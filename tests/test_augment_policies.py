@@ -438,3 +438,14 @@ def test_a_mixed_image_of_torchvision_stays_one():
         tensors.Image(pictures(2, 8, 8)), labels=torch.tensor([0, 2])
     )
     assert type(images) is tensors.Image and type(labels) is torch.Tensor
+
+
+def test_operations_that_are_none_are_refused():
+    x, number = pictures(2, 8, 8), torch.full((2, 1), 5)
+    for operations, magnitude, error, words in (
+        (number.float(), 1.0, TypeError, "operations of params must be whole numbers"),
+        (number, float("nan"), ValueError, "magnitudes of params must be finite"),
+    ):
+        params = Params(operations=operations, magnitudes=torch.full((2, 1), magnitude))
+        with pytest.raises(error, match=f"augment: {words}"):
+            apply(x, params)
