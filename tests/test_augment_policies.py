@@ -418,3 +418,34 @@ def test_mixup_or_cutmix():
         aug(x, labels=y, masks=torch.zeros(64, 8, 8))
     with pytest.raises(ValueError, match="need num_classes"):
         aug(x, labels=torch.arange(64))
+
+
+def test_draws_do_not_depend_on_the_default_dtype():
+    x, drawn = pictures(64, 24, 31), []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            drawn.append([Augment.trivial().sample(x, seed=1), Augment.rand(3).sample(x, seed=1)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*drawn, strict=True):
+        assert torch.equal(one.magnitudes, other.magnitudes)
+
+
+def test_a_mixed_image_of_torchvision_stays_one():
+    tensors = pytest.importorskip("torchvision.tv_tensors")
+    images, labels = Augment(mixup=0.2, num_classes=3)(
+        tensors.Image(pictures(2, 8, 8)), labels=torch.tensor([0, 2])
+    )
+    assert type(images) is tensors.Image and type(labels) is torch.Tensor
+
+
+def test_operations_that_are_none_are_refused():
+    x, number = pictures(2, 8, 8), torch.full((2, 1), 5)
+    for operations, magnitude, error, words in (
+        (number.float(), 1.0, TypeError, "operations of params must be whole numbers"),
+        (number, float("nan"), ValueError, "magnitudes of params must be finite"),
+    ):
+        params = Params(operations=operations, magnitudes=torch.full((2, 1), magnitude))
+        with pytest.raises(error, match=f"augment: {words}"):
+            apply(x, params)

@@ -677,3 +677,22 @@ def test_compiled():
 
 def test_the_result_has_names():
     assert fr.augment.Augmented._fields == ("images", "masks", "boxes", "boxes_left", "keypoints", "visible")
+
+
+def test_masks_with_further_dimensions():
+    masks = tv.Mask(torch.randint(9, (2, 3, H, W)))
+    got, want = AF.rotate(masks, 33.0), vision.rotate(masks, 33.0)
+    assert type(got) is tv.Mask and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("degrees", [90, -90, 450])
+def test_a_quarter_turn_of_sides_that_are_even_and_odd(degrees):
+    """Each pixel lies between two, of which images and masks take the same one, torchvision's."""
+    for lead, layout in (((), torch.contiguous_format), ((2,), torch.channels_last)):
+        for x in (torch.rand(*lead, 3, H, W), torch.randint(256, (*lead, 3, H, W), dtype=torch.uint8)):
+            x = x.to(memory_format=layout)
+            for fill in (None, [0.25, 0.5, 1.0]):
+                got = AF.rotate(x, degrees, fill=fill)
+                assert torch.equal(got, vision.rotate(x, degrees, fill=fill))
+                assert got.is_contiguous(memory_format=layout)
+        assert torch.equal(AF.rotate(x, degrees), AF.rotate(tv.Mask(x), degrees))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -347,3 +348,131 @@ def test_always_is_for_losses_outside_of_the_model(gpt2):
         nn.functional.cross_entropy(output.logits[:, :-1].reshape(-1, CLASSES), labels[:, 1:].reshape(-1)),
     ):
         torch.testing.assert_close(value.detach(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_that_are_gone_or_would_be_lost_are_errors(gpt2):
+    model = fuse_loss(copy.deepcopy(gpt2))
+    output = model(**batch())
+    logits = output.logits
+    for change in (
+        lambda x: x.div_(2),
+        lambda x: torch.clamp_(x, 0),
+        lambda x: x.__setitem__((0, 0), 0.0),
+        lambda x: x.retain_grad(),
+        lambda x: x.register_hook(print),
+    ):
+        with pytest.raises(RuntimeError, match=r"fuse_loss: .*take logits = output.logits.tensor\(\) first"):
+            change(logits)
+    output.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    for look in (lambda: logits.tensor(), lambda: logits[:, :-1], lambda: logits.argmax(-1)):
+        with pytest.raises(RuntimeError, match=r"fuse_loss: .*before optimizer.step\(\)"):
+            look()
+
+
+def test_ways_to_write_a_step(gpt2):
+    mask = batch()["labels"].ne(-100)
+    want = gpt2(input_ids=batch()["input_ids"]).logits
+    logits = fuse_loss(gpt2)(**batch()).logits
+    for look in (
+        lambda x: x[0, 0, 5, ...],
+        lambda x: x[:, :, 2:5, ...],
+        lambda x: x[mask.numpy()] + 0 * x[mask],
+        lambda x: x[mask[..., None].expand(x.shape).numpy()],
+        lambda x: x.reshape(shape=(-1, CLASSES)) - 0,
+        lambda x: torch.add(x, torch.ones(CLASSES), alpha=3),
+        lambda x: torch.div(x, 2, rounding_mode="floor"),
+        lambda x: torch.mul(input=x, other=2),
+        lambda x: x // 2,
+        lambda x: x % 2,
+    ):
+        got = look(logits)
+        got = got if isinstance(got, torch.Tensor) else got.tensor()
+        torch.testing.assert_close(got, look(want))
+    with pytest.raises(RuntimeError, match="Boolean value"):
+        bool(logits)
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BartForConditionalGeneration"])
+def test_logits_after_autocast(name, models):
+    """They are what they were under it."""
+    model = models(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(**batch()).logits
+        logits = fuse_loss(model)(**batch()).logits
+    unfuse_loss(model)
+    assert logits.dtype == want.dtype == logits.tensor().dtype
+    torch.testing.assert_close(logits.tensor(), want)
+
+
+def test_a_layer_that_somebody_changed_is_refused(gpt2):
+    model = copy.deepcopy(gpt2)
+    before = model.lm_head.forward
+    model.lm_head.forward = lambda x: before(x) * 3
+    with pytest.raises(TypeError, match="fuse_loss: the output layer must have the forward method of its"):
+        fuse_loss(model)
+    assert "forward" in vars(model.lm_head) and not model._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_batch_without_labels(name, models):
+    """Trainer divides by the number of labels: the loss is NaN, and the gradients are 0 all the same."""
+    model = models(name)
+    form = dict(labels=torch.full((3, 11), -100), num_items_in_batch=torch.tensor(0))
+    want, got = run(model, **form), run(fuse_loss(model), **form)
+    unfuse_loss(model)
+    assert got[0].isnan() and want[0].isnan() and got[1].keys() == want[1].keys()
+    assert not any(gradient.any() for gradient in got[1].values())
+
+
+class Around(nn.Module):
+    """Calls the model's forward method, as PeftModel did for long, and no hooks with it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base = model
+
+    def get_base_model(self):
+        return self.base
+
+    def forward(self, *args, **kwargs):
+        return self.base.forward(*args, **kwargs)
+
+
+def test_a_model_whose_forward_method_is_called_by_another(gpt2):
+    model = Around(gpt2)
+    assert fuse_loss(model) is model and not is_made(model(**batch()))
+    unfuse_loss(gpt2)
+    assert is_made(model(**batch())) and is_made(gpt2(**batch()))
+    assert not is_made(fuse_loss(model)(**batch()))
+    assert is_made(unfuse_loss(model)(**batch())) and not model._forward_hooks
+
+
+def test_replicas_of_data_parallel(gpt2):
+    """Each computes the loss with a layer of its own, and from the logits, which are gathered."""
+    model = fuse_loss(copy.deepcopy(gpt2))
+    replica, layer = model._replicate_for_data_parallel(), model.lm_head._replicate_for_data_parallel()
+    layer.weight, layer._parameters["bias"] = model.lm_head.weight.detach() * 2, None
+    replica._modules["lm_head"] = replica.lm_head = layer
+    with pytest.warns(RuntimeWarning, match="fuse_loss: torch.nn.DataParallel .* use Distributed"):
+        output = replica(**batch())
+    torch.testing.assert_close(output.logits, 2 * gpt2(input_ids=batch()["input_ids"]).logits)
+    assert not is_made(model(**batch()))
+
+
+def test_threads(gpt2):
+    """One evaluates while the other one is in the middle of a step."""
+    fuse_loss(gpt2)
+    made = []
+
+    def evaluate(*_):
+        if not made:
+            made.append(None)
+            thread = threading.Thread(target=lambda: made.append(gpt2.lm_head(torch.zeros(1, 32))))
+            thread.start()
+            thread.join()
+
+    handle = gpt2.transformer.register_forward_hook(evaluate)
+    output = gpt2(**batch())
+    handle.remove()
+    assert isinstance(made[1], torch.Tensor) and not is_made(output)

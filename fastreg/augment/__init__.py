@@ -43,7 +43,7 @@ from ._ranges import (
 )
 from ._structures import augmented_structure, is_labelled
 from ._targets import Augmented, Targets
-from ._tv import is_tv_tensor
+from ._tv import is_tv_tensor, plain, wrapped
 from .mix import cutmix, mixup
 
 __all__ = [
@@ -489,7 +489,8 @@ class Augment(nn.Module):
         images = self._unmixed()(batch, generator)
         if not self.mixing.on() or not self.training:
             return images, labels
-        return self.mixing.mixed(images, labels, generator)
+        mixed, soft = self.mixing.mixed(plain(images), labels, generator)
+        return wrapped(mixed, images), soft
 
     def _unmixed(self) -> Augment:
         """This without the step that mixes."""

@@ -136,7 +136,14 @@ def _check_operations(params: Params) -> None:
             f"augment: operations and magnitudes of params must both be of shape (B, n), got {shapes[0]} and "
             f"{shapes[1]}"
         )
+    if operations.is_floating_point() or operations.is_complex() or operations.dtype == torch.bool:
+        raise TypeError(
+            f"augment: operations of params must be whole numbers, places in OPERATIONS, got "
+            f"{operations.dtype}; take .long()"
+        )
     if operations.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not bool(magnitudes.isfinite().all()):
+            raise ValueError("augment: magnitudes of params must be finite, got inf or NaN; sample anew")
         most = len(_policies.OPERATIONS) - 1
         if bool(((operations < 0) | (operations > most)).any()):
             raise ValueError(f"augment: operations of params must be in [0, {most}], see OPERATIONS")

@@ -52,10 +52,11 @@ class Policy:
         far = (32.0, 32.0) if wide else (150.0 / 331.0 * width, 150.0 / 331.0 * height)
         shear, turn, tone, kept = (0.99, 135.0, 0.99, 6) if wide else (0.3, 30.0, 0.9, 4)
         ends = [0.0, shear, shear, *far, turn, tone, tone, tone, tone]
-        rows = [torch.linspace(0.0, end, self.bins) for end in ends]
-        bits = 8 - (torch.arange(self.bins) / ((self.bins - 1) / kept)).round()
-        nothing = torch.zeros(self.bins)
-        rows += [bits, torch.linspace(1.0, 0.0, self.bins), nothing, nothing]
+        single: Any = {"dtype": torch.float32}  # whatever torch's default dtype is
+        rows = [torch.linspace(0.0, end, self.bins, **single) for end in ends]
+        bits = 8 - (torch.arange(self.bins, **single) / ((self.bins - 1) / kept)).round()
+        nothing = torch.zeros(self.bins, **single)
+        rows += [bits, torch.linspace(1.0, 0.0, self.bins, **single), nothing, nothing]
         return torch.stack([row.double() for row in rows])
 
 

@@ -415,6 +415,10 @@ def moved_alone(target: Tensor, step: Geometry, fill: Any = None, *, clip: bool 
     at the edges.
     """
     kind = str(_tv.tv_kind(target))
+    if kind == "masks" and target.dim() > 3:  # torchvision takes any leading dimensions
+        flat = _tv.wrapped(_tv.plain(target).flatten(0, -3), target)
+        alone = _tv.plain(moved_alone(flat, step, fill))
+        return _tv.wrapped(alone.unflatten(0, target.shape[:-2]), target)
     fill = fill[0] if isinstance(fill, (list, tuple)) and len(fill) == 1 else fill
     given: dict[str, Any] = {kind: target}
     targets = Targets(**given, mask_fill=fill or 0)

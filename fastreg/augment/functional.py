@@ -25,7 +25,7 @@ from torch import Tensor
 from .._checks import check_choice, check_number, check_tensor
 from . import _op
 from ._arguments import Number, batched, numbers, pair
-from ._geometry import Geometry
+from ._geometry import Geometry, turned
 from ._op import Interpolation, Padding, PerChannel
 from ._targets import moved_alone
 from ._tones import (
@@ -188,10 +188,30 @@ def _affine(
             step.map = _expanded(_matrices(like, angle=fields["angle"]), height, width)
         return moved_alone(inpt, step, fill)
     padding, fill = _outside(fill)
+    if interpolation == "nearest" and size is None and _is_tied(angle, like):
+        images, lead = batched(op, like)
+        step = Geometry((height, width), (height, width), m, affine=m)
+        output = turned(images, step, fill)
+        if images.is_contiguous(memory_format=torch.channels_last):
+            output = output.contiguous(memory_format=torch.channels_last)
+        return wrapped(output.reshape(*lead, *output.shape[1:]), inpt)
     output = _augment(
         op, like, matrices=m, size=size, interpolation=interpolation, padding=padding, fill=fill
     )
     return wrapped(output, inpt)
+
+
+def _is_tied(angle: Any, images: Tensor) -> bool:
+    """Whether whole lines of positions lie between two pixels, of which torchvision takes either."""
+    return (
+        not isinstance(angle, Tensor)
+        and angle % 180 == 90
+        and images.device.type == "cpu"
+        and images.dtype != torch.float64  # whose places torchvision rounds in another way
+        and (images.shape[-1] - images.shape[-2]) % 2 == 1
+        and images.numel() > 0
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _expanded(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from threading import get_ident
 from typing import Any, Literal
 
 import torch
@@ -38,13 +40,31 @@ class _Begin:
         self.usage, self.position, self.always = usage, position, always
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not self.usage.on:  # The model itself is no longer fused, what is around it has not heard of it.
+            return
         labels = args[self.position] if len(args) > self.position else kwargs.get("labels")
         wanted = labels is not None or kwargs.get("shift_labels") is not None
         wanted = wanted or (self.always and model.training)
-        if not is_compiling() and "forward" not in vars(layer := _head_of(model)):
-            # New embeddings bring a new layer.
-            layer.forward = _Head(layer, self.usage)  # type: ignore[method-assign]
-        self.usage.running = wanted and torch.is_grad_enabled()
+        if not is_compiling():
+            # New embeddings bring a new layer, and a replica has one of its own.
+            layer = _head_of(_around(model)[-1])
+            head = vars(layer).get("forward")
+            if head is None or (isinstance(head, _Head) and head.layer is not layer):
+                layer.forward = _Head(layer, self.usage)  # type: ignore[method-assign]
+            if wanted and getattr(model, "_is_replica", False):
+                warnings.warn(
+                    "fuse_loss: torch.nn.DataParallel gathers the logits of its replicas, which compute the "
+                    "loss from them as before; use DistributedDataParallel",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                wanted = False
+        if is_compiling():
+            self.usage.is_compiled_running = wanted and torch.is_grad_enabled()
+        elif wanted and torch.is_grad_enabled():
+            self.usage.threads.add(get_ident())
+        else:
+            self.usage.threads.discard(get_ident())
 
 
 class _End:
@@ -54,7 +74,9 @@ class _End:
         self.usage = usage
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.usage.running = False
+        self.usage.is_compiled_running = False
+        if self.usage.threads:
+            self.usage.threads.discard(get_ident())
 
 
 def fuse_loss(
@@ -81,7 +103,8 @@ def fuse_loss(
 
     Where no gradients are recorded (evaluation, generation) and where there are no labels, the model is what
     it was. `output.logits` of a fused run makes the logits when they are looked at: `output.logits.tensor()`,
-    or any function of torch.
+    or any function of torch; before `optimizer.step()`, after which they would be those of other weights. For
+    a PeftModel give that, not the model in it; under torch.nn.DataParallel the loss is not fused.
 
     Args:
         model: of transformers, by itself or in torch.compile, DistributedDataParallel or a PeftModel, whose
@@ -95,7 +118,8 @@ def fuse_loss(
         The model, changed in place; `unfuse_loss` undoes it. Called again, the new options hold.
 
     Raises:
-        TypeError: the model has no output layer, no argument `labels`, or the layer is no Linear.
+        TypeError: the model has no output layer, no argument `labels`, or the layer is no Linear or one whose
+            forward method somebody has replaced (accelerate does where it spreads a model over devices).
         ValueError: an option out of range.
         RuntimeError: from the model's run, where a step between layer and loss needs the logits (Gemma 2
             sends them through a tanh); it names the step.
@@ -111,19 +135,29 @@ def fuse_loss(
         check_choice("fuse_loss", "smoothing", smoothing, ("uniform", "others"))
     if z_loss is not None:
         check_number("fuse_loss", "z_loss", z_loss, 0, torch.finfo(torch.float64).max)
-    inner = _inner(model)
+    around = _around(model)
+    inner = around[-1]
     layer = _head_of(inner)
-    names = list(inspect.signature(type(inner).forward).parameters)[1:]
+    names = _arguments(inner)
     if "labels" not in names:
         raise TypeError(
             f"fuse_loss: model must take labels and compute its loss, got {type(inner).__name__}, whose "
             f"forward takes {', '.join(names)}; take a class for language models (AutoModelForCausalLM)"
         )
-    unfuse_loss(inner)
+    unfuse_loss(model)
+    if "forward" in vars(layer):
+        raise TypeError(
+            "fuse_loss: the output layer must have the forward method of its class, got another, such as "
+            "accelerate gives it to spread a model over devices; take that away first"
+        )
     usage = Usage(**{name: value for name, value in options.items() if value is not None})
     layer.forward = _Head(layer, usage)  # type: ignore[method-assign]
-    inner.register_forward_pre_hook(_Begin(usage, names.index("labels"), always), with_kwargs=True)
-    inner.register_forward_hook(_End(usage), always_call=True)
+    # A PeftModel may call the forward method of the model in it, which then does not notice the beginning.
+    for module in [m for m in around[:-1] if callable(getattr(m, "get_base_model", None))] + [inner]:
+        taken = _arguments(module)
+        position = taken.index("labels") if "labels" in taken else names.index("labels")
+        module.register_forward_pre_hook(_Begin(usage, position, always), with_kwargs=True)
+        module.register_forward_hook(_End(usage), always_call=True)
     return model
 
 
@@ -136,33 +170,43 @@ def unfuse_loss(model: nn.Module) -> nn.Module:
     Returns:
         The model, changed in place.
     """
-    inner = _inner(model)
-    for hooks in (inner._forward_pre_hooks, inner._forward_hooks):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, (_Begin, _End))]:
-            del hooks[key]
-            for marks in (inner._forward_pre_hooks_with_kwargs, inner._forward_hooks_always_called):
-                marks.pop(key, None)
-    for layer in inner.modules():
+    around = _around(model)
+    for module in around:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if not isinstance(hook, (_Begin, _End)):
+                    continue
+                hook.usage.on = False
+                del hooks[key]
+                for marks in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                    marks.pop(key, None)
+    for layer in around[-1].modules():
         if isinstance(vars(layer).get("forward"), _Head):
             del layer.forward
     return model
 
 
-def _inner(model: Any) -> nn.Module:
-    """The model of transformers in what others have put around it."""
+def _arguments(model: nn.Module) -> list[str]:
+    return list(inspect.signature(type(model).forward).parameters)[1:]
+
+
+def _around(model: Any) -> list[nn.Module]:
+    """What others have put around a model of transformers, from outside, and at last the model itself."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"fuse_loss: model must be a torch.nn.Module, got {type(model).__name__}")
+    found = [model]
     while True:
         for name in ("_orig_mod", "module"):
             if isinstance(inner := getattr(model, name, None), nn.Module):
                 break
         else:
             if not callable(base := getattr(model, "get_base_model", None)):
-                return model
+                return found
             inner = base()
         if inner is model:
-            return model
+            return found
         model = inner
+        found.append(model)
 
 
 def _head_of(model: nn.Module) -> nn.Linear:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
@@ -24,10 +26,21 @@ from .._transforms import autocast_dtype
 
 
 class Usage:
-    """What the stand-ins of one model share: the options of the loss, and whether the model is running."""
+    """What the stand-ins of one model share: the options of the loss, and whether the model is running, which
+    one thread may do with gradients and another without.
+    """
 
     def __init__(self, **options: Any) -> None:
-        self.options, self.running = options, False
+        self.options, self.on = options, True
+        self.threads: set[int] = set()
+        self.is_compiled_running = False
+
+    @property
+    def running(self) -> bool:
+        """Whether the model computes a loss at the moment, in this thread."""
+        if is_compiling():
+            return self.is_compiled_running or len(self.threads) > 0
+        return self.is_compiled_running or get_ident() in self.threads
 
 
 class UnmadeLogits:
@@ -38,6 +51,8 @@ class UnmadeLogits:
     ) -> None:
         self._usage, self._hidden, self._weight, self._bias = usage, hidden, weight, bias
         self.dtype = dtype
+        self._autocast = autocast_dtype(hidden.device.type)
+        self._versions = None if is_compiling() else [_version(part) for part in (hidden, weight, bias)]
 
     # ---- what a tensor says of itself
     @property
@@ -78,11 +93,15 @@ class UnmadeLogits:
     def _like(
         self, hidden: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> UnmadeLogits:
+        self._check_unchanged()
         bias = self._bias if bias is None else bias
-        return UnmadeLogits(self._usage, hidden, self._weight, bias, dtype or self.dtype)
+        other = UnmadeLogits(self._usage, hidden, self._weight, bias, dtype or self.dtype)
+        other._autocast = self._autocast
+        return other
 
-    def reshape(self, *shape: Any) -> Any:
+    def reshape(self, *shape: Any, **options: Any) -> Any:
         """Any shape that leaves the classes together."""
+        shape = shape or tuple(options.values())
         wanted = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if isinstance(wanted, torch.dtype):
             return self._made_by(Tensor.view, (wanted,), {})
@@ -119,7 +138,7 @@ class UnmadeLogits:
         parts = index if isinstance(index, tuple) else (index,)
         used = sum(_dims_of(part) for part in parts)
         with_dots = any(part is Ellipsis for part in parts)
-        reaches_classes = parts and parts[-1] is not Ellipsis and (with_dots or used == self.ndim)
+        reaches_classes = parts and (used == self.ndim or (with_dots and parts[-1] is not Ellipsis))
         if reaches_classes and not (isinstance(parts[-1], slice) and parts[-1] == slice(None)):
             return self._made_by(Tensor.__getitem__, (index,), {})
         if used > self.ndim:
@@ -146,8 +165,9 @@ class UnmadeLogits:
             or bias.shape[-1:] != self.shape[-1:]
         ):
             return self._made_by(Tensor.__add__, (bias,), {})
+        dtype = torch.promote_types(self.dtype, bias.dtype)
         bias = bias.reshape(-1).to(self._weight.dtype)
-        return self._like(self._hidden, bias if self._bias is None else self._bias + bias)
+        return self._like(self._hidden, bias if self._bias is None else self._bias + bias, dtype)
 
     __radd__ = __add__
 
@@ -156,6 +176,7 @@ class UnmadeLogits:
         """`linear_cross_entropy` of rows, (N, C) or (C,), with the options that the model or a loss function
         asks for and, before them, those that `fuse_loss` got.
         """
+        self._check_unchanged()
         options |= self._usage.options
         if self.ndim > 2:  # torch has the classes in dimension 1, which are not the last one
             return self._made_by(cross_entropy, (target, weight), options)
@@ -168,7 +189,32 @@ class UnmadeLogits:
     # ---- everything else
     def tensor(self) -> Tensor:
         """The logits themselves, (..., C), made."""
-        return F.linear(self._hidden, self._weight, self._bias).to(self.dtype)
+        self._check_unchanged()
+        # The autocast of the model's run is over by now.
+        on = self._autocast is not None
+        with torch.autocast(self.device.type, self._autocast, enabled=on):
+            return F.linear(self._hidden, self._weight, self._bias).to(self.dtype)
+
+    def _check_unchanged(self) -> None:
+        """The logits that the model gave are made of the weights that it had then."""
+        if self._versions is None or is_compiling():
+            return
+        if self._versions != [_version(part) for part in (self._hidden, self._weight, self._bias)]:
+            raise RuntimeError(
+                "fuse_loss: the weights of the output layer were changed since the model ran, and its logits "
+                "are not made yet; take output.logits.tensor() before optimizer.step()"
+            )
+
+    def _check_kept(self, name: str) -> None:
+        """Nothing that is done to made logits in place would be seen by whoever looks at them next."""
+        self._check(name)
+        raise RuntimeError(
+            f"fuse_loss: {name} would change, or watch, logits that are made anew whenever somebody looks at "
+            "them; take logits = output.logits.tensor() first"
+        )
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._check_kept("__setitem__")
 
     def _made_by(self, function: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
         """function(logits, *args, **options) after the model's run; while it runs, an error."""
@@ -195,15 +241,19 @@ class UnmadeLogits:
         first = args[0] if args else kwargs.get("input")
         if function is F.cross_entropy and isinstance(first, UnmadeLogits):
             return _cross_entropy_of(*args, **kwargs)
-        name = _STEPS.get(function)
-        if name is not None and isinstance(first, UnmadeLogits):
-            return getattr(first, name)(*args[1:], **kwargs)
+        step = _STEPS.get(function)
+        if step is not None and isinstance(first, UnmadeLogits) and args and not kwargs:
+            return getattr(first, step)(*args[1:])
         name = getattr(function, "__name__", str(function))
+        if isinstance(first, UnmadeLogits) and _is_in_place(name):
+            first._check_kept(name)
         return function(*tree_map(partial(_made, name), args), **tree_map(partial(_made, name), kwargs))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(Tensor, name):
             raise AttributeError(f"'UnmadeLogits' object has no attribute {name!r}")
+        if _is_in_place(name):
+            self._check_kept(name)
         self._check(name)
         return getattr(self.tensor(), name)
 
@@ -253,7 +303,12 @@ for _name in (
     "pow",
     "rpow",
     "matmul",
+    "floordiv",
+    "rfloordiv",
+    "mod",
+    "rmod",
     "neg",
+    "pos",
     "abs",
     "eq",
     "ne",
@@ -263,9 +318,19 @@ for _name in (
     "ge",
 ):
     setattr(UnmadeLogits, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in ("iter", "array"):
+for _name in ("iter", "array", "contains", "bool"):
     setattr(UnmadeLogits, f"__{_name}__", _operator(f"__{_name}__"))
 UnmadeLogits.__hash__ = object.__hash__  # type: ignore[method-assign]
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a method of tensors changes them, or waits for their gradient."""
+    return (name.endswith("_") and not name.endswith("__")) or name in ("retain_grad", "register_hook")
+
+
+def _version(part: Tensor | None) -> int | None:
+    """How often a tensor was changed in place; None where nobody counts."""
+    return None if part is None or part.is_inference() else part._version
 
 
 def _product(sizes: Any) -> Any:
@@ -282,4 +347,6 @@ def _dims_of(index: Any) -> int:
         return 0
     if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
         return index.dim()
+    if str(getattr(index, "dtype", "")) == "bool":  # a mask of NumPy
+        return getattr(index, "ndim", 1)
     return 1
