@@ -49,6 +49,7 @@ from ._linear_cross_entropy import (
 )
 from ._ranks import process_group
 from ._registry import define_kernel
+from ._subnormal import flush
 from ._transforms import autocast_dtype, is_sharded, is_transformed
 
 _CHUNK = 2**18  # logits that are computed at a time: what is made of them stays in a core's cache
@@ -283,7 +284,7 @@ def _rows_(
             result = _gradient(
                 x, local.at[piece], top, part, _part(targets, piece), factor[piece], options.z_loss
             )
-            gradient[piece, : shard.held].copy_(result)
+            gradient[piece, : shard.held].copy_(flush(result))
         gradient[:, shard.held :].zero_()
     return whole.loss
 

@@ -75,6 +75,8 @@ def hostile(rank, group):
     x, target = case((40, 9), torch.float32)
     far = x.clone()
     far[:, :3] -= 1e4
+    just_below = x.clone()
+    just_below[:, :3] -= 86  # gradients about 2^-126
     masked = x.clone()
     masked[:, 5:] = -torch.inf
     certain = x.clone()
@@ -83,6 +85,7 @@ def hostile(rank, group):
         ("shifted", x + 1e4, dict(label_smoothing=0.1)),
         ("large", x * 1e4, dict(label_smoothing=0.1)),
         ("far apart", far, dict(label_smoothing=0.1, z_loss=1e-6)),
+        ("just below", just_below, dict()),
         ("at the end of the range", x / x.abs().max() * 1.5e38, dict()),
         ("masked", masked, dict(ignore_index=int(target[0]))),
         ("certain", certain, dict()),
@@ -96,8 +99,9 @@ def hostile(rank, group):
         assert (loss.detach().double() - want).abs() <= 1e-6 * want.abs(), (name, loss, want)
         (got,) = torch.autograd.grad(loss, local)
         wanted = part_of(gradient, 9, rank)
-        room = 4e-6 * wanted.abs() + 4e-7 * (1 / 40) * (wanted.abs() > 0) * (name != "certain") + 1e-38
+        room = 4e-6 * wanted.abs() + 4e-7 * (1 / 40) * (wanted.abs() > 0) * (name != "certain") + 2.0**-126
         assert ((got.double() - wanted).abs() <= room).all(), name
+        assert not ((got != 0) & (got.abs() < 2.0**-126)).any(), name
 
     # NaN stays in the row that has it, an ignored row has none, and no row at all is no error.
     broken = x.clone()

@@ -31,7 +31,7 @@ _WHOLE |= {torch.uint16, torch.uint32, torch.uint64}
 class Augmented(NamedTuple):
     """Images and what was moved with them; None for what was not given.
 
-    `images` (B, C, *size); `masks` of their shape but for (*size); `boxes` in their own format, and
+    `images` (B, C, H, W); `masks` of their shape but for H and W; `boxes` in their own format, and
     `boxes_left`, whether enough of each is left; `keypoints` of their own shape, and `visible`, whether each
     was visible and lies inside. For a list of targets, lists.
     """
