@@ -390,7 +390,8 @@ def sgd(draw):
         tiny = 0.0 if written.tensor.dtype == torch.float64 else 2.0**-126
         assert_near(written.tensor, want[2][i], size[2][i], "momentum", tiny=tiny)
         written.check()
-    for got, flag in zip(started, flags, strict=True):
+    # Rounding at random counts the steps there; else it says whether there was one.
+    for got, flag in zip(started, own[3], strict=True):
         assert_same_bits(got, flag, "started")
 
 
@@ -546,7 +547,7 @@ def cross_entropy_scale(draw):
     factor, got = one_of(draw, 1.0, 0.3, 0.0, math.inf), x.clone()
     plain("cross_entropy_scale_")(got, torch.tensor(factor))
     want = x.double() * torch.tensor(factor).double()
-    assert_near(got, want, want)
+    assert_near(got, want, want, tiny=0.0 if x.dtype == torch.float64 else 2.0**-126)
 
 
 def linear_cross_entropy(draw):
