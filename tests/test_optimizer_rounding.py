@@ -193,6 +193,24 @@ def test_seeds_of_tensors():
 
 
 @pytest.mark.parametrize("op", NUMBERS)
+@pytest.mark.parametrize("steps", [float("inf"), float("nan"), -3.0, 2.0**63, 2.0**62], ids=str)
+def test_what_is_no_count_of_steps_draws_as_none(op, steps):
+    """Infinity as an integer is whatever the processor makes of it."""
+
+    def drawn(steps, definition):
+        tensors = [torch.full((64,), v, dtype=torch.bfloat16) for v in (1.0, 1e-3, 0.0, 0.0)]
+        lists = operator_lists(op, tensors)
+        for counts in lists:
+            if len(counts) and counts[0].dim() == 0:
+                counts[0].fill_(steps)
+        step = _registry.plain_definition(f"{op}_") if definition else getattr(torch.ops.fastreg, f"{op}_")
+        step(*lists, *NUMBERS[op], seed=torch.tensor([5]))
+        return lists[0][0]
+
+    assert same_values(drawn(steps, False), drawn(steps, True))
+
+
+@pytest.mark.parametrize("op", NUMBERS)
 @pytest.mark.parametrize("places", [[1, 2, 3], [0, -1, 4, 0], [0, 0, 0, 0]], ids=str)
 def test_wrong_places(op, places):
     lists = operator_lists(op, [torch.ones(4, dtype=torch.bfloat16)] * 4)

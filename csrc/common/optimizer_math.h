@@ -35,9 +35,11 @@ struct StepTensor {
 
 FR_HD float steps_done(const float* counter, float step) { return counter ? *counter : step; }
 
-// The seed of a step of one tensor: every step has one of its own, the same on every rank that is at it.
+// The seed of a step of one tensor: every step has one of its own, the same on every rank that is at it. What
+// is no count, such as infinity, is as 0: C++ does not say what it would be as an integer, and processors
+// disagree.
 FR_HD uint64_t seed_of_step(const Seed& seed, float steps) {
-  return mix_seed(seed.get(), steps > 0 ? uint64_t(steps) : 0);
+  return mix_seed(seed.get(), steps > 0 && steps < 0x1p63f ? uint64_t(steps) : 0);
 }
 
 struct StepArgs {
