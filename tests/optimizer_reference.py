@@ -1,6 +1,7 @@
 """The step of AdamW in plain torch, and what tests of the optimisers share beside it."""
 
 import torch
+from helpers import same_values
 
 import fastreg as fr
 
@@ -38,3 +39,30 @@ def reference(
             now = ema if power is None else min(ema, 1 - (1 + n) ** -power)
             average = w if n == 0 else now * average + (1 - now) * w
     return w, m, v, most, average
+
+
+class StepSpy:
+    """The C++ path of the optimisers, which counts the steps that it has taken."""
+
+    taken = 0
+
+    def __getattr__(self, name):
+        function = getattr(fr._registry.fast, name)
+
+        def call(*arguments):
+            result = function(*arguments)
+            self.taken += result is True
+            return result
+
+        return call
+
+
+def on_both_paths(monkeypatch, run):
+    """What `run` gives must not depend on the path; how many steps C++ took."""
+    spy, results = StepSpy(), []
+    for path in (None, spy):
+        monkeypatch.setattr(fr.optim._one_pass, "fast", path)
+        results.append(run())
+    for a, b in zip(*results, strict=True):
+        assert a.stride() == b.stride() and same_values(a.contiguous(), b.contiguous())
+    return spy.taken

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers import same_values
+from optimizer_reference import on_both_paths
 from sgd_reference import parameter, run, scaler_with, strided
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim import lr_scheduler
@@ -333,14 +334,6 @@ class TestMemory:
 class TestBothPaths:
     """The step as Python collects it and as C++ does."""
 
-    class Spy:
-        taken = 0
-
-        def adamw(self, groups, state):  # without clipping, for which tests/test_optimizer_paths.py is
-            result = fr._registry.fast.adamw(groups, state)
-            self.taken += result is True
-            return result
-
     @pytest.mark.parametrize("layout", ["contiguous", "transposed", "no dimensions", "empty"])
     @pytest.mark.parametrize(
         "options",
@@ -363,9 +356,7 @@ class TestBothPaths:
                 "empty": t[:, :0],
             }[layout]
 
-        results, spy = [], self.Spy()
-        for path in (None, spy):
-            monkeypatch.setattr(fr.optim._one_pass, "fast", path)
+        def run():
             params = [parameter(tensor(i)) for i in range(3)]
             groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.01, "l1": 0.3}]
             optimizer = fr.optim.AdamW(groups, **{"lr": 0.1, **options})
@@ -374,23 +365,11 @@ class TestBothPaths:
                     p.grad = None if (i, step) == (1, 0) else tensor(10 * step + i + 5)
                 optimizer.step()
             states = [value for state in optimizer.state.values() for value in state.values()]
-            results.append([p.detach() for p in params] + states)
-        for a, b in zip(*results, strict=True):
-            assert a.stride() == b.stride() and same_values(a.contiguous(), b.contiguous())
+            return [p.detach() for p in params] + states
+
         # The first step makes the state, in Python; so does that of the parameter whose gradient comes late,
         # unless it has been averaged before.
-        assert spy.taken == (2 if "ema" in options else 1)
-
-    def test_an_error_in_a_later_group_finds_nothing_stepped(self, monkeypatch):
-        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := self.Spy())
-        a, b = (parameter(torch.ones(3)) for _ in range(2))
-        optimizer = fr.optim.AdamW([{"params": [a]}, {"params": [b]}], lr=0.1)
-        a.grad, b.grad = torch.ones(3), torch.ones(3)
-        optimizer.step()
-        before, b.grad = a.detach().clone(), torch.ones(3).to_sparse()
-        with pytest.raises(TypeError, match="dense"):
-            optimizer.step()
-        assert torch.equal(a.detach(), before) and spy.taken == 0
+        assert on_both_paths(monkeypatch, run) == (2 if "ema" in options else 1)
 
 
 class TestTorchFaults:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import same_values
+from optimizer_reference import StepSpy, on_both_paths
 from sgd_reference import parameter
 
 import fastreg as fr
@@ -18,36 +18,9 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 KINDS = {fr.optim.SGD: dict(lr=0.1, momentum=0.9), fr.optim.AdamW: dict(lr=0.1, amsgrad=True)}
 
 
-class Spy:
-    """The C++ path, which counts the steps that it has taken."""
-
-    taken = 0
-
-    def __getattr__(self, name):
-        function = getattr(fr._registry.fast, name)
-
-        def call(*arguments):
-            result = function(*arguments)
-            self.taken += result is True
-            return result
-
-        return call
-
-
 @pytest.fixture(params=KINDS, ids=lambda cls: cls.__name__)
 def make(request):
     return lambda params, **options: request.param(params, **{**KINDS[request.param], **options})
-
-
-def both(monkeypatch, run):
-    """What `run` gives must not depend on the path; how many steps C++ took."""
-    spy, results = Spy(), []
-    for path in (None, spy):
-        monkeypatch.setattr(fr.optim._one_pass, "fast", path)
-        results.append(run())
-    for a, b in zip(*results, strict=True):
-        assert a.dtype == b.dtype and same_values(a, b)
-    return spy.taken
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -92,7 +65,7 @@ def test_the_same_bits(monkeypatch, make, options, dtype):
         )
 
     # The first step makes the state, in Python, which skips steps too.
-    assert both(monkeypatch, run) == 4 - skips
+    assert on_both_paths(monkeypatch, run) == 4 - skips
 
 
 def test_what_is_left_to_python(monkeypatch, make):
@@ -113,11 +86,11 @@ def test_what_is_left_to_python(monkeypatch, make):
         values = [v.clone() for p in (a, b) for v in optimizer.state[p].values()]
         return [a.detach(), b.detach(), optimizer.grad_norm, *values]
 
-    assert both(monkeypatch, run) == 1
+    assert on_both_paths(monkeypatch, run) == 1
 
 
 def test_a_norm_that_is_not_finite_raises_before_anything_is_stepped(monkeypatch, make):
-    for path in (None, Spy()):
+    for path in (None, StepSpy()):
         monkeypatch.setattr(fr.optim._one_pass, "fast", path)
         p = parameter(torch.ones(3))
         optimizer = make([p], max_norm=1.0, error_if_nonfinite=True)
@@ -130,10 +103,11 @@ def test_a_norm_that_is_not_finite_raises_before_anything_is_stepped(monkeypatch
         assert torch.equal(p.detach(), before)
 
 
-def test_an_error_finds_nothing_stepped(monkeypatch, make):
-    monkeypatch.setattr(fr.optim._one_pass, "fast", spy := Spy())
+@pytest.mark.parametrize("options", [dict(), dict(max_norm=1.0)], ids=str)
+def test_an_error_in_a_later_group_finds_nothing_stepped(monkeypatch, make, options):
+    monkeypatch.setattr(fr.optim._one_pass, "fast", spy := StepSpy())
     a, b = parameter(torch.ones(3)), parameter(torch.ones(3))
-    optimizer = make([{"params": [a]}, {"params": [b]}], max_norm=1.0)
+    optimizer = make([{"params": [a]}, {"params": [b]}], **options)
     a.grad, b.grad = torch.ones(3), torch.ones(3)
     optimizer.step()
     before, b.grad = a.detach().clone(), torch.ones(3).to_sparse()

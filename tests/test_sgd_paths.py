@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import same_values, threads
 from hypothesis import given
+from optimizer_reference import StepSpy, on_both_paths
 from sgd_reference import OP, parameter, quick, reference, run, scaler_with, strided
 
 import fastreg as fr
@@ -287,24 +288,6 @@ class TestMemory:
 class TestBothPaths:
     """The step as Python collects it and as C++ does."""
 
-    class Spy:
-        taken = 0
-
-        def sgd(self, groups, state):  # without clipping, for which tests/test_optimizer_paths.py is
-            result = fr._registry.fast.sgd(groups, state)
-            self.taken += result is True
-            return result
-
-    def both(self, monkeypatch, run):
-        """What `run` gives must not depend on the path; how many steps C++ took."""
-        spy, results = self.Spy(), []
-        for path in (None, spy):
-            monkeypatch.setattr(fr.optim._one_pass, "fast", path)
-            results.append(run())
-        for a, b in zip(*results, strict=True):
-            assert a.stride() == b.stride() and same_values(a.contiguous(), b.contiguous())
-        return spy.taken
-
     @pytest.mark.parametrize(
         "layout", ["contiguous", "transposed", "channels_last", "no dimensions", "empty"]
     )
@@ -344,7 +327,7 @@ class TestBothPaths:
 
         # The first step makes the buffers, in Python; so does the first of the parameter whose gradient comes
         # late.
-        assert self.both(monkeypatch, run) == (1 if options.get("momentum") else 3)
+        assert on_both_paths(monkeypatch, run) == (1 if options.get("momentum") else 3)
 
     @pytest.mark.parametrize("case", ["strides", "dampening", "lr tensor", "scaler", "int lr"])
     def test_the_unusual_is_left_to_python(self, monkeypatch, case):
@@ -369,10 +352,10 @@ class TestBothPaths:
                     optimizer.step()
             return [p.detach()]
 
-        assert self.both(monkeypatch, run) == (case in ("int lr", "lr tensor"))
+        assert on_both_paths(monkeypatch, run) == (case in ("int lr", "lr tensor"))
 
     def test_an_error_in_a_later_group_finds_nothing_stepped(self, monkeypatch):
-        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := self.Spy())
+        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := StepSpy())
         a, b = (parameter(torch.ones(3)) for _ in range(2))
         optimizer = fr.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
         a.grad, b.grad = torch.ones(3), torch.ones(3).to_sparse()
@@ -381,7 +364,7 @@ class TestBothPaths:
         assert torch.equal(a.detach(), torch.ones(3)) and spy.taken == 0
 
     def test_a_graph_that_saved_a_weight_finds_out(self, monkeypatch):
-        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := self.Spy())
+        monkeypatch.setattr(fr.optim._one_pass, "fast", spy := StepSpy())
         p = parameter(torch.ones(3))
         optimizer = fr.optim.SGD([p], lr=0.1)
         p.grad = torch.ones(3)
