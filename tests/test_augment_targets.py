@@ -502,6 +502,20 @@ def test_lists_of_samples():
     assert together.images.shape == (2, 3, 8, 9) and together.masks[1].shape == (8, 9)
 
 
+def test_collate_takes_the_image_that_is_named():
+    """And leaves another tensor that might be one, wherever it stands."""
+    aug = Augment(hflip=1.0)
+    images, depth = [torch.rand(3, 8, 10) for _ in range(2)], torch.rand(1, 8, 10)
+    boxes = torch.tensor([[1.0, 2, 4, 5]])
+    batch = aug.collate([{"depth": depth, "image": x, "boxes": boxes} for x in images], key="image")
+    assert torch.equal(batch["image"], torch.stack(images).flip(-1))
+    assert torch.equal(batch["depth"][1], depth)
+    assert [b.tolist() for b in batch["boxes"]] == [[[6.0, 2.0, 9.0, 5.0]]] * 2
+    for key in (1, -2):
+        first, second, _ = aug.collate([(depth, x, {"boxes": boxes}) for x in images], key=key)
+        assert torch.equal(second, torch.stack(images).flip(-1)) and torch.equal(first[0], depth)
+
+
 def test_collate():
     aug = Augment(hflip=1.0)
     samples = [sample_of(i) for i in range(3)]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._structures import augmented_samples, has_targets, leaves_of
+from ._structures import augmented_samples, has_targets, leaves_of, name_of
 from ._targets import Targets
 from ._tv import plain, tv_kind
 
@@ -50,7 +50,7 @@ def place_of(sample: Any, key: Any) -> Any:
         sequence = isinstance(sample, (tuple, list))
         if key is not None and not (sequence and isinstance(key, int) and -len(sample) <= key < len(sample)):
             raise TypeError(f"{OP}: key={key!r} needs samples with such a part, got {_text(sample)}")
-        return (0 if key is None else key) if sequence else None
+        return (0 if key is None else key % len(sample)) if sequence else None
     if key is not None:
         name = list(fields)[key] if isinstance(key, int) and key not in fields else key
         if name not in fields:
@@ -120,26 +120,22 @@ def with_targets(samples: list[Any], place: Any, augment: Any, targets: Targets)
     fields = fields_of(first)
     names: list[Any] = list(range(len(first))) if fields is None else list(fields)
     at = [[part_of(sample, name) for sample in moved] for name in names]
-    images = next(i for i, name in enumerate(names) if _holds_image(samples[0], name, place))
+    leaves = leaves_of(samples[0], place)[0]
+    image = next(leaf for leaf in leaves if leaf.kind == "image")
+    images = names.index(place if place is not None else name_of(image.path[0]))
     sizes = {tuple(part.shape) for part in at[images] if isinstance(part, Tensor)}
     if len(sizes) > 1:
         raise ValueError(
             f"{OP}: images of different sizes, such as {min(sizes)} and {max(sizes)}, become no batch; give "
             f"Augment a size=(height, width)"
         )
-    lists = any(leaf.kind in ("boxes", "keypoints") for leaf in leaves_of(samples[0], place)[0])
+    lists = any(leaf.kind in ("boxes", "keypoints") for leaf in leaves)
     parts = [_together(part, lists and i != images) for i, part in enumerate(at)]
     if fields is None:
         return parts
     if isinstance(first, Mapping):
         return dict(zip(names, parts, strict=True))
     return type(first)(*parts)
-
-
-def _holds_image(sample: Any, name: Any, place: Any) -> bool:
-    leaves = leaves_of(sample, place)[0]
-    key = next((leaf.path[0] for leaf in leaves if leaf.kind == "image" and leaf.path), None)
-    return name in [getattr(key, kind, None) for kind in ("key", "idx", "name")]
 
 
 def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> Any:

@@ -40,25 +40,30 @@ def _is_image(value: Any) -> bool:
     )
 
 
-def _name_of(key: Any) -> Any:
+def name_of(key: Any) -> Any:
     """A key, position or field of a path."""
     return next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), None)
 
 
 def leaves_of(structure: Any, place: Any = None) -> tuple[list[Leaf], Any]:
-    """(all parts in order, what puts them together again); the image is at `place` where that is given."""
+    """(all parts in order, what puts them together again). Images are torchvision's, or else the first tensor
+    that may be one; where a `place` at the top is given, what stands there is an image in any case.
+    """
     flat, spec = tree_flatten_with_path(structure)
     leaves = []
     for path, value in flat:
         kind = tv_kind(value)
-        key = _name_of(path[-1]) if path else None
+        key = name_of(path[-1]) if path else None
         if kind is None and isinstance(value, Tensor) and isinstance(key, str):
             kind = KEYS.get(key)
         leaves.append(Leaf(tuple(path), value, kind))
-    if not any(leaf.kind == "image" for leaf in leaves):
-        first = next(
-            (i for i, leaf in enumerate(leaves) if leaf.kind is None and _is_image(leaf.value)), None
-        )
+    here = [
+        i
+        for i, leaf in enumerate(leaves)
+        if place is None or (leaf.path[:1] and name_of(leaf.path[0]) == place)
+    ]
+    if not any(leaves[i].kind == "image" for i in here):
+        first = next((i for i in here if leaves[i].kind is None and _is_image(leaves[i].value)), None)
         if first is not None:
             leaves[first] = leaves[first]._replace(kind="image")
     return leaves, spec
@@ -144,11 +149,11 @@ def augmented_sample(aug: Any, structure: Any, targets: Targets, place: Any = No
         else leaf.value
         for leaf in leaves
     ]
-    for place, one, owner in moves:
+    for at, one, owner in moves:
         here = steps if owner is None else [step.of_sample(owner) for step in steps]
         is_single = first.dim() == 3 or owner is not None
-        kind = str(leaves[place].kind)
-        results[place] = getattr(one.moved(first, here, is_single), kind)
+        kind = str(leaves[at].kind)
+        results[at] = getattr(one.moved(first, here, is_single), kind)
     return tree_unflatten(results, spec)
 
 
