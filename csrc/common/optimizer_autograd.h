@@ -152,11 +152,11 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
   static PyObject *const ema = name_of("ema"), *const n_averaged = name_of("n_averaged");
   PyObject* const list = options.at("params");
   if (!list || !PyList_CheckExact(list)) return false;
+  const bool average = !options.is_off("ema"), rounds = result->args.step.stochastic_rounding;
   std::vector<PyObject*> all(names);
   if (counter) all.push_back(counter);
-  if (!options.is_off("ema")) all.insert(all.end(), {ema, n_averaged});
+  if (average) all.insert(all.end(), {ema, n_averaged});
   fetch_group(list, state, all);
-  const bool average = !options.is_off("ema"), rounds = result->args.step.stochastic_rounding;
   const Py_ssize_t count = PyList_GET_SIZE(list);
   // Not zeroed: most of it are layouts that nobody reads.
   result->tensors = std::make_unique_for_overwrite<StepTensor[]>(size_t(count));

@@ -109,13 +109,18 @@ def apply(
     return applied(images, params, targets)
 
 
+def _counted(images: Tensor, params: Params) -> Params:
+    """Parameters that say how many samples there are: of a size alone with the whole image as the crop."""
+    if params.settings.size is None or any(getattr(params, name) is not None for name in COUNTED):
+        return params
+    box = (0, 0, *images.shape[-2:])
+    return dataclasses.replace(params, crop=_op.rows(box, images.shape[:-3].numel(), images.device))
+
+
 def steps_of(images: Tensor, params: Params) -> list[Geometry]:
     """The resamplings of images (B, C, H, W) or (C, H, W), one after the other."""
-    height, width = images.shape[-2:]
-    if params.settings.size is not None and all(getattr(params, name) is None for name in COUNTED):
-        count = images.shape[:-3].numel()
-        params = dataclasses.replace(params, crop=_op.rows((0, 0, height, width), count, images.device))
-    first = Geometry.of(params, height, width)
+    params = _counted(images, params)
+    first = Geometry.of(params, *images.shape[-2:])
     if params.operations is None:
         return [first]
     return [first, *_policies.steps_of(params, *first.out_size)]
@@ -197,10 +202,7 @@ def applied(images: Tensor, params: Params, targets: Targets) -> Any:
     if has_targets:
         targets.check(batch, len(lead))
     _check_operations(params)
-    if params.settings.size is not None and all(getattr(params, name) is None for name in COUNTED):
-        box = (0, 0, *batch.shape[2:])
-        params = dataclasses.replace(params, crop=_op.rows(box, count, batch.device))
-    output = _images(batch, params)
+    output = _images(batch, _counted(batch, params))
     steps = steps_of(batch, params) if has_targets else []
     output = output if lead else output.squeeze(0)
     return targets.moved(output, steps, not lead) if has_targets else output

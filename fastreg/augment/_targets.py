@@ -306,7 +306,7 @@ class Targets:
         there, area = _area(xyxy) > 0, _area(cut)
         left = there & (area > 0) & (area >= self.min_area)
         left = left & (area >= self.min_visibility * _area(around))
-        moved = as_dtype(from_xyxy(cut, self.box_format), boxes.dtype)
+        moved = from_xyxy(cut, self.box_format).to(boxes.dtype)  # cut off, as torchvision does
         step = steps[-1] if i is None else steps[-1].of_sample(i)
         if not boxes.dtype.is_floating_point and len(steps) == 1 and step.crops_alone():
             moved = self._cropped_whole(xyxy, boxes.dtype, step)
@@ -379,7 +379,7 @@ class Targets:
             seen = seen & (given.reshape(seen.shape) != 0)
         if points.shape[-1] == 3:
             seen = seen & (points[..., 2] != 0)
-        moved = as_dtype(places, points.dtype)
+        moved = places.to(points.dtype)
         if points.shape[-1] == 3:
             moved = torch.cat([moved, torch.where(seen, points[..., 2], 0).to(points.dtype)[..., None]], -1)
         if mirrored is not None and self.flip_permutation is not None:
@@ -487,8 +487,3 @@ def _polygon_area(corners: Tensor) -> Tensor:
 def _arithmetic(numbers: Tensor) -> torch.dtype:
     """The dtype to compute in. Of whole numbers it is torchvision's float32, because it cuts results off."""
     return number_dtype(numbers.device) if numbers.is_floating_point() else torch.float32
-
-
-def as_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers in the dtype that they came in; whole numbers are cut off, as torchvision does."""
-    return values.to(dtype)

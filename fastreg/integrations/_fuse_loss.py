@@ -45,26 +45,24 @@ class _Begin:
         labels = args[self.position] if len(args) > self.position else kwargs.get("labels")
         wanted = labels is not None or kwargs.get("shift_labels") is not None
         wanted = wanted or (self.always and model.training)
-        if not is_compiling():
-            # New embeddings bring a new layer, and a replica has one of its own.
-            layer = _head_of(_around(model)[-1])
-            head = vars(layer).get("forward")
-            if head is None or (isinstance(head, _Head) and head.layer is not layer):
-                layer.forward = _Head(layer, self.usage)  # type: ignore[method-assign]
-            if wanted and getattr(model, "_is_replica", False):
-                warnings.warn(
-                    "fuse_loss: torch.nn.DataParallel gathers the logits of its replicas, which compute the "
-                    "loss from them as before; use DistributedDataParallel",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                wanted = False
+        wanted = wanted and torch.is_grad_enabled()
         if is_compiling():
-            self.usage.is_compiled_running = wanted and torch.is_grad_enabled()
-        elif wanted and torch.is_grad_enabled():
-            self.usage.threads.add(get_ident())
-        else:
-            self.usage.threads.discard(get_ident())
+            self.usage.is_compiled_running = wanted
+            return
+        # New embeddings bring a new layer, and a replica has one of its own.
+        layer = _head_of(_around(model)[-1])
+        head = vars(layer).get("forward")
+        if head is None or (isinstance(head, _Head) and head.layer is not layer):
+            layer.forward = _Head(layer, self.usage)  # type: ignore[method-assign]
+        if wanted and getattr(model, "_is_replica", False):
+            warnings.warn(
+                "fuse_loss: torch.nn.DataParallel gathers the logits of its replicas, which compute the loss "
+                "from them as before; use DistributedDataParallel",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            wanted = False
+        (self.usage.threads.add if wanted else self.usage.threads.discard)(get_ident())
 
 
 class _End:
