@@ -32,7 +32,7 @@ from ._checks import (
     scalar,
 )
 from ._registry import define, fast
-from ._subnormal import flush
+from ._subnormal import flush, flush_
 from ._transforms import autocast_dtype, is_sharded, is_transformed, is_vmapped
 
 Reduction = Literal["none", "mean", "sum"]
@@ -268,7 +268,8 @@ def plain_rows_(
 
 def _plain_scale_(values: Tensor, factor: Tensor) -> None:
     dtype = statistics_dtype(values)
-    values.copy_(flush(values.to(dtype) * factor.reshape(()).to(dtype)))
+    product = values.to(dtype) * factor.reshape(()).to(dtype)
+    values.copy_(flush(torch.where(values == 0, 0, product)))
 
 
 # ---- the operators
@@ -281,7 +282,8 @@ define(
     plain=_with_options(_plain),
 )
 torch.library.register_fake("fastreg::cross_entropy", _with_options(_fake), allow_override=True)
-# values *= factor; there is a kernel on CUDA only, which looks at the factor and moves nothing if it is 1.
+# values *= factor, where 0 stays 0; there is a kernel on CUDA only, which looks at the factor and moves
+# nothing if it is 1.
 define("cross_entropy_scale_(Tensor(a!) values, Tensor factor) -> ()", plain=_plain_scale_)
 
 
@@ -321,13 +323,22 @@ class _CrossEntropy(torch.autograd.Function):
         if g_grad is not None or g_lse is not None:
             result = _second_order(g_grad, g_lse, grad, lse, target, weight, ctx.options)
         if g_loss is not None:
-            first = scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss)
+            kept = counted(target, ctx.options[1])
+            first = scaled(grad, g_loss.unsqueeze(1) if ctx.options[0] == 0 else g_loss, kept)
             result = first if result is None else first + result
         return (None if result is None else result.to(ctx.dtype)), *(None,) * (2 + len(ctx.options))
 
 
-def scaled(gradient: Tensor, g: Tensor) -> Tensor:
+def counted(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Which rows count, (N, 1, ...), or None where all do: of probabilities, none can be ignored."""
+    return None if target.is_floating_point() else (target != ignore_index).unsqueeze(1)
+
+
+def scaled(gradient: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
     """gradient * g, with g in its own dtype: rounded to bfloat16 it would put the whole gradient off.
+
+    kept: which rows count, (N, 1, ...), or None for all. A sum over no row, divided by their number, sends
+    inf here: of that, and of NaN, ignored rows get none.
 
     If nothing else reads the gradient it is scaled in place, and the usual loss.backward(), with a g of 1,
     costs no pass over it.
@@ -343,10 +354,15 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
         if g.device.type == "cpu":
             if g == 1:
                 return gradient.detach()
+            if g.isfinite():
+                product = gradient.detach().mul_(g)
+                return product if abs(g) > 1 else flush_(product)
         elif g.device.type == "cuda":  # The kernel reads g, because reading it here would wait for the GPU.
             gradient = gradient.detach()
             _cross_entropy_scale_(gradient, g)
             return gradient
+    if kept is not None:
+        g = torch.where(kept, g, 0)
     product = gradient * g
     if gradient.dtype == torch.float64:
         return product

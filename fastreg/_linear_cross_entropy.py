@@ -206,12 +206,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )[1:]
             results = [d.to(hidden.dtype) for d in gradients]
         else:
-            if not target.is_floating_point():
-                # A sum over no row, divided by their number, sends inf here. Ignored rows get none of it.
-                g = torch.where((target != ctx.options[0]).any(), g, 0)
+            g = factor_of_sum(g, target, ctx.options[0])
             results = [scaled(d, g).to(hidden.dtype) for d in gradients]
         wanted = (d if name in ctx.wants else None for name, d in zip("hwb", results, strict=True))
         return *wanted, *(None,) * (4 + len(ctx.options))
+
+
+def factor_of_sum(g: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """g, but 0 where no row counts: a sum over none, divided by their number, sends inf back."""
+    return g if target.is_floating_point() else torch.where((target != ignore_index).any(), g, 0)
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:

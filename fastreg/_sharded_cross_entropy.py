@@ -33,6 +33,7 @@ from ._cross_entropy import (
     Smoothing,
     check_classes,
     check_indices,
+    counted,
     empty_grad,
     promoted_dtype,
     scaled,
@@ -43,6 +44,7 @@ from ._linear_cross_entropy import (
     by_chunks,
     check_layer,
     empty_results,
+    factor_of_sum,
     finished,
     row_factor,
     weighted_sum,
@@ -394,15 +396,17 @@ class _ShardedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, factor, weight, each, *rest):
         losses, gradient = _sharded(logits, target, factor, weight, *rest[:3], True, *rest[3:])
-        ctx.each, ctx.dtype, ctx.arguments = each, logits.dtype, 4 + len(rest)
-        ctx.save_for_backward(gradient)
+        ctx.each, ctx.dtype, ctx.rest = each, logits.dtype, rest
+        ctx.save_for_backward(gradient, target)
         return losses if each else weighted_sum(losses, factor)
 
     @staticmethod
     def backward(ctx, g):
         _once("distributed.cross_entropy")
-        first = scaled(ctx.saved_tensors[0], g.unsqueeze(1) if ctx.each else g)
-        return first.to(ctx.dtype), *(None,) * ctx.arguments
+        gradient, target = ctx.saved_tensors
+        kept = counted(target, ctx.rest[3])
+        first = scaled(gradient, g.unsqueeze(1) if ctx.each else g, kept)
+        return first.to(ctx.dtype), *(None,) * (4 + len(ctx.rest))
 
 
 class _ShardedLinearCrossEntropy(torch.autograd.Function):
@@ -425,7 +429,7 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
             "" if each else ctx.wants,
             *rest[3:],
         )
-        saved = (hidden, weight, bias, target, factor, class_weight) if each else gradients
+        saved = (hidden, weight, bias, target, factor, class_weight) if each else (target, *gradients)
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(*saved)
         return losses if each else weighted_sum(losses, factor)
@@ -439,6 +443,9 @@ class _ShardedLinearCrossEntropy(torch.autograd.Function):
             g = g.to(factor.dtype).contiguous()
             saved = _sharded_linear(*inputs, g, class_weight, *rest[:3], ctx.wants, *rest[3:])[1:]
             g = torch.ones((), dtype=g.dtype, device=g.device)
+        else:
+            target, *saved = saved
+            g = factor_of_sum(g, target, rest[3])
         wanted = (
             scaled(d, g).to(ctx.dtype) if name in ctx.wants else None
             for name, d in zip("hwb", saved, strict=True)

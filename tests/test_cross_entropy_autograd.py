@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cross_entropy_reference import (
     INF,
     TINY,
@@ -221,6 +222,48 @@ def test_gradient_towards_probabilities_of_no_row_at_all():
 
 
 # ---------------------------------------------------------------- memory and bits
+
+
+# What divides a sum by the number of its rows, or each row's losses by theirs, where there are none.
+DIVIDED = {
+    "sum": lambda f, x, t: f(x, t, reduction="sum") / (t != -100).sum(),
+    "sum of some": lambda f, x, t: f(x, t, reduction="sum") / 0,
+    "NaN": lambda f, x, t: f(x, t) * torch.nan,
+    "each sequence": lambda f, x, t: (f(x, t, reduction="none").sum(1) / (t != -100).sum(1)).sum(),
+}
+
+
+@pytest.mark.parametrize("path", ("C++", "Python", "kept graph", "graph of the gradient", "compiled"))
+@pytest.mark.parametrize("divided", DIVIDED)
+def test_ignored_rows_get_nothing_of_inf_and_nan(divided, path, dtype, monkeypatch):
+    x = torch.randn(3, 7, 5).to(dtype)
+    for ignored in ((slice(None),), (1,), (slice(None), slice(0, 2))):
+        target = torch.randint(7, (3, 5))
+        target[ignored] = -100
+        grads = []
+        for f in (fr.cross_entropy, F.cross_entropy):
+            if path == "Python":
+                monkeypatch.setattr(_cross_entropy, "fast", None)
+            if path == "compiled":
+                f = torch.compile(f, backend="aot_eager")
+            y = x.clone().requires_grad_()
+            more = dict(retain_graph=path == "kept graph", create_graph=path == "graph of the gradient")
+            grads += torch.autograd.grad(DIVIDED[divided](f, y, target), y, **more)
+        ours, theirs = grads
+        counted = (target != -100).unsqueeze(1).expand_as(x)
+        assert (ours[~counted] == 0).all() and (theirs[~counted] == 0).all()
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.mark.parametrize("factor", (1.0, 0.375, 1e-30, -2.0, 0.0))
+def test_a_factor_has_the_same_bits_in_place(factor, dtype):
+    x, target = case((6, 10), dtype)
+    x.requires_grad_()
+    kept, taken = (
+        torch.autograd.grad(fr.cross_entropy(x, target) * factor, x, retain_graph=keep)[0]
+        for keep in (True, False)
+    )
+    assert torch.equal(kept, taken)
 
 
 def saved_bytes(f, x):

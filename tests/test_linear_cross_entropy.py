@@ -135,6 +135,8 @@ def test_no_row_counted():
     assert fr.linear_cross_entropy(hidden, weight, target, bias).isnan()
     zero = fr.linear_cross_entropy(hidden, weight, target, bias, all_ignored="zero")
     assert zero == 0 and not any(g.any() for g in torch.autograd.grad(zero, (hidden, weight, bias)))
+    divided = fr.linear_cross_entropy(hidden, weight, target, bias, reduction="sum") / 0
+    assert divided.isnan() and not any(g.any() for g in torch.autograd.grad(divided, (hidden, weight, bias)))
     hidden, weight, target, bias = case((0,), dtype=torch.float64)
     assert fr.linear_cross_entropy(hidden, weight, target, bias).isnan()
     assert fr.linear_cross_entropy(hidden, weight, target, bias, all_ignored="zero") == 0

@@ -121,6 +121,9 @@ def hostile(rank, group):
             loss.backward()
             assert torch.equal(loss.detach(), torch.tensor(want)) or (want != want and loss.isnan())
             assert (local.grad == 0).all()
+    local = part_of(x, 9, rank).requires_grad_()
+    (fr.distributed.cross_entropy(local, target.clone().fill_(-100), reduction="sum", **shard) / 0).backward()
+    assert (local.grad == 0).all()
 
 
 def linear(rank, group):

@@ -36,7 +36,9 @@ inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& input, 
 }
 
 // As in Python: what a factor pushes below float32's normal numbers is zero.
-constexpr double kLargestSubnormal = 0x1p-126 - 0x1p-149;
+inline double largest_subnormal(ScalarType dtype) {
+  return dtype == at::kBFloat16 ? 0x1p-126 - 0x1p-133 : 0x1p-126 - 0x1p-149;
+}
 
 inline void cross_entropy_scale_op(const Tensor& values, const Tensor& factor) {
   static const auto op = find<void(const Tensor&, const Tensor&)>("fastreg::cross_entropy_scale_");
@@ -66,6 +68,34 @@ inline Tensor second_order(const Tensor& v, const Tensor& u, const variable_list
   return THPVariable_Unpack(result.ptr());
 }
 
+// The function of that name in Python, which says why.
+inline Tensor scaled(const Tensor& gradient, Tensor g, const Tensor& target, AutogradContext* ctx) {
+  const ScalarType dtype = gradient.scalar_type();
+  if (!at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) &&
+      g.numel() == 1) {
+    const Tensor first = gradient.detach();
+    if (g.is_cuda()) {
+      cross_entropy_scale_op(first, g);
+      return first;
+    }
+    const double factor = g.item().toDouble();
+    if (factor == 1) return first;
+    if (std::isfinite(factor)) {
+      first.mul_(g);
+      if (dtype == at::kDouble || std::abs(factor) > 1) return first;
+      Tensor flushed = first;
+      return at::hardshrink_out(flushed, first, largest_subnormal(dtype));
+    }
+  }
+  if (g.dim()) g = g.unsqueeze(1);
+  if (target.scalar_type() == ScalarType::Long) {
+    const int64_t ignored = ctx->saved_data["options"].toTupleRef().elements()[1].toInt();
+    g = at::where(target.ne(ignored).unsqueeze(1), g, at::zeros({}, g.options()));
+  }
+  const Tensor product = gradient * g;
+  return dtype == at::kDouble ? product : at::hardshrink(product, largest_subnormal(dtype));
+}
+
 // (loss, G, lse): fastreg/_cross_entropy.py says why G and lse are outputs of the node.
 struct CrossEntropy : Function<CrossEntropy> {
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& target,
@@ -85,21 +115,7 @@ struct CrossEntropy : Function<CrossEntropy> {
     // The second derivative comes first: it reads G, which the kernel below may overwrite.
     if (grads[1].defined() || grads[2].defined()) result = second_order(grads[1], grads[2], saved, ctx);
     if (g.defined()) {
-      // If nothing else reads the gradient it is scaled in place, and the usual loss.backward(), with a g of
-      // 1, costs no pass over it. On a GPU the kernel reads g, because reading it here would wait for it.
-      const bool ours = !at::GradMode::is_enabled() &&
-                        !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) &&
-                        g.numel() == 1;
-      Tensor first;
-      if (ours && g.is_cuda()) {
-        first = grad.detach();
-        cross_entropy_scale_op(first, g);
-      } else if (ours && g.item().toDouble() == 1) {
-        first = grad.detach();
-      } else {
-        first = grad * (g.dim() ? g.unsqueeze(1) : g);
-        if (grad.scalar_type() != at::kDouble) first = at::hardshrink(first, kLargestSubnormal);
-      }
+      const Tensor first = scaled(grad, g, saved[2], ctx);
       result = result.defined() ? first + result : first;
     }
     if (result.defined()) result = result.to(ScalarType(ctx->saved_data["dtype"].toInt()));

@@ -237,14 +237,16 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSize = Word<T>::kSize;
   const int64_t words = aligned ? numel / kSize : 0, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = int64_t(gridDim.x) * kThreads;
+  // A sum over no row, divided by their number, sends inf here. Of that, ignored rows get none.
+  const auto scaled = [&](A x) { return x == A(0) ? x : flush(x * factor); };
   for (int64_t i = thread; i < words; i += threads) {
     Word<T> word = load_word(values + i * kSize);
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) store_float(flush(load_float(word.value[j]) * factor), &word.value[j]);
+    for (int j = 0; j < kSize; ++j) store_float(scaled(load_float(word.value[j])), &word.value[j]);
     store_word(values + i * kSize, word);
   }
   for (int64_t i = words * kSize + thread; i < numel; i += threads)
-    store_float(flush(load_float(values[i]) * factor), values + i);
+    store_float(scaled(load_float(values[i])), values + i);
 }
 
 }  // namespace cross_entropy_kernels
