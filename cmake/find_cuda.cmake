@@ -64,7 +64,6 @@ else()
     endif()
   endif()
 endif()
-string(REPLACE "\"" "'" why_no_cuda "${why_no_cuda}")
 
 if(why_no_cuda AND FASTREG_CUDA AND NOT FASTREG_CUDA STREQUAL "AUTO")
   message(FATAL_ERROR "FASTREG_CUDA=${FASTREG_CUDA}, but ${why_no_cuda}")

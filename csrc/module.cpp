@@ -9,6 +9,7 @@
 #include "common/capsule.h"
 #include "common/isa.h"
 #include "common/philox.h"
+#include "no_cuda.h"
 
 namespace py = pybind11;
 

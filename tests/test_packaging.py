@@ -172,13 +172,17 @@ def test_wheels_are_built_for_the_pythons_that_are_promised():
     assert re.findall(r"cp3(\d+)-manylinux", text) == promised and len(promised) > 3
 
 
+def cmake():
+    """CMake of this environment, or else of the machine."""
+    return shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
 def configure(tmp_path, *options, **environment):
     """Configure the project with CMake alone; gives (status, all that was printed)."""
     import pybind11
 
-    cmake = shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
     command = [
-        cmake,
+        cmake(),
         "-G",
         "Ninja",
         "-S",
@@ -254,6 +258,10 @@ def test_a_compiler_of_another_cuda_is_a_warning_or_an_error(tmp_path):
     status, printed = configure(tmp_path, "-DFASTREG_AUTOGRAD=OFF", **environment)
     assert status == 0 and "CMake Warning" in printed
     assert re.search(r"no CUDA kernels: torch 2\.14\.0 has CUDA 9\.2 and \S*nvcc is of release", printed)
+    # What doctor repeats: the sentence has a semicolon, which CMake takes for the end of a definition.
+    module = tmp_path / "b/CMakeFiles/_C.dir/csrc/module.cpp.o"
+    run(cmake(), "--build", tmp_path / "b", "--target", module.relative_to(tmp_path / "b"))
+    assert b"; set CUDACXX to an nvcc 9.x" in module.read_bytes()
     status, printed = configure(tmp_path, "-DFASTREG_CUDA=ON", **environment)
     assert status != 0 and "FASTREG_CUDA=ON, but torch 2.14.0 has CUDA 9.2" in printed
     assert "set CUDACXX to an nvcc 9.x" in printed
@@ -264,8 +272,7 @@ def architectures(tmp_path, *commands, compiler="false"):
     script = tmp_path / "script.cmake"
     include = f'include("{ROOT}/cmake/cuda_archs.cmake")\nset(CMAKE_CUDA_COMPILER "{compiler}")\n'
     script.write_text(include + "\n".join(commands) + '\nmessage("got <${got}>")\n')
-    cmake = shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
-    done = subprocess.run([cmake, "-P", script], capture_output=True, text=True)
+    done = subprocess.run([cmake(), "-P", script], capture_output=True, text=True)
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 

@@ -15,6 +15,11 @@
 
 #include "device.h"
 
+// torch before 2.13 has the form without torch's own message.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace fastreg {
 
 using torch::headeronly::ScalarType;
