@@ -11,10 +11,25 @@ from torch.compiler import is_compiling
 
 
 def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
-    """Where in a tensor of `shape` this rank's part lies, a slice for each dimension."""
+    """Where in a tensor of `shape` this rank's part lies, a slice for each dimension.
+
+    The usual cut is torch.chunk's: all ranks but the last have parts of one size, rounded up. torch's own
+    function, which knows the others too, cannot be compiled before torch 2.12.
+    """
+    from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+    starts, sizes = [0] * len(shape), list(shape)
+    if any(placement.is_shard() and type(placement) is not Shard for placement in placements):
+        sizes, starts = map(list, compute_local_shape_and_global_offset(shape, mesh, placements))
+        placements = ()
+    for axis, placement in enumerate(placements):
+        if placement.is_shard():
+            dim, ranks = placement.dim, mesh.size(axis)
+            most = (sizes[dim] + ranks - 1) // ranks
+            start = min(most * mesh.get_local_rank(axis), sizes[dim])
+            starts[dim] += start
+            sizes[dim] = min(most, sizes[dim] - start)
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 

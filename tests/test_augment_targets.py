@@ -541,14 +541,15 @@ def test_collate():
 
 # ---- single functions on torchvision's tensors
 
+NEAREST = vision.InterpolationMode.NEAREST  # torchvision before 0.26 knows no strings
 SINGLE = (
     ("horizontal_flip", ()),
     ("vertical_flip", ()),
     ("affine", (30, [2, -3], 1.2, [5.0, 3.0])),
-    ("affine", (0.0, [2, -3], 0.7, [0.0, 0.0], "nearest", None, [3.0, 4.0])),
+    ("affine", (0.0, [2, -3], 0.7, [0.0, 0.0], NEAREST, None, [3.0, 4.0])),
     ("rotate", (40.0,)),
-    ("rotate", (90.0, "nearest", True)),
-    ("rotate", (33.0, "nearest", False, [5.0, 4.0])),
+    ("rotate", (90.0, NEAREST, True)),
+    ("rotate", (33.0, NEAREST, False, [5.0, 4.0])),
     ("resized_crop", (3, 4, 9, 12, [20, 30])),
     ("resized_crop", (0, 0, 24, 2, [5, 82])),
 )

@@ -215,7 +215,9 @@ def test_what_is_no_count_of_steps_draws_as_none(op, steps):
 def test_wrong_places(op, places):
     lists = operator_lists(op, [torch.ones(4, dtype=torch.bfloat16)] * 4)
     with pytest.raises(ValueError, match="places must"):
-        getattr(torch.ops.fastreg, f"{op}_")(*lists, *NUMBERS[op], seed=torch.tensor([1]), places=places)
+        getattr(torch.ops.fastreg, f"{op}_").default(
+            *lists, *NUMBERS[op], seed=torch.tensor([1]), places=places
+        )
 
 
 @pytest.mark.parametrize(

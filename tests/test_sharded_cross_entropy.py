@@ -10,9 +10,11 @@ import torch.multiprocessing as mp
 from cross_entropy_reference import assert_gradient, assert_rounded, case, reference
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import fastreg as fr
 from fastreg import _sharded_cross_entropy as op
+from fastreg._shards import own_part
 
 RANKS = 4
 # The first class of each rank, and the end: uneven, an empty part, fewer classes than ranks.
@@ -241,6 +243,20 @@ def padded(rank, group):
     assert_gradient(local.grad, wanted[:, 3 * rank : 3 * rank + 3], 2.0)
 
 
+def own_parts(rank, group):
+    """Where a rank's part lies is where torch says it does."""
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    cut = (Replicate(), Shard(0), Shard(1))
+    for shape in ((9, 5), (2, 3), (1, 1), (0, 4), (8, 8)):
+        for mesh, placements in [(flat, p) for p in itertools.product(cut)] + [
+            (square, p) for p in itertools.product(cut, cut)
+        ]:
+            sizes, starts = compute_local_shape_and_global_offset(shape, mesh, placements)
+            part = own_part(torch.Size(shape), mesh, placements)
+            assert tuple(each.stop - each.start for each in part) == tuple(sizes), (shape, placements)
+            assert 0 in sizes or tuple(each.start for each in part) == tuple(starts), (shape, placements)
+
+
 def placed(rank, group):
     """Of a DTensor the loss and the gradient are those of the whole, however it is placed."""
     flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
@@ -264,9 +280,9 @@ def placed(rank, group):
                 assert loss.placements == tuple(everywhere)
             what = (placements, options, soft, plain)
             assert_rounded(loss.full_tensor().detach(), want, what)
-            loss.sum().backward()
-            assert d.grad.placements == d.placements
-            assert_gradient(d.grad.full_tensor(), gradient, 2.0, what)
+            (got,) = torch.autograd.grad(loss.sum(), d)  # torch 2.10 gathers what it puts into .grad
+            assert got.placements == d.placements
+            assert_gradient(got.full_tensor(), gradient, 2.0, what)
 
     x, target = case((2, 3, 4, 2, 3), torch.float32)
     loss = fr.cross_entropy(distribute_tensor(x, flat, [Shard(2)]), target, reduction="none")
@@ -303,7 +319,7 @@ def placed_linear(rank, group):
         torch.testing.assert_close(got, want[2], rtol=1e-5, atol=1e-6)
 
 
-CHECKS = (values, hostile, linear, messages, compiled, refused, padded, placed, placed_linear)
+CHECKS = (values, hostile, linear, messages, compiled, refused, padded, own_parts, placed, placed_linear)
 
 
 def on_rank(rank, file):

@@ -63,7 +63,7 @@ class Params:
     hue: Tensor | None = None
     sigma: Tensor | None = None
     erase: Tensor | None = None  # (B, 4)
-    settings: Settings = Settings()
+    settings: Settings = dataclasses.field(default_factory=Settings)
     operations: Tensor | None = None  # (B, n)
     magnitudes: Tensor | None = None  # (B, n)
 
