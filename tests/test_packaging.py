@@ -78,8 +78,8 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """The wheel, built once, from the source distribution, in isolation as pip does unasked. To save time: with
-    the smallest torch, which is one without CUDA.
+    """The wheel, built once, from the source distribution, in isolation as pip does unasked. To save time:
+    with the smallest torch, which is one without CUDA.
     """
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "constraints.txt").write_text(f"torch=={BUILD_TORCH}\n")
