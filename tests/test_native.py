@@ -42,7 +42,6 @@ FUSED = ("exp/float32", "cross_entropy")
 # The checks that are left out make compiling ten times as slow, and they watch pointers that the address
 # sanitizer watches as well. Its own checks are calls and not inlined for the same reason.
 SANITIZERS = (
-    "-O1",
     "-fsanitize=address,undefined",
     "-fno-sanitize=null,object-size,alignment,pointer-overflow",
     "-fno-sanitize-recover=all",
@@ -105,9 +104,9 @@ def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
         # which takes longer than its own code.
         tests = Path(folder, "tests.cpp")
         tests.write_text("".join(f'#include "{test}"\n' for test in TESTS))
-        # Kernels of the narrow sets take twice as long to compile with -O2 as with -O1. The sweep of exp,
-        # which is a test, takes ten times as long to run with -O1 as with -O2.
-        levels = {tests: "-O2"} | dict.fromkeys(KERNELS, "-O2" if FLAGS[isa] else "-O1")
+        # Kernels take twice as long to compile with -O1 as with -O0, and run for a second or two. The sweep of
+        # exp, which is a test, takes ten times as long to run with -O1 as with -O2.
+        levels = {tests: "-O2"} | dict.fromkeys(KERNELS, "-O0")
         options = [*COMMON, *FLAGS[isa], *flags, f"-DFASTREG_ISA={isa}"]
         objects = []
         for source, level in levels.items():
