@@ -287,7 +287,7 @@ def unpatch() -> None:
         _switch(False)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler here, which takes a second
 def _switch(to: bool) -> None:
     global _patched
     _prepare()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.compiler import is_compiling
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ._registry import define, define_kernel
 
@@ -64,6 +63,8 @@ def _are_fixed(numbers: Sequence[float]) -> bool:
     """Whether torch.compile takes the numbers for constants, and not for inputs of its graph: of an input it
     cannot know on which side of some bound it lies.
     """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # its import takes half a second
+
     bound = 0.7071067811865475
     return all(
         statically_known_true(number > bound) or statically_known_true(number <= bound) for number in numbers

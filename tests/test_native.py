@@ -104,8 +104,8 @@ def program(name, isa, *flags, compiler=CXX, emulator=(), stride=COARSE):
         # which takes longer than its own code.
         tests = Path(folder, "tests.cpp")
         tests.write_text("".join(f'#include "{test}"\n' for test in TESTS))
-        # Kernels take twice as long to compile with -O1 as with -O0, and run for a second or two. The sweep of
-        # exp, which is a test, takes ten times as long to run with -O1 as with -O2.
+        # Kernels take twice as long to compile with -O1 as with -O0, and run for a second or two. The sweep
+        # of exp, which is a test, takes ten times as long to run with -O1 as with -O2.
         levels = {tests: "-O2"} | dict.fromkeys(KERNELS, "-O0")
         options = [*COMMON, *FLAGS[isa], *flags, f"-DFASTREG_ISA={isa}"]
         objects = []

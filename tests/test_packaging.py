@@ -403,3 +403,19 @@ def test_doctor_says_what_is_there():
 def test_help_names_the_commands():
     printed = run(sys.executable, "-m", "fastreg", "--help", cwd=ROOT)
     assert "doctor" in printed and "bench" in printed and "demo" in printed
+
+
+def test_importing_brings_nothing_that_takes_a_second():
+    """What torch itself leaves for the first torch.compile, and what only some users have."""
+    code = "import sys, torch; before = set(sys.modules); import fastreg; print(*set(sys.modules) - before)"
+    brought = set(run(sys.executable, "-c", code).split())
+    slow = {
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "torch.distributed.tensor",
+        "transformers",
+        "lightning",
+    }
+    assert not brought & (slow | {"torchvision", "torch.fx.experimental.symbolic_shapes", "PIL"})
+    assert "fastreg.optim" in brought
