@@ -260,7 +260,7 @@ def interpreted(op, debug=False):
 
 
 SANITIZED = (
-    "g++", "-std=c++20", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined",
+    "g++", "-std=c++20", "-O0", "-g", "-fPIC", "-w", "-fsanitize=address,undefined",
     # What is left out makes compiling several times as slow and watches pointers that the address sanitizer
     # watches as well.
     "-fno-sanitize=vptr,null,object-size,pointer-overflow",
