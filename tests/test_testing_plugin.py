@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import subprocess
 import sys
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -282,3 +283,13 @@ def test_the_page_of_other_projects_is_current():
     assert results.keys() <= suites.SUITES.keys()
     for suite, result in results.items():
         assert result["version"] == suites.SUITES[suite]["version"]
+
+
+@pytest.mark.slow
+def test_quick_tests_of_others(tmp_path):
+    """One file of the tests of timm, pytorch-ignite and skorch each; docs/suites.md has the whole suites."""
+    pytest.importorskip("torchvision", reason="timm needs torchvision, and there is none for this torch")
+    command = [sys.executable, ROOT / "tests" / "suites" / "run", "--quick", "--work", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count('"version"') == 3, done.stdout
