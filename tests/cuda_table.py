@@ -33,31 +33,33 @@ def measured():
                 yield from module.for_the_table(dtype)
 
 
+def row(what, dtype, elements, floor, reports, op):
+    """The line of one kernel."""
+    used = test_cuda_build.resources(op)
+    registers = sorted({used[report.kernel][0] for report in reports})
+    shared = max(used[report.kernel][2] for report in reports)
+    moved = traffic(reports, without=("bias", "images"))
+    instructions = sum(report.instructions for report in reports)
+    moved += sum(
+        row["unique"]
+        for report in reports
+        for (name, _), row in report.traffic.rows.items()
+        if name == "images"
+    )
+    share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)
+    share = min(share, 1.0)  # part of an image that is shifted is not looked at
+    name = str(dtype).removeprefix("torch.")
+    return (
+        f"| {what} | {name} | {floor / elements:.3g} | {moved / elements:.3g} | "
+        f"{', '.join(map(str, registers))} | "
+        f"{f'{shared / 1024:.1f} KB' if shared else 'none'} | {share:.0%} |"
+    )
+
+
 def rows():
     yield "| kernel | dtype | floor, B/element | moved | registers | shared memory | bandwidth, predicted |"
     yield "|---|---|---|---|---|---|---|"
-    for what, dtype, elements, floor, reports, op in measured():
-        used = test_cuda_build.resources(op)
-        registers = sorted({used[test_cuda_build.kernel(report.kernel)][0] for report in reports})
-        shared = max(used[test_cuda_build.kernel(report.kernel)][2] for report in reports)
-        moved, instructions = (
-            traffic(reports, without=("bias", "images")),
-            sum(report.instructions for report in reports),
-        )
-        moved += sum(
-            row["unique"]
-            for report in reports
-            for (name, _), row in report.traffic.rows.items()
-            if name == "images"
-        )
-        share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)
-        share = min(share, 1.0)  # part of an image that is shifted is not looked at
-        name = str(dtype).removeprefix("torch.")
-        yield (
-            f"| {what} | {name} | {floor / elements:.3g} | {moved / elements:.3g} | "
-            f"{', '.join(map(str, registers))} | "
-            f"{f'{shared / 1024:.1f} KB' if shared else 'none'} | {share:.0%} |"
-        )
+    yield from (row(*each) for each in measured())
 
 
 def main():

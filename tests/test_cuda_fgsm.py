@@ -2,6 +2,7 @@
 bits.
 """
 
+import cuda_table
 import numpy as np
 import pytest
 import torch
@@ -181,3 +182,10 @@ def for_the_table(dtype):
     x = torch.randn(n).to(dtype)
     yield "fgsm_step", dtype, n, 3 * n * size, run(x, x)[1], "fgsm"
     yield "pgd_step", dtype, n, 4 * n * size, run(x, x, x)[1], "fgsm"
+
+
+def test_a_row_of_the_table_in_the_docs():
+    """tests/cuda_table.py makes it; a step reads two tensors and writes one."""
+    cells = cuda_table.row(*next(for_the_table(torch.float32))).strip("| ").split(" | ")
+    assert cells[:3] == ["fgsm_step", "float32", "12"] and 12 <= float(cells[3]) <= 12.6
+    assert 8 <= int(cells[4]) <= 64 and 90 <= int(cells[6].rstrip("%")) <= 100
