@@ -178,7 +178,8 @@ def pretrain_autoencoder(
                 value = _restoration(op, encoder, decoder, x, corruption, loss)
                 steps.zero_grad()
                 value.backward()
-                steps.step()
+                with torch.device("cpu"):  # torch 2.10's Adam counts on the default device, whatever that is
+                    steps.step()
                 total, count = total + value.detach() * len(x), count + len(x)
             history.append(float(total) / count if count else math.nan)
             if not math.isfinite(history[-1]):

@@ -133,4 +133,4 @@ print(seconds(16) / seconds(4))
 
 def test_confident_rows_are_no_slower():
     """With subnormal numbers in its gradient the backward pass takes 5 times as long and more."""
-    assert float(run_python(CODE, check=True, OMP_NUM_THREADS="1").stdout) < 2
+    assert float(run_python(CODE, check=True, OMP_NUM_THREADS="1").stdout) < 3
