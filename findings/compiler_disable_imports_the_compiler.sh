@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: torch.compiler.disable, written over a function, imports the whole compiler when the function is
-# defined, with sympy and torch.distributed.tensor, although nothing is compiled; a library that uses it once doubles
-# the time of its import beside torch's own. torch._disable_dynamo, which torch uses itself, waits for the first call.
+# defined, with sympy and torch.distributed.tensor, although nothing is compiled. A library
+# that uses it once pays for that with every import. torch._disable_dynamo, which torch uses itself, waits for the
+# first call.
 # torch.fx.experimental.symbolic_shapes, of which compiled code needs a function, brings sympy too. Seen:
 #   torch: 0 of torch._dynamo, torch.distributed.tensor, sympy
 #   torch._disable_dynamo over a function: 0 of torch._dynamo, torch.distributed.tensor, sympy
 #   torch.compiler.disable over a function: 3 of torch._dynamo, torch.distributed.tensor, sympy
-# Users of fastreg: `import fastreg` took 1.5 s beside torch's import by this, and takes 0.2 s now.
+# Users of fastreg: `import fastreg` did this, and does so no longer.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -41,9 +41,9 @@ def row(what, dtype, elements, floor, reports, op):
     moved = traffic(reports, without=("bias", "images"))
     instructions = sum(report.instructions for report in reports)
     moved += sum(
-        row["unique"]
+        counted["unique"]
         for report in reports
-        for (name, _), row in report.traffic.rows.items()
+        for (name, _), counted in report.traffic.rows.items()
         if name == "images"
     )
     share = floor / BANDWIDTH / max(moved / BANDWIDTH, REAL * instructions / LANES)

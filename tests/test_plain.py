@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import foreign_device
 import pytest
@@ -255,10 +256,15 @@ def test_a_gpu_without_its_kernels_is_an_error(monkeypatch):
         device = torch.device("cuda", 0)
 
     fallback = _registry._no_kernel("dropout", lambda *arguments: pytest.fail("it ran"))
-    # In between, a build that left the kernels out says why.
-    text = r"dropout: .* on 'cuda'; .*rebuild it( \(.*\))?, or move it with .cpu\(\)"
-    with pytest.raises(RuntimeError, match=text):
-        fallback(torch.ones(3).as_subclass(OnGpu), 0.5, seed())
+    for left_out, why in (
+        ("", ""),
+        ("no nvcc; install it", r" \(the build left them out: no nvcc; install it\)"),
+    ):
+        kernels = SimpleNamespace(build_info=lambda left_out=left_out: {"no_cuda": left_out})
+        monkeypatch.setattr(_registry, "load_kernels", lambda kernels=kernels: kernels)
+        text = rf"dropout: .* on 'cuda'; .*rebuild it{why}, or move it with .cpu\(\)"
+        with pytest.raises(RuntimeError, match=text):
+            fallback(torch.ones(3).as_subclass(OnGpu), 0.5, seed())
 
 
 def test_tensors_on_two_devices_are_an_error():

@@ -119,18 +119,17 @@ CODE = """
 import time, torch, fastreg as fr
 torch.manual_seed(0)
 hidden, target = torch.randn(512, 128), torch.randint(4000, (512,))
-def seconds(deviation):
-    weight = torch.nn.Parameter(torch.randn(4000, 128) * deviation / 128**0.5)
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        fr.cross_entropy(hidden @ weight.t(), target).backward()
-        times.append(time.process_time() - start)
-    return min(times)
-print(seconds(16) / seconds(4))
+def seconds(weight):
+    start = time.process_time()
+    fr.cross_entropy(hidden @ weight.t(), target).backward()
+    return time.process_time() - start
+weights = [torch.nn.Parameter(torch.randn(4000, 128) * deviation / 128**0.5) for deviation in (16, 4)]
+turns = [[seconds(weight) for weight in weights] for _ in range(15)]  # in turn: others share the machine
+confident, usual = map(min, zip(*turns))
+print(confident / usual)
 """
 
 
 def test_confident_rows_are_no_slower():
     """With subnormal numbers in its gradient the backward pass takes 5 times as long and more."""
-    assert float(run_python(CODE, check=True, OMP_NUM_THREADS="1").stdout) < 3
+    assert float(run_python(CODE, check=True, OMP_NUM_THREADS="1").stdout) < 2

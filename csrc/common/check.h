@@ -15,7 +15,7 @@
 
 #include "device.h"
 
-// torch before 2.13 has the form without torch's own message.
+// An older torch, 2.10 for one, has only the form without torch's own message.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
