@@ -100,10 +100,74 @@ def _factor(p: float) -> float:
     return constants_of("inverted", p)[0]
 
 
-# --- The same by blocks.
+# --- What is done to a block of scores between its matrix products: one sweep on the CPU, by the kernels in
+# csrc/attention, and the same in torch's operators on every other device.
 
-_LOG2_E = 1 / math.log(2)
-_BLOCK_BYTES = 2**20  # of scores: three blocks stay in cache, and matrix products are long enough
+
+def _weights_in_torch(scores, mask, p, seed, first_row, keys, query, largest, total) -> None:
+    """Turn scores into dropped weights that are not divided by their sums, and give a row's largest score and
+    its sum.
+    """
+    _add_masks(scores, mask, query)
+    torch.amax(scores, -1, keepdim=True, out=largest)
+    largest.clamp_(min=torch.finfo(scores.dtype).min)  # or -inf less -inf would be NaN
+    scores.sub_(largest).exp_()
+    torch.sum(scores, -1, keepdim=True, out=total)
+    total.clamp_(min=1)  # it is at least 1, but where a query may see no key: there 0 is divided
+    scores.copy_(_dropped(scores, p, seed, first_row, keys))
+
+
+def _gradient_in_torch(scores, gradients, mask, p, seed, first_row, keys, query, largest, total) -> None:
+    """Turn scores into dropped weights again, and the gradient of those into that of the scores.
+
+    With the weights W and the dropped weights D it is D * gradients - W * (sum of D * gradients) / total.
+    """
+    _add_masks(scores, mask, query)
+    weights = scores.sub_(largest).exp_()
+    dropped = _dropped(weights, p, seed, first_row, keys)
+    if gradients is not None:
+        gradients.mul_(dropped)
+        gradients.addcmul_(weights, gradients.sum(-1, keepdim=True).div_(total), value=-1)
+    scores.copy_(dropped)
+
+
+def _add_masks(scores: Tensor, mask: Tensor | None, query: int) -> None:
+    """query: as the kernels have it, the place of the first row in its head where attention is causal."""
+    if mask is not None and mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -math.inf)
+    elif mask is not None:
+        scores.add_(mask)
+    if query >= 0:
+        scores.masked_fill_(torch.ones_like(scores[0], dtype=torch.bool).triu_(query + 1), -math.inf)
+
+
+def _dropped(weights: Tensor, p: float, seed: Tensor, first_row: int, keys: int) -> Tensor:
+    """Dropout of weights. A draw is for whole rows; where a causal block has a part of them, the rest is
+    drawn in vain.
+    """
+    whole = weights.new_zeros(*weights.shape[:2], keys)
+    part = whole[..., : weights.shape[2]].copy_(weights)
+    dropout_inplace_op(whole, p, seed, first_row * keys, 1, _factor(p))
+    return part
+
+
+define_kernel(
+    "attention_weights_(Tensor(a!) scores, Tensor? mask, float p, Tensor seed, int first_row, int keys, "
+    "int query, Tensor(b!) largest, Tensor(c!) total) -> ()",
+    _weights_in_torch,
+)
+define_kernel(
+    "attention_gradient_(Tensor(a!) scores, Tensor(b!)? gradients, Tensor? mask, float p, Tensor seed, "
+    "int first_row, int keys, int query, Tensor largest, Tensor total) -> ()",
+    _gradient_in_torch,
+)
+_weights_op = torch.ops.fastreg.attention_weights_.default
+_gradient_op = torch.ops.fastreg.attention_gradient_.default
+
+
+# --- Attention by blocks.
+
+_BLOCK_BYTES = 2**19  # of scores: they and their gradients stay in cache, and matrix products are long enough
 _BLOCK_BYTES_GPU = 2**26  # a kernel must be large enough to fill the device
 _CAUSAL_PARTS = 8  # rows of a causal head are cut at least that often: only so is half of the work left out
 _CAUSAL_ROWS = 64  # but not below that many
@@ -150,7 +214,6 @@ class _Blocks:
         self.batch = _batch_of(query, key, value)
         self.length, self.keys = query.shape[-2], key.shape[-2]
         self.is_causal, self.p, self.scale, self.seed = is_causal, p, scale, seed
-        self.factor = _factor(p)
         self.heads_in_all = math.prod(self.batch)
 
         tensors = [_readable(t, wide) for t in (query, key, value)]
@@ -169,11 +232,8 @@ class _Blocks:
         self.group, self.step = self._sizes(size, one_head)
         # So that each gradient is written once, and does not grow from zeros.
         self.whole_heads = self.step >= self.length and not (is_causal and self.length < self.keys)
-        self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(3)]
+        self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(2)]
         self.spaces: dict[tuple[int, tuple[int, int, int]], Tensor] = {}
-        self.later = None
-        if is_causal:
-            self.later = tensors[0].new_full((self.step, self.step), -math.inf).triu_(1)
 
     def _cut(self, tensor: Tensor) -> list[Tensor]:
         """Views of shape (heads, rows, columns), one for each part of the batch."""
@@ -227,27 +287,18 @@ class _Blocks:
             self.spaces[which, shape] = self.memory[which][: math.prod(shape)].view(shape)
         return self.spaces[which, shape]
 
-    def scores(self, block: _Block, minus: Tensor | None = None) -> Tensor:
-        """A block's scores in units of log 2, less `minus` of each row, in the first memory."""
+    def scores(self, block: _Block) -> Tensor:
+        """A block's products of queries and keys, scaled, in the first memory."""
         scores = self.space(0, block.shape)
-        factor, beta = self.scale * _LOG2_E, 0
+        return torch.baddbmm(scores, block.query, block.key, beta=0, alpha=self.scale, out=scores)
+
+    def place(self, block: _Block) -> tuple[Tensor | None, float, Tensor, int, int, int]:
+        """The arguments of the kernels that say where a block stands."""
+        mask = None
         if self.mask is not None:
-            mask, beta = self.mask[block.outer][block.heads, block.rows, : block.columns], 1
-            if mask.dtype == torch.bool:  # 1 / x - 1 is 0 and inf, and is subtracted
-                scores.copy_(mask).reciprocal_().sub_(1)
-                beta = -1
-            else:
-                scores.copy_(mask).mul_(_LOG2_E)
-            if minus is not None:
-                scores.sub_(minus, alpha=beta)
-        elif minus is not None:
-            torch.neg(minus.expand_as(scores), out=scores)
-            beta = 1
-        torch.baddbmm(scores, block.query, block.key, beta=beta, alpha=factor, out=scores)
-        if self.later is not None and block.row < block.columns:
-            rows, columns = block.end - block.row, block.columns - block.row
-            scores[..., block.row :].add_(self.later[:rows, :columns])
-        return scores
+            mask = self.mask[block.outer][block.heads, block.rows, : block.columns]
+        first_row = (self.first_heads[block.outer] + block.head) * self.length + block.row
+        return mask, self.p, self.seed, first_row, self.keys, block.row if self.is_causal else -1
 
     def sums_over_rows(self, width: int) -> Tensor:
         """Memory for the gradient of keys or values, transposed: so matrix products write long rows, which
@@ -262,20 +313,6 @@ class _Blocks:
         target = total[self.number(block), :, : block.columns]
         beta = 0 if self.whole_heads else 1
         torch.baddbmm(target, x.transpose(1, 2), of_keys, beta=beta, alpha=factor, out=target)
-
-    def dropped(self, block: _Block, weights: Tensor, which: int) -> Tensor:
-        """Dropout of a block's weights, in memory `which`. It may be that of the weights themselves.
-
-        A draw is for whole rows. Where the block has a part of them, the rest is drawn in vain.
-        """
-        heads, rows, columns = block.shape
-        whole = self.space(which, (heads, rows, self.keys))
-        part = whole[..., :columns]
-        if part.data_ptr() != weights.data_ptr() or columns != self.keys:
-            part.copy_(weights)
-        first = (self.first_heads[block.outer] + block.head) * self.length + block.row
-        dropout_inplace_op(whole, self.p, self.seed, first * self.keys, 1, self.factor)
-        return part
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -326,7 +363,7 @@ def _first_heads(batch: torch.Size, inner: int, whole: Sequence[int], start: Seq
 def _forward(
     query, key, value, attn_mask, p, is_causal, scale, seed, whole, start
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the output, the largest score of each row in units of log 2, the row's sum of 2^(score - largest))."""
+    """(the output, the largest score of each row, the row's sum of e^(score - largest))."""
     batch, wide, length = _batch_of(query, key, value), arithmetic_dtype(query), query.shape[-2]
     output = query.new_empty(*batch, length, value.shape[-1], dtype=wide)
     largest, total = (query.new_empty(*batch, length, 1, dtype=wide) for _ in range(2))
@@ -336,7 +373,6 @@ def _forward(
         with without_autocast(query.device.type):
             for block, *parts in zip(blocks, *map(blocks.parts, flat), strict=True):
                 _forward_of(blocks, block, *parts)
-            total.clamp_(min=1)  # it is at least 1, but where a query may see no key: there 0 is divided
             output.div_(total)
     else:
         output.zero_()
@@ -345,12 +381,9 @@ def _forward(
 
 def _forward_of(blocks: _Blocks, block: _Block, output: Tensor, largest: Tensor, total: Tensor) -> None:
     """Write a block's part of the results; the output is not divided by the sum yet."""
-    scores = blocks.scores(block)
-    torch.amax(scores, -1, keepdim=True, out=largest)
-    largest.clamp_(min=torch.finfo(scores.dtype).min)  # or -inf less -inf would be NaN
-    weights = torch.exp2(scores.sub_(largest), out=scores)  # twice as fast as torch.exp
-    torch.sum(weights, -1, keepdim=True, out=total)
-    torch.bmm(blocks.dropped(block, weights, 1 if blocks.is_causal else 0), block.value, out=output)
+    weights = blocks.scores(block)
+    _weights_op(weights, *blocks.place(block), largest, total)
+    torch.bmm(weights, block.value, out=output)
 
 
 @torch.no_grad()
@@ -384,11 +417,7 @@ def _backward(
     flat = {name: _flat(t) for name, t in found.items() if name != "m"}
     with without_autocast(query.device.type):
         for block, *parts in zip(blocks, *map(blocks.parts, rows), strict=True):
-            weights, dropped = _weights_of(blocks, block, parts[1])
-            if "v" in wants:
-                blocks.add_over_rows(flat["v"], block, dropped, parts[0], 1.0)
-            if wants != "v":
-                d_scores = _backward_of(blocks, block, flat, weights, dropped, *parts)
+            d_scores = _backward_of(blocks, block, wants, flat, *parts)
             if "m" in wants:
                 _add_to_mask(found["m"], d_scores[0], block, blocks)
     found |= {name: found[name].mT for name in "kv" if name in wants}
@@ -400,30 +429,22 @@ def _backward(
     )
 
 
-def _weights_of(blocks: _Blocks, block: _Block, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """(a block's weights, not divided by their sums yet, and the dropout of them)."""
-    scores = blocks.scores(block, largest)
-    weights = torch.exp2(scores, out=scores)
-    return weights, blocks.dropped(block, weights, 1)
-
-
 def _backward_of(
     blocks: _Blocks,
     block: _Block,
+    wants: str,
     found: dict[str, Tensor],
-    weights: Tensor,
-    dropped: Tensor,
     grad: Tensor,
     largest: Tensor,
     total: Tensor,
 ) -> Tensor:
-    """Add a block's part to the gradients of query and key that are to be found, and give that of its scores,
-    in the third memory.
-    """
-    d_scores = blocks.space(2, block.shape)
-    torch.bmm(grad, block.value.transpose(1, 2), out=d_scores)
-    d_scores.mul_(dropped)
-    d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True).div_(total), value=-1)
+    """Add a block's part to the gradients that are to be found, and give that of its scores."""
+    dropped, d_scores = blocks.scores(block), blocks.space(1, block.shape)
+    if wants != "v":
+        torch.bmm(grad, block.value.transpose(1, 2), out=d_scores)
+    _gradient_op(dropped, None if wants == "v" else d_scores, *blocks.place(block), largest, total)
+    if "v" in found:
+        blocks.add_over_rows(found["v"], block, dropped, grad, 1.0)
     if "q" in found:
         rows = found["q"][blocks.number(block), block.rows]
         torch.baddbmm(rows, d_scores, block.key.transpose(1, 2), beta=0, alpha=blocks.scale, out=rows)

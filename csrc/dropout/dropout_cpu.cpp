@@ -4,55 +4,22 @@
 #include <type_traits>
 
 #include "../common/simd.h"
+#include "dropout_draw_cpu.h"
 #include "dropout_math.h"
 
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Mask bytes of `count` groups from `group` on, counted globally.
-void draw_groups(const DropoutArgs& a, uint64_t group, int64_t count, uint8_t* out) {
-  if (a.threshold == 0 || a.threshold >> 32) {
-    memset(out, a.threshold ? 0xff : 0, size_t(count));
-    return;
-  }
-  const PhiloxKeys keys(a.seed.get());
-  const bool exact = (a.threshold & 0xffff) == 0;  // 16 bits decide all
-  for (int64_t g = 0; g < count; g += kGroupLanes) {
-    const uint64_t at = group + uint64_t(g);
-    const Comparison c =
-        compare_groups(philox_groups(keys, at, 0, Purpose::kDropout), uint16_t(a.threshold >> 16));
-    uint8_t bytes[8];
-    memcpy(bytes, &c.less, 8);
-    if (c.ties && !exact)
-      for (int j = 0; j < kGroupLanes; ++j)
-        bytes[j] = dropout_bits(a.seed.get(), at + uint64_t(j), a.threshold);
-    if (count - g >= kGroupLanes)
-      memcpy(out + g, bytes, kGroupLanes);
-    else
-      memcpy(out + g, bytes, size_t(count - g));
-  }
-}
-
-// Mask bytes [begin, end), at most kBlock of them. Where the offset is not a multiple of 8, a byte holds
-// decisions of two groups.
-void draw_bytes(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) {
-  const uint64_t group = a.offset / 8 + uint64_t(begin);
-  const unsigned shift = unsigned(a.offset % 8);
-  if (shift == 0) {
-    draw_groups(a, group, end - begin, out);
-  } else {
-    uint8_t bytes[kBlock + 1];
-    draw_groups(a, group, end - begin + 1, bytes);
-    for (int64_t i = 0; i < end - begin; ++i)
-      out[i] = uint8_t(bytes[i] >> shift | bytes[i + 1] << (8 - shift));
-  }
+// Mask bytes [begin, end), at most kBlock of them.
+void draw_block(const DropoutArgs& a, int64_t begin, int64_t end, uint8_t* out) {
+  draw_bytes(a.seed.get(), a.threshold, a.offset + uint64_t(begin) * 8, end - begin, out);
   const int64_t bytes = (a.decisions + 7) / 8;
   if (end == bytes && a.decisions % 8) out[end - 1 - begin] &= uint8_t((1u << (a.decisions % 8)) - 1u);
 }
 
 void draw(const DropoutArgs& a, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; b += kBlock)
-    draw_bytes(a, b, b + kBlock < end ? b + kBlock : end, a.mask + b);
+    draw_block(a, b, b + kBlock < end ? b + kBlock : end, a.mask + b);
 }
 
 // Does the bfloat16 among n that fill vectors of pairs, 32 at a time, and gives how many those are.
