@@ -5,6 +5,7 @@ memory that grows with the length; and all of it holds through every door of tor
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
-from fastreg import _attention
+from fastreg import _attention, _attention_blocks
 
 OP = torch.ops.fastreg.attention.default
 BACKWARD = torch.ops.fastreg.attention_backward.default
@@ -80,7 +81,7 @@ def compare(q, k, v, mask=None, p=0.3, is_causal=False, noise=0.0, **options):
 def block_bytes(request, monkeypatch):
     if request.param:
         monkeypatch.setattr(_attention, "_FEW", -1)
-        monkeypatch.setattr(_attention, "_BLOCK_BYTES", request.param)
+        monkeypatch.setattr(_attention_blocks, "_BLOCK_BYTES", request.param)
 
 
 @pytest.fixture
@@ -206,6 +207,96 @@ def test_without_keys_or_widths(block_bytes):
     )
 
 
+# ---- the sweeps over a block
+
+BLOCK = 2, 5, 37  # heads, rows and columns; two vectors of float32 and a part of one
+
+
+@pytest.mark.parametrize("columns", [1, 8, 37, 1030], ids="{} columns".format)  # around vectors and a block
+@pytest.mark.parametrize("kind", ["plain", "causal", "bool", "float", "bfloat16", "steps", "no key"])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_the_kernels_do_what_torchs_operators_do(columns, kind, wide):
+    """Of both sweeps, on rows that begin anywhere in a byte of the mask, in place and out of place."""
+    shape = 2, 5, columns
+    scores, p, first_row, keys = 3 * numbers(*shape, dtype=wide), 0.3, 11, columns + 3
+    mask = {
+        "bool": numbers(*shape) > -0.5,
+        "float": numbers(*shape, dtype=wide),
+        "bfloat16": numbers(2, 1, columns).bfloat16().expand(shape),
+        "steps": numbers(5, columns, 4, dtype=wide)[..., 1].expand(shape),
+        "no key": torch.zeros(shape, dtype=torch.bool),
+    }.get(kind)
+    query = 2 if kind == "causal" else -1
+    place = mask, p, torch.tensor([SEED]), first_row, keys, query
+    ours, theirs = torch.ops.fastreg, _attention_blocks
+    for normalised, in_place in ((True, False), (False, True)):
+        found = []
+        for weights, gradient in (
+            (ours.attention_weights_.default, ours.attention_gradient_.default),
+            (theirs._weights_in_torch, theirs._gradient_in_torch),
+        ):
+            largest, total = (torch.empty(2, 5, 1, dtype=wide) for _ in range(2))
+            s, d_scores = scores.clone(), numbers(*shape, dtype=wide, seed=3)
+            dropped = s if in_place else torch.empty_like(s)
+            weights(s, dropped, *place, normalised, largest, total)
+            found.append([dropped.clone(), largest, total])
+            s, g = scores.clone(), d_scores.clone()
+            if in_place:
+                gradient(s, s, g, g, *place, normalised, largest, total)
+                found[-1] += [s, g]
+            else:
+                gradient(s, None, d_scores, g, *place, normalised, largest, total)
+                found[-1].append(g)
+        for ours_, theirs_ in zip(*found, strict=True):
+            torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=2e-6)
+
+
+def test_only_the_dropped_weights():
+    s, place = numbers(*BLOCK), (None, 0.3, torch.tensor([SEED]), 0, BLOCK[-1], -1, False)
+    largest, total = (torch.empty(2, 5) for _ in range(2))
+    again, weights = s.clone(), s.clone()
+    torch.ops.fastreg.attention_weights_(weights, weights, *place, largest, total)
+    torch.ops.fastreg.attention_gradient_(again, again, None, None, *place, largest, total)
+    assert torch.equal(again, weights) and weights.any()
+
+
+def test_gradients_of_scores_are_never_subnormal():
+    """The products after them would crawl."""
+    s, place = torch.zeros(1, 1, 64), (None, 0.3, torch.tensor([SEED]), 0, 64, -1, True)
+    largest, total = (torch.empty(1, 1) for _ in range(2))
+    torch.ops.fastreg.attention_weights_(s, torch.empty_like(s), *place, largest, total)
+    for size, nonzero in ((1e-37, False), (1e-30, True)):
+        d_scores = torch.empty_like(s)
+        p = size * numbers(1, 1, 64)
+        torch.ops.fastreg.attention_gradient_(s, None, p, d_scores, *place, largest, total)
+        small = (d_scores != 0) & (d_scores.abs() < 2**-126)
+        assert not small.any() and bool(d_scores.any()) == nonzero
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("shape (heads, rows, columns)", dict(scores=torch.zeros(5, 37))),
+        ("must be float32 or float64", dict(scores=torch.zeros(BLOCK, dtype=torch.half))),
+        ("p must be in [0, 1]", dict(p=1.5)),
+        ("seed must be one int64", dict(seed=torch.zeros(1))),
+        ("mask must have the shape", dict(mask=torch.zeros(5, 37))),
+        ("keys at least 37", dict(keys=36)),
+        ("largest must be contiguous", dict(largest=torch.empty(2, 4))),
+        ("dropped must be contiguous", dict(dropped=torch.empty(2, 37, 5).mT)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_kernels_refuse_what_does_not_fit(words, change):
+    arguments = dict(
+        scores=torch.zeros(BLOCK), dropped=torch.empty(BLOCK), mask=None, p=0.3,
+        seed=torch.tensor([SEED]), first_row=0, keys=37, query=-1, normalised=True,
+        largest=torch.empty(2, 5), total=torch.empty(2, 5),
+    )  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(words)):
+        torch.ops.fastreg.attention_weights_.default(*(arguments | change).values())
+
+
 # ---- what is dropped
 
 
@@ -220,7 +311,7 @@ def test_the_mask_is_that_of_dropout_for_every_block(by_blocks, monkeypatch):
         want = kept((2, 3, length, keys), 0.4)
         for size in (2**8, 2**13, 2**20):
             for count in (1, 2):
-                monkeypatch.setattr(_attention, "_BLOCK_BYTES", size)
+                monkeypatch.setattr(_attention_blocks, "_BLOCK_BYTES", size)
                 with threads(count):
                     got = with_seed(SEED, fr.scaled_dot_product_attention, q, k, v, dropout_p=0.4)
                     assert torch.equal(got != 0, want)

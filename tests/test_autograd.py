@@ -15,11 +15,18 @@ import torch
 import torch.nn.functional as F
 
 import fastreg as fr
-from fastreg import _cross_entropy, _dropout, _dropout_add, _registry
+from fastreg import _patch, _registry
 from fastreg.cli import doctor
 
-OPS = [_dropout, _dropout_add, _cross_entropy, fr.nn]
 FAST = _registry.fast
+# Every module that calls the C++ path has it under this name.
+OPS = [
+    module
+    for name, module in sorted(sys.modules.items())
+    if name.startswith("fastreg.")
+    and getattr(module, "fast", None) is FAST
+    and module not in (_registry, _patch)  # the door keeps what it found when it was imported
+]
 needs_cpp = pytest.mark.skipif(FAST is None, reason=f"no C++ autograd: {_registry.why_not_fast}")
 
 
@@ -313,6 +320,77 @@ def test_cross_entropy_converts_what_python_converts(both):
         both(lambda: (fr.cross_entropy(logits(4, 5), y), fr.dropout(logits(4, 5))), taken=True)
     module = fr.nn.CrossEntropyLoss(label_smoothing=0.1, reduction="sum")
     both(lambda: derivatives(lambda x: module(x, y), x), taken=True)
+
+
+Q, K, V = random((2, 3, 5, 4)), random((2, 3, 7, 4)), random((2, 3, 7, 6))
+SEEN = random((2, 1, 5, 7)) > -0.5
+# (arguments, does C++ take them)
+ATTENTIONS = {
+    "plain": ((Q, K, V, None, 0.3), True),
+    "causal": ((Q, K, V, None, 0.3, True), True),
+    "boolean mask": ((Q, K, V, SEEN, 0.3), True),
+    "no key": ((Q, K, V, torch.zeros_like(SEEN), 0.3), True),
+    "float mask": ((Q, K, V, random((1, 3, 1, 7)), 0.3), True),
+    "scale": ((Q, K, V, None, 0.3, False, 2), True),
+    "all dropped": ((Q, K, V, None, 1), True),
+    "heads": ((Q[0], K[0], V[0], None, 0.3), True),
+    "matrices": ((Q[0, 0], K[0, 0], V[0, 0], None, 0.3), True),
+    "strided": ((Q.mT.contiguous().mT, K[:, :, :, ::2].repeat(1, 1, 1, 2), V[..., ::2], None, 0.3), True),
+    "broadcast": ((Q, K[:1], V, None, 0.3), False),
+    "mask of fewer dimensions": ((Q, K, V, SEEN[0, 0], 0.3), False),
+    "nothing is dropped": ((Q, K, V, None, 0.0), False),
+    "no queries": ((Q[:, :, :0], K, V, None, 0.3), False),
+}
+WRONG_ATTENTIONS = {
+    "mask and causal": (Q, K, V, SEEN, 0.3, True),
+    "widths": (Q, K[..., :3], V, None, 0.3),
+    "lengths": (Q, K, V[:, :, :4], None, 0.3),
+    "heads": (Q, K[:, :2], V, None, 0.3),
+    "mask": (Q, K, V, SEEN[..., :4], 0.3),
+    "dtypes": (Q, K.double(), V, None, 0.3),
+    "integers": (Q.long(), K.long(), V.long(), None, 0.3),
+    "p": (Q, K, V, None, 1.5),
+    "scale": (Q, K, V, None, 0.3, False, float("inf")),
+}
+
+
+def attention(q, k, v, mask, p, is_causal=False, scale=None):
+    return fr.scaled_dot_product_attention(q, k, v, mask, p, is_causal, scale=scale)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_has_the_same_bits(both, name, dtype):
+    (q, k, v, mask, *options), taken = ATTENTIONS[name]
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(dtype)
+    both(lambda: attention(q, k, v, mask, *options), taken)
+    for function, x in (
+        (lambda x: attention(x, k, v, mask, *options), q),
+        (lambda x: attention(q, x, v, mask, *options), k),
+        (lambda x: attention(q, k, x, mask, *options), v),
+        (lambda x: attention(q, k, v, x, *options), mask),
+    ):
+        if x is not None and x.is_floating_point():
+            both(lambda function=function, x=x: derivatives(function, x), taken)
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", WRONG_ATTENTIONS)
+def test_attention_has_the_same_errors(both, name):
+    assert issubclass(both(lambda: attention(*WRONG_ATTENTIONS[name]), taken=False)[0], ValueError)
+
+
+@needs_cpp
+def test_attention_leaves_the_rest_to_python(both):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert both(lambda: attention(Q, K, V, None, 0.3), taken=False).dtype == torch.bfloat16
+    both(lambda: attention(Q, K, V, None, torch.tensor(0.3)), taken=False)
+    long = random((1, 1, 800, 4))  # more weights than are few
+    both(lambda: attention(long, long, long, None, 0.3), taken=False)
+    with torch.inference_mode():
+        both(lambda: attention(Q * 1, K * 1, V * 1, None, 0.3), taken=True)
 
 
 @needs_cpp

@@ -38,7 +38,7 @@ COMMON = [
 ]
 # What fuses multiplication and addition has bits of its own where there is no such instruction, which is in
 # x86-64's baseline.
-FUSED = ("exp/float32", "cross_entropy")
+FUSED = ("exp/float32", "cross_entropy", "attention")
 # The checks that are left out make compiling ten times as slow, and they watch pointers that the address
 # sanitizer watches as well. Its own checks are calls and not inlined for the same reason.
 SANITIZERS = (

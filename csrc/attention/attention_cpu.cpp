@@ -1,7 +1,7 @@
 // Attention's sweeps over a block of scores on the CPU. The formulas are in attention_math.h.
 // Bytes per float32 score: forward reads and writes 4 each; backward reads and writes 8 each, the floor of a
-// sweep. The block is in the second-level cache, where the matrix product before has left it, and a row is in
-// the first from the first loop over it to the last.
+// sweep. The block is in the cache, where the matrix product before has left it, and a row is in the first
+// level of it from the first loop over the row to the last.
 #include <type_traits>
 
 #include "../common/flush.h"
@@ -15,7 +15,8 @@ namespace {
 // One row of a block.
 template <class A>
 struct Row {
-  A *scores, *gradients;
+  A *scores, *dropped, *d_scores;
+  const A* gradients;
   int64_t head, row;  // in the block
   int64_t seen;       // the columns that a causal query may see, or all
   uint64_t first;     // decision of its first weight
@@ -24,8 +25,11 @@ struct Row {
 template <class A>
 FR_INLINE Row<A> row_of(const AttentionArgs& a, int64_t number) {
   Row<A> r;
-  r.scores = static_cast<A*>(a.scores) + number * a.columns;
-  r.gradients = a.gradients ? static_cast<A*>(a.gradients) + number * a.columns : nullptr;
+  const int64_t start = number * a.columns;
+  r.scores = static_cast<A*>(a.scores) + start;
+  r.dropped = a.dropped ? static_cast<A*>(a.dropped) + start : nullptr;
+  r.d_scores = a.gradients ? static_cast<A*>(a.d_scores) + start : nullptr;
+  r.gradients = a.gradients ? static_cast<const A*>(a.gradients) + start : nullptr;
   r.head = number / a.rows;
   r.row = number % a.rows;
   r.seen = a.query >= 0 && a.query + r.row + 1 < a.columns ? a.query + r.row + 1 : a.columns;
@@ -106,45 +110,53 @@ void weights_of_row(const AttentionArgs& a, int64_t number) {
   for_each_weight(a, r, [&](int64_t i, int lanes, auto kept) __attribute__((always_inline)) {
     const V weight = exp_nonpositive(load(r.scores + i, lanes, -A(HUGE_VAL)) - minus);
     sum = sum + weight;
-    store(r.scores + i, select(kept, weight * factor, V(0)), lanes);
+    store(r.dropped + i, select(kept, weight * factor, V(0)), lanes);
   });
-  memset(r.scores + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
-  const A total = sum.sum();
+  memset(r.dropped + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
+  const A found = sum.sum(), total = found < 1 ? A(1) : found;  // below 1 it is 0, and NaN stays
   static_cast<A*>(a.largest)[number] = largest;
-  static_cast<A*>(a.total)[number] = total < 1 ? A(1) : total;  // below 1 it is 0, and NaN stays
+  static_cast<A*>(a.total)[number] = total;
+  if (!a.normalised) return;
+  const V inverse(1 / total);
+  for_each_vector<A>(r.seen, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    store(r.dropped + i, load(r.dropped + i, lanes) * inverse, lanes);
+  });
 }
 
-// First the weights, of which those that are dropped are marked by their sign, and the sum; then both results.
+// First the weights, of which those that are dropped are marked by their sign, and the sum; then the results.
 template <class A>
 void gradient_of_row(const AttentionArgs& a, int64_t number) {
   using V = Vec<A>;
   const Row<A> r = row_of<A>(a, number);
   add_mask(a, r);
+  const A total = static_cast<const A*>(a.total)[number];
   const V minus(static_cast<const A*>(a.largest)[number]), factor{A(a.factor)}, zero(0);
+  // P is divided by the sum here, where that was not done before.
+  const V dropped_factor(a.normalised ? A(a.factor) / total : A(a.factor));
   const auto weight = [&](int64_t i, int lanes) __attribute__((always_inline)) {
     return exp_nonpositive(load(r.scores + i, lanes, -A(HUGE_VAL)) - minus);
   };
-  memset(r.scores + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
+  if (r.dropped) memset(r.dropped + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
   if (!r.gradients)
     return for_each_weight(a, r, [&](int64_t i, int lanes, auto kept) __attribute__((always_inline)) {
-      store(r.scores + i, select(kept, weight(i, lanes) * factor, zero), lanes);
+      store(r.dropped + i, select(kept, weight(i, lanes) * factor, zero), lanes);
     });
+  A* const marked = r.dropped ? r.dropped : r.d_scores;
   V sum(0);
   for_each_weight(a, r, [&](int64_t i, int lanes, auto kept) __attribute__((always_inline)) {
     const V w = weight(i, lanes);
-    sum = sum + select(kept, w * factor * load(r.gradients + i, lanes), zero);
-    store(r.scores + i, select(kept, w, zero - w), lanes);
+    sum = sum + select(kept, w * dropped_factor * load(r.gradients + i, lanes), zero);
+    store(marked + i, select(kept, w, zero - w), lanes);
   });
-  const V share(sum.sum() / static_cast<const A*>(a.total)[number]);
+  const V share(sum.sum() / total);
   for_each_vector<A>(r.seen, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-    const V w = load(r.scores + i, lanes), marked = maximum(w, zero - w);
+    const V w = load(marked + i, lanes);
     const auto kept = zero < w;
-    const V dropped = select(kept, w * factor, zero);
-    const V gradient = select(kept, dropped * load(r.gradients + i, lanes), zero) - marked * share;
-    store(r.scores + i, dropped, lanes);
-    store(r.gradients + i, flush(gradient), lanes);
+    const V product = select(kept, w * dropped_factor * load(r.gradients + i, lanes), zero);
+    if (r.dropped) store(r.dropped + i, select(kept, w * factor, zero), lanes);
+    store(r.d_scores + i, flush(product - maximum(w, zero - w) * share), lanes);
   });
-  memset(r.gradients + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
+  memset(r.d_scores + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
 }
 
 template <class F>

@@ -1,6 +1,6 @@
 // torch.ops.fastreg.attention_weights_ and attention_gradient_: checks, and the rows shared out over threads.
-// Their schemas, and what stands around them, are in fastreg/_attention.py, their only caller. There is no
-// CUDA kernel: torch's operators do the same on every other device.
+// Their schemas, and the matrix products around them, are in fastreg/_attention_blocks.py. There is no CUDA
+// kernel: torch's operators do the same on every other device.
 #include "../common/backend.h"
 #include "../dropout/dropout_math.h"
 #include "attention_math.h"
@@ -19,7 +19,7 @@ void* contiguous(const char* op, const char* name, const Tensor& t, const Tensor
 }
 
 AttentionArgs arguments(const char* op, const Tensor& scores, const std::optional<Tensor>& mask, double p,
-                        const Tensor& seed, int64_t first_row, int64_t keys, int64_t query,
+                        const Tensor& seed, int64_t first_row, int64_t keys, int64_t query, bool normalised,
                         const Tensor& largest, const Tensor& total) {
   AttentionArgs a{};
   check(scores.dim() == 3, op, ": scores must be of shape (heads, rows, columns), got ", shape_text(scores));
@@ -34,6 +34,7 @@ AttentionArgs arguments(const char* op, const Tensor& scores, const std::optiona
   a.keys = keys;
   a.first_row = first_row;
   a.query = query;
+  a.normalised = normalised;
   a.scores = contiguous(op, "scores", scores, scores, scores.numel());  // (heads, rows, columns)
   const int64_t rows = scores.size(0) * a.rows;
   a.largest = contiguous(op, "largest", largest, scores, rows);  // (heads, rows)
@@ -60,20 +61,29 @@ void over_rows(const AttentionArgs& a, const Tensor& scores, F f) {
            [&](int64_t begin, int64_t end) { f(kernels, begin, end); });
 }
 
-void weights(Tensor scores, std::optional<Tensor> mask, double p, Tensor seed, int64_t first_row,
-             int64_t keys, int64_t query, Tensor largest, Tensor total) {
-  const AttentionArgs a = arguments("attention_weights", scores, mask, p, seed, first_row, keys, query,
-                                    largest, total);
+void weights(Tensor scores, Tensor dropped, std::optional<Tensor> mask, double p, Tensor seed,
+             int64_t first_row, int64_t keys, int64_t query, bool normalised, Tensor largest, Tensor total) {
+  const char* op = "attention_weights";
+  AttentionArgs a = arguments(op, scores, mask, p, seed, first_row, keys, query, normalised, largest, total);
+  a.dropped = contiguous(op, "dropped", dropped, scores, scores.numel());  // (heads, rows, columns)
   over_rows(a, scores, [&](const AttentionKernels& kernels, int64_t begin, int64_t end) {
     kernels.weights(a, begin, end);
   });
 }
 
-void gradient(Tensor scores, std::optional<Tensor> gradients, std::optional<Tensor> mask, double p,
-              Tensor seed, int64_t first_row, int64_t keys, int64_t query, Tensor largest, Tensor total) {
+void gradient(Tensor scores, std::optional<Tensor> dropped, std::optional<Tensor> gradients,
+              std::optional<Tensor> d_scores, std::optional<Tensor> mask, double p, Tensor seed,
+              int64_t first_row, int64_t keys, int64_t query, bool normalised, Tensor largest, Tensor total) {
   const char* op = "attention_gradient";
-  AttentionArgs a = arguments(op, scores, mask, p, seed, first_row, keys, query, largest, total);
-  if (gradients) a.gradients = contiguous(op, "gradients", *gradients, scores, scores.numel());
+  AttentionArgs a = arguments(op, scores, mask, p, seed, first_row, keys, query, normalised, largest, total);
+  check(gradients.has_value() == d_scores.has_value() && (dropped || gradients), op,
+        ": expected dropped, or gradients and d_scores, or all three");
+  const int64_t numel = scores.numel();
+  if (dropped) a.dropped = contiguous(op, "dropped", *dropped, scores, numel);
+  if (gradients) a.gradients = contiguous(op, "gradients", *gradients, scores, numel);
+  if (d_scores) a.d_scores = contiguous(op, "d_scores", *d_scores, scores, numel);
+  check(!numel || a.dropped || a.gradients != a.d_scores, op,
+        ": without dropped, d_scores must have memory of its own");
   over_rows(a, scores, [&](const AttentionKernels& kernels, int64_t begin, int64_t end) {
     kernels.gradient(a, begin, end);
   });
