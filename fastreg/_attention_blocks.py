@@ -1,7 +1,7 @@
 """Attention by blocks of query rows: the operators of `_attention.py` that compute it and its gradients.
 
-A block's scores are a matrix product. One sweep turns them into dropped weights, which the next product reads.
-The kernels in csrc/attention make it on the CPU, and torch's operators on every other device.
+A block's scores are a matrix product. One sweep turns them into dropped weights, which the next product
+reads. The kernels in csrc/attention make it on the CPU, and torch's operators on every other device.
 """
 
 from __future__ import annotations
