@@ -41,12 +41,12 @@ from ._checks import (
     check_tensor,
     scalar,
 )
-from ._dropout import dropout_op
+from ._dropout import dropout_mask_op
 from ._dropout_masks import unpack_mask
 from ._registry import define_composite, fast
 from ._seeds import draw_seed
 from ._shards import own_part, seed_of_first_rank
-from ._transforms import autocast_dtype, is_sharded, is_transformed, without_autocast
+from ._transforms import autocast_dtype, is_sharded, is_transformed, is_wrapped, without_autocast
 
 # torch's own, also while it is patched.
 _torchs = torch.nn.functional.scaled_dot_product_attention
@@ -90,13 +90,11 @@ def _softmax(scores: Tensor, is_causal: bool) -> Tensor:
 def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed, whole=(), start=()):
     """The definition with the mask of a seed; whole, start: as in `_first_heads`.
 
-    The operator of dropout only draws. torch's operators do the rest, because they know every derivative.
+    torch's operators do all but the draw, because they know every derivative.
     """
     batch, each = batch_of(query, key, value), (query.shape[-2], key.shape[-2])
     shape = (*(whole or batch), *each)
-    one = torch.empty(1, dtype=torch.float32, device=query.device)
-    mask = dropout_op(one.expand(math.prod(shape)), p, seed)[1]
-    kept = unpack_mask(mask, shape)
+    kept = unpack_mask(dropout_mask_op(query.detach(), math.prod(shape), p, seed), shape)
     for dim, first in enumerate(start):
         kept = kept.narrow(dim, first, batch[dim])
     return attention_plain(query, key, value, attn_mask, kept, kept_factor(p), is_causal, scale)
@@ -204,7 +202,7 @@ class _DroppedSoftmax(torch.autograd.Function):
     def backward(ctx, grad):
         scores, largest, total, seed = ctx.saved_tensors
         p, is_causal = ctx.options
-        if torch.is_grad_enabled() or is_transformed():
+        if torch.is_grad_enabled() or is_transformed() or is_wrapped(grad):
             return _differentiable_gradient_of_softmax(grad, scores, p, is_causal, seed), None, None, None
         d_scores = torch.empty_like(scores)
         place = None, p, seed, 0, scores.shape[-1], 0 if is_causal else -1, True
@@ -218,7 +216,7 @@ def _differentiable_gradient_of_softmax(grad, scores, p, is_causal, seed) -> Ten
     with torch.enable_grad(), without_autocast(grad.device.type):
         scores = scores.view_as(scores)  # so that it depends on nothing that came before
         weights = _softmax(scores, is_causal)
-        kept = unpack_mask(dropout_op(torch.empty_like(scores), p, seed)[1], scores.shape)
+        kept = unpack_mask(dropout_mask_op(scores, scores.numel(), p, seed), scores.shape)
         output = torch.where(kept, weights * kept_factor(p), 0)
         return torch.autograd.grad(output, scores, grad, create_graph=True)[0]
 

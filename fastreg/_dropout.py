@@ -31,7 +31,7 @@ from ._checks import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
-from ._shards import own_part, seed_of_first_rank
+from ._shards import own_part, place_in_whole, seed_of_first_rank
 from ._transforms import is_sharded, is_transformed
 
 Form = Literal["inverted", "textbook", "alpha"]
@@ -114,6 +114,28 @@ def dropout_inplace_plain(
     return mask
 
 
+def dropout_mask_plain(
+    like: torch.Tensor,
+    decisions: int,
+    p: float,
+    seed: torch.Tensor,
+    offset: int = 0,
+    columns: int = 0,
+    row: int = 0,
+) -> torch.Tensor:
+    """The operator `dropout_mask`: the mask of decisions that are rows of a larger tensor's, on the device of
+    `like`. Decision i is number offset + i // columns * row + i % columns there, and offset + i if columns
+    is 0.
+    """
+    if not columns:
+        return pack_mask(draw_decisions(decisions, p, seed, offset, like.device))
+    rows = [
+        draw_decisions(min(columns, decisions - first), p, seed, offset + first // columns * row, like.device)
+        for first in range(0, decisions, columns)
+    ]
+    return pack_mask(torch.cat(rows) if rows else torch.empty(0, dtype=torch.bool, device=like.device))
+
+
 def dropout_apply_plain(
     input: torch.Tensor,
     mask: torch.Tensor,
@@ -141,6 +163,11 @@ define(
     plain=dropout_inplace_plain,
 )
 define(
+    "dropout_mask(Tensor like, SymInt decisions, float p, Tensor seed, SymInt offset=0, SymInt columns=0, "
+    "SymInt row=0) -> Tensor",
+    plain=dropout_mask_plain,
+)
+define(
     "dropout_apply(Tensor input, Tensor mask, SymInt inner=1, float scale=1.0, float shift=0.0, "
     "float dropped=0.0) -> Tensor",
     plain=dropout_apply_plain,
@@ -157,6 +184,11 @@ def _(input, p, seed, offset=0, inner=1, scale=1.0, shift=0.0, dropped=0.0):
     return empty_mask(input, inner)
 
 
+@torch.library.register_fake("fastreg::dropout_mask", allow_override=True)
+def _(like, decisions, p, seed, offset=0, columns=0, row=0):
+    return like.new_empty((decisions + 7) // 8, dtype=torch.uint8)
+
+
 @torch.library.register_fake("fastreg::dropout_apply", allow_override=True)
 def _(input, mask, inner=1, scale=1.0, shift=0.0, dropped=0.0):
     return torch.empty_like(input)
@@ -164,6 +196,7 @@ def _(input, mask, inner=1, scale=1.0, shift=0.0, dropped=0.0):
 
 dropout_op = torch.ops.fastreg.dropout.default
 dropout_inplace_op = torch.ops.fastreg.dropout_.default
+dropout_mask_op = torch.ops.fastreg.dropout_mask.default
 dropout_apply_op = torch.ops.fastreg.dropout_apply.default
 
 
@@ -265,7 +298,7 @@ def _by_torch(input, p, seed, offset, inner, scale, shift, dropped):
     torch's operators know every transform of torch.func and forward-mode derivatives, compiled or not. An
     autograd.Function that knows them is slow, and torch.compile inlines it without its derivative.
     """
-    mask = dropout_op(input.detach(), p, seed, offset, inner)[1]
+    mask = dropout_mask_op(input.detach(), input.numel() // inner, p, seed, offset)
     kept = unpack_mask(mask, (input.numel() // inner,))
     return scale_where_kept(input, kept, inner, scale, shift, dropped).to(input.dtype), mask
 
@@ -382,19 +415,16 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
     while dims and input.shape[dims - 1 :].numel() <= inner:
         dims -= 1
     part = own_part(input.shape, mesh, placements)[:dims]
-    decided, whole = input.shape[:dims], local.shape[:dims]
-    decisions = whole.numel()
+    decided, decisions = input.shape[:dims], local.shape[:dims].numel() if local.numel() else 0
 
     # The mask of that, then dropout by it.
-    if not local.numel():
-        mask, decisions = local.new_empty(0, dtype=torch.uint8), 1
-    elif whole[1:] == decided[1:]:  # decisions that are neighbours in the whole tensor
-        first = part[0].start * decided[1:].numel() if dims else 0
-        mask = dropout_op(local.new_empty(1).expand(decisions), p, seed, first)[1]
+    place = place_in_whole(decided, part)
+    if place is not None:
+        mask = dropout_mask_op(local, decisions, p, seed, *place)
     else:
-        kept = unpack_mask(dropout_op(local.new_empty(1).expand(decided.numel()), p, seed)[1], decided)
-        mask = pack_mask(kept[part])
-    output = _Masked.apply(local, mask, max(local.numel() // decisions, 1), *constants_of(form, p))
+        whole = dropout_mask_op(local, decided.numel(), p, seed)
+        mask = pack_mask(unpack_mask(whole, decided)[part])
+    output = _Masked.apply(local, mask, max(local.numel() // max(decisions, 1), 1), *constants_of(form, p))
     output = DTensor.from_local(
         output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride()
     )

@@ -17,7 +17,7 @@ from ._dropout import (
     check_input,
     constants_of,
     draw_decisions,
-    dropout_op,
+    dropout_mask_op,
     masked_gradient,
     run_dropout,
 )
@@ -108,8 +108,7 @@ def _differentiable(input, residual, bias, p, seed):
     scale = constants_of("inverted", p)[0]
     if not is_transformed():
         return _DropoutAdd.apply(input, residual, bias, p, seed, scale)
-    mask = dropout_op(input.detach(), p, seed)[1]
-    kept = unpack_mask(mask, input.shape)
+    kept = unpack_mask(dropout_mask_op(input.detach(), input.numel(), p, seed), input.shape)
     return add_where_kept(input, residual, bias, kept, scale).to(input.dtype)
 
 

@@ -36,6 +36,14 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether a transform holds many tensors, or a tensor and its derivative, in this one.
+
+    A gradient may be one where no transform is active: in a backward pass with is_grads_batched.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def is_vmapped() -> bool:
     """Whether values cannot be looked at, because torch.func.vmap computes many at once."""
     stack = torch._C._functorch.get_interpreter_stack() or ()

@@ -9,6 +9,18 @@ from cuda_machine import DTYPES
 
 def check(cuda):
     seed = torch.tensor([77])
+    like = torch.empty(0)
+    for decisions, columns, row in (
+        (0, 1, 1),
+        (1, 1, 5),
+        (63, 3, 7),
+        (64, 5, 5),
+        (1000, 41, 50),
+        (999, 0, 0),
+    ):
+        for offset in (0, 3, 2**61 + 5):
+            arguments = like, decisions, 0.3, seed, offset, columns, row
+            same(cuda.dropout_mask(*arguments), CPU.dropout_mask(*arguments), arguments[1:])
     for dtype, shape in itertools.product(DTYPES, ((0,), (1,), (7, 37), (33, 64))):
         for x in views(numbers(shape, dtype)):
             for p, offset in ((0.4, 0), (0.0, 5), (1.0, 3)):

@@ -210,6 +210,24 @@ def dropout_in_place(draw):
     written.check()
 
 
+def dropout_mask(draw):
+    """Of rows, the decisions that a mask of the whole tensor has in those places."""
+    decisions, columns, gap = (draw(st.integers(0, 70)), draw(st.integers(1, 40)), draw(st.integers(0, 20)))
+    p, at = constants(draw)[0], seed(draw)
+    offset = one_of(draw, 0, 1, 7, 8, 2**32 - 3, 2**62 + 5)
+    like = torch.empty(0)
+    row = columns + gap
+    got = op("dropout_mask")(like, decisions, p, at, offset, columns, row)
+    rows = -(-decisions // columns)
+    whole = op("dropout")(torch.ones(rows * row), p, at, offset)[1]
+    want = fr.unpack_mask(whole, (rows, row))[:, :columns].reshape(-1)[:decisions]
+    assert_same_bits(got, fr.pack_mask(want), "mask")
+    assert_same_bits(got, plain("dropout_mask")(like, decisions, p, at, offset, columns, row), "plain")
+    neighbours = op("dropout_mask")(like, rows * row, p, at, offset)
+    assert_same_bits(neighbours, whole, "one row")
+    assert_same_bits(neighbours, plain("dropout_mask")(like, rows * row, p, at, offset), "plain, one row")
+
+
 def dropout_apply(draw):
     dtype = one_of(draw, *DTYPES)
     x = tensor(draw, shape(draw), dtype)

@@ -383,6 +383,21 @@ def test_attention_has_the_same_errors(both, name):
 
 
 @needs_cpp
+def test_gradients_of_attention_in_batches(both):
+    q = Q.clone().requires_grad_()
+
+    def rows(function):
+        g = random((3, 2, 3, 5, 6))
+        y = function(q)
+        each = torch.stack([torch.autograd.grad(y, q, row, retain_graph=True)[0] for row in g])
+        batched = torch.autograd.grad(y, q, g, is_grads_batched=True)[0]
+        torch.testing.assert_close(batched, each)
+        return batched
+
+    both(lambda: rows(lambda x: attention(x, K, V, None, 0.3)), taken=True)
+
+
+@needs_cpp
 def test_attention_leaves_the_rest_to_python(both):
     with torch.autocast("cpu", torch.bfloat16):
         assert both(lambda: attention(Q, K, V, None, 0.3), taken=False).dtype == torch.bfloat16

@@ -31,6 +31,13 @@ DropoutArgs = structure(
     uint64 offset, threshold
     double scale, shift, dropped""",
 )
+DropoutMaskArgs = structure(
+    "DropoutMaskArgs",
+    """pointer mask
+    int64 decisions, columns, row
+    Seed seed
+    uint64 first, threshold""",
+)
 
 
 def run(
@@ -83,6 +90,34 @@ def numbers(shape, dtype):
         if flat.numel() > 40:
             flat[7 * i + 3] = value
     return x.to(dtype)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("decisions", "columns", "row"),
+    [(1, 1, 1), (2051, 2051, 2051), (2048, 64, 100), (2051, 3, 7), (2051, 1, 9), (2051, 300, 301)],
+)  # one; one row; rows of whole bytes; several in a byte; each its own; rows of several bytes
+def test_a_mask_of_rows(decisions, columns, row, schedule):
+    """As a part of a larger tensor has it. Each byte is written once, and nothing is read."""
+    seed, p, first = torch.tensor([99]), 0.3, 2**61 + 5
+    slots = {}
+
+    def arguments(machine):
+        slots["mask"] = machine.room(torch.empty((decisions + 7) // 8, dtype=torch.uint8), "mask")
+        return DropoutMaskArgs(
+            slots["mask"].at,
+            decisions,
+            columns,
+            row,
+            seed_at(machine, seed),
+            first,
+            int((1 - p) * 2**32 + 0.5),
+        )
+
+    reports = interpreted("dropout").run("dropout_mask_cuda", arguments, DropoutMaskArgs, schedule=schedule)
+    want = torch.ops.fastreg.dropout_mask(torch.empty(0), decisions, p, seed, first, columns, row)
+    assert torch.equal(slots["mask"].result(changed=True), want)
+    assert traffic(reports, without=("seed",)) == 32 * -(-want.numel() // 32)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -17,6 +17,7 @@ WITHOUT = {
     "cross_entropy_": "a part of linear_cross_entropy",
     "cross_entropy_scale_": "a part of the backward pass",
     "dropout_apply": "a part of the backward pass",
+    "dropout_mask": "draws",
     "augment_backward": "a part of the backward pass",
     "augment_draw": "gives parameters",
     "augment_matrices": "gives parameters",

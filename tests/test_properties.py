@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from fastreg import _example, _registry  # noqa: F401  The example declares its operator.
 
-# Of 18 checks, 100 inputs each take some 25 s of CPU.
+# Of 19 checks, 100 inputs each take some 25 s of CPU.
 EXAMPLES = int(os.environ.get("FASTREG_EXAMPLES", "100"))
 KERNELS = {
     "adamw_": cases.adamw,
     "dropout": cases.dropout,
     "dropout_": cases.dropout_in_place,
     "dropout_apply": cases.dropout_apply,
+    "dropout_mask": cases.dropout_mask,
     "dropout_add": cases.dropout_add,
     "example": cases.example,
     "fgsm_step": cases.fgsm_step,

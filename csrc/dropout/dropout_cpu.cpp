@@ -185,9 +185,28 @@ void add(const DropoutAddArgs& a, int64_t begin, int64_t end) {
   });
 }
 
+// Piece by piece of the rows. One that begins within a byte shares it with the piece before.
+void mask(const DropoutMaskArgs& a, int64_t begin, int64_t end) {
+  const int64_t last = a.decisions < 8 * end ? a.decisions : 8 * end;
+  memset(a.mask + begin, 0, size_t(end - begin));
+  for (int64_t i = 8 * begin; i < last;) {
+    const DropoutPiece piece = dropout_piece(a, i, last - i < 8 * kBlock ? last - i : 8 * kBlock);
+    const int64_t bytes = (piece.count + 7) / 8;
+    const unsigned skip = unsigned(i % 8), rest = unsigned(piece.count % 8);
+    uint8_t drawn[kBlock], *out = a.mask + i / 8;
+    draw_bytes(a.seed.get(), a.threshold, piece.at, bytes, drawn);
+    if (rest) drawn[bytes - 1] &= uint8_t((1u << rest) - 1u);
+    for (int64_t j = 0; j < bytes; ++j) {
+      out[j] |= uint8_t(drawn[j] << skip);
+      if (skip && drawn[j] >> (8 - skip)) out[j + 1] |= uint8_t(drawn[j] >> (8 - skip));
+    }
+    i += piece.count;
+  }
+}
+
 }  // namespace
 
 extern const DropoutKernels dropout_kernels;
-const DropoutKernels dropout_kernels = {draw, apply, forward, add};
+const DropoutKernels dropout_kernels = {draw, apply, forward, add, mask};
 
 }  // namespace fastreg::FASTREG_ISA

@@ -45,13 +45,9 @@ struct DropoutWork {
     return result;
   }
 
-  // Decisions [8 * byte, 8 * byte + 8). Where the offset is not a multiple of 8, they are of two groups.
+  // Decisions [8 * byte, 8 * byte + 8).
   __device__ __forceinline__ uint32_t draw(uint64_t seed_value, int64_t byte) const {
-    const uint64_t group = offset / 8 + uint64_t(byte);
-    const unsigned skip = unsigned(offset % 8);
-    uint32_t bits = dropout_bits(seed_value, group, threshold);
-    if (skip)
-      bits = (bits >> skip | uint32_t(dropout_bits(seed_value, group + 1, threshold)) << (8 - skip)) & 0xffu;
+    const uint32_t bits = dropout_bits_from(seed_value, offset + 8 * uint64_t(byte), threshold);
     const int64_t rest = decisions - 8 * byte;
     return rest < 8 ? bits & ((1u << rest) - 1u) : bits;
   }
@@ -204,6 +200,24 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A mask of rows, a byte for each thread. 1/8 of a byte is written for each decision, and nothing is read.
+__global__ void __launch_bounds__(kThreads) dropout_mask(const DropoutMaskArgs a) {
+  const uint64_t seed = a.seed.get();
+  for (int64_t byte = int64_t(blockIdx.x) * kThreads + threadIdx.x; byte < (a.decisions + 7) / 8;
+       byte += int64_t(gridDim.x) * kThreads) {
+    const int64_t rest = a.decisions - 8 * byte;
+    const int count = rest < 8 ? int(rest) : 8;
+    uint32_t bits = 0;
+    for (int j = 0; j < count;) {
+      const DropoutPiece piece = dropout_piece(a, 8 * byte + j, count - j);
+      const uint32_t drawn = dropout_bits_from(seed, piece.at, a.threshold);
+      bits |= (drawn & ((1u << piece.count) - 1u)) << j;
+      j += int(piece.count);
+    }
+    a.mask[byte] = uint8_t(bits);
+  }
+}
+
 template <class T, bool kDraw, class Add>
 int launch_elements(const DropoutArgs& a, bool flat, const Add& addends, void* stream) {
   const DropoutWork<T> w(a);
@@ -250,6 +264,10 @@ int dropout_apply_cuda(const DropoutArgs& a, void* stream) {
   return with_dtype(a.dtype, [&](auto* type) {
     return launch_dropout<std::remove_pointer_t<decltype(type)>, false>(a, stream);
   });
+}
+
+int dropout_mask_cuda(const DropoutMaskArgs& a, void* stream) {
+  return launch(dropout_mask, blocks_for((a.decisions + 7) / 8, kThreads), kThreads, 0, stream, a);
 }
 
 int dropout_add_cuda(const DropoutAddArgs& a, void* stream) {

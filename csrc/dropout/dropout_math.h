@@ -40,6 +40,15 @@ struct DropoutAddArgs : DropoutArgs {
 
 FR_HD uint64_t dropout_threshold(double p) { return uint64_t((1. - p) * 0x1p32 + 0.5); }
 
+// A mask alone, of decisions that are rows of a larger tensor's, as a part of a sharded tensor has them:
+// decision i is number first + i / columns * row + i % columns there.
+struct DropoutMaskArgs {
+  uint8_t* mask;
+  int64_t decisions, columns, row;
+  Seed seed;
+  uint64_t first, threshold;
+};
+
 // The mask byte of decisions [8 * group, 8 * group + 8), counted globally.
 FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
   if (threshold >> 32) return 0xff;
@@ -62,6 +71,25 @@ FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
   return uint8_t(bits);
 }
 
+// The same of decisions [first, first + 8), which are of two groups where that is not a multiple of 8.
+FR_HD uint8_t dropout_bits_from(uint64_t seed, uint64_t first, uint64_t threshold) {
+  const uint32_t bits = dropout_bits(seed, first / 8, threshold);
+  const unsigned skip = unsigned(first % 8);
+  if (!skip) return uint8_t(bits);
+  return uint8_t(bits >> skip | uint32_t(dropout_bits(seed, first / 8 + 1, threshold)) << (8 - skip));
+}
+
+// The part of decisions [i, i + most) that lies in one row: where it begins in the whole, and how many they
+// are.
+struct DropoutPiece {
+  uint64_t at;
+  int64_t count;
+};
+FR_HD DropoutPiece dropout_piece(const DropoutMaskArgs& a, int64_t i, int64_t most) {
+  const int64_t row = i / a.columns, column = i - row * a.columns, rest = a.columns - column;
+  return {a.first + uint64_t(row) * uint64_t(a.row) + uint64_t(column), rest < most ? rest : most};
+}
+
 template <bool kShift, class V, class M>
 FR_HD V dropout_element(V x, M kept, V scale, V shift, V dropped) {
   if (kShift) return select(kept, x * scale + shift, dropped);
@@ -79,6 +107,7 @@ struct DropoutKernels {
   // Both draw and apply, for inner == 1, elements [begin, end); begin is a multiple of 8.
   void (*forward)(const DropoutArgs&, int64_t begin, int64_t end);
   void (*add)(const DropoutAddArgs&, int64_t begin, int64_t end);
+  void (*mask)(const DropoutMaskArgs&, int64_t begin, int64_t end);  // mask bytes [begin, end)
 };
 FR_DECLARE_KERNELS(DropoutKernels, dropout_kernels)
 
@@ -86,5 +115,6 @@ FR_DECLARE_KERNELS(DropoutKernels, dropout_kernels)
 int dropout_forward_cuda(const DropoutArgs&, void* stream);  // draws the mask and applies it
 int dropout_apply_cuda(const DropoutArgs&, void* stream);    // applies a mask that is there
 int dropout_add_cuda(const DropoutAddArgs&, void* stream);   // draws the mask, applies it and adds
+int dropout_mask_cuda(const DropoutMaskArgs&, void* stream);
 
 }  // namespace fastreg

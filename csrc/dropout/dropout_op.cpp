@@ -1,5 +1,6 @@
 // torch.ops.fastreg.dropout and its relatives: checks, allocation, threads or launch. Schemas stand in
 // fastreg/_dropout.py.
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 
@@ -105,6 +106,31 @@ Tensor dropout_inplace(Tensor input, double p, Tensor seed, int64_t offset, int6
   return draw_and_apply("dropout", input, input, p, seed, offset, inner, scale, shift, dropped);
 }
 
+Tensor dropout_mask(Tensor like, int64_t decisions, double p, Tensor seed, int64_t offset, int64_t columns,
+                    int64_t row) {
+  const char* op = "dropout_mask";
+  check(decisions >= 0 && offset >= 0 && columns >= 0 && row >= 0, op,
+        ": decisions, offset, columns and row must be at least 0, got ", decisions, ", ", offset, ", ",
+        columns, " and ", row);
+  DropoutMaskArgs a{};
+  a.threshold = threshold_of(op, p);
+  a.seed = seed_of(op, seed, like);
+  a.decisions = decisions;
+  a.columns = columns ? columns : std::max<int64_t>(decisions, 1);
+  a.row = row;
+  a.first = static_cast<uint64_t>(offset);
+  const int64_t bytes = (decisions + 7) / 8;
+  Tensor mask = allocate_bytes(like, bytes);
+  a.mask = static_cast<uint8_t*>(mask.mutable_data_ptr());
+#ifdef FASTREG_CUDA
+  on_stream(op, like, [&](void* stream) { return dropout_mask_cuda(a, stream); });
+#else
+  const DropoutKernels& kernels = FR_KERNELS(dropout_kernels, decisions);
+  parallel(bytes, kGrain / 8, [&](int64_t begin, int64_t end) { kernels.mask(a, begin, end); });
+#endif
+  return mask;
+}
+
 Tensor dropout_apply(Tensor input, Tensor mask, int64_t inner, double scale, double shift, double dropped) {
   const char* op = "dropout_apply";
   const int64_t bytes = (decisions_of(op, input, inner) + 7) / 8;
@@ -153,6 +179,7 @@ std::tuple<Tensor, Tensor> dropout_add(Tensor input, Tensor residual, std::optio
 FR_LIBRARY_IMPL(m) {
   m.impl("dropout", TORCH_BOX(&fastreg::dropout));
   m.impl("dropout_", TORCH_BOX(&fastreg::dropout_inplace));
+  m.impl("dropout_mask", TORCH_BOX(&fastreg::dropout_mask));
   m.impl("dropout_apply", TORCH_BOX(&fastreg::dropout_apply));
   m.impl("dropout_add", TORCH_BOX(&fastreg::dropout_add));
 }

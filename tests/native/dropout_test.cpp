@@ -136,6 +136,40 @@ void dropout() {
 }
 const Case dropout_cases(dropout);
 
+// ---- a mask of rows
+
+void dropout_masks() {
+  Digest& digest = digests["dropout/mask of rows"];
+  for (const int64_t decisions : kSizes)
+    for (const int64_t columns : {1, 3, 8, 41, 2000})
+      for (const uint64_t first : {uint64_t(0), (uint64_t(1) << 35) - 21}) {
+        current_case =
+            "dropout/mask of rows, " + std::to_string(decisions) + " by " + std::to_string(columns);
+        const int64_t bytes = (decisions + 7) / 8, row = columns + 5;
+        Array mask(1, contiguous(bytes));
+        DropoutMaskArgs a{};
+        a.mask = mask.data<uint8_t>();
+        a.decisions = decisions;
+        a.columns = columns;
+        a.row = row;
+        a.seed = {uint64_t(decisions), nullptr};
+        a.first = first;
+        a.threshold = 0x99999999u;
+        kernels::dropout_kernels.mask(a, 0, bytes / 2);
+        kernels::dropout_kernels.mask(a, bytes / 2, bytes);
+        Halves high{uint64_t(decisions), 0, 0}, low{uint64_t(decisions), 1, 0};
+        for (int64_t d = 0; d < 8 * bytes; ++d) {
+          const uint64_t at = first + uint64_t(d / columns * row + d % columns);
+          const bool kept =
+              d < decisions && (uint64_t(high.at(at)) << 16 | low.at(at)) < uint64_t(a.threshold);
+          if ((mask.raw(d / 8) >> (d % 8) & 1) != kept) fail("decision %lld is wrong", (long long)d);
+        }
+        mask.expect_guards("mask");
+        mask.add_to(digest);
+      }
+}
+const Case dropout_mask_cases(dropout_masks);
+
 // ---- dropout with bias and residual
 
 struct DropoutAddCase {
