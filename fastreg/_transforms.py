@@ -37,11 +37,12 @@ def is_exporting() -> bool:
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a transform holds many tensors, or a tensor and its derivative, in this one.
+    """Whether this one stands for many tensors, or for a tensor and its derivative.
 
-    A gradient may be one where no transform is active: in a backward pass with is_grads_batched.
+    A gradient may do so where no transform is active: in a backward pass with is_grads_batched.
     """
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_vmapped() -> bool:
