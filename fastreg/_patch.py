@@ -32,7 +32,7 @@ from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, fea
 from ._exchange import ExchangedCode, ExchangedName
 from ._losses_of_timm import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from ._registry import cuda, fast
-from ._transforms import is_transformed
+from ._transforms import is_sharded, is_transformed
 
 # Whose dropout a program has that is compiled for a GPU while torch is patched.
 Compiled = Literal["torch", "ours"]
@@ -44,12 +44,19 @@ _compiled: Compiled = "torch"
 
 def _has_kernel(tensor: Any) -> bool:
     return (
-        type(tensor) in _PLAIN
+        (type(tensor) in _PLAIN or _is_placed(tensor))
         and (tensor.is_cpu or (tensor.is_cuda and cuda is not None))
         and tensor.dtype in DTYPES
         and tensor.layout == torch.strided
         and not tensor.is_nested
     )
+
+
+def _is_placed(tensor: Any) -> bool:
+    """Whether it is a DTensor whose ranks hold all of it or parts of it, and not summands. Of others torch's
+    dropout draws another mask on each rank, or the same for each part.
+    """
+    return is_sharded(tensor) and not any(placement.is_partial() for placement in tensor.placements)
 
 
 def _is_replaced() -> bool:
@@ -114,7 +121,7 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
                 return loss
         if (
             _has_kernel(input)
-            and type(target) in _PLAIN
+            and (type(target) in _PLAIN or _is_placed(target))
             and target.device == input.device
             and (weight is None or (_has_kernel(weight) and not weight.requires_grad))
             and not is_torchs(input, target, weight)
@@ -261,6 +268,8 @@ def patch(*, compiled: Compiled | None = None) -> None:
     torch's functions keep their identity, so that whoever holds one, under any name, in a table or in a
     partial, calls the patched one. Attention is exchanged among the globals of every loaded module; where it
     is kept elsewhere it is not found.
+    DTensors get what the whole tensor would get, wherever its parts lie: one mask, one loss.
+
     Inputs for which fastreg has no kernel (other devices and dtypes, tensor subclasses, weights that require
     a gradient) and transforms (functorch, forward-mode derivatives, torch.jit) go to torch as before. Calling
     it twice does no harm.

@@ -2,15 +2,18 @@
 
 import datetime
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastreg as fr
 
@@ -52,6 +55,62 @@ def compiled_dropout(rank, mesh):
         (grad,) = torch.autograd.grad(got.sum(), placed)
         assert torch.equal(got.full_tensor(), want.full_tensor())
         assert torch.equal(grad.full_tensor(), wanted.full_tensor())
+
+
+def dropout_of_parts(rank, mesh):
+    """A rank draws for what it holds and for nothing else, and one message brings the seed."""
+    drawn = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.fastreg.dropout_mask.default:
+                drawn.append(args[1])
+            return op(*args, **(kwargs or {}))
+
+    x = numbers(0, 4, 6, 5)
+    for placement, function in itertools.product(
+        (*PLACEMENTS, Shard(2)), (fr.dropout, fr.dropout1d, partial(fr.alpha_dropout, training=True))
+    ):
+        torch.manual_seed(3)
+        want = function(x, 0.5)
+        placed = distribute_tensor(x, mesh, [placement])
+        torch.manual_seed(3 + rank)
+        with CommDebugMode() as messages, Draws():
+            got = function(placed, 0.5)
+        assert messages.get_total_counts() == 1 and torch.equal(got.full_tensor(), want)
+        held = placed.to_local().shape[: 2 if function is fr.dropout1d else 3].numel()
+        assert drawn.pop() == held and not drawn
+
+
+def patched(rank, mesh):
+    """torch's names do what ours do; summands are left to torch, which refuses them on a CPU."""
+    x, q = numbers(0, 6, 4), numbers(1, 2, 4, 6, 8)
+    target = torch.arange(6) % 4
+    for placement in PLACEMENTS:
+        logits, heads = distribute_tensor(x, mesh, [placement]), distribute_tensor(q, mesh, [placement])
+        rows = distribute_tensor(target, mesh, [Shard(0) if placement == Shard(0) else Replicate()])
+        for theirs, ours in (
+            (lambda t=logits: F.dropout(t, 0.5), lambda t=logits: fr.dropout(t, 0.5)),
+            (lambda t=logits: nn.AlphaDropout(0.5)(t), lambda t=logits: fr.alpha_dropout(t, 0.5, True)),
+            (
+                lambda t=logits, y=rows: F.cross_entropy(t, y, label_smoothing=0.1),
+                lambda t=logits, y=rows: fr.cross_entropy(t, y, label_smoothing=0.1),
+            ),
+            (
+                lambda t=heads: F.scaled_dot_product_attention(t, t, t, dropout_p=0.5),
+                lambda t=heads: fr.scaled_dot_product_attention(t, t, t, dropout_p=0.5),
+            ),
+        ):
+            results = []
+            for function in (theirs, ours):
+                torch.manual_seed(3 + rank)
+                with fr.patched():
+                    results.append(function())
+            assert results[0].placements == results[1].placements
+            assert torch.equal(*(result.full_tensor() for result in results))
+    summands = DTensor.from_local(x, mesh, [Partial()])
+    with pytest.raises(RuntimeError, match="bernoulli_"), fr.patched():  # torch's own refusal
+        F.dropout(summands, 0.5)
 
 
 def compiled_attention(rank, mesh):
@@ -109,12 +168,18 @@ def compiled_step(rank, mesh):
         torch._dynamo.reset()
 
 
+CHECKS = (
+    *(fgsm_step, compiled_dropout, dropout_of_parts, patched, compiled_attention),
+    *(penalties, compiled_step),
+)
+
+
 def on_rank(rank, file):
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timeout)
     try:
-        for check in (fgsm_step, compiled_dropout, compiled_attention, penalties, compiled_step):
+        for check in CHECKS:
             check(rank, init_device_mesh("cpu", (2,)))
         dist.barrier()  # or torch aborts a rank whose partner is gone
     finally:
