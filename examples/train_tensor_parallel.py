@@ -1,5 +1,5 @@
-"""Tensor parallel: hidden units and classes are split over the ranks. Dropout of the split tensor and the loss
-of split logits are those of one process: the numbers are the same on 1, 2 and 4 ranks, except for rounding.
+"""Tensor parallel: hidden units and classes are split over the ranks. Dropout of split units and the loss of
+split logits are those of one process: the numbers are the same on 1, 2 and 4 ranks, except for rounding.
 
 torchrun --nproc-per-node 4 examples/train_tensor_parallel.py
 """

@@ -293,7 +293,7 @@ def _first_heads(batch: torch.Size, inner: int, whole: Sequence[int], start: Seq
     """
     if not whole:
         return [inner * i for i in range(math.prod(batch) // inner)]
-    numbers = torch.arange(math.prod(whole)).view(*whole)
+    numbers = torch.arange(math.prod(whole), device="cpu").view(*whole)
     for dim, (first, size) in enumerate(zip(start, batch, strict=True)):
         numbers = numbers.narrow(dim, first, size)
     return numbers.reshape(-1, inner)[:, 0].tolist()

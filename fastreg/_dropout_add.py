@@ -207,7 +207,7 @@ def dropout_add(
         input = input if bias is None else input + bias
         return (run_dropout(op, input, p, False, generator, 1, "inverted") if p else input) + residual
     # Where nothing is dropped the operator does not use its seed. On the CPU it costs a GPU nothing.
-    seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64)
+    seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64, device="cpu")
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
         return torch.ops.fastreg.dropout_add_traced(input, residual, bias, p, seed)

@@ -201,7 +201,7 @@ def bounds_of(op: str, lower: Number | None, upper: Number | None, x: torch.Tens
         crossed = bool(low > high)
     else:  # tensors are looked at where that costs nothing
         looked_at = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        crossed = looked_at and bool(torch.as_tensor(low > high).any())
+        crossed = looked_at and bool(torch.as_tensor(low > high, device="cpu").any())
     if crossed:
         raise ValueError(f"{op}: lower must not exceed upper, got {_text(low)} and {_text(high)}")
     return lower_number, upper_number

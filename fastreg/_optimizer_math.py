@@ -119,7 +119,7 @@ def rounding_of(
         return None
     given = places[4 * index : 4 * index + 4]
     place = Place(*given) if given else Place(index, 0, max(1, like.numel()), 0)
-    steps = torch.zeros(()) if step is None else step.reshape(()).to(seed.device)
+    steps = torch.zeros((), device=seed.device) if step is None else step.reshape(()).to(seed.device)
     # What is no count, such as infinity, is as 0: processors disagree about it as an integer.
     steps = torch.where((steps > 0) & (steps < 2.0**63), steps, 0).to(torch.int64)
     return Rounding(mixed_seed(seed.reshape(()), steps), place)

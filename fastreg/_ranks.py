@@ -67,7 +67,7 @@ def told_by_all(
     text = json.dumps({"op": f"fastreg.{op}", "same": same, "own": own}, default=str).encode()
     if len(text) > _SIZE:
         raise ValueError(f"{op}: what a rank says must fit into {_SIZE} bytes, got {len(text)}")
-    sent = torch.zeros(_SIZE, dtype=torch.uint8)
+    sent = torch.zeros(_SIZE, dtype=torch.uint8, device="cpu")
     sent[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     sent = sent.to(_device_of(group))
     got = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]

@@ -257,7 +257,9 @@ def _seeded(generator: torch.Generator | None) -> Iterator[None]:
     """torch's generators start from a seed drawn from `generator`, if there is one, and are put back at the
     end.
     """
-    seed = None if generator is None else int(torch.randint(2**62, (), generator=generator))
+    seed = None
+    if generator is not None:
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with forked_generators():
         if seed is not None:
             for each in (

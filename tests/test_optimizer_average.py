@@ -4,6 +4,7 @@ it.
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -345,3 +346,151 @@ def test_errors(cls, options, error, text):
     with pytest.raises(error, match=text):
         optimizer.step()
     assert torch.equal(a.detach(), torch.ones(2))
+
+
+# ---- beside what others do
+
+
+@both
+class TestBesideOthers:
+    def test_frozen_after_a_step(self, cls):
+        """Its average goes on towards the weight, as AveragedModel's does, and on the fast path too."""
+        results = []
+        for own in (True, False):
+            model = network()
+            optimizer = cls(model.parameters(), lr=0.05, **({"ema": 0.5} if own else {}))
+            other = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+
+            def update(n, model=model, optimizer=optimizer, other=other):
+                other.update_parameters(model)
+                if n == 1:
+                    optimizer.zero_grad()
+                    model[0].requires_grad_(False)
+
+            train(model, optimizer, steps=6, after=update)
+            results.append(averages(model, optimizer) if own else list(other.module.parameters()))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-14)
+
+    @pytest.mark.parametrize("more", [{"ema": 0.9}, {"max_norm": 1.0}], ids=str)
+    def test_a_scaler_without_gradients(self, cls, more):
+        """Of two optimisers with one scaler, one has no gradient this time: torch's scaler tells it 0."""
+        a, b = (nn.Parameter(torch.ones(3)) for _ in range(2))
+        idle, busy = (cls([p], lr=0.1, fused=True, **more) for p in (a, b))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        scaler.scale(b.sum()).backward()
+        for optimizer in (idle, busy):
+            scaler.step(optimizer)
+        scaler.update()
+        assert torch.equal(a, torch.ones(3)) and (b < 1).all()
+
+    @pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad])
+    def test_autocast_keeps_no_casts_of_other_weights(self, cls, outer):
+        model, x = nn.Linear(8, 8), torch.randn(3, 8)
+        optimizer = cls(model.parameters(), lr=0.5, ema=0.9)
+        for _ in range(3):
+            model(x).square().mean().backward()
+            optimizer.step()
+        with outer(), torch.autocast("cpu", torch.bfloat16):
+            raw = model(x)
+            with optimizer.averaged():
+                inside = model(x)
+            after = model(x)
+        with torch.autocast("cpu", torch.bfloat16), optimizer.averaged():
+            want = model(x)
+        assert torch.equal(inside, want) and not torch.equal(inside, raw) and torch.equal(after, raw)
+
+    def test_hooks_of_state_dicts_see_what_is_outside(self, cls):
+        p = parameter(torch.ones(3))
+        optimizer = cls([p], lr=0.1, ema=0.9)
+        p.grad = torch.ones(3)
+        optimizer.step()
+        outside = copy.deepcopy(optimizer.state_dict())
+        optimizer.register_state_dict_post_hook(lambda _, found: {"renamed": found["state"][0]})
+        with optimizer.averaged():
+            inside = optimizer.state_dict()["renamed"]
+        assert torch.equal(inside["ema"], outside["state"][0]["ema"])
+        assert torch.equal(optimizer.state_dict()["renamed"]["ema"], inside["ema"])
+
+    def test_blocks_in_two_threads(self, cls):
+        """The last that leaves exchanges back."""
+        p = parameter(torch.ones(3))
+        optimizer = cls([p], lr=0.1, ema=0.9)
+        for _ in range(2):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        weight, average = p.detach().clone(), optimizer.state[p]["ema"].clone()
+        entered, leave, seen = threading.Event(), threading.Event(), []
+
+        def evaluate():
+            with optimizer.averaged():
+                entered.set()
+                leave.wait(30)
+                seen.append(p.detach().clone())
+
+        thread = threading.Thread(target=evaluate)
+        with optimizer.averaged():
+            thread.start()
+            assert entered.wait(30)
+        assert torch.equal(p, average)  # the thread is still inside
+        leave.set()
+        thread.join()
+        assert torch.equal(seen[0], average) and torch.equal(p, weight)
+
+    def test_an_exchange_that_fails_is_undone(self, cls):
+        p, q = parameter(torch.ones(3)), parameter(torch.ones(2))
+        optimizer = cls([p, q], lr=0.1, ema=0.9)
+        for _ in range(2):
+            p.grad, q.grad = torch.ones(3), torch.ones(2)
+            optimizer.step()
+        before, average = p.detach().clone(), optimizer.state[p]["ema"].clone()
+        optimizer.state[q]["ema"] = torch.ones(7)
+        with pytest.raises(RuntimeError), optimizer.averaged():
+            pass
+        assert torch.equal(p, before) and torch.equal(optimizer.state[p]["ema"], average)
+        optimizer.state[q]["ema"] = torch.ones(2)
+        optimizer.step()  # it is outside
+
+    @pytest.mark.parametrize(
+        "wrap", [torch.compile, nn.DataParallel, AveragedModel], ids=lambda f: f.__name__
+    )
+    def test_names_without_wrappers(self, cls, wrap):
+        model = network()
+        optimizer = train(model, cls(model.parameters(), lr=0.05, ema=0.5))
+        want = averages(model, optimizer)
+        for source, target in ((wrap(model), network()), (model, wrap(network()))):
+            if wrap is AveragedModel and source is not model:
+                continue  # it holds a copy, whose parameters are not the optimiser's
+            optimizer.copy_averaged_to(target, source=source)
+            for got, average in zip(target.parameters(), want, strict=True):
+                assert torch.equal(got.detach(), average)
+
+
+def test_a_momentum_that_has_not_begun_is_none_for_torch():
+    """A first step that was skipped leaves nothing, also to torch's class, which would take zeros for a
+    momentum and dampen its first gradient.
+    """
+    options = dict(lr=0.1, momentum=0.9, dampening=0.5)
+    p = parameter(torch.ones(4))
+    ours = fr.optim.SGD([p], max_norm=1.0, **options)
+    p.grad = torch.full((4,), float("nan"))
+    ours.step()
+    state = copy.deepcopy(ours.state_dict())
+    assert state["state"][0]["momentum_buffer"] is None
+    results = []
+    for cls, load in ((torch.optim.SGD, True), (torch.optim.SGD, False), (fr.optim.SGD, True)):
+        q = parameter(torch.ones(4))
+        optimizer = cls([q], **options)
+        if load:
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for _ in range(2):
+            q.grad = torch.linspace(-1, 1, 4)
+            optimizer.step()
+        results.append(q.detach())
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[2], results[1], rtol=1e-6, atol=1e-7)
+
+
+def test_max_norm_in_a_group_says_where_it_belongs():
+    with pytest.raises(ValueError, match=r"constructor alone\. Under ZeroRedundancyOptimizer"):
+        fr.optim.AdamW([{"params": [parameter(torch.ones(2))], "max_norm": 1.0}], max_norm=1.0)

@@ -44,6 +44,20 @@ def stepped(**options):
     return [p.detach(), optimizer.state[p]["momentum_buffer"], fr.optim.penalty(optimizer).detach()]
 
 
+def averaged(cls, **options):
+    """Weights and averages after two steps, a checkpoint, and two more."""
+    p, state = Z.clone().requires_grad_(), None
+    for _ in range(2):
+        optimizer = cls([p], lr=0.1, ema=0.9, ema_warmup=True, max_norm=1.0, **options)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for _ in range(2):
+            p.grad = p.detach().sin()
+            optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+    return [p.detach(), optimizer.state[p]["ema"]]
+
+
 def trained_autoencoder():
     encoder = copy.deepcopy(NET[4:])
     fr.pretrain_autoencoder(encoder, X[:, :, :7, :8].reshape(4, 168), epochs=2, batch_size=2)
@@ -85,6 +99,9 @@ CASES = {
     "soft pseudo_label_loss": lambda: [fr.pseudo_label_loss(3 * Z, 9 * Z, threshold=0.6, hard=False)],
     "sgd": stepped,
     "sgd proximal": lambda: stepped(l1_mode="proximal", decoupled=True),
+    "sgd averaged": lambda: averaged(fr.optim.SGD, momentum=0.9),
+    "adamw averaged": lambda: averaged(fr.optim.AdamW, l1=0.01),
+    "attention": lambda: [fr.scaled_dot_product_attention(X, X, X, None, 0.3, is_causal=True)],
     "penalty": lambda: [fr.optim.penalty([]), fr.optim.penalty(Z, l1=0.1, l2=0.3)],
     "fgsm": lambda: [fr.fgsm(NET, X, Y, 0.1), fr.fgsm(NET, X, Y, 0.1, norm="l2", random_start=True)],
     "pgd": lambda: [fr.pgd(NET, X, Y, X[0, :, 0, 0], 0.03, 3, restarts=2)],

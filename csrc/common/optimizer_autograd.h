@@ -168,7 +168,11 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
     if (!param) return false;
     const Tensor& grad = param->grad();
     if (!grad.defined()) {
-      if (average && param->requires_grad()) return false;  // it is averaged without a step
+      // Averaged without a step: what may get a gradient, and what has been frozen since it had one.
+      PyObject* const before = average ? PyDict_GetItemWithError(state, object) : nullptr;
+      if (average &&
+          (param->requires_grad() || (before && PyDict_CheckExact(before) && PyDict_GetItem(before, ema))))
+        return false;
       continue;
     }
     if (!same_form(*param, grad)) return false;

@@ -72,7 +72,7 @@ class Geometry:
         torchvision's.
         """
         assert self.crop is not None
-        sides = torch.tensor(self.out_size, dtype=self.crop.dtype).to(self.crop.device)
+        sides = torch.tensor(self.out_size, dtype=self.crop.dtype, device=self.crop.device)
         return (sides[1] / self.crop[:, 3]).float(), (sides[0] / self.crop[:, 2]).float()
 
     def of_sample(self, i: int) -> Geometry:
@@ -153,7 +153,7 @@ def _fill_bytes(fill: float, dtype: torch.dtype) -> list[float]:
     if dtype in (torch.uint8, torch.bool):
         return [float(fill)]
     if dtype.is_floating_point:
-        return [float(v) for v in torch.tensor([fill], dtype=dtype).view(torch.uint8).tolist()]
+        return [float(v) for v in torch.tensor([fill], dtype=dtype, device="cpu").view(torch.uint8).tolist()]
     size = dtype.itemsize
     return [float(int(fill) >> 8 * i & 255) for i in range(size)]
 
@@ -188,8 +188,8 @@ def _mask_matrices(geometry: Geometry, matrices: Tensor) -> Tensor:
     if crop is None and size == (height, width):
         return matrices
     if crop is None:
-        steps = torch.tensor([width / size[1], height / size[0]], dtype=matrices.dtype)
-        step = steps.to(matrices.device).expand(len(matrices), 2)
+        sizes = [width / size[1], height / size[0]]
+        step = torch.tensor(sizes, dtype=matrices.dtype, device=matrices.device).expand(len(matrices), 2)
     else:
         step = torch.stack([crop[:, 3] / size[1], crop[:, 2] / size[0]], 1).to(matrices.dtype)
     nudge = torch.where(step == 1, 0.0, 2**-20 / step - 0.5)
@@ -258,7 +258,7 @@ def _taken(masks: Tensor, rows: Tensor, columns: Tensor, geometry: Geometry, fil
         return moved
     if masks.device.type == "cpu" and not torch.compiler.is_compiling() and there.all() and beside.all():
         return moved  # A crop lies inside almost always.
-    outside = torch.tensor(fill or 0).to(masks.device, masks.dtype).view(1, -1, 1, 1)
+    outside = torch.tensor(fill or 0, device=masks.device).to(masks.dtype).view(1, -1, 1, 1)
     return torch.where((there & beside)[:, None], moved, outside)
 
 

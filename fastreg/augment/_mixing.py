@@ -40,7 +40,7 @@ class Mixing:
         if both:
             # The choice is drawn where the seeds are, on the CPU, so that nothing waits for a GPU.
             is_cpu = generator is None or generator.device.type == "cpu"
-            coin = torch.rand((), generator=generator if is_cpu else None)
+            coin = torch.rand((), generator=generator if is_cpu else None, device="cpu")
         if self.mixup > 0 and (not both or bool(coin < 0.5)):
             return mixup(images, labels, self.mixup, self.num_classes, generator=generator)
         return cutmix(images, labels, self.cutmix, self.num_classes, generator=generator)

@@ -41,7 +41,7 @@ _FRACTION = 0xFFFFFFFF
 _ONE = 1 << 32  # a pixel, in the units of positions
 _FARTHEST = 2.0**30  # positions of that many pixels and more are an error
 # torchvision's way from [0, 1] to bytes: the last 256th is 255. In float32, as the kernels have it.
-_STRETCH = (torch.tensor(255.999, dtype=torch.float32) / 255).item()
+_STRETCH = (torch.tensor(255.999, dtype=torch.float32, device="cpu") / 255).item()
 
 
 # ---- geometry

@@ -106,7 +106,7 @@ def constant(name: str, value: PerChannel | None) -> Any:
     """One number, or a tuple of one per channel: settings are compared and hashed."""
     if value is None:
         return None
-    count = 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value).view(-1))
+    count = 1 if isinstance(value, (int, float)) else len(torch.as_tensor(value, device="cpu").view(-1))
     values = _op.per_channel("Augment", name, value, count)
     return values[0] if len(values) == 1 else tuple(values)
 

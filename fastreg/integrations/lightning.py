@@ -185,7 +185,7 @@ class EarlyStopping(_Base):
         stop = self.stopper.step(value.squeeze() if isinstance(value, torch.Tensor) else value)
         self.wait_count = self.stopper.bad_epochs
         if self.stopper.best is not None:
-            self.best_score = torch.tensor(self.stopper.best)
+            self.best_score = torch.tensor(self.stopper.best, device="cpu")
         if stop:
             self.stopped_epoch = trainer.current_epoch
             trainer.should_stop = True

@@ -79,7 +79,8 @@ class AdamW(OnePass, torch.optim.AdamW):
     float32, float64, float16 or bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard
     by shard. State: `step`, `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq` per parameter, as in torch, and
     checkpoints go both ways; `ema` and `n_averaged` with an average, where a parameter without a gradient
-    counts as one that stays where it is.
+    counts as one that stays where it is. One that is frozen from the start has no average, and begins one in
+    the first step after it is unfrozen.
 
     Raises:
         ValueError: a NaN or infinite number, a negative one in the constructor (as in torch, in a group it

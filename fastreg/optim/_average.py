@@ -5,7 +5,8 @@ without a gradient, and its use.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.compiler import is_compiling
 
 from .._checks import ArgumentError, arithmetic_dtype, check_number
 from .._optimizer_math import averaged, count, is_skipped, store
+from ._penalties import without_wrappers
 
 # The exponent of the warm-up, which timm's ModelEmaV3 and diffusers' EMAModel take too.
 POWER = 2 / 3
@@ -39,7 +41,7 @@ def warmed_up(ema: float, warmup: float | bool, counts: list[torch.Tensor]) -> t
     wide = torch.float32 if counts[0].device.type == "mps" else torch.float64
     power = POWER if warmup is True else float(warmup)
     if counts[0].is_cpu and not is_compiling():  # where reading them takes less time than stacking them
-        n = torch.tensor(max(count.item() for count in counts), dtype=wide)
+        n = torch.tensor(max(count.item() for count in counts), dtype=wide, device="cpu")
     else:
         n = torch.stack(counts).amax().to(wide)
     return (1 - (1 + n) ** -power).clamp(max=ema)
@@ -62,9 +64,14 @@ class Averages(torch.optim.Optimizer):
     """What an optimiser with averages can do with them."""
 
     _op: ClassVar[str]  # what messages call the optimiser
-    # Whether the parameters are the averages, and which.
-    _is_averaged: bool = False
-    _averaged_here: Mapping[torch.Tensor, torch.Tensor] = {}
+    # How many blocks of `averaged` are open, in whatever threads, and what the first of them has exchanged.
+    _blocks: int = 0
+    _exchanged: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    _entering: ClassVar[Any] = threading.RLock()
+
+    @property
+    def _is_averaged(self) -> bool:
+        return self._blocks > 0
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -73,27 +80,42 @@ class Averages(torch.optim.Optimizer):
         The averages are exchanged with the parameters where they lie, without further memory but for one
         tensor at a time, and back at the end, also of a block that raises. A parameter that has no average
         yet stays as it is. `state_dict` of a model inside has the averages; that of the optimiser is the one
-        of outside. A further block inside does nothing.
+        of outside. All threads see the averages, and of several blocks, nested or in several threads, the
+        first exchanges and the last exchanges back. Inside of autocast the casts of weights that it keeps are
+        thrown away at both ends.
 
         Raises:
             RuntimeError: `step` or `load_state_dict` inside.
             ValueError: no parameter group has an `ema`.
         """
-        if self._is_averaged:
+        with self._entering:
+            if not self._blocks:
+                self._exchange(self._averages())
+            self._blocks += 1
+        try:
             yield
-            return
-        pairs = self._averages()
-        exchanged: list[torch.Tensor] = []
+        finally:
+            with self._entering:
+                self._blocks -= 1
+                if not self._blocks:
+                    self._exchange_back()
+
+    def _exchange(self, pairs: dict[torch.Tensor, torch.Tensor]) -> None:
+        """Exchange all averages with their parameters, or none of them."""
         try:
             for p, average in pairs.items():
                 _exchange(p, average)
-                exchanged.append(p)
-            self._is_averaged, self._averaged_here = True, pairs
-            yield
-        finally:
-            self._is_averaged, self._averaged_here = False, {}
-            for p in exchanged:
-                _exchange(p, pairs[p])
+                self._exchanged += ((p, average),)
+        except BaseException:
+            self._exchange_back()
+            raise
+        torch.clear_autocast_cache()
+
+    def _exchange_back(self) -> None:
+        pairs, self._exchanged = self._exchanged, ()
+        for p, average in pairs:
+            _exchange(p, average)
+        torch.clear_autocast_cache()
 
     @torch.no_grad()
     def copy_averaged_to(self, model: torch.nn.Module, *, source: torch.nn.Module | None = None) -> None:
@@ -102,7 +124,8 @@ class Averages(torch.optim.Optimizer):
         Args:
             model: the model whose parameters this optimiser has, or a copy of it.
             source: with a copy, the model that this optimiser has, by whose names its parameters are found.
-                Not needed where the optimiser was given `named_parameters()`.
+                Not needed where the optimiser was given `named_parameters()`. Wrappers around either, such
+                as DistributedDataParallel's, torch.compile's or an AveragedModel, do not count in a name.
 
         Buffers, and parameters of `model` itself without an average, stay as they are; a copy gets the
         parameters of `source` in their place.
@@ -120,12 +143,14 @@ class Averages(torch.optim.Optimizer):
         if source is None and any(p in mine for p in model.parameters()):
             source = model
         if source is not None:
-            named = source.named_parameters(remove_duplicate=False)
-            known = {name: p for name, p in named if p in mine}
+            known = {name: p for name, p in without_wrappers(source) if p in mine}
         else:
             groups = [group for group in self.param_groups if "param_names" in group]
             known = {n: p for g in groups for n, p in zip(g["param_names"], g["params"], strict=True)}
-        targets = dict(model.named_parameters())
+        first: dict[torch.Tensor, str] = {}  # a tied parameter is written once
+        for name, p in without_wrappers(model):
+            first.setdefault(p, name)
+        targets = {name: p for p, name in first.items()}
         missing = [name for name, p in targets.items() if name not in known and p.requires_grad]
         if not known or (missing and source is not model):
             raise ValueError(
@@ -167,12 +192,17 @@ class Averages(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's class gives it, inside `averaged()` that of outside but for the weights."""
-        result = super().state_dict()
-        if self._is_averaged:
-            for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
-                if p in self._averaged_here:
-                    result["state"][i] = {**result["state"][i], "ema": p.detach().clone()}
-        return result
+        shown = self._shown_states()
+        own = {p: self.state[p] for p in shown}
+        try:  # before torch's class and the hooks see it
+            self.state.update(shown)
+            return super().state_dict()
+        finally:
+            self.state.update(own)
+
+    def _shown_states(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """The states that a state dict shows otherwise than they are."""
+        return {p: {**self.state[p], "ema": p.detach().clone()} for p, _ in self._exchanged}
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def norm_of(works: Iterable[Work]) -> torch.Tensor:
     sums = [sum_of_squares(grads) for grads in whole.values()]
     sums += [_over_shards(sum_of_squares(grads), *where) for where, grads in sharded.items()]
     if not sums:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     total = sums[0]
     for each in sums[1:]:
         total = total + each.to(total.device)

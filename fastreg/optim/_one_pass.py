@@ -203,7 +203,8 @@ class OnePass(Averages):
             if name in param_group:
                 raise ValueError(
                     f"{self._op}: {name} is one for all parameter groups, got it in one of them; give it to "
-                    f"the constructor"
+                    f"the constructor alone. Under ZeroRedundancyOptimizer, which gives each rank's part an "
+                    f"optimiser of its own, clip before the step instead"
                 )
         group = self._in_numbers({**self.defaults, **param_group})
         check_keys(self._op, group, self.defaults)
@@ -269,7 +270,7 @@ class OnePass(Averages):
         for key, p in zip(keys, params, strict=True):
             for name in ("momentum_started", "n_averaged"):
                 if name in given["state"].get(key, ()):
-                    value = torch.as_tensor(given["state"][key][name])
+                    value = torch.as_tensor(given["state"][key][name], device="cpu")
                     self.state[p][name] = value.to(p.device, torch.float32, copy=True)
 
     @torch.no_grad()
@@ -289,6 +290,8 @@ class OnePass(Averages):
             self._check_group(group)
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and not isinstance(found_inf, torch.Tensor):
+            found_inf = torch.tensor(float(found_inf), device="cpu")  # a scaler that saw no gradient says 0
         scaling = Scaling(grad_scale, found_inf, None)
         usual = grad_scale is None and found_inf is None and not is_compiling()
         if usual and fast is not None and self._step_usual(fast, groups):
@@ -351,7 +354,7 @@ class OnePass(Averages):
         columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
         for i, p in enumerate(group["params"], first):
             grad = p.grad
-            if grad is None and not (averages and p.requires_grad):
+            if grad is None and not (averages and (p.requires_grad or "ema" in self.state.get(p, ()))):
                 continue
             dtype, device = p.dtype, p.device
             if dtype not in DTYPES or (

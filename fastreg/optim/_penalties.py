@@ -130,8 +130,25 @@ def _named_parameters(
                 for each, function in originals.named_children():
                     yield from _named_parameters(function, f"{where}{each}.", f"{where}{each}.")
             continue
-        wrapped = name in _WRAPPED or (name == "module" and isinstance(module, _WRAPPERS))
-        yield from _named_parameters(child, f"{full}{name}.", own if wrapped else f"{own}{name}.")
+        beside = own if _is_wrapped(module, name) else f"{own}{name}."
+        yield from _named_parameters(child, f"{full}{name}.", beside)
+
+
+def _is_wrapped(module: torch.nn.Module, name: str) -> bool:
+    """Whether the child of that name is what the module wraps."""
+    return name in _WRAPPED or (name == "module" and isinstance(module, _WRAPPERS))
+
+
+def without_wrappers(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) as `named_parameters` gives them, a tied one under each of its names, but for the
+    wrappers' part of a name.
+    """
+    for leaf, p in module._parameters.items():
+        if p is not None:
+            yield prefix + leaf, p
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from without_wrappers(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
 
 
 def _options(op: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -164,6 +164,17 @@ class SGD(OnePass, torch.optim.SGD):
             return (_STEP, *buffer)
         return (_STARTED, *buffer) if buffer and group["dampening"] != 0 else buffer
 
+    def _shown_states(self) -> dict[torch.Tensor, dict[str, Any]]:
+        """A momentum that has not begun, because its first step was skipped, is None, as in torch's class.
+        That would take the zeros for a momentum, and dampen the first gradient.
+        """
+        shown = super()._shown_states()
+        for p, state in self.state.items():
+            begun = state.get("momentum_started", state.get("step"))
+            if "momentum_buffer" in state and begun is not None and not begun:
+                shown[p] = {**shown.get(p, state), "momentum_buffer": None}
+        return shown
+
     def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
         """Call the step in C++, with the factor that clips, if one does."""
         return fast.sgd([_scaled(group) for group in groups], self.state, *clipping)
