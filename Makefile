@@ -17,11 +17,12 @@ ifeq ($(FASTREG_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST),)
   export FASTREG_CUDA_ARCHS := $(if $(gpus),$(gpus),80-real)
 endif
 
-# The tests build a wheel: with ccache that takes what the checkout has compiled.
+# The tests build a wheel: with ccache that takes what the checkout has compiled. Paths outside the checkout stay
+# as they are: relative ones to the system's headers would tell a build in another depth of folders from this one.
 ifneq ($(shell command -v ccache),)
   export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
   export CMAKE_CUDA_COMPILER_LAUNCHER ?= ccache
-  export CCACHE_BASEDIR ?= /
+  export CCACHE_BASEDIR ?= $(CURDIR)
   export CCACHE_NOHASHDIR ?= 1
 endif
 

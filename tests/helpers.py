@@ -4,6 +4,7 @@ processes.
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,15 @@ def run_python(code, *arguments, check=False, **environment):
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def cmake():
+    """CMake of this environment, or else of the machine."""
+    try:
+        from cmake import CMAKE_BIN_DIR
+    except ImportError:
+        return shutil.which("cmake")
+    return os.path.join(CMAKE_BIN_DIR, "cmake")
 
 
 def on_each_instruction_set(code, *arguments, **environment):

@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 
 import pytest
 import torch
 from cuda_machine import needs_nvcc
-from helpers import ROOT
+from helpers import ROOT, cmake
 
 import fastreg as fr
 
@@ -85,9 +86,13 @@ def wheel(sdist, tmp_path_factory):
     (folder / "constraints.txt").write_text(f"torch=={BUILD_TORCH}\n")
     # Which of the two pip asks for what it builds with depends on its version.
     constrained = dict.fromkeys(("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT"), str(folder / "constraints.txt"))
+    # The kernels do not see torch. ccache takes them from the checkout's build if paths are relative to the
+    # folder in which pip unpacks, and if the flags stand in the order that the same CMake gives them.
+    path = f"{pathlib.Path(cmake()).parent}:{os.environ['PATH']}"
+    cached = {"CCACHE_BASEDIR": tempfile.gettempdir(), "PATH": path}
     run(
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, sdist),
-        env={**os.environ, **constrained},
+        env={**os.environ, **constrained, **cached},
     )
     return next(folder.glob("torch_fastreg-*.whl"))
 
@@ -157,11 +162,6 @@ def test_wheels_are_built_for_the_pythons_that_are_promised():
     text = (ROOT / "pyproject.toml").read_text()
     promised = re.findall(r"Python :: 3\.(\d+)", text)
     assert re.findall(r"cp3(\d+)-manylinux", text) == promised and len(promised) > 3
-
-
-def cmake():
-    """CMake of this environment, or else of the machine."""
-    return shutil.which("cmake", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
 
 
 def configure(tmp_path, *options, **environment):
