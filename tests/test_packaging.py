@@ -23,6 +23,10 @@ import fastreg as fr
 BUILD_TORCH = "2.13.0"
 OTHER_TORCH = "2.14.1" if torch.__version__.startswith(BUILD_TORCH) else BUILD_TORCH
 
+# pip compiles every file of torch to bytecode, of which a test reads few, and takes longer over that than
+# over unpacking.
+NO_BYTECODE = {"PIP_COMPILE": "0"}
+
 # Every op once, forward and backward, against numbers that do not depend on the build.
 SMOKE = """
 import torch, fastreg as fr
@@ -92,7 +96,7 @@ def wheel(sdist, tmp_path_factory):
     cached = {"CCACHE_BASEDIR": tempfile.gettempdir(), "PATH": path}
     run(
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, sdist),
-        env={**os.environ, **constrained, **cached},
+        env={**os.environ, **constrained, **cached, **NO_BYTECODE},
     )
     return next(folder.glob("torch_fastreg-*.whl"))
 
@@ -102,7 +106,8 @@ def other(tmp_path_factory):
     """An environment with the other torch."""
     folder = tmp_path_factory.mktemp("other")
     run(sys.executable, "-m", "venv", folder)
-    run(folder / "bin/pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy")
+    install = (folder / "bin/pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy")
+    run(*install, env={**os.environ, **NO_BYTECODE})
     yield folder / "bin/python"
     shutil.rmtree(folder)  # several GB
 
