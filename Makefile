@@ -31,6 +31,10 @@ endif
 demo: .venv/.demo
 	$(venv)/fastreg demo $(ARGS)
 
+# Without the first each process would start compilers of inductor beside it, for which no processor is free;
+# without the second each would try by compiling which instruction sets the compiler knows.
+test: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
+test: export TORCHINDUCTOR_VEC_ISA_OK ?= 1
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(venv)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
