@@ -10,10 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pybind11
 import pytest
 from cuda_machine import ROOT
+from helpers import cmake
 
 NAME = "halve"
 CXX = os.environ.get("CXX", "g++")
@@ -101,8 +103,11 @@ def tree(tmp_path_factory):
     version = ["-DSKBUILD_PROJECT_VERSION=0.0.0", "-DSKBUILD_PROJECT_VERSION_FULL=0.0.0"]
     found = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     parts = ["-DFASTREG_CUDA=OFF", "-DFASTREG_AUTOGRAD=OFF", f"-DCMAKE_INSTALL_PREFIX={tree.root}"]
-    run("cmake", "-G", "Ninja", "-B", "build", *version, *found, *parts, cwd=tree.root)
-    run("cmake", "--build", "build", "--target", "install", cwd=tree.root)
+    # Without a build type nothing but the kernels is optimised: what is built here runs once.
+    parts += ["-DCMAKE_BUILD_TYPE=None", f"-DCMAKE_CXX_COMPILER={CXX}"]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # of this environment's Ninja
+    run(cmake(), "-G", "Ninja", "-B", "build", *version, *found, *parts, cwd=tree.root, PATH=path)
+    run(cmake(), "--build", "build", "--target", "install", cwd=tree.root, PATH=path)
     return tree
 
 
