@@ -2,12 +2,14 @@
 without a GPU.
 
 Not a test module: `tests/test_cuda_hosted.py` runs it in a process of its own, `python cuda_hosted.py LIBRARY
-CASE ...`, with the sanitizers loaded first. The library holds the operators `torch.ops.fastreg_cudahost.*`,
-which take CPU tensors. The case of an op is the file `cuda_hosted_<op>.py`, whose `check(cuda)` compares the
-operators of `cuda` with those of the CPU; tests/test_cuda_device.py runs the same cases on a GPU.
+ORDERS CASE ...`, with the sanitizers loaded first. The library holds the operators
+`torch.ops.fastreg_cudahost.*`, which take CPU tensors. The case of an op is the file `cuda_hosted_<op>.py`,
+whose `check(cuda)` compares the operators of `cuda` with those of the CPU; tests/test_cuda_device.py runs the
+same cases on a GPU.
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -64,14 +66,16 @@ def near(a, b, what, tolerance):
     )
 
 
-def main(library, *cases):
+def main(library, orders, *cases):
     for case in cases:
         # Some declare operators that the package does not import.
         importlib.import_module(f"cuda_hosted_{case}")
     keep, cuda = load(library)
-    for case in cases:
-        check(case, cuda)
-        print("done:", case, flush=True)
+    for order in orders.split(","):
+        os.environ["CUDAHOST_ORDER"] = order  # read at each launch
+        for case in cases:
+            check(case, cuda)
+            print("done:", case, order, flush=True)
     del keep
 
 

@@ -131,23 +131,28 @@ inline void to_main() {
 #endif
 }
 
-inline void release_block() {  // all threads have arrived or left
+// What switches between threads is not what is tested, and runs more often than all that is.
+#define CUDAHOST_OWN __attribute__((optimize("O2"), no_sanitize("address", "undefined")))
+
+CUDAHOST_OWN inline void release_block() {  // all threads have arrived or left
   B.redout = B.red;
   B.red = 0;
   B.waiting = 0;
+  Fiber* const f = B.f.data();
   for (int i = 0; i < B.n; ++i)
-    if (B.f[i].st == BLOCK_BARRIER) B.f[i].st = RUN;
+    if (f[i].st == BLOCK_BARRIER) f[i].st = RUN;
 }
-inline void release_warp(int w) {  // any group whose whole mask has arrived
+CUDAHOST_OWN inline void release_warp(int w) {  // any group whose whole mask has arrived
   Warp& W = B.w[w];
-  for (int l = 0; l < 32 && w * 32 + l < B.n; ++l) {
-    Fiber& f = B.f[w * 32 + l];
-    if (f.st != WARP_BARRIER) continue;
-    const unsigned need = f.mask & W.alive;
+  if (!W.arrived) return;
+  Fiber* const f = B.f.data() + w * 32;
+  const int lanes = B.n - w * 32 < 32 ? B.n - w * 32 : 32;
+  for (int l = 0; l < lanes; ++l) {
+    if (f[l].st != WARP_BARRIER) continue;
+    const unsigned need = f[l].mask & W.alive;
     if ((W.arrived & need) == need) {
-      for (int k = 0; k < 32 && w * 32 + k < B.n; ++k)
-        if (B.f[w * 32 + k].st == WARP_BARRIER && (need >> k & 1))
-          B.f[w * 32 + k].st = RUN, W.arrived &= ~(1u << k);
+      for (int k = 0; k < lanes; ++k)
+        if (f[k].st == WARP_BARRIER && (need >> k & 1)) f[k].st = RUN, W.arrived &= ~(1u << k);
     }
   }
 }
@@ -165,13 +170,13 @@ extern "C" inline void cudahost_entry() {
   to_main();
   abort();
 }
-inline void barrier() {
+CUDAHOST_OWN inline void barrier() {
   Fiber& f = B.f[B.cur];
   f.st = BLOCK_BARRIER;
   if (++B.waiting + B.done == B.n) release_block();
   if (f.st != RUN) to_main();
 }
-inline void warp_barrier(unsigned mask) {
+CUDAHOST_OWN inline void warp_barrier(unsigned mask) {
   Fiber& f = B.f[B.cur];
   Warp& W = B.w[f.lin / 32];
   if (!(mask >> (f.lin & 31) & 1)) {
@@ -185,11 +190,12 @@ inline void warp_barrier(unsigned mask) {
   if (f.st != RUN) to_main();
 }
 
-inline void run_block(const char* order, std::mt19937& rng) {
+CUDAHOST_OWN inline void run_block(const char* order, std::mt19937& rng) {
   B.waiting = B.done = B.red = 0;
   B.w.assign((B.n + 31) / 32, Warp());
+  Fiber* const fibers = B.f.data();
   for (int i = 0; i < B.n; ++i) {
-    Fiber& f = B.f[i];
+    Fiber& f = fibers[i];
     f.lin = i;
     f.st = RUN;
     f.tid = {i % B.block.x, i / B.block.x % B.block.y, i / (B.block.x * B.block.y)};
@@ -207,13 +213,13 @@ inline void run_block(const char* order, std::mt19937& rng) {
     bool moved = false;
     if (rnd) std::shuffle(seq.begin(), seq.end(), rng);
     for (int i : seq) {
-      if (B.f[i].st != RUN) continue;
+      if (fibers[i].st != RUN) continue;
       moved = true;
       B.cur = i;
 #ifdef CUDAHOST_ASAN
-      __sanitizer_start_switch_fiber(&B.main_fake, B.f[i].stack, STACK);
+      __sanitizer_start_switch_fiber(&B.main_fake, fibers[i].stack, STACK);
 #endif
-      cudahost_switch(&B.main_sp, B.f[i].sp);
+      cudahost_switch(&B.main_sp, fibers[i].sp);
 #ifdef CUDAHOST_ASAN
       __sanitizer_finish_switch_fiber(B.main_fake, nullptr, nullptr);
 #endif
@@ -221,10 +227,10 @@ inline void run_block(const char* order, std::mt19937& rng) {
     if (!moved) {
       fprintf(stderr, "cudahost: deadlock in block (%u,%u,%u):", B.cta.x, B.cta.y, B.cta.z);
       for (int i = 0, k = 0; i < B.n && k < 8; ++i)
-        if (B.f[i].st != DONE) {
+        if (fibers[i].st != DONE) {
           ++k;
           fprintf(stderr, " thread %d at %s", i,
-                  B.f[i].st == BLOCK_BARRIER ? "__syncthreads" : "warp collective");
+                  fibers[i].st == BLOCK_BARRIER ? "__syncthreads" : "warp collective");
         }
       fprintf(stderr, "\n");
       abort();
