@@ -20,7 +20,7 @@ import fastreg as fr
 
 pl = pytest.importorskip("lightning.pytorch", reason='needs pip install "torch-fastreg[test]"')
 
-from fastreg.integrations.lightning import EarlyStopping  # noqa: E402
+from fastreg.integrations.lightning import AveragedWeights, EarlyStopping  # noqa: E402
 
 SCORES = [9.0, 1.0, 5.0, 6.0, 7.0, 8.0]  # with patience 2: best at index 1, stop at 3
 
@@ -256,18 +256,16 @@ def test_clipping_in_the_step(precision, kind):
 
 
 class Averaged(Trained):
-    """Validates with the averages, as docs/guide.md has it."""
+    """Remembers the weights of its validations."""
 
-    def on_validation_epoch_start(self):
-        self.averaged = self.optimizers().optimizer.averaged()
-        self.averaged.__enter__()
+    validations = ()
 
     def validation_step(self, batch, index):
-        self.seen = [p.detach().clone() for p in self.parameters()]
+        if index == 0 and not self.trainer.sanity_checking:
+            self.seen = [p.detach().clone() for p in self.parameters()]
+            self.validations += (self.seen,)
+            self.log("score", SCORES[len(self.validations) - 1])
         self.log("loss", self.net(batch[0]).square().mean())
-
-    def on_validation_epoch_end(self):
-        self.averaged.__exit__(None, None, None)
 
 
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
@@ -284,7 +282,7 @@ def test_averages_in_validation(kind, tmp_path):
         saver = ModelCheckpoint(tmp_path / str(resumes), save_top_k=-1, filename="{epoch}")
         for end in (1, 3) if resumes else (3,):
             trainer = pl.Trainer(
-                accelerator="cpu", max_epochs=end, logger=False, callbacks=[saver],
+                accelerator="cpu", max_epochs=end, logger=False, callbacks=[AveragedWeights(), saver],
                 enable_progress_bar=False, enable_model_summary=False,
             )  # fmt: skip
             trainer.fit(
@@ -299,6 +297,51 @@ def test_averages_in_validation(kind, tmp_path):
         runs.append([*module.seen, *(p.detach() for p in module.parameters())])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
+
+
+def of_four():
+    return DataLoader(
+        TensorDataset(torch.randn(4, 3, generator=torch.Generator().manual_seed(3))), batch_size=2
+    )
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+@pytest.mark.parametrize("first", [AveragedWeights, EarlyStopping], ids=lambda cls: cls.__name__)
+def test_the_best_averages_are_restored(first, interval):
+    """Those that were validated, in whatever order the callbacks stand."""
+    module, stop = Averaged(fr.optim.AdamW, ema=0.9), EarlyStopping("score", patience=2)
+    callbacks = [AveragedWeights(), stop]
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=6, logger=False, enable_checkpointing=False,
+        val_check_interval=interval, num_sanity_val_steps=2,
+        callbacks=callbacks if first is AveragedWeights else callbacks[::-1],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, of_four(), of_four())
+    assert stop.stopper.best_epoch == 1 and len(module.validations) == 4
+    for p, seen, last in zip(module.parameters(), *(module.validations[i] for i in (1, 3)), strict=True):
+        assert torch.equal(p, seen) and not torch.equal(p, last)
+    trainer.validate(module, of_four(), verbose=False)
+    assert all(torch.equal(*pair) for pair in zip(module.parameters(), module.seen, strict=True))
+
+
+def test_a_validation_that_raises_leaves_the_weights():
+    class Fails(Averaged):
+        def validation_step(self, batch, index):
+            raise ArithmeticError("of the model")
+
+    module = Fails(fr.optim.AdamW, ema=0.9)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        callbacks=[AveragedWeights()], enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(ArithmeticError):
+        trainer.fit(module, of_four(), of_four())
+    optimizer = trainer.optimizers[0]
+    for p in module.parameters():
+        assert not torch.equal(p, optimizer.state[p]["ema"])
+    with optimizer.averaged():  # it was outside
+        assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
 def test_fused_is_refused_with_clipping_as_torch_is():

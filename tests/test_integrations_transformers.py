@@ -20,7 +20,12 @@ HINT = 'needs pip install "torch-fastreg[test]"'
 transformers = pytest.importorskip("transformers", reason=HINT)
 pytest.importorskip("accelerate", reason=HINT)
 
-from fastreg.integrations.transformers import EarlyStopping, loss, optimizer  # noqa: E402
+from fastreg.integrations.transformers import (  # noqa: E402
+    AveragedWeights,
+    EarlyStopping,
+    loss,
+    optimizer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -313,3 +318,38 @@ def test_training_that_ends_before_the_first_evaluation(tmp_path):
     with pytest.warns(RuntimeWarning, match="training ended before an evaluation had 'eval_score'"):
         trainer.train()
     assert math.isclose(trainer.state.epoch, 8)
+
+
+@pytest.mark.parametrize("first", [AveragedWeights, EarlyStopping], ids=lambda cls: cls.__name__)
+def test_the_best_averages_are_restored(first, tmp_path):
+    """Those that were evaluated, in whatever order the callbacks stand; training goes on with the weights."""
+    scores, evaluated, started = iter([9.0, 1.0, 5.0, 6.0]), [], []
+
+    class Watched(transformers.Trainer):
+        def evaluate(self, *args, **kwargs):
+            evaluated.append([p.detach().clone() for p in self.model.parameters()])
+            metrics = {"eval_score": next(scores)}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+        def training_step(self, model, *args, **kwargs):
+            started.append([p.detach().clone() for p in model.parameters()])
+            return super().training_step(model, *args, **kwargs)
+
+    ids = [torch.tensor([1, 2, 3, 4]), torch.tensor([4, 3, 2, 1])]
+    data = [{"input_ids": row, "labels": row} for row in ids * 2]
+    given = arguments(tmp_path, max_steps=20, eval_strategy="epoch", max_grad_norm=0)
+    torch.manual_seed(0)
+    model, stop = tiny_gpt2(), EarlyStopping("eval_score", patience=2)
+    callbacks = [AveragedWeights(), stop]
+    trainer = Watched(
+        model, given, train_dataset=data, eval_dataset=data,
+        optimizer_cls_and_kwargs=optimizer(given, ema=0.9),
+        callbacks=callbacks if first is AveragedWeights else callbacks[::-1],
+    )  # fmt: skip
+    trainer.train()
+    assert len(evaluated) == 4 and stop.stopper.best_epoch == 1
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), evaluated[1], strict=True))
+    # Steps 0 to 7, two for each epoch; the step after an evaluation starts from other weights than those.
+    for n in range(3):
+        assert not all(torch.equal(*pair) for pair in zip(started[2 * n + 2], evaluated[n], strict=True))

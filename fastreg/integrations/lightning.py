@@ -1,4 +1,4 @@
-"""Early stopping for Lightning's Trainer, by `fastreg.EarlyStopping`."""
+"""For Lightning's Trainer: early stopping by `fastreg.EarlyStopping`, and validation with averages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import early_stopping
+from ._averages import Evaluation, as_evaluated
 
 # Lightning comes under two names, whose classes are not the same. The one that the program has imported is
 # meant, or else the newer.
@@ -27,12 +28,13 @@ else:
         f"fastreg.integrations.lightning needs Lightning and cannot import it ({_why}); pip install lightning"
     ) from _why
 _Base: Any = _callbacks.EarlyStopping
+_Callback: Any = _callbacks.Callback
 
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["EarlyStopping"]
+__all__ = ["AveragedWeights", "EarlyStopping"]
 
 
 class EarlyStopping(_Base):
@@ -49,7 +51,8 @@ class EarlyStopping(_Base):
     Elsewhere a metric that is logged in validation is read after every validation, any other one at the end
     of the epochs in which it was logged. The sanity check and `fast_dev_run` do not count. With several ranks
     all go by the mean of their values, whether or not the module logs with `sync_dist`. A checkpoint holds
-    the callback's state, the best weights included.
+    the callback's state, the best weights included. Beside `AveragedWeights` the best weights are the best
+    averages.
 
     Args:
         monitor: name of the metric, as in `self.log(name, ...)`.
@@ -182,13 +185,44 @@ class EarlyStopping(_Base):
     def _judge(self, trainer: Any) -> None:
         self._pending, self._judged = None, self._require(trainer)
         value = self._judged
-        stop = self.stopper.step(value.squeeze() if isinstance(value, torch.Tensor) else value)
+        with as_evaluated(trainer.optimizers):
+            stop = self.stopper.step(value.squeeze() if isinstance(value, torch.Tensor) else value)
         self.wait_count = self.stopper.bad_epochs
         if self.stopper.best is not None:
             self.best_score = torch.tensor(self.stopper.best, device="cpu")
         if stop:
             self.stopped_epoch = trainer.current_epoch
             trainer.should_stop = True
+
+
+class AveragedWeights(_Callback):
+    """Validate, while `fit` runs, with the averages that `fastreg.optim.AdamW(ema=)` or `SGD(ema=)` keep.
+
+    ::
+
+        trainer = Trainer(callbacks=[AveragedWeights(), EarlyStopping("val_loss")])
+
+    The parameters are the averages from the start of a validation to its end, or to an exception in it; an
+    optimiser without averages is left alone. Checkpoints have the parameters and, in the optimiser's state,
+    the averages. After training `EarlyStopping` leaves the best averages in the module; without it
+    `optimizer.copy_averaged_to(module)` leaves the last.
+    """
+
+    def __init__(self) -> None:
+        self._evaluation = Evaluation()
+
+    def on_validation_start(self, trainer: Any, pl_module: torch.nn.Module) -> None:
+        """Exchange."""
+        if trainer.state.fn == "fit":
+            self._evaluation.begin(trainer.optimizers)
+
+    def on_validation_end(self, trainer: Any, pl_module: torch.nn.Module) -> None:
+        """Exchange back."""
+        self._evaluation.end()
+
+    def on_exception(self, trainer: Any, pl_module: torch.nn.Module, exception: BaseException) -> None:
+        """Exchange back."""
+        self._evaluation.end()
 
 
 def _once_per_epoch(trainer: Any) -> bool:

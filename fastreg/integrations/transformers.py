@@ -17,6 +17,7 @@ import torch
 from .. import early_stopping
 from .._cross_entropy import cross_entropy
 from ..optim import AdamW
+from ._averages import Evaluation, as_evaluated
 from ._fuse_loss import fuse_loss, unfuse_loss
 from ._unmade_logits import UnmadeLogits
 
@@ -33,7 +34,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["EarlyStopping", "fuse_loss", "loss", "optimizer", "unfuse_loss"]
+__all__ = ["AveragedWeights", "EarlyStopping", "fuse_loss", "loss", "optimizer", "unfuse_loss"]
 
 
 class EarlyStopping(TrainerCallback, ExportableState):
@@ -105,7 +106,9 @@ class EarlyStopping(TrainerCallback, ExportableState):
             self._others |= set(metrics)
             return
         self._others = set()
-        if self.stopper.step(_number(metrics[self.monitor])):
+        with as_evaluated([kwargs.get("optimizer")]):
+            stop = self.stopper.step(_number(metrics[self.monitor]))
+        if stop:
             control.should_training_stop = True
         self.progress = {
             name: value for name, value in self.stopper.state_dict().items() if name != "snapshot"
@@ -148,6 +151,40 @@ class EarlyStopping(TrainerCallback, ExportableState):
             "args": {"monitor": self.monitor, "restore": self.restore, **options},
             "attributes": {"progress": self.progress},
         }
+
+
+class AveragedWeights(TrainerCallback):
+    """Evaluate, while `train` runs, with the averages that the optimiser of `optimizer(args, ema=...)` keeps.
+
+    ::
+
+        Trainer(..., callbacks=[AveragedWeights(), EarlyStopping("eval_loss")]).train()
+
+    The parameters are the averages from where an evaluation is due to its end. Checkpoints have the
+    parameters and, in the optimiser's state, the averages. After training `EarlyStopping` leaves the best
+    averages in the model; without it `trainer.optimizer.optimizer.copy_averaged_to(model)` leaves the last.
+    An evaluation that raises leaves the averages in the model until the next evaluation or training.
+    """
+
+    def __init__(self) -> None:
+        self._evaluation = Evaluation()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What an evaluation that raised has left."""
+        self._evaluation.end()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Exchange where an evaluation follows; Trainer has no event of its own for that."""
+        if control.should_evaluate:
+            self._evaluation.begin([kwargs.get("optimizer")])
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The same."""
+        self.on_step_end(args, state, control, **kwargs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Exchange back."""
+        self._evaluation.end()
 
 
 def _number(value: Any) -> Any:
