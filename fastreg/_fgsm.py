@@ -14,7 +14,7 @@ from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define
 from ._shards import own_part
 from ._transforms import is_sharded
-from ._types import Bounds, Number, Value
+from ._types import Bounds, FgsmParameter, Number
 
 # --- The operators in plain torch: what the kernels compute, bit for bit.
 
@@ -25,13 +25,15 @@ def _moved(x: torch.Tensor, grad: torch.Tensor, step: torch.Tensor) -> torch.Ten
 
 
 def _clamp(x: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
-    """x in [lower, upper]; a NaN in x stays, and a NaN among the bounds bounds nothing."""
+    """x in [lower, upper]. A NaN in x stays. A NaN bound does not bound; it can only arrive from a GPU or
+    within a compiled program, where values are not looked at.
+    """
     x = torch.where(upper < x, upper, x)
     return torch.where(lower > x, lower, x)
 
 
-def _number_tensor(value: float, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """A number as a tensor in the type of the arithmetic."""
+def _parameter_tensor(value: float, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """A parameter as a tensor in the type of the arithmetic."""
     wide = arithmetic_dtype(x)
     return torch.tensor(value, dtype=wide, device=x.device) if values is None else values
 
@@ -49,8 +51,8 @@ def fgsm_step_plain(
     """The operator `fgsm_step`: clamp(x + eps * sign(grad), lower, upper)."""
     check_dtype("fgsm_step", "x", x)
     wide = arithmetic_dtype(x)
-    moved = _moved(x.to(wide), grad, _number_tensor(eps, eps_values, x))
-    box = _number_tensor(lower, lower_values, x), _number_tensor(upper, upper_values, x)
+    moved = _moved(x.to(wide), grad, _parameter_tensor(eps, eps_values, x))
+    box = _parameter_tensor(lower, lower_values, x), _parameter_tensor(upper, upper_values, x)
     return torch.empty_like(x).copy_(_clamp(moved, *box))
 
 
@@ -72,10 +74,10 @@ def pgd_step_plain(
     """
     check_dtype("pgd_step", "x", x)
     wide = arithmetic_dtype(x)
-    moved = _moved(x.to(wide), grad, _number_tensor(alpha, alpha_values, x))
-    center, radius = origin.to(wide), _number_tensor(eps, eps_values, x)
+    moved = _moved(x.to(wide), grad, _parameter_tensor(alpha, alpha_values, x))
+    center, radius = origin.to(wide), _parameter_tensor(eps, eps_values, x)
     near = _clamp(moved, center - radius, center + radius)
-    box = _number_tensor(lower, lower_values, x), _number_tensor(upper, upper_values, x)
+    box = _parameter_tensor(lower, lower_values, x), _parameter_tensor(upper, upper_values, x)
     return torch.empty_like(x).copy_(_clamp(near, *box))
 
 
@@ -107,18 +109,20 @@ def _(x, *others, **options):
 fgsm_step_op = torch.ops.fastreg.fgsm_step.default
 pgd_step_op = torch.ops.fastreg.pgd_step.default
 
-# --- Numbers and bounds, as the user gives them.
+# --- Steps, radii and bounds, as the user gives them. Here each is called a parameter.
 
 
-def number_of(
+def parameter_of(
     op: str,
     name: str,
     value: float | torch.Tensor,
     x: torch.Tensor,
     low: float = -math.inf,
     infinite: bool = False,
-) -> Value:
-    """A number, or a tensor with one per channel, per sample or per element of x, as the operators take it.
+) -> FgsmParameter:
+    """A number, or a tensor with one per channel, per sample or per element of x, as a parameter.
+
+    Returns (number, None) or (0.0, tensor); the operators take both.
 
     Raises unless all are at least `low`, and finite where `infinite` is not set. Values on a GPU are not
     looked at, because that would wait for the GPU.
@@ -146,7 +150,10 @@ def number_of(
 
 
 def _aligned(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """`value` in a shape that broadcasts to x; raises where it has none, or where it could have two."""
+    """`value` in a shape that broadcasts to x.
+
+    Raises where it has none, and where batch and channels have the same size, so that either could be meant.
+    """
     if value.numel() == 1:
         value = value.reshape(())
     if value.dim() == 1 and x.dim() >= 2:
@@ -182,29 +189,31 @@ def _with_neighbouring_dimensions(value: torch.Tensor, x: torch.Tensor) -> torch
     return value.contiguous()
 
 
-def value_of(number: Value) -> float | torch.Tensor:
-    """A number for use in torch's arithmetic."""
-    return number[0] if number[1] is None else number[1]
+def value_of(parameter: FgsmParameter) -> float | torch.Tensor:
+    """The parameter for use in torch's arithmetic."""
+    return parameter[0] if parameter[1] is None else parameter[1]
 
 
-def times(number: Value, factor: float) -> Value:
-    """A number times a factor."""
-    return number[0] * factor, None if number[1] is None else number[1] * factor
+def times(parameter: FgsmParameter, factor: float) -> FgsmParameter:
+    """The parameter times a factor."""
+    return parameter[0] * factor, None if parameter[1] is None else parameter[1] * factor
 
 
-def bounds_of(op: str, lower: Number | None, upper: Number | None, x: torch.Tensor) -> tuple[Value, Value]:
+def bounds_of(
+    op: str, lower: Number | None, upper: Number | None, x: torch.Tensor
+) -> tuple[FgsmParameter, FgsmParameter]:
     """Both bounds as the operators take them, None being no bound; raises where lower exceeds upper."""
-    lower_number = number_of(op, "lower", -math.inf if lower is None else lower, x, infinite=True)
-    upper_number = number_of(op, "upper", math.inf if upper is None else upper, x, infinite=True)
-    low, high = value_of(lower_number), value_of(upper_number)
-    if lower_number[1] is None and upper_number[1] is None:
+    lower_parameter = parameter_of(op, "lower", -math.inf if lower is None else lower, x, infinite=True)
+    upper_parameter = parameter_of(op, "upper", math.inf if upper is None else upper, x, infinite=True)
+    low, high = value_of(lower_parameter), value_of(upper_parameter)
+    if lower_parameter[1] is None and upper_parameter[1] is None:
         crossed = bool(low > high)
     else:  # tensors are looked at where that costs nothing
         looked_at = x.device.type == "cpu" and not torch.compiler.is_compiling()
         crossed = looked_at and bool(torch.as_tensor(low > high, device="cpu").any())
     if crossed:
         raise ValueError(f"{op}: lower must not exceed upper, got {_text(low)} and {_text(high)}")
-    return lower_number, upper_number
+    return lower_parameter, upper_parameter
 
 
 def pair_of(op: str, bounds: Bounds | None) -> Bounds:
@@ -272,7 +281,7 @@ def fgsm_step(
                 f"{op}: give bounds or lower and upper, not both; bounds=(lower, upper) is enough"
             )
         lower, upper = pair_of(op, bounds)
-    step = number_of(op, "eps", eps, x)
+    step = parameter_of(op, "eps", eps, x)
     low, high = bounds_of(op, lower, upper, x)
     with torch.no_grad():
         x, grad = x.detach(), grad.detach()
@@ -281,7 +290,9 @@ def fgsm_step(
         return fgsm_step_op(x, grad, step[0], low[0], high[0], step[1], low[1], high[1])
 
 
-def _step_of_shards(op: str, x: Any, grad: Any, step: Value, low: Value, high: Value) -> torch.Tensor:
+def _step_of_shards(
+    op: str, x: Any, grad: Any, step: FgsmParameter, low: FgsmParameter, high: FgsmParameter
+) -> torch.Tensor:
     """The step of DTensors: each rank's of its part, placed as x is."""
     from torch.distributed.tensor import DTensor
 

@@ -22,5 +22,5 @@ Model: TypeAlias = Callable[..., Any]
 # The norm that measures the size of an attack.
 Norm: TypeAlias = Literal["linf", "l2"]
 
-# One number of an attack as its operator takes it: (number, None), or (0.0, tensor of values).
-Value: TypeAlias = tuple[float, Tensor | None]
+# A step, a radius or a bound of an attack, as its operator takes it: (number, None) or (0.0, tensor).
+FgsmParameter: TypeAlias = tuple[float, Tensor | None]

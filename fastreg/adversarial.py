@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ._checks import check_choice, check_count, check_generator, check_initialised, check_number, check_tensor
-from ._fgsm import fgsm_step_op, number_of, pair_of, times
+from ._fgsm import fgsm_step_op, pair_of, parameter_of, times
 from ._losses import IGNORED, attacked_loss, check_logits, count_of, row_sum_of_shares, trained_loss
-from ._types import Bounds, Loss, Model, Norm, Number, Value
+from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 from .attacks import (
     Ball,
     around,
@@ -220,7 +220,7 @@ class FreeAdversarial:
     def __init__(self, eps: Number, *, replays: int = 4, bounds: Bounds | None = (0.0, 1.0)) -> None:
         op = "FreeAdversarial"
         if not isinstance(eps, torch.Tensor):
-            number_of(op, "eps", eps, torch.empty(0), low=0, infinite=True)
+            parameter_of(op, "eps", eps, torch.empty(0), low=0, infinite=True)
         check_count(op, "replays", replays)
         pair_of(op, bounds)
         self.eps, self.replays, self.bounds = eps, replays, bounds
@@ -317,7 +317,7 @@ def robust_accuracy(
             step = (
                 times(ball.eps, 2.5 / steps)
                 if alpha is None
-                else number_of(op, "alpha", _per_channel(alpha, x), x, low=0)
+                else parameter_of(op, "alpha", _per_channel(alpha, x), x, low=0)
             )
             total += len(x)
             attack = _Attack(op, model, step, steps, restarts, ball, loss, predict, generator)
@@ -400,7 +400,7 @@ class _Attack(NamedTuple):
 
     op: str
     model: Model
-    step: Value
+    step: FgsmParameter
     steps: int
     restarts: int
     ball: Ball

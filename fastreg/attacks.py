@@ -27,10 +27,10 @@ from ._checks import (
     check_tensor,
     module_of,
 )
-from ._fgsm import bounds_of, fgsm_step_op, number_of, pair_of, pgd_step_op, times, value_of
+from ._fgsm import bounds_of, fgsm_step_op, pair_of, parameter_of, pgd_step_op, times, value_of
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
 from ._transforms import autocast_dtype, is_vmapped
-from ._types import Bounds, Loss, Model, Norm, Number, Value
+from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 
 __all__ = ["fgsm", "pgd"]
 
@@ -38,9 +38,9 @@ __all__ = ["fgsm", "pgd"]
 class Ball(NamedTuple):
     """Where an attack may go: at most `eps` away from its origin in `norm`, and between the bounds."""
 
-    eps: Value
-    lower: Value
-    upper: Value
+    eps: FgsmParameter
+    lower: FgsmParameter
+    upper: FgsmParameter
     norm: Norm
 
 
@@ -68,7 +68,7 @@ def _unit(v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def attack_step(
-    x: torch.Tensor, grad: torch.Tensor, origin: torch.Tensor | None, alpha: Value, ball: Ball
+    x: torch.Tensor, grad: torch.Tensor, origin: torch.Tensor | None, alpha: FgsmParameter, ball: Ball
 ) -> torch.Tensor:
     """One step of size alpha up the gradient, projected to the ball around origin (None: no projection) and
     to the bounds.
@@ -90,7 +90,7 @@ def attack_step(
     return clamp(moved, lower, upper).to(x.dtype)
 
 
-def clamp(x: torch.Tensor, lower: Value, upper: Value) -> torch.Tensor:
+def clamp(x: torch.Tensor, lower: FgsmParameter, upper: FgsmParameter) -> torch.Tensor:
     """x between the bounds."""
     low, high = (torch.as_tensor(value_of(bound), device=x.device, dtype=x.dtype) for bound in (lower, upper))
     return torch.minimum(torch.maximum(x, low), high)
@@ -287,7 +287,7 @@ def check_ball(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, nor
         raise TypeError(f"{op}: x must be a floating-point tensor, got {x.dtype}; convert it with .float()")
     check_choice(op, "norm", norm, ("linf", "l2"))
     lower, upper = pair_of(op, bounds)
-    size = number_of(op, "eps", eps, x, low=0)
+    size = parameter_of(op, "eps", eps, x, low=0)
     box = bounds_of(op, lower, upper, x)
     return Ball(size, box[0], box[1], norm)
 
@@ -450,7 +450,7 @@ def pgd(
     op = "pgd"
     ball = prepare(op, x, eps, bounds, norm)
     sign = -1.0 if targeted else 1.0
-    step = times(number_of(op, "alpha", alpha, x, low=0), sign)
+    step = times(parameter_of(op, "alpha", alpha, x, low=0), sign)
     check_count(op, "steps", steps)
     check_count(op, "restarts", restarts)
     check_generator(op, generator)
@@ -483,7 +483,7 @@ def iterate(
     x: torch.Tensor,
     y: Any,
     start: torch.Tensor,
-    alpha: Value,
+    alpha: FgsmParameter,
     steps: int,
     ball: Ball,
     loss: Loss | None,

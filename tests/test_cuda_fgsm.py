@@ -23,14 +23,14 @@ import fastreg  # noqa: F401
 
 pytestmark = needs_nvcc
 
-FgsmNumber = structure("FgsmNumber", "double value\npointer values\nint64 inner, count")
+FgsmParameter = structure("FgsmParameter", "double value\npointer values\nint64 inner, count")
 FgsmArgs = structure(
     "FgsmArgs",
     """int dtype
     pointer x, grad, origin, output
     Layout x_layout, grad_layout, origin_layout, output_layout
-    FgsmNumber step, radius, lower, upper""",
-    FgsmNumber=FgsmNumber,
+    FgsmParameter step, radius, lower, upper""",
+    FgsmParameter=FgsmParameter,
 )
 
 
@@ -42,13 +42,13 @@ def run(x, grad, origin=None, *, step=0.03, radius=0.1, lower=0.0, upper=1.0, mi
     output = []
 
     def arguments(machine):
-        def number(value, name):
+        def parameter(value, name):
             if not isinstance(value, torch.Tensor):
-                return FgsmNumber(value, None, 1, 1)
+                return FgsmParameter(value, None, 1, 1)
             shape = [1] * (x.dim() - value.dim()) + list(value.shape)
             varying = [d for d in range(x.dim()) if shape[d] != 1]
             inner = x.shape[varying[-1] + 1 :].numel() if varying else x.numel() + 1
-            return FgsmNumber(0.0, machine.put(value, name).at, inner, value.numel())
+            return FgsmParameter(0.0, machine.put(value, name).at, inner, value.numel())
 
         output[:] = [machine.room(like, "output", misaligned)]
         return FgsmArgs(
@@ -56,7 +56,8 @@ def run(x, grad, origin=None, *, step=0.03, radius=0.1, lower=0.0, upper=1.0, mi
             machine.put(x, "x", misaligned).at, machine.put(grad, "grad", misaligned).at,
             None if origin is None else machine.put(origin, "origin", misaligned).at, output[0].at,
             layout_of(x), layout_of(grad), Layout() if origin is None else layout_of(origin), layout_of(like),
-            number(step, "step"), number(radius, "radius"), number(lower, "lower"), number(upper, "upper"),
+            parameter(step, "step"), parameter(radius, "radius"),
+            parameter(lower, "lower"), parameter(upper, "upper"),
         )  # fmt: skip
 
     reports = interpreted("fgsm").run("fgsm_step_cuda", arguments, FgsmArgs, **options)
@@ -163,10 +164,10 @@ def test_more_than_2_31_elements():
 
         x, grad, output = (machine.device.virtual(4 * n, name, fill) for name in ("x", "grad", "output"))
         written[:] = [output]
-        layout, one = Layout(n, 1, True), FgsmNumber(1.0, None, 1, 1)
+        layout, one = Layout(n, 1, True), FgsmParameter(1.0, None, 1, 1)
         return FgsmArgs(
             0, x.addr, grad.addr, None, output.addr, layout, layout, Layout(), layout,
-            one, one, FgsmNumber(-1e9, None, 1, 1), FgsmNumber(1e9, None, 1, 1),
+            one, one, FgsmParameter(-1e9, None, 1, 1), FgsmParameter(1e9, None, 1, 1),
         )  # fmt: skip
 
     last = (n // 4 - 1) // 256

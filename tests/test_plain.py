@@ -97,7 +97,7 @@ def test_fgsm_and_pgd(dtype, shape):
     uppers = [None, *(step + 0.9 for step in steps)]
     for eps, lower, upper in itertools.product(steps, lowers, uppers):
         x, grad, origin = (numbers(shape, dtype, strided) for strided in (True, False, True))
-        step = _fgsm.number_of("test", "eps", eps, x)
+        step = _fgsm.parameter_of("test", "eps", eps, x)
         (low, lows), (high, highs) = _fgsm.bounds_of("test", lower, upper, x)
         arguments = x, grad, step[0], low, high, step[1], lows, highs
         assert same_bits(_fgsm.fgsm_step_plain(*arguments), _fgsm.fgsm_step_op(*arguments))

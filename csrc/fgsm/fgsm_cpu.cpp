@@ -9,24 +9,28 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// How many elements from i on take the same value as i.
-FR_INLINE int64_t run_length(const FgsmNumber& number, int64_t i) {
-  return number.values && number.inner > 1 ? number.inner - i % number.inner : INT64_MAX;
+// How many elements from i share its value. A value per element is no limit: value_at loads those as a
+// vector.
+FR_INLINE int64_t run_length(const FgsmParameter& parameter, int64_t i) {
+  return parameter.values && parameter.inner > 1 ? parameter.inner - i % parameter.inner : INT64_MAX;
 }
 
+// Values of elements [i, i + lanes), which must lie in one run. Values per element start again after the last
+// one, also within the vector.
 template <class A>
-FR_INLINE Vec<A> value_at(const FgsmNumber& number, int64_t i, int lanes) {
-  const A* values = static_cast<const A*>(number.values);
-  if (!values) return Vec<A>(A(number.value));
-  if (number.inner > 1) return Vec<A>(values[i / number.inner % number.count]);
-  const int64_t at = i % number.count;
-  if (at + lanes <= number.count) return load(values + at, lanes);
+FR_INLINE Vec<A> value_at(const FgsmParameter& parameter, int64_t i, int lanes) {
+  const A* values = static_cast<const A*>(parameter.values);
+  if (!values) return Vec<A>(A(parameter.value));
+  if (parameter.inner > 1) return Vec<A>(values[i / parameter.inner % parameter.count]);
+  const int64_t at = i % parameter.count;
+  if (at + lanes <= parameter.count) return load(values + at, lanes);
   A lane[Vec<A>::kLanes] = {};
-  for (int j = 0; j < lanes; ++j) lane[j] = values[(at + j) % number.count];
+  for (int j = 0; j < lanes; ++j) lane[j] = values[(at + j) % parameter.count];
   return load(lane);
 }
 
-// 32 elements. The origin is read only to project.
+// 32 neighbouring bfloat16, the even ones in one vector, the odd ones in another. The parameters must be
+// constant, because load_pairs changes the order. The origin is read only to project.
 template <bool kProject, class V>
 FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat16* origin, BFloat16* out,
                           V step, V radius, V lower, V upper) {
@@ -45,9 +49,43 @@ FR_INLINE void step_pairs(const BFloat16* x, const BFloat16* grad, const BFloat1
   store_pairs(out, pack_pairs(x_even, x_odd));
 }
 
+// Elements [first, first + count), whose tensors begin at the pointers. Within a run no parameter changes,
+// unless one has a value per element.
+template <class T, bool kProject>
+FR_INLINE void step_run(const FgsmArgs& a, int64_t first, int64_t count, const T* x, const T* grad,
+                        const T* origin, T* out) {
+  using A = typename Accumulate<T>::type;
+  const auto body = [&](int64_t i, int lanes, Vec<A> step, Vec<A> radius, Vec<A> lower,
+                        Vec<A> upper) __attribute__((always_inline)) {
+    const Vec<A> vx = load(x + i, lanes), vg = load(grad + i, lanes);
+    if (kProject)
+      store(out + i, pgd_element(vx, vg, load(origin + i, lanes), step, radius, lower, upper), lanes);
+    else
+      store(out + i, fgsm_element(vx, vg, step, lower, upper), lanes);
+  };
+  const bool per_element = (a.step.values && a.step.inner == 1) || (a.radius.values && a.radius.inner == 1) ||
+                           (a.lower.values && a.lower.inner == 1) || (a.upper.values && a.upper.inner == 1);
+  if (per_element) {
+    for_each_vector<A>(count, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      body(i, lanes, value_at<A>(a.step, first + i, lanes), value_at<A>(a.radius, first + i, lanes),
+           value_at<A>(a.lower, first + i, lanes), value_at<A>(a.upper, first + i, lanes));
+    });
+    return;
+  }
+  const Vec<A> step = value_at<A>(a.step, first, 1), radius = value_at<A>(a.radius, first, 1),
+               lower = value_at<A>(a.lower, first, 1), upper = value_at<A>(a.upper, first, 1);
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, BFloat16>)
+    for (; done + 32 <= count; done += 32)
+      step_pairs<kProject>(x + done, grad + done, origin + done, out + done, step, radius, lower, upper);
+  for_each_vector<A>(count - done, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+    body(done + i, lanes, step, radius, lower, upper);
+  });
+}
+
+// Elements [begin, end), a block after the other, and each block run by run.
 template <class T, bool kProject>
 void step_blocks(const FgsmArgs& a, int64_t begin, int64_t end) {
-  using A = typename Accumulate<T>::type;
   T x_buffer[kBlock], grad_buffer[kBlock], origin_buffer[kBlock], out_buffer[kBlock];
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t n = end - block < kBlock ? end - block : kBlock;
@@ -59,40 +97,11 @@ void step_blocks(const FgsmArgs& a, int64_t begin, int64_t end) {
     T* out = block_to_write(a.output_layout, static_cast<T*>(a.output), block, out_buffer);
     for (int64_t i = 0; i < n;) {
       int64_t run = n - i;
-      for (const FgsmNumber* number : {&a.step, &a.radius, &a.lower, &a.upper}) {
-        const int64_t same = run_length(*number, block + i);
+      for (const FgsmParameter* parameter : {&a.step, &a.radius, &a.lower, &a.upper}) {
+        const int64_t same = run_length(*parameter, block + i);
         run = same < run ? same : run;
       }
-      const bool per_element =
-          (a.step.values && a.step.inner == 1) || (a.radius.values && a.radius.inner == 1) ||
-          (a.lower.values && a.lower.inner == 1) || (a.upper.values && a.upper.inner == 1);
-      auto body = [&](int64_t j, int lanes, Vec<A> step, Vec<A> radius, Vec<A> lower,
-                      Vec<A> upper) __attribute__((always_inline)) {
-        const Vec<A> vx = load(x + i + j, lanes), vg = load(grad + i + j, lanes);
-        if (kProject)
-          store(out + i + j, pgd_element(vx, vg, load(origin + i + j, lanes), step, radius, lower, upper),
-                lanes);
-        else
-          store(out + i + j, fgsm_element(vx, vg, step, lower, upper), lanes);
-      };
-      const int64_t at = block + i;
-      if (per_element) {
-        for_each_vector<A>(run, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-          body(j, lanes, value_at<A>(a.step, at + j, lanes), value_at<A>(a.radius, at + j, lanes),
-               value_at<A>(a.lower, at + j, lanes), value_at<A>(a.upper, at + j, lanes));
-        });
-      } else {
-        const Vec<A> step = value_at<A>(a.step, at, 1), radius = value_at<A>(a.radius, at, 1),
-                     lower = value_at<A>(a.lower, at, 1), upper = value_at<A>(a.upper, at, 1);
-        int64_t done = 0;
-        if constexpr (std::is_same_v<T, BFloat16>)
-          for (; done + 32 <= run; done += 32)
-            step_pairs<kProject>(x + i + done, grad + i + done, origin + i + done, out + i + done, step,
-                                 radius, lower, upper);
-        for_each_vector<A>(run - done, [&](int64_t j, int lanes) __attribute__((always_inline)) {
-          body(done + j, lanes, step, radius, lower, upper);
-        });
-      }
+      step_run<T, kProject>(a, block + i, run, x + i, grad + i, kProject ? origin + i : nullptr, out + i);
       i += run;
     }
     write_block(a.output_layout, static_cast<T*>(a.output), block, block + n, out);

@@ -1,21 +1,23 @@
-// One step against or along the sign of a gradient, then into the allowed box:
+// One step against or along the sign of a gradient, then into [lower, upper] (the box):
 //
 //   x' = clamp(x + step * sign(g), lower, upper)
 //        FGSM: Goodfellow, Shlens, Szegedy 2015
 //   x' = clamp(clamp(x + step * sign(g), origin - radius, origin + radius), lower, upper)
 //        PGD: Madry, Makelov, Schmidt, Tsipras, Vladu 2018
 //
-// sign(0) = sign(NaN) = 0 as in torch; a NaN in x stays.
+// sign(0) = sign(NaN) = 0 as in torch; a NaN in x stays. A NaN bound does not bound.
 #pragma once
 #include "../common/device.h"
 #include "../common/isa.h"
 
 namespace fastreg {
 
-// A number per element of some broadcast shape: one value, or value (i / inner) % count of element i.
-struct FgsmNumber {
+// The step, the radius or a bound, spread over x. Element i takes values[i / inner % count]: `inner` is how
+// many neighbours share a value, `count` is how many values there are. Where `values` is null all take
+// `value`.
+struct FgsmParameter {
   double value;
-  const void* values;  // of the accumulation type, or null for one value
+  const void* values;  // of the accumulation type
   int64_t inner, count;
 };
 
@@ -24,7 +26,7 @@ struct FgsmArgs {
   const void *x, *grad, *origin;  // origin null: no projection
   void* output;
   Layout x_layout, grad_layout, origin_layout, output_layout;
-  FgsmNumber step, radius, lower, upper;
+  FgsmParameter step, radius, lower, upper;
 };
 
 template <class V>

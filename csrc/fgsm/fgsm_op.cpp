@@ -6,11 +6,11 @@
 namespace fastreg {
 namespace {
 
-// One value, or a tensor that broadcasts to x and whose dimensions other than 1 are neighbours, as (inner,
-// count). The Python side has made it contiguous and of the type of accumulation.
-FgsmNumber number(const char* op, const char* name, const Tensor& x, double value,
-                  const std::optional<Tensor>& values) {
-  FgsmNumber result{value, nullptr, 1, 1};
+// The parameter that is one number, or a tensor that broadcasts to x. The tensor's dimensions larger than 1
+// must follow one another in x. The Python side has made it contiguous and of the type of accumulation.
+FgsmParameter parameter(const char* op, const char* name, const Tensor& x, double value,
+                        const std::optional<Tensor>& values) {
+  FgsmParameter result{value, nullptr, 1, 1};
   if (!values) return result;
   const Tensor& t = *values;
   const ScalarType expected = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -28,13 +28,15 @@ FgsmNumber number(const char* op, const char* name, const Tensor& x, double valu
           " over neighbouring dimensions; expand it to the shape of x");
     result.inner *= x.size(d + lead);
   }
-  if (result.count == 1) result.inner = x.numel() + 1;  // one value for all, in a run without end
+  // All elements share the one value: `inner` is larger than numel, so that no run ends.
+  if (result.count == 1) result.inner = x.numel() + 1;
   result.values = t.const_data_ptr();
   return result;
 }
 
-Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* origin, const FgsmNumber& step,
-            const FgsmNumber& radius, const FgsmNumber& lower, const FgsmNumber& upper) {
+Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* origin,
+            const FgsmParameter& step, const FgsmParameter& radius, const FgsmParameter& lower,
+            const FgsmParameter& upper) {
   FgsmArgs a{};
   a.dtype = dtype_of(op, "x", x);
   check_same(op, "grad", grad, "x", x);
@@ -53,6 +55,7 @@ Tensor step(const char* op, const Tensor& x, const Tensor& grad, const Tensor* o
   a.lower = lower;
   a.upper = upper;
   const bool one_value = !step.values && !radius.values && !lower.values && !upper.values;
+  // All tensors fill their memory in one order and no parameter depends on the index: memory order will do.
   if (one_value && same_dense_order(a.x_layout, a.grad_layout) &&
       same_dense_order(a.x_layout, a.output_layout) &&
       (!origin || same_dense_order(a.x_layout, a.origin_layout)))
@@ -72,17 +75,17 @@ Tensor fgsm_step(Tensor x, Tensor grad, double eps, double lower, double upper,
                  std::optional<Tensor> eps_values, std::optional<Tensor> lower_values,
                  std::optional<Tensor> upper_values) {
   const char* op = "fgsm_step";
-  return step(op, x, grad, nullptr, number(op, "eps", x, eps, eps_values), {},
-              number(op, "lower", x, lower, lower_values), number(op, "upper", x, upper, upper_values));
+  return step(op, x, grad, nullptr, parameter(op, "eps", x, eps, eps_values), {},
+              parameter(op, "lower", x, lower, lower_values), parameter(op, "upper", x, upper, upper_values));
 }
 
 Tensor pgd_step(Tensor x, Tensor grad, Tensor origin, double alpha, double eps, double lower, double upper,
                 std::optional<Tensor> alpha_values, std::optional<Tensor> eps_values,
                 std::optional<Tensor> lower_values, std::optional<Tensor> upper_values) {
   const char* op = "pgd_step";
-  return step(op, x, grad, &origin, number(op, "alpha", x, alpha, alpha_values),
-              number(op, "eps", x, eps, eps_values), number(op, "lower", x, lower, lower_values),
-              number(op, "upper", x, upper, upper_values));
+  return step(op, x, grad, &origin, parameter(op, "alpha", x, alpha, alpha_values),
+              parameter(op, "eps", x, eps, eps_values), parameter(op, "lower", x, lower, lower_values),
+              parameter(op, "upper", x, upper, upper_values));
 }
 
 }  // namespace

@@ -6,25 +6,25 @@
 namespace fastreg::test::fgsm_test {
 namespace {
 
-// A number per element in one of its shapes, and the array that its values lie in.
-struct Number {
-  FgsmNumber number{};
+// A parameter in one of its shapes, and the array that its values lie in.
+struct Parameter {
+  FgsmParameter parameter{};
   std::unique_ptr<Array> values;
   double at(int64_t i, DType type) const {
-    return values ? values->get(i / number.inner % number.count) : round_to(type, number.value);
+    return values ? values->get(i / parameter.inner % parameter.count) : round_to(type, parameter.value);
   }
 };
-Number make_number(int kind, int64_t n, DType type, double center, Random& random) {
-  Number result;
-  result.number.value = center;
+Parameter make_parameter(int kind, int64_t n, DType type, double center, Random& random) {
+  Parameter result;
+  result.parameter.value = center;
   if (kind == 0) return result;
   // per channel, per element, per element of the last dimension
   const int64_t channels = n % 3 == 0 ? 3 : 1;
-  result.number.inner = kind == 1 ? n / channels : 1;
-  result.number.count = kind == 1 ? channels : kind == 2 ? n : n % 5 == 0 ? 5 : n % 31 == 0 ? 31 : 1;
-  result.values = std::make_unique<Array>(type, contiguous(result.number.count));
-  for (int64_t i = 0; i < result.number.count; ++i) result.values->set(i, center + 0.1 * random.uniform());
-  result.number.values = result.values->data();
+  result.parameter.inner = kind == 1 ? n / channels : 1;
+  result.parameter.count = kind == 1 ? channels : kind == 2 ? n : n % 5 == 0 ? 5 : n % 31 == 0 ? 31 : 1;
+  result.values = std::make_unique<Array>(type, contiguous(result.parameter.count));
+  for (int64_t i = 0; i < result.parameter.count; ++i) result.values->set(i, center + 0.1 * random.uniform());
+  result.parameter.values = result.values->data();
   return result;
 }
 
@@ -53,10 +53,10 @@ void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) 
     origin.set(random.below(n), kInfinity);
   }
   const auto kind = [&]() { return count % 3 ? int(random.below(4)) : 0; };
-  const Number step = make_number(kind(), n, type, 0.03, random),
-               radius = make_number(kind(), n, type, 0.04, random);
-  const Number lower = make_number(kind(), n, type, 0, random),
-               upper = make_number(kind(), n, type, 0.9, random);
+  const Parameter step = make_parameter(kind(), n, type, 0.03, random),
+                  radius = make_parameter(kind(), n, type, 0.04, random);
+  const Parameter lower = make_parameter(kind(), n, type, 0, random),
+                  upper = make_parameter(kind(), n, type, 0.9, random);
   FgsmArgs a{};
   a.dtype = dtype;
   a.x = x.data();
@@ -67,10 +67,10 @@ void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) 
   a.grad_layout = grad.layout;
   a.origin_layout = origin.layout;
   a.output_layout = out.layout;
-  a.step = step.number;
-  if (project) a.radius = radius.number;
-  a.lower = lower.number;
-  a.upper = upper.number;
+  a.step = step.parameter;
+  if (project) a.radius = radius.parameter;
+  a.lower = lower.parameter;
+  a.upper = upper.parameter;
   kernels::fgsm_kernels.step(a, n / 3, n);
   kernels::fgsm_kernels.step(a, 0, n / 3);
 
