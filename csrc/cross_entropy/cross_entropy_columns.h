@@ -18,14 +18,14 @@ namespace {
 constexpr int64_t kShortSum = 64;
 
 // Rows [first, first + lanes) of one batch element.
-template <bool kGeneral, class T, class G, class S, class A>
+template <bool kWeighted, class T, class G, class S, class A>
 struct Columns {
   using V = Vec<A>;
   static constexpr int kLanes = V::kLanes;
   const CrossEntropyArgs& a;
-  const T* x;     // class 0 of the first row, as in the next two
-  const S* soft;  // null, or probabilities, and
-  G* grad;        // null, or the gradient
+  const T* x;     // class 0 of the first row, as `soft` and `grad`
+  const S* soft;  // probabilities; null where the targets are class indices
+  G* grad;        // null: no gradient is wanted
   int64_t index;  // of the first row among all
   int lanes;
   A* exps;  // room for classes * kLanes
@@ -46,9 +46,10 @@ struct Columns {
     return smoothed_target(t, V(weight ? weight[c] : A(1)), V(A(a.mix)), V(A(a.base)));
   }
 
-  FR_INLINE void meet_targets(Targets& t) const {
+  FR_INLINE void read_targets(Targets& t) const {
     t.kept = (1u << lanes) - 1u;
-    for (int j = 0; !soft && j < lanes; ++j) {
+    if (soft) return;
+    for (int j = 0; j < lanes; ++j) {
       const int64_t target = a.target[index + j];
       if (target == a.ignore_index) {
         t.kept &= ~(1u << j);
@@ -74,7 +75,7 @@ struct Columns {
       V total = zero, dot = zero, mass = zero;
       for (int64_t c = first; c < k && c < first + kShortSum; ++c) {
         const V shifted = load(x + c * a.logits_stride.cls, lanes) - origin, e = exp_nonpositive(shifted);
-        if (kGeneral) {
+        if (kWeighted) {
           const V q = q_at(c);
           dot = dot + weighted_logit(q, shifted);
           mass = mass + q;
@@ -94,37 +95,38 @@ struct Columns {
     RowSums<V> s;
     s.top = top;
     s.sum = select(top == V(-A(__builtin_inf())), V(A(__builtin_nan(""))), totals.exps);
-    s.others = s.sum - one;
-    // Where one class has nearly all the mass, its 1 has swallowed the last bits of the others'.
-    const auto peaked = s.sum < V(A(1.125));
+    s.rest = s.sum - one;
+    // Where one class has nearly all the mass, its 1 has rounded away the last digits of the others'. Only
+    // that one can be 0.5 or more.
+    const auto peaked = s.sum < V(A(kPeakedSum));
     if (any(peaked)) {
       V rest{A(0)};
       for (int64_t c = 0; c < k; ++c) {
         const V e = load(exps + c * kLanes);
         rest = rest + select(e < V(A(0.5)), e, V(A(0)));
       }
-      s.others = select(peaked, rest, s.others);
+      s.rest = select(peaked, rest, s.rest);
       s.sum = select(peaked, one + rest, s.sum);
       s.log_sum = select(peaked, log1p_small(rest), log_from_one(s.sum));
     } else {
       s.log_sum = log_from_one(s.sum);
     }
-    s.dot = kGeneral ? totals.dot : V(A(a.base)) * totals.dot;
-    s.q_sum = kGeneral ? totals.mass : V(A(a.base * double(k)));
+    s.dot = kWeighted ? totals.dot : V(A(a.base)) * totals.dot;
+    s.q_sum = kWeighted ? totals.mass : V(A(a.base * double(k)));
     s.q_rest = s.q_sum;
     return s;
   }
 
-  // The targets' part in the sums.
+  // Adds to the sums what the sweep has not counted of the targets.
   FR_INLINE void add_targets(const Targets& targets, const RowOptions<A>& options, RowSums<V>& s,
                              RowTarget<V>& t) const {
     const V weights = load(targets.weight);
     t.shifted = load(targets.logit) - s.top;
-    t.q = weights * V(options.own);
-    t.open = weights * V(options.mix);
-    s.q_rest = kGeneral ? s.q_sum - weights * V(options.base) : V(A(a.base * double(k - 1)));
-    s.q_sum = s.q_sum + t.open;
-    if (options.own == 0) leave_out_impossible_targets(targets, s, t);
+    t.q = weights * V(options.target_mass);
+    t.q_unswept = weights * V(options.mix);
+    s.q_rest = kWeighted ? s.q_sum - weights * V(options.base) : V(A(a.base * double(k - 1)));
+    s.q_sum = s.q_sum + t.q_unswept;
+    if (options.target_mass == 0) leave_out_impossible_targets(targets, s, t);
     if (!grad) return;
     A at_target[kLanes] = {};
     for (int j = 0; j < lanes; ++j)
@@ -133,18 +135,18 @@ struct Columns {
   }
 
   FR_INLINE void leave_out_impossible_targets(const Targets& targets, RowSums<V>& s, RowTarget<V>& t) const {
-    A dots[kLanes], tops[kLanes], open[kLanes];
+    A dots[kLanes], tops[kLanes], unswept[kLanes];
     store(dots, s.dot);
     store(tops, s.top);
-    store(open, t.open);
+    store(unswept, t.q_unswept);
     for (int j = 0; j < lanes; ++j) {
       if ((targets.kept >> j & 1) == 0 || targets.logit[j] != -A(__builtin_inf())) continue;
       dots[j] = dot_without_target(a, weight, a.target[index + j], tops[j],
                                    [&](int64_t c) { return to_float(x[c * a.logits_stride.cls + j]); });
-      open[j] = 0;
+      unswept[j] = 0;
     }
     s.dot = load(dots);
-    t.open = load(open);
+    t.q_unswept = load(unswept);
   }
 
   FR_INLINE void write_losses(const RowLoss<V>& result, const typename V::Mask& keep) const {
@@ -163,7 +165,7 @@ struct Columns {
     const auto keep = V::from_bits(kept);
     for (int64_t c = 0; c < k; ++c) {
       const V e = load(exps + c * kLanes);
-      const V g = cross_entropy_grad(e, kGeneral ? q_at(c) : base, softmax, factor);
+      const V g = cross_entropy_grad(e, kWeighted ? q_at(c) : base, softmax, factor);
       store(grad + c * a.grad_stride.cls, select(keep, g, zero), lanes);
     }
     if (soft) return;
@@ -175,13 +177,13 @@ struct Columns {
 };
 
 // Losses, lse and, unless grad is null, the gradient of the rows. Inlined for the reason of finish_row.
-template <bool kGeneral, class T, class G, class S, class A>
-FR_INLINE void finish_columns(const Columns<kGeneral, T, G, S, A> rows) {
+template <bool kWeighted, class T, class G, class S, class A>
+FR_INLINE void finish_columns(const Columns<kWeighted, T, G, S, A> rows) {
   using V = Vec<A>;
   const CrossEntropyArgs& a = rows.a;
   const RowOptions<A> options(a);
-  typename Columns<kGeneral, T, G, S, A>::Targets targets;
-  rows.meet_targets(targets);
+  typename Columns<kWeighted, T, G, S, A>::Targets targets;
+  rows.read_targets(targets);
   const V top = rows.largest();
   const V origin = select(top == V(-A(__builtin_inf())), V(A(0)), top);
   RowSums<V> sums = rows.sums(top, rows.sweep(origin));

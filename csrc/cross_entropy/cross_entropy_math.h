@@ -47,10 +47,10 @@ struct CrossEntropyReduction {
 struct CrossEntropyArgs : CrossEntropyOptions {
   DType dtype, target_dtype;  // target_dtype: of soft targets
   const void* logits;
-  void* grad;             // null: no gradient is wanted; may be the logits, which it then overwrites
-  const int64_t* target;  // class indices, one per row; or null and
-  const void* soft_target;
-  const void* weight;  // of the accumulation type; null: 1
+  void* grad;               // null: no gradient is wanted; may be the logits, which it then overwrites
+  const int64_t* target;    // one class index per row; null where the target is soft
+  const void* soft_target;  // probabilities; null where the target is class indices
+  const void* weight;       // one per class, of the accumulation type; null: each is 1
   double* row_loss;
   double* row_lse;
   // Row r = (r / positions, r % positions); strides in elements.
@@ -59,8 +59,8 @@ struct CrossEntropyArgs : CrossEntropyOptions {
     int64_t outer, position, cls;
   } logits_stride, grad_stride, target_stride;
   double mix, base;        // of the options, by set_smoothing
-  double grad_factor;      // 1 / normaliser of a mean, else 1; or
-  const void* row_factor;  // one for each row, of the accumulation type
+  double grad_factor;      // of every row: 1 / normaliser of a mean, else 1; unread where row_factor is given
+  const void* row_factor;  // one for each row, of the accumulation type; null: grad_factor
 
   void set_smoothing() {
     base = label_smoothing == 0 ? 0 : label_smoothing / double(others ? classes - 1 : classes);
@@ -80,9 +80,9 @@ FR_HD V weighted_logit(V q, V x) {
   return select(q == V(0), V(0), q * x);
 }
 
-// What e^(x - top) is multiplied with for the gradient, and below what it counts as zero: its product would
-// be below the normal numbers, which take many times as long to compute here and in the matrix product that
-// follows. float64 is computed to its end.
+// The factor of e^(x - top) in the gradient. An exponential below `least` counts as 0, because the product
+// would be subnormal: such numbers take many times as long, here and in the matrix product that follows. With
+// float64 nothing counts as 0.
 template <class V>
 struct SoftmaxFactor {
   V value, least;
@@ -104,26 +104,39 @@ FR_HD V cross_entropy_grad(V exp_shifted, V q, const SoftmaxFactor<V>& softmax, 
 // The options as numbers of the type in which a row is finished.
 template <class S>
 struct RowOptions {
-  S mix, base, own, z_loss;  // own: what the target has of its weight, mix + base
+  S mix, base;
+  S target_mass;  // mix + base: q of the target, before its weight
+  S z_loss;
 
   FR_HD explicit RowOptions(const CrossEntropyArgs& a)
-      : mix(S(a.mix)), base(S(a.base)), own(S(a.mix + a.base)), z_loss(S(a.z_loss)) {}
+      : mix(S(a.mix)), base(S(a.base)), target_mass(S(a.mix + a.base)), z_loss(S(a.z_loss)) {}
 };
 
 // What the sweep over the classes has found.
 template <class V>
 struct RowSums {
-  V top;                   // the largest logit
-  V sum, others, log_sum;  // sum_c exp(x_c - top); the same without one of the largest; its logarithm
-  V dot;                   // sum_c q_c (x_c - top), without `open` of the target
-  V q_sum, q_rest;         // sum_c q_c; the same without the target's class
+  V top;      // the largest logit
+  V sum;      // sum_c exp(x_c - top)
+  V rest;     // the same without one of the largest: sum - 1, without its rounding error
+  V log_sum;  // log(sum)
+  V dot;      // sum_c q_c (x_c - top), without q_unswept of the target
+  V q_sum;    // sum_c q_c
+  V q_rest;   // the same without the target's class
 };
+
+// Where the sum is less than this, the CPU adds up `rest` by itself: of `sum` too few digits are left. It is
+// then at most 0.125, as log1p_small of simd_math.h needs it, and no exponential but the largest is above
+// 0.125.
+constexpr double kPeakedSum = 1.125;
 
 // The class that is the target; all zeros where the target is soft.
 template <class V>
 struct RowTarget {
   V shifted, exp_shifted;  // x - top, and its exponential
-  V q, open;               // q, and the part of it that `dot` lacks
+  V q;
+  // The part of q that the sweep has not counted, because it did not know the target: weight * mix where it
+  // has counted `base` for each class, all of q where it has left the target out.
+  V q_unswept;
 };
 
 template <class V>
@@ -132,14 +145,14 @@ struct RowLoss {
 };
 template <class V, class S>
 FR_HD RowLoss<V> row_loss(const RowSums<V>& s, const RowTarget<V>& t, const RowOptions<S>& o) {
-  const V lse = s.top + s.log_sum, dot = s.dot + weighted_logit(t.open, t.shifted);
+  const V lse = s.top + s.log_sum, dot = s.dot + weighted_logit(t.q_unswept, t.shifted);
   V loss = s.q_sum * s.log_sum - dot;
   if (o.z_loss != S(0)) loss = loss + V(o.z_loss) * lse * lse;
   return {loss, lse};
 }
 
-// What a row's gradient is made of: cross_entropy_grad(exp(x - top), q, softmax_factor, factor), but at the
-// target at_target.
+// What a row's gradient is made of. At the target it is at_target, elsewhere it is
+// cross_entropy_grad(exp(x - top), q, softmax_factor, factor).
 template <class V>
 struct RowGradient {
   V softmax_factor, at_target;
@@ -156,22 +169,22 @@ struct Divide {
 
 // At the target the gradient is q_sum p - q. Where p is at least 1/2, both may be nearly the same, and
 // the difference is no better than the last bit of 1; it is then taken from what the other classes have, as
-// q_rest - q_sum (1 - p), where 1 - p is (others + (1 - exp)) / sum. The error is some units of the last
+// q_rest - q_sum (1 - p), where 1 - p is (rest + (1 - exp)) / sum. The error is some units of the last
 // place of the result however confident the row is.
 template <class V, class S, class Quotient = Divide>
 FR_HD RowGradient<V> row_gradient(const RowSums<V>& s, const RowTarget<V>& t, V lse, const RowOptions<S>& o,
                                   V factor, Quotient quotient = {}) {
   const V z_slope = o.z_loss != S(0) ? V(S(2) * o.z_loss) * lse : V(S(0));
   const V softmax_factor = quotient((s.q_sum + z_slope) * factor, s.sum);
-  const V missing = s.others + (V(S(1)) - t.exp_shifted);
-  const V from_others = factor * (s.q_rest + quotient(z_slope * t.exp_shifted - s.q_sum * missing, s.sum));
+  const V missing = s.rest + (V(S(1)) - t.exp_shifted);
+  const V from_rest = factor * (s.q_rest + quotient(z_slope * t.exp_shifted - s.q_sum * missing, s.sum));
   const V from_target = t.exp_shifted * softmax_factor - t.q * factor;
-  return {softmax_factor, flush(select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_others))};
+  return {softmax_factor, flush(select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_rest))};
 }
 
-// The sum of q_c (x_c - top) without the target, one class after another. For "others" with eps = 1, where
-// the target may be -inf: it has no mass, but as base and mix apart it would count inf - inf. logit(c), and
-// weights or null.
+// The sum of q_c (x_c - top) without the target, one class after another; logit(c) reads a logit, weight may
+// be null. It is for "others" with eps = 1, where the target may be -inf: it has no mass, but base and mix,
+// each counted apart, would be inf - inf.
 template <class S, class A, class Logit>
 FR_HD S dot_without_target(const CrossEntropyArgs& a, const A* weight, int64_t target, S top,
                            const Logit& logit) {

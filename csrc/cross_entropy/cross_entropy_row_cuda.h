@@ -124,20 +124,20 @@ __device__ __forceinline__ ClassGradient<A> finish_row(const RowsWork<T, G>& w, 
   if (hard) {
     t.shifted = target_logit - s.top;
     t.exp_shifted = exponential(t.shifted);
-    t.q = target_weight * w.options.own;
+    t.q = target_weight * w.options.target_mass;
   }
   RowSums<A> sums;
   sums.top = s.top;
-  sums.others = s.top == kInfinity<A> || s.top == -kInfinity<A> ? nan : s.others.value();
-  sums.sum = A(1) + sums.others;
-  sums.log_sum = log_of_one_plus(sums.others);
+  sums.rest = s.top == kInfinity<A> || s.top == -kInfinity<A> ? nan : s.rest.value();
+  sums.sum = A(1) + sums.rest;
+  sums.log_sum = log_of_one_plus(sums.rest);
   sums.dot = s.dot.value();
   if (w.general) {
-    t.open = t.q;
+    t.q_unswept = t.q;  // q_at has left the target out
     sums.q_rest = s.mass.value();
     sums.q_sum = sums.q_rest + t.q;
   } else {
-    t.open = target_weight * w.options.mix;
+    t.q_unswept = target_weight * w.options.mix;
     sums.q_rest = w.q_rest;
     sums.q_sum = w.weight ? t.q : w.q_all;
   }

@@ -14,8 +14,8 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Blocks whose exponentials are relative to one number, the largest logit up to there (Milakov and
-// Gimelshein 2018). Whenever a block has a larger one, a segment ends.
+// A segment is a run of blocks that share a reference: the largest logit seen when it began (Milakov and
+// Gimelshein 2018). A block with a larger logit begins a new one.
 template <class A>
 struct Segment {
   int64_t begin;
@@ -24,25 +24,27 @@ struct Segment {
   double factor;          // makes its exponentials relative to the largest logit of all
 };
 
-// Two vectors of neighbours; those of bfloat16 come in an order of their own, unless `linear`.
-template <bool linear, class T, class V>
+// Two vectors of neighbours. Unless kInOrder, bfloat16 comes as even and odd neighbours, which is faster.
+// Weights and soft targets are indexed by class, so with them (kWeighted) the order is kept.
+template <bool kInOrder, class T, class V>
 FR_INLINE void load_two(const T* p, V& a, V& b) {
-  if constexpr (std::is_same_v<T, BFloat16> && !linear) {
+  if constexpr (std::is_same_v<T, BFloat16> && !kInOrder) {
     load_pairs(p, a, b);
   } else {
     a = load(p);
     b = load(p + V::kLanes);
   }
 }
-// Where neighbour i of k stands after for_each_two has put such vectors side by side.
-template <bool linear, class T>
-FR_INLINE int64_t place_of(int64_t i, int64_t k) {
-  if (!std::is_same_v<T, BFloat16> || linear || i >= k / 32 * 32) return i;
+// The index in `exps` of class i of k, where load_two has read the logits and the exponentials were stored in
+// the order of the vectors.
+template <bool kInOrder, class T>
+FR_INLINE int64_t index_in_exps(int64_t i, int64_t k) {
+  if (!std::is_same_v<T, BFloat16> || kInOrder || i >= k / 32 * 32) return i;
   return i / 32 * 32 + i % 2 * 16 + i % 32 / 2;
 }
-template <bool linear, class T, class V>
+template <bool kInOrder, class T, class V>
 FR_INLINE void store_two(T* p, const V& a, const V& b) {
-  if constexpr (std::is_same_v<T, BFloat16> && !linear) {
+  if constexpr (std::is_same_v<T, BFloat16> && !kInOrder) {
     // Part by part: gcc 12 takes the copy of the whole, as in store_pairs, through memory and other
     // registers.
     const Pairs pairs = pack_pairs(a, b);
@@ -61,9 +63,9 @@ FR_INLINE void prefetch(const T* p) {
     __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, kToWrite);
 }
 
-// One row of k contiguous logits. General: with class weights or soft targets; otherwise q is `base`
-// everywhere and `mix` more at the target, which needs neither array.
-template <bool kGeneral, class T, class G, class A>
+// One row of k contiguous logits. kWeighted: q differs between classes, by class weights or soft targets.
+// Otherwise it is `base` everywhere and `mix` more at the target, which needs neither array.
+template <bool kWeighted, class T, class G, class A>
 struct Row {
   using V = Vec<A>;
   const CrossEntropyArgs& a;
@@ -96,7 +98,7 @@ struct Row {
         begin, end,
         [&](int64_t i) __attribute__((always_inline)) {
           V v, w;
-          load_two<kGeneral>(x + i, v, w);
+          load_two<kWeighted>(x + i, v, w);
           largest = maximum(v, largest);
           other = maximum(w, other);
         },
@@ -117,14 +119,14 @@ struct Row {
         begin, end,
         [&](int64_t i) __attribute__((always_inline)) {
           V v, w;
-          load_two<kGeneral>(x + i, v, w);
+          load_two<kWeighted>(x + i, v, w);
           // A processor fetches ahead by itself, but not a block ahead: memory would wait while this one is
           // computed.
           prefetch<false>(x + i + kBlock);
           if (in_grad) prefetch<true>(exps + i + kBlock);
           v = v - origin;
           w = w - origin;
-          if (kGeneral) {
+          if (kWeighted) {
             const V q = q_at(i, V::kLanes), r = q_at(i + V::kLanes, V::kLanes);
             dot = dot + (weighted_logit(q, v) + weighted_logit(r, w));
             mass = mass + (q + r);
@@ -138,7 +140,7 @@ struct Row {
         },
         [&](int64_t i, int lanes) __attribute__((always_inline)) {
           const V v = load(x + i, lanes, -infinity) - origin, e = exp_nonpositive(v);
-          if (kGeneral) {
+          if (kWeighted) {
             const V q = q_at(i, lanes);
             dot = dot + weighted_logit(q, v);
             mass = mass + q;
@@ -154,8 +156,8 @@ struct Row {
   FR_INLINE void close_segment(int64_t end, Totals& totals) const {
     Segment<A>& s = segments.back();
     s.sum = totals.exps.sum();
-    s.dot = kGeneral ? totals.dot.sum() : a.base != 0 ? a.base * totals.dot.sum() : 0;
-    s.mass = kGeneral ? double(totals.mass.sum()) : a.base * double(end - s.begin);
+    s.dot = kWeighted ? totals.dot.sum() : a.base != 0 ? a.base * totals.dot.sum() : 0;
+    s.mass = kWeighted ? double(totals.mass.sum()) : a.base * double(end - s.begin);
     totals = {V(A(0)), V(A(0)), V(A(0))};
   }
 
@@ -178,8 +180,9 @@ struct Row {
     close_segment(k, totals);
   }
 
-  // The sum of the exponentials but the largest, whose 1 has swallowed the last bits of the others.
-  FR_INLINE double sum_of_others(A top) const {
+  // The sum of exponentials without the largest. Added together, the 1 of the largest would round away the
+  // others' last digits. The sum is less than kPeakedSum here, so that only the largest can be 0.5 or more.
+  FR_INLINE double sum_of_rest(A top) const {
     const V zero{A(0)}, origin{top};
     V rest = zero;
     for (size_t j = 0; j < segments.size(); ++j) {
@@ -194,8 +197,9 @@ struct Row {
     return rest.sum();
   }
 
-  // Of all segments together.
-  FR_INLINE RowSums<double> sums() const {
+  // The sums of all segments together. Each segment gets the factor that brings its exponentials to the
+  // largest logit of all.
+  FR_INLINE RowSums<double> merge_segments() const {
     const A reference = segments.back().reference;
     RowSums<double> s{};
     s.top = reference;
@@ -203,7 +207,8 @@ struct Row {
     for (Segment<A>& part : segments) {
       if (part.reference != reference) {
         part.factor = std::exp(double(part.reference) - s.top);
-        // A segment of -inf alone was relative to 0; in its dot there is nothing finite to be moved.
+        // In a segment without a finite logit all are -inf, and shifting its dot by such a reference would
+        // give NaN.
         if (part.mass != 0 && part.reference != -A(__builtin_inf()))
           part.dot += part.mass * (double(part.reference) - s.top);
       }
@@ -212,38 +217,42 @@ struct Row {
       mass += part.mass;
     }
     if (s.top == -__builtin_inf()) s.sum = __builtin_nan("");
-    // Where one class has nearly all the mass, the loss is what the others have, if that one is the target.
-    if (s.sum < 1.125) {
-      s.others = sum_of_others(reference);
-      s.sum = 1 + s.others;
-      s.log_sum = std::log1p(s.others);
-    } else {
-      s.others = s.sum - 1;
-      s.log_sum = std::log(s.sum);
-    }
-    s.q_sum = kGeneral ? mass : a.base * double(k);
+    s.q_sum = kWeighted ? mass : a.base * double(k);
     s.q_rest = s.q_sum;
     return s;
   }
 
-  // What is known of the target, and its part in the sums.
-  FR_INLINE RowTarget<double> meet_target(RowSums<double>& s) const {
+  // `rest` and the logarithm, to their last digits. Where one class has nearly all the mass and is the
+  // target, the loss is what the other classes have.
+  FR_INLINE void take_logarithm(RowSums<double>& s) const {
+    if (s.sum < kPeakedSum) {
+      s.rest = sum_of_rest(A(s.top));
+      s.sum = 1 + s.rest;
+      s.log_sum = std::log1p(s.rest);
+    } else {
+      s.rest = s.sum - 1;
+      s.log_sum = std::log(s.sum);
+    }
+  }
+
+  // Adds to the sums what the sweep has not counted of the target; gives what is known of it.
+  FR_INLINE RowTarget<double> add_target(RowSums<double>& s) const {
     if (soft) return {};
-    const double w = kGeneral && weight ? double(weight[target]) : 1;
+    const double w = kWeighted && weight ? double(weight[target]) : 1;
     RowTarget<double> t{};
     t.shifted = double(to_float(x[target])) - s.top;
     t.q = w * (a.mix + a.base);
-    t.open = w * a.mix;
-    s.q_rest = kGeneral ? s.q_sum - w * a.base : a.base * double(k - 1);
-    s.q_sum += t.open;
+    t.q_unswept = w * a.mix;
+    s.q_rest = kWeighted ? s.q_sum - w * a.base : a.base * double(k - 1);
+    s.q_sum += t.q_unswept;
     if (a.mix + a.base == 0 && t.shifted == -__builtin_inf()) {
       s.dot = dot_without_target(a, weight, target, s.top, [&](int64_t c) { return to_float(x[c]); });
-      t.open = 0;
+      t.q_unswept = 0;
     }
-    if (grad) {  // read now: the gradient may take the exponentials' place
+    if (grad) {  // This is read now, because the gradient may take the exponentials' place.
       size_t j = segments.size() - 1;
       while (segments[j].begin > target) --j;
-      t.exp_shifted = exps[place_of<kGeneral, T>(target, k)] * segments[j].factor;
+      t.exp_shifted = exps[index_in_exps<kWeighted, T>(target, k)] * segments[j].factor;
     }
     return t;
   }
@@ -257,12 +266,12 @@ struct Row {
           [&](int64_t i) __attribute__((always_inline)) {
             V v, w;
             load_two<true>(exps + i, v, w);
-            v = cross_entropy_grad(v, kGeneral ? q_at(i, V::kLanes) : same, factor, grad_factor);
-            w = cross_entropy_grad(w, kGeneral ? q_at(i + V::kLanes, V::kLanes) : same, factor, grad_factor);
-            store_two<kGeneral>(grad + i, v, w);
+            v = cross_entropy_grad(v, kWeighted ? q_at(i, V::kLanes) : same, factor, grad_factor);
+            w = cross_entropy_grad(w, kWeighted ? q_at(i + V::kLanes, V::kLanes) : same, factor, grad_factor);
+            store_two<kWeighted>(grad + i, v, w);
           },
           [&](int64_t i, int lanes) __attribute__((always_inline)) {
-            const V q = kGeneral ? q_at(i, lanes) : same;
+            const V q = kWeighted ? q_at(i, lanes) : same;
             store(grad + i, cross_entropy_grad(load(exps + i, lanes), q, factor, grad_factor), lanes);
           });
     }
@@ -270,14 +279,16 @@ struct Row {
   }
 };
 
-// Loss, lse and, unless grad is null, the gradient of one row. Inlined, the fields of `row` are registers:
-// stores of 16-bit numbers could otherwise change them, so that loops would read them again and again.
-template <bool kGeneral, class T, class G, class A>
-FR_INLINE void finish_row(const Row<kGeneral, T, G, A> row, double row_factor, double* loss, double* lse) {
+// Loss, lse and, unless grad is null, the gradient of one row. It is inlined and has `row` by value, so that
+// its fields stay in registers: the compiler must assume that a store of 16-bit numbers changes anything in
+// memory.
+template <bool kWeighted, class T, class G, class A>
+FR_INLINE void finish_row(const Row<kWeighted, T, G, A> row, double row_factor, double* loss, double* lse) {
   const RowOptions<double> options(row.a);
   row.sweep();
-  RowSums<double> sums = row.sums();
-  const RowTarget<double> target = row.meet_target(sums);
+  RowSums<double> sums = row.merge_segments();
+  row.take_logarithm(sums);
+  const RowTarget<double> target = row.add_target(sums);
   const RowLoss<double> result = row_loss(sums, target, options);
   *loss = result.loss;
   *lse = result.lse;

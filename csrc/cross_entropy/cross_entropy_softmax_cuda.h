@@ -102,7 +102,7 @@ struct Compensated {
 template <class A>
 struct RunningSoftmax {
   A top, origin;
-  Compensated<A> others;     // sum of exp(x - origin) over all but one of the largest
+  Compensated<A> rest;       // sum of exp(x - origin) over all but one of the largest
   Compensated<A> dot, mass;  // sums of q * (x - origin) and of q
 
   // Before any class. The origin is finite, so that a logit of -inf less the origin is -inf.
@@ -114,19 +114,19 @@ struct RunningSoftmax {
   }
   __device__ __forceinline__ void move(A to) {
     const A factor = exponential(origin - to);
-    others.high *= factor;
-    others.low *= factor;
+    rest.high *= factor;
+    rest.low *= factor;
     dot.add_smaller(weighted_logit(mass.value(), origin - to));
     origin = to;
   }
-  // What x adds to `others`: itself, or, where it is the largest so far, the largest before it.
+  // What x adds to `rest`: itself, or, where it is the largest so far, the largest before it.
   __device__ __forceinline__ A part_of(A x) {
     const bool above = top < x;
     const A part = exponential((above ? top : x) - origin);
     top = above ? x : top;
     return part;
   }
-  __device__ __forceinline__ void add(A x) { others.add_smaller(part_of(x)); }
+  __device__ __forceinline__ void add(A x) { rest.add_smaller(part_of(x)); }
   __device__ __forceinline__ void add_target(A x, A q) {
     dot.add_smaller(weighted_logit(q, x - origin));
     mass.add_smaller(q);
@@ -136,8 +136,8 @@ struct RunningSoftmax {
     const A largest = warp_max(top), reference = largest == -kInfinity<A> ? A(0) : largest;
     const unsigned holders = __ballot_sync(kAllLanes, top == largest);
     const bool left_out = int(threadIdx.x % kLanes) == __ffs(int(holders)) - 1;
-    const A mine = others.value() * exponential(origin - reference);
-    others = {warp_sum(mine + (left_out ? A(0) : exponential(top - reference))), A(0)};
+    const A mine = rest.value() * exponential(origin - reference);
+    rest = {warp_sum(mine + (left_out ? A(0) : exponential(top - reference))), A(0)};
     if (with_dot) {
       const A its_mass = mass.value();
       dot = {warp_sum(dot.value() + weighted_logit(its_mass, origin - reference)), A(0)};

@@ -105,7 +105,7 @@ struct SharedRow {
       A parts = 0;
 #pragma unroll
       for (int j = 0; j < kSize; ++j) parts += s.part_of(v[j]);
-      s.others.add_smaller(parts);
+      s.rest.add_smaller(parts);
       if (base != A(0)) {
         A spread = 0;
 #pragma unroll
