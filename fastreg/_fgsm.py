@@ -216,7 +216,7 @@ def bounds_of(
     return lower_parameter, upper_parameter
 
 
-def pair_of(op: str, bounds: Bounds | None) -> Bounds:
+def both_bounds(op: str, bounds: Bounds | None) -> Bounds:
     """(lower, upper) of the argument `bounds`, which is such a pair or None."""
     if bounds is None:
         return None, None
@@ -280,7 +280,7 @@ def fgsm_step(
             raise ValueError(
                 f"{op}: give bounds or lower and upper, not both; bounds=(lower, upper) is enough"
             )
-        lower, upper = pair_of(op, bounds)
+        lower, upper = both_bounds(op, bounds)
     step = parameter_of(op, "eps", eps, x)
     low, high = bounds_of(op, lower, upper, x)
     with torch.no_grad():

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._checks import check_choice, check_count, check_generator, check_initialised, check_number, check_tensor
-from ._fgsm import fgsm_step_op, pair_of, parameter_of, times
+from ._fgsm import both_bounds, fgsm_step_op, parameter_of, times
 from ._losses import IGNORED, attacked_loss, check_logits, count_of, row_sum_of_shares, trained_loss
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 from .attacks import (
@@ -222,7 +222,7 @@ class FreeAdversarial:
         if not isinstance(eps, torch.Tensor):
             parameter_of(op, "eps", eps, torch.empty(0), low=0, infinite=True)
         check_count(op, "replays", replays)
-        pair_of(op, bounds)
+        both_bounds(op, bounds)
         self.eps, self.replays, self.bounds = eps, replays, bounds
         self._delta: torch.Tensor | None = None
 
@@ -304,7 +304,7 @@ def robust_accuracy(
     check_choice(op, "norm", norm, ("linf", "l2"))
     check_initialised(op, model)
     check_generator(op, generator)
-    pair = pair_of(op, bounds)
+    pair = both_bounds(op, bounds)
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     total = robust = 0
     with _evaluating(model):

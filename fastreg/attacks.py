@@ -27,7 +27,7 @@ from ._checks import (
     check_tensor,
     module_of,
 )
-from ._fgsm import bounds_of, fgsm_step_op, pair_of, parameter_of, pgd_step_op, times, value_of
+from ._fgsm import both_bounds, bounds_of, fgsm_step_op, parameter_of, pgd_step_op, times, value_of
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
 from ._transforms import autocast_dtype, is_vmapped
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
@@ -286,7 +286,7 @@ def check_ball(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, nor
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be a floating-point tensor, got {x.dtype}; convert it with .float()")
     check_choice(op, "norm", norm, ("linf", "l2"))
-    lower, upper = pair_of(op, bounds)
+    lower, upper = both_bounds(op, bounds)
     size = parameter_of(op, "eps", eps, x, low=0)
     box = bounds_of(op, lower, upper, x)
     return Ball(size, box[0], box[1], norm)

@@ -18,7 +18,7 @@ from cuda_machine import (
 
 pytestmark = needs_nvcc
 
-Strides = structure("CrossEntropyArgs::Strides", "int64 outer, position, cls")
+Strides = structure("CrossEntropyArgs::Strides", "int64 outer, inner, cls")
 CrossEntropyArgs = structure(
     "CrossEntropyArgs",
     """int64 ignore_index
@@ -27,7 +27,7 @@ CrossEntropyArgs = structure(
     double z_loss
     int dtype, target_dtype
     pointer logits, grad, target, soft_target, weight, row_loss, row_lse
-    int64 outer, positions, classes
+    int64 outer, inner, classes
     Strides logits_stride, grad_stride, target_stride
     double mix, base, grad_factor
     pointer row_factor""",
@@ -73,14 +73,14 @@ def run(
     debug=False,
     **options,
 ):
-    """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, positions); like: the form of the
+    """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, inner); like: the form of the
     gradient.
     """
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     n, k = x.shape[:2]
-    positions = x.shape[2] if x.dim() == 3 else n
+    inner = x.shape[2] if x.dim() == 3 else n
     outer = n if x.dim() == 3 else 1
-    rows = outer * positions
+    rows = outer * inner
     soft = target.is_floating_point()
     like = torch.empty_like(x) if like is None else like
     if x.dtype == torch.float16:
@@ -126,7 +126,7 @@ def run(
             soft_target=at["target"] if soft else None,
             weight=at.get("weight"),
             outer=outer,
-            positions=positions,
+            inner=inner,
             classes=k,
             logits_stride=strides(x),
             grad_stride=strides(form),
@@ -621,7 +621,7 @@ def test_more_than_2_31_elements(layout):
             grad=grad.addr,
             target=target.addr,
             outer=1,
-            positions=n,
+            inner=n,
             classes=k,
             logits_stride=strides,
             grad_stride=strides,

@@ -45,7 +45,7 @@ void adamw(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Te
 
   check_places(op, places, count);
 
-  // Not zeroed: most of it are layouts that nobody reads.
+  // It is not zeroed, because most of it is layouts that nobody reads.
   const auto tensors = std::make_unique_for_overwrite<StepTensor[]>(count);
   for (size_t i = 0; i < count; ++i) {
     StepTensor* t = &tensors[i];

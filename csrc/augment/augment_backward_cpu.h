@@ -195,7 +195,7 @@ struct SampleBackward {
     for (int64_t i = 0; i < channels * resampled_pixels; ++i) resampled[i] = 0;
     for (int64_t y = 0; y < a.out_height; ++y)
       for (int64_t x = 0; x < a.out_width; ++x) {
-        const Position at = matrix.at(x, y);
+        const SourcePoint at = matrix.at(x, y);
         const Taps<A> columns(at.u, width, a.interpolation, a.padding),
             lines(at.v, height, a.interpolation, a.padding);
         const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);

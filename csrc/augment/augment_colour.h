@@ -135,7 +135,7 @@ FR_HD A passed(A grad, A before, A bound) {
   return before >= A(0) && before <= bound ? grad : A(0);
 }
 // Takes the gradient of a pixel of 1 or 3 channels back through saturation and contrast; `image` is the pixel
-// before brightness. Gives what this pixel adds to the gradient of the mean, but for the factor 1 - contrast.
+// before brightness. Gives what this pixel adds to the gradient of the mean, without the factor 1 - contrast.
 template <int kChannels, class A>
 FR_HD A blends_backward(const ColourFactors<A>& f, int steps, const A* image, A* grad) {
   const A share[3] = {A(kGreyRed), A(kGreyGreen), A(kGreyBlue)};

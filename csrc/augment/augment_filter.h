@@ -53,7 +53,7 @@ FR_HD Shrink shrink_of(const double* m, int64_t in_height, int64_t in_width, int
   return s;
 }
 
-// Of a sample; off where its matrix or its window is no good.
+// The shrinking of a sample; it is off where the matrix or the window of the sample is not usable.
 FR_HD Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
   if (!a.antialias || !a.matrices) return {};
   const double* matrix = a.matrices + 6 * sample;

@@ -42,18 +42,19 @@ FR_HD void fraction_of(int64_t position, float* out) {
   *out = float(int32_t(uint32_t(position) >> 8)) * 0x1p-24f;
 }
 FR_HD void fraction_of(int64_t position, double* out) { *out = double(uint32_t(position)) * 0x1p-32; }
-FR_HD int32_t nearest_pixel(int64_t position) {  // ties to even, as nearbyint
-  return int32_t((position + kHalf - 1 + (position >> kFractionBits & 1)) >> kFractionBits);
+FR_HD int32_t nearest_pixel(int64_t coordinate) {  // ties to even, as nearbyint
+  return int32_t((coordinate + kHalf - 1 + (coordinate >> kFractionBits & 1)) >> kFractionBits);
 }
 
 // ---- matrices
 
-struct Position {
+// Where an output pixel is read from: along x and y of the source, in fixed point.
+struct SourcePoint {
   int64_t u, v;
 };
 struct FixedMatrix {
   int64_t m[6];
-  FR_HD Position at(int64_t x, int64_t y) const {
+  FR_HD SourcePoint at(int64_t x, int64_t y) const {
     return {m[0] * x + m[1] * y + m[2], m[3] * x + m[4] * y + m[5]};
   }
 };

@@ -68,7 +68,7 @@ struct Resampler {
 
  private:
   void straight_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    const Position first = matrix.at(0, y);
+    const SourcePoint first = matrix.at(0, y);
     const int64_t u = first.u >> kFractionBits, direction = matrix.m[0] > 0 ? 1 : -1;
     const int32_t v = padded(whole_part(first.v), int32_t(source.height), padding);
     // Output pixels [begin, end) lie inside.
@@ -96,26 +96,26 @@ struct Resampler {
   // ---- bilinear
 
   // The position of the last lane of a vector that starts here.
-  FR_INLINE Position last_of(Position at) const {
+  FR_INLINE SourcePoint last_of(SourcePoint at) const {
     return {at.u + (kLanes - 1) * matrix.m[0], at.v + (kLanes - 1) * matrix.m[3]};
   }
-  FR_INLINE void advance(Position& at) const {
+  FR_INLINE void advance(SourcePoint& at) const {
     at.u += kLanes * matrix.m[0];
     at.v += kLanes * matrix.m[3];
   }
   // Whether all neighbours of the vector that starts here lie inside. As unsigned, a negative position is
   // beyond any limit.
-  FR_INLINE bool is_inside(Position at) const {
+  FR_INLINE bool is_inside(SourcePoint at) const {
     const uint64_t limit_u = uint64_t(source.width - 1) << kFractionBits,
                    limit_v = uint64_t(source.height - 1) << kFractionBits;
-    const Position last = last_of(at);
+    const SourcePoint last = last_of(at);
     return (uint64_t(at.u) < limit_u) & (uint64_t(last.u) < limit_u) & (uint64_t(at.v) < limit_v) &
            (uint64_t(last.v) < limit_v);
   }
 
   FR_INLINE void bilinear_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     const int64_t count = source.count(), row_stride = source.row_stride;
-    Position at = matrix.at(0, y);
+    SourcePoint at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, advance(at)) {
       if (!is_inside(at)) {
         bilinear_edge(at, x, out, pitch);
@@ -144,7 +144,7 @@ struct Resampler {
     const bool zeros = padding == Padding::kZeros;
     const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]),
                   low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
-    Position at = matrix.at(0, y);
+    SourcePoint at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, advance(at)) {
       // All left upper neighbours lie in `rows` rows from `line` on, in columns from `column` on.
       const int64_t column = (at.u + low_u) >> kFractionBits;
@@ -212,15 +212,15 @@ struct Resampler {
   }
 
   // Whether no neighbour of the vector that starts here lies inside.
-  FR_INLINE bool is_outside(Position at) const {
-    const Position last = last_of(at);
+  FR_INLINE bool is_outside(SourcePoint at) const {
+    const SourcePoint last = last_of(at);
     return most(at.u, last.u) < -kOne || least(at.u, last.u) >> kFractionBits >= source.width ||
            most(at.v, last.v) < -kOne || least(at.v, last.v) >> kFractionBits >= source.height;
   }
 
   // A vector at the border, or beyond: neighbours outside are found by the padding's rule. Of two neighbours
   // in a row one pair is gathered, from which each takes its own.
-  __attribute__((noinline)) void bilinear_edge(Position at, int64_t x, A* out, int64_t pitch) const {
+  __attribute__((noinline)) void bilinear_edge(SourcePoint at, int64_t x, A* out, int64_t pitch) const {
     if (is_outside(at) && (padding == Padding::kZeros || padding == Padding::kFill)) {
       for (int64_t c = 0; c < source.channels; ++c) store(out + c * pitch + x, V(filler.value(c)));
       return;
@@ -265,7 +265,7 @@ struct Resampler {
   // ---- nearest and bicubic
 
   void nearest_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    Position at = matrix.at(0, y);
+    SourcePoint at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, advance(at)) {
       const Found column = find(LanePositions<A>(step_u, at.u).nearest(), int32_t(source.width));
       const Found line = find(LanePositions<A>(step_v, at.v).nearest(), int32_t(source.height));
@@ -278,7 +278,7 @@ struct Resampler {
   }
 
   void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    Position at = matrix.at(0, y);
+    SourcePoint at = matrix.at(0, y);
     for (int64_t x = 0; x < n; ++x, at.u += matrix.m[0], at.v += matrix.m[3]) {
       const Taps<A> columns(at.u, source.width, interpolation, padding),
           lines(at.v, source.height, interpolation, padding);

@@ -46,7 +46,7 @@ struct Image {
 };
 
 // ... or of the shrunken image where the sample shrinks, and of the image itself where it does not. The image
-// has whatever type; the pixels of a shrunken image are made anew each time.
+// may have any type; the pixels of a shrunken image are made anew each time.
 template <class Accumulated>
 struct Shrunken {
   using A = Accumulated;
@@ -107,7 +107,7 @@ struct Shrunken {
 
 template <int C, class P, class A>
 __device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixels, Padding padding,
-                                               const A* fill, Position at, A (&p)[C]) {
+                                               const A* fill, SourcePoint at, A (&p)[C]) {
   A t, from_top, upper[C], left[C];
   fraction_of(at.u, &t);
   fraction_of(at.v, &from_top);
@@ -147,7 +147,7 @@ __device__ __forceinline__ void bilinear_pixel(const Sample<A>& s, const P& pixe
 
 template <int C, class P, class A>
 __device__ __forceinline__ void bicubic_pixel(const Sample<A>& s, const P& pixels, Padding padding,
-                                              const A* fill, Position at, A (&p)[C]) {
+                                              const A* fill, SourcePoint at, A (&p)[C]) {
   A t, from_top, inside = 0;
   fraction_of(at.u, &t);
   fraction_of(at.v, &from_top);
@@ -179,7 +179,7 @@ __device__ __forceinline__ void bicubic_pixel(const Sample<A>& s, const P& pixel
   for (int c = 0; c < C; ++c) p[c] = filled(p[c], inside, fill[c]);
 }
 
-// Output pixel (x, y) after the geometry; a NaN where the sample is no good.
+// Output pixel (x, y) after the geometry; NaN where the matrix or the window of the sample is not usable.
 template <int C, class P, class A>
 __device__ __forceinline__ void resampled_pixel(const Pass<A>& pass, const Sample<A>& s, const P& pixels,
                                                 int channel, int32_t x, int32_t y, A (&p)[C]) {
@@ -189,7 +189,7 @@ __device__ __forceinline__ void resampled_pixel(const Pass<A>& pass, const Sampl
     for (int c = 0; c < C; ++c) p[c] = A(NAN);
     return;
   }
-  const Position at = s.matrix.at(x, y);
+  const SourcePoint at = s.matrix.at(x, y);
   if (s.one_pixel) {
     const int32_t line = padded(nearest_pixel(at.v), s.height, padding),
                   column = padded(nearest_pixel(at.u), s.width, padding);

@@ -31,14 +31,14 @@ struct Pass {
 
   struct Place {
     int64_t sample, piece;
-    int channel;  // the first of its group
+    int channel;  // the first of its channel group
   };
-  // Groups of C channels; of three there is but one.
+  // Channel groups have C channels; of three there is only one.
   template <int C>
   __device__ __forceinline__ Place place(int64_t item) const {
-    const int64_t group = pieces.divide(item), sample = C == 3 ? group : channel_groups.divide(group);
-    return {sample, item - group * int64_t(pieces.divisor),
-            C == 3 ? 0 : int(group - sample * int64_t(channel_groups.divisor))};
+    const int64_t made = pieces.divide(item), sample = C == 3 ? made : channel_groups.divide(made);
+    return {sample, item - made * int64_t(pieces.divisor),
+            C == 3 ? 0 : int(made - sample * int64_t(channel_groups.divisor))};
   }
 };
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ int64_t kept_at(const AugmentArgs& a, int64_t sample,
   return ((sample * a.channels + channel) * a.out_height + y) * a.out_width + x;
 }
 
-// Value i of an array of whatever type.
+// Value i of an array of any PixelType.
 template <class A>
 __device__ __forceinline__ A load_as(PixelType type, const void* values, int64_t i) {
   if constexpr (std::is_same_v<A, double>)
@@ -68,7 +68,7 @@ struct Sample {
   int64_t offset;         // of the window's first pixel, from the first sample's
   int32_t height, width;  // of what is resampled: the window, or the shrunken image
   // Not bool, which the compiler loads together with the bytes after them.
-  int32_t valid;      // 0: the matrix or the window is no good, which the host cannot see
+  int32_t valid;      // 0: the matrix or the window is not usable, which the host cannot see
   int32_t one_pixel;  // an output pixel is one pixel of what is resampled
   int32_t shrinks;
   int32_t box[4];  // top, left, bottom, right of what is erased

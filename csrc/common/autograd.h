@@ -55,7 +55,7 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 // ---- the usual case
 
-// Whether this build has CUDA kernels, of whatever op; they are registered before the first call.
+// Whether this build has CUDA kernels of any op. They are registered before the first call.
 inline bool has_cuda() {
   static const bool has = [] {
     auto& dispatcher = c10::Dispatcher::singleton();

@@ -155,7 +155,7 @@ bool word_aligned(Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-// ---- positions
+// ---- where elements lie
 
 // n / d for 0 <= n < 2^63 by a multiplication (Granlund and Montgomery 1994): the GPU divides 64-bit integers
 // in some 70 instructions.

@@ -158,7 +158,7 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
   if (average) all.insert(all.end(), {ema, n_averaged});
   fetch_group(list, state, all);
   const Py_ssize_t count = PyList_GET_SIZE(list);
-  // Not zeroed: most of it are layouts that nobody reads.
+  // It is not zeroed, because most of it is layouts that nobody reads.
   result->tensors = std::make_unique_for_overwrite<StepTensor[]>(size_t(count));
   result->params.reserve(size_t(count));
   result->held.reserve(size_t(count) * (names.size() + 4));

@@ -41,7 +41,7 @@ FR_INLINE void store_rounded(T* out, const V& v, int lanes, const uint16_t* rand
   store(out, v, lanes);
 }
 
-// The same for pairs.
+// The same rounding, of pairs of bfloat16.
 FR_INLINE void store_rounded(BFloat16* out, const Vec<float>& even, const Vec<float>& odd,
                              const uint16_t* random) {
   if (!random) return store_pairs(out, pack_pairs(even, odd));

@@ -100,7 +100,7 @@ struct Average {
     return flush(lerp(average, w));
   }
 };
-// That of a step.
+// The average of a step.
 template <class V, class A>
 FR_HD Average<V> average_of(const StepArgs& a, const float* n_averaged) {
   return {A(1 - number_at(a.ema_at, a.ema_wide, a.ema)), n_averaged && *n_averaged == 0};

@@ -39,7 +39,7 @@ inline void take_number(const std::optional<Tensor>& t, double* value, const voi
   *value = value_of(*t);
 #endif
 }
-// The same for those that a kernel takes as float32 alone.
+// The same for those that a kernel takes only as float32.
 inline void take_number(const char* op, const char* name, const std::optional<Tensor>& t, double* value,
                         const float** at) {
   const void* where = nullptr;
@@ -185,8 +185,10 @@ void for_each_span(size_t count, Numel numel, Work work) {
 inline void fetch_beginning(const StepTensor& t) {
   const int64_t size = with_dtype(t.dtype, [](auto* type) { return int64_t(sizeof *type); });
   const int64_t bytes = std::min(kAhead, t.layout[kParam].numel * size);
-  for (const void* data : t.data)
-    for (int64_t i = 0; data && i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+  for (const void* data : t.data) {
+    if (!data) continue;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i);
+  }
 }
 
 // A step of all tensors, and what is counted after it; nothing is checked.

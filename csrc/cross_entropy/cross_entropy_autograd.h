@@ -11,7 +11,7 @@ struct LossOptions {
   CrossEntropyReduction reduction;
   std::optional<ScalarType> loss_dtype;
 
-  // In the order of the operator's schema, but for loss_dtype, of which no derivative knows.
+  // In the order of the operator's schema, except for loss_dtype, which no derivative needs.
   auto all() const {
     return std::tuple_cat(std::tuple(int64_t(reduction.kind)), row.all(),
                           std::tuple(reduction.all_ignored_zero));
@@ -141,7 +141,7 @@ inline bool read_options(PyObject* const* args, LossOptions* o) {
 inline bool fit(const Tensor& input, const Tensor& target, const Tensor* weight, const LossOptions& o) {
   const ScalarType dtype = input.scalar_type(), target_dtype = target.scalar_type();
   const int64_t dims = input.dim();
-  // The positions after the classes must merge into one dimension.
+  // The dimensions after the classes must merge into one dimension.
   if (!has_kernel(dtype) || dims < 2 || (dims > 3 && !input.is_contiguous())) return false;
   const int64_t classes = input.size(1);
   if (classes == 0 || (o.row.others && classes == 1)) return false;

@@ -212,7 +212,7 @@ void column_tile(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t la
         const int lanes = int(last - s < Vec<A>::kLanes ? last - s : Vec<A>::kLanes);
         const S* const soft_at = soft ? soft + s : nullptr;
         G* const grad_at = grad ? grad + s : nullptr;
-        const int64_t index = n * a.positions + s;
+        const int64_t index = n * a.inner + s;
         if (soft || a.weight)
           finish_columns(Columns<true, T, G, S, A>{a, x + s, soft_at, grad_at, index, lanes, exps});
         else
@@ -230,9 +230,8 @@ constexpr int64_t kMostClasses = 4096;
 template <class A>
 bool lies_in_columns(const CrossEntropyArgs& a) {
   const bool same_type = !a.soft_target || (a.target_dtype == DType::kFloat64) == std::is_same_v<A, double>;
-  return a.classes <= kMostClasses && a.logits_stride.cls != 1 && a.logits_stride.position == 1 &&
-         (!a.grad || a.grad_stride.position == 1) && (!a.soft_target || a.target_stride.position == 1) &&
-         same_type;
+  return a.classes <= kMostClasses && a.logits_stride.cls != 1 && a.logits_stride.inner == 1 &&
+         (!a.grad || a.grad_stride.inner == 1) && (!a.soft_target || a.target_stride.inner == 1) && same_type;
 }
 
 }  // namespace

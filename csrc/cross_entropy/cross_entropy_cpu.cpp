@@ -35,20 +35,20 @@ struct Buffers {
 };
 
 template <class A>
-void gather_soft_target(const CrossEntropyArgs& a, int64_t n, int64_t position, A* out) {
+void gather_soft_target(const CrossEntropyArgs& a, int64_t n, int64_t inner, A* out) {
   with_dtype(a.target_dtype, [&](auto* type) {
     using S = std::remove_pointer_t<decltype(type)>;
-    const S* t = static_cast<const S*>(a.soft_target) + n * a.target_stride.outer +
-                 position * a.target_stride.position;
+    const S* t =
+        static_cast<const S*>(a.soft_target) + n * a.target_stride.outer + inner * a.target_stride.inner;
     for (int64_t c = 0; c < a.classes; ++c) out[c] = A(to_float(t[c * a.target_stride.cls]));
   });
 }
 
-// Row `position` of batch element n, whose logits and gradient are contiguous at x and g.
+// Row `inner` of batch element n, whose logits and gradient are contiguous at x and g.
 template <class T, class G, class A>
-void one_row(const CrossEntropyArgs& a, int64_t n, int64_t position, const T* x, G* g,
+void one_row(const CrossEntropyArgs& a, int64_t n, int64_t inner, const T* x, G* g,
              Buffers<T, G, A>& buffers) {
-  const int64_t index = n * a.positions + position, target = a.target ? a.target[index] : 0;
+  const int64_t index = n * a.inner + inner, target = a.target ? a.target[index] : 0;
   double *const loss = a.row_loss + index, *const lse = a.row_lse + index;
   if (a.target && target == a.ignore_index) {
     *loss = *lse = 0;
@@ -59,7 +59,7 @@ void one_row(const CrossEntropyArgs& a, int64_t n, int64_t position, const T* x,
   if constexpr (std::is_same_v<A, G>) {
     if (!buffers.keeps_exps) exps = g;
   }
-  if (a.soft_target) gather_soft_target(a, n, position, buffers.soft.data());
+  if (a.soft_target) gather_soft_target(a, n, inner, buffers.soft.data());
   const A* soft = a.soft_target ? buffers.soft.data() : nullptr;
   const double factor = a.row_factor ? static_cast<const A*>(a.row_factor)[index] : a.grad_factor;
   if (soft || a.weight)
@@ -71,10 +71,10 @@ void one_row(const CrossEntropyArgs& a, int64_t n, int64_t position, const T* x,
 // Rows of tiles [begin, end): visit(batch element, first row, row after the last).
 template <class Visit>
 void for_each_tile(const CrossEntropyArgs& a, int64_t begin, int64_t end, const Visit& visit) {
-  const int64_t per_outer = (a.positions + kTileRows - 1) / kTileRows;
+  const int64_t per_outer = (a.inner + kTileRows - 1) / kTileRows;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile % per_outer * kTileRows;
-    visit(tile / per_outer, first, first + kTileRows < a.positions ? first + kTileRows : a.positions);
+    visit(tile / per_outer, first, first + kTileRows < a.inner ? first + kTileRows : a.inner);
   }
 }
 
@@ -85,22 +85,21 @@ void forward_rows(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   Buffers<T, G, typename Accumulate<T>::type> buffers(a);
   for_each_tile(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
     const int64_t rows = last - first;
-    const T* x = static_cast<const T*>(a.logits) + n * xs.outer + first * xs.position;
-    G* g = a.grad ? static_cast<G*>(a.grad) + n * gs.outer + first * gs.position : nullptr;
+    const T* x = static_cast<const T*>(a.logits) + n * xs.outer + first * xs.inner;
+    G* g = a.grad ? static_cast<G*>(a.grad) + n * gs.outer + first * gs.inner : nullptr;
     // A tile is gathered once per cache line, not once per row: neighbours in memory are neighbouring rows.
     if (!buffers.direct) {
       for (int64_t c = 0; c < k; ++c)
-        for (int64_t r = 0; r < rows; ++r)
-          buffers.logits[size_t(r * k + c)] = x[c * xs.cls + r * xs.position];
+        for (int64_t r = 0; r < rows; ++r) buffers.logits[size_t(r * k + c)] = x[c * xs.cls + r * xs.inner];
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const T* row_x = buffers.direct ? x + r * xs.position : buffers.logits.data() + r * k;
-      G* row_g = !g ? nullptr : buffers.direct ? g + r * gs.position : buffers.grads.data() + r * k;
+      const T* row_x = buffers.direct ? x + r * xs.inner : buffers.logits.data() + r * k;
+      G* row_g = !g ? nullptr : buffers.direct ? g + r * gs.inner : buffers.grads.data() + r * k;
       one_row(a, n, first + r, row_x, row_g, buffers);
     }
     if (!buffers.direct && g) {
       for (int64_t c = 0; c < k; ++c)
-        for (int64_t r = 0; r < rows; ++r) g[c * gs.cls + r * gs.position] = buffers.grads[size_t(r * k + c)];
+        for (int64_t r = 0; r < rows; ++r) g[c * gs.cls + r * gs.inner] = buffers.grads[size_t(r * k + c)];
     }
   });
 }

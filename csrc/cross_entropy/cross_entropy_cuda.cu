@@ -105,10 +105,10 @@ int launch_sum(const SumWork<A>& w, void* stream) {
 
 // Takes the rows of all batch elements as one sequence where the strides of every tensor allow it.
 CrossEntropyArgs merge_rows(CrossEntropyArgs a) {
-  const auto merges = [&](const CrossEntropyArgs::Strides& s) { return s.outer == s.position * a.positions; };
+  const auto merges = [&](const CrossEntropyArgs::Strides& s) { return s.outer == s.inner * a.inner; };
   if (a.outer > 1 && merges(a.logits_stride) && (!a.grad || merges(a.grad_stride)) &&
       (!a.soft_target || merges(a.target_stride))) {
-    a.positions *= a.outer;
+    a.inner *= a.outer;
     a.outer = 1;
   }
   return a;
@@ -120,8 +120,8 @@ bool fits_threads(const CrossEntropyArgs& a, bool dense) {
   const auto &x = a.logits_stride, &g = a.grad_stride;
   if (dense)
     return a.outer == 1 && a.classes <= kTileClasses && !a.soft_target && x.cls == 1 &&
-           x.position == a.classes && (!a.grad || (g.cls == 1 && g.position == a.classes));
-  return x.position == 1 && x.cls != 1 && (!a.grad || g.position == 1) && a.positions >= kLanes / 2;
+           x.inner == a.classes && (!a.grad || (g.cls == 1 && g.inner == a.classes));
+  return x.inner == 1 && x.cls != 1 && (!a.grad || g.inner == 1) && a.inner >= kLanes / 2;
 }
 
 template <class T, class G>
@@ -141,7 +141,7 @@ int launch_threads(const CrossEntropyArgs& a, const RowsWork<T, G>& w, bool dens
     tile.read_words = tile.read_words && x.cls % kReads == 0 && (a.outer <= 1 || x.outer % kReads == 0);
     tile.write_words = tile.write_words && g.cls % kWrites == 0 && (a.outer <= 1 || g.outer % kWrites == 0);
   }
-  const int64_t tiles = a.outer * ((a.positions + threads - 1) / threads);
+  const int64_t tiles = a.outer * ((a.inner + threads - 1) / threads);
   return launch(cross_entropy_tiles<T, G>, blocks_for(tiles, 1), unsigned(threads),
                 tile.kind == Tile::kDirect ? 0 : size_t(threads * k) * of_class, stream, w, tile, tiles);
 }
@@ -156,7 +156,7 @@ bool words_in_phase(const CrossEntropyArgs& a) {
   };
   return !a.grad ||
          (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
-          (x.position - g.position) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
+          (x.inner - g.inner) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
 }
 
 template <class T, class G>

@@ -53,10 +53,10 @@ struct CrossEntropyArgs : CrossEntropyOptions {
   const void* weight;       // one per class, of the accumulation type; null: each is 1
   double* row_loss;
   double* row_lse;
-  // Row r = (r / positions, r % positions); strides in elements.
-  int64_t outer, positions, classes;
+  // Row r is (r / inner, r % inner), and inner rows are neighbours; strides in elements.
+  int64_t outer, inner, classes;
   struct Strides {
-    int64_t outer, position, cls;
+    int64_t outer, inner, cls;
   } logits_stride, grad_stride, target_stride;
   double mix, base;        // of the options, by set_smoothing
   double grad_factor;      // of every row: 1 / normaliser of a mean, else 1; unread where row_factor is given
@@ -234,7 +234,7 @@ FR_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
 // in memory: a cache line of the logits holds one class of all of them.
 constexpr int64_t kTileRows = 16;
 inline int64_t cross_entropy_tiles(const CrossEntropyArgs& a) {
-  return a.outer * ((a.positions + kTileRows - 1) / kTileRows);
+  return a.outer * ((a.inner + kTileRows - 1) / kTileRows);
 }
 
 }  // namespace fastreg

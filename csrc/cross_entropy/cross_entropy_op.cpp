@@ -15,16 +15,17 @@
 namespace fastreg {
 namespace {
 
-// Strides of (N, C, positions...) as (outer, positions, classes). Positions must merge into one dimension;
-// where there are none, the rows of the batch are the positions, so that threads have something to split.
-CrossEntropyArgs::Strides strides_of(const Tensor& t, int64_t positions) {
+// Strides of (N, C, d1, ...) as (outer, inner, classes). The dimensions after the classes, `inner` elements
+// of them, must merge into one; where there are none, the rows of the batch are the inner ones, so that
+// threads have something to split.
+CrossEntropyArgs::Strides strides_of(const Tensor& t, int64_t inner) {
   if (t.dim() == 2) return {0, t.stride(0), t.stride(1)};
-  int64_t inner = 1;
+  int64_t stride = 1;
   for (int64_t d = 2; d < t.dim(); ++d)
-    if (t.size(d) != 1) inner = t.stride(d);
-  return {t.stride(0), positions == 1 ? 1 : inner, t.stride(1)};
+    if (t.size(d) != 1) stride = t.stride(d);
+  return {t.stride(0), inner == 1 ? 1 : stride, t.stride(1)};
 }
-bool positions_merge(const Tensor& t) {
+bool inner_merges(const Tensor& t) {
   int64_t expected = -1;
   for (int64_t d = t.dim() - 1; d >= 2; --d) {
     if (t.size(d) == 1) continue;
@@ -44,16 +45,16 @@ void check_options(const char* op, const CrossEntropyOptions& o, const Tensor& i
 }
 
 void set_target(const char* op, CrossEntropyArgs& a, const Tensor& target, const Tensor& input,
-                int64_t positions) {
+                int64_t inner) {
   check_device(op, "target", target, "input", input);
   if (target.scalar_type() != ScalarType::Long) {
     a.target_dtype = dtype_of(op, "a target of probabilities", target);
     check(same_shape(target, input), op, ": a target of probabilities must have the shape of input, ",
           shape_text(input), ", got ", shape_text(target));  // (N, C, ...)
-    check(positions_merge(target), op,
+    check(inner_merges(target), op,
           ": dimensions after the classes must merge into one; call .contiguous() on target");
     a.soft_target = target.const_data_ptr();
-    a.target_stride = strides_of(target, positions);
+    a.target_stride = strides_of(target, inner);
     return;
   }
   bool fits = target.dim() == input.dim() - 1 && target.size(0) == input.size(0);
@@ -75,11 +76,11 @@ CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tens
   const int64_t n = input.size(0), k = input.size(1);
   check(k >= 1, op, ": input must have at least one class, got ", shape_text(input));
   check_options(op, options, input);
-  check(positions_merge(input), op,
+  check(inner_merges(input), op,
         ": dimensions after the classes must merge into one; call .contiguous() first");
-  int64_t positions = 1;
-  for (int64_t d = 2; d < input.dim(); ++d) positions *= input.size(d);
-  set_target(op, a, target, input, positions);
+  int64_t inner = 1;
+  for (int64_t d = 2; d < input.dim(); ++d) inner *= input.size(d);
+  set_target(op, a, target, input, inner);
   if (weight) {
     const ScalarType expected = a.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
     check(weight->dim() == 1 && weight->size(0) == k && weight->is_contiguous() &&
@@ -91,9 +92,9 @@ CrossEntropyArgs check_arguments(const char* op, const Tensor& input, const Tens
   }
   a.logits = input.const_data_ptr();
   a.outer = input.dim() == 2 ? 1 : n;
-  a.positions = input.dim() == 2 ? n : positions;
+  a.inner = input.dim() == 2 ? n : inner;
   a.classes = k;
-  a.logits_stride = strides_of(input, positions);
+  a.logits_stride = strides_of(input, inner);
   a.grad_factor = 1;
   a.set_smoothing();
   return a;
@@ -116,7 +117,7 @@ void compute(const char* op, const Tensor& input, const CrossEntropyArgs& a,
   l.loss = loss.mutable_data_ptr();
   l.lse = lse ? lse->mutable_data_ptr() : nullptr;
   Tensor scratch =
-      allocate_flat(input, cross_entropy_scratch(a.outer * a.positions, reduction), statistics_of(a));
+      allocate_flat(input, cross_entropy_scratch(a.outer * a.inner, reduction), statistics_of(a));
   l.scratch = scratch.mutable_data_ptr();
   on_stream(op, input, [&](void* stream) { return cross_entropy_forward_cuda(l, stream); });
 }
@@ -137,7 +138,7 @@ void put(const Tensor& t, const double* values, int64_t count) {
 
 // What divides a mean: the number of counted rows, or the sum of their targets' weights.
 double normaliser_of(const char* op, const CrossEntropyArgs& a) {
-  const int64_t rows = a.outer * a.positions, k = a.classes;
+  const int64_t rows = a.outer * a.inner, k = a.classes;
   if (a.soft_target) return double(rows);
   double weights = 0;
   int64_t counted = 0;
@@ -158,7 +159,7 @@ void compute(const char* op, const Tensor&, CrossEntropyArgs a, const CrossEntro
              const Tensor& loss, const Tensor* lse) {
   const bool mean = reduction.kind == CrossEntropyReduction::kMean;
   const double normaliser = normaliser_of(op, a);
-  const int64_t rows = a.outer * a.positions;
+  const int64_t rows = a.outer * a.inner;
   const bool zero = normaliser == 0 && mean && reduction.all_ignored_zero;
   if (mean) a.grad_factor = zero ? 0 : 1 / normaliser;
   std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
@@ -212,9 +213,9 @@ struct Operators<std::tuple<Values...>> {
     Tensor grad = with_grad ? empty_gradient(input, a) : allocate_flat(input, 0, own);
     if (with_grad) {
       a.grad = grad.mutable_data_ptr();
-      a.grad_stride = strides_of(grad, a.positions);
+      a.grad_stride = strides_of(grad, a.inner);
     }
-    const int64_t rows = a.outer * a.positions;
+    const int64_t rows = a.outer * a.inner;
     const bool reduced = reduction != CrossEntropyReduction::kNone;
     const bool soft = target.scalar_type() != ScalarType::Long;  // memory of no element is null
     Tensor lse = allocate_flat(input, rows, statistics_of(a));

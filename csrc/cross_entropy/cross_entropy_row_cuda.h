@@ -22,8 +22,8 @@ struct RowsWork {
   A* lse;
   DType soft_dtype, loss_dtype;
   bool general;  // q differs from class to class beyond the target's
-  int64_t rows, positions, classes, ignore_index;
-  Divider per_outer;  // positions
+  int64_t rows, inner, classes, ignore_index;
+  Divider per_outer;  // inner
   CrossEntropyArgs::Strides logits_stride, grad_stride, soft_stride;
   RowOptions<A> options;
   A q_all, q_rest;  // unless general: all q, and all but the target's
@@ -43,11 +43,11 @@ struct RowsWork {
         loss_dtype(a.dtype),
         // "others" with eps = 1: a target of -inf has no mass, which base * -inf - base * -inf would not see
         general(a.soft_target || (a.base != 0 && (a.weight || a.mix + a.base == 0))),
-        rows(a.outer * a.positions),
-        positions(a.positions),
+        rows(a.outer * a.inner),
+        inner(a.inner),
         classes(a.classes),
         ignore_index(a.ignore_index),
-        per_outer(a.positions > 0 ? a.positions : 1),
+        per_outer(a.inner > 0 ? a.inner : 1),
         logits_stride(a.logits_stride),
         grad_stride(a.grad_stride),
         soft_stride(a.target_stride),
@@ -63,7 +63,7 @@ struct RowsWork {
 
   __device__ __forceinline__ int64_t offset(const CrossEntropyArgs::Strides& stride, int64_t row) const {
     const int64_t n = per_outer.divide(row);
-    return n * stride.outer + (row - n * positions) * stride.position;
+    return n * stride.outer + (row - n * inner) * stride.inner;
   }
   // q of a class, where general; of the class that is the target it is left to finish_row. soft_row: offset
   // of the row's probabilities.

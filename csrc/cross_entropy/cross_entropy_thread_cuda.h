@@ -102,20 +102,20 @@ __global__ void __launch_bounds__(kTileThreads)
   T* in = reinterpret_cast<T*>(dynamic_shared);
   // The gradient takes the logits' place, or, being of another type, the one after it.
   G* out = reinterpret_cast<G*>(in + (std::is_same_v<T, G> ? 0 : int64_t(threads) * k));
-  const int64_t per_outer = (w.positions + threads - 1) / threads;  // tiles
+  const int64_t per_outer = (w.inner + threads - 1) / threads;  // tiles
 
   for (int64_t t = blockIdx.x; t < tiles; t += gridDim.x) {
     const int64_t n = t / per_outer, first = (t - n * per_outer) * threads;
-    const uint32_t count = uint32_t(w.positions - first < threads ? w.positions - first : threads);
-    const T* x = w.logits + n * w.logits_stride.outer + first * w.logits_stride.position;
-    G* g = w.grad ? w.grad + n * w.grad_stride.outer + first * w.grad_stride.position : nullptr;
+    const uint32_t count = uint32_t(w.inner - first < threads ? w.inner - first : threads);
+    const T* x = w.logits + n * w.logits_stride.outer + first * w.logits_stride.inner;
+    G* g = w.grad ? w.grad + n * w.grad_stride.outer + first * w.grad_stride.inner : nullptr;
     const uint32_t strips = dense ? 1 : uint32_t(k), length = dense ? count * uint32_t(k) : count;
     if (staged) {
       move_tile<true>(const_cast<T*>(x), w.logits_stride.cls, in, threads, strips, length, tile.read_words);
       __syncthreads();
     }
     if (mine < count) {
-      const int64_t row = n * w.positions + first + mine;
+      const int64_t row = n * w.inner + first + mine;
       T* const mine_in = in + (dense ? mine * uint32_t(k) : mine);
       G* const mine_out = out + (dense ? mine * uint32_t(k) : mine);
       const uint32_t step = dense ? 1 : threads;

@@ -3,7 +3,7 @@
 //
 // Here belongs the loop over raw pointers. This file is compiled once per instruction set, each time into the
 // namespace of that set; what it includes must be inlined, so that no function of a wide set is linked into
-// the code of a narrow one. Threads are none of its business: it is given a span of elements.
+// the code of a narrow one. It starts no threads: its caller gives each thread a span of elements.
 #include <type_traits>
 
 #include "../common/simd.h"

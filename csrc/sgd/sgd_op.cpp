@@ -32,7 +32,7 @@ void sgd(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tens
 
   check_places(op, places, count);
 
-  // Not zeroed: most of it are layouts that nobody reads.
+  // It is not zeroed, because most of it is layouts that nobody reads.
   const auto tensors = std::make_unique_for_overwrite<StepTensor[]>(count);
   for (size_t i = 0; i < count; ++i) {
     StepTensor* t = &tensors[i];

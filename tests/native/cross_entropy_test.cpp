@@ -12,21 +12,21 @@ namespace {
 struct CrossEntropyCase {
   DType dtype;
   bool soft, weighted, with_grad, nd, in_place;  // in place: the gradient overwrites the logits
-  int64_t outer, positions, classes;
+  int64_t outer, inner, classes;
   double mix, base, z_loss;
   int count;
 };
 
-// Of shape (outer, positions, classes), with gaps in memory between rows.
-Layout rows(int64_t outer, int64_t positions, int64_t classes, bool nd) {
+// Of shape (outer, inner, classes), with gaps in memory between rows.
+Layout rows(int64_t outer, int64_t inner, int64_t classes, bool nd) {
   Layout layout{};
-  layout.numel = outer * positions * classes;
+  layout.numel = outer * inner * classes;
   layout.dims = 3;
   layout.contiguous = false;
-  layout.size[0] = outer, layout.size[1] = positions, layout.size[2] = classes;
+  layout.size[0] = outer, layout.size[1] = inner, layout.size[2] = classes;
   layout.stride[1] = nd ? 1 : classes + 3;
-  layout.stride[2] = nd ? positions + 2 : 1;
-  layout.stride[0] = nd ? classes * layout.stride[2] + 1 : positions * layout.stride[1];
+  layout.stride[2] = nd ? inner + 2 : 1;
+  layout.stride[0] = nd ? classes * layout.stride[2] + 1 : inner * layout.stride[1];
   return layout;
 }
 
@@ -81,7 +81,7 @@ DType grad_dtype(const CrossEntropyCase& c) {
   return c.dtype == DType::kFloat16 && !c.in_place ? DType::kFloat32 : c.dtype;
 }
 DType soft_dtype(const CrossEntropyCase& c) { return c.count % 2 ? c.dtype : DType::kFloat32; }
-Layout logits_layout(const CrossEntropyCase& c, bool nd) { return rows(c.outer, c.positions, c.classes, nd); }
+Layout logits_layout(const CrossEntropyCase& c, bool nd) { return rows(c.outer, c.inner, c.classes, nd); }
 
 struct Tensors {
   Array logits, soft, separate, weight, target, loss, lse, row_factor;
@@ -93,12 +93,12 @@ struct Tensors {
         soft(soft_dtype(c), logits_layout(c, c.count % 3 == 0)),
         separate(grad_dtype(c), logits_layout(c, c.count % 5 == 4 ? !c.nd : c.nd)),
         weight(accumulation(c.dtype), contiguous(c.classes)),
-        target(8, contiguous(c.outer * c.positions)),
-        loss(DType::kFloat64, contiguous(c.outer * c.positions)),
-        lse(DType::kFloat64, contiguous(c.outer * c.positions)),
-        row_factor(accumulation(c.dtype), contiguous(c.outer * c.positions)),
+        target(8, contiguous(c.outer * c.inner)),
+        loss(DType::kFloat64, contiguous(c.outer * c.inner)),
+        lse(DType::kFloat64, contiguous(c.outer * c.inner)),
+        row_factor(accumulation(c.dtype), contiguous(c.outer * c.inner)),
         grad(c.in_place ? logits : separate) {
-    const int64_t k = c.classes, count = c.outer * c.positions;
+    const int64_t k = c.classes, count = c.outer * c.inner;
     Random random{uint64_t(c.count) + 1000};
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = random.below(k);
@@ -133,7 +133,7 @@ CrossEntropyArgs arguments(const CrossEntropyCase& c, Tensors& t) {
   a.row_loss = t.loss.data<double>();
   a.row_lse = t.lse.data<double>();
   a.outer = c.outer;
-  a.positions = c.positions;
+  a.inner = c.inner;
   a.classes = c.classes;
   a.logits_stride = strides(t.logits);
   a.grad_stride = strides(t.grad);
@@ -197,7 +197,7 @@ void expect_row(const CrossEntropyCase& c, const CrossEntropyArgs& a, const Tens
   const double epsilon = std::ldexp(1., -format_of(type).mantissa), sums = 16 + double(k) / (wide ? 1 : 32);
   const double flushed = wide ? 1e-300 : 1.2e-38;
   // Rows side by side are computed in the type of the sums to the end, others in double.
-  const bool columns = a.logits_stride.position == 1 && a.logits_stride.cls != 1;
+  const bool columns = a.logits_stride.inner == 1 && a.logits_stride.cls != 1;
   const double last_bit = columns ? 4 * epsilon : 0x1p-52;
 
   // Beyond a distance of 90 an exponential is 0, however wrong the distance.
@@ -230,7 +230,7 @@ void expect_row(const CrossEntropyCase& c, const CrossEntropyArgs& a, const Tens
 }
 
 void cross_entropy_case(const CrossEntropyCase& c, const std::string& name) {
-  const int64_t k = c.classes, count = c.outer * c.positions;
+  const int64_t k = c.classes, count = c.outer * c.inner;
   current_case = name + " classes " + std::to_string(k) + " case " + std::to_string(c.count);
   Tensors t(c);
   const CrossEntropyArgs a = arguments(c, t);
@@ -272,7 +272,7 @@ void cross_entropy() {
             c.weighted = kind & 2;
             c.nd = nd;
             c.outer = nd && k < 1000 ? 2 : 1;
-            c.positions = k < 1000 ? (nd ? 19 : 27) : (nd ? 17 : 15);  // at least each sort of row once
+            c.inner = k < 1000 ? (nd ? 19 : 27) : (nd ? 17 : 15);  // at least each sort of row once
             c.classes = k;
             const double eps[] = {0, 0.1, 0.2, 1},
                          e = eps[smoothing];  // torch's with 0.1; "others" with 0.2 and 1
