@@ -124,9 +124,14 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}" if isinstance(value, str) else type(value).__name__
 
 
+def is_int(value: Any, kind: Any = numbers.Integral) -> bool:
+    """Whether `value` is an integer of that kind. True and False are none, although Python counts them in."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def check_count(op: str, name: str, value: Any, low: float = 1) -> None:
     """Raise unless `value` is an integer of at least `low`."""
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+    if not is_int(value):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < low:
         raise ValueError(f"{op}: {name} must be at least {low}, got {value}")

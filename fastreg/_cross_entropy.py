@@ -29,6 +29,7 @@ from ._checks import (
     check_dtype,
     check_number,
     check_tensor,
+    is_int,
     scalar,
 )
 from ._registry import define, fast
@@ -75,7 +76,7 @@ class LossOptions(NamedTuple):
         label_smoothing, z_loss, ignore_index = map(scalar, (label_smoothing, z_loss, ignore_index))
         check_number(op, "label_smoothing", label_smoothing, 0, 1)
         check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
-        if not isinstance(ignore_index, (numbers.Integral, torch.SymInt)) or isinstance(ignore_index, bool):
+        if not is_int(ignore_index, (numbers.Integral, torch.SymInt)):
             raise TypeError(f"{op}: ignore_index must be an int, got {type(ignore_index).__name__}")
         if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
             raise ArgumentError(f"{op}: ignore_index must fit into 64 bits, got {ignore_index}")
@@ -93,15 +94,22 @@ class LossOptions(NamedTuple):
         """The options of a row, without those of the reduction: what `cross_entropy_` takes."""
         return self[1:5]
 
+    def mix_and_base(self, classes: int) -> tuple[float, float]:
+        """(mix, base) of q = weight * (mix * target + base), as csrc/cross_entropy/cross_entropy_math.h."""
+        eps = self.label_smoothing
+        base = 0.0 if eps == 0 else eps / (classes - 1 if self.others else classes)
+        return 1 - eps - (base if self.others else 0.0), base
+
     def smoothed(self, targets: Tensor, weight: Tensor | None) -> Tensor:
         """q of targets (N, C, ...): smoothed and weighted."""
-        k, eps = targets.shape[1], self.label_smoothing
-        base = 0.0 if eps == 0 else eps / (k - 1 if self.others else k)
-        q = (1 - eps - (base if self.others else 0.0)) * targets + base
+        k = targets.shape[1]
+        mix, base = self.mix_and_base(k)
+        q = mix * targets + base
         return q if weight is None else q * weight.to(q.dtype).view(1, k, *(1,) * (targets.dim() - 2))
 
 
-# What the schemas say of LossOptions.of_row(), without and with its defaults.
+# What the schemas say of LossOptions.of_row(). The sharded operators have no defaults. The others have them,
+# because the weight before the options may be left out, and what follows a default must have one.
 ROW_OPTIONS = "int ignore_index, float label_smoothing, bool others, float z_loss"
 ROW_OPTIONS_WITH_DEFAULTS = (
     "int ignore_index=-100, float label_smoothing=0.0, bool others=False, float z_loss=0.0"
@@ -136,10 +144,10 @@ def _softmax(x: Tensor) -> tuple[Tensor, _Softmax]:
     top, at = x.max(1, keepdim=True)
     shifted = x - top
     e = shifted.exp()
-    others = e.scatter(1, at, 0).sum(1, keepdim=True)
-    others = torch.where(top.isinf(), torch.nan, others)  # inf - inf
-    log_sum, total = others.log1p(), 1 + others
-    return shifted, _Softmax(log_sum, top + log_sum, e / total, (others + (1 - e)) / total)
+    rest = e.scatter(1, at, 0).sum(1, keepdim=True)
+    rest = torch.where(top.isinf(), torch.nan, rest)  # inf - inf
+    log_sum, total = rest.log1p(), 1 + rest
+    return shifted, _Softmax(log_sum, top + log_sum, e / total, (rest + (1 - e)) / total)
 
 
 def _row_losses(x: Tensor, q: Tensor, z_loss: float) -> tuple[Tensor, _Softmax]:
@@ -205,7 +213,7 @@ def _plain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d loss / d input or nothing, lse) of the operator `cross_entropy`.
 
-    A class index out of range makes its row NaN, as on CUDA: to raise would be to wait for the device.
+    A class index out of range makes its row NaN, as on CUDA: raising would mean waiting for the device.
     """
     targets = _read_targets(target, weight, options.ignore_index, input.shape, statistics_dtype(input))
     loss, gradient, lse = _rows(input, targets, weight, options)
@@ -337,8 +345,8 @@ def counted(target: Tensor, ignore_index: int) -> Tensor | None:
 def scaled(gradient: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
     """gradient * g, with g in its own dtype: rounded to bfloat16 it would put the whole gradient off.
 
-    kept: which rows count, (N, 1, ...), or None for all. A sum over no row, divided by their number, sends
-    inf here: of that, and of NaN, ignored rows get none.
+    kept: which rows count, (N, 1, ...), or None for all. With no counted row the mean divides by 0 and g is
+    inf or NaN; ignored rows still get 0.
 
     If nothing else reads the gradient it is scaled in place, and the usual loss.backward(), with a g of 1,
     costs no pass over it.
@@ -381,7 +389,9 @@ def _second_order(
 ) -> Tensor:
     """d (<v, G> + <u, lse>) / d input for G = s (b p - q), b = sum q + 2 z lse, with p taken from G.
 
-    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u. options: those of LossOptions, in order.
+    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u. Here v and u are the gradients for G and lse, s is what a
+    row counts in the loss, 0 if ignored, and z is z_loss. p is (G / s + q) / b; where s or b is 0 the row
+    gives 0. options: those of LossOptions, in order.
     """
     o, dtype = LossOptions(*options), statistics_dtype(grad)
     grad = grad.to(dtype)
@@ -418,7 +428,8 @@ def check_classes(
     name: str = "input",
     weight_name: str = "weight",
 ) -> tuple[Tensor, Tensor | None]:
-    """Raise unless targets and class weights fit `input`; returns both in the form that the kernel takes.
+    """Raise unless the targets and class weights fit `input` and the options; return both as the kernel takes
+    them.
 
     expected: the shapes of a target of class indices and of one of probabilities. name, weight_name: what the
     caller's user knows `input` and `weight` by.
@@ -431,6 +442,17 @@ def check_classes(
             f"{op}: loss_dtype must be torch.float32, torch.float64 or {name}'s {input.dtype}, got "
             f"{options.loss_dtype}"
         )
+    target = _checked_target(op, input, target, options, classes, expected, name)
+    if weight is not None:
+        weight = _checked_weight(op, input, weight, classes, name, weight_name)
+    return target, weight
+
+
+def _checked_target(
+    op: str, input: Tensor, target: Tensor, options: LossOptions, classes: int,
+    expected: tuple[torch.Size, torch.Size], name: str,
+) -> Tensor:  # fmt: skip
+    """Class indices as contiguous int64, or the probabilities as they are."""
     if target.device != input.device:
         raise ArgumentError(
             f"{op}: target must be on {input.device} as {name} is, got {target.device}; move it with "
@@ -467,31 +489,34 @@ def check_classes(
                 f"{op}: ignore_index must be negative with a target of probabilities, got "
                 f"{options.ignore_index}"
             )
-    else:
-        target = target.to(torch.int64).contiguous()
-    if weight is not None:
-        check_tensor(op, weight_name, weight)
-        check_dense(op, weight_name, weight)
-        if not weight.is_floating_point():
-            raise ArgumentTypeError(
-                f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()"
-            )
-        if weight.requires_grad and torch.is_grad_enabled():
-            raise ArgumentError(
-                f"{op}: {weight_name} must not require a gradient, as none is computed; give it with "
-                f".detach()"
-            )
-        if weight.shape != (classes,):
-            raise ArgumentError(
-                f"{op}: {weight_name} must have one value per class, shape ({classes},), got "
-                f"{tuple(weight.shape)}"
-            )
-        if weight.device != input.device:
-            raise ArgumentError(
-                f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}"
-            )
-        weight = weight.detach().to(statistics_dtype(input)).contiguous()
-    return target, weight
+        return target
+    return target.to(torch.int64).contiguous()
+
+
+def _checked_weight(
+    op: str, input: Tensor, weight: Tensor, classes: int, name: str, weight_name: str
+) -> Tensor:
+    """Class weights, contiguous and in the dtype of the statistics."""
+    check_tensor(op, weight_name, weight)
+    check_dense(op, weight_name, weight)
+    if not weight.is_floating_point():
+        raise ArgumentTypeError(
+            f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            f"{op}: {weight_name} must not require a gradient, as none is computed; give it with .detach()"
+        )
+    if weight.shape != (classes,):
+        raise ArgumentError(
+            f"{op}: {weight_name} must have one value per class, shape ({classes},), got "
+            f"{tuple(weight.shape)}"
+        )
+    if weight.device != input.device:
+        raise ArgumentError(
+            f"{op}: {weight_name} must be on {input.device} as {name} is, got {weight.device}"
+        )
+    return weight.detach().to(statistics_dtype(input)).contiguous()
 
 
 def cross_entropy(
@@ -537,10 +562,10 @@ def cross_entropy(
         float32 (float64 for float64) whatever the input's dtype. A -inf logit of a class with no target mass,
         by weight 0, probability 0 or no smoothing, gives a finite loss. Saved for backward: the gradient, one
         tensor like `input` (float32 for float16). Twice differentiable in `input`. Gradients below 2^-126,
-        with which the matrix products that follow would take many times as long, are 0 (but of float64).
+        with which the matrix products that follow would take many times as long, are 0 (except in float64).
 
     Raises:
-        ValueError: class index out of range (on CUDA, where to look at it would be to wait for the GPU, the
+        ValueError: class index out of range (on CUDA, where looking at it would mean waiting for the GPU, the
             loss and the gradient of its row are NaN instead), shapes or devices that do not fit,
             label_smoothing outside [0, 1], an unknown `reduction`, `smoothing` or `all_ignored`,
             `ignore_index` >= 0 with probabilities, a weight that requires a gradient, a dtype without
@@ -554,6 +579,8 @@ def cross_entropy(
     Source: Szegedy et al. 2016 ("uniform"); Goodfellow et al. 2016, section 7.5.1 ("others"); z_loss: de
     Brebisson and Vincent 2016, Chowdhery et al. 2022.
     """
+    # The usual case, in C++. It gives None for what it does not take: the checks below then convert that, or
+    # refuse it with the reason, so that the options are checked once on either path.
     if fast is not None and not is_compiling():
         try:
             loss = fast.cross_entropy(
@@ -574,6 +601,7 @@ def cross_entropy(
             loss = None
         if loss is not None:
             return loss
+    # The options.
     op = "cross_entropy"
     check_tensor(op, "input", input)
     check_tensor(op, "target", target)
@@ -595,6 +623,7 @@ def cross_entropy(
         all_ignored=all_ignored,
         loss_dtype=loss_dtype,
     )
+    # The tensors, and DTensors apart from plain ones.
     if input.dim() == 0:
         raise ArgumentError(
             f"{op}: input must be (C,), (N, C) or (N, C, ...), got a tensor without dimensions"
@@ -614,6 +643,7 @@ def cross_entropy(
         from ._placed_cross_entropy import loss_of_dtensors
 
         return loss_of_dtensors(op, input, target, weight, options)
+    # The operator takes (N, C) or (N, C, d).
     soft = target.is_floating_point()
     if unbatched:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
@@ -678,7 +708,7 @@ def is_torchs(input: Any, target: Any, weight: Any) -> bool:
 
 def class_index_error(op: str, target: Tensor, ignore_index: int, classes: int) -> ClassIndexError | None:
     """The error for the first class index out of range, in the kernel's words; None where there is none, or
-    where to look for it would be to wait for a GPU.
+    where looking for it would mean waiting for a GPU.
     """
     if target.device.type != "cpu" or target.is_floating_point():
         return None

@@ -9,6 +9,7 @@ kernel: efficient Triton kernels for LLM training.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -292,20 +293,11 @@ def linear_cross_entropy(
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
         if name != "bias" or bias is not None:
             check_tensor(op, name, value)
-    hidden, weight, bias, autocast = as_autocast(hidden, weight, bias)
-    if loss_dtype is None:
-        loss_dtype = promoted_dtype(hidden.dtype, target, class_weight, autocast)
-    options = LossOptions.checked(
-        op,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        z_loss=z_loss,
-        all_ignored=all_ignored,
-        loss_dtype=loss_dtype,
-    )
-    check_layer(op, hidden, weight, bias)
+    hidden, weight, bias, options = layer_and_options(
+        op, hidden, weight, bias, target, class_weight, loss_dtype,
+        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, smoothing=smoothing,
+        z_loss=z_loss, all_ignored=all_ignored,
+    )  # fmt: skip
     classes, shape = weight.shape[0], hidden.shape[:-1]
     target, class_weight = check_classes(
         op,
@@ -372,6 +364,22 @@ def as_autocast(
     if dtype is None or hidden.dtype == torch.float64:
         return hidden, weight, bias, False
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), True
+
+
+def layer_and_options(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, loss_dtype: torch.dtype | None, **given: Any,
+) -> tuple[Tensor, Tensor, Tensor | None, LossOptions]:  # fmt: skip
+    """The linear layer in the dtype of autocast, checked, and the options of its loss.
+
+    given: the further options that LossOptions.checked takes.
+    """
+    hidden, weight, bias, autocast = as_autocast(hidden, weight, bias)
+    if loss_dtype is None:
+        loss_dtype = promoted_dtype(hidden.dtype, target, class_weight, autocast)
+    options = LossOptions.checked(op, loss_dtype=loss_dtype, **given)
+    check_layer(op, hidden, weight, bias)
+    return hidden, weight, bias, options
 
 
 def check_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

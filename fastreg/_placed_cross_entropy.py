@@ -29,8 +29,8 @@ class _Placed(NamedTuple):
 
 
 def _placed(logits: Any) -> _Placed:
-    """Partial sums are added up, and classes that several dimensions of the mesh shard are gathered but for
-    one.
+    """Partial sums are added up. Where several dimensions of the mesh shard the classes, these are gathered
+    until only one does.
     """
     from torch.distributed.tensor import Replicate, Shard
 

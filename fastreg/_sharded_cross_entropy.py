@@ -7,7 +7,7 @@ each row, in float32 (float64 for float64):
 
 All ranks gather them and put them together in the order of the ranks, hence with the same bits:
 
-    M = max top,  others = rest_M + sum_r (1 + rest_r) exp(top_r - M),  lse = M + log1p(others)
+    M = max top,  rest = rest_M + sum_r (1 + rest_r) exp(top_r - M),  lse = M + log1p(rest)
 
 The 1 of the largest logit stays out of the sum, and no sum is over logits that are not centred: half of a
 vocabulary 10^4 below the other half costs no digits (online softmax: Milakov and Gimelshein 2018; over ranks:
@@ -40,12 +40,11 @@ from ._cross_entropy import (
     statistics_dtype,
 )
 from ._linear_cross_entropy import (
-    as_autocast,
     by_chunks,
-    check_layer,
     empty_results,
     factor_of_sum,
     finished,
+    layer_and_options,
     row_factor,
     weighted_sum,
 )
@@ -78,7 +77,7 @@ class _Whole(NamedTuple):
 
     loss: Tensor
     top: Tensor
-    others: Tensor  # sum_c exp(x_c - top) - 1
+    rest: Tensor  # sum_c exp(x_c - top) - 1
     lse: Tensor
     mass: Tensor  # sum of the targets
     owners: Tensor  # how many ranks say that the target is among their classes
@@ -91,7 +90,7 @@ class _Targets(NamedTuple):
     kept: Tensor  # (rows,), bool
     column: Tensor  # (rows,), the target among this rank's classes, 0 where it is not
     mine: Tensor  # (rows,), bool: the target is among this rank's classes and counts
-    own: Tensor  # (rows,), what is on the target alone
+    own: Tensor  # (rows,), what only the target has
     spread: float  # on each class, before its weight
     weight: Tensor | None  # (count,)
     total: Tensor  # (), the weights of all classes
@@ -101,9 +100,8 @@ class _Targets(NamedTuple):
 def _read_targets(
     target: Tensor, weight: Tensor | None, options: LossOptions, shard: _Shard, dtype: torch.dtype
 ) -> _Targets:
-    k, eps = shard.classes, options.label_smoothing
-    spread = 0.0 if eps == 0 else eps / (k - 1 if options.others else k)
-    alpha = 1 - eps - (spread if options.others else 0.0)
+    k = shard.classes
+    alpha, spread = options.mix_and_base(k)
     own_weight = None if weight is None else weight[shard.first : shard.first + shard.held]
     total = target.new_full((), k, dtype=dtype) if weight is None else weight.sum(dtype=dtype)
     local = (
@@ -161,9 +159,10 @@ def _together(gathered: Tensor, targets: _Targets, z_loss: float) -> _Whole:
     base, highest_base = top.where(there, 0), highest.where(highest != -torch.inf, 0)
     d = base - highest_base
     parts = torch.where(there, (1 + rest) * d.exp(), 0)
-    others = parts.scatter(0, winner.unsqueeze(0), 0).sum(0) + rest.gather(0, winner.unsqueeze(0)).squeeze(0)
-    others = torch.where(highest.isinf(), torch.nan, others)  # inf - inf
-    log_sum = others.log1p()
+    whole_rest = parts.scatter(0, winner.unsqueeze(0), 0).sum(0)
+    whole_rest = whole_rest + rest.gather(0, winner.unsqueeze(0)).squeeze(0)
+    whole_rest = torch.where(highest.isinf(), torch.nan, whole_rest)  # inf - inf
+    log_sum = whole_rest.log1p()
     lse = highest_base + log_sum
     if targets.probabilities is not None:
         mass = u.sum(0)
@@ -182,7 +181,7 @@ def _together(gathered: Tensor, targets: _Targets, z_loss: float) -> _Whole:
         owners = owner.sum(0)
     if z_loss:
         loss = loss + z_loss * lse**2
-    return _Whole(loss.where(targets.kept, 0), highest_base, others, lse, mass, owners)
+    return _Whole(loss.where(targets.kept, 0), highest_base, whole_rest, lse, mass, owners)
 
 
 def _gradient(
@@ -197,7 +196,7 @@ def _gradient(
         return x
     factor = torch.where(targets.kept, factor, 0)
     pull = 2 * z_loss * whole.lse if z_loss else torch.zeros_like(whole.lse)
-    p_of_top = 1 / (1 + whole.others)
+    p_of_top = 1 / (1 + whole.rest)
     q = targets.probabilities
     rows_at = at.unsqueeze(1)
     if q is None:
@@ -206,7 +205,7 @@ def _gradient(
     else:
         q_at = q.gather(1, rows_at).squeeze(1)
     most = (local_top == whole.top) & (p_of_top >= 0.5)
-    exact = (whole.mass - q_at) - whole.mass * (whole.others * p_of_top) + pull * p_of_top
+    exact = (whole.mass - q_at) - whole.mass * (whole.rest * p_of_top) + pull * p_of_top
 
     gradient = (
         x.sub_(whole.top.unsqueeze(1)).exp_().mul_((factor * (whole.mass + pull) * p_of_top).unsqueeze(1))
@@ -276,7 +275,7 @@ def _rows_(
                 f"on all, got {int(whole.owners[at])} ranks that hold class {int(target[at])}, the target of "
                 f"row {at}; check first_class and num_classes"
             )
-    else:  # To raise would be to wait for the device.
+    else:  # Raising would mean waiting for the device.
         whole = whole._replace(loss=torch.where(wrong, torch.nan, whole.loss))
     if gradient is not None:
         for piece in _pieces(logits):
@@ -629,20 +628,11 @@ def linear_cross_entropy(
             check_tensor(op, name, value)
     shard = _checked_shard(op, group, first_class, num_classes)
     _refuse(op, hidden, local_weight, target, local_bias, class_weight)
-    hidden, weight, bias, autocast = as_autocast(hidden, local_weight, local_bias)
-    if loss_dtype is None:
-        loss_dtype = promoted_dtype(hidden.dtype, target, class_weight, autocast)
-    options = LossOptions.checked(
-        op,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        smoothing=smoothing,
-        z_loss=z_loss,
-        all_ignored=all_ignored,
-        loss_dtype=loss_dtype,
-    )
-    check_layer(op, hidden, weight, bias)
+    hidden, weight, bias, options = layer_and_options(
+        op, hidden, local_weight, local_bias, target, class_weight, loss_dtype,
+        reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing, smoothing=smoothing,
+        z_loss=z_loss, all_ignored=all_ignored,
+    )  # fmt: skip
     columns, shape = weight.shape[0], hidden.shape[:-1]
     target, class_weight = check_classes(
         op, hidden, target, class_weight, options,

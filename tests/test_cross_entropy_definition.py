@@ -223,7 +223,7 @@ def test_defaults_may_be_left_out(dtype):
 
 
 def test_a_class_out_of_range_spoils_its_row_alone():
-    """As on CUDA: to raise would be to wait for the device."""
+    """As on CUDA: raising would mean waiting for the device."""
     x, target = torch.randn(4, 5), torch.tensor([0, 5, -1, 2])
     loss, grad, _ = PLAIN["cross_entropy"](x, target, None, 0, -100, 0.0, False, 0.0, False, None, True)
     assert loss.isnan().tolist() == grad.isnan().any(1).tolist() == [False, True, True, False]

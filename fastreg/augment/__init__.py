@@ -42,7 +42,7 @@ from ._ranges import (
     translation,
 )
 from ._structures import augmented_structure, is_labelled
-from ._targets import Augmented, Targets
+from ._targets import Augmented, BoxFormat, Targets
 from ._tv import is_tv_tensor, plain, wrapped
 from .mix import cutmix, mixup
 
@@ -428,7 +428,7 @@ class Augment(nn.Module):
         keypoints: TensorOrList | None = None,
         counts: Tensor | Sequence[int] | None = None,
         visible: TensorOrList | None = None,
-        box_format: str | Enum = "XYXY",
+        box_format: BoxFormat | Enum = "XYXY",
         mask_fill: float | None = None,
         min_area: float = 0.0,
         min_visibility: float = 0.0,

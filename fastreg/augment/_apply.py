@@ -15,7 +15,7 @@ from . import _op, _policies
 from ._arguments import batched
 from ._geometry import Geometry
 from ._params import COUNTED, FIELDS, SETTINGS, Params, Settings
-from ._targets import Augmented, Targets
+from ._targets import Augmented, BoxFormat, Targets
 
 TensorOrList = Tensor | Sequence[Tensor]
 
@@ -39,7 +39,7 @@ def apply(
     keypoints: TensorOrList | None = ...,
     counts: Tensor | Sequence[int] | None = ...,
     visible: TensorOrList | None = ...,
-    box_format: str | Enum = ...,
+    box_format: BoxFormat | Enum = ...,
     mask_fill: float | None = ...,
     min_area: float = ...,
     min_visibility: float = ...,
@@ -56,14 +56,14 @@ def apply(
     keypoints: TensorOrList | None = None,
     counts: Tensor | Sequence[int] | None = None,
     visible: TensorOrList | None = None,
-    box_format: str | Enum = "XYXY",
+    box_format: BoxFormat | Enum = "XYXY",
     mask_fill: float | None = None,
     min_area: float = 0.0,
     min_visibility: float = 0.0,
     flip_permutation: Sequence[int] | None = None,
 ) -> Tensor | Augmented:
     """Augment images, and their targets, with given parameters, `angle` clockwise; pure, and differentiable
-    with respect to the images, but for hue, and to boxes and key points.
+    with respect to the images, except for hue, and to boxes and key points.
 
     Args:
         images: (B, C, H, W), or (C, H, W) with parameters of one sample; uint8 in [0, 255], or float32,

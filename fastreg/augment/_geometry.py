@@ -200,7 +200,7 @@ def _mask_matrices(geometry: Geometry, matrices: Tensor) -> Tensor:
 
 def _row_of(geometry: Geometry, axis: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
     """(B, 3) of the part between flips and crop for x (0) or y (1), from the middle of the image in halves of
-    its side, as torchvision makes its grid of them, in float32 but for images of float64.
+    its side, as torchvision makes its grid of them, in float32 except for images of float64.
     """
     if geometry.affine is None:
         return None

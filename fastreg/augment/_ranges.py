@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number, check_tensor
+from .._checks import check_number, check_tensor, is_int
 from . import _op
 from ._arguments import pair
 from ._op import PerChannel
@@ -84,7 +84,7 @@ def output_size(size: Any) -> tuple[int, int] | None:
     if size is None:
         return None
     sides = tuple(pair(size))
-    if len(sides) != 2 or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in sides):
+    if len(sides) != 2 or any(not is_int(v, int) or v < 1 for v in sides):
         raise ValueError(f"Augment: size must be whole numbers of at least 1, (height, width), got {size!r}")
     return sides
 
@@ -93,7 +93,7 @@ def crop_of(crop: Any) -> int | tuple[float, float] | None:
     """The padding of a window, or a range of shares of the area."""
     if crop is None:
         return None
-    if isinstance(crop, int) and not isinstance(crop, bool):
+    if is_int(crop, int):
         check_number("Augment", "crop", crop, 0, 2**20)
         return crop
     shares = interval("crop", crop, None, 0, 1)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from ._geometry import Geometry, after, moved_boxes, moved_masks, moved_points
 from ._op import number_dtype
 
 OP = "augment"
-FORMATS = ("XYXY", "XYWH", "CXCYWH")
+BoxFormat = Literal["XYXY", "XYWH", "CXCYWH"]
+FORMATS = get_args(BoxFormat)
 _WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _WHOLE |= {torch.uint16, torch.uint32, torch.uint64}
 
@@ -31,7 +32,7 @@ _WHOLE |= {torch.uint16, torch.uint32, torch.uint64}
 class Augmented(NamedTuple):
     """Images and what was moved with them; None for what was not given.
 
-    `images` (B, C, H, W); `masks` of their shape but for H and W; `boxes` in their own format, and
+    `images` (B, C, H, W); `masks` of their shape except for H and W; `boxes` in their own format, and
     `boxes_left`, whether enough of each is left; `keypoints` of their own shape, and `visible`, whether each
     was visible and lies inside. For a list of targets, lists.
     """

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_number, check_tensor
+from .._checks import check_choice, check_number, check_tensor, is_int
 from . import _op
 from ._arguments import Number, batched, numbers, pair
 from ._geometry import Geometry, turned
@@ -428,9 +428,7 @@ def gaussian_blur(
 def check_kernel(op: str, kernel_size: int | Sequence[int]) -> tuple[int, int]:
     """(pixels along x, along y), both odd."""
     kernel = pair(kernel_size)
-    if len(kernel) != 2 or any(
-        not isinstance(k, int) or isinstance(k, bool) or k < 1 or k % 2 == 0 for k in kernel
-    ):
+    if len(kernel) != 2 or any(not is_int(k, int) or k < 1 or k % 2 == 0 for k in kernel):
         raise ValueError(f"{op}: kernel_size must be odd whole numbers of at least 1, got {kernel_size}")
     return kernel
 

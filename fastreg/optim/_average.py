@@ -77,7 +77,7 @@ class Averages(torch.optim.Optimizer):
     def averaged(self) -> Iterator[None]:
         """Within the block the parameters are their averages: ``with optimizer.averaged(): evaluate(model)``.
 
-        The averages are exchanged with the parameters where they lie, without further memory but for one
+        The averages are exchanged with the parameters where they lie, without further memory except for one
         tensor at a time, and back at the end, also of a block that raises. A parameter that has no average
         yet stays as it is. `state_dict` of a model inside has the averages; that of the optimiser is the one
         of outside. All threads see the averages, and of several blocks, nested or in several threads, the
@@ -191,7 +191,7 @@ class Averages(torch.optim.Optimizer):
         return super().__getstate__()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's class gives it, inside `averaged()` that of outside but for the weights."""
+        """The state as torch's class gives it, inside `averaged()` that of outside except for the weights."""
         shown = self._shown_states()
         own = {p: self.state[p] for p in shown}
         try:  # before torch's class and the hooks see it

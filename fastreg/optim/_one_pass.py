@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from .._checks import DTYPES, ArgumentError, arithmetic_dtype, check_choice
+from .._checks import DTYPES, ArgumentError, arithmetic_dtype, check_choice, is_int
 from .._registry import fast
 from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
@@ -98,7 +98,7 @@ def check_rounding(op: str, group: dict[str, Any]) -> None:
     """Raise unless the options of rounding at random make sense."""
     check_choice(op, "stochastic_rounding", group["stochastic_rounding"], (False, True))
     seed = group["rounding_seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    if not is_int(seed, int):
         raise TypeError(f"{op}: rounding_seed must be an int, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ArgumentError(
