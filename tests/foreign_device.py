@@ -205,6 +205,59 @@ def check_sgd():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def check_adamw():
+    for dtype, stochastic in ((torch.float32, False), (torch.bfloat16, True)):
+        w, grad = torch.randn(31, 7).to(dtype), torch.randn(31, 7).to(dtype)
+        results = []
+        for device in ("cpu", DEVICE):
+            torch.manual_seed(4)
+            p = torch.nn.Parameter(w.clone().to(device))
+            adamw = fr.optim.AdamW(
+                [p], 0.1, l1=0.01, cautious=True, amsgrad=True, stochastic_rounding=stochastic, ema=0.9
+            )
+            for _ in range(3):
+                p.grad = grad.to(device)
+                adamw.step()
+            state = adamw.state[p]
+            moments = [state[name].cpu() for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
+            results.append((moments, [p.detach().cpu(), state["ema"].cpu()]))
+        (moments, weights), (same_moments, near_weights) = results
+        assert all(map(torch.equal, moments, same_moments))
+        # The device takes its roots by torch's sqrt, of which _optimizer_math.square_root says what is wrong.
+        assert all(map(near, near_weights, weights))
+
+
+def check_sum_of_squares():
+    tensors = [torch.randn(shape).to(dtype) for shape in ((), (0,), (31, 7)) for dtype in fr._checks.DTYPES]
+    for dtype in fr._checks.DTYPES:
+        own = [t for t in tensors if t.dtype == dtype]
+        want = torch.ops.fastreg.sum_of_squares(own)
+        got = torch.ops.fastreg.sum_of_squares([t.to(DEVICE) for t in own])
+        assert got.device.type == DEVICE and got.dtype == want.dtype
+        assert torch.allclose(got.cpu(), want, rtol=2e-5)
+
+
+def check_clipping():
+    results = []
+    for device in ("cpu", DEVICE):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 33).to(device))
+        sgd = fr.optim.SGD([p], 0.1, max_norm=0.5)
+        p.grad = torch.linspace(2, -1, 33).to(device)
+        sgd.step()
+        results.append((p.detach().cpu(), sgd.grad_norm.cpu()))
+    assert all(map(near, *results))
+
+
+def check_attention():
+    query, key, value = torch.randn(2, 3, 9, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 4)
+    for p, is_causal in ((0.0, False), (0.3, False), (0.3, True)):
+
+        def attended(q, k, v, p=p, is_causal=is_causal):
+            return fr.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=is_causal)
+
+        on_both(attended, query, key, value, same=near)
+
+
 def check_cross_entropy():
     logits, target = torch.randn(9, 7) * 3, torch.tensor([0, 6, 2, -100, 1, 5, 3, 3, 2])
     weight = torch.rand(7) + 0.5

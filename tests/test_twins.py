@@ -193,9 +193,9 @@ def test_cross_entropy_has_the_same_rules(taken_alike, option):
             assert taken[0] == expected, value
 
 
-# ---- the reader of an optimiser's parameter groups: optimizer_autograd.h, OnePass._collect
+# ---- the reader of an optimiser's parameter groups: optimizer_autograd.h, <op>_autograd.h, OnePass._collect
 
-SGD_OPTIONS = {
+OPTIONS_OF_BOTH = {
     # option: [(value, whether C++ takes the group, whether the step changes by it)]
     "lr": [
         (0.3, True, True),
@@ -203,14 +203,8 @@ SGD_OPTIONS = {
         (torch.tensor(0.3), True, True),
         (np.float64(0.3), True, True),
     ],
-    "momentum": [(0, True, True), (0.5, True, True), (1, True, True), (np.float64(0.5), True, True)],
-    "dampening": [(0.0, True, False), (0.5, False, True), (-0.5, False, True)],
     "weight_decay": [(0, True, True), (0.5, True, True), (np.float32(0.5), True, True)],
-    "nesterov": [(True, True, True), (1, False, True)],
     "l1": [(0, True, True), (0.5, True, True), (np.float32(0.5), True, True)],
-    "l1_mode": [("subgradient", True, False), ("proximal", True, True)],
-    "decoupled": [(True, True, True), (1, False, True)],
-    "scale_penalty": [(False, True, False), (True, True, False)],  # l1 goes through the momentum here
     "maximize": [(True, True, True), (1, False, True)],
     "stochastic_rounding": [(False, True, False), (True, True, False)],  # of float32 it changes nothing
     "rounding_seed": [(0, True, False), (-7, True, False)],
@@ -220,33 +214,68 @@ SGD_OPTIONS = {
     "differentiable": [(False, True, False)],
     "fused": [(True, True, False)],
 }
+OPTIONS = {
+    fr.optim.SGD: OPTIONS_OF_BOTH
+    | {
+        "momentum": [(0, True, True), (0.5, True, True), (1, True, True), (np.float64(0.5), True, True)],
+        "dampening": [(0.0, True, False), (0.5, False, True), (-0.5, False, True)],
+        "nesterov": [(True, True, True), (1, False, True)],
+        "l1_mode": [("subgradient", True, False), ("proximal", True, True)],
+        "decoupled": [(True, True, True), (1, False, True)],
+        "scale_penalty": [(False, True, False), (True, True, False)],  # l1 goes through the momentum here
+    },
+    fr.optim.AdamW: OPTIONS_OF_BOTH
+    | {
+        "betas": [
+            ((0.9, 0.999), True, False),
+            ((0.5, 0.9), True, True),
+            ((0, 0.0), True, True),
+            ((torch.tensor(0.5), 0.9), True, True),
+            ([0.5, 0.9], False, True),
+        ],
+        "eps": [(1e-8, True, False), (0, True, True), (0.1, True, True), (np.float64(0.1), True, True)],
+        "amsgrad": [(True, True, True), (1, False, True)],
+        "l1_mode": [("proximal", True, False), ("subgradient", True, True)],
+        "cautious": [(True, True, True), (1, False, True)],
+        "capturable": [(False, True, False)],
+    },
+}
+USUAL_OPTIONS = {fr.optim.SGD: {"momentum": 0.9}, fr.optim.AdamW: {}}
 
 
-def stepped(**options):
-    """Parameters and momenta after three steps, the last of which finds a momentum buffer everywhere."""
+def stepped(cls, **options):
+    """Parameters and state after three steps, the last of which finds what the first has left everywhere."""
     params = [torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 33)]
-    optimizer = fr.optim.SGD(
+    optimizer = cls(
         [{"params": params[:1]}, {"params": params[1:], **options}],
         lr=0.1,
-        momentum=0.9,
         weight_decay=0.01,
         l1=0.02,
+        **USUAL_OPTIONS[cls],
     )
     for step in range(3):
         for p in params:
-            p.grad = torch.linspace(2, -1, p.numel()) * (step + 1)
+            p.grad = torch.linspace(2, -1, p.numel()) * (1 - step)  # also against the momentum
         optimizer.step()
-    return [p.detach() for p in params] + [state["momentum_buffer"] for state in optimizer.state.values()]
+    kept = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    return [p.detach() for p in params] + [
+        state[name] for state in optimizer.state.values() for name in kept if name in state
+    ]
 
 
-@pytest.mark.parametrize("option", SGD_OPTIONS)
-def test_a_parameter_group_is_read_alike(taken_alike, option):
-    usual = bits_of(stepped())
-    for value, takes, changes in SGD_OPTIONS[option]:
-        assert any(taken_alike(lambda value=value: stepped(**{option: value}))) == takes, value
-        assert (bits_of(stepped(**{option: value})) != usual) == changes, value
+@pytest.mark.parametrize(
+    ("cls", "option"),
+    [(cls, option) for cls, options in OPTIONS.items() for option in options],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_parameter_group_is_read_alike(taken_alike, cls, option):
+    usual = bits_of(stepped(cls))
+    for value, takes, changes in OPTIONS[cls][option]:
+        assert any(taken_alike(lambda value=value: stepped(cls, **{option: value}))) == takes, value
+        assert (bits_of(stepped(cls, **{option: value})) != usual) == changes, value
 
 
-def test_every_option_of_a_group_is_in_the_table():
-    group = fr.optim.SGD([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
-    assert group.keys() - {"params"} == SGD_OPTIONS.keys()
+@pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
+def test_every_option_of_a_group_is_in_the_table(cls):
+    group = cls([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
+    assert group.keys() - {"params"} - {"decoupled_weight_decay"} == OPTIONS[cls].keys()
