@@ -11,6 +11,7 @@ def check(cuda):
     torch.manual_seed(4)
     choose = random.Random(4).choice
     for _ in range(24):
+        # No element, one, odd sides, whole words, and no dimension.
         lists, options = step_case(choose, ((0,), (1,), (7, 37), (33, 64), ()))
         states = []
         for ops in (cuda, CPU):

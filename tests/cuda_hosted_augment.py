@@ -1,5 +1,5 @@
-"""The operators of augmentation, for tests/cuda_hosted.py: the same bits, but for the mean of float64 images;
-the gradient is added up in another order."""
+"""The operators of augmentation, for tests/cuda_hosted.py: the same bits, except
+for the mean of float64 images; the gradient is added up in another order."""
 
 import functools
 import itertools
@@ -20,8 +20,8 @@ def pictures(batch, channels, height, width, dtype, seed=0):
 def augmentations(
     batch, height, width, channels, padding, interpolation, antialias=False, blur=None, steps=15, seed=0
 ):
-    """Arguments of the operator but for the images, its output size and its dtype: one straight sample, one
-    that shrinks, one of each kind of a turned one, as many as there are."""
+    """Arguments of the operator except for the images, its output size and its dtype: one straight
+    sample, one that shrinks, one of each kind of a turned one, as many as there are."""
     generator = torch.Generator().manual_seed(seed)
     angle = torch.tensor([0.0, 0.4, -2.0, 0.2])[torch.arange(batch) % 4].double()
     scale = torch.tensor([1.0, 2.7, 0.6, 1.1])[torch.arange(batch) % 4].double()

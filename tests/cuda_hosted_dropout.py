@@ -21,6 +21,7 @@ def check(cuda):
         for offset in (0, 3, 2**61 + 5):
             arguments = like, decisions, 0.3, seed, offset, columns, row
             same(cuda.dropout_mask(*arguments), CPU.dropout_mask(*arguments), arguments[1:])
+    # No element, one, odd sides, and whole words.
     for dtype, shape in itertools.product(DTYPES, ((0,), (1,), (7, 37), (33, 64))):
         for x in views(numbers(shape, dtype)):
             for p, offset in ((0.4, 0), (0.0, 5), (1.0, 3)):

@@ -14,6 +14,7 @@ from fastreg import _example  # noqa: F401
 
 
 def check(cuda):
+    # No dimension, no element, one, odd sides, and whole words.
     for dtype, shape in itertools.product(DTYPES, ((), (0,), (1,), (7, 37), (33, 64))):
         for x in views(numbers(shape, dtype)):
             same(cuda.example(x, 0.3), CPU.example(x, 0.3), (dtype, shape))

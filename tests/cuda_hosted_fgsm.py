@@ -8,6 +8,7 @@ from cuda_machine import DTYPES
 
 
 def check(cuda):
+    # No element, one, odd sides, whole words, and images with channels.
     for dtype, shape in itertools.product(DTYPES, ((0,), (1,), (7, 37), (33, 64), (2, 3, 5, 8))):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         for x, grad in zip(views(numbers(shape, dtype)), views(numbers(shape, dtype, 1)), strict=True):

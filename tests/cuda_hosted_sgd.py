@@ -13,6 +13,7 @@ def check(cuda):
         (0.9, 0.0, 0.1, 0.1, 0.9, True, False, False, True),
         (0.9, 0.5, 0.1, 0.1, 0.7, False, True, True, False),
     )
+    # No element, one, odd sides, and a whole chunk of 2048 with a rest.
     shapes = ((0,), (1,), (7, 37), (33, 64))
     for dtype, (momentum, dampening, *mode) in itertools.product(DTYPES, modes):
         parts = [[view for shape in shapes for view in views(numbers(shape, dtype, k))] for k in range(4)]

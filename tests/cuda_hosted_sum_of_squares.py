@@ -6,6 +6,7 @@ from cuda_machine import DTYPES
 
 
 def check(cuda):
+    # No element, one, odd sides, whole words, and more than two chunks of 4096.
     shapes = ((0,), (1,), (7, 37), (33, 64), (9001,))
     for dtype in DTYPES:
         tensors = [view for shape in shapes for view in views(numbers(shape, dtype, 1).nan_to_num(1, 1, 1))]

@@ -1,6 +1,6 @@
 """The table of CUDA kernels in docs/cuda.md: `python tests/cuda_table.py` executes each and writes it anew.
 
-Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, but for the bias of
+Bytes are counted in sectors of 32 by the interpreter of tests/cuda_machine.py, except for the bias of
 dropout_add, which comes from the cache, and the images that are augmented, of which each launch counts every
 sector once: the neighbours of a pixel come from the cache; registers are what ptxas says for sm_80, and the
 share of the memory's bandwidth is predicted: the time of the floor's bytes over that of the bytes moved or,

@@ -9,6 +9,7 @@ from property_cases import assert_near, laid_out, one_of, op, plain, random_of, 
 
 from fastreg.augment._plain import INTERPOLATIONS, PADDINGS
 
+# One pixel, whose neighbours are all padding, two, and sides just above vectors of 4, 8, 16 and 32 pixels.
 SIDES = (1, 2, 3, 5, 9, 17, 33)
 
 

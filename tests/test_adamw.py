@@ -20,6 +20,7 @@ import fastreg as fr
 from fastreg import _registry
 
 OP = torch.ops.fastreg.adamw_.default
+# No dimension, one element, none, ends of vectors of 16 and 8, and more than one block of 1024.
 SHAPES = ((), (1,), (3, 5), (0, 3), (33, 2), (1030,), (70, 31))
 
 

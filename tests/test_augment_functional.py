@@ -241,6 +241,7 @@ def test_vertical_stretch():
 def test_resized_crop(interpolation, antialias):
     for dtype in (torch.float32, torch.float64, torch.uint8):
         x = pictures(2, 3, 31, 40, dtype)
+        # Smaller both ways, larger one way and smaller the other, in both orders, and one pixel.
         for size in ((9, 7), (50, 11), (31, 70), (1, 1)):
             got = AF.resized_crop(x, 2, 3, 27, 30, size, interpolation, antialias)
             options = {} if interpolation == "nearest" else {"align_corners": False, "antialias": antialias}

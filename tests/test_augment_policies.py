@@ -33,6 +33,7 @@ def one(name, magnitude, **settings):
 
 @pytest.mark.parametrize("kind", THEIRS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+# Even sides, an odd one, which has its middle on a pixel, and sides of more than 64 pixels.
 @pytest.mark.parametrize("size", [(32, 32), (23, 30), (70, 66)], ids=str)
 def test_pixels_are_torchvisions(kind, dtype, size):
     x = pictures(1, *size, dtype)

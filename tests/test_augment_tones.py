@@ -6,6 +6,7 @@ import torch
 from fastreg.augment import functional as AF
 
 DTYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Colour and grey, with and without a batch, sides too short for the filter of 3 x 3, one pixel, no image.
 SHAPES = (
     (4, 3, 9, 7),
     (3, 16, 17),

@@ -44,6 +44,7 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+# One sample; a last batch that is smaller; one batch of all; a batch that is never full.
 @pytest.mark.parametrize("size, batch_size", [(1, 1), (7, 3), (20, 20), (20, 64)])
 def test_training_is_the_loop_written_by_hand(dtype, size, batch_size):
     x = torch.randn(size, 6, dtype=dtype)

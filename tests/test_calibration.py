@@ -29,6 +29,7 @@ def reference(logits, target, bins):
 
 
 @pytest.mark.parametrize("bins", (1, 4, 15))
+# One sample, two classes, several, and one class, whose confidence is always 1.
 @pytest.mark.parametrize("shape", ((1, 2), (50, 2), (333, 7), (20, 1)), ids=str)
 def test_against_the_reference(shape, bins, dtype):
     logits, target = (3 * torch.randn(shape)).to(dtype), torch.randint(shape[1], shape[:1])

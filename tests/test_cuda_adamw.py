@@ -53,6 +53,7 @@ def check(lists, options, **machine_options):
     return reports
 
 
+# Less than a word, one whole chunk of a block, two chunks and a rest, one element.
 SHAPES = [(5,), (2048,), (71, 67), (1,)]
 
 

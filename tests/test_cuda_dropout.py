@@ -122,6 +122,7 @@ def test_a_mask_of_rows(decisions, columns, row, schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", DTYPES)
+# One element, a warp's chunk of 256 and one less, and many chunks with a rest.
 @pytest.mark.parametrize("n", [1, 255, 256, 5003])
 def test_the_same_bits_as_on_the_cpu(n, dtype, schedule):
     x = numbers(n, dtype)
@@ -171,6 +172,7 @@ def test_probabilities_and_offsets(p, offset):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+# Elements of a decision: a part of a word, words, what fits no word, and more than a warp has lanes.
 @pytest.mark.parametrize("inner", [2, 8, 27, 64])
 def test_decisions_of_several_elements(inner, dtype):
     x = numbers((37, inner), dtype)

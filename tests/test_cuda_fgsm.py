@@ -88,6 +88,7 @@ def images(shape, dtype, seed=0):
 
 @pytest.mark.parametrize("project", [False, True], ids=["fgsm", "pgd"])
 @pytest.mark.parametrize("dtype", DTYPES)
+# One element, no whole word of 16-bit numbers, and several blocks with a rest.
 @pytest.mark.parametrize("n", [1, 7, 4099])
 def test_the_same_bits_as_on_the_cpu(n, dtype, project):
     x, grad, origin = images(n, dtype)

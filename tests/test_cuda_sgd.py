@@ -101,6 +101,7 @@ MODES = {
     "average": dict(momentum=0.9, l1=0.02, ema=0.9),
     "average alone": dict(ema=0.25, weight_decay=0.01),
 }
+# Less than a word, one whole chunk of a block, two chunks and a rest, one element.
 SHAPES = [(5,), (2048,), (71, 67), (1,)]
 
 

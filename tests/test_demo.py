@@ -690,7 +690,7 @@ def _trained(x, y, recipe, epochs):
     ],
 )
 def test_both_sides_train_the_same_network(key, monkeypatch):
-    """From the same weights and batches, methods without randomness must end at the same weights but for
+    """From the same weights and batches, methods without randomness must end at the same weights except for
     rounding. The steps are few: the sign of an attack's gradient makes much of the least difference.
     """
     monkeypatch.setattr(train, "FEWEST_STEPS", 3)

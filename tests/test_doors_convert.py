@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_python
+from helpers import DTYPES, run_python
 from patch_cases import ops_seen
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -209,9 +209,6 @@ class TestStochasticDepth:
         module.p, module.mode = 0.5, "batch"
         drawn = {tuple(module(torch.ones(5, 2)).unique().tolist()) for _ in range(60)}
         assert drawn == {(0.0,), (2.0,)}
-
-
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -151,6 +151,7 @@ def layouts(x):
     yield "storage offset", shifted[1:].view(x.shape)
 
 
+# Odd sides; sides of 1, which have no stride; more than a block; a run longer than a block.
 @pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 1, 3, 1), (5, 6, 17, 19), (4, 3, 1, 1200)])
 @pytest.mark.parametrize("inner_dims", [0, 2, 3])
 def test_memory_layout_does_not_change_bits_and_is_kept(dtype, shape, inner_dims):
@@ -203,6 +204,7 @@ def test_many_dimensions_and_a_limit_that_is_said():
         fr.dropout(torch.randn([2] * 17).permute(*range(16, -1, -1)))
 
 
+# Cuts within and between the bytes of the mask, and within and between the blocks of 1024.
 @pytest.mark.parametrize("cut", [1, 7, 8, 1000, 4096, 4999])
 def test_shards_with_their_offset_draw_what_the_whole_draws(dtype, cut):
     x = torch.randn(5000).to(dtype)

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fastreg as fr
 
 OP = torch.ops.fastreg.dropout_add.default
+# Rows of the bias shorter and longer than vectors, and around blocks of 1024.
 SHAPES = [
     (1,),
     (7,),

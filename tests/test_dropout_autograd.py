@@ -58,6 +58,7 @@ def test_gradients_of_expanded_and_strided_layout():
     assert_same_bits(x.grad, values_reference(torch.ones(x.shape), kept, scale_of(0.3)))
 
 
+# Less than a byte of the mask, one byte, whole bytes, and one bit more than whole bytes.
 @pytest.mark.parametrize("n", [1, 8, 1000, 4097])
 def test_one_bit_per_element_is_saved_and_the_input_is_let_go(dtype, n):
     saved = []

@@ -15,6 +15,7 @@ from torch import nn
 
 import fastreg as fr
 
+# No dimension, one element, none, images with odd sides and with one channel, one more than a block of 1024.
 SHAPES = [
     (),
     (1,),
@@ -98,6 +99,7 @@ def test_every_shape_of_eps_and_bounds(shape, dtype):
             assert_step(got, reference_step(x, grad, broad, broad, broad + 0.5), dtype)
 
 
+# No images, odd sides, channels of more than a block of 1024, and one channel.
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 5, 7), (2, 3, 40, 33), (2, 1, 6, 6)], ids=str)
 def test_mixed_layouts(shape, dtype):
     x, grad = pair(shape, dtype)
@@ -115,6 +117,7 @@ def test_mixed_layouts(shape, dtype):
             assert torch.equal(projected(a, b, c, *numbers_).nan_to_num(7), want_projected.nan_to_num(7))
 
 
+# No dimension, no element, less than a vector, images, and one more than a block.
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (4, 3, 5, 7), (1025,)], ids=str)
 def test_projected_step_matches_the_formula(shape, dtype):
     x, grad = pair(shape, dtype)

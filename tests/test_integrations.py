@@ -10,12 +10,12 @@ import json
 import math
 import os
 import socket
-import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from helpers import run_python
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,10 +47,6 @@ def _quiet():
 
 # --------------------------------------------------------------------------------------------------
 # imports
-def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-
-
 def test_fastreg_imports_none_of_them():
     code = """if True:
         import sys, fastreg, fastreg.integrations

@@ -14,6 +14,7 @@ import fastreg as fr
 
 both = pytest.mark.parametrize("cls", BOTH.values(), ids=BOTH)
 TORCHS = {fr.optim.SGD: torch.optim.SGD, fr.optim.AdamW: torch.optim.AdamW}
+# Matrices and a vector as layers have them, no dimension, and no element.
 SHAPES = [(30, 4), (7,), (), (0, 3), (5, 5)]
 
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import DTYPES
 from optimizer_reference import StepSpy, on_both_paths
 from sgd_reference import parameter
 
@@ -14,7 +15,6 @@ import fastreg as fr
 pytestmark = pytest.mark.skipif(
     not hasattr(fr._registry.fast, "squares"), reason=f"no C++ path: {fr._registry.why_not_fast}"
 )
-DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 KINDS = {fr.optim.SGD: dict(lr=0.1, momentum=0.9), fr.optim.AdamW: dict(lr=0.1, amsgrad=True)}
 
 

@@ -19,6 +19,7 @@ KINDS = {
     fr.optim.SGD: dict(lr=0.01, momentum=0.9, ema=0.5),
     fr.optim.AdamW: dict(lr=0.01, amsgrad=True, ema=0.5),
 }
+# An odd number of elements, more than a block of 1024, less than a group of Philox's words, no dimension.
 SHAPES = [(5, 7), (1030,), (3,), ()]
 
 

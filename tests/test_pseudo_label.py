@@ -9,6 +9,7 @@ from conftest import DTYPES
 import fastreg as fr
 
 INF, NAN = math.inf, math.nan
+# Rows, one class, more dimensions after the classes, no row, and no row within a sample.
 SHAPES = [(5, 3), (1, 1), (33, 10), (2, 4, 7), (2, 3, 4, 5), (0, 3), (2, 3, 0)]
 
 

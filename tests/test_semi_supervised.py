@@ -21,7 +21,7 @@ def digits():
 
 
 def fit(digits, seed, unlabelled_weight=0.0, pretrain=False):
-    """Test error in percent of one perceptron trained for 200 steps: the same but for what it makes of the
+    """Test error in percent of one perceptron trained for 200 steps: the same except for what it makes of the
     unlabelled images.
     """
     x, y, unlabelled, x_test, y_test = digits

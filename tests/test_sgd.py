@@ -45,6 +45,7 @@ class TestReference:
     def test_exact(self, options, dtype, seed, tensor_lr):
         """Each stored value is the float32 (float64) result rounded once, over three steps."""
         make = torch.Generator().manual_seed(seed)
+        # No dimension, none and one element, a vector of 16, two and a rest, and more than a block of 1024.
         shapes = [(), (1,), (7, 5), (16,), (33,), (0, 3), (1030,)]
         start = [torch.randn(s, generator=make).to(dtype) for s in shapes]
         start[3][::3] = 0

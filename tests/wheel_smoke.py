@@ -503,8 +503,8 @@ def convert_after_torch_compile():
 # ---- torch.compile
 
 
-def compilable(name):
-    """(a function, its inputs, of which the first needs a gradient)."""
+def compilable():
+    """{name: (a function, its inputs, of which the first needs a gradient)}."""
     x = torch.randn(8, 24)
     y = torch.arange(8)
     weight = torch.randn(12, 24)
@@ -514,16 +514,17 @@ def compilable(name):
         "cross_entropy": (lambda v, t: fr.cross_entropy(v, t, label_smoothing=0.1), [x, y]),
         "linear_cross_entropy": (lambda v, w, t: fr.linear_cross_entropy(v, w, t), [x, weight, y]),
         "augment": (augmentation(mean=0.5, std=0.2), [torch.rand(2, 3, 12, 10)]),
-    }[name]
+        "attention": (
+            lambda v: fr.scaled_dot_product_attention(v, v, v, dropout_p=0.3),
+            [torch.randn(2, 2, 9, 8)],
+        ),
+    }
 
 
-COMPILED = ("dropout", "dropout_add", "cross_entropy", "linear_cross_entropy", "augment")
-
-
-@check(*(f"{name}, {backend}" for backend in BACKENDS for name in COMPILED))
+@check(*(f"{name}, {backend}" for backend in BACKENDS for name in compilable()))
 def compiled_as_one_graph(case):
     name, backend = case.split(", ")
-    function, (x, *rest) = compilable(name)
+    function, (x, *rest) = compilable()[name]
     results = []
     for run in (function, torch.compile(function, fullgraph=True, backend=backend)):
         leaf = x.clone().requires_grad_()
@@ -569,7 +570,7 @@ def compiled_under_autocast():
 # ---- operators and errors
 
 
-def operator_arguments(name):
+def operator_arguments():
     x, other, seed = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([5])
     return {
         "dropout": (x, 0.3, seed, 7, 2, 1.5),
@@ -578,12 +579,13 @@ def operator_arguments(name):
         "sgd_": ([x], [other], [x.clone()], [], [], [], 0.1, 0.9, 0.0, 0.01, 0.02, 0.0, *4 * (False,)),
         "fgsm_step": (x.sigmoid(), other, 0.1, 0.0, 1.0),
         "pgd_step": (x.sigmoid(), other, x.sigmoid(), 0.1, 0.2, 0.0, 1.0),
-    }[name]
+        "sum_of_squares": ([x, other],),
+    }
 
 
-@check("dropout", "dropout_add", "cross_entropy", "sgd_", "fgsm_step", "pgd_step")
+@check(*operator_arguments())
 def opcheck(name):
-    torch.library.opcheck(getattr(torch.ops.fastreg, name).default, operator_arguments(name))
+    torch.library.opcheck(getattr(torch.ops.fastreg, name).default, operator_arguments()[name])
 
 
 @check()
