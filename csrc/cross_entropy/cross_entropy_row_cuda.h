@@ -28,8 +28,8 @@ struct RowsWork {
   RowOptions<A> options;
   A q_all, q_rest;  // unless general: all q, and all but the target's
   A factor;
-  const A* row_factor;     // one for each row; or
-  const A* shared_factor;  // one for all; or null
+  const A* row_factor;     // one for each row; null: shared_factor
+  const A* shared_factor;  // one for all; null: factor
 
   explicit RowsWork(const CrossEntropyArgs& a)
       : logits(static_cast<const T*>(a.logits)),

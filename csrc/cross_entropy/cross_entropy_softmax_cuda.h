@@ -19,6 +19,14 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class A>
 constexpr A kMost = std::numeric_limits<A>::max();
 
+// The functions of a softmax, for results that are normal numbers. tests/test_cuda_softmax_math.py measures
+// them against a wider type, in the interpreter of tests/cudacheck.
+//
+//   function          argument                     float32: bound; worst found   float64
+//   exponential       x <= 8, -inf, NaN stays      2 ulp; 1.08                   1 ulp; 0.82
+//   log_of_one_plus   0 <= x <= 2^40, NaN stays    1 ulp; 0.88                   2 ulp; 0.99
+//   reciprocal        1 <= x <= 2^40               0.5 ulp; 0.50                 1 ulp; 0.50
+
 // NaN only where both are.
 __device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
 __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
