@@ -231,6 +231,7 @@ def measure_case(
     Raises:
         WrongResult: the op does not compute what it should.
     """
+    # Is it right at all?
     if case.elements > 2**20:
         gc.collect()  # the tensors of earlier cases may hang in cycles
     torch.manual_seed(0)
@@ -253,6 +254,7 @@ def measure_case(
         "floor_is": case.floor if "floor" in work.sides else None,
         "notes": [],
     }
+    # The sides that this machine can run.
     sides = dict(work.sides)
     if not compiled:
         sides.pop("compile", None)
@@ -265,6 +267,7 @@ def measure_case(
             row["notes"].append(
                 f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             )
+    # Times, and what they amount to.
     clock = Clock(device)
     times = clock.measure(sides, seconds, case.rounds, work.around)
     if work.losses is not None:  # before the measuring of memory below runs further steps of one side
@@ -288,6 +291,7 @@ def measure_case(
     row["share_of_bandwidth"] = (
         work.moved / row["seconds"]["fastreg"] / bandwidth if work.moved and bandwidth else None
     )
+    # Memory.
     row["saved_bytes"] = {
         side: saved_bytes(function, work.inputs) for side, function in work.forward.items()
     } or None
@@ -300,6 +304,7 @@ def measure_case(
         what, size = work.peak_of
         row["peak_of"] = {"what": what, "bytes": size}
         row["peak_share"] = {side: peak / size for side, peak in row["peak_bytes"].items()}
+    # What was to be reached.
     row["targets"] = vars(case.targets)
     row["met"] = verdicts(row)
     if "compile" in sides:

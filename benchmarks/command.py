@@ -132,6 +132,7 @@ def _memory_is_kept() -> bool:
 def _run(options: argparse.Namespace) -> int:
     from . import figures, view  # which need matplotlib and rich
 
+    # What is asked for.
     folder = writable_folder(options.out)
     scale = "tiny" if options.tiny else "quick" if options.quick else "full"
     compiled = not (options.no_compile or options.quick)
@@ -139,6 +140,7 @@ def _run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads or 1)
     if compiled:
         torch._logging.set_logs(all=logging.ERROR)  # its remarks would be written across the bar
+    # What the file holds before the first case.
     results = {
         "schema": SCHEMA,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -158,6 +160,7 @@ def _run(options: argparse.Namespace) -> int:
         "planned": len(cases),
         "partial": True,
     }
+    # The cases, each written as soon as it is measured, so that an interrupted run keeps what it has.
     began = time.monotonic()
     progress = view.Progress(results, len(cases))
     try:
@@ -188,6 +191,7 @@ def _run(options: argparse.Namespace) -> int:
         results["partial"] = False
     except KeyboardInterrupt:
         pass
+    # The table and the pictures.
     results["seconds"] = time.monotonic() - began
     results["machine"]["load_after"] = machine.load()
     _write(folder / "results.json", json.dumps(results, indent=1) + "\n")

@@ -147,7 +147,8 @@ def linear_loss_of_dtensors(
     mesh: Any = weight.device_mesh if is_sharded(weight) else None  # type: ignore[attr-defined]
     by_class = mesh is not None and tuple(weight.placements) == (Shard(0),)  # type: ignore[attr-defined]
     others = [t for t in (hidden, target, class_weight) if t is not None and is_sharded(t)]
-    if by_class and not soft and all(t.placements[0].is_replicate() for t in others):  # type: ignore[attr-defined]
+    replicated = all(t.placements[0].is_replicate() for t in others)  # type: ignore[attr-defined]
+    if by_class and not soft and replicated:
 
         def local(value: Any) -> Any:
             return value.to_local() if value is not None and is_sharded(value) else value

@@ -280,7 +280,8 @@ class DropPath(torch.nn.Module):
             probability = self.drop_prob if hasattr(self, "drop_prob") else self._p
             if not self.training or probability == 0.0:
                 return input
-            return _drop_path_by_torch(input, probability, self.scale_by_keep, self.mode)  # type: ignore[arg-type]
+            mode, scaled = self.mode, self.scale_by_keep
+            return _drop_path_by_torch(input, probability, scaled, mode)  # type: ignore[arg-type]
         else:
             return _drop_path(self, input)
 
@@ -357,6 +358,10 @@ def _dropout_add(
     return dropout_add(input, residual, module.p, bias, module.training)
 
 
+# What `fastreg.nn.CrossEntropyLoss` has beyond torch's, and what each is where torch's loss is meant.
+_EXTRAS = {"smoothing": "uniform", "z_loss": 0.0, "all_ignored": "nan", "loss_dtype": None}
+
+
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
     """Cross-entropy with smoothed targets; drop-in for `torch.nn.CrossEntropyLoss`, on
     `fastreg.cross_entropy`.
@@ -370,7 +375,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
 
     __constants__ = [  # noqa: RUF012  # torch.jit reads such a list
         *("ignore_index", "reduction", "label_smoothing"),
-        *("smoothing", "z_loss", "all_ignored", "loss_dtype"),
+        *_EXTRAS,
     ]
     # For a module that `convert` made of torch's, without a call of __init__.
     smoothing: Smoothing = "uniform"
@@ -413,9 +418,9 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         """The loss of logits `input` against `target`."""
         if is_scripting():
             if self.smoothing != "uniform" or self.z_loss != 0.0 or self.all_ignored != "nan":
-                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows torch's arguments alone")
+                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows only torch's arguments")
             if self.loss_dtype is not None:
-                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows torch's arguments alone")
+                raise RuntimeError("CrossEntropyLoss: torch.jit.script knows only torch's arguments")
             return F.cross_entropy(
                 input,
                 target,
@@ -448,13 +453,8 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
         "reduction": loss.reduction,
         "label_smoothing": loss.label_smoothing,
     }
-    extras = {
-        "smoothing": loss.smoothing,
-        "z_loss": loss.z_loss,
-        "all_ignored": loss.all_ignored,
-        "loss_dtype": loss.loss_dtype,
-    }
-    changed = extras if tuple(extras.values()) != ("uniform", 0.0, "nan", None) else {}
+    extras = {name: getattr(loss, name) for name in _EXTRAS}
+    changed = extras if extras != _EXTRAS else {}
     if not changed and is_torchs(input, target, weight):
         return F.cross_entropy(input, target, **options)
     return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)

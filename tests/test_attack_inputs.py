@@ -4,6 +4,7 @@ models that give dicts, tuples or probabilities, loaders that yield something el
 
 import collections
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -357,7 +358,8 @@ def test_one_logit_is_no_class_and_predict_says_what_it_means():
     y = (model(x).view(-1) > 0).long()
     with pytest.raises(ValueError, match=r"robust_accuracy: expected logits .* two classes, .* predict="):
         fr.robust_accuracy(model, (x, y), EPS)
-    loss = lambda z, y: F.binary_cross_entropy_with_logits(z.view(-1), y.float(), reduction="none")  # noqa: E731
+    by_sample = functools.partial(F.binary_cross_entropy_with_logits, reduction="none")
+    loss = lambda z, y: by_sample(z.view(-1), y.float())  # noqa: E731
     sign = lambda z: (z.view(-1) > 0).long()  # noqa: E731
     eps, weight = 0.1, model[1].weight.detach().abs().sum()
     want = ((model(x).view(-1).abs()) > eps * weight).float().mean().item()

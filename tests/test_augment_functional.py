@@ -292,7 +292,10 @@ def test_like_torchvision(dtype, channels):
 
     x = pictures(2, channels, 45, 37, dtype)
     wide_x = x.double() if dtype == torch.float32 else x
-    check = lambda got, want, tolerance=1e-5: assert_like_torchvision(got, want, dtype, tolerance)  # noqa: E731
+
+    def check(got, want, tolerance=1e-5):
+        assert_like_torchvision(got, want, dtype, tolerance)
+
     for interpolation in (InterpolationMode.BILINEAR, InterpolationMode.NEAREST):
         for fill in (None, [0.3 if dtype == torch.float32 else 77.0] * channels):
             args = (17.3, [2.5, -3.25], 1.2, [7.0, -4.0])

@@ -6,6 +6,7 @@ the values (which elements are kept is drawn, so the set of them), dtypes, shape
 
 import decimal
 import fractions
+import functools
 import itertools
 import warnings
 
@@ -156,7 +157,8 @@ def test_dimensions(name, dims):
             continue  # one element, drawn
         x = torch.ones((30, 40)[:dims] + (1,) * (dims - 2)) if p == 0.5 else torch.ones((2,) * dims)
         run = lambda f, x=x, p=p, t=training, i=inplace: f(x.clone(), p, t, i)  # noqa: E731
-        module = lambda x=x, p=p, t=training, i=inplace: converted(kind, p, i, training=t)(x.clone())  # noqa: E731
+        make = functools.partial(converted, kind, p, inplace, training=training)
+        module = lambda x=x, make=make: make()(x.clone())  # noqa: E731
         assert_same(
             lambda run=run: run(getattr(F, name)),
             patched=None,

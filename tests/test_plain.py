@@ -1,5 +1,6 @@
 """The operators in plain torch: the bits of the kernels, and what a device without kernels runs."""
 
+import contextlib
 import inspect
 import itertools
 import json
@@ -236,6 +237,49 @@ def test_on_fake_tensors(call, device):
         x = channels_last(device)
         output = CALLS[call](x)
     assert output.shape == x.shape and output.device == x.device and output.stride() == x.stride()
+
+
+# Calls whose results have another shape than what they are given: (call, its shape).
+OTHER_CALLS = {
+    "cross_entropy": (lambda d: fr.cross_entropy(torch.empty(6, 5, device=d), indices(6, d)), ()),
+    "linear_cross_entropy": (
+        lambda d: fr.linear_cross_entropy(
+            torch.empty(6, 8, device=d), torch.empty(5, 8, device=d), indices(6, d), reduction="none"
+        ),
+        (6,),
+    ),
+    "attention": (
+        lambda d: fr.scaled_dot_product_attention(
+            torch.empty(2, 3, 9, 8, device=d), *torch.empty(2, 2, 3, 7, 8, device=d), dropout_p=0.3
+        ),
+        (2, 3, 9, 8),
+    ),
+    "augment": (
+        lambda d: fr.augment.functional.rotate(torch.empty(2, 3, 9, 8, device=d), 20.0),
+        (2, 3, 9, 8),
+    ),
+    "sum_of_squares": (
+        lambda d: torch.ops.fastreg.sum_of_squares([torch.empty(7, device=d), torch.empty((), device=d)]),
+        (),
+    ),
+}
+
+
+def indices(n, device):
+    return torch.empty(n, dtype=torch.int64, device=device)
+
+
+@pytest.mark.parametrize("call", OTHER_CALLS)
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
+def test_other_shapes_on_meta_and_fake_tensors(call, device):
+    function, shape = OTHER_CALLS[call]
+    if call == "linear_cross_entropy" and device != "meta":
+        pytest.skip(
+            "torch copies an expanded tensor only on a device that it was built for, be it fake or not"
+        )
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        output = function(device)
+    assert output.shape == shape and output.device.type == device
 
 
 def channels_last(device):

@@ -58,8 +58,8 @@ template <int kChannels, class A>
 void colour_backward(const AugmentArgs& a, int64_t sample, const A* image, A* grad) {
   const int64_t pixels = a.out_height * a.out_width, planes = a.channels / kChannels;
   const ColourFactors<A> factors = factors_of<A>(a, sample, grey_mean<kChannels>(a, sample, image));
-  // f(image, gradient) of each pixel. Planes are coloured alone, unless they are red, green and blue; with
-  // contrast there is but one.
+  // f(image, gradient) of each pixel. Planes are coloured one by one, unless they are red, green and blue;
+  // with contrast there is but one.
   const auto for_each_pixel = [&](auto f) {
     for (int64_t plane = 0; plane < planes; ++plane)
       for (int64_t i = plane * pixels; i < (plane + 1) * pixels; ++i) {

@@ -1,5 +1,6 @@
 // torch.ops.fastreg.augment and its gradient: checks, allocation, threads or launch. Schemas stand in
-// fastreg/augment/_op.py, the operators that make its tables in augment_draw_op.h.
+// fastreg/augment/_op.py, the operators that make its tables in augment_draw_op.h. There is no
+// augment_autograd.h: a batch of images is large, so that the time of autograd in Python does not count.
 #include <cstdlib>
 #include <memory>
 #include <new>

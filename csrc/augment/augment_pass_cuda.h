@@ -1,8 +1,8 @@
 // What the CUDA kernels of augmentation share: what a launch is given, what a block knows of its sample, how
 // the pixels of a sample are shared out, and sums over a sample. Part of augment_cuda.cu.
 //
-// An item is a piece of one sample, or of one of its channels where channels are made alone. The blocks take
-// the items of a launch in turn.
+// An item is a piece of one sample, or of one of its channels where channels are made one by one. The blocks
+// take the items of a launch in turn.
 #pragma once
 #include <type_traits>
 
@@ -13,7 +13,7 @@
 namespace fastreg {
 inline namespace augment_kernels {
 
-constexpr int kMostChannels = 32;    // of a launch, where channels are made alone
+constexpr int kMostChannels = 32;    // of a launch, where channels are made one by one
 constexpr int kPixelsPerThread = 4;  // of an item
 template <class A>
 constexpr int kSumLanes = 64 / sizeof(A);  // that share a row of grey: the sums of the CPU's vectors

@@ -1,6 +1,6 @@
 // Cross-entropy where neighbouring rows lie side by side in memory, as the pixels of (N, C, H, W): each row
 // has a lane, so that nothing is transposed and nothing is summed across lanes. Formula and arguments as in
-// cross_entropy_math.h; for cross_entropy_cpu.cpp alone.
+// cross_entropy_math.h; only cross_entropy_cpu.cpp includes it.
 //
 // Bytes per float32 logit: reads 4 and writes 4, once each, as long as the logits and exponentials of
 // kLanes rows stay in the L2 cache.

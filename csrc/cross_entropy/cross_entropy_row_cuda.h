@@ -1,5 +1,5 @@
-// What the CUDA kernels of cross-entropy share: their arguments, the target of a row, the end of a row; for
-// cross_entropy_cuda.cu alone.
+// What the CUDA kernels of cross-entropy share: their arguments, the target of a row, the end of a row; only
+// cross_entropy_cuda.cu includes it.
 #pragma once
 #include <cassert>
 

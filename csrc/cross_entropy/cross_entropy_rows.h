@@ -1,5 +1,5 @@
 // Cross-entropy of a row of contiguous logits on the CPU; formula and arguments as in cross_entropy_math.h;
-// for cross_entropy_cpu.cpp alone.
+// only cross_entropy_cpu.cpp includes it.
 //
 // A row is taken in blocks that stay in the L1 cache: the largest logit, then exponentials and their sum,
 // while the next block is on its way from memory. The gradient is one more pass over the exponentials. Bytes

@@ -1,5 +1,5 @@
-// The running softmax of a row on CUDA: what is known of it after some of its classes; for
-// cross_entropy_cuda.cu alone.
+// The running softmax of a row on CUDA: what is known of it after some of its classes; only
+// cross_entropy_cuda.cu includes it.
 //
 // Largest logit and sum of exponentials come from one sweep, relative to a running reference (Milakov and
 // Gimelshein 2018). The reference moves only when a logit lies 8 above it: each move costs a rounding, and a

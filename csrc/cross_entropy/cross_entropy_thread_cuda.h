@@ -1,5 +1,5 @@
 // Cross-entropy on CUDA with a thread for each row: few classes, or rows side by side as the pixels of
-// (N, C, H, W); for cross_entropy_cuda.cu alone.
+// (N, C, H, W); only cross_entropy_cuda.cu includes it.
 //
 // A block brings its rows into shared memory word by word and takes the gradient back the same way. Bytes per
 // 16-bit logit: reads 2 and writes 2, once each; rows too long for a tile are read twice.

@@ -1,4 +1,4 @@
-// Cross-entropy on CUDA with a warp or a block for each row; for cross_entropy_cuda.cu alone.
+// Cross-entropy on CUDA with a warp or a block for each row; only cross_entropy_cuda.cu includes it.
 //
 //   words     classes are contiguous: 16 bytes per thread, however the row is aligned
 //   elements  an element per thread: class weights with smoothing, probabilities, any strides, float64

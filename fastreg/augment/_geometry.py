@@ -76,7 +76,7 @@ class Geometry:
         return (sides[1] / self.crop[:, 3]).float(), (sides[0] / self.crop[:, 2]).float()
 
     def of_sample(self, i: int) -> Geometry:
-        """What happens to sample i alone."""
+        """What happens to sample i, without the others."""
         parts: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[i : i + 1]
             for name in ("matrices", "hflip", "vflip", "crop", "affine", "tied")

@@ -1,7 +1,7 @@
 """Policies: each sample draws operations and their strengths, as TrivialAugmentWide (Müller, Hutter 2021) and
 RandAugment (Cubuk, Zoph, Shlens, Le 2020) do.
 
-Names, strengths and pixels of the operations are torchvision's. A sample pays for what it drew alone: each
+Names, strengths and pixels of the operations are torchvision's. A sample pays only for what it drew: each
 operation gets the samples that drew it.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of what an `Augment` does, with the targets drawn on them, in tensors alone."""
+"""Pictures of what an `Augment` does, with the targets drawn on them; tensors are all that they need."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The command `fastreg`: doctor, bench and demo.
 
-This package holds the doors alone. What stands behind `bench` is `benchmarks/`, and behind `demo` it is
+This package holds only the doors. What stands behind `bench` is `benchmarks/`, and behind `demo` it is
 `lecture/`; an installed fastreg has them as `fastreg.benchmarks` and `fastreg.lecture`.
 """
 

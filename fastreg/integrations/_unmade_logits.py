@@ -295,7 +295,7 @@ def _operator(name: str) -> Callable[..., Any]:
     return of_tensor
 
 
-# What Python looks for in the class alone.
+# What Python looks for only in the class.
 for _name in (
     "sub",
     "rsub",

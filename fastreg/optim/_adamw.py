@@ -65,7 +65,7 @@ class AdamW(OnePass, torch.optim.AdamW):
             a number is another, theirs for short trainings is 0.75.
         max_norm: clip the gradients by their norm over all groups and devices, as
             `torch.nn.utils.clip_grad_norm_` does, with the factor min(1, max_norm / (norm + 1e-6)). They are
-            only read. The norm is `grad_norm`, a tensor on the device; with inf there is the norm alone. Of
+            only read. The norm is `grad_norm`, a tensor on the device; with inf there is only the norm. Of
             DTensors it is over all shards. A norm that is not finite skips the step, state included.
         error_if_nonfinite: raise RuntimeError in place of that, which waits for the device.
         capturable: the counts of steps lie on the parameters' devices, as in torch; otherwise on the CPU
@@ -161,7 +161,7 @@ class AdamW(OnePass, torch.optim.AdamW):
         return group
 
     def _check_group(self, group: dict[str, Any], least: float = -sys.float_info.max) -> None:
-        """Raise unless the options of a group make a step. `least` is 0 in the constructor alone."""
+        """Raise unless the options of a group make a step. `least` is 0 only in the constructor."""
         op = self._op
         check_penalised(op, group, ("eps", "weight_decay"), least)
         check_average(op, group)

@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"max_norm": None, "error_if_nonfinite": False}
 
 
 def check_clipping(op: str, options: dict[str, Any]) -> None:
-    """Raise unless the options of clipping make sense. An infinite max_norm gives the norm alone."""
+    """Raise unless the options of clipping make sense. An infinite max_norm gives only the norm."""
     if options["max_norm"] is not None:
         check_number(op, "max_norm", options["max_norm"], 0)
     check_choice(op, "error_if_nonfinite", options["error_if_nonfinite"], (False, True))

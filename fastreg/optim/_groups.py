@@ -83,7 +83,7 @@ def _stands_for_number(name: str, value: torch.Tensor) -> bool:
 
 def check_penalised(op: str, group: dict[str, Any], names: Iterable[str], least: float) -> None:
     """Raise unless lr, l1, l1_mode and the factors of these names make a step. A factor is at least `least`,
-    which is 0 in the constructor alone, as in torch.
+    which is 0 only in the constructor, as in torch.
     """
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and (lr.numel() != 1 or lr.dtype == torch.bool or lr.is_complex()):

@@ -124,12 +124,12 @@ class OnePass(Averages):
     _norm: torch.Tensor | None = None
 
     def _check_group(self, group: dict[str, Any], least: float = -sys.float_info.max) -> None:
-        """Raise unless the options of a group make a step. `least` is 0 in the constructor alone."""
+        """Raise unless the options of a group make a step. `least` is 0 only in the constructor."""
         raise NotImplementedError
 
     def _columns(self, group: dict[str, Any], skippable: bool) -> tuple[Column, ...]:
         """The state that a step of this group needs, in the order in which it is made. Whether a `skippable`
-        step happens is known on the device alone.
+        step happens is known only on the device.
         """
         raise NotImplementedError
 

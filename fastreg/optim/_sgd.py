@@ -140,7 +140,7 @@ class SGD(OnePass, torch.optim.SGD):
         self._begin(params, defaults)
 
     def _check_group(self, group: dict[str, Any], least: float = -sys.float_info.max) -> None:
-        """Raise unless the options of a group make a step. `least` is 0 in the constructor alone."""
+        """Raise unless the options of a group make a step. `least` is 0 only in the constructor."""
         op = self._op
         check_penalised(op, group, ("momentum", "weight_decay"), least)
         check_average(op, group)

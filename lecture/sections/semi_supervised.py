@@ -32,12 +32,14 @@ VARIANTS = (
 
 
 def measure(lab: Lab) -> Iterator[dict]:
+    # The images, few of them with labels.
     data, steps = lab.data, QUICK_STEPS if lab.quick else STEPS
     unlabelled = torch.cat([data.x_train, data.x_validation])
     centre, (first, second) = Centre(data.x_train), HIDDEN
     torch.manual_seed(lab.seed)
     few, everything = labelled_images(data, LABELLED), torch.arange(len(data.y_train))
 
+    # The parts that all variants share.
     def encoder():
         torch.manual_seed(lab.seed)
         return nn.Sequential(
@@ -66,6 +68,7 @@ def measure(lab: Lab) -> Iterator[dict]:
             optimizer.step()
         return model
 
+    # The representation, from images without labels.
     pretrained = encoder()
     decoder = fr.TiedDecoder(pretrained)
     epochs = 8 if lab.quick else 20
@@ -75,6 +78,7 @@ def measure(lab: Lab) -> Iterator[dict]:
     )
     lab.keep("semi-supervised", restored=restoration(data, centre, pretrained, decoder))
     start = {name: value.clone() for name, value in pretrained.state_dict().items()}
+    # The variants: which labels, and which of the two methods.
     for variant, indices, pretraining, pseudo in (
         ("semi_supervised", few, False, False),
         ("semi_pseudo", few, False, True),

@@ -29,7 +29,8 @@ __global__ void sample_reverse(const float* x, float* y) {
   y[blockIdx.x * 128 + threadIdx.x] = room[127 - threadIdx.x];
 }
 
-// y[i] = x[i], and then y[i] = y[i + 1] - 1 where LATE_READ asks for it: the neighbour may not have written yet.
+// y[i] = x[i], and then y[i] = y[i + 1] - 1 where LATE_READ asks for it: the neighbour may not have written
+// yet.
 __global__ void sample_copy(const float* x, float* y) {
   const unsigned i = blockIdx.x * 128 + threadIdx.x;
   y[i] = x[i];
