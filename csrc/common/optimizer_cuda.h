@@ -262,7 +262,7 @@ inline bool any_has(const StepTensor* tensors, size_t count, int slot) {
 }
 
 // The tensors of one dtype and one form from `begin` on that are flat memory, in launches of at most kTensors
-// neighbours; the others alone.
+// neighbours; the others one by one.
 template <class T, unsigned kHas, class Work>
 int launch_steps(const Work& work, const StepTensor* tensors, size_t begin, size_t end, void* stream) {
   static_assert(sizeof(StepBatch<Work>) <= kMostParameters && sizeof(StridedStep<Work>) <= 4096,

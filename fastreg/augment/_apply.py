@@ -110,7 +110,7 @@ def apply(
 
 
 def _counted(images: Tensor, params: Params) -> Params:
-    """Parameters that say how many samples there are; with nothing but a size, the whole image is the crop."""
+    """Parameters that say how many samples there are; with only a size, the whole image is the crop."""
     if params.settings.size is None or any(getattr(params, name) is not None for name in COUNTED):
         return params
     box = (0, 0, *images.shape[-2:])
