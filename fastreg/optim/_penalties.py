@@ -140,8 +140,8 @@ def _is_wrapped(module: torch.nn.Module, name: str) -> bool:
 
 
 def without_wrappers(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """(name, parameter) as `named_parameters` gives them, a tied one under each of its names, but for the
-    wrappers' part of a name.
+    """(name, parameter) as `named_parameters` gives them, a tied one under each of its names, except for
+    the wrappers' part of a name.
     """
     for leaf, p in module._parameters.items():
         if p is not None:
