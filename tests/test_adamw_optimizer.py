@@ -465,3 +465,14 @@ class TestStateDicts:
                 schedule.step()
             results.append(([p, q], optimizer))
         assert_near(*results)
+
+
+def test_proximal_l1_of_a_weight_without_a_gradient():
+    """As the docstring warns: what E does not hold at all is 0 within ten steps."""
+    p = torch.nn.Parameter(torch.full((3,), 0.95))
+    optimizer = fr.optim.AdamW([p], lr=1e-3, l1=1e-6, eps=1e-8, weight_decay=0.0)
+    for n in range(10):
+        p.grad = torch.tensor([0.0, 1.0, -1.0])
+        optimizer.step()
+        assert p[0].item() == pytest.approx(max(0.95 - 0.1 * (n + 1), 0), abs=1e-5)
+    assert p[1] < 0.95 < p[2]

@@ -42,7 +42,10 @@ class AdamW(OnePass, torch.optim.AdamW):
         l1_mode: "proximal" soft-thresholds after the step, so that weights become exactly 0. AdamW goes
             down E in the metric of diag(d) / lr: it minimises g w + d / (2 lr) (w - w_old)^2 for each weight.
             With l1 |w| added the minimum is the soft threshold by lr * l1 / d of what the step gave: a weight
-            that E holds weakly, so of small d, is pulled more. A weight rests where dE/dw + l1 sign(w)
+            that E holds weakly, so of small d, is pulled more. Where the gradient has always been 0, as for
+            rows of an embedding that no batch has had yet, d is eps and one step of lr 1e-3, l1 1e-6, eps
+            1e-8 takes away 0.1: give such tables l1=0 (`penalty_groups(overrides=...)`) or a larger eps.
+            A weight rests where dE/dw + l1 sign(w)
             contains 0, whatever d, so the fixed points are those of E + l1 |w|_1; a threshold by lr * l1
             alone would rest elsewhere. "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0, from
             where m and v rescale it: small weights oscillate around 0.
@@ -57,7 +60,8 @@ class AdamW(OnePass, torch.optim.AdamW):
         ema: decay of a moving average of the parameters, in [0, 1); None for none. It is taken in the same
             pass, with the weight before it is rounded, and is `state[p]["ema"]`: the weights after a
             parameter's first step, then ema * average + (1 - ema) * weights, as `AveragedModel` with
-            `get_ema_multi_avg_fn(ema)` does. In bfloat16 a decay above 0.99 hardly moves it but by
+            `get_ema_multi_avg_fn(ema)` does. As with every option of a group, a loaded state dict's counts:
+            one without averages switches them off. In bfloat16 a decay above 0.99 hardly moves it but by
             stochastic_rounding.
         ema_warmup: let the decay of update n, counted from 0, be min(ema, 1 - (1 + n)^-power), so that the
             first weights are forgotten early; torch's AveragedModel has none. True is the power 2/3 with
