@@ -22,8 +22,8 @@ torch.manual_seed(0)
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-labels, numbers = torch.tensor(digits.target), torch.arange(len(images))
-train = TensorDataset(images[:1200], labels[:1200], numbers[:1200])
+labels = torch.tensor(digits.target)
+train = fr.augment.Indexed(TensorDataset(images[:1200], labels[:1200]))
 x_valid, y_valid = images[1200:][rank::world], labels[1200:][rank::world]  # a part on each rank
 
 model = nn.Sequential(
@@ -35,14 +35,14 @@ optimizer = fr.optim.AdamW(ddp.parameters(), lr=3e-3, weight_decay=0.01, max_nor
 stopper = fr.EarlyStopping(model, optimizer, patience=3, mode="max")
 augment = fr.augment.Augment(rotate=15, translate=(0.1, 0.1))
 sampler = DistributedSampler(train, shuffle=True)
-loader = DataLoader(train, batch_size=64 // world, sampler=sampler)
+# A sample is moved alike on 1, 2 and 4 ranks, and otherwise in each epoch.
+loader = DataLoader(train, batch_size=64 // world, sampler=sampler, collate_fn=augment.collate)
 
 for epoch in range(6):
     sampler.set_epoch(epoch)
+    train.set_epoch(epoch)
     torch.manual_seed(1000 * epoch + rank)  # another dropout mask on each rank
-    for x, y, index in loader:
-        # A sample is moved alike on 1, 2 and 4 ranks, and otherwise in each epoch.
-        x = fr.augment.apply(x, augment.sample(x, seed=epoch, index=index))
+    for x, y in loader:
         loss = fr.adversarial_loss(ddp, x, y, eps=0.02, loss=fr.nn.CrossEntropyLoss(label_smoothing=0.1))
         optimizer.zero_grad()
         loss.backward()

@@ -26,6 +26,7 @@ from .._seeds import draw_seed, seed_tensor
 from . import _collate, _from_torchvision, _op, _policies, _show, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
 from ._arguments import IMAGE_DTYPES, batched
+from ._indexed import Indexed, numbers_of
 from ._mixing import Mixing
 from ._op import Interpolation, Padding, PerChannel
 from ._params import Params, Settings
@@ -49,6 +50,7 @@ from .mix import cutmix, mixup
 __all__ = [
     "Augment",
     "Augmented",
+    "Indexed",
     "Params",
     "Settings",
     "apply",
@@ -348,6 +350,7 @@ class Augment(nn.Module):
                 params.crop = _op.rows(box, count, batch.device)
             return params
         check_generator("augment", generator)
+        seed, offset, index = self._numbered(count, batch.device, seed, offset, index)
         seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         table, _, _, _, boxes = self._draw(batch, generator, seed, offset, index)
         fields = {
@@ -369,6 +372,15 @@ class Augment(nn.Module):
             drawn = _policies.draw(self.policy, seed, index.to(batch.device), *size)
             fields["operations"], fields["magnitudes"] = drawn
         return Params(**fields, settings=self.settings)
+
+    def _numbered(
+        self, count: int, device: torch.device, seed: Any, offset: int, index: Tensor | None
+    ) -> tuple[Any, int, Tensor | None]:
+        """(seed, offset, index) of `count` samples, the first of which is number `offset` of its batch."""
+        if self._numbers is None or index is not None:
+            return seed, offset, index
+        own, indices = self._numbers
+        return own, 0, indices[offset : offset + count].to(device)
 
     def _shapes(self, batch: Tensor) -> tuple[int, tuple[int, int], tuple[int, int]]:
         """(number of samples, (height, width) of the images, of the result)."""
@@ -400,6 +412,7 @@ class Augment(nn.Module):
         """
         count, (height, width), size = self._shapes(batch)
         check_generator("augment", generator)
+        seed, offset, index = self._numbered(count, batch.device, seed, offset, index)
         seed = draw_seed(batch.device, generator) if seed is None else seed_tensor("Augment.sample", seed)
         check_count("Augment.sample", "offset", offset, low=0)
         if index is not None:
@@ -492,6 +505,9 @@ class Augment(nn.Module):
         mixed, soft = self.mixing.mixed(plain(images), labels, generator)
         return wrapped(mixed, images), soft
 
+    # (seed, index of each sample) of a batch whose samples are `Indexed`.
+    _numbers: tuple[Tensor, Tensor] | None = None
+
     def _unmixed(self) -> Augment:
         """This without the step that mixes."""
         alone = copy.copy(self)
@@ -527,10 +543,10 @@ class Augment(nn.Module):
         the targets that a data set for detection or segmentation has.
 
         Args:
-            samples: what the dataset yields: images (C, H, W), tensors or NumPy arrays; tuples or named
-                tuples, whose first part is the image; dicts or dataclasses, of which the image is the only
-                tensor of three dimensions, or called "image", "images", "pixel_values" or "img". Images of
-                different sizes are resampled into one batch, of `size`.
+            samples: what the dataset yields, `Indexed` or not: images (C, H, W), tensors or NumPy arrays;
+                tuples or named tuples, whose first part is the image; dicts or dataclasses, of which the
+                image is the only tensor of three dimensions, or called "image", "images", "pixel_values" or
+                "img". Images of different sizes are resampled into one batch, of `size`.
             key: key, field or position of the image in a sample; functools.partial(augment.collate, key=...).
             reading: `mask_fill`, `box_format` of plain tensors and `flip_permutation`, as in `apply`.
 
@@ -543,7 +559,10 @@ class Augment(nn.Module):
             TypeError: no image, or several, are found in a sample. ValueError: different sizes without
             `size`. KeyError: samples without the key.
         """
-        batch = _collate.collated(samples, key, self._unmixed(), Targets(**reading))
+        samples, numbers = numbers_of(samples)
+        alone = self._unmixed()
+        alone._numbers = numbers
+        batch = _collate.collated(samples, key, alone, Targets(**reading))
         mixes = self.mixing.on() and self.training
         if not mixes:
             return batch
