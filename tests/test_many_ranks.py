@@ -1,0 +1,82 @@
+"""64 ranks without 64 processes: torch's fake process group, in which this process is one of them and a seed
+comes as it was sent.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import fastreg as fr
+from fastreg._shards import own_part
+
+RANKS, RANK = 64, 29  # in the middle of each mesh, with an empty part of the last dimension
+SHAPE = (33, 70, 20)  # no dimension is divided evenly, and the last by 64 leaves empty parts
+MESHES = {
+    "rows": ((64,), (Shard(0),)),
+    "columns": ((64,), (Shard(1),)),
+    "the last": ((64,), (Shard(-1),)),
+    "replicas": ((64,), (Replicate(),)),
+    "two dimensions": ((8, 8), (Shard(0), Shard(1))),
+    "inner two": ((8, 8), (Shard(1), Shard(2))),
+    "one twice": ((4, 16), (Shard(1), Shard(1))),
+    "beside replicas": ((2, 32), (Replicate(), Shard(1))),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks():
+    dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
+    yield
+    dist.destroy_process_group()
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def placed(x, mesh, placements):
+    """This rank's part of a tensor, as a DTensor."""
+    part = own_part(x.shape, mesh, [p if p.is_replicate() else Shard(p.dim % x.dim()) for p in placements])
+    local = x[part].contiguous()
+    stride = torch.empty(x.shape, device="meta").stride()
+    return part, DTensor.from_local(local, mesh, placements, run_check=False, shape=x.shape, stride=stride)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_dropout_of_each_part(name):
+    sizes, placements = MESHES[name]
+    mesh = init_device_mesh("cpu", sizes)
+    x = numbers(*SHAPE)
+    part, shard = placed(x, mesh, placements)
+    for function in (fr.dropout, fr.dropout1d, lambda t, p: fr.alpha_dropout(t, p, True), fr.drop_path):
+        torch.manual_seed(5)
+        want = function(x, 0.4)
+        torch.manual_seed(5)
+        got = function(shard, 0.4)
+        assert got.placements == shard.placements and torch.equal(got.to_local(), want[part])
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_rounding_at_random_of_each_part(name):
+    """A step of a bfloat16 parameter, wherever its part lies."""
+    sizes, placements = MESHES[name]
+    mesh = init_device_mesh("cpu", sizes)
+    results = []
+    for cls in (fr.optim.SGD, fr.optim.AdamW):
+        x, g = numbers(*SHAPE).bfloat16(), numbers(*SHAPE, seed=1).bfloat16()
+        part, shard = placed(x, mesh, placements)
+        for tensor, grad in ((x, g), (shard, placed(g, mesh, placements)[1])):
+            p = torch.nn.Parameter(tensor.clone())
+            p.grad = grad.clone()
+            optimizer = cls([p], lr=0.01, stochastic_rounding=True)
+            if name == "inner two" and tensor is shard:
+                with pytest.raises(ValueError, match="needs shards of whole rows, or of one dimension"):
+                    optimizer.step()
+                return
+            optimizer.step()
+            results.append(p.detach())
+        whole, got = results[-2:]
+        assert torch.equal(got.to_local(), whole[part])
