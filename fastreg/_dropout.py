@@ -26,6 +26,7 @@ from ._checks import (
     check_no_overlap,
     check_number,
     check_tensor,
+    is_int,
     scalar,
 )
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
@@ -522,7 +523,7 @@ def dropout_with_mask(
             f"{op}: input must be a plain tensor, got a DTensor; give it .to_local() and the offset of that "
             "part"
         )
-    if not isinstance(offset, int) or isinstance(offset, bool):
+    if not is_int(offset, int):
         raise TypeError(f"{op}: offset must be an int, got {type(offset).__name__}")
     if not 0 <= offset < 2**63:
         raise ValueError(f"{op}: offset must be at least 0 and below 2^63, got {offset}")

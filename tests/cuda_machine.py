@@ -164,7 +164,7 @@ class Interpreted:
 
     def call(self, symbol, arguments, schedule="min-pc", **options):
         """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine
-        whose memory is empty but for what that puts there. Gives the reports of its kernels, of which none
+        whose memory holds what that puts there and nothing else. Gives the reports of its kernels, of which none
         may hold an error."""
         runtime = self.runtime
         runtime.modules[:], runtime.reports[:], runtime.error = self.modules, [], None
@@ -232,7 +232,7 @@ _UNSIGNED = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def traffic(reports, without=()):
-    """Bytes that the launches move in sectors of 32 bytes, before any cache, but for the buffers named in
+    """Bytes that the launches move in sectors of 32 bytes, before any cache, without the buffers named in
     `without`.
     """
     skipped = ("(params)", *without)

@@ -89,7 +89,7 @@ def by_blocks(monkeypatch):
     monkeypatch.setattr(_attention, "_FEW", -1)
 
 
-# ---- the values
+# ---- the values: keys within a vector, and beyond one with a part left over; rows within a block and beyond
 
 
 @pytest.mark.parametrize("sizes", [(5, 7), (33, 130), (131, 131)], ids=str)
