@@ -164,8 +164,8 @@ class Interpreted:
 
     def call(self, symbol, arguments, schedule="min-pc", **options):
         """Call a launcher by its symbol, with what `arguments(machine)` gives and a null stream, on a machine
-        whose memory holds what that puts there and nothing else. Gives the reports of its kernels, of which none
-        may hold an error."""
+        whose memory holds what that puts there and nothing else. Gives the reports of its kernels, of which
+        none may hold an error."""
         runtime = self.runtime
         runtime.modules[:], runtime.reports[:], runtime.error = self.modules, [], None
         runtime.device, runtime.options = ptxrun.Device(), {"schedule": schedule, **options}
