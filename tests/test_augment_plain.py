@@ -442,3 +442,21 @@ def test_wrong_input_is_refused_as_by_the_kernels():
         assert reference(everything(**steps), torch.empty(shape)).shape == (*shape[:2], 20, 30)
     x = torch.rand(2, 3, 4, 5).double()
     assert torch.equal(reference(apply, x, Params(settings=Settings())), wide(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8], ids=str)
+@pytest.mark.parametrize("size", [(40, 50), (11, 40)], ids=str)  # enlarged, and along one axis only
+def test_resizing_does_not_mix_in_what_is_beyond_the_image(size, dtype):
+    """As torchvision's resize, whatever the padding, in training and in evaluation."""
+    x = torch.rand(2, 3, 20, 31, generator=torch.Generator().manual_seed(0)).add(0.5).clamp(max=1)
+    x = (x * 255).byte() if dtype == torch.uint8 else x
+    want = torch.nn.functional.interpolate(x.double(), size, mode="bilinear", align_corners=False)
+    for augment in (
+        Augment(size=size), Augment(size=size, hflip=1.0, padding="zeros"),
+        Augment(size=size, crop=(0.5, 1.0)), Augment(size=size, rotate=10).eval(),
+    ):  # fmt: skip
+        got = augment(x).double()
+        assert got.min() >= x.min()  # no black comes in
+        if augment.crop is None:
+            got = got.flip(-1) if augment.chances["hflip"] and augment.training else got
+            assert (got - want).abs().max() <= (0.51 if dtype == torch.uint8 else 1e-5)

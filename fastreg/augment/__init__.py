@@ -89,7 +89,8 @@ class Augment(nn.Module):
             0.
         mean, std: normalise, one or per channel, for images in [0, 1]; uint8 images are divided by 255 first.
         interpolation: "nearest", "bilinear" or "bicubic".
-        padding: what lies outside: "zeros", "border", "reflect" or "fill".
+        padding: what lies outside: "zeros", "border", "reflect" or "fill"; nothing does where a part of the
+            image is only resized.
         fill: for padding="fill", in the images' units, one or per channel.
         antialias: where the image shrinks, widen the interpolation's filter by as much, as torch's
             interpolate does; with a rotation or shear where it shrinks by more than 2.
@@ -164,6 +165,11 @@ class Augment(nn.Module):
             self.ranges["sigma"] = interval("blur", blur[1], None, 0)
         if dtype is not None and dtype not in IMAGE_DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
+        # What only cuts out a part and resizes it shows nothing from beyond the image: no padding may darken
+        # the edges of an image that is enlarged.
+        resizes = self.size is not None and not isinstance(self.crop, int)
+        if resizes and not (self.translate or self.ranges.keys() & _op.GEOMETRY):
+            padding = "border"
         self.settings = Settings(
             size=self.size, kernel=kernel, erase_value=constant("erase_value", erase_value),
             mean=constant("mean", mean), std=constant("std", std), interpolation=interpolation,
@@ -343,6 +349,8 @@ class Augment(nn.Module):
         count, (height, width), size = self._shapes(batch)
         if not self.training:
             params = Params(settings=self.settings)
+            if self.size is not None and not isinstance(self.crop, int):  # it is only resized
+                params.settings = dataclasses.replace(self.settings, padding="border")
             if self.size is not None:
                 box = (0, 0, height, width)
                 if isinstance(self.crop, int):
@@ -456,8 +464,10 @@ class Augment(nn.Module):
 
         A sample (image, target), a dict, or any nest of those and of torchvision's Image, Mask, BoundingBoxes
         and KeyPoints comes back as what it was, with the image and the targets moved; so does a list of
-        samples. Without an Image the first tensor of three dimensions or more is the image; tensors under the
-        keys "boxes" (XYXY), "masks", "mask" and "keypoints" are targets, all others stay.
+        samples; dataclasses and mappings of other classes are looked into. Without an Image the first tensor
+        of three dimensions or more is the image, one under the key "image", "images", "pixel_values" or "img"
+        before others; tensors under the keys "boxes" (XYXY), "masks", "mask" and "keypoints" are targets, all
+        others stay.
 
         With `labels`, (B,) or (B, classes), a pair of images and labels, mixed where `mixup` or `cutmix` is
         on, which a pair (images, labels) as the batch is as well; in eval mode, and without either, the

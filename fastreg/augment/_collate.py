@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._structures import augmented_samples, has_targets, leaves_of, name_of
+from ._structures import (
+    NAMES,
+    augmented_samples,
+    has_targets,
+    is_record,
+    leaves_of,
+    name_of,
+    opened,
+    with_tensors,
+)
 from ._targets import Targets
 from ._tv import plain, tv_kind
 
 OP = "Augment.collate"
-
-# Under which of these names an image stands, where a sample holds several tensors of three dimensions.
-NAMES = ("image", "images", "pixel_values", "img")
-
-
-def _is_record(sample: Any) -> bool:
-    return dataclasses.is_dataclass(sample) and not isinstance(sample, type)
 
 
 def fields_of(sample: Any) -> dict[Any, Any] | None:
@@ -33,7 +35,7 @@ def fields_of(sample: Any) -> dict[Any, Any] | None:
         return dict(sample)
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return dict(zip(sample._fields, sample, strict=True))
-    if _is_record(sample):
+    if is_record(sample):
         return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
     return None
 
@@ -95,12 +97,18 @@ def with_part(sample: Any, place: Any, value: Any) -> Any:
 
 
 def _together(parts: list[Any], lists: bool) -> Any:
-    """What stands at one place of all samples: a batch, or a list of what differs in length."""
+    """What stands at one place of all samples: a batch, or a list of what differs in length. A sample without
+    objects may lack targets that others have.
+    """
     tensors = all(isinstance(part, Tensor) for part in parts)
-    kinds = {tv_kind(part) for part in parts} if tensors else {None}
-    if kinds == {"image"} or (kinds == {"masks"} and all(part.dim() == 2 for part in parts)):
+    kinds = {tv_kind(part) for part in parts if isinstance(part, Tensor)}
+    if tensors and (kinds == {"image"} or (kinds == {"masks"} and all(part.dim() == 2 for part in parts))):
         lists = False
-    elif kinds & {"boxes", "keypoints", "masks"} or has_targets(parts[0]):
+    elif (
+        kinds & {"boxes", "keypoints", "masks"}
+        or any(map(has_targets, parts))
+        or any(part is None for part in parts)
+    ):
         lists = True
     elif not tensors or parts[0].dim() == 0:
         lists = False
@@ -119,8 +127,17 @@ def with_targets(samples: list[Any], place: Any, augment: Any, targets: Targets)
     first = moved[0]
     fields = fields_of(first)
     names: list[Any] = list(range(len(first))) if fields is None else list(fields)
+    for i, sample in enumerate(moved):
+        own = fields_of(sample)
+        held = list(range(len(sample))) if own is None else list(own)
+        if set(held) != set(names):
+            raise KeyError(
+                f"{OP}: samples must have the same parts, got {names} in the first and {held} in sample {i}; "
+                f"give a sample without objects empty targets"
+            )
     at = [[part_of(sample, name) for sample in moved] for name in names]
-    leaves = leaves_of(samples[0], place)[0]
+    every = [leaves_of(sample, place)[0] for sample in samples]
+    leaves = every[0]
     image = next(leaf for leaf in leaves if leaf.kind == "image")
     images = names.index(place if place is not None else name_of(image.path[0]))
     sizes = {tuple(part.shape) for part in at[images] if isinstance(part, Tensor)}
@@ -129,7 +146,7 @@ def with_targets(samples: list[Any], place: Any, augment: Any, targets: Targets)
             f"{OP}: images of different sizes, such as {min(sizes)} and {max(sizes)}, become no batch; give "
             f"Augment a size=(height, width)"
         )
-    lists = any(leaf.kind in ("boxes", "keypoints") for leaf in leaves)
+    lists = any(leaf.kind in ("boxes", "keypoints") for leaves in every for leaf in leaves)
     parts = [_together(part, lists and i != images) for i, part in enumerate(at)]
     if fields is None:
         return parts
@@ -144,9 +161,16 @@ def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> An
     `augment` gets them as one tensor, or as a list of tensors where their sizes differ. Samples with targets
     become what `with_targets` says.
     """
-    if any(has_targets(sample) for sample in samples):
+    inside = [opened(sample)[0] for sample in samples]
+    if any(map(has_targets, inside)) or any(has_targets(with_tensors(sample)) for sample in inside):
         at = None if key is None else place_of(samples[0], key)
-        return with_targets(samples, at, augment, targets)
+        parts = with_targets([with_tensors(sample) for sample in inside], at, augment, targets)
+        if not is_record(samples[0]):
+            return parts
+        whole = copy.copy(samples[0])
+        for name, value in parts.items():
+            object.__setattr__(whole, name, value)  # frozen ones too
+        return whole
     collate = torch.utils.data.default_collate
     place = place_of(samples[0], key)
     images = [part_of(sample, place) for sample in samples]
@@ -162,7 +186,7 @@ def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> An
     batch = augment([torch.as_tensor(image) for image in images] if uneven else collate(images))
     if place is None:
         return batch
-    if _is_record(samples[0]):
+    if is_record(samples[0]):
         fields = [fields_of(sample) or {} for sample in samples]
         parts = {
             name: batch if name == place else collate([each[name] for each in fields]) for name in fields[0]

@@ -100,6 +100,9 @@ def _batch_cells(images: Tensor, moved: Any, box_format: str) -> list[_Cell]:
             _part(getattr(moved, name), i, single) for name in ("masks", "boxes", "keypoints")
         )
         boxes = None if boxes is None else to_xyxy(boxes.float(), box_format)
+        seen = _part(getattr(moved, "visible", None), i, single)
+        if points is not None and seen is not None:  # as the third number of a point
+            points = torch.cat([points[..., :2], seen.to(points.dtype).unsqueeze(-1)], -1)
         if boxes is not None and getattr(moved, "boxes_left", None) is not None:
             boxes = boxes[_part(moved.boxes_left, i, single)]
         cells.append(_Cell(plain(images if single else images[i]), masks, boxes, points))
@@ -157,6 +160,14 @@ def _grid(rows: list[list[Tensor]], columns: int) -> Tensor:
     return whole.permute(1, 2, 0).contiguous()
 
 
+def _counted(targets: Targets) -> Tensor | None:
+    """Which of the padded boxes there are, where their counts say so."""
+    if targets.counts is None or not isinstance(targets.boxes, Tensor):
+        return None
+    counts = torch.as_tensor(targets.counts, device=targets.boxes.device).view(-1, 1)
+    return torch.arange(targets.boxes.shape[-2], device=counts.device) < counts
+
+
 def shown(aug: Any, batch: Any, generator: Any, targets: Targets, draws: int, columns: int) -> Any:
     """The picture of `Augment.show`."""
     check_count(OP, "draws", draws)
@@ -166,7 +177,9 @@ def shown(aug: Any, batch: Any, generator: Any, targets: Targets, draws: int, co
     after = [aug(batch, generator, **given) for _ in range(draws)]
     before: Any = batch
     if targets.given() and isinstance(batch, Tensor):
-        before = Augmented(batch, targets.masks, targets.boxes, keypoints=targets.keypoints)
+        before = Augmented(
+            batch, targets.masks, targets.boxes, _counted(targets), targets.keypoints, targets.visible
+        )
     elif targets.given():
         before = [
             dataclasses.replace(

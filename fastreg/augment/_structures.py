@@ -6,13 +6,15 @@ what it was, in the same place; what is no image and no target is not touched.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import SUPPORTED_NODES, tree_flatten_with_path, tree_unflatten
 
 from .._checks import check_generator, check_tensor
 from .._seeds import draw_seed
@@ -20,6 +22,8 @@ from ._apply import applied, steps_of
 from ._targets import OP, Augmented, Targets
 from ._tv import is_tv_tensor, plain, tv_kind, wrapped
 
+# Under which of these names an image stands, where several parts of a sample could be one.
+NAMES = ("image", "images", "pixel_values", "img")
 # Under which of these keys a plain tensor is a target.
 KEYS = {"boxes": "boxes", "masks": "masks", "mask": "masks", "keypoints": "keypoints"}
 
@@ -47,7 +51,8 @@ def name_of(key: Any) -> Any:
 
 def leaves_of(structure: Any, place: Any = None) -> tuple[list[Leaf], Any]:
     """(all parts in order, what puts them together again). Images are torchvision's, or else the first tensor
-    that may be one; where a `place` at the top is given, what stands there is an image in any case.
+    that may be one and has an image's name, or else the first that may be one; where a `place` at the top is
+    given, what stands there is an image in any case.
     """
     flat, spec = tree_flatten_with_path(structure)
     leaves = []
@@ -63,10 +68,77 @@ def leaves_of(structure: Any, place: Any = None) -> tuple[list[Leaf], Any]:
         if place is None or (leaf.path[:1] and name_of(leaf.path[0]) == place)
     ]
     if not any(leaves[i].kind == "image" for i in here):
-        first = next((i for i in here if leaves[i].kind is None and _is_image(leaves[i].value)), None)
-        if first is not None:
+        found = [i for i in here if leaves[i].kind is None and _is_image(leaves[i].value)]
+        named = [i for i in found if leaves[i].path and name_of(leaves[i].path[-1]) in NAMES]
+        for first in (named or found)[:1]:
             leaves[first] = leaves[first]._replace(kind="image")
     return leaves, spec
+
+
+def is_record(value: Any) -> bool:
+    """Whether it is a dataclass's."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _children(value: Any) -> dict[Any, Any] | None:
+    """The parts of what torch's nests do not look into: a dataclass, or a mapping of another class."""
+    if type(value) in SUPPORTED_NODES or isinstance(value, Tensor):
+        return None
+    if isinstance(value, Mapping):
+        return dict(value)
+    if is_record(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def opened(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """(a nest with dicts in the place of dataclasses and of other mappings, what makes of such a nest one of
+    the classes that were there).
+    """
+    parts = _children(value)
+    is_sequence = isinstance(value, (list, tuple))
+    if parts is None and isinstance(value, dict):
+        parts = dict(value)
+    if parts is None and not is_sequence:
+        return value, lambda result: result
+    inner = {key: opened(part) for key, part in (enumerate(value) if parts is None else parts.items())}
+
+    def closed(result: Any) -> Any:
+        found = {key: close(result[key]) for key, (_, close) in inner.items()}
+        if is_sequence:
+            return type(value)(*found.values()) if hasattr(value, "_fields") else type(value)(found.values())
+        if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+            return found
+        whole = copy.copy(value)
+        for key, part in found.items():
+            if isinstance(value, Mapping):
+                whole[key] = part
+            else:
+                object.__setattr__(whole, str(key), part)  # of frozen ones too
+        return whole
+
+    plain_parts = {key: part for key, (part, _) in inner.items()}
+    if not is_sequence:
+        return plain_parts, closed
+    values = plain_parts.values()
+    return (type(value)(*values) if hasattr(value, "_fields") else type(value)(values)), closed
+
+
+def is_closed(value: Any) -> bool:
+    """Whether there is something in a nest that `opened` opens."""
+    if _children(value) is not None:
+        return True
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return any(map(is_closed, inner))
+
+
+def with_tensors(structure: Any) -> Any:
+    """A nest with tensors in the place of NumPy's arrays of numbers."""
+    flat, spec = tree_flatten_with_path(structure)
+    numeric = (isinstance(v, numpy.ndarray) and v.dtype.kind in "biuf" for _, v in flat)
+    return tree_unflatten(
+        [torch.as_tensor(v) if is_array else v for (_, v), is_array in zip(flat, numeric, strict=True)], spec
+    )
 
 
 def has_targets(structure: Any) -> bool:
@@ -207,6 +279,9 @@ def samples_of(structure: Any) -> tuple[list[Any], Any] | None:
 
 def augmented_structure(aug: Any, batch: Any, generator: torch.Generator | None, targets: Targets) -> Any:
     """What `Augment` makes of anything but a plain tensor."""
+    if is_closed(batch):
+        inside, close = opened(batch)
+        return close(augmented_structure(aug, inside, generator, targets))
     if not isinstance(batch, (Tensor, list, tuple, Mapping)):
         check_tensor(OP, "images", batch)
     if _is_sequence(batch) and not any(isinstance(leaf.value, Tensor) for leaf in leaves_of(batch)[0]):

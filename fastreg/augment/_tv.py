@@ -155,4 +155,4 @@ def from_corners(
     boxes = flat
     if box_format != "XYXYXYXY":
         boxes = transforms.convert_bounding_box_format(flat, "XYXYXYXY", box_format)
-    return boxes.reshape(*lead, -1), flat.reshape(*lead, 4, 2)
+    return boxes.reshape(*lead, boxes.shape[-1]), flat.reshape(*lead, 4, 2)

@@ -1,0 +1,130 @@
+"""Targets in whatever classes samples have, beside samples without any, and beside other pictures: they are
+moved, or there is an error, and never are they left where they were.
+"""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import fastreg as fr
+from fastreg.augment import Augment
+
+tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
+
+HEIGHT, WIDTH = 20, 31
+IMAGE = torch.rand(3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+BOXES = torch.tensor([[1.0, 2.0, 5.0, 8.0]])
+FLIPPED = torch.tensor([[26.0, 2.0, 30.0, 8.0]])
+FLIP = Augment(hflip=1.0)
+
+
+class Dict(dict):
+    """A dict of another class."""
+
+
+@dataclasses.dataclass
+class Record:
+    image: torch.Tensor
+    boxes: torch.Tensor
+    label: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    image: torch.Tensor
+    target: dict
+
+
+SAMPLES = {
+    "dataclass": (lambda: Record(IMAGE, BOXES), lambda s: s.image, lambda s: s.boxes),
+    "frozen": (lambda: Frozen(IMAGE, {"boxes": BOXES}), lambda s: s.image, lambda s: s.target["boxes"]),
+    "dict subclass": (lambda: Dict(image=IMAGE, boxes=BOXES), lambda s: s["image"], lambda s: s["boxes"]),
+    "within a tuple": (lambda: (IMAGE, Dict(boxes=BOXES)), lambda s: s[0], lambda s: s[1]["boxes"]),
+    "UserDict": (
+        lambda: collections.UserDict(image=IMAGE, boxes=BOXES), lambda s: s["image"], lambda s: s["boxes"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_targets_in_other_classes_move(kind):
+    make, image, boxes = SAMPLES[kind]
+    moved = FLIP(make())
+    assert type(moved) is type(make())
+    assert torch.equal(image(moved), IMAGE.flip(-1)) and torch.equal(boxes(moved), FLIPPED)
+    assert torch.equal(boxes(make()), BOXES)
+    pair = FLIP([make(), make()])
+    assert len(pair) == 2 and torch.equal(boxes(pair[1]), FLIPPED)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_collated_targets_in_other_classes_move(kind):
+    make, image, boxes = SAMPLES[kind]
+    batch = FLIP.collate([make(), make()])
+    found = boxes(batch) if kind not in ("within a tuple", "frozen") else None
+    if found is None:
+        targets = batch[1] if kind == "within a tuple" else batch.target
+        found = [target["boxes"] for target in targets]
+    assert torch.equal(image(batch), IMAGE.flip(-1).expand(2, -1, -1, -1))
+    assert len(found) == 2 and all(torch.equal(one, FLIPPED) for one in found)
+    if kind == "dataclass":
+        assert isinstance(batch, Record) and batch.label.tolist() == [0, 0]
+
+
+def test_numpy_targets_move():
+    sample = {"image": IMAGE.numpy(), "boxes": BOXES.numpy(), "name": "a"}
+    batch = FLIP.collate([sample, sample])
+    assert all(torch.equal(one, FLIPPED) for one in batch["boxes"]) and batch["name"] == ["a", "a"]
+    assert torch.equal(batch["image"][1], IMAGE.flip(-1))
+    assert isinstance(sample["boxes"], np.ndarray)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_samples_without_objects_do_not_take_the_others_away(first):
+    box = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    samples = [(IMAGE, {"id": 7}), (IMAGE, {"id": 8, "boxes": box, "labels": torch.tensor([3])})]
+    targets = FLIP.collate(samples[::-1] if first else samples)[1]
+    there = targets[1 - first]
+    assert targets[first] == {"id": 7} and there["id"] == 8
+    assert torch.equal(there["boxes"].as_subclass(torch.Tensor), FLIPPED)
+
+
+def test_boxes_that_are_none():
+    batch = FLIP.collate([{"image": IMAGE, "boxes": None}, {"image": IMAGE, "boxes": BOXES}])
+    assert batch["boxes"][0] is None and torch.equal(batch["boxes"][1], FLIPPED)
+
+
+def test_parts_that_some_samples_lack():
+    with pytest.raises(KeyError, match=r"samples must have the same parts, got \['image'\] in the first"):
+        FLIP.collate([{"image": IMAGE}, {"image": IMAGE, "boxes": BOXES}])
+
+
+@pytest.mark.parametrize("targets", [{}, {"boxes": BOXES}], ids=["alone", "with boxes"])
+def test_the_image_is_the_one_of_that_name(targets):
+    depth = torch.ones(1, HEIGHT, WIDTH)
+    dark = Augment(brightness=(0.0, 0.0))
+    sample = {"depth": depth, "image": torch.ones(3, HEIGHT, WIDTH), **targets}
+    for moved in (dark(sample), {k: v[0] for k, v in dark.collate([sample]).items()}):
+        assert not moved["image"].any() and torch.equal(moved["depth"], depth)
+
+
+@pytest.mark.parametrize("form", ["XYWHR", "CXCYWHR", "XYXYXYXY"])
+def test_turned_boxes_of_an_image_without_objects(form):
+    count = 8 if form == "XYXYXYXY" else 5
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, count), format=form, canvas_size=(HEIGHT, WIDTH))
+    for moved in (FLIP((IMAGE, boxes))[1], fr.augment.functional.horizontal_flip(boxes)):
+        assert moved.shape == (0, count) and moved.format == boxes.format
+
+
+def test_pictures_show_what_is_visible_and_counted():
+    points = torch.tensor([[[5.0, 5.0], [15.0, 15.0]]])
+    plain = np.asarray(Augment().show(IMAGE[None], keypoints=points[:, :1]))
+    hidden = np.asarray(Augment().show(IMAGE[None], keypoints=points, visible=torch.tensor([[1, 0]])))
+    assert (plain == hidden).all()
+    boxes = torch.tensor([[[2.0, 2.0, 9.0, 9.0], [12.0, 8.0, 20.0, 15.0]]])
+    one = np.asarray(Augment().show(IMAGE[None], boxes=boxes[:, :1]))
+    counted = np.asarray(Augment().show(IMAGE[None], boxes=boxes, counts=[1]))
+    assert (one[:HEIGHT] == counted[:HEIGHT]).all()
