@@ -204,8 +204,12 @@ def dropout_add(
             wide = arithmetic_dtype(input)
             return (input.to(wide) + bias.to(wide) + residual.to(wide)).to(input.dtype)
     if is_sharded(input):
-        input = input if bias is None else input + bias
-        return (run_dropout(op, input, p, False, generator, 1, "inverted") if p else input) + residual
+        wide, dtype = arithmetic_dtype(input), input.dtype
+        if wide != dtype:  # so that there is one rounding, at the end
+            input, residual = input.to(wide), residual.to(wide)
+        input = input if bias is None else input + bias.to(wide)
+        input = run_dropout(op, input, p, False, generator, 1, "inverted") if p else input
+        return (input + residual).to(dtype)
     # Where nothing is dropped the operator does not use its seed. On the CPU it costs a GPU nothing.
     seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64, device="cpu")
     bias = bias if bias is None else bias.contiguous()

@@ -63,7 +63,7 @@ def told_by_all(
             else.
         RuntimeError: not all ranks have come, by torch.distributed's error, which says why.
     """
-    own = {name: value[:1000] if isinstance(value, str) else value for name, value in own.items()}
+    own = {name: _short(value) if isinstance(value, str) else value for name, value in own.items()}
     text = json.dumps({"op": f"fastreg.{op}", "same": same, "own": own}, default=str).encode()
     if len(text) > _SIZE:
         raise ValueError(f"{op}: what a rank says must fit into {_SIZE} bytes, got {len(text)}")
@@ -97,6 +97,11 @@ def told_by_all(
         if told["own"].get("error"):
             raise ValueError(f"{op}: rank {rank} of the group cannot go on: {told['own']['error']}")
     return [told["own"] for told in said]
+
+
+def _short(text: str) -> str:
+    """A text of which JSON makes at most 1,200 bytes."""
+    return text.encode("ascii", "replace").decode()[:600]
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:

@@ -13,18 +13,28 @@ from torch.compiler import is_compiling
 def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
     """Where in a tensor of `shape` this rank's part lies, a slice for each dimension.
 
-    The usual cut is torch.chunk's: all ranks but the last have parts of one size, rounded up. torch's own
-    function, which knows the others too, cannot be compiled before torch 2.12.
-    """
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    The cut is torch.chunk's: all ranks but the last have parts of one size, rounded up.
 
+    Raises:
+        ValueError: a strided shard whose rows do not follow one another.
+    """
     starts, sizes = [0] * len(shape), list(shape)
-    if any(placement.is_shard() and type(placement) is not Shard for placement in placements):
-        sizes, starts = map(list, compute_local_shape_and_global_offset(shape, mesh, placements))
-        placements = ()
-    for axis, placement in enumerate(placements):
-        if placement.is_shard():
+    # FSDP2 of a tensor that is split over another mesh dimension already: that split, which stands later, was
+    # made first.
+    strided = [axis for axis, placement in enumerate(placements) if hasattr(placement, "split_factor")]
+    for axis in strided:
+        dim, factor = placements[axis].dim, placements[axis].split_factor
+        before = [
+            k for k in range(axis + 1, len(placements)) if placements[k].is_shard() and k not in strided
+        ]
+        if factor != math.prod(mesh.size(k) for k in before if placements[k].dim == dim):
+            raise ValueError(
+                f"fastreg: a part of a DTensor must be rows that follow one another, got {placements}; call "
+                f".redistribute() first"
+            )
+    for axis in (*(k for k in range(len(placements)) if k not in strided), *strided):
+        placement = placements[axis]
+        if placement.is_shard() or axis in strided:
             dim, ranks = placement.dim, mesh.size(axis)
             most = (sizes[dim] + ranks - 1) // ranks
             start = min(most * mesh.get_local_rank(axis), sizes[dim])

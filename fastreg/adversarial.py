@@ -24,11 +24,13 @@ from ._losses import IGNORED, attacked_loss, check_logits, count_of, row_sum_of_
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 from .attacks import (
     Ball,
+    alone,
     around,
     attack_step,
     check_ball,
     clamp,
     computes_in_float16,
+    ddp_of,
     draw_start,
     gradient_of,
     iterate,
@@ -92,7 +94,10 @@ def adversarial_loss(
         return evaluate(x)
     if weight == 1:
         return evaluate(attack())
-    if random_start or not torch.is_grad_enabled() or computes_in_float16(model, x):
+    # Under static_graph=True a gradient of the input, through the wrapper, would be taken for the pattern of
+    # all backward passes: the attack goes past it.
+    is_static = any(wrapper.static_graph for wrapper in ddp_of(model))
+    if random_start or is_static or not torch.is_grad_enabled() or computes_in_float16(model, x):
         return (1 - weight) * evaluate(x) + weight * evaluate(attack())
 
     # The usual case: the clean loss is evaluated once and gives the attack its gradient.
@@ -441,7 +446,7 @@ class _Attack(NamedTuple):
     def _right(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """(logits, where there are any, and which examples are classified right)."""
         op = self.op
-        with shielded(self.model), plain_checkpoints:
+        with shielded(self.model), alone(self.model), plain_checkpoints:
             output = self.model(x)
         if self.predict is not None:
             output = self.predict(output)

@@ -138,10 +138,7 @@ def alone(model: Any) -> Iterator[None]:
     buffers of rank 0, and static_graph=True would take this backward pass, which reaches no parameter, for
     the pattern of all that follow: the gradients of the training steps would never be averaged again.
     """
-    owner = module_of(model)
-    modules = () if owner is None else owner.modules()
-    wrappers = [m for m in modules if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
-    wrappers = [m for m in wrappers if "forward" not in m.__dict__]
+    wrappers = [m for m in ddp_of(model) if "forward" not in m.__dict__]
     try:
         for wrapper in wrappers:
             wrapper.__dict__["forward"] = wrapper.module.__call__
@@ -149,6 +146,13 @@ def alone(model: Any) -> Iterator[None]:
     finally:
         for wrapper in wrappers:
             wrapper.__dict__.pop("forward", None)
+
+
+def ddp_of(model: Any) -> list[torch.nn.parallel.DistributedDataParallel]:
+    """The wrappers for data parallel training in a model, itself among them."""
+    owner = module_of(model)
+    modules = () if owner is None else owner.modules()
+    return [m for m in modules if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
 
 
 def _set_buffer(module: torch.nn.Module, name: str, buffer: torch.Tensor) -> None:
@@ -501,7 +505,7 @@ def iterate(
 @torch.no_grad()
 def _losses(op: str, model: Model, x: torch.Tensor, y: Any, loss: Loss | None) -> torch.Tensor:
     """The loss of every sample, (B,), without a trace on the model."""
-    with shielded(model), plain_checkpoints:
+    with shielded(model), alone(model), plain_checkpoints:
         output = model(x)
     return loss_per_sample(op, loss, output, y, count_of(x))
 

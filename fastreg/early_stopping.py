@@ -214,8 +214,8 @@ class EarlyStopping:
             own["score"] = None if score is None else _as_float(score)
             _check_weight(op, count)
             own["count"] = None if count is None else float(count)
-        except (TypeError, ValueError) as error:
-            failed, own = error, {"error": str(error)}
+        except Exception as error:  # whatever it is, the others must hear of it
+            failed, own = error, {"error": str(error) or type(error).__name__}
         names = ("epoch", "mode", "best", "patience", "warmup", "min_delta", "relative", "target", "diverged")
         same = {name: getattr(self, name) for name in (*names, "collapse", "nan")}
         same = {name: value.item() if hasattr(value, "item") else value for name, value in same.items()}

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -113,6 +114,73 @@ def patched(rank, mesh):
         F.dropout(summands, 0.5)
 
 
+def dropout_add_rounds_once(rank, mesh):
+    x, residual, bias = (numbers(i, *shape).bfloat16() for i, shape in enumerate(((6, 8), (6, 8), (8,))))
+    for placement, b in itertools.product(PLACEMENTS, (None, bias)):
+        torch.manual_seed(3)
+        want = fr.dropout_add(x, residual, 0.3, b)
+        placed = [distribute_tensor(t, mesh, [placement]) for t in (x, residual)]
+        shared = None if b is None else distribute_tensor(b, mesh, [Replicate()])
+        torch.manual_seed(3 + rank)
+        got = fr.dropout_add(*placed, 0.3, shared)
+        assert got.dtype == x.dtype and torch.equal(got.full_tensor(), want)
+
+
+def averages_of_fsdp(rank, mesh):
+    """An evaluation, with averages or without, leaves the next step what it would be."""
+    x, y = numbers(5, 8, 4), torch.arange(8) % 3
+    for cls in (fr.optim.SGD, fr.optim.AdamW):
+        results = []
+        for evaluates in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            fully_shard(model)
+            optimizer = cls(model.parameters(), lr=0.1, ema=0.9)
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                if evaluates:
+                    with torch.no_grad():
+                        raw = model(x)
+                        with optimizer.averaged():
+                            averaged = model(x)
+                        assert torch.equal(model(x), raw)
+            results.append([p.full_tensor() for p in optimizer.param_groups[0]["params"]])
+        assert not torch.equal(averaged, raw)
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        with torch.no_grad():
+            model(x)  # after which its parameters are whole
+        optimizer.copy_averaged_to(model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), averaged)
+
+
+def adversarial_training(rank, mesh):
+    """Under DDP with a static graph: the gradients of one process, on both ranks. What looks at inputs alone
+    may run on one rank.
+    """
+    x, y = numbers(6, 8, 4).sigmoid(), torch.arange(8) % 3
+    mine = slice(4 * rank, 4 * rank + 4)
+
+    def network():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8).eval(), nn.ReLU(), nn.Linear(8, 3))
+
+    for static in (False, True):
+        one, ddp = network(), nn.parallel.DistributedDataParallel(network(), static_graph=static)
+        for _ in range(3):
+            for model, part in ((one, slice(None)), (ddp, mine)):
+                model.zero_grad()
+                fr.adversarial_loss(model, x[part], y[part], 0.1).backward()
+            for p, q in zip(one.parameters(), ddp.module.parameters(), strict=True):
+                torch.testing.assert_close(q.grad, p.grad)
+    if rank == 0:
+        fr.pgd(ddp, x, y, 0.1, 0.05, 2, restarts=2)
+        fr.robust_accuracy(ddp, (x, y), 0.1, steps=2)
+    dist.barrier()
+
+
 def compiled_attention(rank, mesh):
     tensors = [numbers(i, 2, 4, 6, 8) for i in range(3)]
     for placement in PLACEMENTS:
@@ -169,7 +237,8 @@ def compiled_step(rank, mesh):
 
 
 CHECKS = (
-    *(fgsm_step, compiled_dropout, dropout_of_parts, patched, compiled_attention),
+    *(fgsm_step, compiled_dropout, dropout_of_parts, dropout_add_rounds_once, patched, compiled_attention),
+    *(averages_of_fsdp, adversarial_training),
     *(penalties, compiled_step),
 )
 

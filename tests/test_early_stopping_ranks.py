@@ -167,6 +167,8 @@ def apart(rank, mesh):
     log["epoch"] = said(lambda: ahead.step(1.0))
     log["options"] = said(lambda: EarlyStopping(patience=3 + rank).step(1.0))
     log["score"] = said(lambda: EarlyStopping().step("high" if rank else 1.0))
+    log["too large"] = said(lambda: EarlyStopping().step(10**400 if rank else 1.0))
+    log["long"] = said(lambda: EarlyStopping().step(1.0, count='"é' * 800 if rank else 1))
     log["another call"] = said(
         lambda: (
             EarlyStopping().step(1.0)
@@ -240,6 +242,8 @@ def test_every_rank_takes_the_same_decision(tmp_path):
         assert ours[name].startswith(words) and theirs[name] == ours[name]
     assert "rank 1 of the group cannot go on: EarlyStopping.step: expected one real number" in ours["score"]
     assert theirs["score"].startswith("TypeError: EarlyStopping.step: expected one real number")
+    for name, kind in (("too large", "OverflowError"), ("long", "TypeError")):
+        assert "rank 1 of the group cannot go on" in ours[name] and theirs[name].startswith(kind), name
     assert "rank 1 of the group is at another call" in ours["another call"]
     for name, best in (("no score here", 4.0), ("count", 0.75), ("count of none", 1.0), ("mesh", 0.5)):
         assert ours[name] == theirs[name] == best

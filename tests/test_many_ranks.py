@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import fastreg as fr
@@ -23,6 +25,8 @@ MESHES = {
     "inner two": ((8, 8), (Shard(1), Shard(2))),
     "one twice": ((4, 16), (Shard(1), Shard(1))),
     "beside replicas": ((2, 32), (Replicate(), Shard(1))),
+    "fsdp beside tp": ((8, 8), (_StridedShard(0, split_factor=8), Shard(0))),
+    "fsdp beside tp of columns": ((4, 16), (_StridedShard(1, split_factor=16), Shard(1))),
 }
 
 
@@ -39,7 +43,11 @@ def numbers(*shape, seed=0):
 
 def placed(x, mesh, placements):
     """This rank's part of a tensor, as a DTensor."""
-    part = own_part(x.shape, mesh, [p if p.is_replicate() else Shard(p.dim % x.dim()) for p in placements])
+    placements = [type(p)(p.dim % x.dim()) if type(p) is Shard else p for p in placements]
+    part = own_part(x.shape, mesh, placements)
+    sizes, starts = compute_local_shape_and_global_offset(x.shape, mesh, placements)
+    assert list(sizes) == [each.stop - each.start for each in part]
+    assert 0 in sizes or list(starts) == [each.start for each in part]
     local = x[part].contiguous()
     stride = torch.empty(x.shape, device="meta").stride()
     return part, DTensor.from_local(local, mesh, placements, run_check=False, shape=x.shape, stride=stride)
@@ -57,6 +65,12 @@ def test_dropout_of_each_part(name):
         torch.manual_seed(5)
         got = function(shard, 0.4)
         assert got.placements == shard.placements and torch.equal(got.to_local(), want[part])
+
+
+def test_rows_that_do_not_follow_one_another():
+    mesh = init_device_mesh("cpu", (64,))
+    with pytest.raises(ValueError, match="must be rows that follow one another"):
+        own_part(torch.Size(SHAPE), mesh, [_StridedShard(1, split_factor=2)])
 
 
 @pytest.mark.parametrize("name", MESHES)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from .._checks import ArgumentError, arithmetic_dtype, check_number
 from .._optimizer_math import averaged, count, is_skipped, store
+from .._transforms import is_sharded
 from ._penalties import without_wrappers
 
 # The exponent of the warm-up, which timm's ModelEmaV3 and diffusers' EMAModel take too.
@@ -109,13 +110,13 @@ class Averages(torch.optim.Optimizer):
         except BaseException:
             self._exchange_back()
             raise
-        torch.clear_autocast_cache()
+        _forget_copies(pairs)
 
     def _exchange_back(self) -> None:
         pairs, self._exchanged = self._exchanged, ()
         for p, average in pairs:
             _exchange(p, average)
-        torch.clear_autocast_cache()
+        _forget_copies(dict(pairs))
 
     @torch.no_grad()
     def copy_averaged_to(self, model: torch.nn.Module, *, source: torch.nn.Module | None = None) -> None:
@@ -139,6 +140,7 @@ class Averages(torch.optim.Optimizer):
         if self._is_averaged:
             raise RuntimeError(f"{op}: must not run inside averaged(); leave the block first")
         averages = self._averages()
+        _forget_copies(averages)  # or a module may have other parameters than this optimiser's
         mine = {p for group in self.param_groups for p in group["params"]}
         if source is None and any(p in mine for p in model.parameters()):
             source = model
@@ -203,6 +205,21 @@ class Averages(torch.optim.Optimizer):
     def _shown_states(self) -> dict[torch.Tensor, dict[str, Any]]:
         """The states that a state dict shows otherwise than they are."""
         return {p: {**self.state[p], "ema": p.detach().clone()} for p, _ in self._exchanged}
+
+
+def _forget_copies(params: Mapping[torch.Tensor, Any]) -> None:
+    """Let nobody compute with copies of parameters that have other values now: autocast keeps casts, and a
+    module of FSDP2 the whole parameters after a forward pass without a backward one.
+    """
+    torch.clear_autocast_cache()
+    if not any(is_sharded(p) for p in params):
+        return
+    from torch.distributed import _composable_state
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in list(getattr(_composable_state, "_module_state_mapping", ())):
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
