@@ -188,39 +188,34 @@ def check_fgsm_step():
         assert got.device.type == DEVICE and torch.equal(got.cpu(), fr.fgsm_step(x, grad, *numbers))
 
 
-def check_sgd():
+def stepped(cls, **options):
+    """For each dtype, (parameter, its state) after three steps on the CPU and on the device."""
     for dtype, stochastic in ((torch.float32, False), (torch.bfloat16, True)):
         w, grad = torch.randn(31, 7).to(dtype), torch.randn(31, 7).to(dtype)
         results = []
         for device in ("cpu", DEVICE):
             torch.manual_seed(4)
             p = torch.nn.Parameter(w.clone().to(device))
-            sgd = fr.optim.SGD(
-                [p], 0.1, momentum=0.9, l1=0.01, weight_decay=0.02, stochastic_rounding=stochastic
-            )
+            optimizer = cls([p], 0.1, l1=0.01, stochastic_rounding=stochastic, **options)
             for _ in range(3):
                 p.grad = grad.to(device)
-                sgd.step()
-            results.append((p.detach().cpu(), sgd.state[p]["momentum_buffer"].cpu()))
+                optimizer.step()
+            results.append((p.detach().cpu(), optimizer.state[p]))
+        yield results
+
+
+def check_sgd():
+    for both in stepped(fr.optim.SGD, momentum=0.9, weight_decay=0.02):
+        results = [(p, state["momentum_buffer"].cpu()) for p, state in both]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def check_adamw():
-    for dtype, stochastic in ((torch.float32, False), (torch.bfloat16, True)):
-        w, grad = torch.randn(31, 7).to(dtype), torch.randn(31, 7).to(dtype)
+    for both in stepped(fr.optim.AdamW, cautious=True, amsgrad=True, ema=0.9):
         results = []
-        for device in ("cpu", DEVICE):
-            torch.manual_seed(4)
-            p = torch.nn.Parameter(w.clone().to(device))
-            adamw = fr.optim.AdamW(
-                [p], 0.1, l1=0.01, cautious=True, amsgrad=True, stochastic_rounding=stochastic, ema=0.9
-            )
-            for _ in range(3):
-                p.grad = grad.to(device)
-                adamw.step()
-            state = adamw.state[p]
+        for p, state in both:
             moments = [state[name].cpu() for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
-            results.append((moments, [p.detach().cpu(), state["ema"].cpu()]))
+            results.append((moments, [p, state["ema"].cpu()]))
         (moments, weights), (same_moments, near_weights) = results
         assert all(map(torch.equal, moments, same_moments))
         # The device takes its roots by torch's sqrt, of which _optimizer_math.square_root says what is wrong.

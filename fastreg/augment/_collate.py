@@ -6,7 +6,6 @@ A sample is an image, or a tuple, named tuple, dict or dataclass that holds one.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -21,6 +20,8 @@ from ._structures import (
     leaves_of,
     name_of,
     opened,
+    record_fields,
+    record_with,
     with_tensors,
 )
 from ._targets import Targets
@@ -36,7 +37,7 @@ def fields_of(sample: Any) -> dict[Any, Any] | None:
     if isinstance(sample, tuple) and hasattr(sample, "_fields"):
         return dict(zip(sample._fields, sample, strict=True))
     if is_record(sample):
-        return {field.name: getattr(sample, field.name) for field in dataclasses.fields(sample)}
+        return record_fields(sample)
     return None
 
 
@@ -161,16 +162,11 @@ def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> An
     `augment` gets them as one tensor, or as a list of tensors where their sizes differ. Samples with targets
     become what `with_targets` says.
     """
-    inside = [opened(sample)[0] for sample in samples]
-    if any(map(has_targets, inside)) or any(has_targets(with_tensors(sample)) for sample in inside):
+    inside = [with_tensors(opened(sample)[0]) for sample in samples]
+    if any(map(has_targets, inside)):
         at = None if key is None else place_of(samples[0], key)
-        parts = with_targets([with_tensors(sample) for sample in inside], at, augment, targets)
-        if not is_record(samples[0]):
-            return parts
-        whole = copy.copy(samples[0])
-        for name, value in parts.items():
-            object.__setattr__(whole, name, value)  # frozen ones too
-        return whole
+        parts = with_targets(inside, at, augment, targets)
+        return record_with(samples[0], parts) if is_record(samples[0]) else parts
     collate = torch.utils.data.default_collate
     place = place_of(samples[0], key)
     images = [part_of(sample, place) for sample in samples]
@@ -191,10 +187,7 @@ def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> An
         parts = {
             name: batch if name == place else collate([each[name] for each in fields]) for name in fields[0]
         }
-        whole = copy.copy(samples[0])
-        for name, value in parts.items():
-            object.__setattr__(whole, name, value)  # frozen ones too
-        return whole
+        return record_with(samples[0], parts)
     return with_part(collate([with_part(sample, place, 0) for sample in samples]), place, batch)
 
 

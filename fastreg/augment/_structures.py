@@ -80,6 +80,19 @@ def is_record(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
+def record_fields(record: Any) -> dict[str, Any]:
+    """The parts of a dataclass's instance."""
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+
+
+def record_with(record: Any, parts: Mapping[Any, Any]) -> Any:
+    """A copy with other parts, also of a frozen one."""
+    whole = copy.copy(record)
+    for name, value in parts.items():
+        object.__setattr__(whole, name, value)
+    return whole
+
+
 def _children(value: Any) -> dict[Any, Any] | None:
     """The parts of what torch's nests do not look into: a dataclass, or a mapping of another class."""
     if type(value) in SUPPORTED_NODES or isinstance(value, Tensor):
@@ -87,7 +100,7 @@ def _children(value: Any) -> dict[Any, Any] | None:
     if isinstance(value, Mapping):
         return dict(value)
     if is_record(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return record_fields(value)
     return None
 
 
@@ -109,12 +122,11 @@ def opened(value: Any) -> tuple[Any, Callable[[Any], Any]]:
             return type(value)(*found.values()) if hasattr(value, "_fields") else type(value)(found.values())
         if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
             return found
-        whole = copy.copy(value)
+        if not isinstance(value, Mapping):
+            return record_with(value, found)
+        whole: Any = copy.copy(value)
         for key, part in found.items():
-            if isinstance(value, Mapping):
-                whole[key] = part
-            else:
-                object.__setattr__(whole, str(key), part)  # of frozen ones too
+            whole[key] = part
         return whole
 
     plain_parts = {key: part for key, (part, _) in inner.items()}

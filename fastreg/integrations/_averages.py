@@ -14,6 +14,12 @@ from ..optim._average import Averages
 _evaluated: weakref.WeakSet[Averages] = weakref.WeakSet()
 
 
+def _unwrapped(optimizers: Iterable[Any]) -> list[Averages]:
+    """Those that can keep averages, without what accelerate puts around them."""
+    own = (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers)
+    return [optimizer for optimizer in own if isinstance(optimizer, Averages)]
+
+
 class Evaluation:
     """The time of an evaluation, in which parameters are their averages."""
 
@@ -23,9 +29,8 @@ class Evaluation:
     def begin(self, optimizers: Iterable[Any]) -> None:
         """Exchange the parameters of all optimisers, wrapped or not, that keep averages."""
         self.end()
-        for optimizer in optimizers:
-            own = getattr(optimizer, "optimizer", optimizer)
-            if isinstance(own, Averages) and any(group["ema"] is not None for group in own.param_groups):
+        for own in _unwrapped(optimizers):
+            if any(group["ema"] is not None for group in own.param_groups):
                 _evaluated.add(own)
                 self._blocks.enter_context(own.averaged())
 
@@ -38,8 +43,7 @@ class Evaluation:
 def as_evaluated(optimizers: Iterable[Any]) -> Iterator[None]:
     """The weights that an evaluation had, once more."""
     with contextlib.ExitStack() as blocks:
-        for optimizer in optimizers:
-            own = getattr(optimizer, "optimizer", optimizer)
-            if isinstance(own, Averages) and own in _evaluated:
+        for own in _unwrapped(optimizers):
+            if own in _evaluated:
                 blocks.enter_context(own.averaged())
         yield
