@@ -92,7 +92,7 @@ class LossOptions(NamedTuple):
 
     def of_row(self) -> tuple[int, float, bool, float]:
         """The options of a row, without those of the reduction: what `cross_entropy_` takes."""
-        return self[1:5]
+        return self[_OF_ROW]
 
     def mix_and_base(self, classes: int) -> tuple[float, float]:
         """(mix, base) of q = weight * (mix * target + base), as csrc/cross_entropy/cross_entropy_math.h."""
@@ -107,12 +107,27 @@ class LossOptions(NamedTuple):
         q = mix * targets + base
         return q if weight is None else q * weight.to(q.dtype).view(1, k, *(1,) * (targets.dim() - 2))
 
+    def with_penalty(self, loss: Tensor, lse: Tensor) -> Tensor:
+        """The losses of rows and what the options add to them: z_loss lse^2."""
+        # Not for 0, which times a square that overflows would be NaN.
+        return loss + self.z_loss * lse**2 if self.z_loss else loss
 
-# What the schemas say of LossOptions.of_row(). The sharded operators have no defaults. The others have them,
-# because the weight before the options may be left out, and what follows a default must have one.
-ROW_OPTIONS = "int ignore_index, float label_smoothing, bool others, float z_loss"
-ROW_OPTIONS_WITH_DEFAULTS = (
-    "int ignore_index=-100, float label_smoothing=0.0, bool others=False, float z_loss=0.0"
+    def pull(self, lse: Tensor) -> Tensor:
+        """The derivative of the penalty with respect to lse, a factor of each p_c: 2 z_loss lse."""
+        return 2 * self.z_loss * lse if self.z_loss else torch.zeros_like(lse)
+
+
+_OF_ROW = slice(LossOptions._fields.index("ignore_index"), LossOptions._fields.index("all_ignored_zero"))
+
+# What the schemas say of LossOptions.of_row(), where a type has the same name as in Python. The sharded
+# operators have no defaults. The others have them, because the weight before the options may be left out, and
+# what follows a default must have one.
+ROW_OPTIONS, ROW_OPTIONS_WITH_DEFAULTS = (
+    ", ".join(
+        f"{type(default).__name__} {name}" + (f"={default}" if with_defaults else "")
+        for name, default in tuple(LossOptions._field_defaults.items())[_OF_ROW]
+    )
+    for with_defaults in (False, True)
 )
 
 
@@ -150,15 +165,12 @@ def _softmax(x: Tensor) -> tuple[Tensor, _Softmax]:
     return shifted, _Softmax(log_sum, top + log_sum, e / total, (rest + (1 - e)) / total)
 
 
-def _row_losses(x: Tensor, q: Tensor, z_loss: float) -> tuple[Tensor, _Softmax]:
+def _row_losses(x: Tensor, q: Tensor, options: LossOptions) -> tuple[Tensor, _Softmax]:
     """(sum_c q_c (lse - x_c) + z_loss lse^2 of each row, the softmax). A class with q_c = 0 may be -inf."""
     shifted, softmax = _softmax(x)
     distance = softmax.log_sum - shifted
     distance = torch.where((q == 0) & (distance == torch.inf), 0, distance)
-    loss = (q * distance).sum(1)
-    if z_loss:  # 0 times a square that overflows would be NaN
-        loss = loss + z_loss * softmax.lse.squeeze(1) ** 2
-    return loss, softmax
+    return options.with_penalty((q * distance).sum(1), softmax.lse.squeeze(1)), softmax
 
 
 class _Targets(NamedTuple):
@@ -198,10 +210,10 @@ def _rows(
     """
     q = options.smoothed(targets.one_hot, weight)
     x = input.to(q.dtype)
-    loss, softmax = _row_losses(x, q, options.z_loss)
+    loss, softmax = _row_losses(x, q, options)
     q_sum, p, missing = q.sum(1, keepdim=True), softmax.p, softmax.missing
     gradient = torch.where(p < 0.5, q_sum * p - q, (q_sum - q) - q_sum * missing)
-    gradient = gradient + 2 * options.z_loss * softmax.lse * p
+    gradient = gradient + options.pull(softmax.lse) * p
     gradient = torch.where(targets.valid, gradient, torch.nan).where(targets.kept, 0)
     kept, valid = targets.kept.squeeze(1), targets.valid.squeeze(1)
     loss = torch.where(valid, loss, torch.nan).where(kept, 0)
@@ -389,9 +401,10 @@ def _second_order(
 ) -> Tensor:
     """d (<v, G> + <u, lse>) / d input for G = s (b p - q), b = sum q + 2 z lse, with p taken from G.
 
-    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u. Here v and u are the gradients for G and lse, s is what a
-    row counts in the loss, 0 if ignored, and z is z_loss. p is (G / s + q) / b; where s or b is 0 the row
-    gives 0. options: those of LossOptions, in order.
+    It is s b p (v - <p, v>) + 2 z s p <p, v> + p u. The pull 2 z lse is linear in lse, so that its derivative
+    times <p, v> is the pull of <p, v>. Here v and u are the gradients for G and lse, s is what a row counts
+    in the loss, 0 if ignored, and z is z_loss. p is (G / s + q) / b; where s or b is 0 the row gives 0.
+    options: those of LossOptions, in order.
     """
     o, dtype = LossOptions(*options), statistics_dtype(grad)
     grad = grad.to(dtype)
@@ -403,14 +416,14 @@ def _second_order(
         if o.all_ignored_zero:  # the loss is 0 whatever the logits are
             s = torch.where(targets.normaliser == 0, 0, s)
     lse = lse.to(dtype).view(s.shape)
-    b = q.sum(1, keepdim=True) + 2 * o.z_loss * lse
+    b = q.sum(1, keepdim=True) + o.pull(lse)
     safe = (s != 0) & (b != 0)
     p = torch.where(safe, (grad / s.where(safe, 1) + q) / b.where(safe, 1), 0)
     result = torch.zeros_like(p)
     if v is not None:
         v = v.to(dtype)
         pv = (p * v).sum(1, keepdim=True)
-        result = s.where(safe, 0) * p * (b * (v - pv) + 2 * o.z_loss * pv)
+        result = s.where(safe, 0) * p * (b * (v - pv) + o.pull(pv))
     if u is not None:
         result = result + p * u.to(dtype).view(s.shape)
     return result
@@ -737,7 +750,7 @@ def _composed(input: Tensor, target: Tensor, weight: Tensor | None, options: Los
     check_indices("cross_entropy", target, options.ignore_index, input.shape[1])
     targets = _read_targets(target, weight, options.ignore_index, input.shape, statistics_dtype(input))
     q = options.smoothed(targets.one_hot, weight)
-    loss, _ = _row_losses(input.to(q.dtype), q, options.z_loss)
+    loss, _ = _row_losses(input.to(q.dtype), q, options)
     kept, valid = targets.kept.squeeze(1), targets.valid.squeeze(1)
     loss = torch.where(valid, loss, torch.nan).where(kept, 0)
     if options.reduction:

@@ -151,7 +151,7 @@ def _local(x: Tensor, targets: _Targets) -> _Local:
     return _Local(torch.stack((top, rest, t, u)), at)
 
 
-def _together(gathered: Tensor, targets: _Targets, z_loss: float) -> _Whole:
+def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Whole:
     """The statistics of all ranks, (ranks, 4, rows), in one."""
     top, rest, t, u = gathered.unbind(1)
     highest, winner = top.max(0)
@@ -179,14 +179,14 @@ def _together(gathered: Tensor, targets: _Targets, z_loss: float) -> _Whole:
         if targets.spread:
             loss = loss - targets.spread * (u + torch.where(weights == 0, 0, weights * d)).sum(0)
         owners = owner.sum(0)
-    if z_loss:
-        loss = loss + z_loss * lse**2
+    loss = options.with_penalty(loss, lse)
     return _Whole(loss.where(targets.kept, 0), highest_base, whole_rest, lse, mass, owners)
 
 
 def _gradient(
-    x: Tensor, at: Tensor, local_top: Tensor, whole: _Whole, targets: _Targets, factor: Tensor, z_loss: float
-) -> Tensor:
+    x: Tensor, at: Tensor, local_top: Tensor, whole: _Whole, targets: _Targets, factor: Tensor,
+    options: LossOptions,
+) -> Tensor:  # fmt: skip
     """factor * (mass p_c - q_c + 2 z_loss lse p_c) of this rank's classes, in the memory of x.
 
     Where one class has more than half of the mass its p is nearly 1, and mass p - q is taken from what the
@@ -195,7 +195,7 @@ def _gradient(
     if x.shape[1] == 0:
         return x
     factor = torch.where(targets.kept, factor, 0)
-    pull = 2 * z_loss * whole.lse if z_loss else torch.zeros_like(whole.lse)
+    pull = options.pull(whole.lse)
     p_of_top = 1 / (1 + whole.rest)
     q = targets.probabilities
     rows_at = at.unsqueeze(1)
@@ -265,7 +265,7 @@ def _rows_(
         local = _Local(torch.cat([p.statistics for p in locals_], 1), torch.cat([p.at for p in locals_]))
     else:
         local = _Local(logits.new_empty((4, 0), dtype=dtype), target.new_empty(0, dtype=torch.int64))
-    whole = _together(_gather(local.statistics, shard.group), targets, options.z_loss)
+    whole = _together(_gather(local.statistics, shard.group), targets, options)
     wrong = targets.kept & (whole.owners != 1)
     if logits.device.type == "cpu":
         if wrong.any():
@@ -282,9 +282,7 @@ def _rows_(
             x = logits[piece, : shard.held].to(dtype, copy=True)
             part = _Whole(*(value[piece] for value in whole))
             top = local.statistics[0, piece]
-            result = _gradient(
-                x, local.at[piece], top, part, _part(targets, piece), factor[piece], options.z_loss
-            )
+            result = _gradient(x, local.at[piece], top, part, _part(targets, piece), factor[piece], options)
             gradient[piece, : shard.held].copy_(flush(result))
         gradient[:, shard.held :].zero_()
     return whole.loss

@@ -4,6 +4,7 @@ checks and checkpoints carry over.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -358,8 +359,10 @@ def _dropout_add(
     return dropout_add(input, residual, module.p, bias, module.training)
 
 
-# What `fastreg.nn.CrossEntropyLoss` has beyond torch's, and what each is where torch's loss is meant.
-_EXTRAS = {"smoothing": "uniform", "z_loss": 0.0, "all_ignored": "nan", "loss_dtype": None}
+# What `fastreg.nn.CrossEntropyLoss` has beyond torch's, and what each is where torch's loss is meant: the
+# keyword-only arguments of the function, in the order in which the function in C++ takes them.
+_EXTRAS: dict[str, Any] = dict(cross_entropy.__kwdefaults__)
+_extras_of = operator.attrgetter(*_EXTRAS)
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -441,7 +444,8 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
         try:
             value = fast.cross_entropy(
                 *(input, target, weight, None, loss.ignore_index, None, loss.reduction),
-                *(loss.label_smoothing, loss.smoothing, loss.z_loss, loss.all_ignored, loss.loss_dtype),
+                loss.label_smoothing,
+                *_extras_of(loss),
             )
         except ValueError:  # refused again below, with torch's type
             value = None

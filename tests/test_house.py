@@ -151,6 +151,35 @@ def test_nothing_stands_twice():
     assert sorted(unexplained) == []
 
 
+def test_an_option_of_the_loss_stands_in_eight_places():
+    """Which csrc/cross_entropy/cross_entropy_math.h lists for whoever adds one."""
+    found = [
+        name_of(p) for p in tracked("csrc", endings=CPP) if "z_loss" in re.sub("//.*", "", p.read_text())
+    ]
+    for path in tracked("fastreg", endings=(".py",)):
+        if path.parent.name == "integrations":  # They name what a language model's loss has.
+            continue
+        for node in ast.parse(path.read_text()).body:
+            names = {
+                name
+                for part in ast.walk(node)
+                for field in ("arg", "id", "attr", "value", "name")
+                if isinstance(name := getattr(part, field, None), str)
+            }
+            if "z_loss" in names:
+                found.append(f"{name_of(path)}: {getattr(node, 'name', 'a statement')}")
+    assert sorted(found) == [
+        "csrc/cross_entropy/cross_entropy_autograd.h",
+        "csrc/cross_entropy/cross_entropy_math.h",
+        "fastreg/_cross_entropy.py: LossOptions",
+        "fastreg/_cross_entropy.py: cross_entropy",
+        "fastreg/_linear_cross_entropy.py: linear_cross_entropy",
+        "fastreg/_sharded_cross_entropy.py: cross_entropy",
+        "fastreg/_sharded_cross_entropy.py: linear_cross_entropy",
+        "fastreg/nn.py: CrossEntropyLoss",
+    ]
+
+
 OPS = sorted(path.parent.name for path in ROOT.glob("csrc/*/*_op.cpp"))
 
 

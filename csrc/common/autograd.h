@@ -111,8 +111,8 @@ inline bool wants_grad(const Tensor& t) { return t.requires_grad() && at::GradMo
 
 inline bool is_bool(PyObject* object) { return object == Py_True || object == Py_False; }
 
-// Reads a float or int in [low, high]. A bool or a scalar of NumPy is left to Python.
-inline bool number(PyObject* object, double low, double high, double* value) {
+// Reads a float or an int. A bool or a scalar of NumPy is left to Python.
+inline bool number(PyObject* object, double* value) {
   if (PyFloat_CheckExact(object)) {
     *value = PyFloat_AS_DOUBLE(object);
   } else if (PyLong_CheckExact(object)) {
@@ -122,7 +122,12 @@ inline bool number(PyObject* object, double low, double high, double* value) {
   } else {
     return false;
   }
-  return low <= *value && *value <= high;
+  return true;
+}
+
+// The same of one in [low, high].
+inline bool number(PyObject* object, double low, double high, double* value) {
+  return number(object, value) && low <= *value && *value <= high;
 }
 
 // The index of a string in `choices`, -1 if it is none of them.

@@ -133,8 +133,9 @@ inline bool read_options(PyObject* const* args, LossOptions* o) {
   if (overflow || kind < 0 || others < 0 || zero < 0) return false;
   o->reduction = {kind, zero == 1};
   o->row.others = others == 1;
-  return number(args[7], 0, 1, &o->row.label_smoothing) &&
-         number(args[9], 0, std::numeric_limits<double>::max(), &o->row.z_loss);
+  if (!number(args[7], &o->row.label_smoothing) || !number(args[9], &o->row.z_loss)) return false;
+  const auto bounds = o->row.bounds();
+  return std::all_of(bounds.begin(), bounds.end(), [](const auto& bound) { return bound.holds(); });
 }
 
 // Whether logits, targets and class weights are as the kernel takes them.

@@ -8,22 +8,20 @@
 //
 // A class with q_c = 0 takes no part in the first sum, so that its logit may be -inf.
 //
-// A new option of a row goes to 11 places in 7 files, and in a signature it is named three times: as an
-// argument, in the call that checks it or passes it on, and in the docstring.
-//   1. this file: a field of CrossEntropyOptions, its place in all(), and what it does to the end of a row
-//   2. cross_entropy_op.cpp: check_options
-//   3. cross_entropy_autograd.h: read_options, and the number of arguments of the method
-//   4. fastreg/_cross_entropy.py: LossOptions, with its check, of_row and the two lines of the schemas
-//   5. fastreg/_cross_entropy.py: the formula in plain torch: smoothed, _row_losses, _rows and _second_order
-//   6. fastreg/_cross_entropy.py: cross_entropy, the signature
-//   7. fastreg/_linear_cross_entropy.py: linear_cross_entropy, the signature
-//   8. fastreg/_sharded_cross_entropy.py: the formula in parts, _read_targets, _together and _gradient
-//   9. fastreg/_sharded_cross_entropy.py: cross_entropy and linear_cross_entropy, the signatures
-//  10. fastreg/nn.py: CrossEntropyLoss, the signature, its attribute, _EXTRAS and the call of the C++
-//  function
-//  11. tests/test_twins.py: LOSS_OPTIONS, which values C++ takes
+// A new option of a row goes to 8 places in 6 files, which tests/test_house.py counts. In a signature it is
+// named three times: as an argument, in the call that checks it or passes it on, and in the docstring.
+//   1. this file: a field of CrossEntropyOptions, its place in all() and in bounds(), the end of a row
+//   2. cross_entropy_autograd.h: read_options, and the number of arguments of the method
+//   3. fastreg/_cross_entropy.py: LossOptions, with its check, its formula and the derivative of that
+//   4. fastreg/_cross_entropy.py: cross_entropy, the signature
+//   5. fastreg/_linear_cross_entropy.py: linear_cross_entropy, the signature
+//   6. fastreg/_sharded_cross_entropy.py: cross_entropy, the signature
+//   7. fastreg/_sharded_cross_entropy.py: linear_cross_entropy, the signature
+//   8. fastreg/nn.py: CrossEntropyLoss, the signature and its attribute
 // The integrations name the options that a language model's loss has: fuse_loss and transformers.loss.
 #pragma once
+#include <array>
+#include <limits>
 #include <tuple>
 
 #include "../common/device.h"
@@ -40,6 +38,18 @@ struct CrossEntropyOptions {
   double z_loss;
 
   auto all() const { return std::tuple(ignore_index, label_smoothing, others, z_loss); }
+
+  // The numbers and the largest that each may be; the least is 0.
+  struct Bound {
+    const char* name;
+    double value, most;
+
+    bool holds() const { return value >= 0 && value <= most; }
+  };
+  auto bounds() const {
+    return std::array{Bound{"label_smoothing", label_smoothing, 1},
+                      Bound{"z_loss", z_loss, std::numeric_limits<double>::max()}};
+  }
 };
 using CrossEntropyOptionValues = decltype(CrossEntropyOptions{}.all());
 

@@ -36,10 +36,8 @@ bool inner_merges(const Tensor& t) {
 }
 
 void check_options(const char* op, const CrossEntropyOptions& o, const Tensor& input) {
-  check(o.label_smoothing >= 0 && o.label_smoothing <= 1, op, ": label_smoothing must be in [0, 1], got ",
-        o.label_smoothing);
-  check(std::isfinite(o.z_loss) && o.z_loss >= 0, op, ": z_loss must be finite and at least 0, got ",
-        o.z_loss);
+  for (const auto& bound : o.bounds())
+    check(bound.holds(), op, ": ", bound.name, " must be in [0, ", bound.most, "], got ", bound.value);
   check(!o.others || o.label_smoothing == 0 || input.size(1) > 1, op,
         ": smoothing='others' needs at least two classes, got ", shape_text(input));
 }
