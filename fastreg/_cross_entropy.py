@@ -92,7 +92,7 @@ class LossOptions(NamedTuple):
 
     def of_row(self) -> tuple[int, float, bool, float]:
         """The options of a row, without those of the reduction: what `cross_entropy_` takes."""
-        return self[_OF_ROW]
+        return cast(tuple[int, float, bool, float], self[_OF_ROW])
 
     def mix_and_base(self, classes: int) -> tuple[float, float]:
         """(mix, base) of q = weight * (mix * target + base), as csrc/cross_entropy/cross_entropy_math.h."""

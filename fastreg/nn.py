@@ -361,7 +361,7 @@ def _dropout_add(
 
 # What `fastreg.nn.CrossEntropyLoss` has beyond torch's, and what each is where torch's loss is meant: the
 # keyword-only arguments of the function, in the order in which the function in C++ takes them.
-_EXTRAS: dict[str, Any] = dict(cross_entropy.__kwdefaults__)
+_EXTRAS: dict[str, Any] = dict(cross_entropy.__kwdefaults__ or {})
 _extras_of = operator.attrgetter(*_EXTRAS)
 
 
