@@ -1,8 +1,10 @@
-# make demo: the main job on real data, with a report to look at.   make test: the tests.
+# make demo: the main job on real data, with a report to look at, in its quick form; ARGS="--seeds 5" for all of it.
+# make test: the tests.
 # make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
 # make wheel: one file for every torch, in dist/.   make wheel-check: that file beside TORCHES=2.10.0,newest.
 # make gpu: what only a GPU can show, in build/gpu/.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
+SHELL := bash
 PYTHON ?= python3
 TORCH ?= torch
 ARGS ?=
@@ -11,11 +13,22 @@ sources := $(shell find csrc cmake -type f) CMakeLists.txt pyproject.toml
 
 # A checkout builds its CUDA kernels for the GPUs of this machine. Where there are none, one architecture shows
 # that they compile. Only what is built elsewhere, a wheel, has them all.
-ifeq ($(FASTREG_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST),)
+named := $(FASTREG_CUDA_ARCHS)$(TORCH_CUDA_ARCH_LIST)
+ifeq ($(named),)
   gpus := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
     awk -F. '/^[0-9]+[.][0-9]$$/ && $$0 >= 7.5 {print $$1 $$2}' | sort -u)
   export FASTREG_CUDA_ARCHS := $(if $(gpus),$(gpus),80-real)
 endif
+
+# Without a GPU only the tests look at the CUDA kernels. Until they are wanted for those, for architectures that
+# are named or by FASTREG_CUDA=ON, whoever makes the demo does not wait for them.
+goals := $(or $(MAKECMDGOALS),demo)
+FASTREG_CUDA ?= $(if $(filter-out demo,$(goals))$(named)$(gpus)$(wildcard .venv/.cuda),AUTO,OFF)
+install = set -o pipefail; $(venv)/pip install --no-build-isolation --config-settings=cmake.define.FASTREG_CUDA=$(FASTREG_CUDA)
+
+# Of a build pip shows nothing or everything. This is everything, of which the terminal gets what ninja counts,
+# and whoever meets an error the rest.
+show = 2>&1 | tee .venv/build.log | awk '/\[[0-9]+\/[0-9]+\]/ {print; fflush()}' || { cat .venv/build.log; exit 1; }
 
 # The tests build a wheel: with ccache that takes what the checkout has compiled. Paths outside the checkout stay
 # as they are: relative ones to the system's headers would tell a build in another depth of folders from this one.
@@ -29,7 +42,7 @@ endif
 .PHONY: build demo test lint bench docs wheel clean wheel-check gpu
 
 demo: .venv/.demo
-	$(venv)/fastreg demo $(ARGS)
+	$(venv)/fastreg demo $(or $(ARGS),--quick)
 
 # Without the first each process would start compilers of inductor beside it, for which no processor is free;
 # without the second each would try by compiling which instruction sets the compiler knows.
@@ -71,28 +84,34 @@ build: .venv/.built
 	touch $@
 
 .venv/.torch-$(TORCH): .venv/.python
-	$(venv)/pip install -q "$(TORCH)" numpy scikit-build-core pybind11 ninja cmake
-	rm -f .venv/.torch-* .venv/.built
+	$(venv)/pip install "$(TORCH)" numpy scikit-build-core pybind11 ninja cmake
+	rm -f .venv/.torch-* .venv/.built .venv/.cuda
 	touch "$@"
 
 .venv/.built: .venv/.torch-$(TORCH) $(sources)
-	$(venv)/pip install -q --no-build-isolation -e .
+	@echo "building fastreg, which takes some minutes; .venv/build.log has all that the compiler says"
+	@$(install) -v -e . $(show)
+	touch $@ $(if $(filter OFF,$(FASTREG_CUDA)),,.venv/.cuda)
+
+# What `make demo` has left out. Where .venv/.built has just built it, nothing is done.
+.venv/.cuda: .venv/.built
+	@[ -e $@ ] && [ ! $@ -ot .venv/.built ] || { $(install) -v -e . $(show); }
 	touch $@
 
 .venv/.demo: .venv/.built
-	$(venv)/pip install -q --no-build-isolation -e ".[demo]"
+	$(install) -q -e ".[demo]"
 	touch $@
 
 .venv/.bench: .venv/.built
-	$(venv)/pip install -q --no-build-isolation -e ".[bench]"
+	$(install) -q -e ".[bench]"
 	touch $@
 
 .venv/.docs: .venv/.built
-	$(venv)/pip install -q --no-build-isolation -e ".[docs]"
+	$(install) -q -e ".[docs]"
 	touch $@
 
-.venv/.test: .venv/.built
-	$(venv)/pip install -q --no-build-isolation -e ".[demo,test]"
+.venv/.test: .venv/.cuda
+	$(install) -q -e ".[demo,test]"
 	@# Models to try, where there are some for this torch; without them their tests are skipped and say so.
 	-$(venv)/pip install -q timm torchvision \
 	  "torch==$$($(venv)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
@@ -101,7 +120,7 @@ build: .venv/.built
 
 # mypy reads torch, which .venv/.built installs, and looks for the compiled modules.
 .venv/.lint: .venv/.built
-	$(venv)/pip install -q --no-build-isolation -e ".[lint]"
+	$(install) -q -e ".[lint]"
 	touch $@
 
 clean:

@@ -137,6 +137,12 @@ class Progress:
                 f"\nInterrupted after {self.found.finished} of {self.found.planned} trainings and "
                 f"measurements."
             )
+        if self.found.settings["quick"]:
+            console.print(
+                "\nThis was the quick form: one seed, fewer epochs. `fastreg demo` trains longer and repeats "
+                "everything with five seeds, which takes some minutes.",
+                markup=False,
+            )
         console.print(f"\nReport: {page.resolve()}", soft_wrap=True, markup=False)
 
     def _table(self) -> None:
