@@ -13,6 +13,8 @@ from typing import Any, ParamSpec
 import numpy
 import torch
 
+from ._transforms import wants_derivative
+
 
 class ArgumentError(ValueError, RuntimeError):
     """An argument that fastreg cannot compute with, where torch raises a ValueError or a RuntimeError."""
@@ -47,10 +49,20 @@ def or_torchs(refusal: Exception, function: Callable[..., Any], *args: Any, **kw
 
 
 def scalar(value: Any) -> Any:
-    """The number in a tensor without dimensions, which torch takes for a number; all else as it is."""
-    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.requires_grad:
-        return value.item()
-    return value
+    """The number in a tensor without dimensions, which torch takes for a number; all else as it is, one of
+    which a derivative is asked for, too.
+    """
+    if not isinstance(value, torch.Tensor) or value.dim():
+        return value
+    return value if value.requires_grad or wants_derivative(value) else value.item()
+
+
+def check_constant(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Raise where a derivative is asked for with respect to an argument that has none."""
+    if wants_derivative(tensor):
+        raise ArgumentError(
+            f"{op}: {name} must not require a gradient, as none is computed; give it with .detach()"
+        )
 
 
 def arithmetic_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -25,6 +25,7 @@ from ._checks import (
     ArgumentTypeError,
     ClassIndexError,
     check_choice,
+    check_constant,
     check_dense,
     check_dtype,
     check_number,
@@ -516,10 +517,7 @@ def _checked_weight(
         raise ArgumentTypeError(
             f"{op}: {weight_name} must be floating point, got {weight.dtype}; convert it with .float()"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            f"{op}: {weight_name} must not require a gradient, as none is computed; give it with .detach()"
-        )
+    check_constant(op, weight_name, weight)
     if weight.shape != (classes,):
         raise ArgumentError(
             f"{op}: {weight_name} must have one value per class, shape ({classes},), got "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from ._checks import ArgumentError, check_tensor
+from ._checks import ArgumentError, check_constant, check_tensor
 from ._cross_entropy import (
     ROW_OPTIONS,
     ROW_OPTIONS_WITH_DEFAULTS,
@@ -265,7 +265,8 @@ def linear_cross_entropy(
     Args:
         hidden: what a linear layer turns into logits, (..., H); float32, float64, float16 or bfloat16.
         weight: of that layer, (C, H), of the dtype and on the device of `hidden`.
-        target: class indices, (...), an integer dtype; or probabilities, (..., C), which get no gradient.
+        target: class indices, (...), an integer dtype; or probabilities, (..., C), to which no gradient
+            flows.
         bias: of that layer, (C,), or None.
         class_weight: a weight per class, (C,), `weight` in `cross_entropy`; no gradient flows to it.
         ignore_index, reduction, label_smoothing, smoothing, z_loss, all_ignored, loss_dtype: as in
@@ -311,12 +312,14 @@ def linear_cross_entropy(
         weight_name="class_weight",
     )
     soft = target.is_floating_point()
+    if soft:
+        check_constant(op, "target", target)
     if any(map(is_sharded, (hidden, weight, bias, target, class_weight))):
         from ._placed_cross_entropy import linear_loss_of_dtensors
 
         return linear_loss_of_dtensors(op, hidden, weight, bias, target, class_weight, options)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    target = target.detach().reshape(-1, classes) if soft else target.reshape(-1)
+    target = target.reshape(-1, classes) if soft else target.reshape(-1)
 
     factor = row_factor(hidden, target, class_weight, options)
     each = reduction == "none"

@@ -104,7 +104,7 @@ def loss_of_dtensors(
     else:
         first = own_part(input.shape, mesh, placed.logits.placements)[1].start
         group = mesh.get_group(placed.class_axis).group_name
-        loss = sharded_loss(local, target, weight, own, (group, int(first), classes))
+        loss = sharded_loss(op, local, target, weight, own, (group, int(first), classes))
     dtype = options.loss_dtype or input.dtype
 
     if each:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.compiler import is_compiling
 
-from ._checks import ArgumentError, UnsupportedError, check_count, check_tensor
+from ._checks import ArgumentError, UnsupportedError, check_constant, check_count, check_tensor
 from ._cross_entropy import (
     ROW_OPTIONS,
     AllIgnored,
@@ -549,17 +549,20 @@ def cross_entropy(
         classes=num_classes, expected=(shape, local_logits.shape), name="local_logits",
     )  # fmt: skip
     check_indices(op, target, options.ignore_index, num_classes)  # on all ranks alike, before the message
-    return sharded_loss(local_logits, target, weight, options, shard)
+    return sharded_loss(op, local_logits, target, weight, options, shard)
 
 
 def sharded_loss(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions, shard: tuple[str, int, int]
-) -> Tensor:
+    op: str, logits: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions,
+    shard: tuple[str, int, int],
+) -> Tensor:  # fmt: skip
     """The loss of arguments that are checked. shard: the group's name, first_class and num_classes."""
     soft = target.is_floating_point()
+    if soft:
+        check_constant(op, "target", target)
     shape = logits.shape[:1] + logits.shape[2:]
     logits = logits.movedim(1, -1).flatten(0, -2)
-    target = target.detach().movedim(1, -1).flatten(0, -2) if soft else target.reshape(-1)
+    target = target.movedim(1, -1).flatten(0, -2) if soft else target.reshape(-1)
     factor = row_factor(logits, target, weight, options)
     each = options.reduction == 0
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -647,7 +650,11 @@ def sharded_linear_loss(
     """The loss of arguments that are checked. shard: the group's name, first_class and num_classes."""
     shape = hidden.shape[:-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    target = target.detach().flatten(0, -2) if target.is_floating_point() else target.reshape(-1)
+    if target.is_floating_point():
+        check_constant(op, "target", target)
+        target = target.flatten(0, -2)
+    else:
+        target = target.reshape(-1)
     check_indices(op, target, options.ignore_index, shard[2])  # on all ranks alike, before the message
     factor = row_factor(hidden, target, class_weight, options)
     each = options.reduction == 0

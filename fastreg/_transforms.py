@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.jit import is_tracing
 
 
@@ -43,6 +44,18 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     """
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def wants_derivative(tensor: torch.Tensor) -> bool:
+    """Whether a derivative with respect to a tensor is asked for, backwards or forwards."""
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    functorch = torch._C._functorch
+    while not is_compiling() and functorch.is_batchedtensor(tensor):  # of which torch knows no tangent
+        tensor = functorch.get_unwrapped(tensor)
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def is_vmapped() -> bool:

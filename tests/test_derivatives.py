@@ -122,3 +122,60 @@ def test_gradients_of_samples(randomness):
 def test_a_class_out_of_range_is_refused_where_values_can_be_seen():
     with pytest.raises(ValueError, match=r"target must be in \[0, 5\).*got 9 at element 1"):
         torch.func.grad(lambda x: fr.cross_entropy(x, torch.tensor([0, 9, 1, 2])))(numbers(4, 5))
+
+
+A = fr.augment.functional
+IMAGES = numbers(2, 3, 4, 4).sigmoid()
+SOFT = numbers(4, 5, seed=3).softmax(1)
+TARGET = torch.tensor([0, 4, 1, 2])
+# Tensors that an op takes as constants: {what: (a function of it, its value)}.
+CONSTANTS = {
+    "class weights": (lambda t: fr.cross_entropy(numbers(4, 5), TARGET, t), SOFT[0]),
+    "class weights, probabilities": (lambda t: fr.cross_entropy(numbers(4, 5), SOFT, t), SOFT[0]),
+    "label_smoothing": (
+        lambda t: fr.cross_entropy(numbers(4, 5), TARGET, label_smoothing=t),
+        torch.tensor(0.1),
+    ),
+    "z_loss": (lambda t: fr.cross_entropy(numbers(4, 5), TARGET, z_loss=t), torch.tensor(0.1)),
+    "probabilities": (lambda t: fr.linear_cross_entropy(numbers(4, 3), numbers(5, 3), t), SOFT),
+    "class weights of a layer": (
+        lambda t: fr.linear_cross_entropy(numbers(4, 3), numbers(5, 3), TARGET, class_weight=t),
+        SOFT[0],
+    ),
+    "p": (lambda t: fr.dropout(numbers(4, 5), t).sum(), torch.tensor(0.3)),
+    "p of a path": (lambda t: fr.drop_path(numbers(4, 5), t).sum(), torch.tensor(0.3)),
+    "scale": (
+        lambda t: fr.scaled_dot_product_attention(*[numbers(2, 4, 5)] * 3, None, 0.3, scale=t).sum(),
+        torch.tensor(0.3),
+    ),
+    "angle": (lambda t: A.rotate(IMAGES, t).sum(), torch.tensor([10.0, 20.0])),
+    "brightness": (lambda t: A.adjust_brightness(IMAGES, t).sum(), torch.tensor(0.7)),
+    "mean": (lambda t: A.normalize(IMAGES, t, 0.5).sum(), torch.tensor([0.5, 0.4, 0.3])),
+    "std": (lambda t: A.normalize(IMAGES, 0.5, t).sum(), torch.tensor([0.5, 0.4, 0.3])),
+    "equalized images": (lambda t: A.equalize(t).sum(), IMAGES),
+}
+
+
+@pytest.mark.parametrize("way", ["backward", "func.grad", "func.jvp", "dual tensors"])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_has_no_derivative_and_says_so(name, way):
+    function, value = CONSTANTS[name]
+    value = value.clone().requires_grad_() if way == "backward" else value
+    with pytest.raises((ValueError, TypeError), match=r"must|no gradient"):
+        (function if way == "backward" else lambda t: WAYS[way](function, t))(value)
+
+
+def test_constants_beside_a_derivative():
+    """Also where torch computes many at once, of which it knows no tangent."""
+    x, weights = numbers(4, 5), SOFT[:2]
+
+    def both(loss):
+        def total(x):
+            return torch.func.vmap(lambda w: loss(x, TARGET, w))(weights).sum()
+
+        return torch.func.jvp(total, (x,), (numbers(4, 5, seed=2),))[1]
+
+    want = both(torch.nn.functional.cross_entropy)
+    torch.testing.assert_close(both(fr.cross_entropy), want, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        fr.linear_cross_entropy(numbers(4, 3), numbers(5, 3), SOFT.clone().requires_grad_())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import DTYPES, check_number, check_tensor
+from .._checks import DTYPES, check_constant, check_number, check_tensor
 from . import _op
 
 Number = float | Tensor  # one number, or one for each sample
@@ -53,7 +53,8 @@ def numbers(
         return torch.full((batch,), float(value), dtype=dtype, device=images.device)
     if value.is_complex():
         raise TypeError(f"{op}: {name} must be real, got {value.dtype}")
-    value = value.detach().to(images.device, dtype)
+    check_constant(op, name, value)
+    value = value.to(images.device, dtype)
     if value.numel() == 1:
         value = value.reshape(1).expand(batch)
     if value.shape != (batch,):

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .._checks import check_constant
 from .._registry import define
 from .._transforms import is_recorded, is_transformed
 from . import _plain, _plain_draw
@@ -226,6 +227,7 @@ def factors(named: Mapping[str, Tensor]) -> dict[str, Any]:
 def per_channel(op: str, name: str, value: PerChannel, channels: int) -> list[float]:
     """One finite number per channel, from as many or from one for all."""
     if isinstance(value, Tensor):
+        check_constant(op, name, value)
         numbers: list[float] = value.reshape(-1).tolist()
         value = numbers if len(numbers) != 1 else numbers[0]
     if isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import arithmetic_dtype
-from .._transforms import is_vmapped
+from .._transforms import is_vmapped, wants_derivative
 from ._arguments import Number, batched, numbers
 from ._tv import of_images
 
@@ -103,7 +103,7 @@ def equalize(inpt: Tensor) -> Tensor:
     """
     op = "equalize"
     batched(op, inpt)
-    if inpt.requires_grad and torch.is_grad_enabled():
+    if wants_derivative(inpt):
         raise ValueError(f"{op}: its levels have no gradient; give it inpt.detach()")
     if not inpt.numel():
         return inpt.clone()
