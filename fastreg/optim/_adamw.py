@@ -18,7 +18,7 @@ from .._checks import ArgumentError, check_choice, check_number, names_unknown_a
 from .._types import Number
 from . import _average
 from ._average import check_average
-from ._groups import Params, check_penalised, in_numbers
+from ._groups import Params, check_penalised
 from ._one_pass import ROUNDING, Column, OnePass, Scaling, Work, check_rounding, rate_of, seed_of, zero, zeros
 
 
@@ -106,6 +106,7 @@ class AdamW(OnePass, torch.optim.AdamW):
         **_average.OPTIONS,
     }
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "eps", "weight_decay", "l1", "ema")
+    _of_one: ClassVar[tuple[str, ...]] = ("eps", "weight_decay")
 
     @names_unknown_arguments("AdamW", {"l2": "weight_decay", "lambda_": "weight_decay", "wd": "weight_decay"})
     def __init__(
@@ -158,9 +159,14 @@ class AdamW(OnePass, torch.optim.AdamW):
 
     def _in_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter group as the operator takes it."""
-        group = in_numbers(group, self._numbers)
+        group = super()._in_numbers(group)
+        for name in ("amsgrad", "maximize"):  # which torch only asks whether they are true
+            if type(group[name]) is not bool:
+                group = {**group, name: bool(group[name])}
         betas = group["betas"]
-        if isinstance(betas, (tuple, list)) and not all(type(beta) is float for beta in betas):
+        if isinstance(betas, (numpy.ndarray, torch.Tensor)) and betas.shape == (2,):
+            group = {**group, "betas": tuple(betas.tolist())}
+        elif isinstance(betas, (tuple, list)) and not all(type(beta) is float for beta in betas):
             group = {**group, "betas": tuple(map(_beta, betas))}
         return group
 
@@ -172,13 +178,13 @@ class AdamW(OnePass, torch.optim.AdamW):
         check_rounding(op, group)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ArgumentError(f"{op}: betas must be two numbers, got {betas!r}; use (0.9, 0.999)")
+            kind = ArgumentError if hasattr(betas, "__len__") else TypeError
+            raise kind(f"{op}: betas must be two numbers, got {betas!r}; use (0.9, 0.999)")
         for i, beta in enumerate(betas):
             check_number(op, f"betas[{i}]", beta, finite=True, allow_bool=True)
             if not 0 <= beta < 1:
                 raise ArgumentError(f"{op}: betas[{i}] must be in [0, 1), got {beta}")
-        for name in ("amsgrad", "cautious", "maximize"):
-            check_choice(op, name, group[name], (False, True))
+        check_choice(op, "cautious", group["cautious"], (False, True))
         if not group.get("decoupled_weight_decay", True):
             raise ValueError(
                 f"{op}: decoupled_weight_decay must be True, got False; use torch.optim.Adam for an L2 "

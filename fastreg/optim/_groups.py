@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn, TypeAlias
 
 import numpy
@@ -57,28 +57,30 @@ def _is_free(group: dict[str, Any]) -> bool:
     return all(isinstance(p, torch.Tensor) and p.dim() < 2 for p in tensors)
 
 
-def in_numbers(group: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """A parameter group whose factors are Python's numbers: torch also takes tensors and NumPy's scalars. A
-    learning rate that is a tensor on another device, or in compiled code, stays one.
+def in_numbers(group: dict[str, Any], names: Iterable[str], of_one: Collection[str]) -> dict[str, Any]:
+    """A parameter group whose factors are Python's numbers: torch also takes tensors, those of one element
+    for the names in `of_one`, and NumPy's scalars. A learning rate that is a tensor on another device, or in
+    compiled code, stays one.
     """
     changed = {}
     for name in names:
         value = group[name]
         if type(value) in (float, int, bool):
             continue
-        if isinstance(value, numpy.generic) or (name == "lr" and isinstance(value, numpy.ndarray)):
+        is_array = isinstance(value, numpy.ndarray) and (name == "lr" or not value.ndim)
+        if isinstance(value, numpy.generic) or is_array:
             changed[name] = value.item()
-        elif isinstance(value, torch.Tensor) and _stands_for_number(name, value):
+        elif isinstance(value, torch.Tensor) and _stands_for_number(name, value, of_one):
             changed[name] = value.detach().item()
     return {**group, **changed} if changed else group
 
 
-def _stands_for_number(name: str, value: torch.Tensor) -> bool:
+def _stands_for_number(name: str, value: torch.Tensor, of_one: Collection[str]) -> bool:
     """Whether torch takes the tensor for a number, and its value is to be read."""
     if name == "lr":
         known = value.device.type == "cpu" and not is_compiling()
         return known and value.numel() == 1 and value.dtype != torch.bool
-    return value.dim() == 0 or (name == "momentum" and value.shape == (1,))
+    return value.dim() == 0 or (name in of_one and value.shape == (1,))
 
 
 def check_penalised(op: str, group: dict[str, Any], names: Iterable[str], least: float) -> None:

@@ -118,6 +118,7 @@ class OnePass(Averages):
     _own_options: ClassVar[dict[str, Any]]
     # The options that are one number, a tensor or a scalar of NumPy's included.
     _numbers: ClassVar[tuple[str, ...]]
+    _of_one: ClassVar[tuple[str, ...]]  # of these, torch takes tensors of shape (1,)
 
     # The norm of the last step's gradients. One tensor that the steps write to, since a compiled or captured
     # step makes no new attribute.
@@ -192,7 +193,7 @@ class OnePass(Averages):
 
     def _in_numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter group as the operator takes it."""
-        return in_numbers(group, self._numbers)
+        return in_numbers(group, self._numbers, self._of_one)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, checked as in the constructor."""

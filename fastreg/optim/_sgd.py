@@ -90,6 +90,7 @@ class SGD(OnePass, torch.optim.SGD):
         **_average.OPTIONS,
     }
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "l1", "ema")
+    _of_one: ClassVar[tuple[str, ...]] = ("momentum",)
 
     @names_unknown_arguments("SGD", {"l2": "weight_decay", "lambda_": "weight_decay", "wd": "weight_decay"})
     def __init__(
