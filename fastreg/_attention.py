@@ -30,6 +30,7 @@ from ._attention_blocks import (
     batch_of,
     flat_batch,
     kept_factor,
+    mask_in_numbers,
 )
 from ._checks import (
     ArgumentError,
@@ -70,10 +71,8 @@ def attention_plain(
     """
     wide = arithmetic_dtype(query)
     scores = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
-    if attn_mask is not None and attn_mask.dtype != torch.bool:
-        scores = scores + attn_mask.to(wide)
-    elif attn_mask is not None:
-        scores = scores + torch.zeros_like(attn_mask, dtype=wide).masked_fill(~attn_mask, -math.inf)
+    if attn_mask is not None:
+        scores = scores + mask_in_numbers(attn_mask, wide)
     weights = _softmax(scores, is_causal)
     return (torch.where(kept, weights * factor, 0) @ value.to(wide)).to(query.dtype)
 
@@ -173,10 +172,8 @@ def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
     if dtype != wide:
         query, key, value = query.to(wide), key.to(wide), value.to(wide)
     scores = torch.matmul(query * scale, key.transpose(-2, -1))
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.to(wide)
+    if attn_mask is not None:
+        scores = scores + mask_in_numbers(attn_mask, wide)
     output = torch.matmul(_DroppedSoftmax.apply(scores, p, is_causal, seed), value)
     return output if dtype == wide else output.to(dtype)
 

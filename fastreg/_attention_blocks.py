@@ -32,6 +32,15 @@ def kept_factor(p: float) -> float:
     return constants_of("inverted", p)[0]
 
 
+def mask_in_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask adds to the scores: -inf where a key is out of sight. So a key that is NaN or infinite shows
+    there, too, as with torch.
+    """
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -math.inf)
+
+
 # --- The sweeps between the products, in torch's operators.
 
 
@@ -72,10 +81,8 @@ def _gradient_in_torch(
 
 def _add_masks(scores: Tensor, mask: Tensor | None, query: int) -> None:
     """query: as the kernels have it, the place of the first row in its head where attention is causal."""
-    if mask is not None and mask.dtype == torch.bool:
-        scores.masked_fill_(~mask, -math.inf)
-    elif mask is not None:
-        scores.add_(mask)
+    if mask is not None:
+        scores.add_(mask_in_numbers(mask, scores.dtype))
     if query >= 0:
         scores.masked_fill_(torch.ones_like(scores[0], dtype=torch.bool).triu_(query + 1), -math.inf)
 

@@ -679,3 +679,24 @@ def test_errors(words, p):
     with pytest.raises(kind, match=f"^scaled_dot_product_attention: .*{words}"):
         fr.scaled_dot_product_attention(*copy.copy(arguments), **options)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("door", ["held", "by blocks", "torch's operators", "transformed"])
+def test_a_key_out_of_sight_that_is_no_number_shows_as_with_torch(value, door, monkeypatch):
+    """Whatever the size: torch adds -inf where a key is out of sight, and the sum is NaN."""
+    q, k, v = tensors(3, 4)
+    k[..., 3, :] = value
+    mask = torch.tensor([True, True, True, False]).expand(3, 4)
+    if door == "by blocks":
+        monkeypatch.setattr(_attention, "_FEW", -1)
+    run = fr.scaled_dot_product_attention
+    if door == "torch's operators":
+        monkeypatch.setattr(_attention, "_FEW", -1)
+        monkeypatch.setattr(_attention_blocks, "attention_weights_op", _attention_blocks._weights_in_torch)
+    elif door == "transformed":
+        run = torch.func.vmap(run, in_dims=(0, 0, 0, None, None), randomness="different")
+    with sdpa_kernel(SDPBackend.MATH):
+        want = F.scaled_dot_product_attention(q, k, v, mask, 1e-9)
+    for options in ({}, {"generator": torch.Generator()})[: 1 if door == "transformed" else 2]:
+        assert torch.equal(run(q, k, v, mask, 1e-9, **options).isnan(), want.isnan())

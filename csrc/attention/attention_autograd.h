@@ -112,10 +112,12 @@ inline Tensor attend(const AttentionInputs& t, double p, bool is_causal, double 
   const auto widened = [&](const Tensor* x) { return x->scalar_type() == wide ? *x : x->to(wide); };
   const Tensor seed = draw_seed(*t.query);
   Tensor scores = at::matmul(widened(t.query) * scale, widened(t.key).transpose(-2, -1));
-  if (t.mask)
-    scores = t.mask->scalar_type() == ScalarType::Bool
-                 ? scores.masked_fill(t.mask->logical_not(), -std::numeric_limits<double>::infinity())
-                 : scores + widened(t.mask);
+  if (t.mask && t.mask->scalar_type() == ScalarType::Bool) {  // -inf is added where a key is out of sight
+    const Tensor more = at::zeros_like(*t.mask, scores.options());
+    scores = scores + more.masked_fill_(t.mask->logical_not(), -std::numeric_limits<double>::infinity());
+  } else if (t.mask) {
+    scores = scores + widened(t.mask);
+  }
   scores = scores.contiguous();
   const Tensor dropped = wants_grad(scores) ? DroppedSoftmax::apply(scores, p, is_causal, seed)
                                             : DroppedSoftmax::compute({scores, p, seed, is_causal})[0];
