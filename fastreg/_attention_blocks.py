@@ -33,8 +33,8 @@ def kept_factor(p: float) -> float:
 
 
 def mask_in_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask adds to the scores: -inf where a key is out of sight. So a key that is NaN or infinite shows
-    there, too, as with torch.
+    """What a mask adds to the scores: -inf where a key is out of sight. So a key that is NaN or infinite
+    shows there, too, as with torch.
     """
     if mask.dtype != torch.bool:
         return mask.to(dtype)
