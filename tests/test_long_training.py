@@ -1,8 +1,9 @@
 """A small training of very many steps goes as in plain torch to the last step, and its memory stays flat.
 
 The model is a softmax regression in float64 with dropout on its inputs, smoothed cross-entropy, and SGD with
-momentum, or AdamW with an average, and proximal L1. It is convex, so that two trainings which do the same stay
-together. Of the reference, the masks are compared with NumPy's Philox, loss and gradient are torch's, the step is written out.
+momentum, or AdamW with an average, and proximal L1. It is convex, so that two trainings which do the same
+stay together. Of the reference, the masks are compared with NumPy's Philox, loss and gradient are torch's,
+the step is written out.
 
 FASTREG_STEPS is the number of steps of the long test.
 """
