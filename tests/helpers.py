@@ -3,13 +3,18 @@ processes.
 """
 
 import contextlib
+import datetime
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 import fastreg as fr
 
@@ -72,6 +77,37 @@ def run_python(code, *arguments, check=False, **environment):
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
     assert not check or done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+def on_ranks(count, function, *args, timeout=60, killed=None):
+    """Run function(rank, *args) in `count` processes, which are the ranks of a gloo group; fail where one
+    does, but for the one rank that is meant to be killed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = count, f"file://{folder}/store", timeout, function, args
+        started = mp.spawn(_one_rank, arguments, nprocs=count, join=killed is None)
+        for rank, process in enumerate(started.processes if started else ()):
+            process.join(2 * timeout)
+            assert (process.exitcode == -signal.SIGKILL) == (rank == killed), (rank, process.exitcode)
+
+
+def _one_rank(rank, count, address, timeout, function, args):
+    torch.set_num_threads(1)
+    limit = datetime.timedelta(seconds=timeout)  # fail, not hang, where the ranks part
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=limit)
+    function(rank, *args)
+    end_rank()
+
+
+def end_rank():
+    """End a rank in which all is asserted. While the interpreter ends, torch 2.14.1 aborts now and then,
+    because of a thread that has not ended: "terminate called without an active exception".
+    """
+    dist.barrier()  # or torch aborts a rank whose partner is gone
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def cmake():

@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_python, threads, with_seed
+from helpers import on_ranks, run_python, threads, with_seed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -582,13 +582,9 @@ print(peak(1024), peak(3072))
     assert large - small < 18, (small, large)  # MiB; all weights once are 36
 
 
-def _on_shards(rank, store):
+def _on_shards(rank):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.FileStore(str(store), 2), rank=rank, world_size=2
-    )
     mesh = torch.distributed.init_device_mesh("cpu", (2,))
     for mask in (None, torch.rand(3, 1, 20, 30, generator=torch.Generator().manual_seed(2)) < 0.7):
         tensors_ = tensors(20, 30, heads=(3, 5))
@@ -612,13 +608,11 @@ def _on_shards(rank, store):
     ):
         with pytest.raises(ValueError, match=words):
             fr.scaled_dot_product_attention(*wrong, dropout_p=0.3, **options)
-    torch.distributed.barrier()  # or torch aborts a rank whose partner is gone
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_dtensors_draw_what_the_whole_tensor_draws(tmp_path):
-    torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
+def test_dtensors_draw_what_the_whole_tensor_draws():
+    on_ranks(2, _on_shards)
 
 
 # ---- errors

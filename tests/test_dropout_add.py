@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_bits, threads, with_seed
+from helpers import assert_same_bits, on_ranks, threads, with_seed
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
@@ -397,11 +397,9 @@ def test_a_generator_is_reproducible_and_leaves_the_global_one_alone():
     assert torch.equal(a, fr.dropout(x + bias, 0.5, generator=torch.Generator().manual_seed(7)) + residual)
 
 
-def _on_shards(rank, path):
+def _on_shards(rank):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     whole = [torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((7, 6), (7, 6), (6,))]
     for p in (0.4, 0.0):
@@ -420,13 +418,11 @@ def _on_shards(rank, path):
             assert torch.equal(got.full_tensor(), want)
             for part, leaf in zip(parts, leaves, strict=True):
                 torch.testing.assert_close(part.grad.full_tensor(), leaf.grad)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_dtensor_draws_what_the_whole_tensor_draws(tmp_path):
-    torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
+def test_dtensor_draws_what_the_whole_tensor_draws():
+    on_ranks(2, _on_shards)
 
 
 # --------------------------------------------------------------------------------------------------

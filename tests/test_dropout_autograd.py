@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dropout_reference import OP, OP_APPLY, OP_IN_PLACE, scale_of, values_reference
-from helpers import assert_same_bits, with_seed
+from helpers import assert_same_bits, on_ranks, with_seed
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
@@ -378,11 +378,9 @@ def test_meta_and_fake_tensors():
         assert y.shape == (3, 7) and y.dtype == torch.bfloat16 and mask.shape == (3,)
 
 
-def _on_shards(rank, path):
+def _on_shards(rank):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     for shape in ((8, 6), (7, 3, 5), (1, 5, 2, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -405,10 +403,8 @@ def _on_shards(rank, path):
         TypeError, match=r"dropout_with_mask: input must be a plain tensor, got a DTensor; give it \.to_local"
     ):
         fr.dropout_with_mask(part)
-    torch.distributed.barrier()  # or torch aborts a rank whose partner is gone
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_dtensor_draws_what_the_whole_tensor_draws(tmp_path):
-    torch.multiprocessing.spawn(_on_shards, (tmp_path / "store",), nprocs=2)
+def test_dtensor_draws_what_the_whole_tensor_draws():
+    on_ranks(2, _on_shards)

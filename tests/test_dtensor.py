@@ -1,14 +1,13 @@
 """Ops of DTensors on two ranks: what they give is what they give for the whole tensor, also when compiled."""
 
-import datetime
 import itertools
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -243,17 +242,10 @@ CHECKS = (
 )
 
 
-def on_rank(rank, file):
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=timeout)
-    try:
-        for check in CHECKS:
-            check(rank, init_device_mesh("cpu", (2,)))
-        dist.barrier()  # or torch aborts a rank whose partner is gone
-    finally:
-        dist.destroy_process_group()
+def on_rank(rank):
+    for check in CHECKS:
+        check(rank, init_device_mesh("cpu", (2,)))
 
 
-def test_on_two_ranks(tmp_path):
-    mp.spawn(on_rank, args=(str(tmp_path / "store"),), nprocs=2)
+def test_on_two_ranks():
+    on_ranks(2, on_rank)

@@ -1,15 +1,13 @@
 """Early stopping resumed from a state dict, and on several ranks."""
 
-import datetime
 import io
 import random
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from early_stopping_cases import NAN, OPTION_SETS, Bag, Tied, run, score_lists, snapshot
-from helpers import has_state, state_of
+from helpers import has_state, on_ranks, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -101,10 +99,7 @@ def test_bad_states_are_refused_and_change_nothing():
         assert stopper.best == 7 and stopper.epoch == 1
 
 
-def _rank(rank, file, out):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)  # fail, not hang, where the ranks part
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2, timeout=limit)
+def _rank(rank, out):
     log = {}
     for name, options, ranks in RANK_CASES:
         bag = Bag(w=torch.zeros(2))
@@ -148,8 +143,6 @@ def _rank(rank, file, out):
     )
     log["apart"] = apart(rank, mesh)
     torch.save(log, f"{out}.{rank}")
-    dist.barrier()  # or torch aborts a rank whose partner is gone
-    dist.destroy_process_group()
 
 
 def said(call):
@@ -210,7 +203,7 @@ RANK_CASES = [  # name, options, scores of rank 0 and of rank 1
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_every_rank_takes_the_same_decision(tmp_path):
-    mp.spawn(_rank, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=2)
+    on_ranks(2, _rank, tmp_path / "log")
     logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(2)]
     expected = {
         "mean": ([False, False, False, False, True], 2.0, 2),
@@ -285,10 +278,7 @@ FOUR = {  # options, rank -> scores
 }
 
 
-def _one_of_four(rank, file, out):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4, timeout=limit)
+def _one_of_four(rank, out):
     log = {}
     for name, (options, scores) in FOUR.items():
         model = nn.Linear(1, 1)
@@ -302,13 +292,11 @@ def _one_of_four(rank, file, out):
             stopper.restore()
         log[name] = epoch, stopper.best_epoch, stopper.best, model.weight.item()
     torch.save(log, f"{out}.{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_four_ranks_with_losses_of_their_own_stop_in_the_same_epoch(tmp_path):
-    mp.spawn(_one_of_four, (tmp_path / "rendezvous", tmp_path / "log"), nprocs=4)
+    on_ranks(4, _one_of_four, tmp_path / "log")
     logs = [torch.load(tmp_path / f"log.{rank}") for rank in range(4)]
     for name, (options, scores) in FOUR.items():
         alone = {run(EarlyStopping(**options), scores(rank)) for rank in range(4)}

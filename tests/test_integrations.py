@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import run_python
+from helpers import end_rank, run_python
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -200,8 +200,7 @@ def lightning_rank(rank, port, out):
         (trainer.current_epoch, stopper.best, stopper.best_epoch, torch.equal(module.w, module.seen[2])),
         f"{out}{rank}",
     )
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    end_rank()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import on_ranks
 
 import fastreg as fr
 
@@ -152,22 +153,17 @@ def rounded_at_random(cls, options, mesh):
 
 def worker(rank, world, folder):
     """On each of two gloo ranks; an assertion that fails here fails the spawn."""
-    import torch.distributed as dist
     from torch.distributed.tensor import init_device_mesh
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     for cls, own in KINDS.items():
         options = {**own, **SHARED}
         of_one_process(cls, options, mesh, slice(4 * rank, 4 * rank + 4), folder)
         one_tensor(cls, options, mesh, world)
         rounded_at_random(cls, own, mesh)
-    dist.barrier()  # or torch aborts a rank whose partner is gone
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_ranks(tmp_path):
-    torch.multiprocessing.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    on_ranks(2, worker, 2, str(tmp_path))

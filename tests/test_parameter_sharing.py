@@ -3,7 +3,6 @@ hand.
 """
 
 import copy
-import datetime
 import io
 import pickle
 
@@ -11,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers import on_ranks
 from torch import nn
 
 import fastreg as fr
@@ -319,12 +318,7 @@ def test_early_stopping_compile_and_functional_call():
     check(model)
 
 
-def _rank(rank, folder):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)  # fail, not hang
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=limit
-    )
+def _rank(rank):
     torch.manual_seed(0)
     model = shared()
     start = copy.deepcopy(model)
@@ -359,13 +353,11 @@ def _rank(rank, folder):
     check(sharded)
     for mine, want in zip(sharded.parameters(), start.parameters(), strict=True):
         torch.testing.assert_close(mine.full_tensor(), want.detach())
-    dist.barrier()  # or torch aborts a rank whose partner is gone
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-def test_data_parallel_training_on_two_ranks(tmp_path):
-    mp.spawn(_rank, (tmp_path,), nprocs=2)
+def test_data_parallel_training_on_two_ranks():
+    on_ranks(2, _rank)
 
 
 # ---------------------------------------------------------------------------------------------- the end of it
