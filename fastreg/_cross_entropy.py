@@ -717,9 +717,12 @@ def is_torchs(input: Any, target: Any, weight: Any) -> bool:
     return len(dtypes) > 1
 
 
-def class_index_error(op: str, target: Tensor, ignore_index: int, classes: int) -> ClassIndexError | None:
+def class_index_error(
+    op: str, target: Tensor, ignore_index: int, classes: int, first: int = 0, where: str = ""
+) -> ClassIndexError | None:
     """The error for the first class index out of range, in the kernel's words; None where there is none, or
-    where looking for it would mean waiting for a GPU.
+    where looking for it would mean waiting for a GPU. first: the number of the first element; where: whose
+    they are, for the end of the sentence.
     """
     if target.device.type != "cpu" or target.is_floating_point():
         return None
@@ -729,7 +732,7 @@ def class_index_error(op: str, target: Tensor, ignore_index: int, classes: int) 
     at = int(wrong.flatten().to(torch.uint8).argmax())
     return ClassIndexError(
         f"{op}: target must be in [0, {classes}) or ignore_index {ignore_index}, got "
-        f"{int(target.flatten()[at])} at element {at}"
+        f"{int(target.flatten()[at])} at element {first + at}{where}"
     )
 
 

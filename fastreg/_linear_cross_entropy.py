@@ -311,18 +311,26 @@ def linear_cross_entropy(
         name="hidden",
         weight_name="class_weight",
     )
-    soft = target.is_floating_point()
-    if soft:
+    if target.is_floating_point():
         check_constant(op, "target", target)
     if any(map(is_sharded, (hidden, weight, bias, target, class_weight))):
         from ._placed_cross_entropy import linear_loss_of_dtensors
 
         return linear_loss_of_dtensors(op, hidden, weight, bias, target, class_weight, options)
+    return linear_loss(op, hidden, weight, bias, target, class_weight, options)
+
+
+def linear_loss(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
+    class_weight: Tensor | None, options: LossOptions,
+) -> Tensor:  # fmt: skip
+    """The loss of arguments that are checked and no DTensors."""
+    classes, shape = weight.shape[0], hidden.shape[:-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    target = target.reshape(-1, classes) if soft else target.reshape(-1)
+    target = target.reshape(-1, classes) if target.is_floating_point() else target.reshape(-1)
 
     factor = row_factor(hidden, target, class_weight, options)
-    each = reduction == "none"
+    each = options.reduction == 0
     arguments = hidden, weight, bias, target, factor, class_weight
     if is_compiling():
         loss = _loss(arguments, each, options)

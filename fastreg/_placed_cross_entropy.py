@@ -6,13 +6,17 @@ classes are, it is `_sharded_cross_entropy`. The results are placed as those of 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.compiler import is_compiling
 
-from ._cross_entropy import LossOptions, check_indices, loss_of, statistics_dtype
-from ._linear_cross_entropy import row_weights
+from ._cross_entropy import LossOptions, class_index_error, loss_of, statistics_dtype
+from ._linear_cross_entropy import linear_loss, row_weights
+from ._ranks import raise_the_first
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
 from ._shards import own_part
 from ._transforms import is_sharded
@@ -73,7 +77,7 @@ def loss_of_dtensors(
     (C,). The result is a DTensor: a mean is replicated, a sum is partial where rows are sharded, and the
     losses of the rows are placed as the rows are.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     mesh = next(t.device_mesh for t in (input, target, weight) if is_sharded(t))  # type: ignore[union-attr]
     everywhere = [Replicate()] * mesh.ndim
@@ -94,19 +98,20 @@ def loss_of_dtensors(
     if local.dim() > 3:  # the operators take rows side by side as one dimension
         local, target = local.flatten(2), target.flatten(2 if soft else 1)
     target = target.contiguous()
-    check_indices(op, target, options.ignore_index, classes)
 
     # This rank's losses, or their sum.
     each = options.reduction == 0
     own = options._replace(reduction=0 if each else 2, loss_dtype=wide)
-    if placed.class_axis is None:
-        loss = loss_of(local, target, weight, own)
-    else:
+
+    def losses() -> Tensor:
+        if placed.class_axis is None:
+            _check_rows(op, target, options, classes)
+            return loss_of(local, target, weight, own)
         first = own_part(input.shape, mesh, placed.logits.placements)[1].start
         group = mesh.get_group(placed.class_axis).group_name
-        loss = sharded_loss(op, local, target, weight, own, (group, int(first), classes))
-    dtype = options.loss_dtype or input.dtype
+        return sharded_loss(op, local, target, weight, own, (group, int(first), classes))
 
+    dtype = options.loss_dtype or input.dtype
     if each:
         shape = input.shape[:1] + input.shape[2:]
         placements: list[Any] = []
@@ -115,56 +120,119 @@ def loss_of_dtensors(
             placements.append(Shard(dim - (dim > 1)) if axis in placed.row_axes else Replicate())
         strides = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(
-            loss.view(rows).to(dtype), mesh, placements, run_check=False, shape=shape, stride=strides
+            losses().view(rows).to(dtype), mesh, placements, run_check=False, shape=shape, stride=strides
         )
-    summed = [Partial() if axis in placed.row_axes else Replicate() for axis in range(mesh.ndim)]
+    return _over_all_rows(losses, target, weight, options, mesh, placed.row_axes, wide, dtype)
+
+
+def _check_rows(op: str, target: Tensor, options: LossOptions, classes: int) -> None:
+    """Raise for a class index out of range in this rank's rows."""
+    if not is_compiling():
+        where = f" of rank {dist.get_rank()}"
+        error = class_index_error(op, target, options.ignore_index, classes, where=where)
+        if error is not None:
+            raise error
+
+
+def _over_all_rows(
+    losses: Callable[[], Tensor], target: Tensor, weight: Tensor | None, options: LossOptions, mesh: Any,
+    row_axes: tuple[int, ...], wide: torch.dtype, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The sum, partial where rows are sharded, or the mean over all rows, which is on every rank.
+
+    losses() gives the sum of this rank's rows in the dtype `wide`, or raises; target: theirs. For a mean the
+    ranks send each other what their rows count, and with it whether one has raised: then all raise its error.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    summed = [Partial() if axis in row_axes else Replicate() for axis in range(mesh.ndim)]
     if options.reduction == 2:
-        return DTensor.from_local(loss.to(dtype), mesh, summed, run_check=False)
-    normaliser = row_weights(target, weight, options.ignore_index, wide).sum()
-    normaliser = DTensor.from_local(normaliser, mesh, summed, run_check=False).full_tensor()
+        return DTensor.from_local(losses().to(dtype), mesh, summed, run_check=False)
+    failed: Exception | None = None
+    loss = target.new_zeros((), dtype=wide)
+    try:
+        loss = losses()
+    except ValueError as error:
+        failed = error
+    counted = row_weights(target, weight, options.ignore_index, loss.dtype).sum()
+    sent = torch.stack((counted, counted.new_full((), failed is not None)))
+    got = DTensor.from_local(sent, mesh, summed, run_check=False).full_tensor()
+    if got.device.type == "cpu" and not is_compiling() and got[1] > 0:
+        raise_the_first(failed, *(mesh.get_group(axis) for axis in row_axes))
+    normaliser = got[0]
     if options.all_ignored_zero:
         empty = normaliser == 0
         loss = torch.where(empty, 0, loss / normaliser.where(~empty, 1))
     else:
         loss = loss / normaliser
-    return (
-        DTensor.from_local(loss, mesh, summed, run_check=False).redistribute(placements=everywhere).to(dtype)
-    )
+    loss = DTensor.from_local(loss, mesh, summed, run_check=False)
+    return loss.redistribute(placements=[Replicate()] * mesh.ndim).to(dtype)
 
 
 def linear_loss_of_dtensors(
     op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor,
     class_weight: Tensor | None, options: LossOptions,
 ) -> Tensor:  # fmt: skip
-    """The loss of a linear layer of DTensors; hidden: (..., H), its target (...) or (..., C).
+    """The loss of a linear layer of DTensors; hidden: (..., H), its target (...) or (..., C). No rank holds
+    its logits.
 
-    Of a layer whose classes are sharded, and of rows that are all on every rank, no rank holds its logits.
+    One dimension of the mesh may split the classes and the others the rows. Whatever else is split is
+    gathered: the rows over the ranks that split the classes, the layer over those that split the rows, and H.
     """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-    classes, shape = weight.shape[0], hidden.shape[:-1]
-    soft = target.is_floating_point()
-    mesh: Any = weight.device_mesh if is_sharded(weight) else None  # type: ignore[attr-defined]
-    by_class = mesh is not None and tuple(weight.placements) == (Shard(0),)  # type: ignore[attr-defined]
-    others = [t for t in (hidden, target, class_weight) if t is not None and is_sharded(t)]
-    replicated = all(t.placements[0].is_replicate() for t in others)  # type: ignore[attr-defined]
-    if by_class and not soft and replicated:
+    tensors = (hidden, weight, bias, target, class_weight)
+    mesh = next(t.device_mesh for t in tensors if is_sharded(t))  # type: ignore[union-attr]
+    axes, rows = range(mesh.ndim), hidden.dim() - 1
 
-        def local(value: Any) -> Any:
-            return value.to_local() if value is not None and is_sharded(value) else value
+    def placed(tensor: Tensor) -> Any:
+        """A plain tensor is the same on all ranks."""
+        if is_sharded(tensor):
+            return tensor
+        return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
-        if bias is not None:
-            placed: Any = bias
-            if not is_sharded(bias):
-                placed = DTensor.from_local(bias, mesh, [Replicate()], run_check=False)
-            bias = placed.redistribute(placements=[Shard(0)])
-        first = own_part(weight.shape, mesh, [Shard(0)])[0].start
-        where = mesh.get_group().group_name, int(first), classes
-        loss = sharded_linear_loss(
-            op, local(hidden), local(weight), local(bias), local(target), local(class_weight), options, where
+    def shards(tensor: Any, dims: Sequence[int]) -> list[int]:
+        """The dimensions of the mesh that split one of these dimensions."""
+        each = enumerate(placed(tensor).placements)
+        return [axis for axis, p in each if type(p) is Shard and p.dim % tensor.dim() in dims]
+
+    class_axis = next(iter(shards(weight, [0])), None)
+    row_axes = tuple(axis for axis in shards(hidden, range(rows)) if axis != class_axis)
+    of_rows = [placed(hidden).placements[axis] if axis in row_axes else Replicate() for axis in axes]
+    of_layer = [Shard(0) if axis == class_axis else Replicate() for axis in axes]
+    of_gradient = [Partial() if axis in row_axes else placement for axis, placement in enumerate(of_layer)]
+    of_target = list(of_rows)
+    if target.is_floating_point() and class_axis is not None:
+        of_target[class_axis] = Shard(rows)
+
+    def part(tensor: Any, placements: Any, gradient: Any) -> Any:
+        # It is redistributed also where nothing has to move: then its gradient is placed as it is itself.
+        return placed(tensor).redistribute(mesh, placements).to_local(grad_placements=gradient)
+
+    parts = (
+        part(hidden, of_rows, of_rows),
+        part(weight, of_layer, of_gradient),
+        bias if bias is None else part(bias, of_layer, of_gradient),
+        part(target, of_target, of_target).contiguous(),
+        class_weight.full_tensor() if is_sharded(class_weight) else class_weight,  # type: ignore[union-attr]
+    )
+    wide = statistics_dtype(hidden)
+    own = options._replace(reduction=2 if options.reduction else 0, loss_dtype=wide)
+
+    def losses() -> Tensor:
+        if class_axis is None:
+            _check_rows(op, parts[3], options, weight.shape[0])
+            return linear_loss(op, *parts, own)
+        first = own_part(weight.shape, mesh, of_layer)[0].start
+        shard = mesh.get_group(class_axis).group_name, int(first), weight.shape[0]
+        return sharded_linear_loss(op, *parts, own, shard)
+
+    dtype = options.loss_dtype or hidden.dtype
+    if options.reduction == 0:
+        shape = hidden.shape[:-1]
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(
+            losses().to(dtype), mesh, of_rows, run_check=False, shape=shape, stride=strides
         )
-        return DTensor.from_local(loss, mesh, [Replicate()], run_check=False)
-    logits = torch.nn.functional.linear(hidden, weight, bias).flatten(0, -2)
-    target = target.flatten(0, -2) if soft else target.flatten()
-    loss = loss_of_dtensors(op, logits, target, class_weight, options)
-    return loss.view(shape) if options.reduction == 0 else loss
+    target = parts[3].flatten(0, -2) if parts[3].is_floating_point() else parts[3].flatten()
+    return _over_all_rows(losses, target, parts[4], options, mesh, row_axes, wide, dtype)

@@ -8,12 +8,14 @@ it, all in the same words.
 from __future__ import annotations
 
 import json
-from typing import Any
+import time
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 _SIZE = 2048  # bytes of a message
+_PATIENCE = 5.0  # seconds in which ranks that have failed must say so to be heard
 
 
 def process_group(op: str, group: Any) -> Any:
@@ -61,7 +63,8 @@ def told_by_all(
     Raises:
         ValueError: on all ranks alike: they differ in `same`, one of them has an error, or one sent something
             else.
-        RuntimeError: not all ranks have come, by torch.distributed's error, which says why.
+        RuntimeError: not all ranks have come: which ones, as far as the others can tell, and
+            torch.distributed's error, which says why.
     """
     own = {name: _short(value) if isinstance(value, str) else value for name, value in own.items()}
     text = json.dumps({"op": f"fastreg.{op}", "same": same, "own": own}, default=str).encode()
@@ -75,8 +78,8 @@ def told_by_all(
         dist.all_gather(got, sent, group=group)
     except RuntimeError as error:
         raise RuntimeError(
-            f"{op}: not all {len(got)} ranks of the group have called it, or one of them has ended "
-            f"({error}); {remedy}"
+            f"{op}: not all {len(got)} ranks of the group have called it, or one of them has ended"
+            f"{_silent_ranks(group, op)} ({error}); {remedy}"
         ) from error
     said = []
     for rank, message in enumerate(got):
@@ -97,6 +100,38 @@ def told_by_all(
         if told["own"].get("error"):
             raise ValueError(f"{op}: rank {rank} of the group cannot go on: {told['own']['error']}")
     return [told["own"] for told in said]
+
+
+def _silent_ranks(group: dist.ProcessGroup, op: str) -> str:
+    """Which ranks of a group do not say within some seconds that the call has failed on them, too; for a
+    sentence. The store through which the ranks once found each other is asked: the group sends nothing more.
+    """
+    ranks = range(dist.get_world_size(group))
+    silent = set(ranks)
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        keys = [f"fastreg.{op}/{group.group_name}/{rank}" for rank in ranks]
+        store.set(keys[dist.get_rank(group)], "here")
+        end = time.monotonic() + _PATIENCE
+        while silent and time.monotonic() < end:
+            silent = {rank for rank in silent if not store.check([keys[rank]])}
+            time.sleep(0.05)
+    except (RuntimeError, AttributeError):  # the rank that kept the store has ended
+        return ""
+    return f"; no word from rank {', '.join(map(str, sorted(silent)))}" if silent else ""
+
+
+def raise_the_first(error: Exception | None, *groups: dist.ProcessGroup) -> NoReturn:
+    """Raise the same error on all ranks of the groups, which all know that one of them has an error: that of
+    the first rank that has one. Of several groups each rank is in one of a kind, as in the rows and columns
+    of a mesh.
+    """
+    for group in groups:
+        told: list[Exception | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, error, group=group)
+        error = next((each for each in told if each is not None), None)
+    assert error is not None
+    raise error
 
 
 def _short(text: str) -> str:

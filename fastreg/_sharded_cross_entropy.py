@@ -32,7 +32,7 @@ from ._cross_entropy import (
     Reduction,
     Smoothing,
     check_classes,
-    check_indices,
+    class_index_error,
     counted,
     empty_grad,
     promoted_dtype,
@@ -48,11 +48,14 @@ from ._linear_cross_entropy import (
     row_factor,
     weighted_sum,
 )
-from ._ranks import process_group
+from ._ranks import process_group, raise_the_first
 from ._registry import define_kernel
 from ._subnormal import flush
 from ._transforms import autocast_dtype, is_sharded, is_transformed
 
+# What a rank sends of a row in place of the distance of the target, which is at most 0, and of 1 + the
+# weights of its classes: the class is out of range, the row does not count.
+_OUTSIDE, _IGNORED = torch.inf, 0.5
 _CHUNK = 2**18  # logits that are computed at a time: what is made of them stays in a core's cache
 
 
@@ -81,6 +84,8 @@ class _Whole(NamedTuple):
     lse: Tensor
     mass: Tensor  # sum of the targets
     owners: Tensor  # how many ranks say that the target is among their classes
+    outside: Tensor  # bool: some rank has a class out of range there
+    apart: Tensor  # bool: some ranks ignore the row and others do not
 
 
 class _Targets(NamedTuple):
@@ -88,6 +93,7 @@ class _Targets(NamedTuple):
 
     probabilities: Tensor | None  # (rows, count), smoothed and weighted: soft targets
     kept: Tensor  # (rows,), bool
+    outside: Tensor  # (rows,), bool: the target is none of the classes
     column: Tensor  # (rows,), the target among this rank's classes, 0 where it is not
     mine: Tensor  # (rows,), bool: the target is among this rank's classes and counts
     own: Tensor  # (rows,), what only the target has
@@ -112,14 +118,15 @@ def _read_targets(
         q = q if own_weight is None else q * own_weight.to(dtype)
         yes = torch.ones(len(target), dtype=torch.bool, device=target.device)
         zero = target.new_zeros(len(target), dtype=dtype)
-        return _Targets(q, yes, zero.long(), ~yes, zero, spread, own_weight, total, local)
+        return _Targets(q, yes, ~yes, zero.long(), ~yes, zero, spread, own_weight, total, local)
     kept, column = target != options.ignore_index, target - shard.first
+    outside = kept & ((target < 0) | (target >= k))
     mine = kept & (column >= 0) & (column < shard.held)
     own = torch.full_like(target, alpha, dtype=dtype)
     if weight is not None:
         own = own * weight.to(dtype)[target.clamp(0, k - 1)]
     column = column.where(mine, 0)
-    return _Targets(None, kept, column, mine, own, spread, own_weight, total, local)
+    return _Targets(None, kept, outside, column, mine, own, spread, own_weight, total, local)
 
 
 def _local(x: Tensor, targets: _Targets) -> _Local:
@@ -127,7 +134,9 @@ def _local(x: Tensor, targets: _Targets) -> _Local:
     rows, count = x.shape
     if count == 0:
         none = x.new_zeros(rows)
-        top, t = torch.full_like(none, -torch.inf), none if targets.probabilities is not None else none + 1
+        top, t = torch.full_like(none, -torch.inf), none
+        if targets.probabilities is None:
+            t = _sent(none, targets)
         return _Local(torch.stack((top, none, t, none)), none.long())
     top, at = x.max(1)
     shifted = x - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
@@ -136,10 +145,7 @@ def _local(x: Tensor, targets: _Targets) -> _Local:
         t = torch.where(q == 0, 0, q * shifted).sum(1)
         u = q.sum(1)
     else:
-        # A rank that does not hold the target says so by a number above 0, 1 + the weights of its classes,
-        # which the others need to know. What the owner sends is at most 0.
-        t = shifted.gather(1, targets.column.unsqueeze(1)).squeeze(1)
-        t = torch.where(targets.mine, t, 1 + targets.local)
+        t = _sent(shifted.gather(1, targets.column.unsqueeze(1)).squeeze(1), targets)
         if targets.spread == 0:
             u = torch.zeros_like(top)
         elif targets.weight is None:
@@ -149,6 +155,14 @@ def _local(x: Tensor, targets: _Targets) -> _Local:
             u = torch.where(w == 0, 0, w * shifted).sum(1)
     rest = shifted.exp_().scatter_(1, at.unsqueeze(1), 0).sum(1)
     return _Local(torch.stack((top, rest, t, u)), at)
+
+
+def _sent(distance: Tensor, targets: _Targets) -> Tensor:
+    """What a rank sends of the targets of rows: x - top of the owner, which is at most 0. A rank that does
+    not hold the target says so by a number above 0, 1 + the weights of its classes, which the others need.
+    """
+    t = torch.where(targets.mine, distance, 1 + targets.local)
+    return t.masked_fill(~targets.kept, _IGNORED).masked_fill_(targets.outside, _OUTSIDE)
 
 
 def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Whole:
@@ -169,7 +183,10 @@ def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Who
         far = (t + torch.where(u == 0, 0, u * d)).sum(0)
         loss = torch.where(mass == 0, 0, mass * log_sum) - far
         owners = torch.ones_like(winner)
+        outside = apart = torch.zeros_like(winner, dtype=torch.bool)
     else:
+        ignored = t == _IGNORED
+        outside, apart = (t == _OUTSIDE).any(0), ignored.any(0) != ignored.all(0)
         owner = ~(t > 0)
         weights = torch.where(owner, 0, t - 1)  # of the classes of each rank; the owner's is what is left
         weights = torch.where(owner, targets.total - weights.sum(0), weights)
@@ -178,9 +195,9 @@ def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Who
         loss = loss - torch.where(targets.own == 0, 0, targets.own * torch.where(owner, t + d, 0).sum(0))
         if targets.spread:
             loss = loss - targets.spread * (u + torch.where(weights == 0, 0, weights * d)).sum(0)
-        owners = owner.sum(0)
+        owners = owner.sum(0) + ignored.all(0)
     loss = options.with_penalty(loss, lse)
-    return _Whole(loss.where(targets.kept, 0), highest_base, whole_rest, lse, mass, owners)
+    return _Whole(loss.where(targets.kept, 0), highest_base, whole_rest, lse, mass, owners, outside, apart)
 
 
 def _gradient(
@@ -249,11 +266,12 @@ def _pieces(logits: Tensor) -> list[slice]:
 
 def _rows_(
     logits: Tensor, target: Tensor, factor: Tensor, weight: Tensor | None, options: LossOptions,
-    shard: _Shard, gradient: Tensor | None,
+    shard: _Shard, gradient: Tensor | None, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """The losses of rows; into `gradient`, which may be `logits`, goes factor times theirs.
 
-    logits: (rows, columns), of which those beyond shard.held are padding, with a gradient of 0.
+    logits: (rows, columns), of which those beyond shard.held are padding, with a gradient of 0. first: the
+    number of the first row.
     """
     rows, dtype = len(logits), statistics_dtype(logits)
     locals_ = []
@@ -266,15 +284,11 @@ def _rows_(
     else:
         local = _Local(logits.new_empty((4, 0), dtype=dtype), target.new_empty(0, dtype=torch.int64))
     whole = _together(_gather(local.statistics, shard.group), targets, options)
-    wrong = targets.kept & (whole.owners != 1)
+    wrong = whole.outside | whole.apart | (whole.owners != 1)  # what all ranks see alike
     if logits.device.type == "cpu":
         if wrong.any():
-            at = int(wrong.to(torch.uint8).argmax())
-            raise ArgumentError(
-                f"distributed.cross_entropy: each class must be on one rank and the targets must be the same "
-                f"on all, got {int(whole.owners[at])} ranks that hold class {int(target[at])}, the target of "
-                f"row {at}; check first_class and num_classes"
-            )
+            error = _why_wrong(target, options, shard, whole, wrong, first)
+            raise_the_first(error, _group_of(shard.group))
     else:  # Raising would mean waiting for the device.
         whole = whole._replace(loss=torch.where(wrong, torch.nan, whole.loss))
     if gradient is not None:
@@ -288,11 +302,32 @@ def _rows_(
     return whole.loss
 
 
+def _why_wrong(
+    target: Tensor, options: LossOptions, shard: _Shard, whole: _Whole, wrong: Tensor, first: int
+) -> Exception | None:
+    """What this rank has to say of rows that are wrong on some rank."""
+    op = "distributed.cross_entropy"
+    if whole.outside.any():
+        where = f" of rank {dist.get_rank()}"
+        return class_index_error(op, target, options.ignore_index, shard.classes, first, where)
+    at = int(wrong.to(torch.uint8).argmax())
+    row = f"row {first + at}"
+    if whole.apart[at]:
+        got = f"{row}, which some ranks ignore and others do not"
+    else:
+        got = f"{int(whole.owners[at])} ranks that hold class {int(target[at])}, the target of {row}"
+    return ArgumentError(
+        f"{op}: each class must be on one rank and the targets must be the same on all, got {got}; check "
+        f"target, first_class and num_classes"
+    )
+
+
 def _part(targets: _Targets, piece: slice) -> _Targets:
     q = targets.probabilities
     return targets._replace(
         probabilities=None if q is None else q[piece],
         kept=targets.kept[piece],
+        outside=targets.outside[piece],
         column=targets.column[piece],
         mine=targets.mine[piece],
         own=targets.own[piece],
@@ -340,8 +375,14 @@ def _forward_linear(
     shard = _shard_of(weight.shape[0], group, first, classes)
     options = LossOptions(0, *of_row)
 
+    first = 0  # row of a chunk
+
     def rows_(logits, target, factor, class_weight):
-        return _rows_(logits, target, factor, class_weight, options, shard, logits if wants else None)
+        nonlocal first
+        gradient = logits if wants else None
+        losses = _rows_(logits, target, factor, class_weight, options, shard, gradient, first)
+        first += len(logits)
+        return losses
 
     process_group = _group_of(group)
     # All ranks must cut the rows alike, whatever number of classes each of them has.
@@ -513,8 +554,9 @@ def cross_entropy(
 
     Raises:
         RuntimeError: there is no process group.
-        ValueError: as `fastreg.cross_entropy`; on the CPU also a target that no rank holds, or several do,
-            on all ranks alike (elsewhere: the loss of its row is NaN).
+        ValueError: as `fastreg.cross_entropy`; on the CPU also a target that no rank holds, or several do, or
+            that some ranks ignore. A class index out of range on one rank and these are raised on all ranks
+            alike (elsewhere than on the CPU: the loss of the row is NaN).
         TypeError: as `fastreg.cross_entropy`; group, first_class or num_classes of another type.
         NotImplementedError: derivatives of its gradient, transforms of torch.func.
 
@@ -548,7 +590,6 @@ def cross_entropy(
         op, local_logits, target, weight, options,
         classes=num_classes, expected=(shape, local_logits.shape), name="local_logits",
     )  # fmt: skip
-    check_indices(op, target, options.ignore_index, num_classes)  # on all ranks alike, before the message
     return sharded_loss(op, local_logits, target, weight, options, shard)
 
 
@@ -655,7 +696,6 @@ def sharded_linear_loss(
         target = target.flatten(0, -2)
     else:
         target = target.reshape(-1)
-    check_indices(op, target, options.ignore_index, shard[2])  # on all ranks alike, before the message
     factor = row_factor(hidden, target, class_weight, options)
     each = options.reduction == 0
     arguments = hidden, weight, bias, target, factor, class_weight

@@ -16,6 +16,7 @@ import decimal
 import fractions
 import math
 import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, TypedDict
 
@@ -154,6 +155,7 @@ class EarlyStopping:
         self.epoch = self.bad_epochs = 0
         self.reason: str | None = None
         self._snapshot: list[Any] | None = None
+        self._lost: Exception | None = None  # why this rank has no snapshot, until all have been told
 
     def step(self, score: float | torch.Tensor | None, *, count: float | None = None) -> bool:
         """Judge one epoch by its validation score; True means stop.
@@ -172,8 +174,9 @@ class EarlyStopping:
             TypeError: any other score.
             ValueError: NaN under nan="raise"; the epoch is not counted. On several ranks also, on all of them
                 alike: a rank whose score is none of these, ranks at different epochs, with different bests or
-                options, and a rank that is at another call.
-            RuntimeError: a rank has ended, or has not come within the time-out of the group.
+                options, a rank whose last snapshot failed, and a rank that is at another call.
+            RuntimeError: a rank has ended, or has not come within the time-out of the group; it is named
+                where the others can tell.
         """
         value = self._score_of_all(score, count)
         sign, epoch = self._sign, self.epoch
@@ -191,7 +194,7 @@ class EarlyStopping:
             gain = math.inf if self.best is None else sign * (self.best - value)
         reached = not broken and self.target is not None and sign * value <= sign * self.target
         if gain > needed or (reached and gain > 0):
-            self._take_snapshot(self._snapshot)
+            self._keep_best(epoch)
             self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
         elif epoch >= self.warmup:
             self.bad_epochs += 1
@@ -203,14 +206,17 @@ class EarlyStopping:
     def _score_of_all(self, score: Any, count: float | None) -> float:
         """The score of an epoch: this process's own, or the mean over ranks."""
         op = "EarlyStopping.step"
-        if not (dist.is_available() and dist.is_initialized()):
+        if not _on_several_ranks():
             value = _as_float(score)
             _check_weight(op, count)
             return value
         group = process_group(op, self.group)
         own: dict[str, Any] = {}
         failed: Exception | None = None
+        lost, self._lost = self._lost, None
         try:
+            if lost is not None:
+                raise lost
             own["score"] = None if score is None else _as_float(score)
             _check_weight(op, count)
             own["count"] = None if count is None else float(count)
@@ -227,6 +233,23 @@ class EarlyStopping:
                 raise failed from None
             raise
         return _mean([each["score"] for each in told], [each["count"] for each in told])
+
+    def _keep_best(self, epoch: int) -> None:
+        """Take the snapshot. On several ranks none may leave the others here: where it fails, all hear of it
+        in the next message.
+        """
+        try:
+            self._take_snapshot(self._snapshot)
+        except Exception as error:
+            if not _on_several_ranks():
+                raise
+            self._snapshot = None  # the others have a later one
+            why = str(error) or type(error).__name__
+            self._lost = RuntimeError(
+                f"EarlyStopping: the snapshot of epoch {epoch} failed ({why}); free memory, or track less"
+            )
+            self._lost.__cause__ = error
+            warnings.warn(f"{self._lost}; the other ranks are told at the next call", stacklevel=4)
 
     def _why_stop(self, score: float, epoch: int, broken: bool, reached: bool) -> str | None:
         """The first rule that ends training at this score, in words; None to go on."""
@@ -248,17 +271,55 @@ class EarlyStopping:
     def restore(self) -> None:
         """Load the best epoch into the tracked objects: into all of them or, on an error, into none.
 
+        Where torch.distributed is initialised, every rank of the group calls it: it is one message, by which
+        an error on one rank restores nothing on all of them.
+
         The values go through each load_state_dict, so parameters stay the tensors they are, tied ones tied,
         and an optimiser built on them stays valid. Gradients and random states are left alone. May be called
         repeatedly.
 
         Raises:
-            RuntimeError: nothing tracked, no snapshot yet, or an object that no longer fits; it is named.
+            RuntimeError: nothing tracked, no snapshot yet, or an object that no longer fits; it is named. On
+                several ranks on all of them alike.
         """
         if not self.tracked:
             raise RuntimeError(
                 "EarlyStopping.restore: nothing is tracked; construct with EarlyStopping(model, ...)"
             )
+        before = self._load_best_on_all() if _on_several_ranks() else self._load_best()
+        # Optimisers keep the very tensors that they are given and would train inside the snapshot. They may
+        # have those, and the snapshot is read back into the copy that is no longer needed.
+        self._take_snapshot(before)
+
+    def _load_best_on_all(self) -> list[Any]:
+        """`_load_best` on every rank of the group, or on none."""
+        op = "EarlyStopping.restore"
+        group = process_group(op, self.group)
+        before, failed = None, None
+        try:
+            before = self._load_best()
+        except Exception as error:  # whatever it is, the others must hear of it
+            failed = error
+        same = {"best_epoch": self.best_epoch, "best": self.best}
+        own = {"error": None if failed is None else str(failed) or type(failed).__name__}
+        try:
+            told_by_all(op, group, same, own, "call restore on every rank of the group, after the same steps")
+        except (ValueError, RuntimeError) as error:
+            if before is not None:
+                self._load(before)
+            raise RuntimeError(str(error)) from (failed or error)
+        assert before is not None
+        return before
+
+    def _load(self, states: list[Any]) -> None:
+        for obj, state in zip(self.tracked, states, strict=True):
+            obj.load_state_dict(state)
+
+    def _load_best(self) -> list[Any]:
+        """Load the snapshot; gives what was there before."""
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            raise lost
         if self._snapshot is None:
             raise RuntimeError(
                 f"EarlyStopping.restore: expected a snapshot, got none in {self.epoch} epochs; "
@@ -277,9 +338,7 @@ class EarlyStopping:
                 f"({error}); "
                 "nothing was restored; undo what changed its structure since the best epoch"
             ) from error
-        # Optimisers keep the very tensors that they are given and would train inside the snapshot. They may
-        # have those, and the snapshot is read back into the copy that is no longer needed.
-        self._take_snapshot(before)
+        return before
 
     def state_dict(self) -> dict[str, Any]:
         """Progress and snapshot, for torch.save; torch.load(weights_only=True) reads it if it reads the
@@ -390,6 +449,10 @@ def retrain(
         for _ in range(epochs):
             train_epoch(*parts, loader)
     return made
+
+
+def _on_several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 # Validation often runs in inference mode, and a buffer that is made there can never be rewritten outside.

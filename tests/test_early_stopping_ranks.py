@@ -1,7 +1,10 @@
 """Early stopping resumed from a state dict, and on several ranks."""
 
 import io
+import os
 import random
+import signal
+import warnings
 
 import pytest
 import torch
@@ -142,7 +145,56 @@ def _rank(rank, out):
         torch.equal(model.out.weight.full_tensor(), full),
     )
     log["apart"] = apart(rank, mesh)
+    log["one fails"] = one_fails(rank)
     torch.save(log, f"{out}.{rank}")
+
+
+class Fragile:
+    """A state that fails, when told to, on being given or on being loaded."""
+
+    def __init__(self):
+        self.state, self.gives, self.takes = torch.zeros(2), True, True
+
+    def state_dict(self):
+        if not self.gives:
+            raise MemoryError("no room")
+        return {"state": self.state.clone()}
+
+    def load_state_dict(self, state):
+        if not self.takes:
+            self.takes = True  # what was there before
+            raise ValueError("another shape")
+        self.state = state["state"].clone()
+
+
+def one_fails(rank):
+    """What ranks are told, and what they hold, where the snapshot or its loading fails on rank 1."""
+    log = {}
+    model = Fragile()
+    stopper = EarlyStopping(model)
+    stopper.step(2.0)
+    model.state += 5
+    model.takes = rank == 0
+    log["restore"] = said(stopper.restore)
+    log["kept"] = model.state.tolist()
+    stopper.restore()
+    log["restored"] = model.state.tolist()
+
+    model.gives = rank == 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log["no snapshot"] = stopper.step(1.0), stopper.best, stopper.epoch
+    log["warned"] = [str(each.message) for each in caught]
+    model.gives = True
+    log["next step"] = said(lambda: stopper.step(0.5))
+    log["restore without"] = said(stopper.restore)
+    log["later"] = stopper.step(0.5), stopper.epoch
+    sent = []
+    gather, dist.all_gather = dist.all_gather, lambda out, t, **more: (sent.append(1), gather(out, t, **more))
+    stopper.restore()
+    dist.all_gather = gather
+    log["messages"] = len(sent)
+    return log
 
 
 def said(call):
@@ -241,6 +293,42 @@ def test_every_rank_takes_the_same_decision(tmp_path):
     for name, best in (("no score here", 4.0), ("count", 0.75), ("count of none", 1.0), ("mesh", 0.5)):
         assert ours[name] == theirs[name] == best
     assert ours["messages"] == 1
+    the_failure_of_one(*(log["one fails"] for log in logs))
+
+
+def the_failure_of_one(ours, theirs):
+    refused = "EarlyStopping.restore: tracked[0], a Fragile, does not take its snapshot (another shape)"
+    assert refused in ours["restore"] and ours["restore"] == theirs["restore"]
+    assert ours["restore"].startswith("RuntimeError: EarlyStopping.restore: rank 1 of the group cannot go on")
+    assert ours["kept"] == theirs["kept"] == [5.0, 5.0]
+    assert ours["restored"] == theirs["restored"] == [0.0, 0.0]
+    # A snapshot that fails leaves nobody behind: the rank goes on, and the next message ends it on all.
+    assert ours["no snapshot"] == theirs["no snapshot"] == (False, 1.0, 2)
+    assert ours["warned"] == [] and "the snapshot of epoch 1 failed (no room)" in theirs["warned"][0]
+    assert "rank 1 of the group cannot go on: EarlyStopping: the snapshot of epoch 1" in ours["next step"]
+    assert "the snapshot of epoch 1 failed (no room)" in theirs["next step"]
+    assert "expected a snapshot, got none" in ours["restore without"] == theirs["restore without"]
+    assert ours["later"] == theirs["later"] == (False, 3)
+    assert ours["messages"] == 1
+
+
+def _one_is_killed(rank, out):
+    """Rank 1 is killed before its second score."""
+    stopper = EarlyStopping(Bag(w=torch.zeros(2)))
+    stopper.step(1.0)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    (out / str(rank)).write_text(said(lambda: stopper.step(0.5)))
+    os._exit(0)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_a_killed_rank_is_named(tmp_path):
+    on_ranks(3, _one_is_killed, tmp_path, killed=1)
+    for rank in (0, 2):
+        text = (tmp_path / str(rank)).read_text()
+        assert text.startswith("RuntimeError: EarlyStopping.step: not all 3 ranks of the group"), text
+        assert "; no word from rank 1 (" in text and "call step once per epoch" in text
 
 
 def test_a_checkpoint_that_breaks_off_leaves_the_snapshot_whole():

@@ -1,16 +1,16 @@
 """Cross-entropy whose classes are split over ranks, against the formula in float64 of all of them."""
 
-import datetime
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cross_entropy_reference import assert_gradient, assert_rounded, case, reference
+from helpers import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastreg as fr
 from fastreg import _sharded_cross_entropy as op
@@ -295,51 +295,127 @@ def placed(rank, group):
 
 
 def placed_linear(rank, group):
-    mesh = init_device_mesh("cpu", (4,))
+    """However the rows and the layer are split: the values of the whole, and nobody holds logits."""
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(12, 6), torch.randn(9, 6), torch.randn(9)
-    target = torch.randint(9, (12,))
+    hidden, weight, bias = torch.randn(3, 4, 6), torch.randn(9, 6), torch.randn(9)
+    classes, class_weight = torch.randint(9, (3, 4)), torch.linspace(0, 1, 9)
+    classes[0, 1:] = -100
+    probabilities = torch.randn(3, 4, 9).softmax(-1)
+    cases = [(flat, (h,), (w,)) for h, w in itertools.product((Replicate(), Shard(0), Shard(1)), repeat=2)]
+    cases += [
+        (square, (Shard(0), Replicate()), (Replicate(), Shard(0))),
+        (square, (Shard(1), Shard(2)), (Shard(0), Replicate())),
+        (square, (Shard(0), Shard(1)), (Shard(0), Shard(0))),
+        (square, (Replicate(), Shard(0)), (Shard(0), Shard(1))),
+    ]
     inputs = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    for options in OPTIONS:
-        whole = fr.linear_cross_entropy(inputs[0], inputs[1], target, inputs[2], **options)
-        want = torch.autograd.grad(whole.sum(), inputs)
-        for where in ((Replicate(), Shard(0)), (Shard(0), Replicate()), (Shard(0), Shard(0))):
-            parts = [distribute_tensor(hidden, mesh, [where[0]])]
-            parts += [distribute_tensor(t, mesh, [where[1]]) for t in (weight, bias)]
-            parts = [t.requires_grad_() for t in parts]
-            placed_target = distribute_tensor(target, mesh, [Replicate()])
-            loss = fr.linear_cross_entropy(parts[0], parts[1], placed_target, parts[2], **options)
+    for (mesh, of_hidden, of_weight), options in itertools.product(cases, OPTIONS):
+        for target, weights in ((classes, class_weight), (probabilities, None)):
+            options = dict(options, class_weight=weights)
+            whole = fr.linear_cross_entropy(inputs[0], inputs[1], target, inputs[2], **options)
+            want = torch.autograd.grad(whole.sum(), inputs)
+            of_bias = [Shard(0) if p == Shard(0) else Replicate() for p in of_weight]
+            parts = [
+                distribute_tensor(t, mesh, placements).requires_grad_()
+                for t, placements in ((hidden, of_hidden), (weight, of_weight), (bias, of_bias))
+            ]
+            loss = fr.linear_cross_entropy(parts[0], parts[1], target, parts[2], **options)
             torch.testing.assert_close(loss.full_tensor(), whole)
-            for got, wanted in zip(torch.autograd.grad(loss.sum(), parts), want, strict=True):
+            for part, got, wanted in zip(parts, torch.autograd.grad(loss.sum(), parts), want, strict=True):
+                assert got.placements == part.placements
                 torch.testing.assert_close(got.full_tensor(), wanted, rtol=1e-5, atol=1e-6)
-        # A plain bias is the same on all ranks, and so is its gradient.
-        layer = distribute_tensor(weight, mesh, [Shard(0)])
-        loss = fr.linear_cross_entropy(hidden, layer, target, inputs[2], **options)
-        (got,) = torch.autograd.grad(loss.sum(), inputs[2])
-        torch.testing.assert_close(got, want[2], rtol=1e-5, atol=1e-6)
+            # A plain bias is the same on all ranks, and so is its gradient.
+            loss = fr.linear_cross_entropy(parts[0], parts[1], target, inputs[2], **options)
+            (got,) = torch.autograd.grad(loss.sum(), inputs[2])
+            torch.testing.assert_close(got, want[2], rtol=1e-5, atol=1e-6)
 
 
-CHECKS = (values, hostile, linear, messages, compiled, refused, padded, own_parts, placed, placed_linear)
+class LargestResult(TorchDispatchMode):
+    """Counts the elements of the largest tensor that an operator gives."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            self.largest = max(self.largest, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return result
 
 
-def on_rank(rank, file):
-    torch.set_num_threads(1)
+def logits_are_never_whole(rank, group):
+    mesh = init_device_mesh("cpu", (2, 2))
+    hidden, weight = torch.randn(2048, 8), torch.randn(512, 8)
+    target = torch.arange(2048) % 512
+    h = distribute_tensor(hidden, mesh, [Shard(0), Replicate()]).requires_grad_()
+    w = distribute_tensor(weight, mesh, [Replicate(), Shard(0)]).requires_grad_()
+    with LargestResult() as seen:
+        fr.linear_cross_entropy(h, w, target).backward()
+    assert seen.largest <= 2048 * 512 / 4 / 4  # a quarter of the logits that this rank would have
+
+
+def said(call):
+    """The error of a call, in its words."""
+    with pytest.raises(ValueError) as caught:
+        call()
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+def one_rank_alone(rank, group):
+    """A class index out of range in the rows of one rank is the same error on all, and nobody waits."""
+    flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    x, target = case((20, 9), torch.float32)
+    hidden, weight = torch.randn(20, 6), torch.randn(9, 6)
+    bad = target.clone()
+    bad[11] = 9
+    mine = bad if rank == 2 else target
+    local = part_of(x, 9, rank).requires_grad_()
+    shard = dict(group=group, first_class=SPLITS[9][rank], num_classes=9)
+    layer = part_of(weight, 9, rank, 0)
+    calls = {}
+    calls["classes by hand"] = lambda t: fr.distributed.cross_entropy(local, t, **shard)
+    calls["linear by hand"] = lambda t: fr.distributed.linear_cross_entropy(hidden, layer, t, **shard)
+    for mesh, of_rows, of_layer in (
+        (flat, [Shard(0)], [Replicate()]),
+        (flat, [Shard(1)], [Shard(0)]),
+        (square, [Shard(0), Shard(1)], [Replicate(), Shard(0)]),
+        (square, [Shard(1), Shard(0)], [Shard(0), Replicate()]),
+    ):
+        logits = distribute_tensor(x, mesh, of_rows)
+        h = distribute_tensor(hidden, mesh, [Shard(0) if p == Shard(0) else Replicate() for p in of_rows])
+        w = distribute_tensor(weight, mesh, of_layer)
+        calls[f"of {of_rows}"] = lambda t, x=logits: fr.cross_entropy(x, t)
+        calls[f"linear of {of_rows}"] = lambda t, h=h, w=w: fr.linear_cross_entropy(h, w, t)
+    for name, call in calls.items():
+        # A row of rank 2 alone, and of all, of which some ranks have row 11.
+        for target_, place in ((mine, "rank 2"), (bad, "")):
+            if "Shard(dim=0)" in name and place and rank == 2:
+                target_ = torch.full_like(bad, 9)  # whichever rows it has
+            text = said(lambda call=call, t=target_: call(t))
+            texts = [None] * RANKS
+            dist.all_gather_object(texts, text)
+            assert text.startswith("ClassIndexError: ") and "target must be in [0, 9)" in text, (name, text)
+            assert set(texts) == {text} and text.endswith(place) and "got 9 at element" in text, (name, texts)
+        assert torch.isfinite(call(target.where(target != -100, 0)).detach().sum()), name
+    ignored = target.where(torch.arange(20) != 7, -100)
+    text = said(lambda: calls["classes by hand"](ignored if rank == 1 else target))
+    assert "row 7, which some ranks ignore" in text
+
+
+CHECKS = (values, hostile, linear, messages, compiled, refused, padded, own_parts, placed)
+CHECKS += (placed_linear, logits_are_never_whole, one_rank_alone)
+
+
+def on_rank(rank):
     torch.manual_seed(0)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS, timeout=timeout
-    )
-    try:
-        for check in CHECKS:
-            check(rank, dist.group.WORLD)
-        padded(rank, init_device_mesh("cpu", (RANKS,)))
-        padded(rank, None)
-    finally:
-        dist.destroy_process_group()
+    for check in CHECKS:
+        check(rank, dist.group.WORLD)
+    padded(rank, init_device_mesh("cpu", (RANKS,)))
+    padded(rank, None)
 
 
-def test_on_four_ranks(tmp_path):
-    mp.spawn(on_rank, args=(str(tmp_path / "store"),), nprocs=RANKS)
+def test_on_four_ranks():
+    on_ranks(RANKS, on_rank)
 
 
 def test_without_a_process_group():
