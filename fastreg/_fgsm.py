@@ -6,7 +6,8 @@ attacks themselves are in attacks.py.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
@@ -137,6 +138,8 @@ def parameter_of(
         return float(value), None
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be real numbers, got {value.dtype}")
+    if is_sharded(value):
+        value = cast(torch.Tensor, value.full_tensor())  # type: ignore[attr-defined]
     value = value.detach().to(x.device, arithmetic_dtype(x))
     value = _aligned(op, name, value, x)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -225,6 +228,25 @@ def both_bounds(op: str, bounds: Bounds | None) -> Bounds:
     return bounds[0], bounds[1]
 
 
+def of_part(parameter: FgsmParameter, x: Any, placements: Sequence[Any]) -> FgsmParameter:
+    """The parameter of a DTensor x for the part of it that this rank has under `placements`."""
+    number, value = parameter
+    if value is None or value.dim() == 0:
+        return parameter
+    if is_sharded(value):
+        return number, value.redistribute(x.device_mesh, placements).to_local()  # type: ignore[attr-defined]
+    return number, value.expand(x.shape)[own_part(x.shape, x.device_mesh, placements)].contiguous()
+
+
+def check_placed(op: str, name: str, x: Any) -> None:
+    """Raise for a DTensor whose parts are yet to be added up."""
+    if is_sharded(x) and any(placement.is_partial() for placement in x.placements):
+        raise ValueError(
+            f"{op}: {name} must be a replicated or sharded DTensor, got {x.placements}; call .redistribute() "
+            f"first"
+        )
+
+
 def _text(value: float | torch.Tensor) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"{value:g}"
 
@@ -259,7 +281,8 @@ def fgsm_step(
         x: tensor of any shape; float32, float64, float16 or bfloat16.
         grad: gradient of the loss with respect to x: its shape, dtype and device.
         eps: step, in the units of x: a number, or a tensor with one value per channel (C,) or (C, 1, 1), per
-            sample (B,) or (B, 1, 1, 1), or per element. A negative step goes down the gradient.
+            sample (B,) or (B, 1, 1, 1), or per element. A negative step goes down the gradient. Beside
+            DTensors a plain tensor has the values of the whole x, the same on all ranks.
         bounds: (lower, upper) of the result, each like `eps` or None; None for no bounds.
         lower, upper: the same two, each as an argument of its own.
 
@@ -302,16 +325,9 @@ def _step_of_shards(
             f"{op}: x and grad must both be DTensors or both plain tensors, got a DTensor as {which} alone; "
             f"make the other with torch.distributed.tensor.distribute_tensor"
         )
+    check_placed(op, "x", x)
     mesh, placements = x.device_mesh, x.placements
-    if any(placement.is_partial() for placement in placements):
-        raise ValueError(
-            f"{op}: x must be a replicated or sharded DTensor, got {placements}; call .redistribute() first"
-        )
     grad = grad.redistribute(mesh, placements)
-    part = own_part(x.shape, mesh, placements)
-    values = [
-        value if value is None or value.dim() == 0 else value.expand(x.shape)[part].contiguous()
-        for value in (step[1], low[1], high[1])
-    ]
-    moved = fgsm_step_op(x.to_local(), grad.to_local(), step[0], low[0], high[0], *values)
+    numbers, values = zip(*(of_part(each, x, placements) for each in (step, low, high)), strict=True)
+    moved = fgsm_step_op(x.to_local(), grad.to_local(), *numbers, *values)
     return DTensor.from_local(moved, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())

@@ -21,6 +21,7 @@ import torch
 from ._checks import check_choice, check_count, check_generator, check_initialised, check_number, check_tensor
 from ._fgsm import both_bounds, fgsm_step_op, parameter_of, times
 from ._losses import IGNORED, attacked_loss, check_logits, count_of, row_sum_of_shares, trained_loss
+from ._transforms import is_sharded
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 from .attacks import (
     Ball,
@@ -234,6 +235,7 @@ class FreeAdversarial:
     def __call__(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield x + delta `replays` times; call backward on a loss of it before asking for the next."""
         op = "FreeAdversarial"
+        _check_plain(op, x)
         eps, lower, upper, _ = prepare(op, x, self.eps, self.bounds, "linf")
         x = x.detach()
         held = self._delta
@@ -314,7 +316,9 @@ def robust_accuracy(
     total = robust = 0
     with _evaluating(model):
         for batch in _pairs(op, data, batch_size):
-            x, y = _known(op, *_pair(op, batch))
+            x, y = _pair(op, batch)
+            _check_plain(op, x)
+            x, y = _known(op, x, y)
             if parameter is not None:
                 x, y = x.to(parameter.device), y.to(parameter.device)
             lower, upper = (_per_channel(bound, x) for bound in pair)
@@ -332,6 +336,13 @@ def robust_accuracy(
             f"{op}: expected examples, got none; a DataLoader's iterator is empty after its first use"
         )
     return robust / total
+
+
+def _check_plain(op: str, x: Any) -> None:
+    if is_sharded(x):
+        raise TypeError(
+            f"{op}: x must be a plain tensor, got a DTensor; give a rank's own samples, .to_local()"
+        )
 
 
 def _pairs(op: str, data: Any, batch_size: int) -> Iterable[Any]:

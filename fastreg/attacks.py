@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +27,21 @@ from ._checks import (
     check_tensor,
     module_of,
 )
-from ._fgsm import both_bounds, bounds_of, fgsm_step_op, parameter_of, pgd_step_op, times, value_of
+from ._fgsm import (
+    both_bounds,
+    bounds_of,
+    check_placed,
+    fgsm_step_op,
+    of_part,
+    parameter_of,
+    pgd_step_op,
+    times,
+    value_of,
+)
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
-from ._transforms import autocast_dtype, is_vmapped
+from ._ranks import raise_the_first
+from ._shards import own_part, seed_of_first_rank
+from ._transforms import autocast_dtype, is_sharded, is_vmapped
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 
 __all__ = ["fgsm", "pgd"]
@@ -73,6 +85,8 @@ def attack_step(
     """One step of size alpha up the gradient, projected to the ball around origin (None: no projection) and
     to the bounds.
     """
+    if is_sharded(x):
+        return _step_of_parts(x, grad, origin, alpha, ball)
     eps, lower, upper, norm = ball
     if norm == "linf":
         if origin is None:
@@ -88,6 +102,28 @@ def attack_step(
         direction, size = _unit(delta)
         moved = torch.where(size > value_of(eps), origin.to(work) + direction * value_of(eps), moved)
     return clamp(moved, lower, upper).to(x.dtype)
+
+
+def _step_of_parts(x: Any, grad: Any, origin: Any, alpha: FgsmParameter, ball: Ball) -> torch.Tensor:
+    """The step of DTensors: each rank's of its part, placed as x is. The l2 norm needs whole samples."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = x.device_mesh, x.placements
+    if ball.norm == "l2":
+        placements = [p if p.is_shard(0) else Replicate() for p in placements]
+    own: list[Any] = [
+        t if t is None else t.redistribute(mesh, placements).to_local() for t in (x, grad, origin)
+    ]
+    moved = attack_step(
+        own[0], own[1], own[2], of_part(alpha, x, placements), _ball_of_part(ball, x, placements)
+    )
+    moved = DTensor.from_local(moved, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+    return moved.redistribute(mesh, x.placements)
+
+
+def _ball_of_part(ball: Ball, x: Any, placements: Sequence[Any]) -> Ball:
+    eps, lower, upper = (of_part(each, x, placements) for each in (ball.eps, ball.lower, ball.upper))
+    return Ball(eps, lower, upper, ball.norm)
 
 
 def clamp(x: torch.Tensor, lower: FgsmParameter, upper: FgsmParameter) -> torch.Tensor:
@@ -287,6 +323,7 @@ def prepare(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, norm: 
 def check_ball(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, norm: Norm) -> Ball:
     """The arguments that every attack has, checked."""
     check_tensor(op, "x", x)
+    check_placed(op, "x", x)
     if not x.is_floating_point():
         raise TypeError(f"{op}: x must be a floating-point tensor, got {x.dtype}; convert it with .float()")
     check_choice(op, "norm", norm, ("linf", "l2"))
@@ -310,6 +347,8 @@ def around(op: str, x: torch.Tensor, ball: Ball) -> Ball:
     lower, upper = (value_of(bound) for bound in (ball.lower, ball.upper))
     if (ball.lower == (-math.inf, None) and ball.upper == (math.inf, None)) or not x.numel():
         return ball
+    if is_sharded(x):
+        return _around_parts(op, x, ball)
     wide = x.detach().to(arithmetic_dtype(x))
     if _may_look(x):
         if not isinstance(lower, torch.Tensor) and not isinstance(upper, torch.Tensor):
@@ -333,6 +372,40 @@ def around(op: str, x: torch.Tensor, ball: Ball) -> Ball:
         lower=(0.0, torch.minimum(lows, wide).contiguous()),
         upper=(0.0, torch.maximum(highs, wide).contiguous()),
     )
+
+
+def _around_parts(op: str, x: Any, ball: Ball) -> Ball:
+    """`around` of a DTensor. One message tells whether some rank's part lies outside of the bounds: then all
+    raise the same error.
+    """
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements, local = x.device_mesh, x.placements, x.to_local()
+    groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
+    own = _ball_of_part(ball, x, placements)
+    failed, held = None, own
+    try:
+        held = around(op, local, own)
+    except ValueError as error:
+        failed = error
+    found = torch.tensor([held is not own, failed is not None], dtype=torch.uint8, device=local.device)
+    for group in groups:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
+    if _may_look(x):
+        if found[1]:
+            raise_the_first(failed, *groups)
+        if not found[0]:
+            return ball
+
+    def bound(parameter: FgsmParameter, end: Any) -> FgsmParameter:
+        wide = local.to(arithmetic_dtype(local))
+        part = end(torch.as_tensor(value_of(parameter), dtype=wide.dtype, device=wide.device), wide)
+        part = DTensor.from_local(
+            part.contiguous(), mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
+        )
+        return 0.0, part
+
+    return ball._replace(lower=bound(own.lower, torch.minimum), upper=bound(own.upper, torch.maximum))
 
 
 def _range_text(bound: float | torch.Tensor, end: Any) -> str:
@@ -361,7 +434,10 @@ def fgsm(
         model: callable or Module, called as model(x) in the mode it is in; gives logits unless `loss` takes
             something else. The state of a Module is shielded; a function that calls modules of its own is
             called as it is.
-        x: inputs, (B, ...), floating point, in the units of `bounds`.
+        x: inputs, (B, ...), floating point, in the units of `bounds`; or a DTensor, replicated or sharded in
+            any dimension, for a model that takes it. The values are then those of the whole x, y, eps and
+            bounds, plain tensors the same on all ranks, and where the generators differ the first rank's
+            counts.
         y: what `loss` compares with: class indices (B,) or probabilities; with `targeted` the class that the
             model shall see.
         eps: size of the step, at least 0: a number, or a tensor with one value per channel (C,), per sample
@@ -513,12 +589,49 @@ def _losses(op: str, model: Model, x: torch.Tensor, y: Any, loss: Loss | None) -
 @torch.no_grad()
 def draw_start(x: torch.Tensor, ball: Ball, generator: torch.Generator | None) -> torch.Tensor:
     """A uniform random point of the ball around x, between the bounds."""
+    if is_sharded(x):
+        return _start_of_parts(x, ball, generator)
+    noise = _noise(x, ball.norm, generator)
+    return _started(x, noise, ball)
+
+
+def _noise(x: torch.Tensor, norm: Norm, generator: torch.Generator | None) -> torch.Tensor:
+    """A uniform random point of the unit ball for each sample, of the shape of x."""
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if ball.norm == "linf":
-        noise = torch.rand(x.shape, dtype=work, device=x.device, generator=generator) * 2 - 1
-    else:  # A uniform direction times U^(1/d) is uniform in the ball of d dimensions.
-        noise = torch.randn(x.shape, dtype=work, device=x.device, generator=generator)
-        direction, length = _unit(noise)
-        radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator)
-        noise = direction * radius ** (1 / max(math.prod(x.shape[1:]), 1))
-    return clamp(x.to(work) + value_of(ball.eps) * noise, ball.lower, ball.upper).to(x.dtype)
+    if norm == "linf":
+        return torch.rand(x.shape, dtype=work, device=x.device, generator=generator) * 2 - 1
+    # A uniform direction times U^(1/d) is uniform in the ball of d dimensions.
+    noise = torch.randn(x.shape, dtype=work, device=x.device, generator=generator)
+    direction, length = _unit(noise)
+    radius = torch.rand(length.shape, dtype=work, device=x.device, generator=generator)
+    return direction * radius ** (1 / max(math.prod(x.shape[1:]), 1))
+
+
+def _started(x: torch.Tensor, noise: torch.Tensor, ball: Ball) -> torch.Tensor:
+    return clamp(x.to(noise.dtype) + value_of(ball.eps) * noise, ball.lower, ball.upper).to(x.dtype)
+
+
+def _start_of_parts(x: Any, ball: Ball, generator: torch.Generator | None) -> torch.Tensor:
+    """The start of a DTensor: that of the whole, drawn by the generator of the mesh's first rank. Each rank
+    draws all of it and keeps its part.
+    """
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = x.device_mesh, x.placements
+    state = _state_of(x.device, generator)
+    first = seed_of_first_rank(state.to(x.device, copy=True), mesh).to(state.device)
+    noise = _noise(x, ball.norm, generator)
+    if not torch.equal(first, state):  # its own generator has moved on all the same, as that of the first
+        noise = _noise(x, ball.norm, torch.Generator(x.device).set_state(first))
+    part = own_part(x.shape, mesh, placements)
+    start = _started(x.to_local(), noise[part], _ball_of_part(ball, x, placements))
+    return DTensor.from_local(start, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
+def _state_of(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
+    """The state of a generator or of the device's default one."""
+    if generator is not None:
+        return generator.get_state()
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    return torch.get_device_module(device).get_rng_state(device)

@@ -1,5 +1,6 @@
 """Ops of DTensors on two ranks: what they give is what they give for the whole tensor, also when compiled."""
 
+import copy
 import itertools
 from functools import partial
 
@@ -11,7 +12,7 @@ from helpers import on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,6 +41,61 @@ def fgsm_step(rank, mesh):
     partial = DTensor.from_local(x, mesh, [Partial()])
     with pytest.raises(ValueError, match=r"call \.redistribute\(\) first"):
         fr.fgsm_step(partial, placed, 0.1)
+
+
+def attacks(rank, mesh):
+    """The examples of one process, however x is placed and the ranks' generators are seeded."""
+    torch.manual_seed(0)
+    one = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = distribute_module(copy.deepcopy(one), mesh)  # replicated
+    x, y = numbers(6, 5, 6).sigmoid(), torch.arange(5) % 3
+    lower = x.clone() - 0.01  # a bound for each element, which x keeps but for rounding
+    lower[3, 2] = x[3, 2] + 1e-8
+    of_sample = torch.linspace(0.01, 0.3, 5).view(5, 1)
+    soft = dict(loss=lambda output, y: fr.cross_entropy(output, y, reduction="none", label_smoothing=0.1))
+    for placement in PLACEMENTS:
+        placed = distribute_tensor(x, mesh, [placement])
+        eps = distribute_tensor(of_sample, mesh, [Shard(0)])
+        for attack in (
+            lambda m, x, y: fr.fgsm(m, x, y, 0.1),
+            lambda m, x, y: fr.fgsm(m, x, y, of_sample, norm="l2", targeted=True),
+            lambda m, x, y, eps=eps: fr.fgsm(m, x, y, eps if isinstance(x, DTensor) else of_sample),
+            lambda m, x, y: fr.fgsm(m, x, y, 0.1, random_start=True, bounds=(lower, 1.0)),
+            lambda m, x, y: fr.fgsm(m, x, y, 0.1, norm="l2", bounds=(lower, 1.0)),
+            lambda m, x, y: fr.pgd(m, x, y, 0.1, 0.03, 3),
+            lambda m, x, y: fr.pgd(m, x, y, of_sample, 0.03, 2, norm="l2"),
+            lambda m, x, y: fr.pgd(m, x, y, 0.1, 0.05, 2, restarts=3, **soft),
+            lambda m, x, y: fr.adversarial_loss(m, x, y, 0.1),
+            lambda m, x, y: fr.adversarial_loss(m, x, y, 0.1, random_start=True),
+            lambda m, x, y: fr.adversarial_backward(m, x, y, 0.1),
+        ):
+            torch.manual_seed(3)
+            want = attack(one, x, y)
+            after = torch.rand(2)
+            torch.manual_seed(3 + rank)
+            got = attack(model, placed, y)
+            torch.testing.assert_close(got.full_tensor(), want, rtol=1e-5, atol=1e-6)
+            assert got.dim() == 0 or got.placements == placed.placements
+            assert rank or torch.equal(torch.rand(2), after)
+        for p, q in zip(model.parameters(), one.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad)
+            p.grad = q.grad = None
+    # What one rank sees is told to all.
+    outside = x.clone()
+    outside[4, 5] = 1.5
+    texts = [None, None]
+    with pytest.raises(ValueError, match=r"x must lie within bounds.* to 1\.5; ") as caught:
+        fr.fgsm(model, distribute_tensor(outside, mesh, [Shard(0)]), y, 0.1)
+    dist.all_gather_object(texts, str(caught.value))
+    assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="fgsm: x must be a replicated or sharded DTensor"):
+        fr.fgsm(model, DTensor.from_local(x, mesh, [Partial()]), y, 0.1)
+    for name, call in (
+        ("FreeAdversarial", lambda x: next(fr.FreeAdversarial(0.1)(x))),
+        ("robust_accuracy", lambda x: fr.robust_accuracy(model, (x, y), 0.1)),
+    ):
+        with pytest.raises(TypeError, match=rf"{name}: x must be a plain tensor, got a DTensor; give a rank"):
+            call(placed)
 
 
 def compiled_dropout(rank, mesh):
@@ -236,7 +292,15 @@ def compiled_step(rank, mesh):
 
 
 CHECKS = (
-    *(fgsm_step, compiled_dropout, dropout_of_parts, dropout_add_rounds_once, patched, compiled_attention),
+    *(
+        fgsm_step,
+        attacks,
+        compiled_dropout,
+        dropout_of_parts,
+        dropout_add_rounds_once,
+        patched,
+        compiled_attention,
+    ),
     *(averages_of_fsdp, adversarial_training),
     *(penalties, compiled_step),
 )
