@@ -359,6 +359,9 @@ def scaled_dot_product_attention(
             for each.
         generator: torch.Generator on the query's device to draw the seed from; the default generator if None.
 
+    DTensors may be replicated or sharded in the dimensions before the last two, the mask in any; a plain mask
+    is the same on all ranks. A rank computes the heads of query that it holds.
+
     Returns:
         (..., L, Ev), of the dtype of query, contiguous. A query that may see no key gets 0. Arithmetic is
         float32 (float64 for float64), with one rounding. Kept for backward are the inputs, a seed and two
@@ -408,7 +411,7 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0  # without a width all scores are 0
     if any(map(is_sharded, (query, key, value, attn_mask))):
-        _check_shards(op, query, key, value, attn_mask, enable_gqa)
+        _check_shards(op, query, key, value, enable_gqa)
         run = _run_on_shards
     else:
         run = _of_groups if enable_gqa else _run
@@ -432,42 +435,32 @@ def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
     return attention_op(*arguments, [], [])[0]
 
 
-def _check_shards(
-    op: str, query: Any, key: Any, value: Any, attn_mask: Tensor | None, enable_gqa: bool
-) -> None:
+def _check_shards(op: str, query: Any, key: Any, value: Any, enable_gqa: bool) -> None:
     """Raise unless each rank can work on heads of its own."""
-    tensors = query, key, value
+    tensors, lead = (query, key, value), -3 if enable_gqa else -2
     if not all(map(is_sharded, tensors)) or any(
-        (t.device_mesh, t.placements, t.shape[:-2]) != (query.device_mesh, query.placements, query.shape[:-2])
-        for t in tensors
+        (t.device_mesh, t.shape[:lead]) != (query.device_mesh, query.shape[:lead]) for t in tensors
     ):
         raise ValueError(
-            f"{op}: of DTensors, query, key and value must all be some, with one mesh, one placement and one "
-            "number of heads; call .redistribute() or repeat the heads first"
+            f"{op}: of DTensors, query, key and value must all be some, on one mesh, with the same "
+            f"dimensions before the last {-lead}; make them some with distribute_tensor, or expand them first"
         )
-    if any(
-        not placement.is_replicate()
-        and not (placement.is_shard() and placement.dim % query.dim() < query.dim() - 2)
-        for placement in query.placements
-    ):
-        raise ValueError(
-            f"{op}: DTensors must be replicated or sharded in the dimensions before the last two, got "
-            f"{query.placements}; call .redistribute() first"
-        )
-    if attn_mask is not None and (is_sharded(attn_mask) or attn_mask.requires_grad):
-        raise ValueError(
-            f"{op}: beside DTensors, attn_mask must be a plain tensor, the whole one on every rank, that "
-            "needs no gradient; give it .full_tensor() or .detach()"
-        )
-    if enable_gqa:
-        raise ValueError(
-            f"{op}: of DTensors, enable_gqa must be False, got True; repeat the heads with "
-            ".repeat_interleave()"
-        )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if any(
+            not placement.is_replicate()
+            and not (placement.is_shard() and placement.dim % tensor.dim() < tensor.dim() - 2)
+            for placement in tensor.placements
+        ):
+            raise ValueError(
+                f"{op}: DTensors must be replicated or sharded in the dimensions before the last two, got "
+                f"{name} with {tensor.placements}; call .redistribute() first"
+            )
 
 
 def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
-    """The output of DTensors: every rank draws for its heads what one process would."""
+    """The output of DTensors: every rank draws for its heads what one process would. It is placed as query
+    is, and so are the heads of key and value that a rank takes.
+    """
     from torch.distributed.tensor import DTensor
 
     mesh, placements = query.device_mesh, query.placements
@@ -475,15 +468,50 @@ def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
     part = own_part(query.shape, mesh, placements)[:-2]
     whole, start = list(query.shape[:-2]), [own.start for own in part]
     if attn_mask is not None:
+        attn_mask = _whole_mask(attn_mask, query)
         missing = query.dim() - attn_mask.dim()
         for dim, own in enumerate(part):
             if dim >= missing and attn_mask.shape[dim - missing] > 1:
                 attn_mask = attn_mask.narrow(dim - missing, own.start, own.stop - own.start)
-    tensors = (t.to_local() for t in (query, key, value))
+    tensors = query.to_local(), _heads_for(query, key), _heads_for(query, value)
     output = _Attention.apply(*tensors, attn_mask, p, is_causal, scale, seed, whole, start)
     size = torch.Size((*query.shape[:-1], value.shape[-1]))
     strides = torch.empty(size, device="meta").stride()
     return DTensor.from_local(output, mesh, placements, run_check=False, shape=size, stride=strides)
+
+
+def _heads_for(query: Any, tensor: Any) -> Tensor:
+    """Of key or value the heads that belong to those of query on this rank, shared ones repeated."""
+    from torch.distributed.tensor import Partial, Replicate
+
+    mesh, placements = query.device_mesh, list(query.placements)
+    if tensor.shape[:-2] == query.shape[:-2]:
+        return tensor.redistribute(mesh, placements).to_local()
+    heads = query.dim() - 3  # the dimension
+    each = query.shape[heads] // tensor.shape[heads]
+    axes = [axis for axis, p in enumerate(placements) if p.is_shard() and p.dim % query.dim() == heads]
+    if tensor.shape[heads] % math.prod(mesh.size(axis) for axis in axes) == 0:  # whole groups everywhere
+        return tensor.redistribute(mesh, placements).to_local().repeat_interleave(each, heads)
+    gradients = [Partial() if axis in axes else p for axis, p in enumerate(placements)]
+    placements = [Replicate() if axis in axes else p for axis, p in enumerate(placements)]
+    own = own_part(query.shape, mesh, query.placements)[heads]
+    taken = torch.arange(own.start, own.stop, device=query.device) // each
+    local = tensor.redistribute(mesh, placements).to_local(grad_placements=gradients)
+    return local.index_select(heads, taken)
+
+
+def _whole_mask(attn_mask: Any, query: Any) -> Tensor:
+    """The mask, all of it; its gradient is the sum over the ranks that have other heads."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh = query.device_mesh
+    everywhere = [Replicate()] * mesh.ndim
+    if not is_sharded(attn_mask):
+        if not attn_mask.requires_grad:
+            return attn_mask
+        attn_mask = DTensor.from_local(attn_mask, mesh, everywhere, run_check=False)
+    gradients = [Partial() if placement.is_shard() else Replicate() for placement in query.placements]
+    return attn_mask.redistribute(mesh, everywhere).to_local(grad_placements=gradients)
 
 
 def _as_autocast(

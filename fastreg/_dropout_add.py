@@ -12,7 +12,7 @@ import functools
 import torch
 from torch.compiler import is_compiling
 
-from ._checks import arithmetic_dtype, check_dtype, check_generator, check_tensor
+from ._checks import ArgumentTypeError, arithmetic_dtype, check_dtype, check_generator, check_tensor
 from ._dropout import (
     check_input,
     constants_of,
@@ -142,6 +142,10 @@ def _check_together(op: str, input: torch.Tensor, residual: torch.Tensor, bias: 
             )
 
 
+def _is_plain(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and not is_sharded(tensor)
+
+
 def dropout_add(
     input: torch.Tensor,
     residual: torch.Tensor,
@@ -173,7 +177,7 @@ def dropout_add(
     Raises:
         ValueError: p outside [0, 1] or NaN; a residual or bias of another shape, dtype or device; a dtype
             without kernels.
-        TypeError: `input`, `residual` or `bias` is no tensor or `p` no number.
+        TypeError: `input`, `residual` or `bias` is no tensor or `p` no number; DTensors beside plain tensors.
 
     Source: Srivastava et al. 2014; bias, dropout and residual as one: Shoeybi et al. 2019, Megatron-LM.
     """
@@ -193,6 +197,12 @@ def dropout_add(
         input, residual = input.to(widest), residual.to(widest)
         bias = None if bias is None else bias.to(widest)
     _check_together(op, input, residual, bias)
+    plain = [name for name, t in (("input", input), ("residual", residual), ("bias", bias)) if _is_plain(t)]
+    if plain and any(map(is_sharded, (input, residual, bias))):
+        raise ArgumentTypeError(
+            f"{op}: input, residual and bias must all be DTensors or all plain tensors, got a plain "
+            f"{plain[0]} beside DTensors; make it one with torch.distributed.tensor.distribute_tensor"
+        )
     if not training or not input.numel():
         p = 0.0
     if p == 0:

@@ -167,7 +167,10 @@ def _instead_of_attention(original: Callable[..., Any]) -> Callable[..., Any]:
             and _is_replaced()
             and not has_torch_function((query, key, value, attn_mask))
             and all(_has_kernel(t) and t.is_cpu for t in (query, key, value))
-            and (attn_mask is None or (type(attn_mask) in _PLAIN and attn_mask.is_cpu))
+            and (
+                attn_mask is None
+                or ((type(attn_mask) in _PLAIN or _is_placed(attn_mask)) and attn_mask.is_cpu)
+            )
         ):
             if is_compiling():
                 return scaled_dot_product_attention(*arguments, **options)

@@ -4,6 +4,7 @@ memory that grows with the length; and all of it holds through every door of tor
 """
 
 import copy
+import itertools
 import math
 import re
 
@@ -582,6 +583,49 @@ print(peak(1024), peak(3072))
     assert large - small < 18, (small, large)  # MiB; all weights once are 36
 
 
+def _shared_heads_on_shards(rank):
+    """Heads that are shared, masks of every kind and place, and other placements of key and value: the values
+    and gradients of the whole, by fastreg's name and by torch's where it is patched.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(4)
+    q = torch.randn(3, 6, 7, 8, generator=generator)
+    full = torch.randn(3, 6, 7, 9, generator=generator)
+    for groups, placement, mask, of_mask in itertools.product(
+        (6, 3, 2), (Replicate(), Shard(0), Shard(1)), (None, full, full[0, :1], full < 0.5), (0, 1, 2)
+    ):
+        k, v = (torch.randn(3, groups, 9, 8, generator=generator) for _ in range(2))
+        inputs = [q, k, v, *([] if mask is None else [mask])]
+        options = dict(dropout_p=0.3, enable_gqa=True)
+        leaves = [t.clone().requires_grad_(t.is_floating_point()) for t in inputs]
+        differ = [t for t in leaves if t.requires_grad]
+        want = with_seed(1, fr.scaled_dot_product_attention, *leaves, **options)
+        wanted = torch.autograd.grad(want.pow(2).sum(), differ)
+        parts = [distribute_tensor(t, mesh, [placement]) for t in (q, k, v)]
+        parts[1] = distribute_tensor(k, mesh, [Replicate()])  # it goes where query is
+        if mask is not None:
+            by = (None, Replicate(), Shard(mask.dim() - 1))[of_mask]
+            parts.append(mask.clone() if by is None else distribute_tensor(mask, mesh, [by]))
+        parts = [t.requires_grad_(t.is_floating_point()) for t in parts]
+        differ = [t for t in parts if t.requires_grad]
+        for name in (fr, F):
+            with fr.patched():
+                got = with_seed(1 + rank, name.scaled_dot_product_attention, *parts, **options)
+            assert got.placements == (placement,)
+            what = groups, placement, None if mask is None else (mask.shape, mask.dtype, by), name
+            torch.testing.assert_close(got.full_tensor(), want, msg=lambda text, what=what: f"{what}: {text}")
+            for part, grad in zip(wanted, torch.autograd.grad(got.pow(2).sum(), differ), strict=True):
+                grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+                torch.testing.assert_close(grad, part, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_shared_heads_and_masks_of_dtensors():
+    on_ranks(2, _shared_heads_on_shards)
+
+
 def _on_shards(rank):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -602,9 +646,8 @@ def _on_shards(rank):
     rows = [distribute_tensor(t, mesh, [Shard(2)]) for t in tensors_]
     for wrong, options, words in (
         (rows, {}, "must be replicated or sharded in the dimensions before the last two"),
+        ((parts[0], *rows[1:]), {}, "got key with"),
         ((parts[0], *tensors_[1:]), {}, "query, key and value must all be some"),
-        (parts, {"enable_gqa": True}, "enable_gqa must be False"),
-        (parts, {"attn_mask": torch.zeros(20, 30).requires_grad_()}, "attn_mask must be a plain tensor"),
     ):
         with pytest.raises(ValueError, match=words):
             fr.scaled_dot_product_attention(*wrong, dropout_p=0.3, **options)

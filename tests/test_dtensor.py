@@ -181,6 +181,92 @@ def dropout_add_rounds_once(rank, mesh):
         assert got.dtype == x.dtype and torch.equal(got.full_tensor(), want)
 
 
+def mixed_summands(rank, mesh):
+    """A plain tensor beside DTensors: an error of torch's class, with the remedy."""
+    x = numbers(0, 6, 8)
+    placed, bias = distribute_tensor(x, mesh, [Shard(0)]), distribute_tensor(x[0], mesh, [Replicate()])
+    for arguments, name in (
+        ((x, placed), "input"),
+        ((placed, x), "residual"),
+        ((placed, placed, 0.5, x[0]), "bias"),
+        ((x, x, 0.0, bias), "input"),
+    ):
+        for error in (TypeError, RuntimeError):
+            with pytest.raises(
+                error, match=f"dropout_add: .*got a plain {name} beside DTensors; make it one"
+            ):
+                fr.dropout_add(*arguments)
+
+
+def augmentation(rank, mesh):
+    """Each sample what it becomes in the whole batch, and what cannot be placed so is refused."""
+    images = numbers(0, 5, 3, 12, 16).sigmoid()
+    of_sample = torch.linspace(0.5, 1.5, 5)
+    one = fr.augment.Augment(
+        hflip=0.5, rotate=15, size=(8, 8), brightness=0.3, blur=(3, (0.1, 2.0)), erase=0.5
+    )
+    for augment in (one, fr.augment.Augment.rand(2, 9), copy.deepcopy(one).eval()):
+        for x in (images, (images * 255).byte(), images[:1]):
+            torch.manual_seed(3)
+            want, after = augment(x), torch.rand(1)
+            for placement in PLACEMENTS[:2]:
+                placed = distribute_tensor(x, mesh, [placement])
+                torch.manual_seed(3 + rank)
+                got = augment(placed)
+                assert rank or torch.equal(torch.rand(1), after)
+                assert got.placements == (placement,) and torch.equal(got.full_tensor(), want)
+    placed = distribute_tensor(images, mesh, [Shard(0)]).requires_grad_()
+    (grad,) = torch.autograd.grad(fr.augment.functional.adjust_brightness(placed, of_sample).sum(), placed)
+    want = (images * of_sample.view(5, 1, 1, 1) < 1) * of_sample.view(5, 1, 1, 1).expand(images.shape)
+    torch.testing.assert_close(grad.full_tensor(), want)
+    f = fr.augment.functional
+    for function in (
+        f.horizontal_flip,
+        lambda x: f.affine(x, of_sample * 9, (of_sample, 1.0), of_sample, 0.0, fill=0.5),
+        lambda x: f.rotate(x, 30, expand=True),
+        lambda x: f.vertical_stretch(x, factor=of_sample),
+        lambda x: f.resized_crop(x, 1, 2, 8, 9, 6),
+        lambda x: f.adjust_contrast(
+            x, distribute_tensor(of_sample, mesh, [Shard(0)]) if isinstance(x, DTensor) else of_sample
+        ),
+        lambda x: f.gaussian_blur(x, 3, sigma=of_sample),
+        lambda x: f.erase(inpt=x, i=of_sample.long(), j=1, h=3, w=4, v=torch.tensor([0.0, 0.5, 1.0])),
+        lambda x: f.normalize(x, torch.tensor([0.1, 0.2, 0.3]), 0.5),
+        lambda x: f.equalize(x),
+        lambda x: f.adjust_sharpness(x, of_sample),
+        lambda x: f.solarize(x, of_sample / 2),
+    ):
+        for placement in PLACEMENTS[:2]:
+            placed = distribute_tensor(images, mesh, [placement])
+            got = function(placed)
+            want = function(images)
+            assert got.placements == (placement,), got
+            assert torch.equal(got.full_tensor(), want), (got.full_tensor() - want).abs().amax((1, 2, 3))
+    placed = distribute_tensor(images.clone(), mesh, [Shard(0)])
+    assert f.normalize(placed, 0.5, 0.5, inplace=True) is placed
+    assert torch.equal(placed.full_tensor(), f.normalize(images, 0.5, 0.5))
+    for wrong, error, words, call in (
+        ([Shard(1)], ValueError, r"sharded over B, .* call \.redistribute", one),
+        ([Shard(2)], ValueError, r"sharded over B, .* call \.redistribute", lambda x: f.rotate(x, 30)),
+        ([Shard(0)], TypeError, r"give a rank's own samples, \.to_local", one.sample),
+        ([Shard(0)], TypeError, "are moved alone, got targets", lambda x: one(x, masks=images[:, :1].byte())),
+        (
+            [Shard(0)],
+            TypeError,
+            "give a rank's own samples",
+            lambda x: fr.augment.mixup(x, of_sample.long(), 1.0, 2),
+        ),
+        (
+            [Shard(0)],
+            TypeError,
+            "give a rank's own samples",
+            lambda x: fr.augment.apply(x, one.sample(images)),
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            call(distribute_tensor(images, mesh, wrong))
+
+
 def averages_of_fsdp(rank, mesh):
     """An evaluation, with averages or without, leaves the next step what it would be."""
     x, y = numbers(5, 8, 4), torch.arange(8) % 3
@@ -292,6 +378,7 @@ def compiled_step(rank, mesh):
 
 
 CHECKS = (
+    *(mixed_summands, augmentation),
     *(
         fgsm_step,
         attacks,

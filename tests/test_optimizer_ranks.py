@@ -88,6 +88,64 @@ def of_one_process(cls, options, mesh, share, folder):
     assert_same(again.parameters(), other, single.parameters(), one)
 
 
+def of_torchs_checkpoint(cls, options, mesh, folder):
+    """A distributed checkpoint of torch's optimiser, read by either kind of state dict, goes on as one that
+    torch's own state dict was loaded into.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(make, **options):
+        model, _ = model_and_data()
+        fully_shard(model, mesh=mesh)
+        return model, make(model.parameters(), **options)
+
+    theirs = torch.optim.SGD if cls is fr.optim.SGD else torch.optim.AdamW
+    usual = {name: value for name, value in options.items() if name != "cautious"}
+    data = model_and_data()[1]
+    model, optimizer = sharded(theirs, **usual)
+    train(model, optimizer, data[:3])
+    named, path = get_optimizer_state_dict(model, optimizer), f"{folder}/torchs {cls.__name__}"
+    dcp.save(
+        {"model": model.state_dict(), "named": named, "plain": optimizer.state_dict()}, checkpoint_id=path
+    )
+
+    more = {"l1": 0.01, "ema": 0.5, "stochastic_rounding": True}
+    results = []
+    for kind in ("directly", "named", "plain"):
+        again, other = sharded(cls, **options | more)
+        train(again, other, data[4:])  # what is read replaces this
+        if kind == "directly":
+            again.load_state_dict(model.state_dict())
+            other.load_state_dict(optimizer.state_dict())
+        else:
+            state = get_optimizer_state_dict(again, other) if kind == "named" else other.state_dict()
+            read = {"model": again.state_dict(), kind: state}
+            with pytest.raises(CheckpointException, match="Missing key in checkpoint"):
+                dcp.load(read, checkpoint_id=path)
+            dcp.load(read, checkpoint_id=path, planner=fr.optim.load_planner())
+            again.load_state_dict(read["model"])
+            if kind == "named":
+                set_optimizer_state_dict(again, other, read[kind])
+            else:
+                other.load_state_dict(read[kind])
+        assert {name: other.param_groups[0][name] for name in more} == more
+        train(again, other, data[3:5])
+        averages = [other.state[p]["ema"] for p in again.parameters()]
+        results.append([whole(t.detach()) for t in (*again.parameters(), *averages)])
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    lacking = {
+        "model": model.state_dict(),
+        "named": {**get_optimizer_state_dict(again, other), "more": torch.ones(1)},
+    }
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: named\.more"):
+        dcp.load(lacking, checkpoint_id=path, planner=fr.optim.load_planner())
+
+
 def one_tensor(cls, options, mesh, world):
     """Uneven shards, one of which is empty, and replicas; gradients placed otherwise, partial sums too."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -159,6 +217,7 @@ def worker(rank, world, folder):
     for cls, own in KINDS.items():
         options = {**own, **SHARED}
         of_one_process(cls, options, mesh, slice(4 * rank, 4 * rank + 4), folder)
+        of_torchs_checkpoint(cls, own, mesh, folder)
         one_tensor(cls, options, mesh, world)
         rounded_at_random(cls, own, mesh)
 

@@ -21,15 +21,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_choice, check_count, check_generator, check_number, check_tensor
+from .._checks import (
+    ArgumentTypeError,
+    check_choice,
+    check_count,
+    check_generator,
+    check_number,
+    check_tensor,
+)
 from .._seeds import draw_seed, seed_tensor
+from .._shards import seed_of_first_rank
+from .._transforms import is_sharded
 from . import _collate, _from_torchvision, _op, _policies, _show, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
-from ._arguments import IMAGE_DTYPES, batched
+from ._arguments import IMAGE_DTYPES, batched, refuse_parts
 from ._indexed import Indexed, numbers_of
 from ._mixing import Mixing
 from ._op import Interpolation, Padding, PerChannel
 from ._params import Params, Settings
+from ._parts import part_of, whole_of
 from ._policies import OPERATIONS as OPERATIONS
 from ._policies import Policy
 from ._ranges import (
@@ -394,6 +404,7 @@ class Augment(nn.Module):
         """(number of samples, (height, width) of the images, of the result)."""
         op = "Augment.sample"
         check_tensor(op, "batch", batch)
+        refuse_parts(op, batch)
         if batch.dim() not in (3, 4):
             raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
         count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
@@ -459,6 +470,9 @@ class Augment(nn.Module):
         """The augmented batch, of shape (B, C, *size), by parameters that are drawn from `generator` or the
         default one. With targets, an `Augmented` of images and targets: for all arguments see `apply`.
 
+        A DTensor of images, replicated or sharded over the samples, gives one placed as it is, in which each
+        sample draws what it would in the whole batch on one device, by the seed of the mesh's first rank.
+
         A list of images (C, H, W) becomes one batch, in which each draws what it would in any
         other; where there is a `size`, they may be of different heights and widths.
 
@@ -477,6 +491,8 @@ class Augment(nn.Module):
             masks, boxes, keypoints, counts, visible, box_format, mask_fill, min_area, min_visibility,
             flip_permutation,
         )  # fmt: skip
+        if is_sharded(batch):
+            return self._of_parts(batch, generator, labels, targets)
         if labels is None and self.mixing.on() and is_labelled(batch):
             batch, labels = batch
         if labels is not None or (self.mixing.on() and self.training):
@@ -499,6 +515,25 @@ class Augment(nn.Module):
             **options_of(self.settings),
         )
         return output if lead else output.squeeze(0)
+
+    def _of_parts(
+        self, batch: Any, generator: torch.Generator | None, labels: Tensor | None, targets: Targets
+    ) -> Tensor:
+        """Each rank's samples, which draw by their place in the whole batch and by the first rank's seed."""
+        op = "augment"
+        if labels is not None or targets.given() or (self.mixing.on() and self.training):
+            raise ArgumentTypeError(
+                f"{op}: images as a DTensor are moved alone, got targets, labels or mixing beside them; give "
+                f"a rank's own samples, .to_local(), and Params of sample(..., seed=, offset=)"
+            )
+        local, own = part_of(op, batch)
+        alone = copy.copy(self)
+        if self.training:
+            check_generator(op, generator)
+            seed = draw_seed(batch.device, generator).to(local.device)
+            numbers = torch.arange(own.start, own.stop, device=local.device)
+            alone._numbers = seed_of_first_rank(seed, batch.device_mesh), numbers
+        return whole_of(alone(local), batch)
 
     def _mixed(
         self, batch: Any, labels: Tensor | None, generator: torch.Generator | None, targets: Targets

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import DTYPES, check_constant, check_number, check_tensor
+from .._checks import DTYPES, ArgumentTypeError, check_constant, check_number, check_tensor
+from .._transforms import is_sharded
 from . import _op
 
 Number = float | Tensor  # one number, or one for each sample
@@ -18,9 +19,19 @@ Number = float | Tensor  # one number, or one for each sample
 IMAGE_DTYPES = (torch.uint8, *DTYPES)
 
 
+def refuse_parts(op: str, images: Any) -> None:
+    """Raise for a DTensor where there is no form for one."""
+    if is_sharded(images):
+        raise ArgumentTypeError(
+            f"{op}: images must be a plain tensor, got a DTensor; give a rank's own samples, .to_local(), "
+            f"and their place among all as offset= or index= where something is drawn"
+        )
+
+
 def batched(op: str, images: Tensor) -> tuple[Tensor, torch.Size]:
     """(images (..., C, H, W) as (B, C, H, W), their leading shape)."""
     check_tensor(op, "images", images)
+    refuse_parts(op, images)
     if images.dtype not in IMAGE_DTYPES:
         raise TypeError(
             f"{op}: images must be uint8, float32, float64, float16 or bfloat16, got {images.dtype}; convert "

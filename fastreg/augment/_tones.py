@@ -12,6 +12,7 @@ from torch import Tensor
 from .._checks import arithmetic_dtype
 from .._transforms import is_vmapped, wants_derivative
 from ._arguments import Number, batched, numbers
+from ._parts import on_parts
 from ._tv import of_images
 
 
@@ -31,6 +32,7 @@ def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: floa
     return numbers(op, name, value, image, **limits).view(*lead, 1, 1, 1)
 
 
+@on_parts
 @of_images
 def invert(inpt: Tensor) -> Tensor:
     """1 - p, of uint8 255 - p."""
@@ -38,6 +40,7 @@ def invert(inpt: Tensor) -> Tensor:
     return _most(inpt) - inpt
 
 
+@on_parts
 @of_images
 def posterize(inpt: Tensor, bits: Number) -> Tensor:
     """Keep the upper `bits` bits of a pixel, in [0, 8]: of uint8 the others become 0; of floats
@@ -56,6 +59,7 @@ def posterize(inpt: Tensor, bits: Number) -> Tensor:
     return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
 
 
+@on_parts
 @of_images
 def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     """Invert the pixels of at least `threshold`.
@@ -77,6 +81,7 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
+@on_parts
 @of_images
 def autocontrast(inpt: Tensor) -> Tensor:
     """Stretch each channel of each image to the whole range from black to white; a channel of one value stays
@@ -92,6 +97,7 @@ def autocontrast(inpt: Tensor) -> Tensor:
     return ((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)).to(inpt.dtype)
 
 
+@on_parts
 @of_images
 def equalize(inpt: Tensor) -> Tensor:
     """Spread the values of each channel of each image evenly over the 256 levels, by its histogram: level i
@@ -120,6 +126,7 @@ def equalize(inpt: Tensor) -> Tensor:
     return spread if inpt.dtype == torch.uint8 else (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
 
 
+@on_parts
 @of_images
 def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * smooth) of the inner pixels, where smooth is a mean over a pixel and
@@ -161,6 +168,7 @@ def _blended(pixels: Tensor, change: Tensor, weight: Tensor, like: Tensor) -> Te
     return result
 
 
+@on_parts
 @of_images
 def rgb_to_grayscale(inpt: Tensor, num_output_channels: int = 1) -> Tensor:
     """grey = 0.2989 r + 0.587 g + 0.114 b of images of 3 channels, in 1 or 3 channels, rounded down for

@@ -5,7 +5,8 @@ Images are (..., C, H, W), uint8 in [0, 255], or float32, float64, float16 or bf
 has their dtype and memory format. A `Number` is a Python number, or a tensor of shape (B,) that gives one
 value to each sample of (B, C, H, W). The results equal torchvision.transforms.v2.functional's within 1e-5
 (geometry, blur, brightness) and 1e-4 (contrast, saturation, hue) of an image in [0, 1]; uint8 images are
-rounded as there. All but `adjust_hue` are differentiable with respect to the images.
+rounded as there. All but `adjust_hue` are differentiable with respect to the images. A DTensor (B, C, H, W),
+replicated or sharded over B, gives one placed as it is; numbers (B,) are those of all its samples.
 
 Every function raises TypeError for another dtype and for what is no number, and ValueError for images of
 fewer than three dimensions, for a number that is not finite or out of its range, and for a tensor whose
@@ -27,6 +28,7 @@ from . import _op
 from ._arguments import Number, batched, numbers, pair
 from ._geometry import Geometry, turned
 from ._op import Interpolation, Padding, PerChannel
+from ._parts import on_parts
 from ._targets import moved_alone
 from ._tones import (
     adjust_sharpness,
@@ -115,16 +117,19 @@ def _flipped(op: str, name: str, axis: int, inpt: Tensor) -> Tensor:
     return moved_alone(inpt, step, clip=False)
 
 
+@on_parts
 def horizontal_flip(inpt: Tensor) -> Tensor:
     """Mirror left and right, images (..., W) of any dtype, or a Mask, BoundingBoxes or KeyPoints."""
     return _flipped("horizontal_flip", "hflip", -1, inpt)
 
 
+@on_parts
 def vertical_flip(inpt: Tensor) -> Tensor:
     """Mirror top and bottom, images (..., H, W) of any dtype, or a Mask, BoundingBoxes or KeyPoints."""
     return _flipped("vertical_flip", "vflip", -2, inpt)
 
 
+@on_parts
 def affine(
     inpt: Tensor,
     angle: Number,
@@ -223,6 +228,7 @@ def _expanded(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor
     return linear, -torch.stack(ends).amin(0)
 
 
+@on_parts
 def rotate(
     inpt: Tensor,
     angle: Number,
@@ -263,6 +269,7 @@ def _reached(side: int, turned: float) -> int:
     )
 
 
+@on_parts
 def vertical_stretch(
     inpt: Tensor,
     factor: Number,
@@ -291,6 +298,7 @@ def vertical_stretch(
     return wrapped(output, inpt)
 
 
+@on_parts
 def resized_crop(
     inpt: Tensor,
     top: Number,
@@ -371,12 +379,14 @@ def _adjust(step: str, inpt: Tensor, factor: Number, **limits: float) -> Tensor:
     return _augment(op, inpt, **_op.factors({step: numbers(op, f"{step}_factor", factor, inpt, **limits)}))
 
 
+@on_parts
 @of_images
 def adjust_brightness(inpt: Tensor, brightness_factor: Number) -> Tensor:
     """clamp(factor * p) of images of 1 or 3 channels; the factor is at least 0."""
     return _adjust("brightness", inpt, brightness_factor, low=0)
 
 
+@on_parts
 @of_images
 def adjust_contrast(inpt: Tensor, contrast_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * mean of the image's grey) of images of 1 or 3 channels; the factor is
@@ -385,6 +395,7 @@ def adjust_contrast(inpt: Tensor, contrast_factor: Number) -> Tensor:
     return _adjust("contrast", inpt, contrast_factor, low=0)
 
 
+@on_parts
 @of_images
 def adjust_saturation(inpt: Tensor, saturation_factor: Number) -> Tensor:
     """clamp(factor * p + (1 - factor) * grey), grey = 0.2989 r + 0.587 g + 0.114 b, of images of 3 channels;
@@ -393,6 +404,7 @@ def adjust_saturation(inpt: Tensor, saturation_factor: Number) -> Tensor:
     return _adjust("saturation", inpt, saturation_factor, low=0)
 
 
+@on_parts
 @of_images
 def adjust_hue(inpt: Tensor, hue_factor: Number) -> Tensor:
     """Turn the hue of images of 3 channels by `hue_factor` of a full circle, in [-0.5, 0.5]. Images of 1
@@ -404,6 +416,7 @@ def adjust_hue(inpt: Tensor, hue_factor: Number) -> Tensor:
     return _adjust("hue", inpt, hue_factor, low=-0.5, high=0.5)
 
 
+@on_parts
 @of_images
 def gaussian_blur(
     inpt: Tensor,
@@ -433,6 +446,7 @@ def check_kernel(op: str, kernel_size: int | Sequence[int]) -> tuple[int, int]:
     return kernel
 
 
+@on_parts
 @of_images
 def erase(
     inpt: Tensor,
@@ -474,6 +488,7 @@ def erase(
     return _augment(op, inpt, boxes=torch.stack(sides, 1).long(), erase_value=v)
 
 
+@on_parts
 @of_images
 def normalize(inpt: Tensor, mean: PerChannel, std: PerChannel, inplace: bool = False) -> Tensor:
     """(p - mean) / std per channel; uint8 images are divided by 255 first and become float32.
