@@ -11,6 +11,7 @@ _dropout_family.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -411,25 +412,38 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
     )  # a GPU's seed is drawn on the CPU, and its ranks may have no way to send that
     seed = seed_of_first_rank(seed, mesh)
 
-    # What this rank holds, counted in decisions: the dimensions that are decided index by index.
-    dims = input.dim()
-    while dims and input.shape[dims - 1 :].numel() <= inner:
-        dims -= 1
-    part = own_part(input.shape, mesh, placements)[:dims]
-    decided, decisions = input.shape[:dims], local.shape[:dims].numel() if local.numel() else 0
+    part = own_part(input.shape, mesh, placements)
+    output = dropout_of_part(local, p, seed, input.shape, part, inner, form)
+    output = DTensor.from_local(
+        output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride()
+    )
+    return input.copy_(output) if inplace else output
 
+
+def dropout_of_part(
+    local: torch.Tensor,
+    p: float,
+    seed: torch.Tensor,
+    shape: torch.Size,
+    part: Sequence[slice],
+    inner: int,
+    form: Form,
+) -> torch.Tensor:
+    """What dropout makes of the part of a tensor of `shape` when it is applied to the whole."""
+    # What is held, counted in decisions: the dimensions that are decided index by index.
+    dims = len(shape)
+    while dims and shape[dims - 1 :].numel() <= inner:
+        dims -= 1
+    decided, part = shape[:dims], part[:dims]
+    decisions = local.shape[:dims].numel() if local.numel() else 0
     # The mask of that, then dropout by it.
     place = place_in_whole(decided, part)
     if place is not None:
         mask = dropout_mask_op(local, decisions, p, seed, *place)
     else:
         whole = dropout_mask_op(local, decided.numel(), p, seed)
-        mask = pack_mask(unpack_mask(whole, decided)[part])
-    output = _Masked.apply(local, mask, max(local.numel() // max(decisions, 1), 1), *constants_of(form, p))
-    output = DTensor.from_local(
-        output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride()
-    )
-    return input.copy_(output) if inplace else output
+        mask = pack_mask(unpack_mask(whole, decided)[tuple(part)])
+    return _Masked.apply(local, mask, max(local.numel() // max(decisions, 1), 1), *constants_of(form, p))
 
 
 # --- The public functions.

@@ -64,14 +64,18 @@ def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, 
 
 def seed_of_first_rank(seed: torch.Tensor, mesh: Any) -> torch.Tensor:
     """The seed of a mesh's first rank, which decides: generators may be seeded differently."""
+    for axis in range(mesh.ndim):
+        if mesh.size(axis) > 1:
+            seed = sent_by_first(seed, (mesh, axis) if is_compiling() else mesh.get_group(axis))
+    return seed
+
+
+def sent_by_first(value: torch.Tensor, group: Any) -> torch.Tensor:
+    """What the first rank of a group has, which `value` then holds on all; one message."""
     from torch.distributed import broadcast
     from torch.distributed._functional_collectives import broadcast as traced_broadcast
 
-    for axis in range(mesh.ndim):
-        if mesh.size(axis) == 1:
-            continue
-        if is_compiling():
-            seed = traced_broadcast(seed, 0, (mesh, axis))
-        else:
-            broadcast(seed, group=mesh.get_group(axis), group_src=0)
-    return seed
+    if is_compiling():
+        return traced_broadcast(value, 0, group)
+    broadcast(value, group=group, group_src=0)
+    return value

@@ -138,6 +138,19 @@ def dropout_of_parts(rank, mesh):
         assert drawn.pop() == held and not drawn
 
 
+def dropout_by_hand(rank, mesh):
+    """Parts of columns, one of them empty, whose ranks are seeded otherwise: one message, one mask."""
+    x = numbers(0, 4, 6)
+    for first, end in (((0, 2), (2, 6)), ((0, 6), (6, 6))):
+        torch.manual_seed(3)
+        want = fr.dropout(x, 0.5)
+        own = slice((first[0], end[0])[rank], (first[1], end[1])[rank])
+        torch.manual_seed(3 + rank)
+        with CommDebugMode() as messages:
+            got = fr.distributed.dropout(x[:, own], 0.5, shape=(4, 6), start=(0, own.start), group=mesh)
+        assert messages.get_total_counts() == 1 and torch.equal(got, want[:, own])
+
+
 def patched(rank, mesh):
     """torch's names do what ours do; summands are left to torch, which refuses them on a CPU."""
     x, q = numbers(0, 6, 4), numbers(1, 2, 4, 6, 8)
@@ -378,7 +391,7 @@ def compiled_step(rank, mesh):
 
 
 CHECKS = (
-    *(mixed_summands, augmentation),
+    *(mixed_summands, augmentation, dropout_by_hand),
     *(
         fgsm_step,
         attacks,

@@ -67,6 +67,35 @@ def test_dropout_of_each_part(name):
         assert got.placements == shard.placements and torch.equal(got.to_local(), want[part])
 
 
+@pytest.mark.parametrize("name", MESHES)
+def test_dropout_of_a_part_by_hand(name):
+    sizes, placements = MESHES[name]
+    x = numbers(*SHAPE).requires_grad_()
+    part, shard = placed(x.detach(), init_device_mesh("cpu", sizes), placements)
+    local = shard.to_local().requires_grad_()
+    want = fr.dropout_with_mask(x, 0.4, seed=5)[0]
+    got = fr.distributed.dropout(local, 0.4, shape=SHAPE, start=[each.start for each in part], seed=5)
+    assert torch.equal(got, want[part])
+    gradients = [torch.autograd.grad(t.pow(2).sum(), of)[0] for t, of in ((got, local), (want, x))]
+    assert torch.equal(gradients[0], gradients[1][part])
+
+
+def test_what_is_no_part():
+    x = numbers(3, 4)
+    dropout = fr.distributed.dropout
+    for error, words, call in (
+        (ValueError, "shape and start must have a number", lambda: dropout(x, shape=(3, 8), start=(4,))),
+        (ValueError, "must lie in the whole", lambda: dropout(x, shape=(3, 8), start=(0, 5))),
+        (ValueError, "start must be at least 0", lambda: dropout(x, shape=(3, 8), start=(0, -1))),
+        (TypeError, "shape must be an int", lambda: dropout(x, shape=(3, 8.0), start=(0, 0))),
+        (TypeError, "group must be a", lambda: dropout(x, shape=(3, 8), start=(0, 0), group="tp")),
+        (ValueError, "p must be in", lambda: dropout(x, 2.0, shape=(3, 8), start=(0, 0))),
+    ):
+        with pytest.raises(error, match=f"^distributed.dropout: .*{words}"):
+            call()
+    assert dropout(x, training=False, shape=(3, 8), start=(0, 4)) is x
+
+
 def test_rows_that_do_not_follow_one_another():
     mesh = init_device_mesh("cpu", (64,))
     with pytest.raises(ValueError, match="must be rows that follow one another"):
