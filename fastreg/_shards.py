@@ -16,8 +16,9 @@ def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[s
     The cut is torch.chunk's: all ranks but the last have parts of one size, rounded up.
 
     Raises:
-        ValueError: a strided shard whose rows do not follow one another.
+        ValueError: a strided shard whose rows do not follow one another, a rank outside of the mesh.
     """
+    _check_inside(mesh)
     starts, sizes = [0] * len(shape), list(shape)
     # FSDP2 of a tensor that is split over another mesh dimension already: that split, which stands later, was
     # made first.
@@ -43,6 +44,15 @@ def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[s
     return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
 
 
+def _check_inside(mesh: Any) -> None:
+    """Raise on a rank that is not in the mesh, which holds no part of its tensors."""
+    if not is_compiling() and mesh.get_coordinate() is None:
+        raise ValueError(
+            f"fastreg: expected a rank of the DTensor's mesh, {mesh.mesh.tolist()}, got one outside; call it "
+            f"only on its ranks"
+        )
+
+
 def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, int] | None:
     """(first, columns, row): element i of a part of a tensor of `shape` is element first + i // columns * row
     + i % columns of the whole. None for a part that three numbers do not tell, of the second and the third
@@ -64,6 +74,7 @@ def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, 
 
 def seed_of_first_rank(seed: torch.Tensor, mesh: Any) -> torch.Tensor:
     """The seed of a mesh's first rank, which decides: generators may be seeded differently."""
+    _check_inside(mesh)
     for axis in range(mesh.ndim):
         if mesh.size(axis) > 1:
             seed = sent_by_first(seed, (mesh, axis) if is_compiling() else mesh.get_group(axis))

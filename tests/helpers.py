@@ -79,12 +79,13 @@ def run_python(code, *arguments, check=False, **environment):
     return done
 
 
-def on_ranks(count, function, *args, timeout=60, killed=None):
-    """Run function(rank, *args) in `count` processes, which are the ranks of a gloo group; fail where one
-    does, but for the one rank that is meant to be killed.
+def on_ranks(count, function, *args, timeout=60, killed=None, group=True):
+    """Run function(rank, *args) in `count` processes, which are the ranks of a gloo group, or will be where
+    the function makes it; fail where one does, but for the one rank that is meant to be killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        arguments = count, f"file://{folder}/store", timeout, function, args
+        address = f"file://{folder}/store" if group else None
+        arguments = count, address, timeout, function, args
         started = mp.spawn(_one_rank, arguments, nprocs=count, join=killed is None)
         for rank, process in enumerate(started.processes if started else ()):
             process.join(2 * timeout)
@@ -93,8 +94,9 @@ def on_ranks(count, function, *args, timeout=60, killed=None):
 
 def _one_rank(rank, count, address, timeout, function, args):
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=timeout)  # fail, not hang, where the ranks part
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=limit)
+    if address is not None:
+        limit = datetime.timedelta(seconds=timeout)  # fail, not hang, where the ranks part
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=limit)
     function(rank, *args)
     end_rank()
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import on_ranks
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -390,8 +390,24 @@ def compiled_step(rank, mesh):
         torch._dynamo.reset()
 
 
+def outside(rank, mesh):
+    """A rank that holds no part, because it is not in the mesh, is told so."""
+    alone = DeviceMesh("cpu", [0])
+    placed = distribute_tensor(numbers(0, 4, 3), alone, [Shard(0)])
+    for call in (
+        lambda: fr.dropout(placed, 0.5),
+        lambda: fr.cross_entropy(placed, torch.zeros(4, dtype=torch.long)),
+        lambda: fr.fgsm_step(placed, placed, torch.ones(4, 1)),
+    ):
+        if rank:
+            with pytest.raises(ValueError, match=r"a rank of the DTensor's mesh, \[0\], got one outside"):
+                call()
+        else:
+            call()
+
+
 CHECKS = (
-    *(mixed_summands, augmentation, dropout_by_hand),
+    *(mixed_summands, augmentation, dropout_by_hand, outside),
     *(
         fgsm_step,
         attacks,

@@ -103,6 +103,37 @@ def test_others_are_collated_as_before():
     assert torch.equal(augment.collate(indexed)[0], want)  # in evaluation nothing is drawn
 
 
+class AtOnce(Samples):
+    asked = 0
+
+    def __getitems__(self, indices):
+        AtOnce.asked += 1
+        return [self[i] for i in indices]
+
+
+def test_samples_that_come_at_once():
+    """DataLoader's way to ask a dataset for a whole batch reaches the one that is wrapped."""
+    augment = AUGMENTS["pass"]()
+    for data in (Samples("pair"), AtOnce("pair")):
+        loader = DataLoader(Indexed(data, 3), 4, collate_fn=augment.collate)
+        whole = torch.cat([images for images, _ in loader])
+        data = Indexed(data, 3)
+        assert torch.equal(whole, torch.cat([augment.collate([data[i]])[0] for i in range(COUNT)]))
+    assert AtOnce.asked == COUNT // 4
+
+
+def test_joined_datasets_are_wrapped_together():
+    augment, one = AUGMENTS["pass"](), Indexed(Samples("pair"), 3)
+    joined = torch.utils.data.ConcatDataset([one, Indexed(Samples("pair"), 3)])
+    loader = DataLoader(joined, 8, collate_fn=augment.collate)
+    with pytest.raises(ValueError, match=r"one Indexed dataset, .* got 2; wrap what joins .*ConcatDataset"):
+        list(loader)
+    right = Indexed(torch.utils.data.ConcatDataset([Samples("pair"), Samples("pair")]), 3)
+    images = torch.cat([batch for batch, _ in DataLoader(right, 8, collate_fn=augment.collate)])
+    assert torch.equal(images[:COUNT], torch.cat([augment.collate([one[i]])[0] for i in range(COUNT)]))
+    assert not torch.equal(images[:COUNT], images[COUNT:])
+
+
 def test_errors():
     data = Indexed(Samples("pair"))
     with pytest.raises(TypeError, match="dataset must have __getitem__ and __len__, got list_iterator"):

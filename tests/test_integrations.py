@@ -15,7 +15,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import end_rank, run_python
+from helpers import on_ranks, run_python
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -200,7 +200,6 @@ def lightning_rank(rank, port, out):
         (trainer.current_epoch, stopper.best, stopper.best_epoch, torch.equal(module.w, module.seen[2])),
         f"{out}{rank}",
     )
-    end_rank()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
@@ -210,7 +209,7 @@ def test_lightning_ranks_stop_together(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(lightning_rank, (port, str(tmp_path / "rank")), nprocs=2)
+    on_ranks(2, lightning_rank, port, str(tmp_path / "rank"), group=False)
     means = [sum(pair) / 2 for pair in zip(*RANK_SCORES, strict=True)]
     assert expected(means, patience=3) == (5, 1)
     for rank in range(2):

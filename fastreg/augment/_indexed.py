@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ class IndexedSample(NamedTuple):
     sample: Any
     number: int
     seed: int
+    dataset: int  # which `Indexed` it is of, among those of its process
 
 
 class Indexed(torch.utils.data.Dataset):
@@ -66,14 +68,30 @@ class Indexed(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> IndexedSample:
         index = int(index)
-        at = index + len(self) if index < 0 else index
-        return IndexedSample(self.dataset[index], at, int(mixed_seed(self._seed, self._epoch)))
+        return self._numbered([self.dataset[index]], [index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[IndexedSample]:
+        """The samples of a batch, at once where the dataset gives them so; DataLoader calls it."""
+        at = [int(index) for index in indices]
+        several = getattr(self.dataset, "__getitems__", None)
+        return self._numbered([self.dataset[i] for i in at] if several is None else several(at), at)
+
+    def _numbered(self, samples: Sequence[Any], at: list[int]) -> list[IndexedSample]:
+        seed, length = int(mixed_seed(self._seed, self._epoch)), len(self)
+        numbers = [i + length if i < 0 else i for i in at]
+        return [IndexedSample(*pair, seed, id(self)) for pair in zip(samples, numbers, strict=True)]
 
 
 def numbers_of(samples: list[Any]) -> tuple[list[Any], tuple[Tensor, Tensor] | None]:
     """(the samples themselves, (seed, index of each) where they are `Indexed`)."""
     if not samples or not all(isinstance(sample, IndexedSample) for sample in samples):
         return samples, None
+    datasets = {sample.dataset for sample in samples}
+    if len(datasets) > 1:
+        raise ValueError(
+            f"Augment.collate: the samples of a batch must be of one Indexed dataset, in which each index is "
+            f"there once, got {len(datasets)}; wrap what joins them, Indexed(ConcatDataset([...]))"
+        )
     seeds = {sample.seed for sample in samples}
     if len(seeds) > 1:
         raise ValueError(
