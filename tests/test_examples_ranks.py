@@ -21,8 +21,9 @@ pytestmark = pytest.mark.slow
 def torchrun(ranks, script, *arguments, restarts=0):
     pytest.importorskip("sklearn", reason='the examples need pip install "torch-fastreg[test]"')
     options = "--nproc-per-node", str(ranks), "--max-restarts", str(restarts), "--monitor-interval", "0.1"
+    script = ("-m", "fastreg") if script == "fastreg" else (EXAMPLES / script,)
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, EXAMPLES / script, *arguments],
+        [sys.executable, "-m", "torch.distributed.run", *options, *script, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -51,6 +52,14 @@ def test_they_are_short(script):
 def test_data_parallel():
     (right,) = numbers_in(output_of(torchrun(2, "train_ddp.py")))
     assert right > 80  # percent
+
+
+def test_the_demo_runs_once(tmp_path):
+    for package in ("matplotlib", "PIL", "rich"):
+        pytest.importorskip(package, reason='the demo needs pip install "torch-fastreg[demo]"')
+    arguments = "demo", "--quick", "--only", "dropout", "--out", tmp_path / "report"
+    output = output_of(torchrun(2, "fastreg", *arguments))
+    assert output.count("index.html") == 1 and (tmp_path / "report" / "index.html").is_file()
 
 
 def test_tensor_parallel_is_one_process():

@@ -92,7 +92,8 @@ def test_workers_that_persist_see_the_epoch():
 
 def test_others_are_collated_as_before():
     augment = AUGMENTS["pass"]()
-    plain, indexed = [(IMAGES[i], i) for i in range(3)], [Indexed(Samples("pair"))[i] for i in range(3)]
+    data = Indexed(Samples("pair"))
+    plain, indexed = [(IMAGES[i], i) for i in range(3)], [data[i] for i in range(3)]
     for mode in (True, False):
         augment.train(mode)
         torch.manual_seed(0)

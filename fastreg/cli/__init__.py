@@ -5,6 +5,7 @@ This package holds only the doors. What stands behind `bench` is `benchmarks/`, 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,10 +22,13 @@ COMMANDS = {  # name: (the module whose `main(arguments)` gives the exit status,
     ),
     "demo": ("fastreg.lecture.command", "every method on real data, with a report to look at"),
 }
+# What writes a report of one machine, and would write it twice.
+ONCE = ("bench", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `fastreg COMMAND ...` with these arguments, by default those of the process.
+    """Run `fastreg COMMAND ...` with these arguments, by default those of the process. Under torchrun bench
+    and demo run on the first rank alone.
 
     Returns:
         The exit status of the command.
@@ -42,5 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if chosen.command in ONCE and os.environ.get("RANK", "0") != "0":
+        return 0  # torchrun starts it on each rank, and the first does it
     module, _ = COMMANDS[chosen.command]
     return import_module(module).main(rest)
