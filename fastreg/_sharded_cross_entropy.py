@@ -50,13 +50,13 @@ from ._linear_cross_entropy import (
 )
 from ._ranks import process_group, raise_the_first
 from ._registry import define_kernel
-from ._subnormal import flush
+from ._subnormal import flush_
 from ._transforms import autocast_dtype, is_sharded, is_transformed
 
 # What a rank sends of a row in place of the distance of the target, which is at most 0, and of 1 + the
 # weights of its classes: the class is out of range, the row does not count.
 _OUTSIDE, _IGNORED = torch.inf, 0.5
-_CHUNK = 2**18  # logits that are computed at a time: what is made of them stays in a core's cache
+_CHUNK = 2**19  # logits that are computed at a time: what is made of them stays in a core's cache
 
 
 class _Shard(NamedTuple):
@@ -204,13 +204,13 @@ def _gradient(
     x: Tensor, at: Tensor, local_top: Tensor, whole: _Whole, targets: _Targets, factor: Tensor,
     options: LossOptions,
 ) -> Tensor:  # fmt: skip
-    """factor * (mass p_c - q_c + 2 z_loss lse p_c) of this rank's classes, in the memory of x.
+    """factor * (mass p_c - q_c + 2 z_loss lse p_c) of this rank's classes.
 
     Where one class has more than half of the mass its p is nearly 1, and mass p - q is taken from what the
     other classes hold: the difference would lose their digits. No other class can have as much.
     """
     if x.shape[1] == 0:
-        return x
+        return x.clone()
     factor = torch.where(targets.kept, factor, 0)
     pull = options.pull(whole.lse)
     p_of_top = 1 / (1 + whole.rest)
@@ -224,19 +224,20 @@ def _gradient(
     most = (local_top == whole.top) & (p_of_top >= 0.5)
     exact = (whole.mass - q_at) - whole.mass * (whole.rest * p_of_top) + pull * p_of_top
 
-    gradient = (
-        x.sub_(whole.top.unsqueeze(1)).exp_().mul_((factor * (whole.mass + pull) * p_of_top).unsqueeze(1))
-    )
+    gradient = (x - whole.top.unsqueeze(1)).exp_()
+    of_p = (factor * (whole.mass + pull) * p_of_top).unsqueeze(1)
     if q is not None:
-        gradient.sub_(q * factor.unsqueeze(1))
+        gradient.mul_(of_p).sub_(q * factor.unsqueeze(1))
     else:
-        if targets.spread:
-            each = targets.spread * factor.unsqueeze(1)
-            gradient.sub_(each if targets.weight is None else each * targets.weight.to(x.dtype))
+        each = -targets.spread * factor.unsqueeze(1)
+        each = each if targets.weight is None else each * targets.weight.to(x.dtype)
+        torch.addcmul(each, gradient, of_p, out=gradient)  # one pass
         own = torch.where(targets.mine, targets.own * factor, 0)
         gradient.scatter_add_(1, targets.column.unsqueeze(1), -own.unsqueeze(1))
     before = gradient.gather(1, rows_at).squeeze(1)
     gradient.scatter_(1, rows_at, torch.where(most, factor * exact, before).unsqueeze(1))
+    if x.device.type == "cpu" and targets.kept.all():
+        return gradient
     # NaN and infinite logits are not those of a row that counts for nothing.
     return gradient.masked_fill_(~targets.kept.unsqueeze(1), 0)
 
@@ -293,11 +294,11 @@ def _rows_(
         whole = whole._replace(loss=torch.where(wrong, torch.nan, whole.loss))
     if gradient is not None:
         for piece in _pieces(logits):
-            x = logits[piece, : shard.held].to(dtype, copy=True)
+            x = logits[piece, : shard.held].to(dtype)
             part = _Whole(*(value[piece] for value in whole))
             top = local.statistics[0, piece]
             result = _gradient(x, local.at[piece], top, part, _part(targets, piece), factor[piece], options)
-            gradient[piece, : shard.held].copy_(flush(result))
+            gradient[piece, : shard.held].copy_(flush_(result))
         gradient[:, shard.held :].zero_()
     return whole.loss
 

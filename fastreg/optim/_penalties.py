@@ -195,6 +195,7 @@ def penalty(
         source = [source]
     seen: set[int] = set()
     terms: list[torch.Tensor] = []
+    placed: dict[Any, list[torch.Tensor]] = {}  # of this rank's parts, by where they lie
     for item in source:
         group: dict[str, Any] = item if isinstance(item, dict) else {"params": [item]}
         group_l1, group_l2 = group.get("l1", l1), group.get("weight_decay", l2)
@@ -204,15 +205,32 @@ def penalty(
             if id(p) in seen:
                 continue
             seen.add(id(p))
+            summed = terms
+            if _is_in_parts(p):
+                summed, p = placed.setdefault((p.device_mesh, p.placements), []), p.to_local()
             w = p if p.dtype == torch.float64 else p.float()
             # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
             if group_l1:
-                terms.append(group_l1 * w.abs().sum())
+                summed.append(group_l1 * w.abs().sum())
             if group_l2:
-                terms.append(0.5 * group_l2 * (w * w).sum())
-            if not (group_l1 or group_l2) and not is_sharded(w):
+                summed.append(0.5 * group_l2 * (w * w).sum())
+            if not (group_l1 or group_l2) and summed is terms and not is_sharded(p):
                 terms.append(w.new_zeros(()))
+    terms += [_over_ranks(parts, *where) for where, parts in placed.items() if parts]
     return torch.zeros((), dtype=torch.float32) if not terms else _sum_of(terms)
+
+
+def _is_in_parts(p: Any) -> bool:
+    """Whether it is a DTensor of which each rank has a part, or all."""
+    return is_sharded(p) and not any(placement.is_partial() for placement in p.placements)
+
+
+def _over_ranks(parts: list[torch.Tensor], mesh: Any, placements: Any) -> torch.Tensor:
+    """The sum of numbers that each rank has of its parts of DTensors, summed over the ranks."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    by = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(functools.reduce(operator.add, parts), mesh, by, run_check=False)
 
 
 def _penalised(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -337,6 +355,13 @@ def sparsity(model: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> 
     tensors = {id(p): p for p in given}.values()
     total = sum(p.numel() for p in tensors)
     zeros: dict[torch.device, list[torch.Tensor]] = {}
-    for p in tensors:
-        zeros.setdefault(p.device, []).append((p == 0).sum())
+    placed: dict[Any, list[torch.Tensor]] = {}
+    for each in tensors:
+        p: Any = each
+        if _is_in_parts(p):
+            placed.setdefault((p.device_mesh, p.placements), []).append((p.to_local() == 0).sum())
+        else:
+            zeros.setdefault(p.device, []).append((p == 0).sum())
+    for where, parts in placed.items():
+        zeros.setdefault(parts[0].device, []).append(_over_ranks(parts, *where))
     return sum(int(_sum_of(counts)) for counts in zeros.values()) / total if total else 0.0
