@@ -283,31 +283,6 @@ def test_arguments_of_the_usual_recipe():
     assert turned.ranges["angle"] == (-20, 5)
 
 
-@pytest.mark.parametrize(
-    "chain, words",
-    [
-        ([v2.RandomGrayscale()], "RandomGrayscale has no place in Augment"),
-        ([v2.RandomApply([v2.GaussianBlur(3)])], "RandomApply has no place"),
-        ([torch.nn.ReLU()], "ReLU has no place"),
-        ([v2.RandomRotation(5, expand=True)], "RandomRotation must have expand=False"),
-        ([v2.RandomAffine(5, center=(1, 2))], "RandomAffine must have center=None"),
-        ([v2.RandomResizedCrop(8, ratio=(1, 2))], "RandomResizedCrop must have ratio"),
-        ([v2.Resize(8)], "Resize must have size=\\(height, width\\)"),
-        ([v2.RandomErasing(value="random")], "RandomErasing must have value=0"),
-        ([v2.ColorJitter(0.1), v2.RandomCrop(8)], "RandomCrop stands after ColorJitter"),
-        ([v2.RandomResizedCrop(8), v2.RandomAffine(5)], "RandomAffine stands after RandomResizedCrop"),
-        ([v2.RandomAffine(5), v2.RandomAffine(5)], "RandomAffine stands there twice"),
-        ([v2.RandomAffine((0, 5)), v2.RandomHorizontalFlip()], "RandomHorizontalFlip stands after an affine"),
-        ([v2.RandomAffine(5), v2.RandomResizedCrop(8)], "RandomResizedCrop wants interpolation='bilinear'"),
-        ([v2.RandomCrop(8, (1, 2))], "RandomCrop must have the same padding"),
-        ([v2.ToDtype(torch.float32)], "ToDtype must have scale=True"),
-    ],
-)
-def test_transforms_without_a_place_are_named(chain, words):
-    with pytest.raises(ValueError, match=f"from_torchvision: {words}"):
-        Augment.from_torchvision(v2.Compose(chain) if len(chain) > 1 else chain)
-
-
 # ---- pictures
 
 

@@ -136,3 +136,29 @@ def test_compiled():
         arguments = in_units(name, arguments, x.dtype)
         step = torch.compile(getattr(AF, name), backend="eager", fullgraph=True)
         assert torch.equal(step(x, *arguments), getattr(AF, name)(x, *arguments)), name
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_solarize_at_the_threshold(dtype):
+    """A threshold is a number of the images' dtype, so that a pixel that equals it is inverted."""
+    theirs = pytest.importorskip("torchvision.transforms.v2.functional")
+    x = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = x[x <= 1][:12000].view(1, 3, 1, -1)
+    for threshold in (0.03, 0.1, 0.3, 0.5, 0.7, 1.0):
+        assert torch.equal(AF.solarize(x, threshold), theirs.solarize(x, threshold)), threshold
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
+@pytest.mark.parametrize("name, arguments", CALLS, ids=lambda value: str(value))
+def test_memory_format_and_default_dtype(name, arguments, dtype):
+    """Neither the layout in memory nor torch's default dtype changes a result."""
+    x, arguments = images((2, 3, 9, 11), dtype), in_units(name, arguments, dtype)
+    step = getattr(AF, name)
+    want = step(x, *arguments)
+    last = step(x.contiguous(memory_format=torch.channels_last), *arguments)
+    assert torch.equal(last, want) and last.is_contiguous(memory_format=torch.channels_last)
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert torch.equal(step(x, *arguments), want)
+    finally:
+        torch.set_default_dtype(torch.float32)

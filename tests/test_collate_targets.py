@@ -128,3 +128,38 @@ def test_pictures_show_what_is_visible_and_counted():
     one = np.asarray(Augment().show(IMAGE[None], boxes=boxes[:, :1]))
     counted = np.asarray(Augment().show(IMAGE[None], boxes=boxes, counts=[1]))
     assert (one[:HEIGHT] == counted[:HEIGHT]).all()
+
+
+Named = collections.namedtuple("Named", "image y")
+
+
+@dataclasses.dataclass
+class Labelled:
+    pixel_values: torch.Tensor
+    labels: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", (dict, Named, Labelled))
+def test_mixtures_of_named_parts(kind):
+    """Images and labels are found by their names, and all else stays."""
+    augment = Augment(hflip=0.5, mixup=0.4, num_classes=7)
+    images = [torch.rand(3, 8, 8) for _ in range(6)]
+    if kind is dict:
+        samples = [{"image": v, "label": i, "path": str(i)} for i, v in enumerate(images)]
+    else:
+        samples = [kind(v, torch.tensor(i)) for i, v in enumerate(images)]
+    batch = augment.collate(samples)
+    parts = batch if kind is dict else vars(batch) if kind is Labelled else batch._asdict()
+    image, label = list(parts)[:2]
+    assert parts[image].shape == (6, 3, 8, 8) and parts[label].shape == (6, 7)
+    torch.testing.assert_close(parts[label].sum(1), torch.ones(6))
+    assert kind is not dict or parts["path"] == [str(i) for i in range(6)]
+    again = Augment.collate(augment.eval(), samples)
+    whole = again if kind is dict else vars(again) if kind is Labelled else again._asdict()
+    assert whole[label].tolist() == list(range(6))
+    batch = again if kind is not dict else {**again, "other": torch.zeros(6)}
+    moved = augment.train()(batch)
+    parts = moved if kind is dict else vars(moved) if kind is Labelled else moved._asdict()
+    assert parts[label].shape == (6, 7)
+    with pytest.raises(TypeError, match="mixup and cutmix need labels"):
+        augment({"image": torch.rand(6, 3, 8, 8), "one": torch.zeros(6), "two": torch.zeros(6)})

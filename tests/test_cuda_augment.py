@@ -161,6 +161,28 @@ def test_the_same_bits_as_on_the_cpu(channels, dtype):
     assert_same(run(x, tables, size, static, wide(dtype), misaligned=wide(dtype).itemsize)[0], want)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.uint8))
+def test_two_pixels_that_are_equally_near(dtype):
+    """Turns and shears that put whole lines of positions between two pixels, and a place far outside."""
+    angle = torch.tensor([90.0, 45, 135, 30, 0, 0, 10]).double()
+    slant = torch.tensor([[0.0, 0]] * 4 + [[45, 0], [0, 26.56505117707799], [0, 0]]).double()
+    shift = torch.tensor([[0.0, 0]] * 6 + [[1e7, -3]]).double()
+    for height, width in ((7, 12), (9, 9)):
+        x = pictures(7, 1, height, width, dtype)
+        m = fastreg.augment.Params(angle=angle, shear=slant, translate=shift).matrices(height, width)
+        tables = (m, None, None, None, None, [0.5, 0.0, 1.0, 0.0])
+        for padding in (2, 3):
+            static = (1, 1, 0, 0, padding, False, False)
+            want = CPU.augment(x, *tables, height, width, *static, dtype)
+            assert same(run(x, tables, (height, width), static, dtype)[0], want)
+        assert padding == 3 and (want[6] == want[6, 0, 0, 0]).all(), "far away there is the fill alone"
+    if dtype != torch.uint8:
+        grad = pictures(7, 1, height, width, dtype, seed=1)
+        want = CPU.augment_backward(grad, x, *tables, height, width, *static, dtype)
+        got, _ = run(x, tables, (height, width), static, dtype, grad)
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
 @pytest.mark.parametrize("blur", ((3, 3), (1, 5), (15, 3), (3, 29)))
 def test_blur(blur, dtype):

@@ -180,7 +180,7 @@ struct SampleBackward {
   // The image that the colour steps were given.
   void resample() const {
     const Source<A> planes = {resampled, resampled_pixels, width, height, width, channels};
-    const Resampler<A, A> resampler(a, planes, matrix);
+    const Resampler<A, A> resampler(a, sample, planes, matrix);
     const int64_t pitch = padded_width(a.out_width);
     for (int64_t y = 0; y < a.out_height; ++y) {
       resampler.row(y, a.out_width, spare, pitch);
@@ -193,9 +193,10 @@ struct SampleBackward {
   // Every output pixel adds its gradient to the pixels that it was made of.
   void resample_backward() const {
     for (int64_t i = 0; i < channels * resampled_pixels; ++i) resampled[i] = 0;
+    const NearestGrid<A> grid = grid_of<A>(a, sample, width, height, matrix);
     for (int64_t y = 0; y < a.out_height; ++y)
       for (int64_t x = 0; x < a.out_width; ++x) {
-        const SourcePoint at = matrix.at(x, y);
+        const SourcePoint at = grid.on ? grid.at(x, y) : matrix.at(x, y);
         const Taps<A> columns(at.u, width, a.interpolation, a.padding),
             lines(at.v, height, a.interpolation, a.padding);
         const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);

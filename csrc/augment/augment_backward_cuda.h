@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, Shrunken<A>::kBlocks)
         resampled_pixel(pass, s, pixels, channel, x, y, p);
         brightness_backward<C>(s.factors, a.colour_steps, p, mean_share, g);
       }
-      const SourcePoint at = s.matrix.at(x, y);
+      const SourcePoint at = s.at(x, y);
       const auto interpolation = s.one_pixel ? Interpolation::kNearest : a.interpolation;
       const Taps<A> lines(at.v, s.height, interpolation, a.padding),
           columns(at.u, s.width, interpolation, a.padding);

@@ -33,13 +33,14 @@ void with_rows(const AugmentArgs& a, const AugmentScratch& scratch, int64_t samp
     const int64_t width = shrink.size[0], height = shrink.size[1];
     const Source<A> shrunken = {
         static_cast<const A*>(scratch.source), width * height, width, height, width, a.channels};
-    const Resampler<A, A> resampler(a, shrunken, shrink.rest);
+    const Resampler<A, A> resampler(a, sample, shrunken, shrink.rest);
     return f(maker_of(resampler));
   }
   with_pixels(a.in_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if constexpr (std::is_same_v<typename Accumulate<T>::type, A>) {
-      const Resampler<T, A> resampler(a, source_of<T>(a, scratch.source, sample), matrix_of(a, sample));
+      const Resampler<T, A> resampler(a, sample, source_of<T>(a, scratch.source, sample),
+                                      matrix_of(a, sample));
       f(maker_of(resampler));
     }
   });

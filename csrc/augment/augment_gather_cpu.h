@@ -21,6 +21,9 @@ struct Ints {
   FR_INLINE Ints(int32_t x) {
     for (int i = 0; i < kParts; ++i) part[i] = x - Part{};
   }
+  explicit FR_INLINE Ints(const V& whole) {  // numbers that an int32 can hold
+    for (int i = 0; i < kParts; ++i) part[i] = __builtin_convertvector(whole.part[i], Part);
+  }
   friend FR_INLINE typename V::Mask operator==(const Ints& a, const Ints& b) {
     typename V::Mask m;
 #ifdef __AVX512F__
@@ -114,13 +117,6 @@ struct LanePositions {
         for (int j = 0; j < Vec<A>::kPartLanes; ++j) t.part[i][j] = A(low[i][j]) * A(0x1p-32);
     }
     return t;
-  }
-  // Ties to even: up where the fraction is more than a half, or a half and the whole part is odd.
-  FR_INLINE Ints<A> nearest() const {
-    Ints<A> n;
-    for (int i = 0; i < kParts; ++i)
-      n.part[i] = whole.part[i] - (typename Ints<A>::Part)(low[i] > 0x80000000u - ((Low)whole.part[i] & 1u));
-    return n;
   }
 };
 

@@ -42,9 +42,6 @@ FR_HD void fraction_of(int64_t position, float* out) {
   *out = float(int32_t(uint32_t(position) >> 8)) * 0x1p-24f;
 }
 FR_HD void fraction_of(int64_t position, double* out) { *out = double(uint32_t(position)) * 0x1p-32; }
-FR_HD int32_t nearest_pixel(int64_t coordinate) {  // ties to even, as nearbyint
-  return int32_t((coordinate + kHalf - 1 + (coordinate >> kFractionBits & 1)) >> kFractionBits);
-}
 
 // ---- matrices
 
@@ -84,6 +81,81 @@ FR_HD bool is_straight(const FixedMatrix& matrix) {
          uint32_t(m[2]) == 0 && uint32_t(m[5]) == 0;
 }
 
+// ---- nearest
+
+#ifdef __CUDA_ARCH__
+#define FR_ROLLED _Pragma("unroll 1")  // so that f stands in the program once
+#else
+#define FR_ROLLED
+#endif
+// To the nearest whole number, ties to even. V is a number or a vector of numbers.
+template <class V>
+FR_HD V nearest_whole(V x, V big) {  // big: 2^23 for float32, 2^52 for float64, from which all are whole
+  const V size = maximum(x, V(0) - x), whole = select(size < big, (size + big) - big, size);
+  return select(x < V(0), V(0) - whole, whole);
+}
+// A coefficient in units of 2^-kFineBits, of which the lower 64 bits count.
+constexpr int kFineBits = 40, kFineLimit = 21;
+FR_HD int64_t fine_coefficient(double x) { return fits_fixed(x) ? to_fixed<kFineBits>(x) : 0; }
+// The nearest pixel by the arithmetic of torch's grid_sample on the grid of torchvision's affine, both in the
+// precision of the pixels: positions are in halves of the source's side, from its middle. Of two pixels that
+// are equally near, or nearly so, their rounding decides. It is off where output pixels are source pixels.
+template <class A>
+struct NearestGrid {
+  static constexpr A kBig = A(sizeof(A) == 8 ? 0x1p52 : 0x1p23), kFar = A(0x1p30);
+  int32_t on;
+  A middle[2], half[2], row[2][3];
+
+  // `fine` are the coefficients in units of 2^-kFineBits where they fit, for float32.
+  FR_HD void set(const FixedMatrix& fixed, const double* m, const int64_t* fine, int64_t width,
+                 int64_t height, int64_t out_width, int64_t out_height) {
+    on = !is_straight(fixed);
+    middle[0] = A(0.5f) * A(out_width - 1);
+    middle[1] = A(0.5f) * A(out_height - 1);
+    FR_ROLLED
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t n = axis ? height : width, across = out_width - 1, down = out_height - 1;
+      half[axis] = A(0.5f) * A(n);
+      A* r = row[axis];
+      if constexpr (sizeof(A) == 8) {
+        const double* c = m + 3 * axis;
+        for (int i = 0; i < 2; ++i) r[i] = c[i];
+        r[2] = c[2] - 0.5 * double(n - 1) + 0.5 * (c[0] * double(across) + c[1] * double(down));
+      } else if (!whole_row<kFractionBits>(fixed.m + 3 * axis, n, across, down, r)) {
+        whole_row<kFineBits>(fine + 3 * axis, n, across, down, r);
+      }
+      for (int i = 0; i < 3; ++i) r[i] /= half[axis];
+    }
+  }
+
+  // u, v of an output pixel, or of a vector of them, from the middle.
+  template <class V>
+  FR_HD V nearest(int axis, V x, A y) const {
+    const V u = x * V(row[axis][0]) + V(y * row[axis][1]) + V(row[axis][2]);
+    const V pixel = nearest_whole((u + V(1)) * V(half[axis]) - V(A(0.5f)), V(kBig));
+    return minimum(V(kFar), maximum(V(-kFar), pixel));
+  }
+  // As a position of no fraction.
+  FR_HD SourcePoint at(int64_t x, int64_t y) const {
+    const A u = A(x) - middle[0], v = A(y) - middle[1];
+    return {int64_t(nearest(0, u, v)) * kOne, int64_t(nearest(1, u, v)) * kOne};
+  }
+
+ private:
+  // A row from whole numbers, because GPUs have few units for float64. Whether some of them is too large for
+  // a finer unit.
+  template <int kBits>
+  static FR_HD bool whole_row(const int64_t* c, int64_t n, int64_t across, int64_t down, A* r) {
+    const uint64_t twice = 2 * uint64_t(c[2]) - (uint64_t(n - 1) << kBits) +
+                           (uint64_t(c[0]) * uint64_t(across) + uint64_t(c[1]) * uint64_t(down));
+    const A unit = A(1) / A(uint64_t(1) << kBits);
+    r[0] = A(c[0]) * unit;
+    r[1] = A(c[1]) * unit;
+    r[2] = A(int64_t(twice)) * (A(0.5f) * unit);
+    const A limit = A(1 << kFineLimit);
+    return maximum(maximum(r[0], -r[0]), maximum(maximum(r[1], -r[1]), maximum(r[2], -r[2]))) >= limit;
+  }
+};
 // ---- interpolation
 
 template <class V>
@@ -143,7 +215,7 @@ struct Taps {
   FR_HD Taps(int64_t position, int64_t n, Interpolation interpolation, Padding padding)
       : n(int32_t(n)), padding(padding) {
     count = interpolation == Interpolation::kNearest ? 1 : interpolation == Interpolation::kBilinear ? 2 : 4;
-    first = count == 1 ? nearest_pixel(position) : whole_part(position) - (count == 4);
+    first = whole_part(position) - (count == 4);
     fraction_of(position, &t);
   }
   FR_HD int32_t pixel(int i) const { return padded(first + i, n, padding); }  // -1: none
@@ -151,11 +223,6 @@ struct Taps {
     return count == 1 ? A(1) : count == 2 ? (i ? t : A(1) - t) : cubic_weight(i, t);
   }
 };
-#ifdef __CUDA_ARCH__
-#define FR_ROLLED _Pragma("unroll 1")  // so that f stands in the program once
-#else
-#define FR_ROLLED
-#endif
 // f(line, column, weight) for each pixel of the taps of two axes that lies inside.
 template <class A, class F>
 FR_HD void for_each_tap(const Taps<A>& lines, const Taps<A>& columns, F f) {

@@ -16,6 +16,24 @@ struct Filler {
   A value(int64_t c) const { return padding == Padding::kFill ? A(fill[c]) : A(0); }
 };
 
+// The matrix of a sample, or the one that changes nothing.
+FixedMatrix matrix_of(const AugmentArgs& a, int64_t sample) {
+  FixedMatrix fixed = {{kOne, 0, 0, 0, kOne, 0}};
+  if (a.matrices) fixed_matrix(a.matrices + 6 * sample, a.out_height, a.out_width, &fixed);
+  return fixed;
+}
+// The grid of the nearest pixels of a source of (width, height), where there is one.
+template <class A>
+NearestGrid<A> grid_of(const AugmentArgs& a, int64_t sample, int64_t width, int64_t height,
+                       const FixedMatrix& matrix) {
+  NearestGrid<A> grid = {};
+  if (a.interpolation != Interpolation::kNearest || !a.matrices) return grid;
+  int64_t fine[6];
+  for (int i = 0; i < 6; ++i) fine[i] = fine_coefficient(a.matrices[6 * sample + i]);
+  grid.set(matrix, a.matrices + 6 * sample, fine, width, height, a.out_width, a.out_height);
+  return grid;
+}
+
 template <class T, class A>
 struct Resampler {
   using V = Vec<A>;
@@ -25,16 +43,18 @@ struct Resampler {
   Padding padding;
   Filler<A> filler;
   FixedMatrix matrix;
+  NearestGrid<A> grid;
   int32_t lookup_rows = 0;  // the rows in which a vector's upper neighbours lie, if they are few
   bool straight;            // output pixels are source pixels, in rows from left to right or back
   alignas(64) int64_t step_u[kLanes], step_v[kLanes];
 
-  Resampler(const AugmentArgs& a, const Source<T>& source, const FixedMatrix& matrix)
+  Resampler(const AugmentArgs& a, int64_t sample, const Source<T>& source, const FixedMatrix& matrix)
       : source(source),
         interpolation(a.interpolation),
         padding(a.padding),
         filler{a.padding, a.constants + kFillRow * a.channels},
         matrix(matrix),
+        grid(grid_of<A>(a, sample, source.width, source.height, matrix)),
         straight(is_straight(matrix)) {
     const int64_t* m = matrix.m;
     for (int j = 0; j < kLanes; ++j) {
@@ -265,10 +285,14 @@ struct Resampler {
   // ---- nearest and bicubic
 
   void nearest_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    SourcePoint at = matrix.at(0, y);
-    for (int64_t x = 0; x < n; x += kLanes, advance(at)) {
-      const Found column = find(LanePositions<A>(step_u, at.u).nearest(), int32_t(source.width));
-      const Found line = find(LanePositions<A>(step_v, at.v).nearest(), int32_t(source.height));
+    A lane[kLanes];
+    for (int j = 0; j < kLanes; ++j) lane[j] = A(j);
+    const V lanes = load(lane);
+    const A v = A(y) - grid.middle[1];
+    for (int64_t x = 0; x < n; x += kLanes) {
+      const V u = lanes + V(A(x) - grid.middle[0]);
+      const Found column = find(Ints<A>(grid.nearest(0, u, v)), int32_t(source.width));
+      const Found line = find(Ints<A>(grid.nearest(1, u, v)), int32_t(source.height));
       const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
       const auto there = both<V>(line.there, column.there);
       for (int64_t c = 0; c < source.channels; ++c)
@@ -304,13 +328,6 @@ struct Resampler {
     }
   }
 };
-
-// The matrix of a sample, or the one that changes nothing.
-FixedMatrix matrix_of(const AugmentArgs& a, int64_t sample) {
-  FixedMatrix fixed = {{kOne, 0, 0, 0, kOne, 0}};
-  if (a.matrices) fixed_matrix(a.matrices + 6 * sample, a.out_height, a.out_width, &fixed);
-  return fixed;
-}
 
 }  // namespace
 }  // namespace fastreg::FASTREG_ISA

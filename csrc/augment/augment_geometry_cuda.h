@@ -189,10 +189,10 @@ __device__ __forceinline__ void resampled_pixel(const Pass<A>& pass, const Sampl
     for (int c = 0; c < C; ++c) p[c] = A(NAN);
     return;
   }
-  const SourcePoint at = s.matrix.at(x, y);
+  const SourcePoint at = s.at(x, y);
   if (s.one_pixel) {
-    const int32_t line = padded(nearest_pixel(at.v), s.height, padding),
-                  column = padded(nearest_pixel(at.u), s.width, padding);
+    const int32_t line = padded(whole_part(at.v), s.height, padding),
+                  column = padded(whole_part(at.u), s.width, padding);
     if (line >= 0 && column >= 0) return pixels.get(line, column, p);
     for (int c = 0; c < C; ++c) p[c] = fill[c];
   } else if (pass.a.interpolation == Interpolation::kBilinear) {

@@ -70,11 +70,16 @@ struct Sample {
   // Not bool, which the compiler loads together with the bytes after them.
   int32_t valid;      // 0: the matrix or the window is not usable, which the host cannot see
   int32_t one_pixel;  // an output pixel is one pixel of what is resampled
+  int64_t fine[6];    // the matrix in finer units, for the grid
+  NearestGrid<A> grid;
   int32_t shrinks;
   int32_t box[4];  // top, left, bottom, right of what is erased
   ColourFactors<A> factors;
   Filter<A> columns, rows;
 
+  __device__ __forceinline__ SourcePoint at(int32_t x, int32_t y) const {
+    return grid.on ? grid.at(x, y) : matrix.at(x, y);
+  }
   __device__ __forceinline__ bool is_erased(int32_t x, int32_t y) const {
     return y >= box[0] && y < box[2] && x >= box[1] && x < box[3];
   }
@@ -86,8 +91,11 @@ template <bool kShrinks, class A>
 __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, Sample<A>& s) {
   const AugmentArgs& a = pass.a;
   const int lane = threadIdx.x;
-  if (lane < 6)
+  const bool nearest = a.interpolation == Interpolation::kNearest && a.matrices;
+  if (lane < 6) {
     s.matrix.m[lane] = a.matrices ? fixed_coefficient(a.matrices[6 * i + lane]) : lane % 4 == 0 ? kOne : 0;
+    s.fine[lane] = nearest ? fine_coefficient(a.matrices[6 * i + lane]) : 0;
+  }
   __syncwarp();
   if (lane != 0) return;
   const Window window = window_of(a, i);
@@ -112,6 +120,8 @@ __device__ __forceinline__ void set_up(const Pass<A>& pass, int64_t i, A mean, S
     s.matrix = shrink.rest;
   }
   s.one_pixel = a.interpolation == Interpolation::kNearest || is_straight(s.matrix);
+  s.grid = NearestGrid<A>{};  // the compiler reads it before it is known whether it is on
+  if (nearest) s.grid.set(s.matrix, a.matrices + 6 * i, s.fine, s.width, s.height, a.out_width, a.out_height);
   if (a.colour_steps)
     s.factors =
         ColourFactors<A>(a.colour + kColourColumns * i, A(a.in_type == PixelType::kUInt8 ? 255 : 1), mean);

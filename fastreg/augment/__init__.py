@@ -16,7 +16,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from .._transforms import is_sharded
 from . import _collate, _from_torchvision, _op, _policies, _show, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
 from ._arguments import IMAGE_DTYPES, batched, refuse_parts
+from ._geometry import inside_windows, windows_of
 from ._indexed import Indexed, numbers_of
 from ._mixing import Mixing
 from ._op import Interpolation, Padding, PerChannel
@@ -50,6 +51,7 @@ from ._ranges import (
     interval,
     intervals,
     output_size,
+    resize_of,
     translation,
 )
 from ._structures import augmented_structure, is_labelled
@@ -75,6 +77,11 @@ _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 
 
+def _centred(side: int, window: int) -> int:
+    """Where a window in the middle begins, as torchvision's CenterCrop rounds it."""
+    return round((side - window) / 2) if side >= window else -((window - side) // 2)
+
+
 class Augment(nn.Module):
     """Augments batches of images, and their targets, each sample with its own parameters, in one pass;
     positive angles turn clockwise. Everything left out is off.
@@ -87,12 +94,16 @@ class Augment(nn.Module):
         translate: (fx, fy), the largest shift to either side as a share of width and height; the shift is
             rounded to whole pixels.
         shear: degrees to either side, or (lo, hi), along x; or (lo_x, hi_x, lo_y, hi_y).
+        resize: the shorter side, or (height, width), that the images are brought to before all else, as
+            torchvision's Resize, by a resampling of its own.
         size: (height, width) of the result in pixels, or one for both; None for that of the images.
         crop: (lo, hi): a box of that share of the image's area, of ratio 3/4 to 4/3, is resized to `size`, as
             torchvision's RandomResizedCrop; a whole number p: a window of `size` of the image with p pixels
-            of padding around, as RandomCrop. None: the whole image is resized to `size`.
+            of padding around, as RandomCrop; "center": the window of `size` in the middle, as CenterCrop.
+            None: the whole image is resized to `size`.
         brightness, contrast, saturation: factors within that distance of 1, but not negative, or (lo, hi).
         hue: turns to either side, at most 0.5, or (lo, hi).
+        grayscale: probability of becoming grey, after all colours, as RandomGrayscale.
         blur: (kernel, (lo, hi)): kernel size, odd, and range of sigma, both in pixels.
         erase: probability of erasing a box of 2 to 33 % of the result, of ratio 0.3 to 3.3.
         erase_value: what it is filled with, in the images' units, one or per channel; None for what becomes
@@ -110,7 +121,8 @@ class Augment(nn.Module):
         num_classes: of labels that are class indices.
 
     Numbers are uniform in their ranges; the crop's and box's ratio is uniform in its logarithm. In eval mode
-    nothing is random: images are only brought to `size` (a window from the middle for crop=p) and normalised.
+    nothing is random: images are only brought to `resize` and `size` (a window from the middle for crop=p)
+    and normalised.
 
     Raises:
         ValueError: a probability outside [0, 1], ranges that are no ranges, unknown names.
@@ -118,10 +130,11 @@ class Augment(nn.Module):
     """
 
     chances: dict[str, float]  # of hflip, vflip and erase
+    grayscale: float = 0.0
     ranges: dict[str, tuple[float, float]]  # by column of the table of parameters
     translate: tuple[float, float] | None
     size: tuple[int, int] | None
-    crop: int | tuple[float, float] | None
+    crop: int | str | tuple[float, float] | None
     policy: Policy | None = None
     mixing: Mixing = Mixing()
 
@@ -135,12 +148,14 @@ class Augment(nn.Module):
         scale: Sequence[float] | None = None,
         translate: Sequence[float] | None = None,
         shear: Range | None = None,
+        resize: int | Sequence[int] | None = None,
         size: int | Sequence[int] | None = None,
-        crop: int | Sequence[float] | None = None,
+        crop: int | Literal["center"] | Sequence[float] | None = None,
         brightness: Range | None = None,
         contrast: Range | None = None,
         saturation: Range | None = None,
         hue: Range | None = None,
+        grayscale: float = 0.0,
         blur: tuple[int | Sequence[int], Sequence[float]] | None = None,
         erase: float = 0.0,
         erase_value: PerChannel | None = None,
@@ -157,11 +172,12 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         op = "Augment"
-        for name, value in (("hflip", hflip), ("vflip", vflip), ("erase", erase)):
+        for name, value in (("hflip", hflip), ("vflip", vflip), ("erase", erase), ("grayscale", grayscale)):
             check_number(op, name, value, 0, 1)
         check_choice(op, "interpolation", interpolation, _op.INTERPOLATIONS)
         check_choice(op, "padding", padding, _op.PADDINGS)
         self.chances = {"hflip": float(hflip), "vflip": float(vflip), "erase": float(erase)}
+        self.grayscale = float(grayscale)
         self.ranges = intervals(
             rotate=rotate, stretch=stretch, scale=scale, brightness=brightness, contrast=contrast,
             saturation=saturation, hue=hue, shear=shear,
@@ -177,13 +193,15 @@ class Augment(nn.Module):
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
         # What only cuts out a part and resizes it shows nothing from beyond the image: no padding may darken
         # the edges of an image that is enlarged.
-        resizes = self.size is not None and not isinstance(self.crop, int)
-        if resizes and not (self.translate or self.ranges.keys() & _op.GEOMETRY):
+        moves = self.translate is not None or bool(self.ranges.keys() & _op.GEOMETRY)
+        if self.size is not None and not self._is_window() and not moves:
             padding = "border"
+        self._only_crops = isinstance(self.crop, tuple) and not moves
         self.settings = Settings(
             size=self.size, kernel=kernel, erase_value=constant("erase_value", erase_value),
             mean=constant("mean", mean), std=constant("std", std), interpolation=interpolation,
             padding=padding, fill=constant("fill", fill), antialias=antialias, dtype=dtype,
+            resize=resize_of(resize),
         )  # fmt: skip
         self.mixing = Mixing(mixup, cutmix, num_classes)
         self.mixing.check()
@@ -195,6 +213,10 @@ class Augment(nn.Module):
         )  # fmt: skip
         ranges = {"stretch": (1.0, 1.0), "scale": (1.0, 1.0)} | self.ranges
         self._ends = [[ranges.get(name, (0.0, 0.0))[end] for name in _op.COLUMNS] for end in (0, 1)]
+
+    def _is_window(self) -> bool:
+        """Whether a crop is of the result's size."""
+        return isinstance(self.crop, (int, str))
 
     @classmethod
     def cifar(cls, **changes: Any) -> Augment:
@@ -280,8 +302,10 @@ class Augment(nn.Module):
     def from_torchvision(cls, transforms: Any, **changes: Any) -> Augment:
         """An `Augment` that draws what torchvision's transforms draw, for each sample of a batch its own.
 
-        All geometric steps become one resampling, and the colours of ColorJitter are changed in one order;
-        a RandomRotation, which turns counter-clockwise, becomes a `rotate` the other way round.
+        All geometric steps become one resampling, except for a Resize before a crop, and the colours of
+        ColorJitter are changed in one order; a RandomRotation, which turns counter-clockwise, becomes a
+        `rotate` the other way round. MixUp and CutMix, the last step or a RandomChoice of both, draw a share
+        and a partner for each sample.
 
         Args:
             transforms: a Compose of torchvision's v2 (or v1), nested or not, or a list of transforms; those
@@ -290,7 +314,7 @@ class Augment(nn.Module):
 
         Raises:
             ValueError: a transform, or an option of one, that has no place here, or stands where it would do
-                something else; the message names it.
+                something else; the message names it, says why, and what to do.
         """
         known = _from_torchvision.mapped(transforms)
         policy = known.pop("policy", None)
@@ -359,12 +383,12 @@ class Augment(nn.Module):
         count, (height, width), size = self._shapes(batch)
         if not self.training:
             params = Params(settings=self.settings)
-            if self.size is not None and not isinstance(self.crop, int):  # it is only resized
+            if self.size is not None and not self._is_window():  # it is only resized
                 params.settings = dataclasses.replace(self.settings, padding="border")
             if self.size is not None:
                 box = (0, 0, height, width)
-                if isinstance(self.crop, int):
-                    box = ((height - size[0]) // 2, (width - size[1]) // 2, *size)
+                if self._is_window():
+                    box = (_centred(height, size[0]), _centred(width, size[1]), *size)
                 params.crop = _op.rows(box, count, batch.device)
             return params
         check_generator("augment", generator)
@@ -381,13 +405,19 @@ class Augment(nn.Module):
             fields["shear"] = table[:, _COLUMN["shear_x"] : _COLUMN["shear_y"] + 1]
         if self.crop is not None or self.size is not None:
             fields["crop"] = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
+        if self.crop == "center":
+            box = (_centred(height, size[0]), _centred(width, size[1]), *size)
+            fields["crop"] = _op.rows(box, count, batch.device)
         if self.chances["erase"]:
             fields["erase"] = boxes
-        if self.policy is not None:
-            if index is None:
-                index = offset + torch.arange(count, device=batch.device)
+        if self.grayscale or self.policy is not None:
+            index = offset + torch.arange(count, device=batch.device) if index is None else index
+            index = index.to(batch.device)
+        if self.grayscale and index is not None:
+            fields["grayscale"] = _policies.draw_grey(self.grayscale, seed, index)
+        if self.policy is not None and index is not None:
             size = self.size or (height, width)
-            drawn = _policies.draw(self.policy, seed, index.to(batch.device), *size)
+            drawn = _policies.draw(self.policy, seed, index, *size)
             fields["operations"], fields["magnitudes"] = drawn
         return Params(**fields, settings=self.settings)
 
@@ -401,13 +431,14 @@ class Augment(nn.Module):
         return own, 0, indices[offset : offset + count].to(device)
 
     def _shapes(self, batch: Tensor) -> tuple[int, tuple[int, int], tuple[int, int]]:
-        """(number of samples, (height, width) of the images, of the result)."""
+        """(number of samples, (height, width) of the images, resized, of the result)."""
         op = "Augment.sample"
         check_tensor(op, "batch", batch)
         refuse_parts(op, batch)
         if batch.dim() not in (3, 4):
             raise ValueError(f"{op}: batch must be (B, C, H, W) or (C, H, W), got {tuple(batch.shape)}")
-        count, (height, width) = batch.shape[0] if batch.dim() == 4 else 1, batch.shape[-2:]
+        count = batch.shape[0] if batch.dim() == 4 else 1
+        height, width = self.settings.resized(*batch.shape[-2:])
         size = self.size or (height, width)  # of the result
         if isinstance(self.crop, int) and (
             size[0] > height + 2 * self.crop or size[1] > width + 2 * self.crop
@@ -442,8 +473,9 @@ class Augment(nn.Module):
             for axis, share, extent in zip("xy", self.translate, (width, height), strict=True):
                 column = _COLUMN[f"translate_{axis}"]
                 low[column], high[column] = -share * extent, share * extent
-        shares, padding = (self.crop, 0) if isinstance(self.crop, tuple) else ((1.0, 1.0), self.crop or 0)
-        kind = 0 if self.crop is None else 1 if isinstance(self.crop, tuple) else 2
+        shares = self.crop if isinstance(self.crop, tuple) else (1.0, 1.0)
+        padding = self.crop if isinstance(self.crop, int) else 0
+        kind = 1 if isinstance(self.crop, tuple) else 2 if isinstance(self.crop, int) else 0
         crop_box = [*shares, *_CROP_RATIO, float(padding)]
         return _op.augment_draw(
             batch.detach(), seed, offset, count, list(self.chances.values()), low, high, kind, crop_box,
@@ -484,8 +516,8 @@ class Augment(nn.Module):
         others stay.
 
         With `labels`, (B,) or (B, classes), a pair of images and labels, mixed where `mixup` or `cutmix` is
-        on, which a pair (images, labels) as the batch is as well; in eval mode, and without either, the
-        labels stay.
+        on, which a pair (images, labels) as the batch is as well, and a dict that has "label", "labels",
+        "target" or "targets"; in eval mode, and without either, the labels stay.
         """
         targets = Targets(
             masks, boxes, keypoints, counts, visible, box_format, mask_fill, min_area, min_visibility,
@@ -495,19 +527,37 @@ class Augment(nn.Module):
             return self._of_parts(batch, generator, labels, targets)
         if labels is None and self.mixing.on() and is_labelled(batch):
             batch, labels = batch
+        if labels is None and self.mixing.on() and self.training and _collate.fields_of(batch) is not None:
+            if targets.given():
+                raise ValueError("augment: labels mix without masks, boxes and key points, which do not")
+            return _collate.mixed_parts(self._unmixed()(batch, generator), None, self.mixing, generator)
         if labels is not None or (self.mixing.on() and self.training):
             return self._mixed(batch, labels, generator, targets)
         if not isinstance(batch, Tensor) or is_tv_tensor(batch):
             return augmented_structure(self, batch, generator, targets)
-        if not self.training or self.policy is not None or targets.given():
+        return self._augmented(batch, generator, targets)
+
+    def _augmented(self, batch: Tensor, generator: torch.Generator | None, targets: Targets) -> Any:
+        """What `forward` makes of a plain tensor, before it is mixed."""
+        # Whether there are steps beside the one pass.
+        steps = self._is_geometric and self.settings.interpolation == "nearest"
+        steps = steps or self.settings.resize is not None or self.crop == "center" or self.grayscale > 0
+        if not self.training or self.policy is not None or targets.given() or steps:
             return applied(batch, self.sample(batch, generator=generator), targets)
         images, lead = batched("augment", batch)
         check_units(images, self.settings, self._steps != 0)
-        _, matrices, colour, blur, erased = self._draw(batch, generator)
+        table, matrices, colour, blur, erased = self._draw(batch, generator)
+        windows = None
+        if self._only_crops:
+            crop = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
+            hflip, vflip = (table.select(1, _COLUMN[name]) for name in ("hflip", "vflip"))
+            windows, _ = windows_of(crop, hflip, vflip, images.shape[2:])
+            matrices = inside_windows(matrices, windows)
         output = _op.augment_batch(
             "augment",
             images,
             matrices=matrices if self._is_geometric else None,
+            windows=windows,
             colour=colour if self._steps else None,
             steps=self._steps,
             blur=blur if "sigma" in self.ranges else None,
@@ -544,7 +594,10 @@ class Augment(nn.Module):
         if targets.given():
             raise ValueError(f"{op}: labels are given without masks, boxes and key points, which do not mix")
         check_tensor(op, "labels", labels)
-        images = self._unmixed()(batch, generator)
+        is_plain = isinstance(batch, Tensor) and not is_tv_tensor(batch)
+        images = (
+            self._augmented(batch, generator, Targets()) if is_plain else self._unmixed()(batch, generator)
+        )
         if not self.mixing.on() or not self.training:
             return images, labels
         mixed, soft = self.mixing.mixed(plain(images), labels, generator)
@@ -611,8 +664,12 @@ class Augment(nn.Module):
         mixes = self.mixing.on() and self.training
         if not mixes:
             return batch
+        if _collate.fields_of(batch) is not None:
+            return _collate.mixed_parts(batch, key, self.mixing)
         if not is_labelled(batch):
-            raise TypeError("Augment.collate: mixup and cutmix need samples (image, label)")
+            raise TypeError(
+                "Augment.collate: mixup and cutmix need samples (image, label), or named parts with a label"
+            )
         return list(self.mixing.mixed(*batch))
 
     def extra_repr(self) -> str:
@@ -627,6 +684,7 @@ class Augment(nn.Module):
             for f in dataclasses.fields(Settings)
             if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
+        shown |= {"grayscale": self.grayscale} if self.grayscale else {}
         shown |= {n: v for n in ("mixup", "cutmix", "num_classes") if (v := getattr(self.mixing, n))}
         texts = [f"{name}={value!r}" for name, value in shown.items()]
         return ", ".join(texts if self.policy is None else [*texts, f"policy={self.policy}"])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .._transforms import is_vmapped
-from . import _op, _policies
+from . import _op, _policies, _tones
 from ._arguments import batched
-from ._geometry import Geometry
+from ._geometry import Geometry, before_nearest, inside_windows, windows_of
 from ._params import COUNTED, FIELDS, SETTINGS, Params, Settings
-from ._targets import Augmented, BoxFormat, Targets
+from ._targets import Augmented, BoxFormat, Targets, values_known
 
 TensorOrList = Tensor | Sequence[Tensor]
 
@@ -117,13 +117,69 @@ def _counted(images: Tensor, params: Params) -> Params:
     return dataclasses.replace(params, crop=_op.rows(box, images.shape[:-3].numel(), images.device))
 
 
+def _resizing(params: Params, images: Tensor) -> Params | None:
+    """The parameters of a resize that comes before all else, where there is one."""
+    settings, (height, width) = params.settings, images.shape[-2:]
+    size = settings.resized(height, width)
+    if size == (height, width):
+        return None
+    how = {name: getattr(settings, name) for name in ("interpolation", "antialias")}
+    box = _op.rows((0, 0, height, width), images.shape[:-3].numel(), images.device)
+    return Params(crop=box, settings=Settings(size=size, padding="border", **how))
+
+
 def steps_of(images: Tensor, params: Params) -> list[Geometry]:
     """The resamplings of images (B, C, H, W) or (C, H, W), one after the other."""
+    steps, resizing = [], _resizing(params, images)
+    if resizing is not None:
+        steps.append(Geometry.of(resizing, *images.shape[-2:]))
+        images = images.new_empty(()).expand(*images.shape[:-2], *steps[0].out_size)
     params = _counted(images, params)
-    first = Geometry.of(params, *images.shape[-2:])
+    steps.append(Geometry.of(params, *images.shape[-2:]))
     if params.operations is None:
-        return [first]
-    return [first, *_policies.steps_of(params, *first.out_size)]
+        return steps
+    return [*steps, *_policies.steps_of(params, *steps[-1].out_size)]
+
+
+_WIDE = {"translate": (2,), "shear": (2,), "crop": (4,), "erase": (4,)}
+
+
+def _checked(params: Params, count: int) -> Params:
+    """Parameters of so many samples, each in the dtype that the operators take."""
+    changed: dict[str, Any] = {}
+    for name in FIELDS:
+        value, wanted = getattr(params, name), (count, *_WIDE.get(name, ()))
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.is_complex():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(
+                f"augment: {name} of params must be a tensor {wanted} of real numbers, got {got}; make one "
+                f"with torch.tensor"
+            )
+        if value.dim() and len(value) != count:
+            raise ValueError(
+                f"augment: params are of {len(value)} samples ({name}), images of {count}; sample anew"
+            )
+        if value.shape != wanted:
+            raise ValueError(
+                f"augment: {name} of params must be of shape {wanted}, got {tuple(value.shape)}; sample anew"
+            )
+        if name == "erase":
+            if value.is_floating_point():
+                raise TypeError(
+                    f"augment: erase of params must be whole numbers, got {value.dtype}; take .long()"
+                )
+            changed[name] = value.long().contiguous()
+        else:
+            changed[name] = value.to(_op.number_dtype(value.device))
+    for name in ("operations", "magnitudes"):
+        value = getattr(params, name)
+        if value is not None and len(value) != count:
+            raise ValueError(
+                f"augment: params are of {len(value)} samples ({name}), images of {count}; sample anew"
+            )
+    return dataclasses.replace(params, **changed)
 
 
 def _check_operations(params: Params) -> None:
@@ -156,33 +212,64 @@ def _check_operations(params: Params) -> None:
 
 def _images(batch: Tensor, params: Params) -> Tensor:
     """The images of `apply`."""
-    settings = params.settings
+    resizing = _resizing(params, batch)
+    if resizing is not None:
+        batch = _images(batch, resizing)
+    settings = dataclasses.replace(params.settings, resize=None)
+    params = _counted(batch, dataclasses.replace(params, settings=settings))
     colour = {name: value for name in _op.STEPS if (value := getattr(params, name)) is not None}
     check_units(batch, settings, len(colour) > 0 or params.operations is not None)
+    bare = dataclasses.replace(settings, mean=None, std=None, erase_value=None, dtype=None)
+    last = dataclasses.replace(
+        settings, size=None, kernel=(1, 1), antialias=False, padding="zeros", interpolation="nearest"
+    )
     if params.operations is not None:
         # What normalises and erases comes after the operations, as in recipes of torchvision's.
-        bare = dataclasses.replace(settings, mean=None, std=None, erase_value=None, dtype=None)
         first = dataclasses.replace(params, operations=None, magnitudes=None, erase=None, settings=bare)
         if settings.size is not None or any(getattr(first, name) is not None for name in FIELDS):
             batch = _images(batch, first)
         batch = _policies.operated(batch, params)
-        last = dataclasses.replace(
-            settings, size=None, kernel=(1, 1), antialias=False, padding="zeros", interpolation="nearest"
-        )
         params, colour = Params(erase=params.erase, settings=last), {}
         if params.erase is None and last.mean is None and last.std is None and last.dtype is None:
             return batch
+    elif params.grayscale is not None:
+        # It comes between the colours and the blur.
+        first = dataclasses.replace(params, grayscale=None, sigma=None, erase=None, settings=bare)
+        batch = _images(batch, first)
+        if batch.shape[1] != 1:
+            grey = _tones.rgb_to_grayscale(batch, 3)
+            batch = torch.where(params.grayscale.view(-1, 1, 1, 1) != 0, grey, batch)
+        last = dataclasses.replace(last, kernel=settings.kernel)
+        params, colour = Params(erase=params.erase, sigma=params.sigma, settings=last), {}
     sigma = params.sigma
-    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *params.settings.kernel)
-    return _op.augment_batch(
-        "augment",
-        batch,
-        matrices=params.matrices(*batch.shape[2:]),
-        **_op.factors(colour),
-        blur=blur,
-        boxes=params.erase,
-        **options_of(params.settings),
-    )
+    blur = None if sigma is None else _op.augment_gaussian(sigma, sigma, *settings.kernel)
+    arguments = options_of(settings) | _op.factors(colour) | {"blur": blur, "boxes": params.erase}
+    if settings.interpolation == "nearest":
+        geometry = Geometry.of(params, *batch.shape[2:])
+        batch, matrices = before_nearest(batch, geometry, settings.padding, settings.fill)
+        arguments |= {"matrices": matrices, "size": None if matrices is None else settings.size}
+    else:
+        arguments["matrices"] = params.matrices(*batch.shape[2:])
+    if settings.interpolation != "nearest" and params.crop is not None and not params.moves():
+        return _cropped(batch, params, arguments)
+    return _op.augment_batch("augment", batch, **arguments)
+
+
+def _cropped(images: Tensor, params: Params, arguments: dict[str, Any]) -> Tensor:
+    """Images of which a crop is resized. Of a crop that lies in the image nothing outside is looked at: its
+    border is repeated, as torchvision's resized_crop does. Of another one the padding counts.
+    """
+    assert params.crop is not None
+    windows, inside = windows_of(params.crop, params.hflip, params.vflip, images.shape[2:])
+    own = arguments | {
+        "matrices": inside_windows(arguments["matrices"], windows), "windows": windows, "padding": "border"
+    }  # fmt: skip
+    if params.settings.padding == "border" or (values_known(inside) and bool(inside.all())):
+        return _op.augment_batch("augment", images, **own)
+    padded = _op.augment_batch("augment", images, **arguments)
+    if values_known(inside) and not bool(inside.any()):
+        return padded
+    return torch.where(inside.view(-1, 1, 1, 1), _op.augment_batch("augment", images, **own), padded)
 
 
 def applied(images: Tensor, params: Params, targets: Targets) -> Any:
@@ -191,18 +278,12 @@ def applied(images: Tensor, params: Params, targets: Targets) -> Any:
     batch, lead = batched(op, images)
     if len(lead) > 1:
         raise ValueError(f"{op}: images must be (B, C, H, W) or (C, H, W), got {tuple(images.shape)}")
-    count = len(batch)
-    for name in COUNTED:
-        value = getattr(params, name)
-        if value is not None and len(value) != count:
-            raise ValueError(
-                f"{op}: params are of {len(value)} samples ({name}), images of {count}; sample anew"
-            )
+    params = _checked(params, len(batch))
     has_targets = targets.given()
     if has_targets:
         targets.check(batch, len(lead))
     _check_operations(params)
-    output = _images(batch, _counted(batch, params))
+    output = _images(batch, params)
     steps = steps_of(batch, params) if has_targets else []
     output = output if lead else output.squeeze(0)
     return targets.moved(output, steps, not lead) if has_targets else output

@@ -25,7 +25,7 @@ from ._structures import (
     with_tensors,
 )
 from ._targets import Targets
-from ._tv import plain, tv_kind
+from ._tv import plain, tv_kind, wrapped
 
 OP = "Augment.collate"
 
@@ -118,6 +118,46 @@ def _together(parts: list[Any], lists: bool) -> Any:
 
 def _plain(part: Any) -> Any:
     return plain(part) if isinstance(part, Tensor) else part
+
+
+LABELS = ("label", "labels", "target", "targets")
+
+
+def mixed_parts(batch: Any, key: Any, mixing: Any, generator: torch.Generator | None = None) -> Any:
+    """A batch of named parts with its images and labels mixed. Labels are called so, or are the only tensor
+    (B,) or (B, classes) beside the images.
+    """
+    place, fields = place_of(_shapes_of_one(batch), key), fields_of(batch) or {}
+    images = fields[place]
+    fitting = [
+        name
+        for name, value in fields.items()
+        if name != place and isinstance(value, Tensor) and value.dim() in (1, 2) and len(value) == len(images)
+    ]
+    named = [name for name in fitting if name in LABELS]
+    found = named or fitting
+    if len(found) != 1:
+        raise TypeError(
+            f"augment: mixup and cutmix need labels, one tensor (B,) or (B, classes) beside the images, "
+            f"called one of {', '.join(LABELS)}, got {list(fields)}"
+        )
+    mixed, soft = mixing.mixed(plain(images), plain(fields[found[0]]), generator)
+    parts = {**fields, place: wrapped(mixed, images), found[0]: soft}
+    if is_record(batch):
+        return record_with(batch, parts)
+    return type(batch)(**parts) if isinstance(batch, tuple) else {**batch, **parts}
+
+
+def _shapes_of_one(batch: Any) -> Any:
+    """A batch of named parts as a sample of it, of which only the shapes count."""
+    fields = fields_of(batch) or {}
+    parts = {
+        name: value[0] if isinstance(value, Tensor) and value.dim() and len(value) else value
+        for name, value in fields.items()
+    }
+    if is_record(batch):
+        return record_with(batch, parts)
+    return type(batch)(**parts) if isinstance(batch, tuple) else parts
 
 
 def with_targets(samples: list[Any], place: Any, augment: Any, targets: Targets) -> Any:

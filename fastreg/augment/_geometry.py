@@ -9,6 +9,7 @@ their edges; so does this.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from .._transforms import is_vmapped
 from . import _op
 from ._params import Params
-from ._plain import Padding
+from ._plain import Padding, is_last
 
 
 @dataclasses.dataclass
@@ -25,8 +26,10 @@ class Geometry:
     """One resampling of B samples.
 
     `matrices` (B, 2, 3) are the images', from a pixel of the result to its place in the source, or None where
-    nothing moves. `is_straight`: lines of the image stay lines of the result. `affine` are those of the part
-    between the flips and the crop, where torchvision's own arithmetic is wanted for masks.
+    nothing moves. `is_straight`: lines of the image stay lines of the result. Of what takes the nearest pixel
+    flips come first, as a step of their own, because a half is not rounded to the same pixel from the other
+    side: `unflipped` are the matrices of all that comes after them, and where lines stay lines those of what
+    is between them and the crop.
     """
 
     in_size: tuple[int, int]
@@ -36,8 +39,7 @@ class Geometry:
     vflip: Tensor | None = None
     crop: Tensor | None = None
     is_straight: bool = False
-    affine: Tensor | None = None
-    tied: Tensor | None = None  # (B,) bool: samples of which whole lines of positions lie between two pixels
+    unflipped: Tensor | None = None
     padding: Padding = "zeros"
     map: tuple[Tensor, Tensor] | None = None  # of boxes and points, where it is not that of the matrices
 
@@ -45,27 +47,23 @@ class Geometry:
     def of(cls, params: Params, height: int, width: int) -> Geometry:
         """What parameters do to images of (height, width)."""
         is_straight = params.angle is None and params.shear is None
-        affine, tied = None, None
-        moves = (params.stretch, params.scale, params.translate, params.angle, params.shear)
-        if params.angle is not None and params.crop is None and params.angle.device.type == "cpu":
-            tied = params.angle % 45 == 0
-        if (is_straight or tied is not None) and not all(value is None for value in moves):
+        bare = dataclasses.replace(params, hflip=None, vflip=None)
+        if is_straight:
             bare = dataclasses.replace(
-                params,
-                hflip=None,
-                vflip=None,
-                crop=None,
-                settings=dataclasses.replace(params.settings, size=None),
+                bare, crop=None, settings=dataclasses.replace(params.settings, size=None)
             )
-            affine = bare.matrices(height, width)
+        matrices, size = params.matrices(height, width), params.settings.size or (height, width)
+        crop = params.crop
+        if crop is None and size != (height, width) and matrices is not None:
+            crop = _op.rows((0, 0, height, width), len(matrices), matrices.device)
         return cls(
-            (height, width), params.settings.size or (height, width), params.matrices(height, width),
-            params.hflip, params.vflip, params.crop, is_straight, affine, tied, params.settings.padding,
+            (height, width), size, matrices, params.hflip, params.vflip, crop, is_straight,
+            bare.matrices(height, width) if params.moves() else None, params.settings.padding,
         )  # fmt: skip
 
     def crops_alone(self) -> bool:
         """Whether a crop and flips are all there is."""
-        return self.is_straight and self.crop is not None and self.affine is None
+        return self.is_straight and self.crop is not None and self.unflipped is None
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """(B,) float32 along x and y: by how much a crop is enlarged. They are of two numbers of float64, as
@@ -79,7 +77,7 @@ class Geometry:
         """What happens to sample i, without the others."""
         parts: dict[str, Any] = {
             name: None if (value := getattr(self, name)) is None else value[i : i + 1]
-            for name in ("matrices", "hflip", "vflip", "crop", "affine", "tied")
+            for name in ("matrices", "hflip", "vflip", "crop", "unflipped")
         }
         return dataclasses.replace(self, **parts)
 
@@ -138,7 +136,7 @@ def moved_boxes(boxes: Tensor, forward: tuple[Tensor, Tensor] | None, is_straigh
     return torch.cat([corners.amin(-2), corners.amax(-2)], -1)
 
 
-# ---- masks
+# ---- the nearest pixel, of masks and of images
 
 
 def _as_bytes(masks: Tensor) -> Tensor:
@@ -180,40 +178,31 @@ def _kernel_masks(masks: Tensor, matrices: Tensor, geometry: Geometry, fill: flo
     return whole.view(count, channels, *geometry.out_size)
 
 
-def _mask_matrices(geometry: Geometry, matrices: Tensor) -> Tensor:
+def _nudged(matrices: Tensor, geometry: Geometry) -> Tensor:
     """The matrices whose nearest pixel is the one that torch's nearest takes: of a crop that is resized it is
     pixel floor(x * step), which is not the one in the middle.
     """
-    crop, (height, width), size = geometry.crop, geometry.in_size, geometry.out_size
-    if crop is None and size == (height, width):
-        return matrices
+    crop, size = geometry.crop, geometry.out_size
     if crop is None:
-        sizes = [width / size[1], height / size[0]]
-        step = torch.tensor(sizes, dtype=matrices.dtype, device=matrices.device).expand(len(matrices), 2)
-    else:
-        step = torch.stack([crop[:, 3] / size[1], crop[:, 2] / size[0]], 1).to(matrices.dtype)
+        return matrices
+    step = torch.stack([crop[:, 3] / size[1], crop[:, 2] / size[0]], 1).to(matrices.dtype)
     nudge = torch.where(step == 1, 0.0, 2**-20 / step - 0.5)
     moved = matrices.clone()
     moved[:, :, 2] += (matrices[:, :, :2] * nudge[:, None]).sum(2)
     return moved
 
 
-def _row_of(geometry: Geometry, axis: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
+def _middle_row(geometry: Geometry, axis: int) -> Tensor | None:
     """(B, 3) of the part between flips and crop for x (0) or y (1), from the middle of the image in halves of
-    its side, as torchvision makes its grid of them, in float32 except for images of float64.
+    its side, as torchvision makes its grid of them, in float32.
     """
-    if geometry.affine is None:
+    if geometry.unflipped is None:
         return None
     height, width = geometry.in_size
-    m = geometry.affine[:, axis]
+    m = geometry.unflipped[:, axis]
     middle, half = 0.5 * (width - 1, height - 1)[axis], 0.5 * (width, height)[axis]
     shift = m[:, 2] - middle + 0.5 * (m[:, 0] * (width - 1) + m[:, 1] * (height - 1))
-    return torch.stack([m[:, 0], m[:, 1], shift], 1).to(dtype) / half
-
-
-def _nearest(grid: Tensor, n: int) -> Tensor:
-    """The pixel of a line of n at a place in [-1, 1], by the arithmetic of torch's grid_sample."""
-    return ((grid + 1) * (0.5 * n) - 0.5).round().clamp(-(2.0**30), 2.0**30).long()
+    return torch.stack([m[:, 0], m[:, 1], shift], 1).float() / half
 
 
 def _line(geometry: Geometry, axis: int) -> Tensor:
@@ -230,10 +219,10 @@ def _line(geometry: Geometry, axis: int) -> Tensor:
         place = (pixel.float() * (extent.float() / n_out)[:, None]).floor()
         place = torch.minimum(place, extent[:, None].float().ceil() - 1)
         pixel = (start[:, None] + place).floor().long()
-    row = _row_of(geometry, axis)
+    row = _middle_row(geometry, axis)
     if row is not None:
         grid = (pixel.float() - 0.5 * (n - 1)) * row[:, axis, None] + row[:, 2, None]
-        pixel = _nearest(grid, n)
+        pixel = ((grid + 1) * (0.5 * n) - 0.5).round().clamp(-(2.0**30), 2.0**30).long()
     return pixel if flip is None else torch.where(flip[:, None] != 0, n - 1 - pixel, pixel)
 
 
@@ -246,59 +235,45 @@ def _padded(pixel: Tensor, n: int, padding: Padding) -> tuple[Tensor, Tensor | N
     return pixel.clamp(0, n - 1), None if padding in ("border", "reflect") else inside
 
 
-def _taken(masks: Tensor, rows: Tensor, columns: Tensor, geometry: Geometry, fill: Any) -> Tensor:
-    """Pixels of masks (B, N, H, W) at rows and columns that broadcast to (B, *out_size)."""
+def _taken(images: Tensor, geometry: Geometry, padding: Padding, fill: Any) -> Tensor:
+    """Images or masks (B, N, H, W) of which lines stay lines, at the pixels of `_line`."""
     height, width = geometry.in_size
-    padding: Padding = "fill" if fill is not None else geometry.padding
-    rows, there = _padded(rows, height, padding)
-    columns, beside = _padded(columns, width, padding)
-    place = (rows * width + columns).flatten(1)[:, None].expand(-1, masks.shape[1], -1)
-    moved = masks.flatten(2).gather(2, place).unflatten(2, geometry.out_size)
+    rows, there = _padded(_line(geometry, 1)[:, :, None], height, padding)
+    columns, beside = _padded(_line(geometry, 0)[:, None], width, padding)
+    place = (rows * width + columns).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    moved = images.flatten(2).gather(2, place).unflatten(2, geometry.out_size)
+    if is_last(images):
+        moved = moved.contiguous(memory_format=torch.channels_last)
     if there is None or beside is None:
         return moved
-    if masks.device.type == "cpu" and not torch.compiler.is_compiling() and there.all() and beside.all():
+    if images.device.type == "cpu" and not torch.compiler.is_compiling() and there.all() and beside.all():
         return moved  # A crop lies inside almost always.
-    outside = torch.tensor(fill or 0, device=masks.device).to(masks.dtype).view(1, -1, 1, 1)
-    return torch.where((there & beside)[:, None], moved, outside)
+    values = fill if isinstance(fill, (list, tuple)) else [fill]
+    if padding != "fill":
+        values = [0]
+    if images.dtype == torch.uint8:
+        values = [min(max(round(value), 0), 255) for value in values]
+    outside = torch.stack([torch.full((), v, dtype=images.dtype, device=images.device) for v in values])
+    return torch.where((there & beside)[:, None], moved, outside.view(1, -1, 1, 1))
 
 
-def turned(images: Tensor, geometry: Geometry, fill: Any) -> Tensor:
-    """Images or masks (B, N, H, W) at the very pixels that torchvision's affine takes: its grid is in
-    float32, so that of two pixels that are equally near it may take either.
+def before_nearest(
+    images: Tensor, geometry: Geometry, padding: Padding, fill: Any
+) -> tuple[Tensor, Tensor | None]:
+    """(images or masks (B, N, H, W), the matrices by which they then take the nearest pixel; None where they
+    have taken it already). Both take the same pixels: those of torchvision's steps one after the other.
     """
-    height, width = geometry.out_size
-    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    x = torch.arange(width, device=images.device, dtype=dtype) - 0.5 * (width - 1)
-    y = torch.arange(height, device=images.device, dtype=dtype)[:, None] - 0.5 * (height - 1)
-    pixels = []
-    for axis in (1, 0):
-        row = _row_of(geometry, axis, dtype)
-        assert row is not None
-        a, b, c = row.view(-1, 3, 1, 1).unbind(1)
-        pixels.append(_nearest(x * a + y * b + c, geometry.in_size[1 - axis]))
-    return _taken(images, pixels[0], pixels[1], geometry, fill)
-
-
-def sheared(images: Tensor, slant: Tensor, is_x: bool, padding: Padding, fill: Any) -> Tensor:
-    """Images (B, C, H, W), sheared along one axis about the upper left corner, at the very pixels that
-    torchvision's affine takes with nearest: among its strengths are some that put whole lines of positions
-    between two pixels.
-    """
-    if not images.numel():
-        return images.clone()
-    height, width = images.shape[2:]
-    n, other = (width, height) if is_x else (height, width)
-    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    along, across = (torch.arange(k, device=images.device, dtype=dtype) - 0.5 * (k - 1) for k in (n, other))
-    factor, shift = ((v.to(dtype) / (0.5 * n)).view(-1, 1, 1) for v in (slant, 0.5 * other * slant))
-    scaled = along * (torch.ones((), dtype=dtype, device=images.device) / (0.5 * n))
-    grid = scaled + across[:, None] * factor if is_x else across * factor + scaled[:, None]
-    pixel = _nearest(grid + shift, n)
-    inside = ((pixel >= 0) & (pixel < n))[:, None]
-    place = pixel.clamp(0, n - 1)[:, None].expand(images.shape)
-    moved = images.gather(3 if is_x else 2, place)
-    outside = torch.tensor(fill if padding == "fill" else 0.0, device=images.device).to(images.dtype)
-    return torch.where(inside, moved, outside.view(1, -1, 1, 1))
+    matrices = geometry.matrices
+    if matrices is None:
+        return images, None
+    if geometry.is_straight and (geometry.crop is not None or geometry.unflipped is not None):
+        return _taken(images, geometry, padding, fill), None
+    if not geometry.is_straight:
+        for flip, axis in ((geometry.hflip, -1), (geometry.vflip, -2)):
+            if flip is not None:
+                images = torch.where(flip.view(-1, 1, 1, 1) != 0, images.flip(axis), images)
+        matrices = matrices if geometry.unflipped is None else geometry.unflipped
+    return images, _nudged(matrices, geometry)
 
 
 def _fits_bytes(masks: Tensor, fill: float | None) -> bool:
@@ -311,18 +286,6 @@ def _fits_bytes(masks: Tensor, fill: float | None) -> bool:
     return bool(low >= 0) and bool(high <= 255)
 
 
-def _with_ties(masks: Tensor, geometry: Geometry, fill: float | None, at: Tensor) -> Tensor:
-    """Masks of which the samples `at` take torchvision's own pixels."""
-    moved = moved_masks(masks, dataclasses.replace(geometry, affine=None, tied=None), fill)
-    some = masks[at]
-    for flip, axis in ((geometry.hflip, -1), (geometry.vflip, -2)):
-        if flip is not None:
-            some = torch.where(flip[at].view(-1, 1, 1, 1) != 0, some.flip(axis), some)
-    assert geometry.affine is not None
-    alone = dataclasses.replace(geometry, affine=geometry.affine[at])
-    return moved.index_copy_(0, at, turned(some, alone, fill))
-
-
 def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor:
     """Masks (B, N, H, W) at the nearest pixel of the source; what lies outside is `fill`, or, where that is
     None, what the images' padding makes of it.
@@ -331,16 +294,37 @@ def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor
         return masks.clone()
     if not masks.numel():
         return masks.new_empty((*masks.shape[:2], *geometry.out_size))
-    if geometry.is_straight and (geometry.crop is not None or geometry.affine is not None):
-        rows, columns = _line(geometry, 1)[:, :, None], _line(geometry, 0)[:, None]
-        return _taken(masks, rows, columns, geometry, fill)
-    if geometry.affine is not None and geometry.tied is None:
-        return turned(masks, geometry, fill)
-    if geometry.tied is not None and not (torch.compiler.is_compiling() or is_vmapped()):
-        at = geometry.tied.nonzero()[:, 0]
-        if len(at):
-            return _with_ties(masks, geometry, fill, at)
-    matrices = _mask_matrices(geometry, geometry.matrices)
+    padding: Padding = geometry.padding if fill is None else "fill"
+    masks, matrices = before_nearest(masks, geometry, padding, fill or 0)
+    if matrices is None:
+        return masks
     if _fits_bytes(masks, fill):
         return _kernel_masks(masks.to(torch.uint8), matrices, geometry, fill).to(masks.dtype)
     return _kernel_masks(masks, matrices, geometry, fill)
+
+
+# ---- a crop that is resized
+
+
+def windows_of(crop: Tensor, hflip: Any, vflip: Any, in_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """((B, 4) int64 of (top, left, height, width), where crops (B, 4) lie in the images before they are
+    flipped; (B,) whether one is of whole pixels that are all there). Of another one it is the whole image.
+    """
+    height, width = in_size
+    top, left, high, wide = crop.unbind(1)
+    inside = (crop == crop.floor()).all(1) & (top >= 0) & (left >= 0) & (high >= 1) & (wide >= 1)
+    inside = inside & (top + high <= height) & (left + wide <= width)
+    if hflip is not None:
+        left = torch.where(hflip != 0, width - left - wide, left)
+    if vflip is not None:
+        top = torch.where(vflip != 0, height - top - high, top)
+    whole = _op.rows((0, 0, height, width), len(crop), crop.device)
+    found = torch.where(inside[:, None], torch.stack([top, left, high, wide], 1), whole.to(crop.dtype))
+    return found.long(), inside
+
+
+def inside_windows(matrices: Tensor, windows: Tensor) -> Tensor:
+    """The matrices of images as those of their windows."""
+    moved = matrices.clone()
+    moved[:, :, 2] -= windows[:, :2].flip(1).to(moved.dtype)
+    return moved

@@ -37,6 +37,14 @@ class Mixing:
     ) -> tuple[Tensor, Tensor]:
         """(images, soft labels (B, classes))."""
         both = self.mixup > 0 and self.cutmix > 0
+        if both and torch.compiler.is_compiling():  # A graph has both, and takes one.
+            coin = torch.rand((), generator=generator, device=images.device, dtype=torch.float32) < 0.5
+            of_each = (
+                mixup(images, labels, self.mixup, self.num_classes, generator=generator),
+                cutmix(images, labels, self.cutmix, self.num_classes, generator=generator),
+            )
+            mixed, soft = (torch.where(coin, one, other) for one, other in zip(*of_each, strict=True))
+            return mixed, soft
         if both:
             # The choice is drawn where the seeds are, on the CPU, so that nothing waits for a GPU.
             is_cpu = generator is None or generator.device.type == "cpu"

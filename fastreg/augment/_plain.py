@@ -72,8 +72,8 @@ def _taps(position: Tensor, n: Tensor, interpolation: int, padding: int, dtype: 
     Positions are int64 in units of 2^-32 pixels, exact under addition, so that they are the kernels'.
     """
     whole, t = position >> 32, (position & _FRACTION).to(dtype) * 2.0**-32
-    if INTERPOLATIONS[interpolation] == "nearest":  # ties to even
-        taps = [((position + (_ONE // 2 - 1) + (whole & 1)) >> 32, torch.ones_like(t))]
+    if INTERPOLATIONS[interpolation] == "nearest":
+        taps = [(whole, torch.ones_like(t))]
     elif INTERPOLATIONS[interpolation] == "bilinear":
         taps = [(whole, 1 - t), (whole + 1, t)]
     else:  # Keys 1981 with a = -0.75, as torch's grid_sample
@@ -82,6 +82,22 @@ def _taps(position: Tensor, n: Tensor, interpolation: int, padding: int, dtype: 
         weights = (far(t + 1), near(t), near(1 - t), far(2 - t))
         taps = [(whole + k - 1, weight) for k, weight in enumerate(weights)]
     return [(*_pad(pixel, n.view(-1, 1, 1), padding), weight) for pixel, weight in taps]
+
+
+def _nearest(matrices: Tensor, windows: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(2, B, *size) int64: the nearest pixel along x and y, by the arithmetic of torch's grid_sample on the
+    grid of torchvision's affine, both in `dtype`: positions are in halves of the source's side, from its
+    middle. Of two pixels that are equally near, or nearly so, their rounding decides.
+    """
+    n = windows[:, 2:].flip(1).to(matrices.dtype)
+    across, down = size[1] - 1, size[0] - 1
+    shift = matrices[:, :, 2] - 0.5 * (n - 1) + 0.5 * (matrices[:, :, 0] * across + matrices[:, :, 1] * down)
+    half = (0.5 * n).to(dtype)
+    rows = torch.cat([matrices[:, :, :2], shift[:, :, None]], 2).to(dtype) / half[:, :, None]
+    x = torch.arange(size[1], device=n.device, dtype=dtype) - 0.5 * across
+    y = torch.arange(size[0], device=n.device, dtype=dtype)[:, None] - 0.5 * down
+    a, b, c, half = (v[:, :, None, None] for v in (*rows.unbind(2), half))
+    return ((x * a + y * b + c + 1) * half - 0.5).round().clamp(-_FARTHEST, _FARTHEST).long().transpose(0, 1)
 
 
 def _resample(images, matrices, windows, fill, size, interpolation, padding) -> Tensor:
@@ -93,6 +109,12 @@ def _resample(images, matrices, windows, fill, size, interpolation, padding) -> 
     rows = torch.arange(size[0], device=images.device)[:, None]
     columns = torch.arange(size[1], device=images.device)
     u, v = (m[:, axis, 0] * columns + m[:, axis, 1] * rows + m[:, axis, 2] for axis in (0, 1))
+    if INTERPOLATIONS[interpolation] == "nearest":
+        (a, b, c), (d, e, f) = (row.unbind(1) for row in m.unbind(1))
+        straight = (a.abs() == _ONE) & (b == 0) & (d == 0) & (e.abs() == _ONE)
+        straight = straight & (c % _ONE == 0) & (f % _ONE == 0)  # output pixels are source pixels
+        pixels = _nearest(matrices, windows, size, images.dtype)
+        u, v = torch.where(straight, torch.stack([u, v]), pixels << 32)
     top, left, height, width = windows.unbind(1)
     value = images.new_zeros(())
     inside = images.new_zeros(())
@@ -290,10 +312,14 @@ def _check(images, grad, matrices, height, width, colour_steps, normalise, dtype
         raise ValueError(f"{op}: hue has no gradient; leave hue out, or call it under torch.no_grad()")
 
 
+def is_last(images: Tensor) -> bool:
+    """Whether images (B, C, H, W) lie in memory with their channels last."""
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
 def like_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """An empty batch (B, C, height, width) in the images' memory format."""
-    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
+    layout = torch.channels_last if is_last(images) else torch.contiguous_format
     return torch.empty(
         (*images.shape[:2], height, width), dtype=dtype, device=images.device, memory_format=layout
     )

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_number
+from .._registry import define_kernel
 from . import _op, _tones
-from ._geometry import Geometry, sheared, turned
+from ._geometry import Geometry
 from ._op import Interpolation
-from ._params import Params, policy_outside
+from ._params import Params, Settings, policy_outside
 from ._plain_draw import number_dtype, sample_words
 
 # What a number in `Params.operations` stands for. "Invert" is in neither policy.
@@ -29,7 +30,7 @@ OPERATIONS = (
 SIGNED = 9  # those from the second to this one have a sign
 GEOMETRIC = range(1, 6)
 _DRAWN = len(OPERATIONS) - 1
-_FIRST_WORDS = 48  # of the draws of a sample; those before are of other steps
+_GREY_WORD, _FIRST_WORDS = 44, 48  # of the draws of a sample; others before are of other steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,13 @@ def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -
     return operations, torch.where(signed, -magnitudes, magnitudes)
 
 
+def draw_grey(chance: float, seed: Tensor, index: Tensor) -> Tensor:
+    """(B,) 1 for samples that become grey, else 0."""
+    draw = torch.full((), _GREY_WORD, dtype=torch.int64, device=index.device)
+    words = sample_words(seed.reshape(()).to(index.device), index, draw)
+    return (words[..., 0] < chance * 2.0**32).to(number_dtype(index.device))
+
+
 def matrices_of(operations: Tensor, magnitudes: Tensor, height: int, width: int) -> Tensor:
     """(B, 2, 3) of one round; of operations that move nothing, the identity. Shears leave the upper left
     corner where it is, as torchvision's.
@@ -117,14 +125,7 @@ def steps_of(params: Params, height: int, width: int) -> list[Geometry]:
     for i in range(operations.shape[1]):
         strengths = magnitudes[:, i].to(number_dtype(operations.device))
         matrices = matrices_of(operations[:, i], strengths, height, width)
-        tied = None
-        if operations.device.type == "cpu":
-            shears = (operations[:, i] == 1) | (operations[:, i] == 2)
-            tied = shears | (
-                (operations[:, i] == OPERATIONS.index("Rotate")) & ((strengths % 45).abs() < 1e-3)
-            )
-        size = (height, width)
-        steps.append(Geometry(size, size, matrices, affine=None if tied is None else matrices, tied=tied))
+        steps.append(Geometry((height, width), (height, width), matrices))
     return steps
 
 
@@ -134,21 +135,6 @@ def _geometric(images: Tensor, operations: Tensor, magnitudes: Tensor, params: P
         "augment", images, matrices=matrices_of(operations, magnitudes, *images.shape[2:]),
         interpolation=params.settings.policy_interpolation, padding=padding, fill=fill,
     )  # fmt: skip
-
-
-def _tied(images: Tensor, operations: Tensor, magnitudes: Tensor, params: Params) -> Tensor:
-    """Turned by an angle that puts whole lines of positions between two pixels."""
-    size = (images.shape[2], images.shape[3])
-    matrices = matrices_of(operations, magnitudes, *size)
-    step = Geometry(size, size, matrices, affine=matrices)
-    return turned(images, step, policy_outside(params.settings)[1])
-
-
-def _is_tied(degrees: float, height: int, width: int) -> bool:
-    eighths = round(degrees / 45)
-    if abs(degrees - 45 * eighths) > 1e-3 or eighths % 4 == 0:
-        return False
-    return eighths % 2 == 1 or height != width
 
 
 def _factor(step: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -189,7 +175,78 @@ _TONES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _static(params: Params) -> tuple[int, bool, list[float]]:
+    """The settings of a policy as arguments of its operator."""
+    fill = params.settings.policy_fill
+    values = [] if fill is None else list(fill) if isinstance(fill, (list, tuple)) else [fill]
+    number = _op.INTERPOLATIONS.index(params.settings.policy_interpolation)
+    return number, fill is not None, [float(v) for v in values]
+
+
+def _from_static(operations, magnitudes, interpolation: int, has_fill: bool, fill: list[float]) -> Params:
+    settings = Settings(
+        policy_interpolation=_op.INTERPOLATIONS[interpolation],
+        policy_fill=(tuple(fill) if len(fill) > 1 else fill[0]) if has_fill else None,
+    )
+    return Params(operations=operations, magnitudes=magnitudes, settings=settings)
+
+
+def _operator(images: Tensor, *given: Any) -> Tensor:
+    return _operated(images, _from_static(*given))
+
+
+def _operator_backward(grad: Tensor, images: Tensor, *given: Any) -> Tensor:
+    with torch.enable_grad():
+        leaf = images.detach().requires_grad_()
+        output = _operated(leaf, _from_static(*given))
+    (gradient,) = torch.autograd.grad(output, leaf, grad)
+    return gradient
+
+
+# Which operation gets which samples depends on what they drew, on which a graph of torch.compile cannot
+# branch: there a policy is one node.
+_ARGUMENTS = (
+    "Tensor images, Tensor operations, Tensor magnitudes, int interpolation, bool has_fill, float[] fill"
+)
+define_kernel(f"augment_policy({_ARGUMENTS}) -> Tensor", _operator)
+define_kernel(f"augment_policy_backward(Tensor grad, {_ARGUMENTS}) -> Tensor", _operator_backward)
+
+
+@torch.library.register_fake("fastreg::augment_policy", allow_override=True)
+def _(images, *given):
+    return torch.empty_like(images)
+
+
+@torch.library.register_fake("fastreg::augment_policy_backward", allow_override=True)
+def _(grad, images, *given):
+    return torch.empty_like(images)
+
+
+class _Policy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, operations, magnitudes, *static):
+        ctx.save_for_backward(images, operations, magnitudes)
+        ctx.static = static
+        return torch.ops.fastreg.augment_policy(images, operations, magnitudes, *static)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gradient = torch.ops.fastreg.augment_policy_backward(grad, *ctx.saved_tensors, *ctx.static)
+        return gradient, *(None,) * (2 + len(ctx.static))
+
+
 def operated(images: Tensor, params: Params) -> Tensor:
+    """Images (B, C, H, W) after the operations that their samples drew."""
+    if not torch.compiler.is_compiling():
+        return _operated(images, params)
+    given = (images, params.operations, params.magnitudes, *_static(params))
+    if images.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _Policy.apply(*given)
+        return result
+    return torch.ops.fastreg.augment_policy(*given)
+
+
+def _operated(images: Tensor, params: Params) -> Tensor:
     """Images (B, C, H, W) after the operations that their samples drew. On a GPU this waits for the draw, to
     know which operation gets which samples.
     """
@@ -201,17 +258,15 @@ def operated(images: Tensor, params: Params) -> Tensor:
     result, count = images.clone(), len(images)
     tracked = images.requires_grad and torch.is_grad_enabled()
     for i in range(operations.shape[1]):
-        for name, samples in _groups(images, operations[:, i], magnitudes[:, i], params).items():
+        for name, samples in _groups(operations[:, i]).items():
             whole = len(samples) == count
             at = torch.tensor(samples, device=images.device)
             part = result if whole else result.index_select(0, at)
             strength = magnitudes[at, i]
             if name in _TONES:
                 part = _TONES[name](part, strength)
-            elif name.startswith("Shear"):
-                part = sheared(part, strength, name == "ShearX", *policy_outside(params.settings))
             else:
-                part = (_tied if name == "tied" else _geometric)(part, operations[at, i], strength, params)
+                part = _geometric(part, operations[at, i], strength, params)
             if whole:
                 result = part
             else:
@@ -219,16 +274,11 @@ def operated(images: Tensor, params: Params) -> Tensor:
     return result
 
 
-def _groups(images: Tensor, operations: Tensor, magnitudes: Tensor, params: Params) -> dict[str, list[int]]:
+def _groups(operations: Tensor) -> dict[str, list[int]]:
     """Which samples of a round go together: those of one operation, or all that the fused pass moves."""
-    is_nearest = params.settings.policy_interpolation == "nearest"
-    height, width = images.shape[2:]
     groups: dict[str, list[int]] = {}
-    for sample, (number, strength) in enumerate(zip(operations.tolist(), magnitudes.tolist(), strict=True)):
-        name = OPERATIONS[number]
-        if number in GEOMETRIC and not (is_nearest and name.startswith("Shear")):
-            tied = is_nearest and name == "Rotate" and _is_tied(strength, height, width)
-            name = "tied" if tied else "moved"
+    for sample, number in enumerate(operations.tolist()):
+        name = "moved" if number in GEOMETRIC else OPERATIONS[number]
         if name != "Identity":
             groups.setdefault(name, []).append(sample)
     return groups

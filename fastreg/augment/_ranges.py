@@ -89,10 +89,25 @@ def output_size(size: Any) -> tuple[int, int] | None:
     return sides
 
 
-def crop_of(crop: Any) -> int | tuple[float, float] | None:
-    """The padding of a window, or a range of shares of the area."""
-    if crop is None:
+def resize_of(resize: Any) -> int | tuple[int, int] | None:
+    """The shorter side, or (height, width)."""
+    if resize is None:
         return None
+    sides = tuple(resize) if isinstance(resize, (tuple, list)) else (resize,)
+    if len(sides) not in (1, 2) or any(not is_int(v, int) or v < 1 for v in sides):
+        raise ValueError(
+            f"Augment: resize must be whole numbers of at least 1, the shorter side or (height, width), got "
+            f"{resize!r}"
+        )
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def crop_of(crop: Any) -> int | str | tuple[float, float] | None:
+    """The padding of a window, "center", or a range of shares of the area."""
+    if crop is None or crop == "center":
+        return crop
+    if isinstance(crop, str):
+        raise ValueError(f'Augment: crop must be (lo, hi), a whole number or "center", got {crop!r}')
     if is_int(crop, int):
         check_number("Augment", "crop", crop, 0, 2**20)
         return crop

@@ -12,7 +12,7 @@ from .._checks import check_count
 from ._params import Settings
 from ._structures import leaves_of, samples_of
 from ._targets import Augmented, Targets, to_xyxy
-from ._tv import is_turned, is_tv_tensor, plain
+from ._tv import ROTATED, corners_of, is_tv_tensor, plain
 
 OP = "Augment.show"
 _COLOURS = ((255, 70, 70), (70, 210, 70), (80, 120, 255), (250, 210, 60), (220, 90, 220), (70, 220, 220))
@@ -21,7 +21,7 @@ _GAP = 2
 
 @dataclasses.dataclass
 class _Cell:
-    """An image (C, H, W) and its own targets, boxes XYXY."""
+    """An image (C, H, W) and its own targets, boxes (N, 4) XYXY, or the corners (N, 4, 2) of turned ones."""
 
     image: Tensor
     masks: Tensor | None = None
@@ -62,6 +62,9 @@ def _drawn(cell: _Cell, settings: Settings | None) -> Tensor:
                     shade = _colour(n if cell.masks.dim() == 3 else value - 1, device)
                     picture[:, on] = 0.5 * picture[:, on] + 0.5 * shade
     for n, box in enumerate(() if cell.boxes is None else cell.boxes.float().cpu()):
+        if box.dim() == 2:
+            _outline(picture, box, _colour(n, device))
+            continue
         x1, y1, x2, y2 = box.tolist()
         if not (x2 > x1 and y2 > y1):  # nothing is left, or a NaN
             continue
@@ -84,6 +87,32 @@ def _drawn(cell: _Cell, settings: Settings | None) -> Tensor:
     return picture.round().to(torch.uint8).cpu()
 
 
+def _outline(picture: Tensor, corners: Tensor, shade: Tensor) -> None:
+    """Draw the four sides of corners (4, 2), as far as they lie in the picture."""
+    height, width = picture.shape[1:]
+    if not bool(corners.isfinite().all()):
+        return
+    for start, end in zip(corners, corners.roll(-1, 0), strict=True):
+        steps = 2 * min(int((end - start).abs().amax()), 4 * (height + width)) + 2
+        share = torch.linspace(0, 1, steps, dtype=torch.float32)[:, None]
+        x, y = (start + share * (end - start)).floor().clamp(-1, 2**30).long().unbind(1)
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        picture[:, y[inside].to(picture.device), x[inside].to(picture.device)] = shade
+
+
+def _format_of(boxes: Any, box_format: str) -> str:
+    """The format of boxes, one tensor or a list: torchvision's know their own."""
+    first = boxes[0] if isinstance(boxes, (list, tuple)) and boxes else boxes
+    own: str = first.format.value if is_tv_tensor(first) else box_format
+    return own
+
+
+def _outlines(boxes: Tensor, box_format: str) -> Tensor:
+    """Boxes as `_Cell` has them."""
+    numbers = boxes.float()
+    return corners_of(numbers, box_format) if box_format in ROTATED else to_xyxy(numbers, box_format)
+
+
 def _part(value: Any, i: int, single: bool) -> Any:
     if value is None:
         return None
@@ -99,7 +128,7 @@ def _batch_cells(images: Tensor, moved: Any, box_format: str) -> list[_Cell]:
         masks, boxes, points = (
             _part(getattr(moved, name), i, single) for name in ("masks", "boxes", "keypoints")
         )
-        boxes = None if boxes is None else to_xyxy(boxes.float(), box_format)
+        boxes = None if boxes is None else _outlines(boxes, _format_of(moved.boxes, box_format))
         seen = _part(getattr(moved, "visible", None), i, single)
         if points is not None and seen is not None:  # as the third number of a point
             points = torch.cat([points[..., :2], seen.to(points.dtype).unsqueeze(-1)], -1)
@@ -116,12 +145,7 @@ def _nest_cells(nest: Any) -> list[_Cell]:
         if leaf.kind is None or leaf.kind in found:
             continue
         value = plain(leaf.value)
-        if leaf.kind == "boxes":
-            if is_turned(leaf.value):
-                continue
-            is_tv = is_tv_tensor(leaf.value)
-            value = to_xyxy(value.float(), leaf.value.format.value if is_tv else "XYXY")
-        found[leaf.kind] = value
+        found[leaf.kind] = leaf.value if leaf.kind == "boxes" else value
     images = found.pop("image")
     if images.dim() == 4:
         found = {name: value for name, value in found.items() if len(value) == len(images)}
@@ -183,7 +207,12 @@ def shown(aug: Any, batch: Any, generator: Any, targets: Targets, draws: int, co
     elif targets.given():
         before = [
             dataclasses.replace(
-                cell, masks=_part(targets.masks, i, False), keypoints=_part(targets.keypoints, i, False)
+                cell,
+                masks=_part(targets.masks, i, False),
+                boxes=None
+                if targets.boxes is None
+                else _outlines(_part(targets.boxes, i, False), _format_of(targets.boxes, box_format)),
+                keypoints=_part(targets.keypoints, i, False),
             )
             for i, cell in enumerate(_cells(batch, box_format))
         ]

@@ -45,7 +45,7 @@ class Augmented(NamedTuple):
     visible: Any = None
 
 
-def _values_known(*tensors: Tensor) -> bool:
+def values_known(*tensors: Tensor) -> bool:
     """Whether values can be looked at without waiting for a GPU or breaking a graph."""
     if torch.compiler.is_compiling() or is_vmapped():
         return False
@@ -221,7 +221,7 @@ class Targets:
                 f"{self.counts.dtype} of shape {tuple(self.counts.shape)}"
             )
         most = self.boxes.shape[1]
-        if _values_known(self.counts) and bool(((self.counts < 0) | (self.counts > most)).any()):
+        if values_known(self.counts) and bool(((self.counts < 0) | (self.counts > most)).any()):
             raise ValueError(f"{OP}: counts must be in [0, {most}], got {self.counts.tolist()}")
 
     def _check_keypoints(self, images: Tensor, head: tuple[int, ...]) -> None:
@@ -269,9 +269,7 @@ class Targets:
             both = _each(self.boxes, is_single, lambda part, i: self._moved_boxes(part, steps, forward, i))
             boxes, left = _pair(both)
         if self.keypoints is not None:
-            both = _each(
-                self.keypoints, is_single, lambda part, i: self._moved_keypoints(part, steps, forward, i)
-            )
+            both = _each(self.keypoints, is_single, lambda part, i: self._moved_keypoints(part, steps, i))
             keypoints, visible = _pair(both)
         size = steps[-1].out_size
         return Augmented(
@@ -298,8 +296,11 @@ class Targets:
     def _moved_boxes(self, boxes: Tensor, steps: Sequence[Geometry], forward: Any, i: int | None) -> Any:
         if boxes.dim() == 2:  # (B, 0) of torch.tensor([])
             boxes = boxes.reshape(len(boxes), 0, _tv.ROTATED.get(self.box_format, 4))
+        crops = [step if i is None else step.of_sample(i) for step in steps]
+        alone = all(step.crops_alone() for step in crops)
         if self.box_format in _tv.ROTATED:
-            return self._moved_rotated(boxes, steps, _one_map(forward, i))
+            moved, left = self._moved_rotated(boxes, crops, alone, _one_map(forward, i))
+            return self._without_padding(boxes, moved, left)
         xyxy = to_xyxy(boxes.to(_arithmetic(boxes)), self.box_format)
         straight = all(step.is_straight for step in steps)
         around = moved_boxes(xyxy, _one_map(forward, i), straight)
@@ -308,13 +309,19 @@ class Targets:
         left = there & (area > 0) & (area >= self.min_area)
         left = left & (area >= self.min_visibility * _area(around))
         moved = from_xyxy(cut, self.box_format).to(boxes.dtype)  # cut off, as torchvision does
-        step = steps[-1] if i is None else steps[-1].of_sample(i)
-        if not boxes.dtype.is_floating_point and len(steps) == 1 and step.crops_alone():
-            moved = self._cropped_whole(xyxy, boxes.dtype, step)
-        if self.counts is not None:
-            known = torch.arange(boxes.shape[1], device=boxes.device) < self.counts[:, None]
-            moved, left = torch.where(known[:, :, None], moved, boxes), left & known
-        return moved, left
+        if not boxes.dtype.is_floating_point and alone:
+            moved = boxes
+            for step in crops:
+                xyxy = to_xyxy(moved.to(_arithmetic(boxes)), self.box_format)
+                moved = self._cropped_whole(xyxy, boxes.dtype, step)
+        return self._without_padding(boxes, moved, left)
+
+    def _without_padding(self, boxes: Tensor, moved: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """(moved boxes, those left), where boxes that do not count are as they were."""
+        if self.counts is None:
+            return moved, left
+        known = torch.arange(boxes.shape[1], device=boxes.device) < self.counts[:, None]
+        return torch.where(known[:, :, None], moved, boxes), left & known
 
     def _cropped_whole(self, xyxy: Tensor, dtype: torch.dtype, step: Geometry) -> Tensor:
         """Boxes of whole numbers after a crop, and then after its resize, which torchvision cuts off after
@@ -341,36 +348,43 @@ class Targets:
         ratio = torch.stack([across, down] * 2, -1)
         return (whole * ratio).to(dtype)
 
-    def _moved_rotated(self, boxes: Tensor, steps: Sequence[Geometry], forward: Any) -> Any:
+    def _moved_rotated(self, boxes: Tensor, steps: list[Geometry], alone: bool, forward: Any) -> Any:
         before = _tv.corners_of(boxes.to(number_dtype(boxes.device)), self.box_format)
         around = before
         if forward is not None:
             around = _tv.rectangles(moved_points(before, forward))
             mirrored = torch.linalg.det(forward[0]) < 0  # The corners go round the same way again.
             around = torch.where(mirrored.view(-1, 1, 1, 1), around[..., [1, 0, 3, 2], :], around)
-        moved, corners = _tv.from_corners(around, self.box_format, steps[-1].out_size, self.clamping)
+        if alone:
+            moved = boxes
+            for step in steps:
+                moved = _tv.rotated_of_crops(moved, self.box_format, step, self.clamping)
+            corners = _tv.corners_of(moved.to(before.dtype), self.box_format)
+        else:
+            moved, corners = _tv.from_corners(around, self.box_format, steps[-1].out_size, self.clamping)
         area, whole = _polygon_area(corners), _polygon_area(around)
         left = (_polygon_area(before) > 0) & (area > 0) & (area >= self.min_area)
         left = left & (area >= self.min_visibility * whole)
         return moved.to(boxes.dtype), left
 
-    def _moved_keypoints(self, points: Tensor, steps: Sequence[Geometry], forward: Any, i: int | None) -> Any:
-        first = steps[0] if i is None else steps[0].of_sample(i)
-        places = points[..., :2].to(_arithmetic(points))
-        mirrored = None
-        shifts = []
-        for flip in (first.hflip, first.vflip):
-            if flip is None:
-                shifts.append(places.new_zeros(len(places)))
-                continue
-            on = flip != 0
-            shifts.append(on.to(places.dtype))  # torchvision mirrors key points about the centres of pixels
-            mirrored = on if mirrored is None else mirrored ^ on
-        places = places + torch.stack(shifts, 1).view(-1, *(1,) * (places.dim() - 2), 2)
-        if not points.dtype.is_floating_point and len(steps) == 1 and first.crops_alone():
-            places = _points_of_crop(places, first)
-        else:
-            places = moved_points(places, _one_map(forward, i))
+    def _moved_keypoints(self, points: Tensor, steps: Sequence[Geometry], i: int | None) -> Any:
+        places, mirrored = points[..., :2].to(_arithmetic(points)), None
+        whole = not points.dtype.is_floating_point and all(step.crops_alone() for step in steps)
+        for step in steps:
+            one = step if i is None else step.of_sample(i)
+            shifts = []
+            for flip in (one.hflip, one.vflip):
+                if flip is None:
+                    shifts.append(places.new_zeros(len(places)))
+                    continue
+                on = flip != 0
+                shifts.append(on.to(places.dtype))  # torchvision mirrors points about the centres of pixels
+                mirrored = on if mirrored is None else mirrored ^ on
+            places = places + torch.stack(shifts, 1).view(-1, *(1,) * (places.dim() - 2), 2)
+            if whole:  # which torchvision cuts off after each step
+                places = _points_of_crop(places, one).to(points.dtype).to(places.dtype)
+            else:
+                places = moved_points(places, one.forward())
         height, width = steps[-1].out_size
         x, y = places.unbind(-1)
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)

@@ -13,6 +13,7 @@ from .._checks import arithmetic_dtype
 from .._transforms import is_vmapped, wants_derivative
 from ._arguments import Number, batched, numbers
 from ._parts import on_parts
+from ._plain import is_last
 from ._tv import of_images
 
 
@@ -24,6 +25,12 @@ def _most(image: Tensor) -> int:
 def _wide(image: Tensor) -> Tensor:
     """The image in the type of the arithmetic: float32, and float64 for float64."""
     return image.to(arithmetic_dtype(image))
+
+
+def _laid_out(image: Tensor, like: Tensor) -> Tensor:
+    """The image in the memory format of another."""
+    is_batch = like.dim() == 4
+    return image.contiguous(memory_format=torch.channels_last) if is_batch and is_last(like) else image
 
 
 def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: float) -> Tensor:
@@ -73,11 +80,10 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     op = "solarize"
     batched(op, inpt)
     least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
-    if inpt.dtype != torch.float64:
-        least = least.float()  # torch compares with a Python number so.
     if inpt.dtype == torch.uint8:
-        at_least = inpt >= least.ceil().clamp(min=0).to(torch.uint8)
+        at_least = inpt >= least.float().ceil().clamp(min=0).to(torch.uint8)
         return inpt ^ at_least.to(torch.uint8).mul_(255)  # 255 - p is p with every bit turned
+    least = least.to(inpt.dtype)  # torch compares with a Python number so.
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
@@ -123,7 +129,9 @@ def equalize(inpt: Tensor) -> Tensor:
     table = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
     table = torch.where(step == 0, torch.arange(256, device=inpt.device), table).to(torch.uint8)
     spread = table.gather(-1, levels).view(image.shape)
-    return spread if inpt.dtype == torch.uint8 else (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
+    if inpt.dtype != torch.uint8:
+        spread = (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
+    return _laid_out(spread, inpt)
 
 
 @on_parts
@@ -145,9 +153,11 @@ def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
     three = rows[0] + rows[1] + rows[2]
     nine = three[..., : width - 2] + three[..., 1 : width - 1] + three[..., 2:]
     inner = image[..., 1:-1, 1:-1]
-    smooth = (nine + 4 * inner) / 13
-    if is_bytes:
-        smooth, inner = smooth.round_(), inner.float()
+    smooth = nine + 4 * inner
+    if is_bytes:  # in float32, whatever torch's default dtype is
+        smooth, inner = smooth.float().div_(13).round_(), inner.float()
+    else:
+        smooth = smooth / 13
     sharp = inpt.clone()
     inside = _blended(inner, smooth - inner, 1 - factor, inpt).clamp(0, _most(inpt))
     sharp[..., 1:-1, 1:-1] = inside.to(inpt.dtype)
@@ -188,4 +198,6 @@ def rgb_to_grayscale(inpt: Tensor, num_output_channels: int = 1) -> Tensor:
     if channels == 3:
         r, g, b = _wide(inpt).unbind(-3)
         grey = (0.2989 * r + 0.587 * g + 0.114 * b).to(inpt.dtype).unsqueeze(-3)
-    return grey if num_output_channels == 1 else grey.expand(*grey.shape[:-3], 3, *grey.shape[-2:]).clone()
+    if num_output_channels == 3:
+        grey = grey.expand(*grey.shape[:-3], 3, *grey.shape[-2:]).contiguous()
+    return _laid_out(grey, inpt)

@@ -156,3 +156,26 @@ def from_corners(
     if box_format != "XYXYXYXY":
         boxes = transforms.convert_bounding_box_format(flat, "XYXYXYXY", box_format)
     return boxes.reshape(*lead, boxes.shape[-1]), flat.reshape(*lead, 4, 2)
+
+
+def rotated_of_crops(boxes: Tensor, box_format: str, step: Any, clamping: str | None) -> Tensor:
+    """Turned boxes (B, N, 5) or (B, N, 8) after flips, a crop and its resize: torchvision cuts them off after
+    both of the last, by a rule that knows the crop's own sides. This waits for a GPU.
+    """
+    if not boxes.numel():  # which torchvision's cut does not take
+        return boxes
+    module: Any = _tv_tensors()
+    transforms, kind = _transforms(), module.BoundingBoxFormat[box_format]
+    crops = step.crop.round().long().tolist()
+    flips = [[False] * len(boxes) if f is None else (f != 0).tolist() for f in (step.hflip, step.vflip)]
+    parts = []
+    for part, crop, hflip, vflip in zip(boxes, crops, *flips, strict=True):
+        if hflip:
+            part = transforms.horizontal_flip_bounding_boxes(part, kind, step.in_size)
+        if vflip:
+            part = transforms.vertical_flip_bounding_boxes(part, kind, step.in_size)
+        part, _ = transforms.resized_crop_bounding_boxes(
+            part, kind, *crop, list(step.out_size), clamping_mode=clamping
+        )
+        parts.append(part)
+    return torch.stack(parts)

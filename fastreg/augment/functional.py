@@ -26,10 +26,10 @@ from torch import Tensor
 from .._checks import check_choice, check_number, check_tensor, is_int
 from . import _op
 from ._arguments import Number, batched, numbers, pair
-from ._geometry import Geometry, turned
+from ._geometry import Geometry, before_nearest, windows_of
 from ._op import Interpolation, Padding, PerChannel
 from ._parts import on_parts
-from ._targets import moved_alone
+from ._targets import moved_alone, values_known
 from ._tones import (
     adjust_sharpness,
     autocontrast,
@@ -185,38 +185,14 @@ def _affine(
             m[:, row, 2] += d - m[:, row, 0] * dx - m[:, row, 1] * dy
     if _is_target(inpt):
         step = Geometry((height, width), size or (height, width), m)
-        fields.pop("crop", None)
-        step.affine = _matrices(like, None, **fields)
-        if center is not None:
-            step.affine = m
         if size is not None and tv_kind(inpt) != "masks":
             step.map = _expanded(_matrices(like, angle=fields["angle"]), height, width)
         return moved_alone(inpt, step, fill)
     padding, fill = _outside(fill)
-    if interpolation == "nearest" and size is None and _is_tied(angle, like):
-        images, lead = batched(op, like)
-        step = Geometry((height, width), (height, width), m, affine=m)
-        output = turned(images, step, fill)
-        if images.is_contiguous(memory_format=torch.channels_last):
-            output = output.contiguous(memory_format=torch.channels_last)
-        return wrapped(output.reshape(*lead, *output.shape[1:]), inpt)
     output = _augment(
         op, like, matrices=m, size=size, interpolation=interpolation, padding=padding, fill=fill
     )
     return wrapped(output, inpt)
-
-
-def _is_tied(angle: Any, images: Tensor) -> bool:
-    """Whether whole lines of positions lie between two pixels, of which torchvision takes either."""
-    return (
-        not isinstance(angle, Tensor)
-        and angle % 180 == 90
-        and images.device.type == "cpu"
-        and images.dtype != torch.float64  # whose places torchvision rounds in another way
-        and (images.shape[-1] - images.shape[-2]) % 2 == 1
-        and images.numel() > 0
-        and not torch.compiler.is_compiling()
-    )
 
 
 def _expanded(matrices: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -292,7 +268,7 @@ def vertical_stretch(
     m = _matrices(like, stretch=numbers(op, "factor", factor, like, above=0))
     interpolation = check_interpolation(op, interpolation)
     if _is_target(inpt):
-        return moved_alone(inpt, Geometry(canvas_of(inpt), canvas_of(inpt), m, affine=m), fill)
+        return moved_alone(inpt, Geometry(canvas_of(inpt), canvas_of(inpt), m), fill)
     padding, fill = _outside(fill)
     output = _augment(op, like, matrices=m, interpolation=interpolation, padding=padding, fill=fill)
     return wrapped(output, inpt)
@@ -349,14 +325,23 @@ def resized_crop(
         whole = Geometry(canvas_of(given), (out_height, out_width), m, crop=crop, is_straight=True)
         return moved_alone(given, whole)
     windows = torch.stack(box, 1).long()
+    if interpolation == "nearest":
+        images, lead = batched(op, inpt)
+        crop = windows.to(box[0].dtype)
+        inside = windows_of(crop, None, None, canvas_of(inpt))[1]
+        if values_known(inside) and not bool(inside.all()):
+            raise ValueError(
+                f"{op}: the boxes must lie inside the images, got {windows[~inside][0].tolist()}"
+            )
+        m = _matrices(inpt, (out_height, out_width), crop=crop)
+        whole = Geometry(canvas_of(inpt), (out_height, out_width), m, crop=crop, is_straight=True)
+        output, _ = before_nearest(images, whole, "border", 0)
+        return wrapped(output if len(lead) == 1 else output.reshape(*lead, *output.shape[1:]), given)
     m = torch.zeros(len(windows), 2, 3, dtype=box[0].dtype, device=inpt.device)
-    # torch's nearest takes pixel floor(x * step), every other interpolation has centre on centre.
-    nudge = -0.5 + 2**-20 if interpolation == "nearest" else None
     for axis, (extent, out) in enumerate(((box[3], out_width), (box[2], out_height))):
         step = extent / out
         m[:, axis, axis] = step
-        m[:, axis, 2] = 0.5 * step - 0.5 if nudge is None else nudge
-    antialias = bool(antialias) and interpolation != "nearest"
+        m[:, axis, 2] = 0.5 * step - 0.5
     output = _augment(
         op,
         inpt,
@@ -365,7 +350,7 @@ def resized_crop(
         windows=windows,
         interpolation=interpolation,
         padding="border",
-        antialias=antialias,
+        antialias=bool(antialias),
     )
     return wrapped(output, given)
 

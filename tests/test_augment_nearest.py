@@ -1,0 +1,157 @@
+"""The nearest pixel: that of torchvision's function of the same name, for images as for masks, by one number
+as by one for each sample, eagerly as compiled.
+"""
+
+import pytest
+import torch
+import torchvision.transforms.v2.functional as T
+from augment_reference import plain_operators
+from torchvision import tv_tensors
+
+from fastreg.augment import Augment, Params, Settings, apply
+from fastreg.augment import functional as F
+
+SIZES = [(224, 224), (33, 47), (65, 65), (64, 40), (7, 12), (1, 5)]
+# (angle, (along x, along y), scale, shear): whole lines of positions lie between two pixels of many of them.
+MOVES = [
+    *((angle, (0, 0), 1.0, (0, 0)) for angle in (90, 180, 270, 45, 135, 30, 60, 17.3, -90)),
+    *((0, (0, 0), 1.0, shear) for shear in ((45, 0), (0, 45), (26.56505117707799, 0), (-45, 20))),
+    *((0, (0, 0), scale, (0, 0)) for scale in (0.5, 2.0, 0.75)),
+    (10, (3, -2), 1.25, (5, 45)),
+]
+
+
+def numbered(size):
+    """An image of float32 of which every pixel has another value."""
+    return torch.arange(1.0, size[0] * size[1] + 1).view(1, 1, *size)
+
+
+def wanted(image, moves=MOVES):
+    return torch.cat([T.affine(image, m[0], list(m[1]), m[2], list(m[3])) for m in moves])
+
+
+def parameters(**changes):
+    angle, translate, scale, shear = (torch.tensor([m[i] for m in MOVES]).double() for i in range(4))
+    return Params(angle=angle, translate=translate, scale=scale, shear=shear, **changes)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_affine_is_torchvisions(size):
+    image = numbered(size)
+    want = wanted(image)
+    for i, (angle, translate, scale, shear) in enumerate(MOVES):
+        one = F.affine(image, angle, translate, scale, shear)
+        assert torch.equal(one, want[i : i + 1]), MOVES[i]
+        mask = tv_tensors.Mask(image[0].int())
+        assert torch.equal(F.affine(mask, angle, translate, scale, shear).int(), want[i].int()), MOVES[i]
+    angle, translate, scale, shear = (torch.tensor([m[i] for m in MOVES]).double() for i in range(4))
+    many = image.expand(len(MOVES), 1, *size)
+    assert torch.equal(F.affine(many, angle, translate, scale, shear), want)
+    with plain_operators():
+        assert torch.equal(F.affine(many, angle, translate, scale, shear), want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.uint8))
+@pytest.mark.parametrize("size", SIZES)
+def test_images_and_their_masks_take_the_same_pixels(size, dtype):
+    image = numbered(size)
+    image = (image % 251).to(torch.uint8) if dtype == torch.uint8 else image
+    flips = torch.arange(len(MOVES)).remainder(2).double()
+    p = parameters(hflip=flips, vflip=1 - flips, settings=Settings(interpolation="nearest"))
+    turned = [
+        T.affine(
+            T.horizontal_flip(image) if flip else T.vertical_flip(image), m[0], list(m[1]), m[2], list(m[3])
+        )
+        for flip, m in zip(flips, MOVES, strict=True)
+    ]
+    for batch in (image.expand(len(MOVES), 1, *size), image.expand(len(MOVES), 3, *size)):
+        moved = apply(batch, p, masks=batch[:, 0].int())
+        assert torch.equal(moved.images, torch.cat(turned).expand(batch.shape))
+        assert torch.equal(moved.masks.to(dtype), moved.images[:, 0])
+
+
+def test_compiled_and_eager_are_one():
+    x = numbered((33, 47)).repeat(len(MOVES), 1, 1, 1)
+    p = parameters(settings=Settings(interpolation="nearest", size=(20, 31)))
+
+    def both(x, masks):
+        moved = apply(x, p, masks=masks)
+        return moved.images, moved.masks
+
+    eager = both(x, x[:, 0].int())
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(x, x[:, 0].int())
+    assert torch.equal(eager[0], compiled[0]) and torch.equal(eager[1], compiled[1])
+    assert torch.equal(eager[0][:, 0].int(), eager[1])
+
+
+def test_rotate_is_torchvisions():
+    for size in SIZES:
+        image = numbered(size)
+        for angle in (90, 45, 180, 270, 30, 12.5):
+            for expand in (False, True):
+                if expand and min(size) == 1:
+                    continue
+                want = T.rotate(image, angle, expand=expand)
+                assert torch.equal(F.rotate(image, angle, expand=expand), want), (size, angle, expand)
+            assert torch.equal(F.rotate(image, torch.tensor([float(angle)])), T.rotate(image, angle))
+
+
+def test_crops_are_torchvisions():
+    image = numbered((40, 50))
+    for height in (1, 2, 3, 7, 13, 24, 33):
+        for out in (1, 2, 3, 5, 7, 13, 24, 33, 50):
+            want = T.resized_crop(
+                image, 3, 4, height, height + 5, [out, out + 2], T.InterpolationMode.NEAREST
+            )
+            got = F.resized_crop(image, 3, 4, height, height + 5, (out, out + 2), "nearest")
+            assert torch.equal(got, want), (height, out)
+            p = Params(
+                crop=torch.tensor([[3.0, 4, height, height + 5]]),
+                settings=Settings(size=(out, out + 2), interpolation="nearest"),
+            )
+            moved = apply(image, p, masks=image[:, 0].int())
+            assert torch.equal(moved.images, want) and torch.equal(moved.masks, want[:, 0].int())
+
+
+@pytest.mark.parametrize("flips", ({}, {"hflip": 0.5, "vflip": 0.5}))
+def test_what_augment_draws(flips):
+    aug = Augment(size=(24, 30), crop=(0.1, 1.0), interpolation="nearest", **flips)
+    x = numbered((40, 51)).repeat(20, 1, 1, 1)
+    torch.manual_seed(0)
+    got, p = aug(x), aug.sample(x, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    assert torch.equal(got, apply(x, aug.sample(x)))
+    moved = apply(x, p, masks=x[:, 0].long())
+    assert torch.equal(moved.images[:, 0].long(), moved.masks)
+    for i in range(len(x)):
+        image = x[i]
+        image = T.horizontal_flip(image) if flips and p.hflip[i] else image
+        image = T.vertical_flip(image) if flips and p.vflip[i] else image
+        box = [int(v) for v in p.crop[i]]
+        want = T.resized_crop(image, *box, [24, 30], T.InterpolationMode.NEAREST)
+        assert torch.equal(moved.images[i], want)
+
+
+def test_fill_and_memory_format():
+    x = torch.rand(2, 3, 9, 11).contiguous(memory_format=torch.channels_last)
+    p = Params(
+        crop=torch.tensor([[-2.0, -3, 20, 20]]).expand(2, 4),
+        settings=Settings(size=(20, 20), interpolation="nearest", padding="fill", fill=(0.1, 0.2, 0.3)),
+    )
+    got = apply(x, p)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(got[:, :, 2:11, 3:14], x)
+    assert torch.equal(got[:, :, 0, 0], torch.tensor([[0.1, 0.2, 0.3]] * 2))
+    whole = apply(
+        (x * 255).byte(), Params(crop=p.crop, settings=Settings(**vars(p.settings) | {"fill": 99.6}))
+    )
+    assert (whole[:, :, 0, 0] == 100).all()
+
+
+def test_gradient_goes_to_the_pixels_taken():
+    x = torch.rand(1, 1, 12, 7, requires_grad=True)
+    weight = torch.rand(1, 1, 12, 7)
+    (F.rotate(x, 90) * weight).sum().backward()
+    own, x.grad = x.grad, None
+    (T.rotate(x, 90) * weight).sum().backward()
+    torch.testing.assert_close(own, x.grad)
