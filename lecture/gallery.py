@@ -8,6 +8,7 @@ import dataclasses
 import io
 import sys
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -59,6 +60,20 @@ def batch(image: Tensor, augment: Augment, count: int, seed: int = 0) -> Tensor:
     params = augment.sample(images, seed=seed)
     params.settings = dataclasses.replace(params.settings, mean=None, std=None)
     return apply(images, params)
+
+
+def with_targets(image: Tensor, augment: Augment, masks: Tensor, boxes: Tensor, count: int) -> list[Tensor]:
+    """Pictures (H, W, 3) of one image (C, H, W) with a mask (H, W) and boxes (N, 4) drawn on it: as it is,
+    and under `count` - 1 draws of a policy that keeps its size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    rows = augment.show(
+        image[None], generator, draws=count - 1, columns=1, masks=masks[None], boxes=boxes[None]
+    )
+    pixels = torch.from_numpy(numpy.array(rows))
+    height = image.shape[1]
+    gap = (len(pixels) - count * height) // max(count - 1, 1)
+    return [pixels[i * (height + gap) :][:height] for i in range(count)]
 
 
 def figure(image: Tensor, augment: Augment | None = None, columns: int = 7, seed: int = 0):

@@ -41,6 +41,8 @@ TURNS = range(-40, 41, 5)  # degrees, of the test images in the picture
 ROUNDS = 5  # of timing
 SHOWN, DRAWS = 6, 3  # images, and how often each is transformed
 SIDE, COLUMNS = 112, 7  # of the photograph, and how many stand in a row
+SKY, HORIZON = 175, 70  # what is brighter, above that line, is the photograph's sky
+PAVILION = [17.0, 5.0, 98.0, 97.0]  # in pixels of the small photograph
 VARIANTS = (
     ("augmentation_few_plain", "A tenth of the images", "grey"),
     ("augmentation_few", "A tenth, augmented", "leaf"),
@@ -182,7 +184,9 @@ def own_images(found: Results) -> str:
 
 
 def photograph(found: Results) -> str:
-    """A photograph under each step, and a batch of it under the policy that is usual on ImageNet."""
+    """A photograph under each step, a batch of it under the policy that is usual on ImageNet, and a mask of
+    its sky and a box around its pavilion that move with it.
+    """
     from sklearn.datasets import load_sample_image
 
     pixels = torch.tensor(load_sample_image("china.jpg")).permute(2, 0, 1)
@@ -198,10 +202,17 @@ def photograph(found: Results) -> str:
     batch = "".join(
         cell(pixels, "") for pixels in (255 * gallery.batch(photo / 255, policy, COLUMNS)).round().byte()
     )
+    sky = (photo.float().mean(0) > SKY) & (torch.arange(SIDE)[:, None] < HORIZON)
+    moves = fr.augment.Augment.imagenet(size=SIDE, crop=(0.3, 1.0), rotate=15)
+    drawn = gallery.with_targets(photo, moves, sky, torch.tensor([PAVILION]), COLUMNS)
+    targets = "".join(
+        f'<div><img src="{png(each.numpy())}" alt="with its mask and its box"></div>' for each in drawn
+    )
     title = "A batch of it under <code>Augment.imagenet()</code>: every image draws its own parameters"
     return (
         f'<div class="gallery"><p class="head">One step alone</p>{alone}'
-        f'<p class="head">{title}</p>{batch}</div>'
+        f'<p class="head">{title}</p>{batch}'
+        f'<p class="head">Masks, boxes and key points move by the same numbers</p>{targets}</div>'
     )
 
 
