@@ -137,8 +137,13 @@ struct NearestGrid {
   }
   // As a position of no fraction.
   FR_HD SourcePoint at(int64_t x, int64_t y) const {
-    const A u = A(x) - middle[0], v = A(y) - middle[1];
-    return {int64_t(nearest(0, u, v)) * kOne, int64_t(nearest(1, u, v)) * kOne};
+    SourcePoint found = {};
+    FR_ROLLED
+    for (int axis = 0; axis < 2; ++axis) {
+      const int64_t position = int64_t(nearest(axis, A(x) - middle[0], A(y) - middle[1])) * kOne;
+      axis ? found.v = position : found.u = position;
+    }
+    return found;
   }
 
  private:
