@@ -46,7 +46,7 @@ def test_composition():
 
 def test_sample_depends_on_seed_and_index_alone():
     x = pictures(40, 3, 25, 31)
-    aug = everything()
+    aug = everything(grayscale=0.5)
     params, images = aug.sample(x, seed=3), apply(x, aug.sample(x, seed=3))
     seed = torch.tensor([3])
     for begin, end in ((0, 1), (7, 9), (20, 40)):
@@ -545,3 +545,32 @@ def test_seed_and_offset_of_sample_are_checked():
         augment.sample(x, seed=torch.tensor([1.0]))
     with pytest.raises(ValueError, match=r"Augment.sample: offset must be at least 0, got -1"):
         augment.sample(x, seed=1, offset=-1)
+
+
+def test_parameters_of_any_real_dtype():
+    x = torch.rand(2, 3, 8, 9)
+    for dtype in (torch.int64, torch.float32, torch.float16):
+        p = Params(
+            brightness=torch.tensor([1, 2]).to(dtype), sigma=torch.tensor([1, 3]).to(dtype),
+            angle=torch.tensor([90, 4]).to(dtype), erase=torch.tensor([[1, 2, 3, 4]] * 2, dtype=torch.int32),
+            hflip=torch.tensor([True, False]), settings=Settings(kernel=(3, 3)),
+        )  # fmt: skip
+        wide = {n: v.double() if n != "erase" else v.long() for n, v in vars(p).items() if torch.is_tensor(v)}
+        assert torch.equal(apply(x, p), apply(x, Params(**wide, settings=p.settings)))
+    for error, words, wrong in (
+        (
+            TypeError,
+            r"brightness of params must be a tensor \(2,\) of real numbers, got int",
+            {"brightness": 1},
+        ),
+        (ValueError, r"brightness of params must be of shape \(2,\)", {"brightness": torch.ones(2, 1)}),
+        (ValueError, r"translate of params must be of shape \(2, 2\)", {"translate": torch.ones(2)}),
+        (ValueError, r"params are of 3 samples \(hue\), images of 2", {"hue": torch.ones(3)}),
+        (
+            TypeError,
+            r"erase of params must be whole numbers, got torch\.float32",
+            {"erase": torch.ones(2, 4)},
+        ),
+    ):
+        with pytest.raises(error, match=f"^augment: {words}"):
+            apply(x, Params(**wrong))

@@ -5,6 +5,13 @@ import torch
 
 from fastreg.augment import Augment, apply
 
+
+@pytest.fixture(autouse=True)
+def fresh_graphs():
+    """Each case compiles its own, so that torch counts no recompilations."""
+    torch._dynamo.reset()
+
+
 AROUND = {"size": 12, "crop": (0.1, 1.0), "hflip": 0.5, "mean": 0.5, "std": 0.2, "erase": 0.5}
 
 
