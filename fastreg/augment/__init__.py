@@ -35,7 +35,7 @@ from .._transforms import is_sharded
 from . import _collate, _from_torchvision, _op, _policies, _show, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
 from ._arguments import IMAGE_DTYPES, batched, refuse_parts
-from ._geometry import inside_windows, windows_of
+from ._geometry import inside_windows, unflipped_crops
 from ._indexed import Indexed, numbers_of
 from ._mixing import Mixing
 from ._op import Interpolation, Padding, PerChannel
@@ -550,8 +550,10 @@ class Augment(nn.Module):
         windows = None
         if self._only_crops:
             crop = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
-            hflip, vflip = (table.select(1, _COLUMN[name]) for name in ("hflip", "vflip"))
-            windows, _ = windows_of(crop, hflip, vflip, images.shape[2:])
+            hflip, vflip = (
+                table.select(1, _COLUMN[name]) if self.chances[name] else None for name in ("hflip", "vflip")
+            )
+            windows = unflipped_crops(crop, hflip, vflip, images.shape[2:])
             matrices = inside_windows(matrices, windows)
         output = _op.augment_batch(
             "augment",

@@ -306,25 +306,32 @@ def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor
 # ---- a crop that is resized
 
 
+def unflipped_crops(crop: Tensor, hflip: Any, vflip: Any, in_size: Sequence[int]) -> Tensor:
+    """(B, 4) int64 of (top, left, height, width), where crops (B, 4) of whole pixels lie in the images before
+    they are flipped.
+    """
+    windows = crop.long()
+    for axis, flip in ((0, vflip), (1, hflip)):
+        if flip is not None:
+            start, extent = windows[:, axis], windows[:, axis + 2]
+            windows[:, axis] = torch.where(flip != 0, in_size[axis] - extent - start, start)
+    return windows
+
+
 def windows_of(crop: Tensor, hflip: Any, vflip: Any, in_size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """((B, 4) int64 of (top, left, height, width), where crops (B, 4) lie in the images before they are
-    flipped; (B,) whether one is of whole pixels that are all there). Of another one it is the whole image.
+    """((B, 4) windows, as `unflipped_crops` has them; (B,) whether a crop is of whole pixels that are all
+    there). Of another crop the window is the whole image.
     """
     height, width = in_size
     top, left, high, wide = crop.unbind(1)
     inside = (crop == crop.floor()).all(1) & (top >= 0) & (left >= 0) & (high >= 1) & (wide >= 1)
     inside = inside & (top + high <= height) & (left + wide <= width)
-    if hflip is not None:
-        left = torch.where(hflip != 0, width - left - wide, left)
-    if vflip is not None:
-        top = torch.where(vflip != 0, height - top - high, top)
-    whole = _op.rows((0, 0, height, width), len(crop), crop.device)
-    found = torch.where(inside[:, None], torch.stack([top, left, high, wide], 1), whole.to(crop.dtype))
-    return found.long(), inside
+    whole = _op.rows((0, 0, height, width), len(crop), crop.device).long()
+    return torch.where(inside[:, None], unflipped_crops(crop, hflip, vflip, in_size), whole), inside
 
 
 def inside_windows(matrices: Tensor, windows: Tensor) -> Tensor:
     """The matrices of images as those of their windows."""
     moved = matrices.clone()
-    moved[:, :, 2] -= windows[:, :2].flip(1).to(moved.dtype)
+    moved[:, :, 2] -= windows[:, :2].flip(1)
     return moved
