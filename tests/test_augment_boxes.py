@@ -112,3 +112,24 @@ def test_boxes_of_every_format_are_drawn(box_format):
             assert abs(columns.min() - (32 - side / 2)) <= 1 and abs(columns.max() - (32 + side / 2)) <= 1
             assert abs(rows.min() - (24 - side / 2)) <= 1 and abs(rows.max() - (24 + side / 2)) <= 1
             assert on.sum() >= (2 * side if turned else 4 * side - 8)
+
+
+@pytest.mark.parametrize("box_format", FORMATS[3:])
+def test_a_sheared_box_is_the_same_from_either_end(box_format):
+    """The rectangle that a turned box becomes does not depend on the corner from which it is listed."""
+    turns = torch.arange(-180.0, 180.0, 10)
+    found = []
+    for other_end in (0, 180):
+        angle = torch.where(turns + other_end >= 180, turns + other_end - 360, turns + other_end)
+        box = torch.tensor([W / 2, H / 2, 16, 8]).expand(len(turns), 4)
+        boxes = T.convert_bounding_box_format(
+            torch.cat([box, angle[:, None]], 1), tv_tensors.BoundingBoxFormat.CXCYWHR,
+            tv_tensors.BoundingBoxFormat[box_format],
+        )  # fmt: skip
+        boxes = tv_tensors.BoundingBoxes(boxes, format=box_format, canvas_size=(H, W))
+        moved = apply(
+            torch.rand(3, H, W), Params(shear=torch.tensor([[30.0, 0.0]]), settings=Settings()), boxes=boxes
+        )
+        corners = T.convert_bounding_box_format(moved.boxes, new_format="XYXYXYXY")
+        found.append(corners.as_subclass(torch.Tensor).view(-1, 4, 2))
+    torch.testing.assert_close(found[0], found[1].roll(2, 1), atol=2e-3, rtol=0)

@@ -74,6 +74,17 @@ def test_half_precision_is_rounded_once():
     assert not torch.equal(F.cross_entropy(z, y, reduction="none", label_smoothing=0.1), right)
 
 
+def test_derivatives_of_class_weights_are_refused_by_name():
+    x, y, weight = torch.randn(4, 5), torch.arange(4), torch.ones(5)
+
+    def forwards(loss):
+        return torch.func.jvp(lambda w: loss(x, y, w), (weight,), (weight,))[1]
+
+    assert forwards(F.cross_entropy) == 0
+    with pytest.raises(ValueError, match="weight must not require a gradient"):
+        forwards(fr.cross_entropy)
+
+
 def test_any_integer_is_a_class_index_by_name():
     z = torch.randn(3, 5)
     for dtype in (torch.int32, torch.int16):
@@ -156,6 +167,18 @@ def test_adamw_takes_numbers_and_tensors_in_betas():
     with pytest.raises(ValueError, match="either both floats or both Tensors"):
         torch.optim.AdamW([parameter(2)], betas=betas)
     fr.optim.AdamW([parameter(2)], betas=betas).step()
+
+
+def test_a_rate_in_bfloat16_is_a_number():
+    found = {}
+    for name, make in (("torch", torch.optim.AdamW), ("ours", fr.optim.AdamW)):
+        p = parameter(3)
+        make([p], lr=torch.tensor(0.1, dtype=torch.bfloat16)).step()
+        found[name] = p
+    exact = parameter(3)
+    torch.optim.AdamW([exact], lr=torch.tensor(0.1, dtype=torch.bfloat16).item()).step()
+    torch.testing.assert_close(found["ours"], exact)
+    assert (found["torch"] - exact).abs().max() > 1e-4
 
 
 # ---- patch and convert
