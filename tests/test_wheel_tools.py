@@ -1,21 +1,15 @@
 """The tools that make and try a wheel: what they ask of pip, and what they write."""
 
+import hashlib
 import importlib.metadata
-import importlib.util
 import os
+import platform
 import subprocess
 import sys
 import zipfile
 
 import pytest
-from helpers import ROOT
-
-
-def tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from helpers import ROOT, tool
 
 
 @pytest.fixture
@@ -75,5 +69,15 @@ def test_one_wheel_or_none_is_chosen(tmp_path):
     check = tool("wheel_check")
     with pytest.raises(SystemExit, match="has 0; run `make wheel`"):
         check._only_wheel(tmp_path)
-    (tmp_path / "torch_fastreg-1-py3-none-any.whl").touch()
-    assert check._only_wheel(tmp_path).name == "torch_fastreg-1-py3-none-any.whl"
+    here = f"torch_fastreg-1-cp311-cp311-linux_{platform.machine()}.whl"
+    (tmp_path / here).touch()
+    (tmp_path / "torch_fastreg-1-cp311-cp311-linux_another.whl").touch()
+    assert check._only_wheel(tmp_path).name == here
+
+
+def test_every_wheel_in_the_folder_has_a_checksum(tmp_path):
+    for arch in ("x86_64", "aarch64"):
+        (tmp_path / f"torch_fastreg-1-cp311-cp311-linux_{arch}.whl").write_text(arch)
+    sums = tool("wheel").checksums(tmp_path)
+    assert [name.split("linux_")[1] for name in sums] == ["aarch64.whl", "x86_64.whl"]
+    assert sums["torch_fastreg-1-cp311-cp311-linux_x86_64.whl"] == hashlib.sha256(b"x86_64").hexdigest()

