@@ -163,13 +163,18 @@ def _name_of(schema: str) -> str:
 
 
 def _load_cuda() -> tuple[ModuleType | None, str | None]:
-    """(the module of the CUDA kernels for this torch, None), or (None, why there is none)."""
+    """(the module of the CUDA kernels for this torch, None), or (None, why there is none).
+
+    Where there is none for torch's major version of CUDA, one for an older version does: it has its own
+    runtime within, a newer driver runs older kernels, and streams and memory are the driver's.
+    """
     if torch.version.cuda is None:
         return None, f"torch {torch.__version__} is a CPU build; install a CUDA build of torch"
-    major = torch.version.cuda.split(".")[0]
-    name = f"fastreg._C_cuda{major}"
+    major = int(torch.version.cuda.split(".")[0])
+    names = (f"fastreg._C_cuda{version}" for version in range(major, 11, -1))
+    name = next((name for name in names if importlib.util.find_spec(name)), None)
     rebuild = functools.partial(_distribution.rebuild, "-Ccmake.define.FASTREG_CUDA=ON")
-    if importlib.util.find_spec(name) is None:
+    if name is None:
         return None, (
             f"fastreg was built without kernels for CUDA {major}, which torch {torch.__version__} uses; with "
             f"an nvcc {major}.x on PATH, rebuild it: {rebuild()}"

@@ -84,6 +84,16 @@ def test_every_operator_has_a_cuda_kernel():
     assert _registry.cuda.build_info()["nvcc"].split(".")[0] == torch.version.cuda.split(".")[0]
 
 
+def test_kernels_for_an_older_cuda_serve_a_newer_torch(monkeypatch):
+    if _registry.cuda is None:
+        pytest.skip(_registry.why_no_cuda)
+    major = int(torch.version.cuda.split(".")[0])
+    monkeypatch.setattr(torch.version, "cuda", f"{major + 1}.0")
+    assert _registry._load_cuda() == (_registry.cuda, None)
+    monkeypatch.setattr(torch.version, "cuda", f"{major - 1}.9")  # whose driver may be older than the kernels
+    assert f"without kernels for CUDA {major - 1}," in _registry._load_cuda()[1]
+
+
 @pytest.mark.parametrize(
     ("version", "says"),
     [
