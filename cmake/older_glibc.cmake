@@ -6,7 +6,7 @@
 # tools/wheel.py looks at the result.
 
 set(older_functions
-  exp log
+  exp exp2 fmod fmodf log log2 pow
   # libcudart_static calls these
   dlclose dlerror dlmopen dlopen dlsym dlvsym shm_open shm_unlink
   pthread_condattr_setpshared pthread_create pthread_detach pthread_getspecific pthread_join pthread_kill

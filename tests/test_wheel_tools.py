@@ -4,12 +4,17 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
 
 import pytest
 from helpers import ROOT, tool
+
+import fastreg as fr
+from fastreg import _registry
 
 
 @pytest.fixture
@@ -49,6 +54,22 @@ def test_headers_come_from_the_users_index_whatever_torch_is_installed(site):
         match=r"(?s)torch 9\.9\.1, whose headers .*No matching .* --headers a folder with 9\.9\.1/inc",
     ):
         wheel.headers("9.9.1", site / "headers")
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf; apt-get install binutils")
+def test_functions_that_newer_systems_changed_are_known():
+    """`make wheel` leads calls of them to their oldest version; auditwheel refuses a wheel in which one is
+    forgotten, after a long build.
+    """
+    known = re.search(r"set\(older_functions(.*?)\)", (ROOT / "cmake/older_glibc.cmake").read_text(), re.S)[1]
+    known = {*known.split(), "__libc_single_threaded"}
+    for module in filter(None, (fr._C, _registry.fast, _registry.cuda)):
+        command = ["readelf", "-W", "--dyn-syms", module.__file__]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        called = re.findall(r"UND (\w+)@GLIBC_(\d+)\.(\d+)", said)
+        assert called
+        newer = {name for name, *version in called if tuple(map(int, version)) > (2, 28)}
+        assert newer <= known, f"{module.__name__}: {newer - known}"
 
 
 def test_the_table_is_written_between_its_marks(tmp_path):

@@ -133,7 +133,7 @@ def build(options: argparse.Namespace, folder: Path) -> Path:
     for setting in ("FASTREG_OLDER_GLIBC=ON", *settings):
         command.append(f"-Ccmake.define.{setting}")
     # A folder of its own: the checkout's build has other settings.
-    command.append(f"-Cbuild-dir={ROOT / 'build' / f'wheel-{options.arch}'}")
+    command.append(f"-Cbuild-dir={ROOT / 'build' / ('wheel' if options.arch == HERE else options.arch)}")
     subprocess.run([*command, str(ROOT)], check=True, env=environment)
     (wheel,) = folder.glob("*.whl")
     return wheel
