@@ -21,8 +21,8 @@ def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[s
     _check_inside(mesh)
     starts, sizes = [0] * len(shape), list(shape)
     # FSDP2 of a tensor that is split over another mesh dimension already: that split, which stands later, was
-    # made first.
-    strided = [axis for axis, placement in enumerate(placements) if hasattr(placement, "split_factor")]
+    # made first. Dynamo of torch 2.10 cannot trace hasattr of a placement.
+    strided = [k for k, placement in enumerate(placements) if getattr(placement, "split_factor", None)]
     for axis in strided:
         dim, factor = placements[axis].dim, placements[axis].split_factor
         before = [
