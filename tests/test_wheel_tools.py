@@ -96,6 +96,14 @@ def test_one_wheel_or_none_is_chosen(tmp_path):
     assert check._only_wheel(tmp_path).name == here
 
 
+def test_a_tag_of_a_newer_glibc_is_refused():
+    runs = tool("wheel").runs_on_glibc_2_28
+    both = "torch_fastreg-1-cp311-cp311-manylinux_2_24_aarch64.manylinux_2_28_aarch64.whl"
+    assert runs(both, "aarch64") and not runs(both, "x86_64")
+    assert not runs("torch_fastreg-1-cp311-cp311-manylinux_2_34_x86_64.whl", "x86_64")
+    assert not runs("torch_fastreg-1-cp311-cp311-linux_x86_64.whl", "x86_64")
+
+
 def test_every_wheel_in_the_folder_has_a_checksum(tmp_path):
     for arch in ("x86_64", "aarch64"):
         (tmp_path / f"torch_fastreg-1-cp311-cp311-linux_{arch}.whl").write_text(arch)

