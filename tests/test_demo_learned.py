@@ -227,7 +227,7 @@ def test_what_was_done_to_images_is_said(tmp_path):
 @pytest.mark.parametrize("width", [40, 60, 100])
 def test_narrow_terminals(examples, monkeypatch, capsys, width, tmp_path):
     monkeypatch.setenv("COLUMNS", str(width))
-    settings = {"seeds": 1, "epochs": 3}
+    settings = {"seeds": 1, "epochs": 3, "quick": False}
     found = results.Results(examples, settings, report.titles(SECTIONS))
     for key in RECIPES:
         for side in ("torch", "fastreg"):

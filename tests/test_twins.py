@@ -234,7 +234,8 @@ OPTIONS = {
             ([0.5, 0.9], False, True),
         ],
         "eps": [(1e-8, True, False), (0, True, True), (0.1, True, True), (np.float64(0.1), True, True)],
-        "amsgrad": [(True, True, True), (1, False, True)],
+        "maximize": [(True, True, True), (1, True, True)],  # torch only asks whether they are true
+        "amsgrad": [(True, True, True), (1, True, True)],
         "l1_mode": [("proximal", True, False), ("subgradient", True, True)],
         "cautious": [(True, True, True), (1, False, True)],
         "capturable": [(False, True, False)],

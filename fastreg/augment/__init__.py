@@ -78,8 +78,11 @@ _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 
 
 def _centred(side: int, window: int) -> int:
-    """Where a window in the middle begins, as torchvision's CenterCrop rounds it."""
-    return round((side - window) / 2) if side >= window else -((window - side) // 2)
+    """Where a window in the middle begins: at half of the rest, rounded to even, as by CenterCrop."""
+    if side < window:
+        return -((window - side) // 2)
+    half, odd = (side - window) // 2, (side - window) % 2  # in whole numbers, which torch.jit.trace takes
+    return half + odd * (half % 2)
 
 
 class Augment(nn.Module):

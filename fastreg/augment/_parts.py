@@ -77,4 +77,7 @@ def on_parts(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Ten
         output = cast(Any, function)(*bound.args, **bound.kwargs)
         return images if output is local else whole_of(output, images)
 
+    # torch.compile counts its recompilations by code, which all functions would share.
+    own: Any = run
+    own.__code__ = own.__code__.replace(co_name=function.__name__)
     return run
