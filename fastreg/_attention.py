@@ -46,7 +46,7 @@ from ._dropout import dropout_mask_op
 from ._dropout_masks import unpack_mask
 from ._registry import define_composite, fast
 from ._seeds import draw_seed
-from ._shards import own_part, seed_of_first_rank
+from ._shards import own_part, seed_of_first_rank, whole_of_parts
 from ._transforms import autocast_dtype, is_sharded, is_transformed, is_wrapped, without_autocast
 
 # torch's own, also while it is patched.
@@ -461,8 +461,6 @@ def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
     """The output of DTensors: every rank draws for its heads what one process would. It is placed as query
     is, and so are the heads of key and value that a rank takes.
     """
-    from torch.distributed.tensor import DTensor
-
     mesh, placements = query.device_mesh, query.placements
     seed = seed_of_first_rank(seed.to(query.to_local().device), mesh)  # a GPU's seed is drawn on the CPU
     part = own_part(query.shape, mesh, placements)[:-2]
@@ -476,8 +474,7 @@ def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
     tensors = query.to_local(), _heads_for(query, key), _heads_for(query, value)
     output = _Attention.apply(*tensors, attn_mask, p, is_causal, scale, seed, whole, start)
     size = torch.Size((*query.shape[:-1], value.shape[-1]))
-    strides = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(output, mesh, placements, run_check=False, shape=size, stride=strides)
+    return whole_of_parts(output, mesh, placements, size)
 
 
 def _heads_for(query: Any, tensor: Any) -> Tensor:

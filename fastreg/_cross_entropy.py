@@ -736,10 +736,12 @@ def class_index_error(
     )
 
 
-def check_indices(op: str, target: Tensor, ignore_index: int, classes: int) -> None:
-    """Raise for a class index out of range where its values can be looked at."""
+def check_indices(op: str, target: Tensor, ignore_index: int, classes: int, where: str = "") -> None:
+    """Raise for a class index out of range where its values can be looked at. where: as in
+    `class_index_error`.
+    """
     if not (is_compiling() or is_vmapped()):
-        error = class_index_error(op, target, ignore_index, classes)
+        error = class_index_error(op, target, ignore_index, classes, where=where)
         if error is not None:
             raise error
 

@@ -33,7 +33,7 @@ from ._checks import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
-from ._shards import own_part, place_in_whole, seed_of_first_rank
+from ._shards import own_part, place_in_whole, seed_of_first_rank, whole_of_parts
 from ._transforms import is_sharded, is_transformed
 
 Form = Literal["inverted", "textbook", "alpha"]
@@ -399,8 +399,6 @@ def _run_in_place(op, input, p, seed, inner, form, derive):
 
 def _run_on_shards(op, input, p, inplace, seed, inner, form):
     """Dropout of a DTensor: every rank draws for its part what it would draw for the whole tensor."""
-    from torch.distributed.tensor import DTensor
-
     mesh, placements = input.device_mesh, input.placements
     if any(placement.is_partial() for placement in placements):
         raise ValueError(
@@ -414,9 +412,7 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
 
     part = own_part(input.shape, mesh, placements)
     output = dropout_of_part(local, p, seed, input.shape, part, inner, form)
-    output = DTensor.from_local(
-        output, mesh, placements, run_check=False, shape=input.shape, stride=input.stride()
-    )
+    output = whole_of_parts(output, mesh, placements, input.shape, input.stride())
     return input.copy_(output) if inplace else output
 
 

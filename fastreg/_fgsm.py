@@ -13,7 +13,7 @@ import torch
 
 from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define
-from ._shards import own_part
+from ._shards import own_part, whole_of_parts
 from ._transforms import is_sharded
 from ._types import Bounds, FgsmParameter, Number
 
@@ -317,8 +317,6 @@ def _step_of_shards(
     op: str, x: Any, grad: Any, step: FgsmParameter, low: FgsmParameter, high: FgsmParameter
 ) -> torch.Tensor:
     """The step of DTensors: each rank's of its part, placed as x is."""
-    from torch.distributed.tensor import DTensor
-
     if not (is_sharded(x) and is_sharded(grad)):
         which = "x" if is_sharded(x) else "grad"
         raise TypeError(
@@ -330,4 +328,4 @@ def _step_of_shards(
     grad = grad.redistribute(mesh, placements)
     numbers, values = zip(*(of_part(each, x, placements) for each in (step, low, high)), strict=True)
     moved = fgsm_step_op(x.to_local(), grad.to_local(), *numbers, *values)
-    return DTensor.from_local(moved, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+    return whole_of_parts(moved, mesh, placements, x.shape, x.stride())

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.compiler import is_compiling
 
-from ._cross_entropy import LossOptions, class_index_error, loss_of, statistics_dtype
+from ._cross_entropy import LossOptions, check_indices, loss_of, statistics_dtype
 from ._linear_cross_entropy import linear_loss, row_weights
 from ._ranks import raise_the_first
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
-from ._shards import own_part
+from ._shards import own_part, whole_of_parts
 from ._transforms import is_sharded
 
 
@@ -118,20 +118,14 @@ def loss_of_dtensors(
         for axis, placement in enumerate(placed.logits.placements):
             dim = placement.dim % input.dim() if axis in placed.row_axes else 0
             placements.append(Shard(dim - (dim > 1)) if axis in placed.row_axes else Replicate())
-        strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            losses().view(rows).to(dtype), mesh, placements, run_check=False, shape=shape, stride=strides
-        )
+        return whole_of_parts(losses().view(rows).to(dtype), mesh, placements, shape)
     return _over_all_rows(losses, target, weight, options, mesh, placed.row_axes, wide, dtype)
 
 
 def _check_rows(op: str, target: Tensor, options: LossOptions, classes: int) -> None:
     """Raise for a class index out of range in this rank's rows."""
-    if not is_compiling():
-        where = f" of rank {dist.get_rank()}"
-        error = class_index_error(op, target, options.ignore_index, classes, where=where)
-        if error is not None:
-            raise error
+    where = "" if is_compiling() else f" of rank {dist.get_rank()}"
+    check_indices(op, target, options.ignore_index, classes, where)
 
 
 def _over_all_rows(
@@ -229,10 +223,6 @@ def linear_loss_of_dtensors(
 
     dtype = options.loss_dtype or hidden.dtype
     if options.reduction == 0:
-        shape = hidden.shape[:-1]
-        strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            losses().to(dtype), mesh, of_rows, run_check=False, shape=shape, stride=strides
-        )
+        return whole_of_parts(losses().to(dtype), mesh, of_rows, hidden.shape[:-1])
     target = parts[3].flatten(0, -2) if parts[3].is_floating_point() else parts[3].flatten()
     return _over_all_rows(losses, target, parts[4], options, mesh, row_axes, wide, dtype)

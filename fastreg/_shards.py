@@ -1,4 +1,6 @@
-"""What ops of DTensors share: the part of the whole that this rank has, and the seed that all ranks use."""
+"""What ops of DTensors share: the part of the whole that this rank has, the whole of the parts, and the seed
+that all ranks use.
+"""
 
 from __future__ import annotations
 
@@ -70,6 +72,29 @@ def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, 
     first = sum(each.start * stride for each, stride in zip(part, strides, strict=True))
     last = cut[-1]
     return first, lengths[last] * strides[last], shape[last] * strides[last]
+
+
+def whole_of_parts(
+    local: torch.Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size, stride: Any = None
+) -> Any:
+    """The DTensor of `shape` of which this rank has the part `local`; contiguous as a whole, where no strides
+    are given.
+    """
+    from torch.distributed.tensor import DTensor
+
+    if stride is None:
+        stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def sum_over_ranks(value: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
+    """The DTensor that is the sum of what each rank has of its parts of others; along a dimension of the mesh
+    that holds replicas all have the same.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    by = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    return DTensor.from_local(value, mesh, by, run_check=False)
 
 
 def seed_of_first_rank(seed: torch.Tensor, mesh: Any) -> torch.Tensor:

@@ -40,7 +40,7 @@ from ._fgsm import (
 )
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
 from ._ranks import raise_the_first
-from ._shards import own_part, seed_of_first_rank
+from ._shards import own_part, seed_of_first_rank, whole_of_parts
 from ._transforms import autocast_dtype, is_sharded, is_vmapped
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 
@@ -106,7 +106,7 @@ def attack_step(
 
 def _step_of_parts(x: Any, grad: Any, origin: Any, alpha: FgsmParameter, ball: Ball) -> torch.Tensor:
     """The step of DTensors: each rank's of its part, placed as x is. The l2 norm needs whole samples."""
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import Replicate
 
     mesh, placements = x.device_mesh, x.placements
     if ball.norm == "l2":
@@ -117,8 +117,7 @@ def _step_of_parts(x: Any, grad: Any, origin: Any, alpha: FgsmParameter, ball: B
     moved = attack_step(
         own[0], own[1], own[2], of_part(alpha, x, placements), _ball_of_part(ball, x, placements)
     )
-    moved = DTensor.from_local(moved, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
-    return moved.redistribute(mesh, x.placements)
+    return whole_of_parts(moved, mesh, placements, x.shape, x.stride()).redistribute(mesh, x.placements)
 
 
 def _ball_of_part(ball: Ball, x: Any, placements: Sequence[Any]) -> Ball:
@@ -378,8 +377,6 @@ def _around_parts(op: str, x: Any, ball: Ball) -> Ball:
     """`around` of a DTensor. One message tells whether some rank's part lies outside of the bounds: then all
     raise the same error.
     """
-    from torch.distributed.tensor import DTensor
-
     mesh, placements, local = x.device_mesh, x.placements, x.to_local()
     groups = [mesh.get_group(axis) for axis in range(mesh.ndim)]
     own = _ball_of_part(ball, x, placements)
@@ -400,10 +397,7 @@ def _around_parts(op: str, x: Any, ball: Ball) -> Ball:
     def bound(parameter: FgsmParameter, end: Any) -> FgsmParameter:
         wide = local.to(arithmetic_dtype(local))
         part = end(torch.as_tensor(value_of(parameter), dtype=wide.dtype, device=wide.device), wide)
-        part = DTensor.from_local(
-            part.contiguous(), mesh, placements, run_check=False, shape=x.shape, stride=x.stride()
-        )
-        return 0.0, part
+        return 0.0, whole_of_parts(part.contiguous(), mesh, placements, x.shape, x.stride())
 
     return ball._replace(lower=bound(own.lower, torch.minimum), upper=bound(own.upper, torch.maximum))
 
@@ -615,8 +609,6 @@ def _start_of_parts(x: Any, ball: Ball, generator: torch.Generator | None) -> to
     """The start of a DTensor: that of the whole, drawn by the generator of the mesh's first rank. Each rank
     draws all of it and keeps its part.
     """
-    from torch.distributed.tensor import DTensor
-
     mesh, placements = x.device_mesh, x.placements
     state = _state_of(x.device, generator)
     first = seed_of_first_rank(state.to(x.device, copy=True), mesh).to(state.device)
@@ -625,7 +617,7 @@ def _start_of_parts(x: Any, ball: Ball, generator: torch.Generator | None) -> to
         noise = _noise(x, ball.norm, torch.Generator(x.device).set_state(first))
     part = own_part(x.shape, mesh, placements)
     start = _started(x.to_local(), noise[part], _ball_of_part(ball, x, placements))
-    return DTensor.from_local(start, mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+    return whole_of_parts(start, mesh, placements, x.shape, x.stride())
 
 
 def _state_of(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, cast
 import torch
 from torch import Tensor
 
-from .._shards import own_part
+from .._shards import own_part, whole_of_parts
 from .._transforms import is_sharded
 from ._arguments import pair
 
@@ -40,12 +40,8 @@ def part_of(op: str, images: Any) -> tuple[Tensor, slice]:
 
 def whole_of(local: Tensor, images: Any) -> Tensor:
     """What a rank has made of its images, as a DTensor placed as they are."""
-    from torch.distributed.tensor import DTensor
-
     shape = torch.Size((images.shape[0], *local.shape[1:]))
-    strides = torch.empty(shape, device="meta").stride()
-    mesh, placements = images.device_mesh, images.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=strides)
+    return whole_of_parts(local, images.device_mesh, images.placements, shape)
 
 
 def on_parts(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:

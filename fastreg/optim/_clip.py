@@ -13,6 +13,7 @@ import torch
 
 from .._checks import check_choice, check_number
 from .._optimizer_math import square_root
+from .._shards import sum_over_ranks
 from .._sum_of_squares import sum_of_squares
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def norm_of(works: Iterable[Work]) -> torch.Tensor:
         if grads:
             whole.setdefault(grads[0].device, []).extend(grads)
     sums = [sum_of_squares(grads) for grads in whole.values()]
-    sums += [_over_shards(sum_of_squares(grads), *where) for where, grads in sharded.items()]
+    sums += [sum_over_ranks(sum_of_squares(grads), *where).full_tensor() for where, grads in sharded.items()]
     if not sums:
         return torch.zeros((), device="cpu")
     total = sums[0]
@@ -84,11 +85,3 @@ def clipped_on_host(total: torch.Tensor, options: dict[str, Any]) -> tuple[float
         norm = kind(math.sqrt(total.item()))
         factor = kind(1) / (norm + kind(1e-6)) * kind(options["max_norm"])
     return float(norm), min(float(factor), 1.0)
-
-
-def _over_shards(total: torch.Tensor, mesh: Any, placements: Any) -> torch.Tensor:
-    """The sum of what each rank has; along a dimension of the mesh that holds replicas all have the same."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    parts = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-    return DTensor.from_local(total, mesh, parts, run_check=False).full_tensor()

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from .._checks import check_choice, check_initialised, check_number, check_tensor
+from .._shards import sum_over_ranks
 from .._transforms import is_sharded
 from ._groups import Params, check_factor, tensor_of
 
@@ -216,21 +217,17 @@ def penalty(
                 summed.append(0.5 * group_l2 * (w * w).sum())
             if not (group_l1 or group_l2) and summed is terms and not is_sharded(p):
                 terms.append(w.new_zeros(()))
-    terms += [_over_ranks(parts, *where) for where, parts in placed.items() if parts]
+    terms += [
+        sum_over_ranks(functools.reduce(operator.add, parts), *where)
+        for where, parts in placed.items()
+        if parts
+    ]
     return torch.zeros((), dtype=torch.float32) if not terms else _sum_of(terms)
 
 
 def _is_in_parts(p: Any) -> bool:
     """Whether it is a DTensor of which each rank has a part, or all."""
     return is_sharded(p) and not any(placement.is_partial() for placement in p.placements)
-
-
-def _over_ranks(parts: list[torch.Tensor], mesh: Any, placements: Any) -> torch.Tensor:
-    """The sum of numbers that each rank has of its parts of DTensors, summed over the ranks."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    by = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-    return DTensor.from_local(functools.reduce(operator.add, parts), mesh, by, run_check=False)
 
 
 def _penalised(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -363,5 +360,7 @@ def sparsity(model: torch.nn.Module | torch.Tensor | Iterable[torch.Tensor]) -> 
         else:
             zeros.setdefault(p.device, []).append((p == 0).sum())
     for where, parts in placed.items():
-        zeros.setdefault(parts[0].device, []).append(_over_ranks(parts, *where))
+        zeros.setdefault(parts[0].device, []).append(
+            sum_over_ranks(functools.reduce(operator.add, parts), *where)
+        )
     return sum(int(_sum_of(counts)) for counts in zeros.values()) / total if total else 0.0
