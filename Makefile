@@ -99,16 +99,9 @@ build: .venv/.built
 	@[ -e $@ ] && [ ! $@ -ot .venv/.built ] || { $(install) -v -e . $(show); }
 	touch $@
 
-.venv/.demo: .venv/.built
-	$(install) -q -e ".[demo]"
-	touch $@
-
-.venv/.bench: .venv/.built
-	$(install) -q -e ".[bench]"
-	touch $@
-
-.venv/.docs: .venv/.built
-	$(install) -q -e ".[docs]"
+# mypy, of lint, reads torch, which .venv/.built installs, and looks for the compiled modules.
+.venv/.demo .venv/.bench .venv/.docs .venv/.lint: .venv/.%: .venv/.built
+	$(install) -q -e ".[$*]"
 	touch $@
 
 .venv/.test: .venv/.cuda
@@ -117,11 +110,6 @@ build: .venv/.built
 	-$(venv)/pip install -q timm torchvision \
 	  "torch==$$($(venv)/python -c 'import torch; print(torch.__version__.split("+")[0])')"
 	@$(venv)/python -c 'import torchvision' 2>/dev/null || $(venv)/pip uninstall -q -y timm torchvision
-	touch $@
-
-# mypy reads torch, which .venv/.built installs, and looks for the compiled modules.
-.venv/.lint: .venv/.built
-	$(install) -q -e ".[lint]"
 	touch $@
 
 clean:

@@ -140,7 +140,7 @@ def environment(folder, kind):
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
-        "FASTREG_CPU_CAPABILITY": {"baseline": "baseline"}.get(WIDEST, WIDEST),
+        "FASTREG_CPU_CAPABILITY": WIDEST,
         "OMP_NUM_THREADS": "1",
         "FASTREG_NO_SHRINK": "1",
     }
