@@ -1,6 +1,7 @@
 """What surrounds a call and changes what its operators do: torch.func, forward mode, recording, autocast."""
 
 import contextlib
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -89,3 +90,11 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[obje
     if autocast_dtype(device_type) is None:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
+
+
+def with_own_code(wrapper: Any) -> Any:
+    """What a decorator has made of a function, with code under the function's name: torch.compile counts its
+    recompilations by code, which all that the decorator makes would share.
+    """
+    wrapper.__code__ = wrapper.__code__.replace(co_name=wrapper.__name__)
+    return wrapper

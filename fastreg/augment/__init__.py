@@ -77,6 +77,16 @@ _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
 
 
+def _crops_of(table: Tensor) -> Tensor:
+    """(B, 4): the boxes (top, left, height, width) in a table of what the samples drew."""
+    return table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
+
+
+def _middle(in_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the window of `size` in the middle."""
+    return _centred(in_size[0], size[0]), _centred(in_size[1], size[1]), *size
+
+
 def _centred(side: int, window: int) -> int:
     """Where a window in the middle begins: at half of the rest, rounded to even, as by CenterCrop."""
     if side < window:
@@ -389,9 +399,7 @@ class Augment(nn.Module):
             if self.size is not None and not self._is_window():  # it is only resized
                 params.settings = dataclasses.replace(self.settings, padding="border")
             if self.size is not None:
-                box = (0, 0, height, width)
-                if self._is_window():
-                    box = (_centred(height, size[0]), _centred(width, size[1]), *size)
+                box = _middle((height, width), size) if self._is_window() else (0, 0, height, width)
                 params.crop = _op.rows(box, count, batch.device)
             return params
         check_generator("augment", generator)
@@ -407,21 +415,19 @@ class Augment(nn.Module):
         if "shear_x" in self.ranges:
             fields["shear"] = table[:, _COLUMN["shear_x"] : _COLUMN["shear_y"] + 1]
         if self.crop is not None or self.size is not None:
-            fields["crop"] = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
+            fields["crop"] = _crops_of(table)
         if self.crop == "center":
-            box = (_centred(height, size[0]), _centred(width, size[1]), *size)
-            fields["crop"] = _op.rows(box, count, batch.device)
+            fields["crop"] = _op.rows(_middle((height, width), size), count, batch.device)
         if self.chances["erase"]:
             fields["erase"] = boxes
         if self.grayscale or self.policy is not None:
-            index = offset + torch.arange(count, device=batch.device) if index is None else index
-            index = index.to(batch.device)
-        if self.grayscale and index is not None:
-            fields["grayscale"] = _policies.draw_grey(self.grayscale, seed, index)
-        if self.policy is not None and index is not None:
-            size = self.size or (height, width)
-            drawn = _policies.draw(self.policy, seed, index, *size)
-            fields["operations"], fields["magnitudes"] = drawn
+            at = offset + torch.arange(count, device=batch.device) if index is None else index
+            at = at.to(batch.device)
+            if self.grayscale:
+                fields["grayscale"] = _policies.draw_grey(self.grayscale, seed, at)
+            if self.policy is not None:
+                drawn = _policies.draw(self.policy, seed, at, *size)
+                fields["operations"], fields["magnitudes"] = drawn
         return Params(**fields, settings=self.settings)
 
     def _numbered(
@@ -552,11 +558,10 @@ class Augment(nn.Module):
         table, matrices, colour, blur, erased = self._draw(batch, generator)
         windows = None
         if self._only_crops:
-            crop = table[:, _COLUMN["crop_top"] : _COLUMN["crop_width"] + 1]
             hflip, vflip = (
                 table.select(1, _COLUMN[name]) if self.chances[name] else None for name in ("hflip", "vflip")
             )
-            windows = unflipped_crops(crop, hflip, vflip, images.shape[2:])
+            windows = unflipped_crops(_crops_of(table), hflip, vflip, images.shape[2:])
             matrices = inside_windows(matrices, windows)
         output = _op.augment_batch(
             "augment",

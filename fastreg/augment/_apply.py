@@ -157,10 +157,8 @@ def _checked(params: Params, count: int) -> Params:
                 f"augment: {name} of params must be a tensor {wanted} of real numbers, got {got}; make one "
                 f"with torch.tensor"
             )
-        if value.dim() and len(value) != count:
-            raise ValueError(
-                f"augment: params are of {len(value)} samples ({name}), images of {count}; sample anew"
-            )
+        if value.dim():
+            _check_count(name, value, count)
         if value.shape != wanted:
             raise ValueError(
                 f"augment: {name} of params must be of shape {wanted}, got {tuple(value.shape)}; sample anew"
@@ -175,11 +173,17 @@ def _checked(params: Params, count: int) -> Params:
             changed[name] = value.to(_op.number_dtype(value.device))
     for name in ("operations", "magnitudes"):
         value = getattr(params, name)
-        if value is not None and len(value) != count:
-            raise ValueError(
-                f"augment: params are of {len(value)} samples ({name}), images of {count}; sample anew"
-            )
+        if value is not None:
+            _check_count(name, value, count)
     return dataclasses.replace(params, **changed)
+
+
+def _check_count(name: str, value: Tensor, count: int) -> None:
+    """Raise unless a parameter is of so many samples."""
+    if len(value) != count:
+        raise ValueError(
+            f"augment: params are of {len(value)} samples ({name}), images of {count}; sample anew"
+        )
 
 
 def _check_operations(params: Params) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .._transforms import is_vmapped
 from . import _op
 from ._params import Params
-from ._plain import Padding, is_last
+from ._plain import Padding, is_last, nearest_pixel
 
 
 @dataclasses.dataclass
@@ -222,7 +222,7 @@ def _line(geometry: Geometry, axis: int) -> Tensor:
     row = _middle_row(geometry, axis)
     if row is not None:
         grid = (pixel.float() - 0.5 * (n - 1)) * row[:, axis, None] + row[:, 2, None]
-        pixel = ((grid + 1) * (0.5 * n) - 0.5).round().clamp(-(2.0**30), 2.0**30).long()
+        pixel = nearest_pixel(grid, 0.5 * n)
     return pixel if flip is None else torch.where(flip[:, None] != 0, n - 1 - pixel, pixel)
 
 

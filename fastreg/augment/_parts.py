@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._shards import own_part, whole_of_parts
-from .._transforms import is_sharded
+from .._transforms import is_sharded, with_own_code
 from ._arguments import pair
 
 _Arguments = ParamSpec("_Arguments")
@@ -73,7 +73,4 @@ def on_parts(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Ten
         output = cast(Any, function)(*bound.args, **bound.kwargs)
         return images if output is local else whole_of(output, images)
 
-    # torch.compile counts its recompilations by code, which all functions would share.
-    own: Any = run
-    own.__code__ = own.__code__.replace(co_name=function.__name__)
-    return run
+    return with_own_code(run)

@@ -97,7 +97,13 @@ def _nearest(matrices: Tensor, windows: Tensor, size: tuple[int, int], dtype: to
     x = torch.arange(size[1], device=n.device, dtype=dtype) - 0.5 * across
     y = torch.arange(size[0], device=n.device, dtype=dtype)[:, None] - 0.5 * down
     a, b, c, half = (v[:, :, None, None] for v in (*rows.unbind(2), half))
-    return ((x * a + y * b + c + 1) * half - 0.5).round().clamp(-_FARTHEST, _FARTHEST).long().transpose(0, 1)
+    return nearest_pixel(x * a + y * b + c, half).transpose(0, 1)
+
+
+def nearest_pixel(grid: Tensor, half: Tensor | float) -> Tensor:
+    """int64: the pixel at a place in [-1, 1] of a line of 2 * half, by the arithmetic of torch's
+    grid_sample."""
+    return ((grid + 1) * half - 0.5).round().clamp(-_FARTHEST, _FARTHEST).long()
 
 
 def _resample(images, matrices, windows, fill, size, interpolation, padding) -> Tensor:

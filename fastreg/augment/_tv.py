@@ -12,6 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from .._transforms import with_own_code
+
 _KINDS = {"Image": "image", "Mask": "masks", "BoundingBoxes": "boxes", "KeyPoints": "keypoints"}
 ROTATED = {"XYWHR": 5, "CXCYWHR": 5, "XYXYXYXY": 8}  # formats of turned boxes, and their numbers
 
@@ -78,10 +80,7 @@ def of_images(function: _F) -> _F:
         result = function(plain(inpt), *args, **kwargs)
         return inpt if kwargs.get("inplace") else wrapped(result, inpt)
 
-    # torch.compile counts its recompilations by code, which all functions would share.
-    plain_function: Any = on_any
-    plain_function.__code__ = plain_function.__code__.replace(co_name=function.__name__)
-    return cast(_F, on_any)
+    return cast(_F, with_own_code(on_any))
 
 
 def canvas_of(inpt: Tensor) -> tuple[int, int]:
