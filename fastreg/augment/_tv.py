@@ -116,7 +116,7 @@ def corners_of(boxes: Tensor, box_format: str) -> Tensor:
 
 def rectangles(corners: Tensor) -> Tensor:
     """The rectangle of each parallelogram (..., 4, 2), with its centre, along its longer side, and with its
-    longer diagonal, as torchvision has it.
+    longer diagonal, as torchvision describes it.
     """
     one, two, three, four = corners.unbind(-2)
     centre, u, v = 0.5 * (one + three), two - one, four - one
