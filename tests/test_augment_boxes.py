@@ -116,7 +116,9 @@ def test_boxes_of_every_format_are_drawn(box_format):
 
 @pytest.mark.parametrize("box_format", FORMATS[3:])
 def test_a_sheared_box_is_the_same_from_either_end(box_format):
-    """The rectangle that a turned box becomes does not depend on the corner from which it is listed."""
+    """The rectangle that a turned box becomes does not depend on the corner from which it is listed, and has
+    the longer diagonal of the parallelogram that its corners move to.
+    """
     turns = torch.arange(-180.0, 180.0, 10)
     found = []
     for other_end in (0, 180):
@@ -127,9 +129,16 @@ def test_a_sheared_box_is_the_same_from_either_end(box_format):
             tv_tensors.BoundingBoxFormat[box_format],
         )  # fmt: skip
         boxes = tv_tensors.BoundingBoxes(boxes, format=box_format, canvas_size=(H, W))
+        before = T.convert_bounding_box_format(boxes, new_format="XYXYXYXY")
+        before = before.as_subclass(torch.Tensor).view(-1, 2)
         moved = apply(
-            torch.rand(3, H, W), Params(shear=torch.tensor([[30.0, 0.0]]), settings=Settings()), boxes=boxes
-        )
+            torch.rand(3, H, W), Params(shear=torch.tensor([[30.0, 0.0]]), settings=Settings()), boxes=boxes,
+            keypoints=before,
+        )  # fmt: skip
+        one, two, three, four = moved.keypoints.view(-1, 4, 2).unbind(1)
+        longer = torch.maximum((three - one).norm(dim=1), (four - two).norm(dim=1))
         corners = T.convert_bounding_box_format(moved.boxes, new_format="XYXYXYXY")
         found.append(corners.as_subclass(torch.Tensor).view(-1, 4, 2))
+        diagonals = found[-1][:, 2:] - found[-1][:, :2]
+        torch.testing.assert_close(diagonals.norm(dim=2), longer[:, None].expand(-1, 2), atol=2e-3, rtol=0)
     torch.testing.assert_close(found[0], found[1].roll(2, 1), atol=2e-3, rtol=0)
