@@ -51,7 +51,7 @@ class StepSpy:
 
         def call(*arguments):
             result = function(*arguments)
-            self.taken += result is True
+            self.taken += result is not None
             return result
 
         return call

@@ -13,7 +13,7 @@ from sgd_reference import parameter
 import fastreg as fr
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(fr._registry.fast, "squares"), reason=f"no C++ path: {fr._registry.why_not_fast}"
+    not hasattr(fr._registry.fast, "adamw"), reason=f"no C++ path: {fr._registry.why_not_fast}"
 )
 KINDS = {fr.optim.SGD: dict(lr=0.1, momentum=0.9), fr.optim.AdamW: dict(lr=0.1, amsgrad=True)}
 

@@ -23,11 +23,11 @@ inline bool collect_adamw(const GroupOptions& options, PyObject* state, size_t f
   return collect_tensors(options, state, {m, v}, counter, first, result);
 }
 
-// (param_groups, state[, clip]) -> True if all of them have been stepped, None if none has
+// (param_groups, state[, max_norm]), see step_groups
 inline PyObject* adamw(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static const auto step =
       reinterpret_cast<decltype(&adamw_step)>(PyCapsule_Import("fastreg._C.adamw_step", 0));
-  return step ? step_groups<AdamwArgs>(args, count, step, collect_adamw) : nullptr;
+  return step_groups<AdamwArgs>(args, count, step, collect_adamw);
 }
 
 inline const Method<adamw, 2, 3> register_adamw("adamw");

@@ -1,6 +1,7 @@
 // A step of an optimiser over many small tensors. In Python, collecting them would take longer than the step.
 // The rules are those of the classes in fastreg/optim. This is for csrc/autograd.cpp only, as autograd.h.
 #pragma once
+#include "../sum_of_squares/sum_of_squares_math.h"
 #include "autograd.h"
 #include "optimizer_math.h"
 
@@ -209,14 +210,45 @@ bool collect_tensors(const GroupOptions& options, PyObject* state, std::initiali
   return !average || warm_up(options, result->tensors.get(), result->params.size(), &result->args.step.ema);
 }
 
-// (param_groups, state[, clip]) -> True if all of them have been stepped, None if none has.
+// The gradients of all groups.
+template <class Args>
+std::vector<SquaresTensor> gradients_of(const std::vector<StepGroup<Args>>& groups) {
+  std::vector<SquaresTensor> result;
+  for (const StepGroup<Args>& group : groups)
+    for (size_t i = 0; i < group.params.size(); ++i) {
+      const StepTensor& t = group.tensors[i];
+      SquaresTensor& grad = result.emplace_back();
+      grad.dtype = t.dtype;
+      grad.data = t.data[kGrad];
+      grad.layout.numel = t.layout[kParam].numel;
+      grad.layout.contiguous = true;  // the sum of a permutation
+    }
+  return result;
+}
+
+// The norm that belongs to a sum of squares, and the factor that clips it, in the bits of
+// fastreg/optim/_clip.py.
+template <class Scalar>
+Scalar clip(double squares, double max_norm, double* factor) {
+  const Scalar norm = Scalar(std::sqrt(double(Scalar(squares))));
+  *factor = std::min(double(Scalar(1) / (norm + Scalar(1e-6)) * Scalar(max_norm)), 1.);
+  return norm;
+}
+
+// (param_groups, state[, max_norm]) -> True, or the norm of the gradients, if all groups have been stepped;
+// None if none has, because something is not the usual case or the norm is not finite.
 // collect(group, state, first, result) is false for a group that is not the usual case.
 template <class Args, class Step, class Collect>
 PyObject* step_groups(PyObject* const* args, Py_ssize_t given, Step step, Collect collect) {
+  static const auto sum_of =
+      reinterpret_cast<decltype(&sum_of_squares_cpu)>(PyCapsule_Import("fastreg._C.sum_of_squares", 0));
+  if (!step || !sum_of) return nullptr;
   PyObject *const list = args[0], *const state = args[1];
   if (!PyList_CheckExact(list) || !PyDict_Check(state) || is_transformed()) Py_RETURN_NONE;
-  double clip = 1;
-  if (given == 3 && !number(args[2], 0, 1, &clip)) Py_RETURN_NONE;
+  const bool clips = given == 3;
+  double max_norm = 0;
+  if (clips && !number(args[2], 0, std::numeric_limits<double>::infinity(), &max_norm)) Py_RETURN_NONE;
+  // Everything is collected before anything is stepped.
   std::vector<StepGroup<Args>> groups(size_t(PyList_GET_SIZE(list)));
   size_t first = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
@@ -225,42 +257,32 @@ PyObject* step_groups(PyObject* const* args, Py_ssize_t given, Step step, Collec
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;
     }
-    groups[i].args.step.clip = clip;
     first += size_t(PyList_GET_SIZE(PyDict_GetItemString(group, "params")));
   }
+  std::vector<SquaresTensor> grads;
+  if (clips) grads = gradients_of(groups);
+  if (clips && grads.empty()) Py_RETURN_NONE;
+  const bool wide = std::any_of(grads.begin(), grads.end(),
+                                [](const SquaresTensor& t) { return t.dtype == DType::kFloat64; });
+  double norm = 0, factor = 1;
   {
     const pybind11::gil_scoped_release no_gil;
-    for (const StepGroup<Args>& group : groups) {
-      step(group.args, group.tensors.get(), group.params.size());
-      for (const Tensor& param : group.params)
-        param.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
+    if (clips) {
+      const double squares = sum_of(grads.data(), grads.size());
+      norm =
+          wide ? clip<double>(squares, max_norm, &factor) : double(clip<float>(squares, max_norm, &factor));
     }
+    if (std::isfinite(norm))
+      for (StepGroup<Args>& group : groups) {
+        group.args.step.clip = factor;
+        step(group.args, group.tensors.get(), group.params.size());
+        for (const Tensor& param : group.params)
+          param.unsafeGetTensorImpl()->bump_version();  // a graph that saved it must notice
+      }
   }
-  Py_RETURN_TRUE;
+  if (!std::isfinite(norm)) Py_RETURN_NONE;
+  if (!clips) Py_RETURN_TRUE;
+  return THPVariable_Wrap(at::scalar_tensor(norm, wide ? at::kDouble : at::kFloat));
 }
-
-// (param_groups) -> the sum of the squares of all gradients, None if this is not the usual case
-inline PyObject* squares(PyObject*, PyObject* const* args, Py_ssize_t) {
-  static const auto op = find<Tensor(at::TensorList)>("fastreg::sum_of_squares");
-  if (!PyList_CheckExact(args[0]) || is_transformed()) Py_RETURN_NONE;
-  std::vector<Tensor> grads;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(args[0]); ++i) {
-    PyObject* const group = PyList_GET_ITEM(args[0], i);
-    PyObject* const list = PyDict_CheckExact(group) ? GroupOptions{group}.at("params") : nullptr;
-    if (!list || !PyList_CheckExact(list)) Py_RETURN_NONE;
-    fetch_group(list, nullptr, {});
-    for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list); ++j) {
-      const Tensor* const param = flat(PyList_GET_ITEM(list, j));
-      if (!param) Py_RETURN_NONE;
-      const Tensor& grad = param->grad();
-      if (grad.defined() && !same_form(*param, grad)) Py_RETURN_NONE;
-      if (grad.defined()) grads.push_back(grad);
-    }
-  }
-  if (grads.empty()) Py_RETURN_NONE;
-  return without_lock([&] { return call(op, at::TensorList(grads)); });
-}
-
-inline const Method<squares, 1> register_squares("squares");
 
 }  // namespace fastreg::autograd

@@ -16,7 +16,7 @@ namespace fastreg {
 enum Slot { kParam, kGrad, kAverage, kState };
 constexpr int kSlots = 6;
 
-constexpr int64_t kAhead = 2048;  // bytes that the CPU's loops ask for before they read them
+constexpr int64_t kAhead = 512;  // bytes that the CPU's loops ask for before they read them
 
 struct StepTensor {
   DType dtype;

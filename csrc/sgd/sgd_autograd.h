@@ -18,10 +18,10 @@ inline bool collect_sgd(const GroupOptions& options, PyObject* state, size_t fir
   return collect_tensors(options, state, {}, counter, first, result);
 }
 
-// (param_groups, state[, clip]) -> True if all of them have been stepped, None if none has
+// (param_groups, state[, max_norm]), see step_groups
 inline PyObject* sgd(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static const auto step = reinterpret_cast<decltype(&sgd_step)>(PyCapsule_Import("fastreg._C.sgd_step", 0));
-  return step ? step_groups<SgdArgs>(args, count, step, collect_sgd) : nullptr;
+  return step_groups<SgdArgs>(args, count, step, collect_sgd);
 }
 
 inline const Method<sgd, 2, 3> register_sgd("sgd");

@@ -24,6 +24,9 @@ struct SquaresKernels {
 };
 FR_DECLARE_KERNELS(SquaresKernels, squares_kernels)
 
+// Over torch's threads, in sum_of_squares_op.cpp. It checks nothing: its callers have.
+double sum_of_squares_cpu(const SquaresTensor* tensors, size_t count);
+
 // The partial sums that the launch below writes.
 size_t sum_of_squares_partials(const SquaresTensor* tensors, size_t count);
 

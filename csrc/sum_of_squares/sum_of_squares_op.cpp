@@ -1,9 +1,35 @@
 // torch.ops.fastreg.sum_of_squares: checks, threads over all tensors or launches. The schema stands in
 // fastreg/_sum_of_squares.py.
+#include "../common/capsule.h"
 #include "../common/optimizer_op.h"
 #include "sum_of_squares_math.h"
 
 namespace fastreg {
+
+#ifndef FASTREG_CUDA
+double sum_of_squares_cpu(const SquaresTensor* tensors, size_t count) {
+  std::vector<size_t> first(count + 1, 0);  // the sums of each tensor, one for each grain of its elements
+  int64_t elements = 0;
+  const auto numel = [&](size_t i) { return tensors[i].layout.numel; };
+  for (size_t i = 0; i < count; ++i) {
+    first[i + 1] = first[i] + size_t((numel(i) + kGrain - 1) / kGrain);
+    elements += numel(i);
+  }
+  const SquaresKernels& kernels = FR_KERNELS(squares_kernels, elements);
+  std::vector<double> sums(first[count]);
+  for_each_span(count, numel, [&](size_t i, int64_t begin, int64_t end) {
+    for (int64_t from = begin; from < end; from += kGrain)
+      sums[first[i] + size_t(from / kGrain)] = kernels.sum(tensors[i], from, std::min(end, from + kGrain));
+  });
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+// For a step that clips, which has checked the tensors itself.
+const Capsule sum_of_squares_capsule("fastreg._C.sum_of_squares",
+                                     reinterpret_cast<const void*>(&sum_of_squares_cpu));
+#endif
+
 namespace {
 
 Tensor sum_of_squares(std::vector<Tensor> list) {
@@ -32,21 +58,7 @@ Tensor sum_of_squares(std::vector<Tensor> list) {
                                wide ? DType::kFloat64 : DType::kFloat32, stream);
   });
 #else
-  std::vector<size_t> first(count + 1, 0);  // the sums of each tensor, one for each grain of its elements
-  int64_t elements = 0;
-  const auto numel = [&](size_t i) { return tensors[i].layout.numel; };
-  for (size_t i = 0; i < count; ++i) {
-    first[i + 1] = first[i] + size_t((numel(i) + kGrain - 1) / kGrain);
-    elements += numel(i);
-  }
-  const SquaresKernels& kernels = FR_KERNELS(squares_kernels, elements);
-  std::vector<double> sums(first[count]);
-  for_each_span(count, numel, [&](size_t i, int64_t begin, int64_t end) {
-    for (int64_t from = begin; from < end; from += kGrain)
-      sums[first[i] + size_t(from / kGrain)] = kernels.sum(tensors[i], from, std::min(end, from + kGrain));
-  });
-  double total = 0;
-  for (const double sum : sums) total += sum;
+  const double total = sum_of_squares_cpu(tensors.get(), count);
   if (wide)
     *static_cast<double*>(at) = total;
   else

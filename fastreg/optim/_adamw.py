@@ -197,9 +197,9 @@ class AdamW(OnePass, torch.optim.AdamW):
         columns = (_STEP if on_device else _STEP_ON_CPU, _AVERAGE, _SQUARE)
         return (*columns, _MOST) if group["amsgrad"] else columns
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
-        """Call the step in C++, with the factor that clips, if one does."""
-        return fast.adamw(groups, self.state, *clipping)
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], *max_norm: Any) -> Any:
+        """Call the step in C++."""
+        return fast.adamw(groups, self.state, *max_norm)
 
     def _call(
         self,

@@ -4,11 +4,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import numpy
 import torch
 
 from .._checks import check_choice, check_number
@@ -74,14 +72,3 @@ def norm_of(works: Iterable[Work]) -> torch.Tensor:
     for each in sums[1:]:
         total = total + each.to(total.device)
     return square_root(total)
-
-
-def clipped_on_host(total: torch.Tensor, options: dict[str, Any]) -> tuple[float, float]:
-    """(norm, factor) of a sum of squares on the CPU, in the bits of `norm_of` and `clipped`: numbers in the
-    place of tensors, whose operations take longer than the step of many small parameters.
-    """
-    kind = numpy.float64 if total.dtype == torch.float64 else numpy.float32
-    with numpy.errstate(all="ignore"):
-        norm = kind(math.sqrt(total.item()))
-        factor = kind(1) / (norm + kind(1e-6)) * kind(options["max_norm"])
-    return float(norm), min(float(factor), 1.0)

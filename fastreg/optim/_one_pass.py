@@ -18,7 +18,7 @@ from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
 from ._average import Averages, average_idle, warmed_up
 from ._clip import OPTIONS as CLIPPING
-from ._clip import check_clipping, clipped, clipped_on_host, norm_of
+from ._clip import check_clipping, clipped, norm_of
 from ._groups import (
     Params,
     check_keys,
@@ -134,8 +134,10 @@ class OnePass(Averages):
         """
         raise NotImplementedError
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
-        """Call the step in C++, with the factor that clips, if one does."""
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], *max_norm: Any) -> Any:
+        """Call the step in C++. It gives the norm of the gradients, or True where it does not clip, and None
+        where nothing has been stepped.
+        """
         raise NotImplementedError
 
     def _call(
@@ -313,20 +315,13 @@ class OnePass(Averages):
                 self._step_on(device, group, tensors, scaling.to(device))
         return loss
 
-    def _step_usual(self, fast: Any, groups: list[dict[str, Any]]) -> bool | None:
-        """Do the step in C++ if this is the usual case; None if it is not, and nothing has been stepped."""
-        if self.defaults["max_norm"] is None:
-            return self._step_fast(fast, groups, ())
-        squares = fast.squares(groups)
-        if squares is None:
-            return None
-        norm, factor = clipped_on_host(squares, self.defaults)
-        if not math.isfinite(norm) or not self._step_fast(fast, groups, (factor,)):
-            return None
-        if self._norm is None or self._norm.device != squares.device or self._norm.dtype != squares.dtype:
-            self._norm = squares  # the parameters have moved, or are of another type
-        self._norm.fill_(norm)
-        return True
+    def _step_usual(self, fast: Any, groups: list[dict[str, Any]]) -> bool:
+        """Do the step in C++ if this is the usual case; False if it is not, and nothing has been stepped."""
+        max_norm = self.defaults["max_norm"]
+        done = self._step_fast(fast, groups, *(() if max_norm is None else (max_norm,)))
+        if isinstance(done, torch.Tensor):
+            self._keep_norm(done)
+        return done is not None
 
     def _step_on(self, device: torch.device, group: dict[str, Any], work: Work, scaling: Scaling) -> None:
         """Step the parameters of a group on one device."""

@@ -176,9 +176,9 @@ class SGD(OnePass, torch.optim.SGD):
                 shown[p] = {**shown.get(p, state), "momentum_buffer": None}
         return shown
 
-    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], clipping: tuple[Any, ...]) -> bool | None:
-        """Call the step in C++, with the factor that clips, if one does."""
-        return fast.sgd([_scaled(group) for group in groups], self.state, *clipping)
+    def _step_fast(self, fast: Any, groups: list[dict[str, Any]], *max_norm: Any) -> Any:
+        """Call the step in C++."""
+        return fast.sgd([_scaled(group) for group in groups], self.state, *max_norm)
 
     def _call(
         self,
