@@ -252,7 +252,17 @@ class TestOtherLibraries:
     @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenet_v3_small"])
     def test_models_of_torchvision(self, name, door):
         models = self.import_or_skip("torchvision.models")
-        self.run(getattr(models, name)(num_classes=5), door)
+        if door != "compile":
+            model = getattr(models, name)(num_classes=5)
+        elif name == "efficientnet_b0":  # the same blocks, few of each, as above
+            blocks = [(1, 3, 1, 32, 16, 1), (6, 5, 2, 16, 24, 2)]
+            module = models.efficientnet
+            model = module.EfficientNet([module.MBConvConfig(*each) for each in blocks], 0.2, num_classes=5)
+        else:
+            blocks = [(16, 3, 16, 16, True, "RE", 2, 1, 1), (16, 5, 96, 40, True, "HS", 2, 1, 1)]
+            module = models.mobilenetv3
+            model = module.MobileNetV3([module.InvertedResidualConfig(*each) for each in blocks], 64, 5)
+        self.run(model, door)
 
     def run(self, model, door):
         _, loss_of = with_loss(model, torch.randn(4, 3, 32, 32), torch.randint(5, (4,)), label_smoothing=0.1)
