@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from torch.compiler import is_compiling
 
 from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
-from ._registry import define
+from ._registry import define, fast
 from ._shards import own_part, whole_of_parts
 from ._transforms import is_sharded
 from ._types import Bounds, FgsmParameter, Number
@@ -296,6 +297,10 @@ def fgsm_step(
 
     Source: Goodfellow, Shlens, Szegedy 2015, Explaining and harnessing adversarial examples.
     """
+    if fast is not None and bounds is None and not is_compiling():
+        output = fast.fgsm_step(x, grad, eps, lower, upper)
+        if output is not None:
+            return cast(torch.Tensor, output)
     op = "fgsm_step"
     _check_pair(op, x, grad)
     if bounds is not None:

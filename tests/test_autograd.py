@@ -178,6 +178,35 @@ def test_dropout_of_channels_has_the_same_bits(both, name, dtype):
     both(lambda: CHANNELS[name](x), taken=True)
 
 
+STEPS = {
+    "numbers": (lambda x, g: fr.fgsm_step(x, g, 0.1, 0, 1.0), True),
+    "no bounds": (lambda x, g: fr.fgsm_step(x, g, -1), True),
+    "infinite bounds": (lambda x, g: fr.fgsm_step(x, g, 0.5, float("-inf"), float("inf")), True),
+    "one bound": (lambda x, g: fr.fgsm_step(x, g, 0.5, None, 0.25), True),
+    "a leaf and a gradient with a graph": (
+        lambda x, g: fr.fgsm_step(x.detach().requires_grad_(), g.detach().requires_grad_() * 2, 0.1),
+        True,
+    ),
+    "bounds as a pair": (lambda x, g: fr.fgsm_step(x, g, 0.1, bounds=(0, 1)), False),
+    "a tensor": (lambda x, g: fr.fgsm_step(x, g, torch.tensor(0.1)), False),
+    "another shape": (lambda x, g: fr.fgsm_step(x, g[..., None], 0.1), False),
+    "another dtype": (lambda x, g: fr.fgsm_step(x, g.to(torch.complex64), 0.1), False),
+    "crossed": (lambda x, g: fr.fgsm_step(x, g, 0.1, 1, 0), False),
+    "an infinite step": (lambda x, g: fr.fgsm_step(x, g, float("inf")), False),
+    "nan": (lambda x, g: fr.fgsm_step(x, g, 0.1, float("nan")), False),
+    "no number": (lambda x, g: fr.fgsm_step(x, g, "0.1"), False),
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("name", STEPS)
+def test_fgsm_step_has_the_same_bits(both, name, dtype):
+    function, taken = STEPS[name]
+    for make in INPUTS.values():
+        x = make().to(dtype)
+        both(lambda x=x: function(x, random(x.shape).to(dtype)), taken=taken)
+
+
 def random(shape, seed=3):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
