@@ -30,9 +30,13 @@ SHAPES = {
 
 
 def _targets(classes, dtype):
-    if classes == 32000:
-        return Targets(eager=5, compile=3, floor=1.6 if dtype == torch.float32 else 2.2)
-    return Targets(eager=4.5, compile=3, floor=2.6) if classes == 1000 else Targets(eager=1.5, compile=1)
+    exact = dtype == torch.float32
+    return {
+        32000: Targets(eager=5, compile=3, floor=1.6 if exact else 2.2),
+        1000: Targets(eager=4.5, compile=3, floor=1.9),
+        21: Targets(eager=1.5, compile=1, floor=1.8 if exact else 2.5),
+        10: Targets(eager=1.5, compile=1, floor=7),
+    }.get(classes, Targets(eager=1.5, compile=1))
 
 
 def cases(scale: str) -> Iterator[Case]:

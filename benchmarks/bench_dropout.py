@@ -15,7 +15,7 @@ from fastreg.benchmarks import _timing
 from fastreg.benchmarks._timing import Case, Targets, Work
 
 LARGE = Targets(eager=12, compile=5, floor=1.8)
-TARGETS = {4: Targets(eager=1.05), 14: Targets(eager=4, compile=2, floor=2), 20: LARGE, 24: LARGE}
+TARGETS = {4: Targets(eager=1.05), 14: Targets(eager=4, compile=2, floor=1.15), 20: LARGE, 24: LARGE}
 SIZES = {
     "full": ((4, 0.1), (14, 0.1), (20, 0.1), (20, 0.5), (24, 0.1)),
     "quick": ((4, 0.1), (14, 0.1), (20, 0.1)),

@@ -17,7 +17,7 @@ from fastreg.benchmarks._timing import Case, Targets, Work
 
 P = 0.1
 LARGE = Targets(eager=4, compile=4, floor=1.8)
-TARGETS = {4: Targets(eager=1.05), 14: Targets(eager=3, compile=2), 20: LARGE, 24: LARGE}
+TARGETS = {4: Targets(eager=1.6), 14: Targets(eager=3, compile=2, floor=1.15), 20: LARGE, 24: LARGE}
 SIZES = {"full": (4, 14, 20, 24), "quick": (4, 14, 20), "tiny": (4, 10)}
 
 
