@@ -12,23 +12,15 @@ from functools import partial
 import torch
 
 import fastreg as fr
-import fastreg.benchmarks
-from fastreg.benchmarks import _timing
+from fastreg.benchmarks import _timing, optimizers
 from fastreg.benchmarks._timing import Case, Targets, Work
 
 OPTIONS = dict(lr=1e-3, weight_decay=1e-2)
-L1, DECAY, MAX_NORM = 1e-5, 0.999, 1.0
-
-
-def transformer():
-    """The shapes of four layers of a transformer of width 512."""
-    layer = [(1536, 512), (1536,), (512, 512), (512,), (2048, 512), (2048,), (512, 2048), (512,)]
-    return (layer + 4 * [(512,)]) * 4
+L1 = 1e-5
 
 
 def sizes(scale):
     """(name, shapes, targets of the plain step, of the whole one)"""
-    resnet50 = fastreg.benchmarks.load("sgd").resnet50
     one, many = [(2**24,)], [(4096,)] * 256
     if scale == "tiny":
         return [("3 tensors of 16", [(16,)] * 3, Targets(), Targets())]
@@ -38,8 +30,8 @@ def sizes(scale):
     ]
     if scale == "full":
         rows += [
-            ("ResNet-50", resnet50(), Targets(floor=1.0), Targets(eager=1 / 0.7)),
-            ("4-layer transformer", transformer(), Targets(floor=1.0), Targets(eager=1 / 0.7)),
+            ("ResNet-50", optimizers.resnet50(), Targets(floor=1.0), Targets(eager=1 / 0.7)),
+            ("4-layer transformer", optimizers.transformer(), Targets(floor=1.0), Targets(eager=1 / 0.7)),
         ]
     return rows
 
@@ -68,25 +60,10 @@ def cases(scale: str) -> Iterator[Case]:
                 )
 
 
-def _parameters(start, gradients):
-    copies = [torch.nn.Parameter(tensor.clone()) for tensor in start]
-    for parameter, gradient in zip(copies, gradients, strict=True):
-        parameter.grad = gradient.clone()
-    return copies
-
-
-def _tensors(shapes, dtype, device):
-    return [[torch.randn(shape, device=device).to(dtype) for shape in shapes] for _ in range(2)]
-
-
-def _fused(start, gradients):
-    return torch.optim.AdamW(_parameters(start, gradients), fused=True, **OPTIONS).step
-
-
 def _check(start, gradients, dtype, **numbers):
     """Two steps against the formula in float64, with factors large enough to show."""
     large = dict(lr=0.1, weight_decay=0.1, **numbers)
-    parameters = _parameters(start, gradients)
+    parameters = optimizers.parameters(start, gradients)
     optimizer = fr.optim.AdamW(parameters, **large)
     for _ in range(2):
         optimizer.step()
@@ -103,45 +80,22 @@ def _check(start, gradients, dtype, **numbers):
 
 
 def _build(shapes, dtype, device):
-    start, gradients = _tensors(shapes, dtype, device)
-
-    def theirs(parameters, optimizer):
-        with torch.no_grad():
-            for p in parameters:
-                p.grad.add_(p.sign(), alpha=L1)
-        optimizer.step()
-
-    eager = _parameters(start, gradients)
+    start, gradients = optimizers.tensors(shapes, dtype, device)
+    parameters = partial(optimizers.parameters, start, gradients)
+    eager = parameters()
     sides = {
-        "fastreg": fr.optim.AdamW(_parameters(start, gradients), l1=L1, **OPTIONS).step,
-        "torch": partial(theirs, eager, torch.optim.AdamW(eager, foreach=True, **OPTIONS)),
-        "floor": _fused(start, gradients),
+        "fastreg": fr.optim.AdamW(parameters(), l1=L1, **OPTIONS).step,
+        "torch": partial(optimizers.with_l1, eager, torch.optim.AdamW(eager, foreach=True, **OPTIONS), L1),
+        "floor": torch.optim.AdamW(parameters(), fused=True, **OPTIONS).step,
     }
     moved = 7 * sum(t.numel() * t.element_size() for t in start)
     return Work(sides, partial(_check, start, gradients, dtype, l1=0.1), moved=moved)
 
 
 def _build_whole(shapes, dtype, device):
-    start, gradients = _tensors(shapes, dtype, device)
-    parameters = _parameters(start, gradients)
-    model = torch.nn.ParameterList(parameters)
-    optimizer = torch.optim.AdamW(parameters, fused=True, **OPTIONS)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(DECAY)
-    )
-
-    def theirs():
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
-        optimizer.step()
-        average.update_parameters(model)
-
-    sides = {
-        "fastreg": fr.optim.AdamW(
-            _parameters(start, gradients), ema=DECAY, max_norm=MAX_NORM, **OPTIONS
-        ).step,
-        "torch": theirs,
-        "floor": _fused(start, gradients),
-    }
+    start, gradients = optimizers.tensors(shapes, dtype, device)
+    ours, theirs = partial(fr.optim.AdamW, **OPTIONS), partial(torch.optim.AdamW, **OPTIONS)
+    sides = optimizers.with_clipping_and_average(ours, theirs, start, gradients)
     moved = 10 * sum(t.numel() * t.element_size() for t in start)
     return Work(sides, partial(_check, start, gradients, dtype), moved=moved)
 

@@ -2,7 +2,7 @@
 backward, without ever holding all logits. What counts is the memory beyond the inputs and their gradients, as
 a share of the logits' bytes.
 
-Without smoothing a torch from 2.14 on has a form in chunks too, which is one more side where there is one; the
+Without smoothing torch has a form in chunks too, from 2.14 on. It is one more side where it is there, and the
 memory is then a share of its. With smoothing that form builds all logits, and warns.
 """
 

@@ -18,7 +18,7 @@ for package in ("matplotlib", "rich"):
 
 import fastreg as fr  # noqa: E402
 from fastreg import benchmarks  # noqa: E402
-from fastreg.benchmarks import _timing, table  # noqa: E402
+from fastreg.benchmarks import _timing, optimizers, table  # noqa: E402
 from fastreg.benchmarks import command as bench  # noqa: E402
 from fastreg.benchmarks._timing import Case, Targets, Work  # noqa: E402
 from fastreg.cli import doctor  # noqa: E402
@@ -175,7 +175,7 @@ def test_every_scale_has_its_cases(op, scale):
 
 
 def test_resnet50_has_the_parameters_that_torchvision_counts():
-    shapes = benchmarks.load("sgd").resnet50()
+    shapes = optimizers.resnet50()
     assert len(shapes) == 161 and sum(math.prod(shape) for shape in shapes) == 25_557_032
 
 
@@ -220,7 +220,8 @@ def _wrong_gradient(x, p):
             "cross_entropy",
             lambda z, y, label_smoothing: torch.nn.functional.cross_entropy(z, y),
         ),
-        ("sgd", "optim.SGD", lambda p, l1, **options: torch.optim.SGD(p, **options)),
+        ("sgd", "optim.SGD", lambda p, l1=0, **options: _REAL_SGD(p, **options)),
+        ("adamw", "optim.AdamW", lambda p, lr, **options: _REAL_ADAMW(p, lr=2 * lr, **options)),
         ("sgd", "optim.SGD", lambda p, **options: _REAL_SGD(p, **{**options, "weight_decay": 0})),
         ("sgd", "optim.SGD", lambda p, **options: _REAL_SGD(p, **{**options, "momentum": 0.8})),
         ("training", "optim.SGD", lambda p, lr, **options: _REAL_SGD(p, lr=2 * lr, **options)),
@@ -240,7 +241,7 @@ def test_a_wrong_op_is_refused(tmp_path, monkeypatch, capsys, op, name, wrong):
     )
 
 
-_REAL_SGD = fr.optim.SGD
+_REAL_SGD, _REAL_ADAMW = fr.optim.SGD, fr.optim.AdamW
 
 
 @pytest.mark.parametrize("sample", [0, 1])
