@@ -23,7 +23,9 @@ from fastreg.benchmarks import command as bench  # noqa: E402
 from fastreg.benchmarks._timing import Case, Targets, Work  # noqa: E402
 from fastreg.cli import doctor  # noqa: E402
 
-OPS = set(benchmarks.ops()) - {"augment"}  # augment has no cases where torchvision is not installed
+# These have no cases where torchvision or transformers is not installed.
+OPTIONAL = {"augment", "language_model"}
+OPS = set(benchmarks.ops()) - OPTIONAL
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +89,7 @@ def test_results(ran):
         and machine["cpu"]
     )
     assert results["copy_bandwidth"] > 0 and results["settings"]["scale"] == "tiny"
-    assert {row["op"] for row in results["rows"]} - {"augment"} == OPS
+    assert {row["op"] for row in results["rows"]} - OPTIONAL == OPS
     for row in results["rows"]:
         assert (
             row["dtype"] in ("float32", "bfloat16", "uint8")
