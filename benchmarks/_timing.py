@@ -331,6 +331,11 @@ def verdicts(row: dict) -> dict[str, bool | None]:
     return met
 
 
+def two_threads() -> int:
+    """2, where there are as many cores."""
+    return min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """rtol of a value that was computed exactly and rounded once or twice."""
     return {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]

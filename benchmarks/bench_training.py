@@ -16,7 +16,6 @@ steps of both give the same losses.
 """
 
 import functools
-import os
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -105,7 +104,7 @@ class LongTransformer(Transformer):
 def cases(scale: str) -> Iterator[Case]:
     """The rows of the table."""
     tiny, full = scale == "tiny", scale == "full"
-    threads = min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    threads = _timing.two_threads()
     mlp_rounds, transformer_rounds = {"full": (200, 60), "quick": (24, 12), "tiny": (2, 2)}[scale]
     width, batch = (32, 16) if tiny else (1024, 256)
     mlp = partial(_build, Perceptron, width, batch)

@@ -23,8 +23,8 @@ from fastreg.benchmarks import command as bench  # noqa: E402
 from fastreg.benchmarks._timing import Case, Targets, Work  # noqa: E402
 from fastreg.cli import doctor  # noqa: E402
 
-# These have no cases where torchvision or transformers is not installed.
-OPTIONAL = {"augment", "language_model"}
+VISION = {"augment", "augment_recipes"}
+OPTIONAL = VISION | {"language_model"}  # They have no cases where torchvision or transformers is not installed.
 OPS = set(benchmarks.ops()) - OPTIONAL
 
 
@@ -105,16 +105,16 @@ def test_results(ran):
         assert row["against_compile"] is None
         assert set(row["targets"]) == {"eager", "compile", "floor", "peak", "others"}
         assert set(row["met"]) - set(row["against_others"]) == {"eager", "compile", "floor", "peak"}
-        if row["work"] == "augmentation, all steps":  # kornia: where it is installed
-            assert set(row["against_others"]) - {"kornia"} == {"loop"} and row["seconds"]["loop"] > 0
-        else:
-            others = {"attention": {"flash"}} | (
-                {"linear_cross_entropy": {"chunked"}}
-                if hasattr(torch.nn, "LinearCrossEntropyOptions")
-                else {}
-            )
-            smooth = row["op"] == "linear_cross_entropy" and "no smoothing" not in row["work"]
-            assert set(row["against_others"]) == (set() if smooth else others.get(row["op"], set()))
+        others = {"attention": {"flash"}} | (
+            {"linear_cross_entropy": {"chunked"}} if hasattr(torch.nn, "LinearCrossEntropyOptions") else {}
+        )
+        others = others.get(row["op"], set())
+        if row["op"] == "linear_cross_entropy" and "no smoothing" not in row["work"]:
+            others = set()
+        if row["work"] in ("augmentation, all steps", "augmentation, imagenet()"):
+            others = {"loop"}
+        assert set(row["against_others"]) - {"kornia", "opencv"} == others  # where they are installed
+        assert all(row["seconds"][side] > 0 for side in row["against_others"])
         assert row["peak_bytes"]["fastreg"] >= 0 and (row["times_floor"] is None) == (row["floor_is"] is None)
 
 
@@ -246,22 +246,36 @@ def test_a_wrong_op_is_refused(tmp_path, monkeypatch, capsys, op, name, wrong):
 _REAL_SGD, _REAL_ADAMW = fr.optim.SGD, fr.optim.AdamW
 
 
+@pytest.mark.parametrize("op", sorted(VISION))
 @pytest.mark.parametrize("sample", [0, 1])
-def test_a_wrong_augmentation_is_refused(tmp_path, monkeypatch, sample):
+def test_a_wrong_augmentation_is_refused(tmp_path, monkeypatch, op, sample):
     """Whichever sample of the batch it is wrong for."""
     pytest.importorskip("torchvision", reason="the benchmark of augmentation needs torchvision")
     real = fr.augment.apply
 
-    def wrong(images, params):
-        result = real(images, params)
-        result[sample] = real(
-            images[sample : sample + 1], fr.augment.Params(settings=params.settings, hue=torch.tensor([0.2]))
-        )[0]
-        return result
+    def wrong(images, params, **targets):
+        result = real(images, params, **targets)
+        changed = result.boxes if targets else result.clone()  # a derivative of it may be taken
+        changed[min(sample, len(images) - 1)] = 0  # one image has one sample
+        return result if targets else changed
 
     monkeypatch.setattr(fr.augment, "apply", wrong)
-    assert main(tmp_path, "--ops", "augment") == 1
-    assert len(read(tmp_path)["failed"]) == read(tmp_path)["planned"] > 0
+    assert main(tmp_path, "--ops", op) == 1
+    results = read(tmp_path)
+    assert len(results["failed"]) == results["planned"] > 0
+    assert all("the result is wrong" in failure["error"] for failure in results["failed"])
+
+
+def test_a_wrong_loop_of_opencv_is_refused(tmp_path, monkeypatch):
+    pytest.importorskip("torchvision", reason="the benchmark of augmentation needs torchvision")
+    pytest.importorskip("cv2", reason="needs opencv-python-headless")
+    from fastreg.benchmarks import _opencv
+
+    monkeypatch.setattr(_opencv, "more_contrast", lambda image, factor: image)
+    for op, rows in (("augment", 1), ("augment_recipes", 1)):
+        assert main(tmp_path, "--ops", op) == 1
+        failed = read(tmp_path)["failed"]
+        assert len(failed) == rows and "OpenCV" in failed[0]["error"]
 
 
 def _all_logits(hidden, weight, target, bias=None, *, label_smoothing=0.0):
