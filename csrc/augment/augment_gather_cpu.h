@@ -280,8 +280,8 @@ struct Lookup {  // 16-bit pixels, and bytes made so: one register holds the row
     }
   };
   __m512i index, pairs;
-  FR_INLINE void start(__m512i left) {
-    index = _mm512_or_si512(left, _mm512_slli_epi32(_mm512_add_epi32(left, _mm512_set1_epi32(1)), 16));
+  FR_INLINE void start(__m512i left, __m512i right) {
+    index = _mm512_or_si512(left, _mm512_slli_epi32(right, 16));
     pairs = _mm512_setzero_si512();
   }
   FR_INLINE void take(__mmask16 lanes, const Row& row) {
@@ -299,9 +299,9 @@ struct Lookup<float> {
           high(_mm512_maskz_loadu_ps(__mmask16(inside >> 16), p + 16)) {}
   };
   __m512 left, right;  // of lanes that have not taken theirs: the index
-  FR_INLINE void start(__m512i index) {
-    left = (__m512)index;
-    right = (__m512)_mm512_add_epi32(index, _mm512_set1_epi32(1));
+  FR_INLINE void start(__m512i left_index, __m512i right_index) {
+    left = (__m512)left_index;
+    right = (__m512)right_index;
   }
   FR_INLINE void take(__mmask16 lanes, const Row& row) {
     left = _mm512_mask2_permutex2var_ps(row.low, (__m512i)left, lanes, row.high);

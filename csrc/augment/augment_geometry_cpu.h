@@ -157,62 +157,75 @@ struct Resampler {
 #ifdef __AVX512F__
   template <int kChannels>
   void lookup_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    const int64_t row_stride = source.row_stride, height = source.height, width = source.width,
-                  rows = lookup_rows;
-    const T* plane[kChannels];
-    for (int c = 0; c < kChannels; ++c) plane[c] = source.plane(c);
-    const bool zeros = padding == Padding::kZeros;
+    const int64_t height = source.height, width = source.width, rows = lookup_rows;
+    const bool zeros = padding == Padding::kZeros, border = padding == Padding::kBorder;
     const int64_t low_u = least(int64_t(0), (kLanes - 1) * matrix.m[0]),
                   low_v = least(int64_t(0), (kLanes - 1) * matrix.m[3]);
     SourcePoint at = matrix.at(0, y);
     for (int64_t x = 0; x < n; x += kLanes, advance(at)) {
       // All left upper neighbours lie in `rows` rows from `line` on, in columns from `column` on.
-      const int64_t column = (at.u + low_u) >> kFractionBits;
-      int64_t line = (at.v + low_v) >> kFractionBits;
-      const bool far = (column < -kLookupColumns) | (column >= width) | (line < -rows) | (line >= height);
-      if (far || (!zeros && !is_inside(at))) {
+      const int64_t column = (at.u + low_u) >> kFractionBits, line = (at.v + low_v) >> kFractionBits;
+      const bool far = (column <= -kLookupColumns) | (column >= width) | (line < -rows) | (line >= height);
+      if (!far && (zeros || is_inside(at)))
+        lookup_vector<kChannels, false>(at, column, line, out + x, pitch);
+      else if (!far && border)
+        lookup_vector<kChannels, true>(at, column, line, out + x, pitch);
+      else
         bilinear_edge(at, x, out, pitch);
-        continue;
-      }
-      const int64_t begin = most(-column, int64_t(0)), end = least(width - column, int64_t(kLookupColumns));
-      const uint32_t inside = uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
-      const LanePositions<A> u(step_u, at.u), v(step_v, at.v);
-      const __m512i index = (__m512i)(u.whole - Ints<A>(int32_t(column))).part[0];
-      __m512i row = (__m512i)(v.whole - Ints<A>(int32_t(line))).part[0];
-      Lookup<T> top[kChannels], bottom[kChannels];
-      typename Lookup<T>::Row above[kChannels];
-      int64_t offset = line * row_stride + column;
-      bool there = line >= 0;
+    }
+  }
+  // kClamps: neighbours outside are the border's pixels, and else 0.
+  template <int kChannels, bool kClamps>
+  FR_INLINE void lookup_vector(SourcePoint at, int64_t column, int64_t line, A* out, int64_t pitch) const {
+    const int64_t row_stride = source.row_stride, height = source.height, width = source.width;
+    const T* plane[kChannels];
+    for (int c = 0; c < kChannels; ++c) plane[c] = source.plane(c) + column;
+    const int64_t begin = most(-column, int64_t(0)), end = least(width - column, int64_t(kLookupColumns));
+    const uint32_t inside = uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
+    const LanePositions<A> u(step_u, at.u), v(step_v, at.v);
+    Ints<A> left = u.whole, right = left + Ints<A>(1);
+    if (kClamps) {
+      const Ints<A> first(0), last(int32_t(width - 1));
+      left = most(first, least(left, last));
+      right = most(first, least(right, last));
+    }
+    left = left - Ints<A>(int32_t(column));
+    right = right - Ints<A>(int32_t(column));
+    __m512i row = (__m512i)(v.whole - Ints<A>(int32_t(line))).part[0];
+    Lookup<T> top[kChannels], bottom[kChannels];
+    typename Lookup<T>::Row above[kChannels];
+    const auto there = [&](int64_t line) { return kClamps || uint64_t(line) < uint64_t(height); };
+    const auto offset = [&](int64_t line) {
+      return (kClamps ? clamped(line, int64_t(0), height - 1) : line) * row_stride;
+    };
+#pragma GCC unroll 3
+    for (int c = 0; c < kChannels; ++c) {
+      top[c].start((__m512i)left.part[0], (__m512i)right.part[0]);
+      bottom[c].start((__m512i)left.part[0], (__m512i)right.part[0]);
+      if (there(line)) above[c] = typename Lookup<T>::Row(plane[c] + offset(line), inside);
+    }
+    // Row after row, the lanes whose upper neighbours lie in it take all four.
+    const int64_t last = line + lookup_rows;
+    do {
+      const __mmask16 lanes = _mm512_testn_epi32_mask(row, row);
+      row = _mm512_sub_epi32(row, _mm512_set1_epi32(1));
+      ++line;
 #pragma GCC unroll 3
       for (int c = 0; c < kChannels; ++c) {
-        top[c].start(index);
-        bottom[c].start(index);
-        if (there) above[c] = typename Lookup<T>::Row(plane[c] + offset, inside);
+        typename Lookup<T>::Row below;
+        if (there(line)) below = typename Lookup<T>::Row(plane[c] + offset(line), inside);
+        top[c].take(lanes, above[c]);
+        bottom[c].take(lanes, below);
+        above[c] = below;
       }
-      // Row after row, the lanes whose upper neighbours lie in it take all four.
-      const int64_t last = line + rows;
-      do {
-        const __mmask16 lanes = _mm512_testn_epi32_mask(row, row);
-        row = _mm512_sub_epi32(row, _mm512_set1_epi32(1));
-        offset += row_stride;
-        there = uint64_t(++line) < uint64_t(height);
+    } while (line < last);
+    const V t = u.fraction(), s = v.fraction();
 #pragma GCC unroll 3
-        for (int c = 0; c < kChannels; ++c) {
-          typename Lookup<T>::Row below;
-          if (there) below = typename Lookup<T>::Row(plane[c] + offset, inside);
-          top[c].take(lanes, above[c]);
-          bottom[c].take(lanes, below);
-          above[c] = below;
-        }
-      } while (line < last);
-      const V t = u.fraction(), s = v.fraction();
-#pragma GCC unroll 3
-      for (int c = 0; c < kChannels; ++c) {
-        V upper_left, upper_right, lower_left, lower_right;
-        top[c].result(upper_left, upper_right);
-        bottom[c].result(lower_left, lower_right);
-        store(out + c * pitch + x, blend_four(upper_left, lower_left, upper_right, lower_right, s, t));
-      }
+    for (int c = 0; c < kChannels; ++c) {
+      V upper_left, upper_right, lower_left, lower_right;
+      top[c].result(upper_left, upper_right);
+      bottom[c].result(lower_left, lower_right);
+      store(out + c * pitch, blend_four(upper_left, lower_left, upper_right, lower_right, s, t));
     }
   }
 #endif
