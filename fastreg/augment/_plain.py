@@ -30,6 +30,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .._transforms import is_vmapped
 from ._plain_draw import STEPS, number_dtype
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -321,6 +322,15 @@ def _check(images, grad, matrices, height, width, colour_steps, normalise, dtype
 def is_last(images: Tensor) -> bool:
     """Whether images (B, C, H, W) lie in memory with their channels last."""
     return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def picked(images: Tensor, at: Tensor) -> Tensor:
+    """images[at] of a batch, in its memory format: one copy for each sample, where torch's indexing goes from
+    pixel to pixel.
+    """
+    if is_vmapped() or not is_last(images):
+        return images.index_select(0, at)
+    return images.permute(0, 2, 3, 1).index_select(0, at).permute(0, 3, 1, 2)
 
 
 def like_images(images: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from . import _op, _tones
 from ._geometry import Geometry
 from ._op import Interpolation
 from ._params import Params, Settings, policy_outside
+from ._plain import picked
 from ._plain_draw import number_dtype, sample_words
 
 # What a number in `Params.operations` stands for. "Invert" is in neither policy.
@@ -150,12 +151,13 @@ def _colour(images: Tensor, strength: Tensor) -> Tensor:
     r, g, b = images.split(1, 1)
     grey = r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).floor_()
     factor = 1 + strength
-    blended = images * factor.float().view(-1, 1, 1, 1)
+    blended = images.float().mul_(factor.float().view(-1, 1, 1, 1))  # at once, torch goes byte by byte
     if images.device.type != "cpu":
-        return blended.addcmul_(grey, (1 - factor).float().view(-1, 1, 1, 1)).clamp_(0, 255).to(torch.uint8)
-    for i, rest in enumerate((1 - factor).tolist()):
-        blended[i].add_(grey[i], alpha=rest)
-    return blended.clamp_(0, 255).to(torch.uint8)
+        blended = blended.addcmul_(grey, (1 - factor).float().view(-1, 1, 1, 1))
+    else:
+        for i, rest in enumerate((1 - factor).tolist()):
+            blended[i].add_(grey[i], alpha=rest)
+    return _tones.narrowed(blended.clamp_(0, 255), torch.uint8)
 
 
 def _solarize(images: Tensor, strength: Tensor) -> Tensor:
@@ -255,23 +257,36 @@ def _operated(images: Tensor, params: Params) -> Tensor:
     operations, magnitudes = params.operations, params.magnitudes
     assert operations is not None and magnitudes is not None
     magnitudes = magnitudes.to(number_dtype(images.device))
-    result, count = images.clone(), len(images)
-    tracked = images.requires_grad and torch.is_grad_enabled()
+    result = images
     for i in range(operations.shape[1]):
-        for name, samples in _groups(operations[:, i]).items():
-            whole = len(samples) == count
-            at = torch.tensor(samples, device=images.device)
-            part = result if whole else result.index_select(0, at)
-            strength = magnitudes[at, i]
-            if name in _TONES:
-                part = _TONES[name](part, strength)
-            else:
-                part = _geometric(part, operations[at, i], strength, params)
-            if whole:
-                result = part
-            else:
-                result = result.index_copy(0, at, part) if tracked else result.index_copy_(0, at, part)
-    return result
+        result = _round(result, operations[:, i], magnitudes[:, i], params)
+    return images.clone() if result is images else result
+
+
+def _round(images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
+    """One operation of each sample. Samples of one operation are brought together, and all are brought back
+    at the end, by two copies of the batch: copying each group to its places would go byte by byte.
+    """
+    groups = _groups(operations)
+    if len(groups) < 2:
+        return next((_part(name, images, operations, strengths, params) for name in groups), images)
+    at = torch.tensor([i for samples in groups.values() for i in samples], device=images.device)
+    counts = [len(samples) for samples in groups.values()]
+    given = (whole.split(counts) for whole in (picked(images, at), operations[at], strengths[at]))
+    parts = [
+        _part(name, pixels, numbers, strength, params)
+        for name, pixels, numbers, strength in zip(groups, *given, strict=True)
+    ]
+    return _tones.laid_out(picked(torch.cat(parts), at.argsort()), images)
+
+
+def _part(name: str, images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
+    """Images that all drew the same operation, or one that moves pixels."""
+    if name == "Identity":
+        return images
+    if name in _TONES:
+        return _TONES[name](images, strengths)
+    return _geometric(images, operations, strengths, params)
 
 
 def _groups(operations: Tensor) -> dict[str, list[int]]:
@@ -279,6 +294,5 @@ def _groups(operations: Tensor) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
     for sample, number in enumerate(operations.tolist()):
         name = "moved" if number in GEOMETRIC else OPERATIONS[number]
-        if name != "Identity":
-            groups.setdefault(name, []).append(sample)
+        groups.setdefault(name, []).append(sample)
     return groups

@@ -27,7 +27,14 @@ def _wide(image: Tensor) -> Tensor:
     return image.to(arithmetic_dtype(image))
 
 
-def _laid_out(image: Tensor, like: Tensor) -> Tensor:
+def narrowed(image: Tensor, dtype: torch.dtype) -> Tensor:
+    """The image in a type that holds it. Of floats torch makes bytes one by one on a CPU, and from 16 bits
+    many at a time, to the same numbers.
+    """
+    return (image.to(torch.int16) if dtype == torch.uint8 else image).to(dtype)
+
+
+def laid_out(image: Tensor, like: Tensor) -> Tensor:
     """The image in the memory format of another."""
     is_batch = like.dim() == 4
     return image.contiguous(memory_format=torch.channels_last) if is_batch and is_last(like) else image
@@ -81,7 +88,8 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     batched(op, inpt)
     least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
     if inpt.dtype == torch.uint8:
-        at_least = inpt >= least.float().ceil().clamp(min=0).to(torch.uint8)
+        # inpt >= least, which torch does byte by byte where it repeats `least`.
+        at_least = torch.maximum(inpt, least.float().ceil().clamp(min=0).to(torch.uint8)) == inpt
         return inpt ^ at_least.to(torch.uint8).mul_(255)  # 255 - p is p with every bit turned
     least = least.to(inpt.dtype)  # torch compares with a Python number so.
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
@@ -100,7 +108,7 @@ def autocontrast(inpt: Tensor) -> Tensor:
     low, high = image.amin((-2, -1), keepdim=True), image.amax((-2, -1), keepdim=True)
     flat = low == high
     scale = torch.where(flat, 1.0, (high - low) * (1 / _most(inpt)))
-    return ((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)).to(inpt.dtype)
+    return narrowed(((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)), inpt.dtype)
 
 
 @on_parts
@@ -131,7 +139,7 @@ def equalize(inpt: Tensor) -> Tensor:
     spread = table.gather(-1, levels).view(image.shape)
     if inpt.dtype != torch.uint8:
         spread = (spread.to(arithmetic_dtype(inpt)) / 255).to(inpt.dtype)
-    return _laid_out(spread, inpt)
+    return laid_out(spread, inpt)
 
 
 @on_parts
@@ -160,7 +168,7 @@ def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
         smooth = smooth / 13
     sharp = inpt.clone()
     inside = _blended(inner, smooth - inner, 1 - factor, inpt).clamp(0, _most(inpt))
-    sharp[..., 1:-1, 1:-1] = inside.to(inpt.dtype)
+    sharp[..., 1:-1, 1:-1] = narrowed(inside, inpt.dtype)
     return sharp if is_bytes else sharp.clamp(0, 1)
 
 
@@ -197,7 +205,7 @@ def rgb_to_grayscale(inpt: Tensor, num_output_channels: int = 1) -> Tensor:
     grey = inpt.clone()
     if channels == 3:
         r, g, b = _wide(inpt).unbind(-3)
-        grey = (0.2989 * r + 0.587 * g + 0.114 * b).to(inpt.dtype).unsqueeze(-3)
+        grey = narrowed(0.2989 * r + 0.587 * g + 0.114 * b, inpt.dtype).unsqueeze(-3)
     if num_output_channels == 3:
         grey = grey.expand(*grey.shape[:-3], 3, *grey.shape[-2:]).contiguous()
-    return _laid_out(grey, inpt)
+    return laid_out(grey, inpt)

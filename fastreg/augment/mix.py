@@ -15,6 +15,8 @@ from torch import Tensor
 from .._checks import check_count, check_generator, check_number, check_tensor
 from .._transforms import is_vmapped
 from ._arguments import batched
+from ._plain import picked
+from ._tones import narrowed
 
 
 def _draw(
@@ -101,9 +103,10 @@ def mixup(
     targets, partner, share = _draw("mixup", images, targets, alpha, num_classes, generator)
     weight = share.view(-1, 1, 1, 1)
     if images.dtype == torch.uint8:
-        mixed = torch.lerp(images[partner].float(), images.float(), weight).round_().to(torch.uint8)
+        mixed = torch.lerp(picked(images, partner).float(), images.float(), weight).round_()
+        mixed = narrowed(mixed, torch.uint8)
     else:
-        mixed = torch.lerp(images[partner], images, weight.to(images.dtype))
+        mixed = torch.lerp(picked(images, partner), images, weight.to(images.dtype))
     return mixed, _mixed_targets(targets, partner, share)
 
 
@@ -131,4 +134,4 @@ def cutmix(
         inside.append((pixel >= low[:, None]) & (pixel < high[:, None]))
     box = inside[0][:, None, :, None] & inside[1][:, None, None, :]
     left = 1 - box.sum((1, 2, 3)).float() / max(height * width, 1)
-    return torch.where(box, images[partner], images), _mixed_targets(targets, partner, left)
+    return torch.where(box, picked(images, partner), images), _mixed_targets(targets, partner, left)
