@@ -190,13 +190,33 @@ struct SampleBackward {
     }
   }
 
+  // Output pixel i adds its gradient to its four neighbours at a place; all of them lie inside.
+  FR_INLINE void add_four(SourcePoint at, int64_t i) const {
+    A t, s;
+    fraction_of(at.u, &t);
+    fraction_of(at.v, &s);
+    const A weight[4] = {(A(1) - s) * (A(1) - t), (A(1) - s) * t, s * (A(1) - t), s * t};
+    A* to = resampled + whole_part(at.v) * width + whole_part(at.u);
+    const int64_t place[4] = {0, 1, width, width + 1};
+    for (int64_t c = 0; c < channels; ++c, to += resampled_pixels)
+      for (int k = 0; k < 4; ++k)
+        if (weight[k] != A(0)) to[place[k]] += weight[k] * grad[c * pixels + i];
+  }
+
   // Every output pixel adds its gradient to the pixels that it was made of.
   void resample_backward() const {
     for (int64_t i = 0; i < channels * resampled_pixels; ++i) resampled[i] = 0;
     const NearestGrid<A> grid = grid_of<A>(a, sample, width, height, matrix);
+    const bool bilinear = a.interpolation == Interpolation::kBilinear;
+    const uint64_t limit_u = uint64_t(width - 1) << kFractionBits, limit_v = uint64_t(height - 1)
+                                                                             << kFractionBits;
     for (int64_t y = 0; y < a.out_height; ++y)
       for (int64_t x = 0; x < a.out_width; ++x) {
         const SourcePoint at = grid.on ? grid.at(x, y) : matrix.at(x, y);
+        if (bilinear && uint64_t(at.u) < limit_u && uint64_t(at.v) < limit_v) {
+          add_four(at, y * a.out_width + x);
+          continue;
+        }
         const Taps<A> columns(at.u, width, a.interpolation, a.padding),
             lines(at.v, height, a.interpolation, a.padding);
         const A inside = a.padding == Padding::kFill ? inside_share(lines, columns) : A(1);
