@@ -24,7 +24,8 @@ from fastreg.benchmarks._timing import Case, Targets, Work  # noqa: E402
 from fastreg.cli import doctor  # noqa: E402
 
 VISION = {"augment", "augment_recipes"}
-OPTIONAL = VISION | {"language_model"}  # They have no cases where torchvision or transformers is not installed.
+# They have no cases where torchvision or transformers is not installed.
+OPTIONAL = VISION | {"language_model"}
 OPS = set(benchmarks.ops()) - OPTIONAL
 
 

@@ -90,7 +90,8 @@ def apply(
         images' dtype, or `settings.dtype`. Arithmetic is float32 (float64 for float64) and rounded once; only
         where uint8 stays uint8 each step rounds as torchvision's. With targets, an `Augmented` of the images
         and of what became of them, each of its own dtype and shape: whole numbers are cut off, as torchvision
-        does. A box of no area, or with a coordinate that is NaN, is not left; a NaN stays where it is.
+        does. A box of no area, or with a coordinate that is NaN, is not left; a NaN stays where it is. A key
+        point of NaN or infinity is not visible, and infinity may become NaN.
 
     Raises:
         ValueError: images that are no images, parameters of another batch size, contrast, saturation or hue
