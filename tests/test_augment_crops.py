@@ -5,7 +5,7 @@ import torch
 import torchvision.transforms.v2.functional as T
 from augment_reference import plain_operators
 
-from fastreg.augment import Augment, Params, Settings, apply
+from fastreg.augment import Augment, Params, Settings, apply, functional
 
 MODES = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}
 
@@ -86,3 +86,16 @@ def test_windows_in_the_middle_are_torchvisions():
             for size in ((4, 4), (5, 8), (9, 3)):
                 aug = Augment(size=size, crop=8).eval()
                 assert torch.equal(aug(x), T.center_crop(x, list(size))), (height, width, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_column_is_resized_as_if_it_were_one_of_many(dtype):
+    """Which torch's antialiased resize does not do."""
+    many = torch.rand(2, 3, 7, 4, dtype=dtype)
+    many[..., 1:] = many[..., :1]
+    for rows in (1, 2, 3, 7, 11):
+        one = functional.resized_crop(many[..., :1], 0, 0, 7, 1, [rows, 1], antialias=True)
+        want = torch.nn.functional.interpolate(
+            many.double(), (rows, 4), mode="bilinear", antialias=True, align_corners=False
+        )[..., :1]
+        torch.testing.assert_close(one.double(), want, rtol=0, atol=1e-6)

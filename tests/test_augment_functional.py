@@ -489,3 +489,11 @@ def test_one_column_of_pixels_that_shrinks_for_one_sample():
 def test_rotate_with_expand_wants_images():
     with pytest.raises(TypeError, match="rotate"):
         AF.rotate([[0.0]], 10, expand=True)
+
+
+@pytest.mark.parametrize("factor", [3, 3.0, torch.tensor(3), torch.tensor(3.0)], ids=repr)
+def test_brightness_is_clamped_for_every_type_of_factor(factor):
+    """torchvision's wraps around where the factor of bytes is an int."""
+    image = torch.tensor([0, 50, 85, 86, 100, 255], dtype=torch.uint8).expand(3, 2, 6)
+    want = (3 * image.int()).clamp(max=255).to(torch.uint8)
+    assert torch.equal(AF.adjust_brightness(image, factor), want)
