@@ -5,6 +5,7 @@ distribution has another one, and every text that tells somebody what to install
 """
 
 import importlib.metadata
+import importlib.util
 import json
 import pathlib
 import urllib.parse
@@ -22,35 +23,53 @@ def install(extra: str = "") -> str:
 def rebuild(options: str = "") -> str:
     """The command that builds fastreg anew with the torch that is installed.
 
-    A checkout is built from its folder; what came as a wheel is built from the source distribution.
+    A checkout is built from its folder; what came as a wheel is built from the source distribution. Without
+    build isolation pip fetches nothing to build with, so that what is missing comes first.
     """
     command = f"pip install --no-build-isolation --force-reinstall --no-deps{options and ' ' + options}"
-    folder = _folder()
-    return f"{command} {folder}" if folder else f"{command} --no-binary {NAME} {NAME}"
+    if not all(map(importlib.util.find_spec, ("scikit_build_core", "pybind11"))):
+        command = f"pip install scikit-build-core pybind11 cmake ninja && {command}"
+    folder, editable = origin()
+    if folder is None:
+        return f"{command} --no-binary {NAME} {NAME}"
+    return f"{command} {'-e ' if editable else ''}{folder}"
 
 
 def strangers() -> list[str]:
     """A sentence for each installed distribution that brings, or has brought, another package `fastreg`."""
+    folder, editable = origin()
+    from_there = f"pip install --no-build-isolation {folder}" if folder else install()
     sentences = []
     for found in importlib.metadata.distributions(name=STRANGER):
         summary = found.metadata["Summary"] or "no summary"
+        remedy = (
+            f"this checkout hides it; run: pip uninstall -y {STRANGER}"
+            if editable
+            else f"whichever was installed last has overwritten the other; run: "
+            f"pip uninstall -y {STRANGER} {NAME}; {from_there}"
+        )
         sentences.append(
             f"the distribution {STRANGER} {found.version} ({summary}) is installed too, with the same import "
-            f"name; whichever was installed last has overwritten the other; run: "
-            f"pip uninstall -y {STRANGER} {NAME}; {install()}"
+            f"name; {remedy}"
         )
     return sentences
 
 
-def _folder() -> str | None:
-    """The folder that fastreg was installed from; None where that was a wheel or an index."""
+def origin() -> tuple[str | None, bool]:
+    """(the folder that fastreg was installed from, whether it is editable, so that it runs from there).
+
+    The folder is None where fastreg came as a wheel or from an index, or where that folder is gone.
+    """
     try:
         text = importlib.metadata.distribution(NAME).read_text("direct_url.json")
     except importlib.metadata.PackageNotFoundError:
         # No metadata: a bare copy of the package, such as the source tree on sys.path.
-        return "."
-    origin = json.loads(text) if text else {}
-    if "dir_info" not in origin:
-        return None
-    path = urllib.request.url2pathname(urllib.parse.urlsplit(origin["url"]).path)
-    return f'"{path}"' if " " in path else str(pathlib.Path(path))
+        return ".", False
+    found = json.loads(text) if text else {}
+    if "dir_info" not in found:
+        return None, False
+    path = urllib.request.url2pathname(urllib.parse.urlsplit(found["url"]).path)
+    if not pathlib.Path(path).is_dir():
+        return None, False
+    folder = f'"{path}"' if " " in path else str(pathlib.Path(path))
+    return folder, bool(found["dir_info"].get("editable"))

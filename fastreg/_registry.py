@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import pkgutil
 import re
 import sys
 import sysconfig
@@ -114,6 +115,12 @@ def _why_not_loaded(error: ImportError) -> str:
     return str(error)
 
 
+def _built(prefix: str) -> list[str]:
+    """The names of fastreg's modules that begin so and that this Python can load."""
+    found = pkgutil.iter_modules(sys.modules["fastreg"].__path__)
+    return sorted(module.name for module in found if module.name.startswith(prefix))
+
+
 def _register(schema: str, function: Callable[..., Any], key: str) -> bool:
     """Register an operator unless it is registered, and say whether it was not."""
     name = _name_of(schema)
@@ -175,9 +182,15 @@ def _load_cuda() -> tuple[ModuleType | None, str | None]:
     name = next((name for name in names if importlib.util.find_spec(name)), None)
     rebuild = functools.partial(_distribution.rebuild, "-Ccmake.define.FASTREG_CUDA=ON")
     if name is None:
+        newer = [found.removeprefix("_C_cuda") for found in _built("_C_cuda")]
+        instead = (
+            f" (it has those for CUDA {' and '.join(newer)}, which need a torch of that CUDA)"
+            if newer
+            else ""
+        )
         return None, (
-            f"fastreg was built without kernels for CUDA {major}, which torch {torch.__version__} uses; with "
-            f"an nvcc {major}.x on PATH, rebuild it: {rebuild()}"
+            f"fastreg was built without kernels for CUDA {major}, which torch {torch.__version__} uses"
+            f"{instead}; with an nvcc {major}.x on PATH, rebuild it: {rebuild()}"
         )
     try:
         return importlib.import_module(name), None
@@ -199,9 +212,10 @@ def _load_autograd() -> tuple[ModuleType | None, str | None]:
         )
     if wanted == "python":
         return None, "FASTREG_AUTOGRAD=python asks for Python"
-    name = "fastreg._autograd_" + "_".join(torch.__version__.split(".")[:2])
+    minor = torch.__version__.split(".")[:2]
+    name = "fastreg._autograd_" + "_".join(minor)
     there = importlib.util.find_spec(name) is not None
-    reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}"
+    reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}{_which_has_it(minor)}"
     if there:
         try:
             return importlib.import_module(name), None
@@ -217,6 +231,20 @@ def _load_autograd() -> tuple[ModuleType | None, str | None]:
             stacklevel=2,
         )
     return None, reason
+
+
+def _which_has_it(minor: list[str]) -> str:
+    """For which torches the C++ autograd is there, and which release of fastreg has it for a later one."""
+    built = sorted([int(part) for part in name.split("_")[2:]] for name in _built("_autograd_"))
+    if not built:
+        return ""
+    text = f", only for {', '.join('.'.join(map(str, version)) for version in built)}"
+    if _distribution.origin()[0] is None and [int(part) for part in minor] > built[-1]:
+        text += (
+            f"; a release of fastreg that is later than torch {'.'.join(minor)} has it: "
+            f"{_distribution.install()} --upgrade"
+        )
+    return text
 
 
 # The functions of this module do the usual case of an op quickly. They return None for every other case, and
@@ -249,9 +277,8 @@ def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[.
                 "move it with .cpu()"
             )
         if tensors and device == "cpu":
-            raise RuntimeError(
-                f"{name}: expected tensors on a GPU, got tensors on 'cpu'; move them with .cuda()"
-            )
+            remedy = why_no_cuda or "move them with .cuda()"
+            raise RuntimeError(f"{name}: expected tensors on a GPU, got tensors on 'cpu'; {remedy}")
         if plain is not None and device != "cuda" and len(devices) == 1:
             with torch.no_grad():  # as of every kernel, derivatives are not its business
                 return plain(*args, **kwargs)

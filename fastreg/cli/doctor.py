@@ -69,13 +69,13 @@ def _cuda() -> dict[str, Any]:
             f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
             for i in range(torch.cuda.device_count())
         ]
-        old = [
-            f"{name} is older than {info['architectures']}, which fastreg was built for; rebuild it with "
-            f"FASTREG_CUDA_ARCHS"
-            for i, name in enumerate(gpus)
-            if info and not _runs(torch.cuda.get_device_capability(i), info["architectures"])
+        capabilities = [torch.cuda.get_device_capability(i) for i in range(len(gpus))]
+        without = [
+            _no_code(name, capability, info["architectures"])
+            for name, capability in zip(gpus, capabilities, strict=True)
+            if info and not _runs(capability, info["architectures"])
         ]
-        reason = reason or next(iter(old), None)
+        reason = reason or next(iter(without), None)
     elif kernels:
         reason = "torch sees no GPU on this machine; look at nvidia-smi"
     return {
@@ -89,6 +89,16 @@ def _cuda() -> dict[str, Any]:
         "gpus": gpus,
         "why_not": reason,
     }
+
+
+def _no_code(name: str, capability: tuple[int, int], architectures: str) -> str:
+    """That a GPU has no code, and the command that builds it."""
+    setting = f"export TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+    command = _distribution.rebuild("-Ccmake.define.FASTREG_CUDA=ON")
+    return (
+        f"{name} cannot run fastreg's kernels, which were built for {architectures}; with an nvcc of CUDA "
+        f"{torch.version.cuda} on PATH, rebuild them: {setting}; {command}"
+    )
 
 
 def _runs(capability: tuple[int, int], architectures: str) -> bool:
