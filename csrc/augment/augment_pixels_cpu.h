@@ -10,7 +10,6 @@ namespace fastreg::FASTREG_ISA {
 
 // ---- bytes in vectors
 
-typedef int32_t I32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef int64_t I64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef uint8_t BytePart __attribute__((vector_size(FR_VECTOR_BYTES / 4)));
 

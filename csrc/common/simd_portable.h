@@ -18,6 +18,7 @@ struct Register {
 };
 typedef float F32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef double F64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
+typedef int32_t I32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef uint32_t U32Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef uint64_t U64Part __attribute__((vector_size(FR_VECTOR_BYTES)));
 typedef uint16_t U16Part __attribute__((vector_size(FR_VECTOR_BYTES / 2)));  // as many lanes as a U32Part
@@ -97,13 +98,26 @@ FR_INLINE F32Part minimum_part(F32Part a, F32Part b) { return a < b ? a : b; }
 
 // ---- 16-bit numbers
 
+// As to_float and from_float of device.h, lane by lane the same bits. Written for whole vectors because a
+// compiler makes of a loop over lanes, which have branches, as much code as there are lanes.
 FR_INLINE F32Part load_half(const Half* p) {
-  F32Part x;
-  for (int j = 0; j < Register<float>::kLanes; ++j) x[j] = to_float(p[j]);
-  return x;
+  U16Part raw;
+  memcpy(&raw, p, sizeof raw);
+  const U32Part x = __builtin_convertvector(raw, U32Part), sign = (x & 0x8000u) << 16;
+  const I32Part rest = (I32Part)((x & 0x7fffu) << 13);
+  const I32Part scaled = (I32Part)((F32Part)rest * 0x1p112f);
+  return (F32Part)((rest >= 0x0f800000 ? rest | 0x7f800000 : scaled) | (I32Part)sign);
 }
 FR_INLINE void store_half(Half* p, F32Part x) {
-  for (int j = 0; j < Register<float>::kLanes; ++j) from_float(x[j], p + j);
+  const U32Part u = (U32Part)x, sign = (u >> 16) & 0x8000u;
+  const I32Part magnitude = (I32Part)(u & 0x7fffffffu);
+  const I32Part normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const I32Part subnormal = (I32Part)((F32Part)magnitude + 0.5f) - 0x3f000000;
+  I32Part h = magnitude < 0x38800000 ? subnormal : normal;
+  h = magnitude >= 0x477ff000 ? 0x7c00 - I32Part{} : h;
+  h = magnitude > 0x7f800000 ? 0x7e00 - I32Part{} : h;
+  const U16Part raw = __builtin_convertvector((U32Part)h | sign, U16Part);
+  memcpy(static_cast<void*>(p), &raw, sizeof raw);
 }
 // x rounded to bfloat16, in the lower half of each lane; a NaN becomes the quiet one.
 FR_INLINE U32Part round_bfloat16(F32Part x) {
