@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastreg as fr
 from fastreg.augment import OPERATIONS, Augment, Params, Settings, apply
@@ -194,6 +195,25 @@ def test_compiled():
     x = pictures(6, 12, 12)
     p = Augment.rand().sample(x, seed=1)
     assert torch.equal(torch.compile(lambda x: apply(x, p), backend="eager")(x), apply(x, p))
+
+
+@pytest.mark.filterwarnings("error:.*custom operator:UserWarning")
+@pytest.mark.parametrize("names", ["Rotate Solarize Sharpness ShearX", "Identity Identity Identity Identity"])
+def test_the_operators_of_compiled_code(names):
+    """Also where a mode has switched autograd off, which the backward operator needs; identity is a copy."""
+    x, grad = pictures(2, 9, 11, torch.float32), torch.rand(2, 3, 9, 11)
+    operations = torch.tensor([OPERATIONS.index(name) for name in names.split()]).view(2, 2)
+    p = Params(operations=operations, magnitudes=torch.full((2, 2), 0.3).double(), settings=Settings())
+    given = x, p.operations, p.magnitudes, 0, False, []
+    policy, backward = (getattr(torch.ops.fastreg, f"augment_policy{of}") for of in ("", "_backward"))
+    torch.library.opcheck(policy.default, given)
+    torch.library.opcheck(backward.default, (grad, *given))
+    x.requires_grad_()
+    with FlopCounterMode(display=False):
+        got = backward(grad, *given)
+    assert torch.equal(got, torch.autograd.grad(apply(x, p), x, grad)[0])
+    compiled = torch.compile(lambda x: apply(x, p), backend="aot_eager")(x)
+    assert torch.equal(got, torch.autograd.grad(compiled, x, grad)[0])
 
 
 @pytest.mark.parametrize(

@@ -595,6 +595,12 @@ def draws():
     return torch.rand(2, 3, 9, 11), seed, 5, 4, [0.5] * 3, bounds, bounds, 1, *boxes, [9, 9, 8, 8], 3, 5
 
 
+def policies():
+    """What `augment_policy` takes: images, and the numbers and strengths of what is done to each in turn."""
+    operations, strengths = torch.tensor([[5, 11], [9, 6]]), torch.tensor([[20.0, 0.5], [4.0, 0.3]]).double()
+    return torch.rand(2, 3, 9, 11), operations, strengths, 1, True, [0.5]
+
+
 def operator_arguments():
     """{the name of each operator of one process: its arguments}."""
     device = "cuda" if has_gpu() else "cpu"
@@ -656,6 +662,8 @@ def operator_arguments():
         "augment_draw": draws(),
         "augment_matrices": (one, None, None, one, None, four[:, 1], None, four[:, 1:3], None, 5, 6, 7, 8),
         "augment_gaussian": (one, four[:, 2], 3, 5),
+        "augment_policy": policies(),
+        "augment_policy_backward": (torch.rand(2, 3, 9, 11), *policies()),
     }
 
 

@@ -193,16 +193,31 @@ def _from_static(operations, magnitudes, interpolation: int, has_fill: bool, fil
     return Params(operations=operations, magnitudes=magnitudes, settings=settings)
 
 
+def _own(result: Tensor, given: Tensor) -> Tensor:
+    """What an operator gives: torch forbids that it is one of those given, which identity would do."""
+    shared = result.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return result.clone() if shared else result
+
+
 def _operator(images: Tensor, *given: Any) -> Tensor:
-    return _operated(images, _from_static(*given))
+    return _own(_operated(images, _from_static(*given)), images)
 
 
 def _operator_backward(grad: Tensor, images: Tensor, *given: Any) -> Tensor:
-    with torch.enable_grad():
+    # Whatever calls an operator from below autograd, FlopCounterMode for example, has switched off what
+    # autograd is made of.
+    key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
+    views, autograd = keys(key.ADInplaceOrView), keys(key.AutogradFunctionality)
+    include = torch._C._dispatch_tls_local_include_set() | views
+    exclude = torch._C._dispatch_tls_local_exclude_set() - views - autograd
+    with (
+        torch._C._ForceDispatchKeyGuard(include, exclude),
+        torch.enable_grad(),
+    ):
         leaf = images.detach().requires_grad_()
         output = _operated(leaf, _from_static(*given))
-    (gradient,) = torch.autograd.grad(output, leaf, grad)
-    return gradient
+        (gradient,) = torch.autograd.grad(output, leaf, grad)
+    return _own(gradient, grad)
 
 
 # Which operation gets which samples depends on what they drew, on which a graph of torch.compile cannot
