@@ -176,7 +176,7 @@ def test_wheels_are_built_for_the_pythons_that_are_promised(machine):
     assert found == [f"cp3{minor}-manylinux_{machine}" for minor in promised] and len(promised) > 5
 
 
-def configure(tmp_path, *options, **environment):
+def configure(tmp_path, *options, source=ROOT, **environment):
     """Configure the project with CMake alone; gives (status, all that was printed)."""
     import pybind11
 
@@ -185,7 +185,7 @@ def configure(tmp_path, *options, **environment):
         "-G",
         "Ninja",
         "-S",
-        ROOT,
+        source,
         "-B",
         tmp_path / "b",
         "-DSKBUILD_PROJECT_VERSION=0",
@@ -223,6 +223,35 @@ def test_the_module_for_another_machine(tmp_path):
     for library, newest in {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}.items():
         found = re.findall(rf"{library}_([\d.]+)", said)
         assert found and max(tuple(map(int, version.split("."))) for version in found) <= newest, library
+
+
+@pytest.mark.slow
+def test_two_checkouts_give_the_same_bytes(tmp_path):
+    """Of other depth, with torch in another place, without ccache; one op stands for all, which have the same
+    flags. With nvcc its CUDA kernel too, of which nvcc names a temporary file in what is stripped later.
+    """
+    with_nvcc = bool(torch.version.cuda and shutil.which("nvcc"))
+    options = ["-DFASTREG_OLDER_GLIBC=ON", "-DFASTREG_OPS=sum_of_squares", "-DFASTREG_CUDA_ARCHS=80-real"]
+    options += ["-DFASTREG_AUTOGRAD=OFF", f"-DFASTREG_CUDA={'ON' if with_nvcc else 'OFF'}"]
+    kernel = "CMakeFiles/cuda_kernels.dir/csrc/sum_of_squares/sum_of_squares_cuda.cu.o"
+    made = ["_C", *([kernel] * with_nvcc)]
+    outputs = []
+    for folder in (tmp_path / "one", tmp_path / "another/and/deeper"):
+        for part in ("csrc", "cmake"):
+            shutil.copytree(ROOT / part, folder / part)
+        shutil.copy(ROOT / "CMakeLists.txt", folder)
+        (folder / "site").mkdir()
+        (folder / "site/torch").symlink_to(pathlib.Path(torch.__file__).parent)
+        environment = {"PYTHONPATH": str(folder / "site"), "CCACHE_DISABLE": "1"}
+        status, said = configure(folder, *options, source=folder, **environment)
+        assert status == 0, said
+        run(cmake(), "--build", folder / "b", "--target", *made, env={**os.environ, **environment})
+        files = [next((folder / "b").glob("_C.*")), *([folder / "b" / kernel] * with_nvcc)]
+        for file in files:
+            run("strip", file)
+        outputs.append([file.read_bytes() for file in files])
+        assert str(folder).encode() not in b"".join(outputs[-1])
+    assert outputs[0] == outputs[1], [x == y for x, y in zip(*outputs, strict=True)]
 
 
 def fake_torch(folder, version):
