@@ -17,18 +17,18 @@ def ran(made):
     """What `fastreg bench` writes of a run, made from what is shown of one, with things that are personal."""
     results = copy.deepcopy(made)
     machine = results["machine"] | {
-        "platform": "Linux-6.1.0-of-ada-x86_64-with-glibc2.36",
+        "platform": "Linux-6.1.0-of-lovelace-x86_64-with-glibc2.36",
         "autograd": {"path": "C++", "node": "DropoutBackward"},
-        "preload": "/home/ada/lib.so",
+        "preload": "/home/lovelace/lib.so",
         "doctor": {"python": "3.11", "host": socket.gethostname()},
         "host": socket.gethostname(),
     }
-    results["rows"][0]["notes"] = ["torch.compile failed: OSError: /home/ada/cache is full"]
+    results["rows"][0]["notes"] = ["torch.compile failed: OSError: /home/lovelace/cache is full"]
     return results | {
         "schema": 1,
         "started": "2026-11-29T08:43:26+01:00",
         "machine": machine,
-        "failed": [{"op": "sgd", "case": "SGD", "error": "OSError: /home/ada"}],
+        "failed": [{"op": "sgd", "case": "SGD", "error": "OSError: /home/lovelace"}],
         "partial": False,
     }
 
@@ -44,7 +44,7 @@ def test_what_is_shown_holds_all_rows_and_nothing_personal(made):
     assert [row["against_eager"] for row in shown["rows"]] == [row["against_eager"] for row in made["rows"]]
     assert shown["date"] == "2026-11-29" and shown["machine"]["system"] == "Linux x86_64"
     text = json.dumps(shown)
-    assert "ada" not in text and "/home" not in text and "08:43" not in text
+    assert "lovelace" not in text and "/home" not in text and "08:43" not in text
     assert contribution.file_name(shown).endswith("-1-threads-2026-11-29.json")
 
 
