@@ -122,10 +122,15 @@ def test_a_training_run_ends_as_on_the_cpu():
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
-def test_a_graph_replays_with_new_masks_and_new_numbers():
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(fr.optim.SGD, {"momentum": 0.9}), (fr.optim.AdamW, {"capturable": True, "ema": 0.9, "max_norm": 1.0})],
+    ids=["SGD", "AdamW"],
+)
+def test_a_graph_replays_with_new_masks_and_new_numbers(cls, options):
     weight = torch.ones(2**16, device="cuda", requires_grad=True)
     lr = torch.tensor(0.5, device="cuda")
-    optimizer = fr.optim.SGD([weight], lr=lr, momentum=0.9)
+    optimizer = cls([weight], lr=lr, **options)
     weight.grad = torch.zeros_like(weight)
 
     def step():
