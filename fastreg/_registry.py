@@ -215,12 +215,13 @@ def _load_autograd() -> tuple[ModuleType | None, str | None]:
     minor = torch.__version__.split(".")[:2]
     name = "fastreg._autograd_" + "_".join(minor)
     there = importlib.util.find_spec(name) is not None
-    reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}{_which_has_it(minor)}"
     if there:
         try:
             return importlib.import_module(name), None
         except ImportError as error:
             reason = f"fastreg's C++ autograd, {name}, cannot be loaded ({error})"
+    else:
+        reason = f"fastreg's C++ autograd was not built for torch {torch.__version__}{_which_has_it(minor)}"
     reason += f"; rebuild it with this torch: {_distribution.rebuild()}"
     if wanted == "cpp":
         raise ImportError(f"FASTREG_AUTOGRAD=cpp: {reason}, or unset FASTREG_AUTOGRAD")
