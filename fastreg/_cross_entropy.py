@@ -35,7 +35,7 @@ from ._checks import (
 )
 from ._registry import define, fast
 from ._subnormal import flush, flush_
-from ._transforms import autocast_dtype, is_sharded, is_transformed, is_vmapped
+from ._transforms import autocast_dtype, is_hidden, is_sharded, is_transformed
 
 Reduction = Literal["none", "mean", "sum"]
 Smoothing = Literal["uniform", "others"]
@@ -740,7 +740,7 @@ def check_indices(op: str, target: Tensor, ignore_index: int, classes: int, wher
     """Raise for a class index out of range where its values can be looked at. where: as in
     `class_index_error`.
     """
-    if not (is_compiling() or is_vmapped()):
+    if not is_hidden():
         error = class_index_error(op, target, ignore_index, classes, where=where)
         if error is not None:
             raise error

@@ -59,8 +59,12 @@ def wants_derivative(tensor: torch.Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def is_vmapped() -> bool:
-    """Whether values cannot be looked at, because torch.func.vmap computes many at once."""
+def is_hidden() -> bool:
+    """Whether values cannot be looked at, because torch.compile traces or torch.func.vmap computes many at
+    once. torch.compile does not know what lists the transforms of torch.func, so that it is asked first.
+    """
+    if is_compiling():
+        return True
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 

@@ -41,7 +41,7 @@ from ._fgsm import (
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
 from ._ranks import raise_the_first
 from ._shards import own_part, seed_of_first_rank, whole_of_parts
-from ._transforms import autocast_dtype, is_sharded, is_vmapped
+from ._transforms import autocast_dtype, is_hidden, is_sharded
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 
 __all__ = ["fgsm", "pgd"]
@@ -334,7 +334,7 @@ def check_ball(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, nor
 
 def _may_look(x: torch.Tensor) -> bool:
     """Whether values may be read: on a GPU that would wait for it."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_vmapped()
+    return x.device.type == "cpu" and not is_hidden()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .._transforms import is_vmapped
+from .._transforms import is_hidden
 from . import _op, _policies, _tones
 from ._arguments import batched
 from ._geometry import Geometry, before_nearest, inside_windows, windows_of
@@ -312,7 +312,7 @@ def check_units(images: Tensor, settings: Settings, coloured: bool) -> None:
     normalised = not large and (settings.mean is not None or settings.std is not None)
     if not (coloured or normalised) or images.device.type != "cpu" or not images.numel():
         return
-    if torch.compiler.is_compiling() or is_vmapped():
+    if is_hidden():
         return
     # Four images of the batch tell as much as all, for a fraction of the time.
     least, largest = images.detach()[:: (len(images) + 3) // 4].aminmax()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._transforms import is_vmapped
+from .._transforms import is_hidden
 from . import _op
 from ._params import Params
 from ._plain import Padding, is_last, nearest_pixel
@@ -280,7 +280,7 @@ def _fits_bytes(masks: Tensor, fill: float | None) -> bool:
     """Whether classes of a wide dtype are small numbers, which move faster as bytes."""
     if masks.element_size() == 1 or masks.dtype.is_floating_point or masks.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() or is_vmapped() or not 0 <= (fill or 0) <= 255:
+    if is_hidden() or not 0 <= (fill or 0) <= 255:
         return False
     low, high = masks.aminmax()
     return bool(low >= 0) and bool(high <= 255)

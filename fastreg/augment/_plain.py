@@ -29,9 +29,8 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from .._transforms import is_vmapped
+from .._transforms import is_hidden
 from ._plain_draw import STEPS, number_dtype
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -329,7 +328,7 @@ def picked(images: Tensor, at: Tensor) -> Tensor:
     """images[at] of a batch, in its memory format: one copy for each sample, where torch's indexing goes from
     pixel to pixel.
     """
-    if is_compiling() or is_vmapped() or not is_last(images):
+    if is_hidden() or not is_last(images):
         return images.index_select(0, at)
     return images.permute(0, 2, 3, 1).index_select(0, at).permute(0, 3, 1, 2)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_number, check_tensor
-from .._transforms import is_vmapped
+from .._transforms import is_hidden
 from . import _tv
 from ._geometry import Geometry, after, moved_boxes, moved_masks, moved_points
 from ._op import number_dtype
@@ -47,7 +47,7 @@ class Augmented(NamedTuple):
 
 def values_known(*tensors: Tensor) -> bool:
     """Whether values can be looked at without waiting for a GPU or breaking a graph."""
-    if torch.compiler.is_compiling() or is_vmapped():
+    if is_hidden():
         return False
     return all(tensor.device.type == "cpu" for tensor in tensors)
 
