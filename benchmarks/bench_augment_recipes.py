@@ -15,7 +15,15 @@ from torch.utils.data import DataLoader, default_collate
 import fastreg as fr
 from fastreg.benchmarks import _opencv, _timing
 from fastreg.benchmarks._timing import Case, Targets, Work
-from fastreg.benchmarks.bench_augment import CHAINS, COPY, SHAPES, per_sample, random_torchvision
+from fastreg.benchmarks.bench_augment import (
+    CHAINS,
+    COLOUR,
+    COPY,
+    NORMALISE,
+    SHAPES,
+    per_sample,
+    random_torchvision,
+)
 
 try:
     import torchvision.transforms.v2 as transforms
@@ -24,9 +32,7 @@ try:
 except ImportError:  # torchvision is not made for every torch
     vision = None
 
-BARE = {name: None for name in ("brightness", "contrast", "saturation", "hue", "mean", "std")} | {
-    "hflip": 0.0
-}
+BARE = dict.fromkeys(COLOUR | NORMALISE) | {"hflip": 0.0}
 CROPS = {  # of Augment.imagenet: changes, targets
     "random resized crop": (BARE, Targets(eager=2.5)),
     "imagenet()": ({}, Targets(eager=10, others={"loop": 12})),
@@ -67,6 +73,11 @@ def cases(scale: str) -> Iterator[Case]:
         )  # fmt: skip
 
 
+def _operated(policy, image, name, strength):
+    """One operation of torchvision's policy, by its name and strength."""
+    return policy._apply_image_or_video_transform(image, name, strength, policy.interpolation, policy._fill)
+
+
 def _build_trivial(batch, side, device):
     """torchvision draws one operation for each call, so it gets one image after the other."""
     x = (torch.rand(batch, 3, side, side, device=device) * 255).to(torch.uint8)
@@ -79,9 +90,7 @@ def _build_trivial(batch, side, device):
         for image, want, k, strength in zip(
             got, x, drawn.operations[:, 0].tolist(), drawn.magnitudes[:, 0].tolist(), strict=True
         ):
-            want = theirs._apply_image_or_video_transform(
-                want, names[k], strength, theirs.interpolation, theirs._fill
-            )
+            want = _operated(theirs, want, names[k], strength)
             # Contrast is about a mean, whose last bit is another one in another order.
             assert (image.int() - want.int()).abs().float().mean() <= 0.01, names[k]
         if "opencv" in sides:
@@ -108,9 +117,7 @@ def _check_opencv(side, theirs):
         for image, own, share in zip(x, _opencv.rows_of(x), (0, 0.3, 0.7, 1), strict=True):
             strength = low + (high - low) * share
             strength = round(strength) if name == "Posterize" else strength
-            want = theirs._apply_image_or_video_transform(
-                image, name, strength, theirs.interpolation, theirs._fill
-            )
+            want = _operated(theirs, image, name, strength)
             got = _opencv.batch_of([_opencv.operated(own, name, strength)])[0]
             off = (got.float() - want.float()).abs().mean()
             assert off <= 1.5, f"OpenCV's {name} of {strength} is off by {off:.2f} levels"
@@ -121,7 +128,7 @@ def _by_torchvision(image, p, size):
     image = vision.horizontal_flip(image) if p.get("hflip") else image
     box = [int(v) for v in p["crop"]]
     image = vision.resized_crop(image, *box, [size, size], antialias=True)
-    for name in ("brightness", "contrast", "saturation", "hue"):
+    for name in COLOUR:
         if name in p:
             image = getattr(vision, f"adjust_{name}")(image, p[name])
     image = image if image.is_floating_point() else vision.to_dtype(image, torch.float32, scale=True)
@@ -137,9 +144,9 @@ def _random_crops(colours):
         [
             crop,
             transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+            transforms.ColorJitter(**COLOUR),
             transforms.ToDtype(torch.float32, scale=True),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+            transforms.Normalize(**NORMALISE),
         ]
     )
 
@@ -302,10 +309,7 @@ def _build_epoch(batch, steps, device):
         ):
             image = vision.horizontal_flip(image) if p["hflip"] else image
             image = vision.crop(image, *(int(v) for v in p["crop"]))
-            name, policy = fr.augment.OPERATIONS[k], first[-1]
-            image = policy._apply_image_or_video_transform(
-                image, name, strength, policy.interpolation, policy._fill
-            )
+            image = _operated(first[-1], image, fr.augment.OPERATIONS[k], strength)
             parts.append(normalised(image))
         off = (got - torch.stack(parts)).abs().mean((1, 2, 3))
         assert off.max() <= 1e-3, off

@@ -19,7 +19,6 @@ L1 = 1e-5
 ONE, MANY = Targets(eager=2.5, compile=1, floor=1.05), Targets(eager=3.5, floor=1.1)
 SMALL = Targets(eager=3.5, floor=0.5)  # whose step is the way from Python to the kernel
 
-
 SIZES = {
     "full": (
         ("one tensor of 2^20", [(2**20,)], ONE),

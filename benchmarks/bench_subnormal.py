@@ -21,6 +21,7 @@ STATES = {"SGD": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq")}
 OPTIONS = {"SGD": dict(lr=1e-3, momentum=0.9), "AdamW": dict(lr=1e-3)}
 AUGMENT = dict(rotate=15, scale=(0.9, 1.1), brightness=0.4)
 INPUT = Targets(floor=1.2)
+LINEAR = {"full": (2048, 256, 16000), "tiny": (8, 16, 50)}  # rows, width, classes
 
 
 def cases(scale: str) -> Iterator[Case]:
@@ -30,20 +31,15 @@ def cases(scale: str) -> Iterator[Case]:
         for dtype in _timing.DTYPES:
             build = partial(_build_step, name, n, dtype)
             yield _case(f"step of {name} with subnormal state", n, dtype, build, Targets(floor=1.05))
-    for name, (batch, width, classes) in {
-        "full": {"linear": (2048, 256, 16000)},
-        "quick": {},
-        "tiny": {"linear": (8, 16, 50)},
-    }[scale].items():
-        size = f"{batch} × {width} × {classes}"
-        build = partial(_build_linear, batch, width, classes)
+    if scale in LINEAR:
+        batch, width, classes = LINEAR[scale]
         yield Case(
             "subnormal",
-            f"{name} layer, loss and backward, logits of deviation 16",
-            size,
+            "linear layer, loss and backward, logits of deviation 16",
+            f"{batch} × {width} × {classes}",
             batch * classes,
             torch.float32,
-            build,
+            partial(_build_linear, batch, width, classes),
             "the same with deviation 4",
             Targets(eager=8, floor=1.1),
             rounds=3,
