@@ -3,20 +3,9 @@
 import math
 
 import torch
+from helpers import DTYPES
 from hypothesis import strategies as st
-from property_cases import (
-    DTYPES,
-    NOISE,
-    laid_out,
-    one_of,
-    op,
-    random_of,
-    seed,
-    tensor,
-    unchanged,
-    values,
-    wide_of,
-)
+from property_cases import NOISE, laid_out, one_of, op, random_of, seed, tensor, unchanged, values, wide_of
 
 import fastreg as fr
 from fastreg import _attention, _attention_blocks

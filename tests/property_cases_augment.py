@@ -166,3 +166,9 @@ CHECKS = {
     "augment_matrices": augment_matrices,
     "augment_gaussian": augment_gaussian,
 }
+WITHOUT_DERIVATIVE = {
+    "augment_backward": "a part of the backward pass",
+    "augment_draw": "gives parameters",
+    "augment_matrices": "gives parameters",
+    "augment_gaussian": "gives parameters",
+}

@@ -2,6 +2,7 @@
 or one clear error, never a silent zero. docs/derivatives.md shows the table.
 """
 
+import importlib
 import warnings
 
 import pytest
@@ -12,23 +13,10 @@ from helpers import ROOT
 import fastreg as fr
 from fastreg import _registry
 
-# Operators that are no differentiable function of a tensor, and why.
-WITHOUT = {
-    "cross_entropy_": "a part of linear_cross_entropy",
-    "cross_entropy_scale_": "a part of the backward pass",
-    "dropout_apply": "a part of the backward pass",
-    "dropout_mask": "draws",
-    "augment_backward": "a part of the backward pass",
-    "augment_draw": "gives parameters",
-    "augment_matrices": "gives parameters",
-    "augment_gaussian": "gives parameters",
-    "example": "there to be copied",
-    "fgsm_step": "a step of an attack, which starts from a detached image",
-    "pgd_step": "a step of an attack, which starts from a detached image",
-    "adamw_": "a step of an optimiser",
-    "sgd_": "a step of an optimiser",
-    "sum_of_squares": "a part of the step of an optimiser",
-}
+# Operators that are no differentiable function of a tensor, and why, as property_cases_<op>.py says.
+WITHOUT = {}
+for path in sorted((ROOT / "tests").glob("property_cases_*.py")):
+    WITHOUT |= getattr(importlib.import_module(path.stem), "WITHOUT_DERIVATIVE", {})
 # torch's vmap, by which a forward-mode jacobian goes, refuses whatever draws a random number. The sentence is
 # torch's.
 DRAWS = (

@@ -22,6 +22,7 @@ CXX = os.environ.get("CXX", "g++")
 EXAMPLE = re.compile("example(?!s)")
 PARTS = ("CMakeLists.txt", "cmake", "fastreg", "csrc/common", "csrc/module.cpp", "csrc/module_cuda.cpp")
 TESTS = ("conftest.py", "helpers.py", "cuda_machine.py", "cuda_hosted.py", "test_cuda_hosted.py", "cudacheck")
+TESTS += ("mask_statistics.py", "property_cases.py", "test_properties.py")
 NATIVE = ("harness.h", "main.cpp")
 # Python finds this file by itself when it starts. An editable install of this tree would be found before the
 # copy, wherever the path begins.
@@ -121,6 +122,7 @@ def test_an_op_is_some_files_and_three_lines(tree):
     files = {renamed(str(path)) for path in files_of_the_example()}
     kernels = {f"csrc/{NAME}/{NAME}{part}" for part in ("_math.h", "_cpu.cpp", "_cuda.cu", "_op.cpp")}
     tests = {f"tests/test_{NAME}_op.py", f"tests/test_cuda_{NAME}.py", f"tests/native/{NAME}_test.cpp"}
+    tests.add(f"tests/property_cases_{NAME}.py")
     assert files >= kernels | tests | {f"fastreg/_{NAME}.py", f"benchmarks/bench_{NAME}.py"}
     assert len(tree.edits) <= 3, tree.edits
 
@@ -141,6 +143,10 @@ def test_its_cuda_kernels_pass(tree):
 
 def test_its_hosted_case_is_found_and_passes(tree):
     pytest_in(tree, "tests/test_cuda_hosted.py", "-k", f"{NAME} and reverse")
+
+
+def test_its_check_of_any_input_is_found_and_passes(tree):
+    pytest_in(tree, "tests/test_properties.py", "-k", f"some_inputs and {NAME}")
 
 
 def test_its_native_test_is_found_and_passes(tree):

@@ -1,49 +1,29 @@
 """Every operator with any input that it takes, against its plain-torch definition in float64.
 
-The operators are those that have compiled kernels; property_cases.py and its like have a check for each.
+The operators are those that have compiled kernels; property_cases_<op>.py has a check for each of the op's.
 FASTREG_EXAMPLES is the number of inputs per operator: CI takes few, for its time; 300 are for a change of an
 operator, and the marker `long` tries 20,000.
 """
 
+import importlib
 import os
+from pathlib import Path
 
 import mask_statistics
-import property_cases as cases
-import property_cases_attention
-import property_cases_augment
 import pytest
 import torch
 from helpers import threads
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from fastreg import _example, _registry  # noqa: F401  The example declares its operator.
+from fastreg import _registry
 
 # Of 19 checks, 100 inputs each take some 25 s of CPU.
 EXAMPLES = int(os.environ.get("FASTREG_EXAMPLES", "100"))
-KERNELS = {
-    "adamw_": cases.adamw,
-    "dropout": cases.dropout,
-    "dropout_": cases.dropout_in_place,
-    "dropout_apply": cases.dropout_apply,
-    "dropout_mask": cases.dropout_mask,
-    "dropout_add": cases.dropout_add,
-    "example": cases.example,
-    "fgsm_step": cases.fgsm_step,
-    "pgd_step": cases.pgd_step,
-    "sgd_": cases.sgd,
-    "sum_of_squares": cases.sum_of_squares,
-    "cross_entropy": cases.cross_entropy,
-    "cross_entropy_": cases.cross_entropy_in_place,
-    "cross_entropy_scale_": cases.cross_entropy_scale,
-    **property_cases_attention.CHECKS,
-    **property_cases_augment.CHECKS,
-}
-OTHERS = {
-    **property_cases_attention.OTHERS,
-    "linear_cross_entropy": cases.linear_cross_entropy,
-    "sgd_numbers_": cases.sgd_numbers,
-}
+FILES = sorted(path.stem for path in Path(__file__).parent.glob("property_cases_*.py"))
+OF_OPS = [importlib.import_module(name) for name in FILES]
+KERNELS = {name: check for cases in OF_OPS for name, check in cases.CHECKS.items()}
+OTHERS = {name: check for cases in OF_OPS for name, check in getattr(cases, "OTHERS", {}).items()}
 CHECKS = {**KERNELS, **OTHERS}
 PHASES = (Phase.generate,) if os.environ.get("FASTREG_NO_SHRINK") else tuple(Phase)
 slow_is_fine = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example)
