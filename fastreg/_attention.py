@@ -33,6 +33,7 @@ from ._attention_blocks import (
     mask_in_numbers,
 )
 from ._checks import (
+    SINGLE_DTYPES,
     ArgumentError,
     arithmetic_dtype,
     check_dense,
@@ -518,8 +519,7 @@ def _as_autocast(
     dtype = autocast_dtype(query.device.type)
     if dtype is None:
         return query, key, value, attn_mask
-    narrow = (torch.float32, torch.float16, torch.bfloat16)
-    query, key, value = (t.to(dtype) if t.dtype in narrow else t for t in (query, key, value))
-    if attn_mask is not None and attn_mask.dtype in narrow:
+    query, key, value = (t.to(dtype) if t.dtype in SINGLE_DTYPES else t for t in (query, key, value))
+    if attn_mask is not None and attn_mask.dtype in SINGLE_DTYPES:
         attn_mask = attn_mask.to(dtype)
     return query, key, value, attn_mask

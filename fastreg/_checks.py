@@ -34,6 +34,8 @@ class UnsupportedError(ValueError, NotImplementedError):
 
 # The element types that the kernels compute with; all others are refused, or left to torch.
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Those of them whose arithmetic is float32.
+SINGLE_DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
 
 
 def or_torchs(refusal: Exception, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

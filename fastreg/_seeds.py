@@ -15,6 +15,8 @@ from enum import IntEnum
 import torch
 from torch.compiler import is_compiling
 
+from ._checks import is_int
+
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
     """One int64 seed from `generator` or the default generator of the device, shape (1,), on `device` or on
@@ -39,7 +41,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 
 def seed_tensor(op: str, seed: int | torch.Tensor) -> torch.Tensor:
     """A seed that the caller gave as an operator takes it: one int64, taken modulo 2^64 from an int."""
-    if isinstance(seed, int) and not isinstance(seed, bool):
+    if is_int(seed, int):
         return torch.tensor([(seed + 2**63) % 2**64 - 2**63], device="cpu")
     if not isinstance(seed, torch.Tensor):
         raise TypeError(f"{op}: seed must be an int or an int64 tensor, got {type(seed).__name__}")

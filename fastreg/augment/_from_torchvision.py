@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .._checks import SINGLE_DTYPES
+
 OP = "Augment.from_torchvision"
 ORDER = (
     "a resize that a crop follows, affine map or rotation, crop or resize, ColorJitter, RandomGrayscale, "
@@ -139,7 +141,7 @@ def _dtype(t: Any, to: _Arguments) -> None:
     if isinstance(dtype, dict):
         dtype = next((v for k, v in dtype.items() if getattr(k, "__name__", k) in ("Image", "others")), None)
     scaled = getattr(t, "scale", True) or dtype == torch.uint8
-    floats = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    floats = dtype in SINGLE_DTYPES
     why = "float images lie in [0, 1] here"
     _wants(t, scaled and floats, "scale=True and dtype float32, float16 or bfloat16", why)
     to.put(t, dtype=dtype)

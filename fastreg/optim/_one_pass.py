@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.compiler import is_compiling
 
-from .._checks import DTYPES, ArgumentError, arithmetic_dtype, check_choice, is_int
+from .._checks import DTYPES, SINGLE_DTYPES, ArgumentError, arithmetic_dtype, check_choice, is_int
 from .._registry import fast
 from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
@@ -430,5 +430,5 @@ def rate_of(group: dict[str, Any], device: torch.device) -> tuple[float, torch.T
     lr = group["lr"]
     if not isinstance(lr, torch.Tensor):
         return float(lr), None
-    narrow = lr.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    return 0.0, lr.detach().to(device, torch.float32 if narrow else torch.float64)
+    dtype = torch.float32 if lr.dtype in SINGLE_DTYPES else torch.float64  # of whole numbers, too
+    return 0.0, lr.detach().to(device, dtype)
