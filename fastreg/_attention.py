@@ -88,9 +88,8 @@ def _softmax(scores: Tensor, is_causal: bool) -> Tensor:
 
 
 def _by_torch(query, key, value, attn_mask, p, is_causal, scale, seed, whole=(), start=()):
-    """The definition with the mask of a seed; whole, start: as in `_first_heads`.
-
-    torch's operators do all but the draw, because they know every derivative.
+    """The output by the definition, with the dropout of a seed, and by operators of torch that have every
+    derivative. whole, start: as in `_attention_blocks`.
     """
     batch, each = batch_of(query, key, value), (query.shape[-2], key.shape[-2])
     shape = (*(whole or batch), *each)
@@ -180,8 +179,8 @@ def _at_once(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
 
 
 class _DroppedSoftmax(torch.autograd.Function):
-    """dropout(softmax(scores)) over the last dimension; where it is causal, a query sees the keys up to its
-    own place. A query that may see no key gets 0.
+    """dropout(softmax(scores)) over the last dimension. With is_causal, query i sees the keys up to i. A
+    query that may see no key gets 0.
     """
 
     @staticmethod
@@ -220,7 +219,9 @@ def _differentiable_gradient_of_softmax(grad, scores, p, is_causal, seed) -> Ten
 
 
 def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether to compute all weights at once. It looks at values, which tensors of a mode may not have."""
+    """Whether to compute all weights at once, by kernels that read memory, which tensors of a mode may not
+    have.
+    """
     if type(query) not in _PLAIN or not query.is_cpu or torch._C._len_torch_dispatch_stack():
         return False
     heads = math.prod(batch_of(query, key, value))
@@ -231,7 +232,7 @@ def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _check(op: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> None:
-    """Raise unless the tensors fit together, heads that are shared left aside."""
+    """Raise unless the tensors fit together. Whether the heads fit is checked by the two functions below."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_dense(op, name, tensor)
         check_dtype(op, name, tensor)
@@ -479,13 +480,15 @@ def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
 
 
 def _heads_for(query: Any, tensor: Any) -> Tensor:
-    """Of key or value the heads that belong to those of query on this rank, shared ones repeated."""
+    """The heads of key, or of value, that the heads of query on this rank attend to; those that several of
+    them share are repeated.
+    """
     from torch.distributed.tensor import Partial, Replicate
 
     mesh, placements = query.device_mesh, list(query.placements)
     if tensor.shape[:-2] == query.shape[:-2]:
         return tensor.redistribute(mesh, placements).to_local()
-    heads = query.dim() - 3  # the dimension
+    heads = query.dim() - 3  # the dimension of the heads
     each = query.shape[heads] // tensor.shape[heads]
     axes = [axis for axis, p in enumerate(placements) if p.is_shard() and p.dim % query.dim() == heads]
     if tensor.shape[heads] % math.prod(mesh.size(axis) for axis in axes) == 0:  # whole groups everywhere

@@ -1,7 +1,11 @@
 """Attention by blocks of query rows: the operators of `_attention.py` that compute it and its gradients.
 
 A block's scores are a matrix product. One sweep turns them into dropped weights, which the next product
-reads. The kernels in csrc/attention make it on the CPU, and torch's operators on every other device.
+reads. The kernels in csrc/attention do the sweep on the CPU, and torch's operators on every other device.
+
+In the names, `whole` and `start` are the shape of the batch of which this process has a part, and where the
+part begins; both are empty where it has all of it. `wants` has a letter for each gradient that is wanted: q,
+k, v, and m for the mask's.
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ def kept_factor(p: float) -> float:
 
 
 def mask_in_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask adds to the scores: -inf where a key is out of sight. So a key that is NaN or infinite
-    shows there, too, as with torch.
+    """What a mask adds to the scores: -inf where a key may not be seen. Because it is added, a key that is
+    NaN makes the score NaN there, too, as with torch.
     """
     if mask.dtype != torch.bool:
         return mask.to(dtype)
@@ -56,7 +60,7 @@ def _weights_in_torch(
     largest.clamp_(min=torch.finfo(scores.dtype).min)  # or -inf less -inf would be NaN
     weights = (scores - largest).exp_()
     torch.sum(weights, -1, keepdim=True, out=total)
-    total.clamp_(min=1)  # it is at least 1, but where a query may see no key: there 0 is divided
+    total.clamp_(min=1)  # it is less only where a query may see no key: there 0 is divided by it
     if normalised:
         weights.div_(total)
     dropped.copy_(_dropped(weights, p, seed, first_row, keys))
@@ -67,7 +71,8 @@ def _gradient_in_torch(
 ) -> None:
     """Write the dropped weights again, and the gradient of the scores, each unless it is None.
 
-    With the weights W, the dropped weights D and their gradients P it is D * P - W * (sum of D * P) / total.
+    With the weights W, the dropped weights D and P the gradients of the dropped weights, the gradient of the
+    scores is D * P - W * (sum of D * P) / total.
     """
     _add_masks(scores, mask, query)
     weights = (scores - largest).exp_()
@@ -80,7 +85,9 @@ def _gradient_in_torch(
 
 
 def _add_masks(scores: Tensor, mask: Tensor | None, query: int) -> None:
-    """query: as the kernels have it, the place of the first row in its head where attention is causal."""
+    """Add the mask to the scores, and -inf above the diagonal where attention is causal: query is then the
+    number of the first row in its head, and else -1.
+    """
     if mask is not None:
         scores.add_(mask_in_numbers(mask, scores.dtype))
     if query >= 0:
@@ -88,8 +95,8 @@ def _add_masks(scores: Tensor, mask: Tensor | None, query: int) -> None:
 
 
 def _dropped(weights: Tensor, p: float, seed: Tensor, first_row: int, keys: int) -> Tensor:
-    """Dropout of weights. A draw is for whole rows; where a causal block has a part of them, the rest is
-    drawn in vain.
+    """Dropout of weights. Whole rows are drawn; where a causal block has a part of them, the rest of the draw
+    is thrown away.
     """
     whole = weights.new_zeros(*weights.shape[:2], keys)
     part = whole[..., : weights.shape[2]].copy_(weights)
@@ -114,16 +121,18 @@ attention_gradient_op = torch.ops.fastreg.attention_gradient_.default
 
 # --- The blocks.
 
-_BLOCK_BYTES = 2**20  # of scores, which stay in cache; and matrix products are long enough
-_BLOCK_BYTES_GPU = 2**26  # a kernel must be large enough to fill the device
-_CAUSAL_PARTS = 8  # rows of a causal head are cut at least that often: only so is half of the work left out
-_CAUSAL_ROWS = 64  # but not below that many
+_BLOCK_BYTES = 2**20  # of scores: they stay in the cache, and the matrix products are still long enough
+_BLOCK_BYTES_GPU = 2**26  # of scores: a kernel must be large enough to fill the device
+# A causal block leaves out the keys after its last row. A head is cut into this many blocks at least, so that
+# nearly half of the work is left out, but a block does not get fewer rows than _CAUSAL_ROWS for that.
+_CAUSAL_PARTS, _CAUSAL_ROWS = 8, 64
 
 
 class _Block(NamedTuple):
     """Rows [row, end) of the heads [head, last) of part `outer` of the batch, and the keys that they see.
 
-    Its views of the tensors are made once per head where they can: in a short block they cost time.
+    key and value are views that all blocks of the same heads share where they can, because making them costs
+    time in a short block.
     """
 
     outer: int
@@ -152,8 +161,12 @@ class _Block(NamedTuple):
 class _Blocks:
     """The tensors of an attention, cut into blocks, and the memory in which a block is computed.
 
-    A block has all rows of some heads, or some rows of one head: so the indices of its weights are
-    neighbours, and one call draws their mask.
+    A block has all rows of some heads, or some rows of one head: so its weights are neighbours in the order
+    in which dropout numbers them, and one call draws for all of them.
+
+    The dimensions of the batch become one, that of the heads, where a view can do that for all tensors. Where
+    it cannot, the last of them is that of the heads, and each index of the others is a part of the batch,
+    with tensors of its own.
     """
 
     def __init__(self, query, key, value, attn_mask, p, is_causal, scale, seed, whole, start, one_head=False):
@@ -177,7 +190,8 @@ class _Blocks:
 
         size = (_BLOCK_BYTES if query.is_cpu else _BLOCK_BYTES_GPU) // tensors[0].element_size()
         self.group, self.step = self._sizes(size, one_head)
-        # So that each gradient is written once, and does not grow from zeros.
+        # A block of all rows of its heads gives all of a key's gradient, which is then written, and not added
+        # to zeros. Keys that no causal query sees need the zeros.
         self.whole_heads = self.step >= self.length and not (is_causal and self.length < self.keys)
         self.memory = [tensors[0].new_empty(self.group * self.step * self.keys) for _ in range(2)]
         self.spaces: dict[tuple[int, tuple[int, int, int]], Tensor] = {}
@@ -223,8 +237,8 @@ class _Blocks:
             first, last = head, min(head + self.group, self.inner)
             yield from tensor[outer * self.inner + first : outer * self.inner + last].split(self.step, 1)
 
-    def number(self, block: _Block) -> slice:
-        """Which heads of the flattened batch a block has."""
+    def heads_of(self, block: _Block) -> slice:
+        """Which heads a block has, counted through all parts of the batch."""
         first = block.outer * self.inner
         return slice(first + block.head, first + block.last)
 
@@ -240,7 +254,9 @@ class _Blocks:
         return torch.baddbmm(scores, block.query, block.key, beta=0, alpha=self.scale, out=scores)
 
     def place(self, block: _Block) -> tuple[Tensor | None, float, Tensor, int, int, int, bool]:
-        """The arguments of the kernels that say where a block stands."""
+        """The arguments of the kernels between their tensors: the mask, dropout's, where the block stands
+        among all rows, and that its weights are not divided by their sums.
+        """
         mask = None
         if self.mask is not None:
             mask = self.mask[block.outer][block.heads, block.rows, : block.columns]
@@ -257,13 +273,13 @@ class _Blocks:
 
     def add_over_rows(self, total: Tensor, block: _Block, of_keys: Tensor, x: Tensor, factor: float) -> None:
         """total += factor * x^T of_keys for a block, whose matrices have a row for each query."""
-        target = total[self.number(block), :, : block.columns]
+        target = total[self.heads_of(block), :, : block.columns]
         beta = 0 if self.whole_heads else 1
         torch.baddbmm(target, x.transpose(1, 2), of_keys, beta=beta, alpha=factor, out=target)
 
 
 def _readable(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in a type and with strides that matrix products take as they are."""
+    """The tensor in that dtype, with strides that a matrix product reads without a copy of its own."""
     tensor = tensor.to(dtype)
     if tensor.stride(-1) != 1 or tensor.stride(-2) < tensor.shape[-1]:
         return tensor.contiguous()
@@ -285,7 +301,7 @@ def flat_batch(tensor: Tensor) -> Tensor:
 
 
 def _all_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The parts of a tensor of shape (..., heads, rows, columns) with three dimensions."""
+    """The tensors of three dimensions in one of shape (..., heads, rows, columns), in order."""
     if tensor.dim() == 3:
         yield tensor
         return
@@ -294,10 +310,7 @@ def _all_of(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _first_heads(batch: torch.Size, inner: int, whole: Sequence[int], start: Sequence[int]) -> list[int]:
-    """The global number of the first head of each part of the batch that is worked on.
-
-    whole, start: the shape of the batch of which this is a part, and where the part begins; empty: all of it.
-    """
+    """The number of the first head of each part of the batch, among the heads of the whole batch."""
     if not whole:
         return [inner * i for i in range(math.prod(batch) // inner)]
     numbers = torch.arange(math.prod(whole), device="cpu").view(*whole)
@@ -337,12 +350,10 @@ def _forward_of(blocks: _Blocks, block: _Block, output: Tensor, largest: Tensor,
 def _backward(
     grad, query, key, value, attn_mask, largest, total, p, is_causal, scale, seed, wants, whole, start
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, value and the mask; `wants` has a letter of "qkvm" for each that is
-    computed, and the others come back empty.
+    """The gradients of query, key, value and the mask; those that are not in `wants` come back empty.
 
-    With the weights W, the dropped weights D and the output's gradient G: dV = D^T G, and the gradient of
-    the scores is D * (G V^T) - W * (sum of D * (G V^T) over the row). The division of a row of weights by
-    their sum is done once, in G.
+    The formulas are in csrc/attention/attention_math.h: the gradient of the output is divided by the sums of
+    the weights once, before all blocks.
     """
     wide, batch = arithmetic_dtype(query), batch_of(query, key, value)
     length, keys, inputs = query.shape[-2], key.shape[-2], (query, key, value, attn_mask)
@@ -385,7 +396,7 @@ def _backward_of(
     largest: Tensor,
     total: Tensor,
 ) -> Tensor:
-    """Add a block's part to the gradients that are to be found, and give that of its scores."""
+    """Add a block's part to the gradients in `found`, and return the gradient of its scores."""
     dropped = blocks.scores(block)
     d_scores = blocks.space(1, block.shape)
     if wants != "v":
@@ -395,7 +406,7 @@ def _backward_of(
     if "v" in found:
         blocks.add_over_rows(found["v"], block, dropped, grad, 1.0)
     if "q" in found:
-        rows = found["q"][blocks.number(block), block.rows]
+        rows = found["q"][blocks.heads_of(block), block.rows]
         torch.baddbmm(rows, d_scores, block.key.transpose(1, 2), beta=0, alpha=blocks.scale, out=rows)
     if "k" in found:
         blocks.add_over_rows(found["k"], block, d_scores, block.query, blocks.scale)
@@ -408,11 +419,12 @@ def _add_to_mask(d_mask: Tensor, d_scores: Tensor, block: _Block, blocks: _Block
     index = _unravelled(block.outer * blocks.inner + block.head, blocks.batch)
     part = whole[tuple(i if size > 1 else 0 for i, size in zip(index, whole.shape, strict=False))]
     part = part[block.rows if part.shape[0] > 1 else slice(1)]
-    part = part[:, : block.columns]  # a single column stays what it is
+    part = part[:, : block.columns]  # of a mask of one column, that one
     part += d_scores.sum_to_size(part.shape)
 
 
 def _unravelled(number: int, shape: Sequence[int]) -> list[int]:
+    """The index, one number per dimension, of element `number` in row-major order."""
     index = []
     for size in reversed(shape):
         number, i = divmod(number, size)

@@ -6,7 +6,7 @@
 
 namespace fastreg::autograd {
 
-// Where the rows of all scores begin, for the operators: at the first row of all heads.
+// All scores as the one block that the operators are given, and how they drop.
 struct AllScores {
   const Tensor& scores;
   double p;
@@ -74,9 +74,9 @@ struct DroppedSoftmax : Function<DroppedSoftmax> {
   }
 };
 
-// The tensors of a call, and the shape of its weights without the last two dimensions.
+// The tensors of a call.
 struct AttentionInputs {
-  const Tensor *query, *key, *value, *mask;
+  const Tensor *query, *key, *value, *mask;  // mask may be null
 };
 
 // Whether a mask of as many dimensions broadcasts to the weights.
@@ -88,7 +88,7 @@ inline bool fits(const Tensor& mask, const Tensor& query, const Tensor& key) {
   return true;
 }
 
-// Whether what is given is what the function in Python takes for few weights, and needs no other check.
+// Whether the weights are few enough to be held, and the tensors pass every check of the function in Python.
 inline bool are_usual(const AttentionInputs& t, bool is_causal, int64_t few) {
   const ScalarType dtype = t.query->scalar_type();
   const int64_t dims = t.query->dim();
@@ -112,7 +112,7 @@ inline Tensor attend(const AttentionInputs& t, double p, bool is_causal, double 
   const auto widened = [&](const Tensor* x) { return x->scalar_type() == wide ? *x : x->to(wide); };
   const Tensor seed = draw_seed(*t.query);
   Tensor scores = at::matmul(widened(t.query) * scale, widened(t.key).transpose(-2, -1));
-  if (t.mask && t.mask->scalar_type() == ScalarType::Bool) {  // -inf is added where a key is out of sight
+  if (t.mask && t.mask->scalar_type() == ScalarType::Bool) {  // -inf is added where a key may not be seen
     const Tensor more = at::zeros_like(*t.mask, scores.options());
     scores = scores + more.masked_fill_(t.mask->logical_not(), -std::numeric_limits<double>::infinity());
   } else if (t.mask) {

@@ -17,9 +17,9 @@ template <class A>
 struct Row {
   A *scores, *dropped, *d_scores;
   const A* gradients;
-  int64_t head, row;  // in the block
-  int64_t seen;       // the columns that a causal query may see, or all
-  uint64_t first;     // decision of its first weight
+  int64_t head, row;  // its numbers in the block
+  int64_t seen;       // how many columns its query may see
+  uint64_t first;     // the number of the decision about its first weight
 };
 
 template <class A>
@@ -113,7 +113,7 @@ void weights_of_row(const AttentionArgs& a, int64_t number) {
     store(r.dropped + i, select(kept, weight * factor, V(0)), lanes);
   });
   memset(r.dropped + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
-  const A found = sum.sum(), total = found < 1 ? A(1) : found;  // below 1 it is 0, and NaN stays
+  const A found = sum.sum(), total = found < 1 ? A(1) : found;  // 0 if all are -inf; NaN stays
   static_cast<A*>(a.largest)[number] = largest;
   static_cast<A*>(a.total)[number] = total;
   if (!a.normalised) return;
@@ -123,7 +123,8 @@ void weights_of_row(const AttentionArgs& a, int64_t number) {
   });
 }
 
-// First the weights, of which those that are dropped are marked by their sign, and the sum; then the results.
+// It goes over the row twice: once for the sum of D * P and the weights, where a minus marks those that are
+// dropped, and once for the results.
 template <class A>
 void gradient_of_row(const AttentionArgs& a, int64_t number) {
   using V = Vec<A>;
@@ -131,7 +132,7 @@ void gradient_of_row(const AttentionArgs& a, int64_t number) {
   add_mask(a, r);
   const A total = static_cast<const A*>(a.total)[number];
   const V minus(static_cast<const A*>(a.largest)[number]), factor{A(a.factor)}, zero(0);
-  // P is divided by the sum here, where that was not done before.
+  // With `normalised`, P has not been divided by the sum yet.
   const V dropped_factor(a.normalised ? A(a.factor) / total : A(a.factor));
   const auto weight = [&](int64_t i, int lanes) __attribute__((always_inline)) {
     return exp_nonpositive(load(r.scores + i, lanes, -A(HUGE_VAL)) - minus);

@@ -9,7 +9,7 @@
 namespace fastreg {
 namespace {
 
-// A thread gets at least so many scores.
+// A thread gets at least this many scores.
 constexpr int64_t kGrain = 1 << 14;
 
 void* contiguous(const char* op, const char* name, const Tensor& t, const Tensor& scores, int64_t numel) {
