@@ -10,7 +10,7 @@ With g = dE/dw, t the number of the step and a moving average of the weights bes
 
 The threshold is the proximal operator of l1 |w|_1 in the metric of the step, d / lr: it minimises
 l1 |x|_1 + d / (2 lr) (x - w)^2 (Yun, Lozano, Yang 2021; Melchior, Joseph, Moolekamp 2019), so that a weight
-stays where it is exactly where 0 is in dE/dw + l1 * sign(w), whatever d. Options: csrc/adamw/adamw_math.h.
+rests exactly where dE/dw + l1 * sign(w) contains 0, whatever d. csrc/adamw/adamw_math.h explains the options.
 """
 
 from __future__ import annotations

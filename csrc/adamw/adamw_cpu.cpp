@@ -7,15 +7,16 @@
 namespace fastreg::FASTREG_ISA {
 namespace {
 
-// Whether a step has none of what costs instructions and is rare.
+// Whether a step has none of the options that are rare and cost instructions, and both lerps go from the old
+// value, as they do where beta1 and ema are above 0.5.
 template <class V>
 bool is_usual(const AdamwNumbers<V>& n, bool has_average) {
   return !n.cautious && !n.amsgrad && n.moment.near &&
          !(has_average && (n.average.first || !n.average.lerp.near));
 }
 
-// The arithmetic on contiguous memory. The usual form is compiled for itself: in bfloat16, where the
-// instructions are the bound, the branches and registers of the others would take a sixth of the time.
+// The arithmetic on contiguous memory. The usual form is compiled apart from the others: in bfloat16, where
+// the instructions are the bound, the others' branches and registers would take a sixth of the time.
 template <class T, class V, bool kUsual>
 __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, const uint16_t* random,
                                             const AdamwNumbers<V>& numbers) {
@@ -29,7 +30,7 @@ __attribute__((noinline)) void step_vectors(T* const* slots, int64_t count, cons
   }
   int64_t done = 0;
   if constexpr (std::is_same_v<T, BFloat16>) {
-    for (; done + 32 <= count; done += 32) {  // in pairs
+    for (; done + 32 <= count; done += 32) {  // even elements in one vector, odd ones in another
       const uint16_t* const bits = random ? random + done : nullptr;
       fetch_ahead(slots, done, count);
       V w_even, w_odd, g_even, g_odd, m_even, m_odd, v_even, v_odd, most_even(0), most_odd(0);

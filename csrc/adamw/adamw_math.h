@@ -15,7 +15,8 @@
 // cautious: a weight whose step pushes it away from 0 does not decay (Chen et al. 2025). maximize negates
 // dE/dw alone, as torch does. The average is taken of the weight before it is rounded.
 //
-// As in torch, m is a lerp, and the first moment is divided by its correction, the root of the second too.
+// As in torch, m moves by a lerp, the step is divided by the correction of m, 1 - beta1^t, and the root of v
+// by the root of its own, 1 - beta2^t.
 #pragma once
 #include "../common/isa.h"
 #include "../common/optimizer_math.h"
@@ -24,8 +25,8 @@ namespace fastreg {
 
 // The slots of m, v and, with amsgrad, of the largest v.
 constexpr int kExpAvg = kState, kExpAvgSq = kState + 1, kMaxExpAvgSq = kState + 2;
-// StepTensor::counter has the steps that were done; where it is null, StepTensor::step has.
 
+// How many steps were done is read from StepTensor::counter; where that is null it is StepTensor::step.
 struct AdamwArgs {
   StepArgs step;
   double beta1, beta2, eps;
@@ -43,17 +44,22 @@ FR_HD double power(double base, float step) {
   return result;
 }
 
-// The numbers of a step of one tensor.
+// The numbers of a step of one tensor, the same for all of its elements.
 template <class V>
 struct AdamwNumbers {
-  V grad_factor, l1, beta2, take, unbias, eps, decay, rate, threshold;
+  V grad_factor, l1, beta2, take;  // take = 1 - beta2
+  V unbias;                        // 1 / sqrt(1 - beta2^t)
+  V eps;
+  V decay;      // 1 - lr * weight_decay
+  V rate;       // lr / (1 - beta1^t)
+  V threshold;  // lr * l1
   Lerp<V> moment;
   Average<V> average;
   bool in_gradient, proximal, cautious, amsgrad;
 };
 
-// Of float64 there are only products and differences, once for each tensor: a GPU computes its quotients and
-// roots in subroutines, for which every thread would need a stack.
+// `steps_done` does not count this step. In float64 there are only products and differences, because a GPU
+// computes quotients and roots of float64 in subroutines, for which every thread would need a stack.
 template <class V, class A>
 FR_HD AdamwNumbers<V> adamw_numbers(const AdamwArgs& a, float steps_done, const float* n_averaged,
                                     bool amsgrad) {
@@ -77,7 +83,7 @@ FR_HD AdamwNumbers<V> adamw_numbers(const AdamwArgs& a, float steps_done, const 
   return n;
 }
 
-// Updates w, m, v and, with amsgrad, `most`, the largest v; a NaN in either stays.
+// Updates w, m, v and, with amsgrad, `most`, which is the largest v so far; a NaN in v or in `most` stays.
 template <class V>
 FR_HD void adamw_element(V& w, V g, V& m, V& v, V& most, const AdamwNumbers<V>& n) {
   const V zero(0);

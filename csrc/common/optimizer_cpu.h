@@ -6,8 +6,9 @@
 
 namespace fastreg::FASTREG_ISA {
 
-// Asks for what a loop over all slots reads some lines later. The processor does so by itself, but not beyond
-// a page, which 1024 numbers have left. What begins a tensor is asked for while the one before is stepped.
+// Prefetches what a loop over all slots reads some cache lines later. The processor does so by itself, but
+// not beyond the end of a page, which is 1024 float32. The beginning of a tensor is prefetched by
+// fetch_beginning in optimizer_op.h, while the tensor before it is stepped.
 template <class T>
 FR_INLINE void fetch_ahead(T* const* slots, int64_t i, int64_t count) {
   i += kAhead / int64_t(sizeof(T));

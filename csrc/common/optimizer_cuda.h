@@ -77,7 +77,8 @@ __device__ __forceinline__ T round_at_random(A w, bool stochastic, uint32_t rand
   return result;
 }
 
-// The random bits of a step, those of the 8 elements about element i of the whole.
+// The random bits that a tensor is rounded by in a step. draw(i) are those of the 8 elements that share a
+// group with element i of the whole.
 template <class T>
 struct Rounding {
   bool stochastic;
@@ -94,10 +95,10 @@ struct Rounding {
   }
 };
 
-// The slots of a form: which of them there are.
+// A form of a step is the set of slots that its tensors have, as bits: kHas below.
 __host__ __device__ constexpr bool has_slot(unsigned slots, int s) { return (slots >> s & 1u) != 0; }
 
-// One element, whose stored values are replaced by the new ones.
+// Steps one element: `stored` has its value in each slot before and after.
 template <class T, unsigned kHas, class Work>
 __device__ __forceinline__ void step_element(const Work& work, const typename Work::Numbers& n, T* stored,
                                              bool stochastic, uint32_t random) {
@@ -116,6 +117,7 @@ __device__ __forceinline__ void step_element(const Work& work, const typename Wo
   }
 }
 
+// Steps the elements of a word, from element i of the tensor on.
 template <class T, unsigned kHas, class Work>
 __device__ __forceinline__ void step_word(const Work& work, const typename Work::Numbers& n,
                                           const StepPointers& t, int64_t i, const Rounding<T>& rounding) {
@@ -142,7 +144,7 @@ __device__ __forceinline__ void step_word(const Work& work, const typename Work:
     if (has_slot(kHas, s) && s != kGrad) store_word(static_cast<T*>(t.data[s]) + i, word[s]);
 }
 
-// Element i, of that index in the whole, whose slot s lies at memory offset at(s).
+// Steps the element with that index in the whole, whose value of slot s lies at memory offset at(s).
 template <class T, unsigned kHas, class Work, class At>
 __device__ __forceinline__ void step_one(const Work& work, const typename Work::Numbers& n,
                                          const StepPointers& t, int64_t index, const Rounding<T>& rounding,
@@ -187,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) step_tensors(const StepBatch<Work> b
 #pragma unroll
     for (int s = 0; s < kSlots; ++s)
       if (has_slot(kHas, s)) addresses |= reinterpret_cast<uintptr_t>(t.data[s]);
-    const bool in_groups = !rounding.stochastic || t.first % 8 == 0;  // a word draws from one
+    const bool in_groups = !rounding.stochastic || t.first % 8 == 0;  // a word's bits come from one group
     if (kWords && base + kChunk <= t.numel && addresses % 16 == 0 && in_groups) {
 #pragma unroll 2
       for (int j = 0; j < kChunk / (kThreads * Word<T>::kSize); ++j)
@@ -200,7 +202,7 @@ __global__ void __launch_bounds__(kThreads) step_tensors(const StepBatch<Work> b
   }
 }
 
-// One tensor that cannot be walked as flat memory, or is rounded as a shard of several rows.
+// A step of one tensor that cannot be walked as flat memory, or is rounded as a shard of several rows.
 template <class Work>
 struct StridedStep {
   Work work;
@@ -230,10 +232,10 @@ __global__ void __launch_bounds__(kThreads) step_strided(const StridedStep<Work>
   }
 }
 
-// After all tensors of a step: their steps and averages are counted.
+// What is counted after a step of all tensors: their steps, and the updates of their averages.
 template <class Work>
 struct StepCounts {
-  bool counts_steps;  // or only that there was one
+  bool counts_steps;  // else the counter only says that there was a step
   const float* found_inf_at;
   float *counter[kTensors], *n_averaged[kTensors];
 };
@@ -246,7 +248,7 @@ __global__ void count_steps(const StepCounts<Work> counts) {
   if (float* n_averaged = counts.n_averaged[i]) *n_averaged += 1;
 }
 
-// Flat memory that is also neighbours in the whole.
+// Whether a tensor is flat memory, and its elements are neighbours in the whole.
 inline bool is_flat(const StepTensor& t) {
   if (t.columns < t.layout[kParam].numel) return false;
   for (int s = 0; s < kSlots; ++s)
@@ -254,15 +256,16 @@ inline bool is_flat(const StepTensor& t) {
   return true;
 }
 
-// Whether the tensors of a step have a slot. One without elements may lie nowhere, so that all are asked.
+// Whether the tensors of a step have a slot. All are asked, because a tensor without elements may have a null
+// pointer.
 inline bool any_has(const StepTensor* tensors, size_t count, int slot) {
   for (size_t i = 0; i < count; ++i)
     if (tensors[i].data[slot]) return true;
   return false;
 }
 
-// The tensors of one dtype and one form from `begin` on that are flat memory, in launches of at most kTensors
-// neighbours; the others one by one.
+// Steps tensors [begin, end), of one dtype and one form: those that are flat memory in launches of at most
+// kTensors neighbours, the others one by one.
 template <class T, unsigned kHas, class Work>
 int launch_steps(const Work& work, const StepTensor* tensors, size_t begin, size_t end, void* stream) {
   static_assert(sizeof(StepBatch<Work>) <= kMostParameters && sizeof(StridedStep<Work>) <= 4096,

@@ -12,7 +12,8 @@
 
 namespace fastreg {
 
-// The tensors that belong to one parameter, by place: what every optimiser has, then the state of its own.
+// The tensors that belong to one parameter, by number: what every optimiser has, then its own state, which
+// begins at kState.
 enum Slot { kParam, kGrad, kAverage, kState };
 constexpr int kSlots = 6;
 
@@ -21,8 +22,8 @@ constexpr int64_t kAhead = 512;  // bytes that the CPU's loops ask for before th
 struct StepTensor {
   DType dtype;
   void* data[kSlots];  // null where there is none; the gradient is only read
-  // The steps done, or whether there was one, in the memory of the parameter's device; null where `step` has
-  // the number, or where nobody asks.
+  // How many steps were done, or for SGD whether there was one, in the memory of the parameter's device. Null
+  // where `step` has the number, or where it is not needed.
   float* counter;
   float step;
   float* n_averaged;  // updates of the average, where there is one
@@ -35,17 +36,17 @@ struct StepTensor {
 
 FR_HD float steps_done(const float* counter, float step) { return counter ? *counter : step; }
 
-// The seed of a step of one tensor: every step has one of its own, the same on every rank that is at it. What
-// is no count, such as infinity, is as 0: C++ does not say what it would be as an integer, and processors
-// disagree.
+// The seed of a step of one tensor: every step has its own, the same on every rank that takes the step. What
+// is no count, such as infinity, is taken as 0: C++ does not define its conversion to an integer, and
+// processors disagree.
 FR_HD uint64_t seed_of_step(const Seed& seed, float steps) {
   return mix_seed(seed.get(), steps > 0 && steps < 0x1p63f ? uint64_t(steps) : 0);
 }
 
 struct StepArgs {
   double lr, weight_decay, l1, ema;
-  // The gradient is multiplied with both: 1, or -1 to climb, over the scale of the loss; and what clips it.
-  double grad_factor, clip;
+  double grad_factor;  // 1, or -1 to climb, over the scale of the loss; the gradient is multiplied by it
+  double clip;         // the factor that clips the gradient
   bool proximal, maximize;
   bool stochastic_rounding;  // of bfloat16 parameters and averages
   Seed seed;
@@ -86,7 +87,7 @@ struct Lerp {
   }
 };
 
-// The moving average of the weights; those of a first step are the average.
+// Moves the average of the weights towards w; in its first step the average becomes w.
 template <class V>
 struct Average {
   Lerp<V> lerp;
@@ -100,7 +101,7 @@ struct Average {
     return flush(lerp(average, w));
   }
 };
-// The average of a step.
+// How a step moves the average of a tensor.
 template <class V, class A>
 FR_HD Average<V> average_of(const StepArgs& a, const float* n_averaged) {
   return {A(1 - number_at(a.ema_at, a.ema_wide, a.ema)), n_averaged && *n_averaged == 0};
@@ -113,7 +114,7 @@ FR_HD V l1_pull(V w, V l1) {
   return select(w > zero, l1, select(w < zero, zero - l1, zero));
 }
 
-// sign(w) max(|w| - t, 0) as w less what lies of it in [-t, t]: +0 inside, NaN kept
+// sign(w) max(|w| - t, 0), as w minus w clamped to [-t, t]: +0 where |w| <= t, and a NaN stays.
 template <class V>
 FR_HD V soft_threshold(V w, V t) {
   const V from_below = select(w < V(0) - t, V(0) - t, w);

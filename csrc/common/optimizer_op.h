@@ -39,7 +39,7 @@ inline void take_number(const std::optional<Tensor>& t, double* value, const voi
   *value = value_of(*t);
 #endif
 }
-// The same for those that a kernel takes only as float32.
+// The same for a number that a kernel takes only as float32.
 inline void take_number(const char* op, const char* name, const std::optional<Tensor>& t, double* value,
                         const float** at) {
   const void* where = nullptr;
@@ -182,6 +182,7 @@ void for_each_span(size_t count, Numel numel, Work work) {
   }
 }
 
+// Prefetches the first kAhead bytes of each slot of a tensor.
 inline void fetch_beginning(const StepTensor& t) {
   const int64_t size = with_dtype(t.dtype, [](auto* type) { return int64_t(sizeof *type); });
   const int64_t bytes = std::min(kAhead, t.layout[kParam].numel * size);

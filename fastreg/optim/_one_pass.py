@@ -63,17 +63,15 @@ _AVERAGE = (Column("ema", _copy), Column("n_averaged", zero, is_number=True))
 
 
 class Work(NamedTuple):
-    """The tensors of a parameter group on one device: of DTensors, which `owners` has by their place in the
-    list, the local shards. `state` has one list for each column, `idle` (parameter, average, count) of
-    parameters that have no gradient, `places` where each tensor draws its random numbers, with rounding.
-    """
+    """The tensors of a parameter group on one device; of a DTensor its local shard."""
 
-    owners: dict[int, Any]
+    owners: dict[int, Any]  # the DTensors themselves, by their index in `params`
     params: list[torch.Tensor]
     grads: list[torch.Tensor]
-    state: dict[str, list[torch.Tensor]]
+    state: dict[str, list[torch.Tensor]]  # one list for each column
+    # (parameter, average, count) of each parameter without a gradient
     idle: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    places: list[int]
+    places: list[int]  # with stochastic rounding, the four numbers of each tensor that `rounding_of` takes
 
 
 class Scaling(NamedTuple):
@@ -88,9 +86,10 @@ class Scaling(NamedTuple):
         return Scaling(*(None if value is None else value.to(device) for value in self))
 
 
-# Of the rounding at random. Each step of a parameter draws by this seed, its count of steps, the parameter's
-# number among all of the optimiser's and the element's index in the whole parameter. All of them are alike on
-# ranks that hold replicas or shards, which therefore agree without a message, whatever their generators.
+# The options of stochastic rounding. What an element of a parameter draws in a step depends on this seed, on
+# the parameter's count of steps and number among all of the optimiser's, and on the element's index in the
+# whole parameter. These are the same on all ranks that hold a replica or a shard of it, which therefore agree
+# without a message, whatever their generators.
 ROUNDING: dict[str, Any] = {"stochastic_rounding": False, "rounding_seed": 0}
 
 
@@ -417,7 +416,7 @@ def _place(op: str, param: Any) -> tuple[int, int, int]:
 
 def seed_of(group: dict[str, Any], device: torch.device) -> torch.Tensor | None:
     """The seed of rounding as the operators take it; None without rounding. It lies on the CPU, which needs
-    no copy, but in compiled code.
+    no copy, except in compiled code.
     """
     if not group["stochastic_rounding"]:
         return None
