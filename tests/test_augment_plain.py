@@ -229,6 +229,7 @@ def test_geometry_is_grid_samples(interpolation, padding):
 def test_resizing_is_interpolates(interpolation):
     x = torch.rand(2, 3, 31, 40).double()
     options = {} if interpolation == "nearest" else {"align_corners": False, "antialias": True}
+    # Smaller both ways, larger one way and smaller the other, in both orders, and one pixel.
     for size in ((9, 7), (50, 11), (31, 70), (1, 1)):
         got = reference(AF.resized_crop, x, 2, 3, 27, 30, size, interpolation)
         want = F.interpolate(x[:, :, 2:29, 3:33], size, mode=interpolation, **options)
@@ -254,7 +255,7 @@ def test_blur_is_a_convolution():
 
 
 def test_what_cannot_be_computed_is_nan():
-    """A matrix or a window that is no good makes its sample NaN, 0 in uint8, and leaves the others alone."""
+    """An unusable matrix or window makes its sample NaN, 0 in uint8, and leaves the others alone."""
     good = torch.tensor([[0.9, 0.1, 0.2], [0.0, 1.1, 0.3]]).double()
     for bad in (1e12, float("nan"), float("inf"), 2.0**29):
         m = torch.stack([good, good.clone().fill_(bad)])

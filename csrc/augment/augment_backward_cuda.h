@@ -197,7 +197,8 @@ int backward_of_channels(const AugmentArgs& a, const Scratch<A>& scratch, const 
                      scratch.through_mean, part);
 }
 
-// Of images of T. Sums of 16-bit types are kept in float32 and rounded at the end.
+// Launches the backward pass for images of T. Sums of 16-bit types are kept in float32 and rounded once, at
+// the end.
 template <class T, int C>
 int backward(const AugmentArgs& a, void* stream) {
   using A = typename Accumulate<T>::type;

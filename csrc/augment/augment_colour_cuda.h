@@ -39,7 +39,7 @@ __device__ __forceinline__ void coloured_pixel(const Pass<A>& pass, const Sample
   }
 }
 
-// The rows of brightened grey, summed, of which contrast takes the mean. Pieces as sum_rows has them.
+// Sums the rows of brightened grey, of which contrast takes the mean. Its pieces are those of sum_rows.
 // Bytes per value: the source's, read once.
 template <class P, int C, class A = typename P::A>
 __global__ void __launch_bounds__(kThreads, P::kLoopBlocks) grey_sums(const Pass<A> pass) {
@@ -66,7 +66,7 @@ __device__ __forceinline__ void store_pixel(void* output, int64_t at, int64_t pl
   for (int c = 0; c < C; ++c, to += plane) store_float(p[c], to);
 }
 
-// Of the C channels of an output pixel.
+// Normalises, erases and stores the C channels of an output pixel.
 template <int C, class A>
 __device__ __forceinline__ void emit(const Pass<A>& pass, const Sample<A>& s, int64_t sample, int channel,
                                      int32_t x, int32_t y, A (&p)[C]) {

@@ -11,30 +11,32 @@ namespace fastreg {
 
 // ---- antialiasing
 
-// Pixel i of the shrunken image lies at start + step * i of the source. Where the matrix does nothing but
-// shrink, the shrunken image has the output's pixels and nothing is left to resample.
+// How the image of a sample is shrunk. Along an axis, the centre of pixel i of the shrunken image lies at
+// start + step * i of the source, in units of 2^-32 pixels. Without a rotation or a shear the shrunken image
+// has the pixels of the output, and nothing is left to resample.
 struct Shrink {
   bool on;
   int64_t size[2];  // width, height
   int64_t start[2], step[2];
-  FixedMatrix rest;  // from the output to the shrunken image
+  FixedMatrix rest;  // from the output's pixels to those of the shrunken image
 };
-// Of a matrix that fits. In float64, once a sample.
+// The matrix must fit (fixed_matrix). This is computed in float64, once for each sample.
 FR_HD Shrink shrink_of(const double* m, int64_t in_height, int64_t in_width, int64_t out_height,
                        int64_t out_width, Interpolation interpolation) {
   Shrink s = {};
   if (interpolation == Interpolation::kNearest) return s;
   const int64_t in[2] = {in_width, in_height}, out[2] = {out_width, out_height};
-  const bool straight = m[1] == 0 && m[3] == 0;
+  const bool aligned = m[1] == 0 && m[3] == 0;  // without a rotation or a shear
   double rest[6];
   for (int axis = 0; axis < 2; ++axis) {
+    // How far the source's coordinate moves from one output pixel to the next, across and down; and both.
     const double across = m[3 * axis], down = m[3 * axis + 1],
                  shrinks = std::sqrt(across * across + down * down);
     // torch's cubic has another coefficient with antialias than without, also where nothing shrinks. Bicubic
-    // therefore always filters.
-    s.on = s.on || shrinks > (straight ? (interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
+    // therefore always filters an aligned image.
+    s.on = s.on || shrinks > (aligned ? (interpolation == Interpolation::kBicubic ? 0 : 1) : 2);
     double step, start;
-    if (straight) {
+    if (aligned) {
       s.size[axis] = out[axis];
       step = m[4 * axis];
       start = m[3 * axis + 2];
@@ -65,12 +67,14 @@ FR_HD Shrink shrink_of(const AugmentArgs& a, int64_t sample) {
   return shrink_of(matrix, window.height, window.width, a.out_height, a.out_width, a.interpolation);
 }
 
-// Along one axis: a triangle, or Keys' cubic with a = -0.5, as wide as the step, cut off at the edges of the
-// image and brought to sum 1.
+// The filter along one axis is a triangle, or Keys' cubic with a = -0.5. It is stretched by the step, cut off
+// at the edges of the image, and its weights are divided by their sum. Lengths are in units of 2^-32 source
+// pixels, except n, which is in pixels.
 template <class A>
 struct Filter {
-  int64_t n, start, step, support;
-  A per_unit;  // of the filter's own width, 2^-32 source pixels
+  int64_t n, start, step;
+  int64_t support;  // from the centre to where the filter ends
+  A per_unit;       // turns a distance from the centre into one of the filter that is not stretched
   Interpolation interpolation;
   Padding padding;
 
@@ -82,12 +86,13 @@ struct Filter {
     support = interpolation == Interpolation::kBicubic ? 2 * scale : scale;
     per_unit = A(1) / A(scale);
   }
-  // Source pixels [first, last); none outside of the image, where the padding fills.
+  // Source pixels [first, last). There are none where the centre lies outside of the image and the padding is
+  // zeros or a fill.
   struct Range {
     int32_t first, last;
-    int64_t centre;  // from the left edge of the first pixel of the image
+    int64_t centre;  // of the filter, from the left edge of the image's first pixel
   };
-  // Of those that pixel i of the shrunken image is made of.
+  // The source pixels that pixel i of the shrunken image is made of.
   FR_HD Range range(int64_t i) const {
     int64_t centre = start + step * i + kHalf;
     const int64_t length = n << kFractionBits;
@@ -105,7 +110,7 @@ struct Filter {
                   last = (centre + support + kHalf) >> kFractionBits;
     return {int32_t(first < 0 ? 0 : first), int32_t(last < n ? last : n), centre};
   }
-  // Of source pixel j, before the sum is brought to 1.
+  // The weight of source pixel j, before it is divided by the sum.
   FR_HD A weight(const Range& range, int64_t j) const {
     const int64_t distance = (j << kFractionBits) - range.centre + kHalf;
     const A x = A(distance < 0 ? -distance : distance) * per_unit;
@@ -114,6 +119,7 @@ struct Filter {
            : x < A(2) ? ((A(-0.5) * x + A(2.5)) * x - A(4)) * x + A(2)
                       : A(0);
   }
+  // That sum.
   FR_HD A total(const Range& range) const {
     A sum = 0;
     for (int32_t j = range.first; j < range.last; ++j) sum += weight(range, j);

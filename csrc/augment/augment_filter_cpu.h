@@ -13,10 +13,10 @@ namespace {
 // The filter of every pixel of the shrunken image along one axis.
 template <class A>
 struct Filters {
-  int64_t taps;    // at most
-  int32_t* range;  // [first, last) of the source's pixels
-  A* weight;       // before their sum is brought to 1
-  A* total;        // that sum
+  int64_t taps;    // room for the weights of a pixel
+  int32_t* range;  // [first, last) of the source's pixels, for each pixel
+  A* weight;       // `taps` for each pixel, not divided by their sum
+  A* total;        // that sum, for each pixel
 
   static int64_t most_taps(const Filter<A>& filter) {
     return 2 * ((filter.support + kOne - 1) >> kFractionBits) + 1;
@@ -79,11 +79,12 @@ struct Shrinker {
         columns(memory, filter_of<A>(a, s, 0, source.width), s.size[0]),
         rows(static_cast<char*>(memory) + Filters<A>::bytes(filter_of<A>(a, s, 0, 1), s.size[0]),
              filter_of<A>(a, s, 1, source.height), s.size[1]) {
+    // source_of counts neighbours in memory; here the pixels of a row are pixel_stride apart.
     source.data += window_of(a, sample).left * (pixel_stride - 1);
   }
 
-  // Rows [begin, end) of the shrunken image, to planes of size[1] * size[0]. `line` has room for a row of the
-  // source.
+  // Writes rows [begin, end) of the shrunken image to planes of size[1] * size[0]. `line` has room for a row
+  // of the source.
   void make_rows(int64_t begin, int64_t end, A* out, A* line) const {
     const int64_t width = s.size[0];
     for (int64_t c = 0; c < a.channels; ++c)
@@ -119,6 +120,7 @@ struct Shrinker {
   }
 
  private:
+  // line[x] = the weighted sum of column x of the source over rows [first, last).
   void column_sums(const T* plane, int32_t first, int32_t last, const A* weight, A* line) const {
     for (int32_t i = first; i < last; ++i) {
       const T* from = plane + i * source.row_stride;
@@ -139,7 +141,8 @@ struct Shrinker {
 
 // ---- blur
 
-// The weighted sum of `count` lines, kCount of them if that is not 0.
+// The weighted sum of `count` lines. A kCount that is not 0 is that number, known to the compiler, which then
+// keeps pointers and weights in registers.
 template <int kCount, class A>
 void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t n, A* out) {
   using V = Vec<A>;
@@ -168,20 +171,20 @@ void weighted_sum(const A* const* line, const A* weight, int64_t count, int64_t 
 // `pitch` apart, with room for the blur's reflected pixels between them, and before the first.
 struct RowsLayout {
   int64_t pitch, margin, row_values;
-  int64_t batch;  // rows that are made before the first of them is blurred
-  int64_t slots;  // of the ring
+  int64_t at_once;  // rows that are made before the first of them is blurred
+  int64_t ring_rows;
 
   explicit RowsLayout(const AugmentArgs& a) {
     pitch = padded_width(a.out_width + (a.blur ? a.blur_width - 1 : 0));
     margin = a.blur ? padded_width(a.blur_width / 2) : 0;
     row_values = a.channels * pitch;
-    // A load that takes parts of two stores waits for both. Narrow rows must hence not be blurred sideways
-    // right after they were written.
-    batch = most(int64_t(1), 256 / padded_width(a.out_width));
-    slots = a.blur_height + batch - 1;
+    // A load of what two stores wrote waits until both have reached the cache. Therefore narrow rows must not
+    // be blurred sideways right after they were written.
+    at_once = most(int64_t(1), 256 / padded_width(a.out_width));
+    ring_rows = a.blur_height + at_once - 1;
   }
-  int64_t ring() const { return margin + batch * row_values; }
-  int64_t weights() const { return ring() + slots * row_values + kPad; }
+  int64_t ring() const { return margin + at_once * row_values; }
+  int64_t weights() const { return ring() + ring_rows * row_values + kPad; }
   int64_t lines_bytes(const AugmentArgs& a) const {  // before the pointers to lines
     return (weights() + a.blur_width + a.blur_height) * accumulated_bytes(a) / 8 * 8 + 8;
   }
@@ -191,8 +194,8 @@ struct RowsLayout {
   }
 };
 
-// Blurs the rows of a sample, which are made when they are wanted first. The ring holds those that the next
-// output row may want, blurred sideways: row y in slot y mod its size.
+// Blurs the rows of a sample, which are made when they are first wanted. The ring holds those that the next
+// output row may want, blurred sideways: row y is its row y mod ring_rows.
 template <class A>
 struct BlurredRows {
   using V = Vec<A>;
@@ -200,9 +203,10 @@ struct BlurredRows {
   RowsLayout layout;
   int64_t radius, end;
   int64_t next;    // the row that is made next
-  int64_t values;  // of a row: all channels at once
-  A *row, *ring, *weight;
-  const A** line;
+  int64_t values;  // of a row, all channels and the room between them
+  A* row;          // first the rows that are made at once, then the result
+  A *ring, *weight;
+  const A** line;  // what weighted_sum adds up
 
   // For rows [begin, end), in `memory` of layout.bytes.
   BlurredRows(const AugmentArgs& a, int64_t sample, int64_t begin, int64_t end, void* memory)
@@ -220,8 +224,8 @@ struct BlurredRows {
   // Row y, blurred; rows are asked for in order. make(y, row) makes one before the blur.
   template <class F>
   A* blurred(int64_t y, F make) {
-    while (next <= least(y + radius, a.out_height - 1)) add_batch(make);
-    for (int64_t k = 0; k < a.blur_height; ++k) line[k] = slot(mirrored(y + k - radius, a.out_height));
+    while (next <= least(y + radius, a.out_height - 1)) add_rows(make);
+    for (int64_t k = 0; k < a.blur_height; ++k) line[k] = in_ring(mirrored(y + k - radius, a.out_height));
     weighted_sum(line, weight + a.blur_width, a.blur_height, values, row);
     if (quantises(a))
       for (int64_t x = 0; x < values; x += V::kLanes) store(row + x, quantised(load(row + x), V(A(255))));
@@ -229,12 +233,13 @@ struct BlurredRows {
   }
 
  private:
-  A* slot(int64_t y) const { return ring + y % layout.slots * layout.row_values; }
+  A* in_ring(int64_t y) const { return ring + y % layout.ring_rows * layout.row_values; }
 
+  // Makes the next rows, reflects their ends, and blurs them sideways into the ring.
   template <class F>
-  void add_batch(F make) {
+  void add_rows(F make) {
     const int64_t first = next, n = a.out_width, width = a.blur_width;
-    const int64_t last = least(least(next + layout.batch, a.out_height), end + radius);
+    const int64_t last = least(least(next + layout.at_once, a.out_height), end + radius);
     for (; next < last; ++next) make(next, row + (next - first) * layout.row_values);
     for (int64_t c = 0; c < (last - first) * a.channels; ++c) {
       A* across = row + c * layout.pitch;
@@ -245,7 +250,7 @@ struct BlurredRows {
     }
     for (int64_t y = first; y < last; ++y) {
       for (int64_t k = 0; k < width; ++k) line[k] = row + (y - first) * layout.row_values + k - width / 2;
-      weighted_sum(line, weight, width, values, slot(y));
+      weighted_sum(line, weight, width, values, in_ring(y));
     }
   }
 };

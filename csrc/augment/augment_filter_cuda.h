@@ -10,21 +10,21 @@
 namespace fastreg {
 inline namespace augment_kernels {
 
-constexpr int kTileSide = 32;       // pixels along both sides
-constexpr int kRowTileWidth = 128;  // where only rows are blurred
-constexpr int kTileBlur = 13;       // the largest kernel that is blurred along both sides in a tile
-constexpr int64_t kTileBytes = 96 << 10;
+constexpr int kTileSide = 32;             // pixels along both sides of a tile that is blurred along both
+constexpr int kRowTileWidth = 128;        // of a tile that is blurred along x only
+constexpr int kTileBlur = 13;             // the largest kernel that is blurred along both sides in a tile
+constexpr int64_t kTileBytes = 96 << 10;  // of shared memory, at most
 
 struct BlurTile {
   int width, height;
   bool down;  // blur along y too
 };
-// Of shared memory: weights, pixels, and pixels blurred along x.
+// How many values a tile holds in shared memory: weights, pixels, and pixels blurred along x.
 inline int64_t tile_values(const BlurTile& tile, int64_t blur_width, int64_t blur_height, int channels) {
   const int64_t columns = tile.width + blur_width - 1, rows = tile.height + (tile.down ? blur_height - 1 : 0);
   return channels * rows * (columns + (tile.down ? tile.width : 0)) + blur_width + blur_height;
 }
-// The tile that shared memory has room for; of height 0 if there is none.
+// The tile that shared memory has room for. Its height is 0 where there is no room for any.
 inline BlurTile tile_of(const AugmentArgs& a, int64_t value_bytes) {
   const int channels = a.channels == 3 ? 3 : 1;
   const int64_t shared = int64_t(most_shared()) - 4096, most = shared < kTileBytes ? shared : kTileBytes;
@@ -49,7 +49,7 @@ __device__ __forceinline__ void for_each_in(int rows, int columns, F f) {
   }
 }
 
-// The weights of a sample's blur from `first` on, to shared memory.
+// Copies the weights of a sample's blur from `first` on to shared memory.
 template <class A>
 __device__ __forceinline__ void load_weights(const AugmentArgs& a, int64_t sample, int64_t first,
                                              int64_t count, A* weight) {
@@ -57,8 +57,9 @@ __device__ __forceinline__ void load_weights(const AugmentArgs& a, int64_t sampl
   for (int64_t k = threadIdx.x; k < count; k += kThreads) weight[k] = A(from[k]);
 }
 
-// Pixels of a tile and of what surrounds it by half a kernel, blurred along x, then along y; or along x only,
-// to pass.blurred. Bytes per value: the source's, and the output's or those of pass.blurred.
+// Makes the pixels of a tile and of what surrounds it by half a kernel, blurs them along x, then along y. A
+// tile that is not blurred `down` goes to pass.blurred after x. Bytes per value: the source's, and the
+// output's or those of pass.blurred.
 template <class P, int C, class A = typename P::A>
 __global__ void __launch_bounds__(kThreads, P::kLoopBlocks)
     augment_tiles(const Pass<A> pass, const BlurTile tile) {
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(kThreads, P::kLoopBlocks)
   }
 }
 
-// The second half of a large kernel's blur. Bytes per value: those of pass.blurred, once from memory, and the
-// output's.
+// Blurs along y what augment_tiles has blurred along x. Bytes per value: those of pass.blurred, once from
+// memory, and the output's.
 template <class A>
 __global__ void __launch_bounds__(kThreads) blur_down(const Pass<A> pass) {
   __shared__ Sample<A> s;

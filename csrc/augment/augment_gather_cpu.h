@@ -1,4 +1,4 @@
-// Vectors of neighbours for the resampling on the CPU: whole numbers and positions in the lanes of a vector,
+// Vectors of neighbours for resampling on the CPU: whole numbers and coordinates in the lanes of a vector,
 // and the pixels found there, by gathers or from rows held in registers. Part of augment_cpu.cpp, compiled
 // once per instruction set.
 #pragma once
@@ -69,17 +69,17 @@ FR_INLINE typename V::Mask both(const typename V::Mask& a, const typename V::Mas
   return c;
 }
 
-// ---- positions
+// ---- coordinates
 
-// The positions base + j * step of neighbouring output pixels j, as whole parts and fractions.
+// The coordinates base + j * step of neighbouring output pixels j, as whole parts and fractions.
 template <class A>
-struct LanePositions {
+struct LaneCoordinates {
   static constexpr int kLanes = Vec<A>::kLanes, kParts = Vec<A>::kParts, kI64Lanes = FR_VECTOR_BYTES / 8;
   typedef uint32_t Low __attribute__((vector_size(4 * Vec<A>::kPartLanes)));
   Ints<A> whole;
   Low low[kParts];
 
-  FR_INLINE LanePositions(const int64_t* steps, int64_t base) {  // steps[j] = j * step
+  FR_INLINE LaneCoordinates(const int64_t* steps, int64_t base) {  // steps[j] = j * step
     for (int i = 0; i < kParts; ++i) {
       if constexpr (sizeof(A) == 4) {
         I64Part a, b;
@@ -166,6 +166,7 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
                             Vec<A>& right) {
   [[maybe_unused]] typedef typename Vec<A>::Part Part;
 #if defined(__AVX512F__)
+  // A pair of floats is 64 bits, so two gathers have all pairs of a vector.
   if constexpr (std::is_same_v<T, float>) {
     const __m512i at = (__m512i)index.part[0];
     const __m512i low = _mm512_i32gather_epi64(_mm512_castsi512_si256(at), plane, 4);
@@ -175,6 +176,7 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
     right.part[0] = (Part)_mm512_permutex2var_epi32(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high);
     return;
   }
+  // A pair of narrower values is part of 32 bits, of which one gather has a vector.
   if constexpr (sizeof(T) <= 2)
     if (count * int64_t(sizeof(T)) >= 4) {
       const __m512i at = (__m512i)index.part[0];
@@ -188,6 +190,7 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
       return;
     }
 #elif defined(__AVX2__)
+  // The same with the two halves of a vector.
   if constexpr (std::is_same_v<T, float>) {
     for (int i = 0; i < 2; ++i) {
       const __m256i at = (__m256i)index.part[i];
@@ -218,6 +221,7 @@ FR_INLINE void gather_pairs(const T* plane, const Ints<A>& index, int64_t count,
       return;
     }
 #endif
+  // Any other type and instruction set, one lane after the other.
   (void)count;
   int32_t at_lane[Vec<A>::kLanes];
   memcpy(at_lane, index.part, sizeof at_lane);

@@ -1,8 +1,8 @@
 // The geometry of augmentation: where an output pixel lies in the source, and what the source is there. The
 // arithmetic of one pixel, the same on both devices.
 //
-// Positions are 64-bit integers in units of 2^-32 pixels. They are exact under addition, so that they are the
-// same on every device. They are also far finer than float32's, whose last bit at pixel 224 alone moves a
+// Coordinates are 64-bit integers in units of 2^-32 pixels. They are exact under addition, so that they are
+// the same on every device. They are also far finer than float32's, whose last bit at pixel 224 moves a
 // result by 1e-5.
 #pragma once
 #include "augment_math.h"
@@ -13,7 +13,7 @@ namespace fastreg {
 
 constexpr int kFractionBits = 32;
 constexpr int64_t kOne = int64_t(1) << kFractionBits, kHalf = kOne / 2;
-constexpr int kFarthest = 30;  // a position of 2^30 pixels or more is an error
+constexpr int kFarthest = 30;  // a coordinate of 2^30 pixels or more is an error
 
 FR_HD uint64_t double_bits(double x) {
   uint64_t u;
@@ -36,12 +36,12 @@ FR_HD int64_t to_fixed(double x) {
                                            : 0;
   return bits >> 63 ? -int64_t(magnitude) : int64_t(magnitude);
 }
-FR_HD int32_t whole_part(int64_t position) { return int32_t(position >> kFractionBits); }
+FR_HD int32_t whole_part(int64_t coordinate) { return int32_t(coordinate >> kFractionBits); }
 // For float32 the 24 leading bits, which it holds exactly.
-FR_HD void fraction_of(int64_t position, float* out) {
-  *out = float(int32_t(uint32_t(position) >> 8)) * 0x1p-24f;
+FR_HD void fraction_of(int64_t coordinate, float* out) {
+  *out = float(int32_t(uint32_t(coordinate) >> 8)) * 0x1p-24f;
 }
-FR_HD void fraction_of(int64_t position, double* out) { *out = double(uint32_t(position)) * 0x1p-32; }
+FR_HD void fraction_of(int64_t coordinate, double* out) { *out = double(uint32_t(coordinate)) * 0x1p-32; }
 
 // ---- matrices
 
@@ -58,8 +58,8 @@ struct FixedMatrix {
 // One coefficient of a matrix; one that does not fit becomes too large for within_reach.
 FR_HD int64_t fixed_coefficient(double x) { return fits_fixed(x) ? to_fixed(x) : INT64_MAX; }
 // False where some output pixel lies too far away, or nowhere at all. A row counts as 16 pixels at least,
-// because the CPU makes 16 at a time: the positions beyond the end of a narrow row would wrap around and seem
-// to lie inside.
+// because the CPU makes 16 at a time: the coordinates beyond the end of a narrow row would wrap around and
+// seem to lie inside.
 FR_HD bool within_reach(const FixedMatrix& matrix, int64_t out_height, int64_t out_width) {
   const float width = float(out_width < 16 ? 16 : out_width), height = float(out_height);
   const auto size = [](int64_t x) { return float(x < 0 ? -x : x) * 0x1p-32f; };
@@ -98,8 +98,9 @@ FR_HD V nearest_whole(V x, V big) {  // big: 2^23 for float32, 2^52 for float64,
 constexpr int kFineBits = 40, kFineLimit = 21;
 FR_HD int64_t fine_coefficient(double x) { return fits_fixed(x) ? to_fixed<kFineBits>(x) : 0; }
 // The nearest pixel by the arithmetic of torch's grid_sample on the grid of torchvision's affine, both in the
-// precision of the pixels: positions are in halves of the source's side, from its middle. Of two pixels that
-// are equally near, or nearly so, their rounding decides. It is off where output pixels are source pixels.
+// precision of the pixels: coordinates are in halves of the source's side, from its middle. Of two pixels
+// that are equally near, or nearly so, their rounding decides. It is off where output pixels are source
+// pixels.
 template <class A>
 struct NearestGrid {
   static constexpr A kBig = A(sizeof(A) == 8 ? 0x1p52 : 0x1p23), kFar = A(0x1p30);
@@ -135,13 +136,13 @@ struct NearestGrid {
     const V pixel = nearest_whole((u + V(1)) * V(half[axis]) - V(A(0.5f)), V(kBig));
     return minimum(V(kFar), maximum(V(-kFar), pixel));
   }
-  // As a position of no fraction.
+  // The centre of that pixel.
   FR_HD SourcePoint at(int64_t x, int64_t y) const {
     SourcePoint found = {};
     FR_ROLLED
     for (int axis = 0; axis < 2; ++axis) {
-      const int64_t position = int64_t(nearest(axis, A(x) - middle[0], A(y) - middle[1])) * kOne;
-      axis ? found.v = position : found.u = position;
+      const int64_t pixel = int64_t(nearest(axis, A(x) - middle[0], A(y) - middle[1])) * kOne;
+      axis ? found.v = pixel : found.u = pixel;
     }
     return found;
   }
@@ -208,8 +209,8 @@ FR_HD V filled(V value, V inside, V fill) {
 
 // ---- taps: one pixel as a weighted sum, whatever the interpolation
 
-// The pixels along one axis that a position takes its value from, and their weights. Each is computed when it
-// is asked for: on a GPU an array that is not indexed by constants lies in memory.
+// The pixels along one axis that a coordinate takes its value from, and their weights. Each is computed when
+// it is asked for: on a GPU an array that is not indexed by constants lies in memory.
 template <class A>
 struct Taps {
   int count;
@@ -217,11 +218,11 @@ struct Taps {
   Padding padding;
   A t;
 
-  FR_HD Taps(int64_t position, int64_t n, Interpolation interpolation, Padding padding)
+  FR_HD Taps(int64_t coordinate, int64_t n, Interpolation interpolation, Padding padding)
       : n(int32_t(n)), padding(padding) {
     count = interpolation == Interpolation::kNearest ? 1 : interpolation == Interpolation::kBilinear ? 2 : 4;
-    first = whole_part(position) - (count == 4);
-    fraction_of(position, &t);
+    first = whole_part(coordinate) - (count == 4);
+    fraction_of(coordinate, &t);
   }
   FR_HD int32_t pixel(int i) const { return padded(first + i, n, padding); }  // -1: none
   FR_HD A weight(int i) const {

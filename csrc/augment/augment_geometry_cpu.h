@@ -115,7 +115,7 @@ struct Resampler {
 
   // ---- bilinear
 
-  // The position of the last lane of a vector that starts here.
+  // The source point of the last lane of a vector that starts here.
   FR_INLINE SourcePoint last_of(SourcePoint at) const {
     return {at.u + (kLanes - 1) * matrix.m[0], at.v + (kLanes - 1) * matrix.m[3]};
   }
@@ -123,7 +123,7 @@ struct Resampler {
     at.u += kLanes * matrix.m[0];
     at.v += kLanes * matrix.m[3];
   }
-  // Whether all neighbours of the vector that starts here lie inside. As unsigned, a negative position is
+  // Whether all neighbours of the vector that starts here lie inside. As unsigned, a negative coordinate is
   // beyond any limit.
   FR_INLINE bool is_inside(SourcePoint at) const {
     const uint64_t limit_u = uint64_t(source.width - 1) << kFractionBits,
@@ -141,7 +141,7 @@ struct Resampler {
         bilinear_edge(at, x, out, pitch);
         continue;
       }
-      const LanePositions<A> u(step_u, at.u), v(step_v, at.v);
+      const LaneCoordinates<A> u(step_u, at.u), v(step_v, at.v);
       const Ints<A> index = v.whole * Ints<A>(int32_t(row_stride)) + u.whole;
       const V t = u.fraction(), s = v.fraction();
       for (int64_t c = 0; c < source.channels; ++c) {
@@ -182,7 +182,7 @@ struct Resampler {
     for (int c = 0; c < kChannels; ++c) plane[c] = source.plane(c) + column;
     const int64_t begin = most(-column, int64_t(0)), end = least(width - column, int64_t(kLookupColumns));
     const uint32_t inside = uint32_t((uint64_t(1) << end) - (uint64_t(1) << begin));
-    const LanePositions<A> u(step_u, at.u), v(step_v, at.v);
+    const LaneCoordinates<A> u(step_u, at.u), v(step_v, at.v);
     Ints<A> left = u.whole, right = left + Ints<A>(1);
     if (kClamps) {
       const Ints<A> first(0), last(int32_t(width - 1));
@@ -230,7 +230,8 @@ struct Resampler {
   }
 #endif
 
-  // Of pixel numbers along one axis: the pixels that stand for them, and which of them are there at all.
+  // What the padding makes of pixel numbers along one axis: the pixels that stand for them, and which of them
+  // are there at all.
   struct Found {
     Ints<A> pixel;
     typename V::Mask there;
@@ -259,7 +260,7 @@ struct Resampler {
       return;
     }
     const int32_t height = int32_t(source.height), width = int32_t(source.width);
-    const LanePositions<A> u(step_u, at.u), v(step_v, at.v);
+    const LaneCoordinates<A> u(step_u, at.u), v(step_v, at.v);
     const Ints<A> one(1), stride(int32_t(source.row_stride));
     const Found left = find(u.whole, width), right = find(u.whole + one, width);
     const Found top = find(v.whole, height), bottom = find(v.whole + one, height);

@@ -8,7 +8,7 @@ inline namespace augment_kernels {
 
 // ---- the pixels that are resampled
 
-// Of an image of T ...
+// The pixels of an image of T.
 template <class T>
 struct Image {
   using A = typename Accumulate<T>::type;
@@ -45,8 +45,8 @@ struct Image {
   }
 };
 
-// ... or of the shrunken image where the sample shrinks, and of the image itself where it does not. The image
-// may have any type; the pixels of a shrunken image are made anew each time.
+// The pixels of the shrunken image where the sample shrinks, and of the image itself where it does not. The
+// image may have any type; the pixels of a shrunken image are made each time that they are asked for.
 template <class Accumulated>
 struct Shrunken {
   using A = Accumulated;

@@ -3,7 +3,7 @@
 // both devices. Of output pixel (x, y) of a sample:
 //
 //   geometry (augment_geometry.h)
-//     position    (u, v) = M (x, y, 1), M the sample's inverse matrix, in pixels from the first one's centre
+//     source      (u, v) = M (x, y, 1), M the sample's inverse matrix, in pixels from the first one's centre
 //     resampling  the image at (u, v): nearest, bilinear, or bicubic with a = -0.75 (Keys 1981)
 //   colour (augment_colour.h); grey = 0.2989 r + 0.587 g + 0.114 b
 //     brightness  p <- clamp(f p)

@@ -15,7 +15,7 @@ sample, in this order:
 
 Pixels lie in [0, 1], or in [0, 255] for uint8. Arithmetic is float32 (float64 for float64) and is rounded
 once, at the end; only where the result is uint8 each step rounds, as torchvision's step of the same name.
-Nothing waits for the device: a sample whose matrix or window is no good becomes NaN, or 0 in uint8, as on a
+Nothing waits for the device: a sample whose matrix or window is unusable becomes NaN, or 0 in uint8, as on a
 GPU.
 
 One result differs from the kernels': with antialias, a pixel that is not finite spoils its whole line and
@@ -39,8 +39,8 @@ INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)  # in the or
 PADDINGS: tuple[Padding, ...] = get_args(Padding)
 
 _FRACTION = 0xFFFFFFFF
-_ONE = 1 << 32  # a pixel, in the units of positions
-_FARTHEST = 2.0**30  # positions of that many pixels and more are an error
+_ONE = 1 << 32  # a pixel, in the units of coordinates
+_FARTHEST = 2.0**30  # coordinates of that many pixels and more are an error
 # torchvision's way from [0, 1] to bytes: the last 256th is 255. In float32, as the kernels have it.
 _STRETCH = (torch.tensor(255.999, dtype=torch.float32, device="cpu") / 255).item()
 
@@ -67,12 +67,12 @@ def _pad(i: Tensor, n: Tensor, padding: int) -> tuple[Tensor, Tensor]:
     return pixel, there
 
 
-def _taps(position: Tensor, n: Tensor, interpolation: int, padding: int, dtype: torch.dtype) -> list:
-    """The (pixel, whether it is there, weight) along one axis that a position takes its value from.
+def _taps(coordinate: Tensor, n: Tensor, interpolation: int, padding: int, dtype: torch.dtype) -> list:
+    """The (pixel, whether it is there, weight) along one axis that a coordinate takes its value from.
 
-    Positions are int64 in units of 2^-32 pixels, exact under addition, so that they are the kernels'.
+    Coordinates are int64 in units of 2^-32 pixels, exact under addition, so that they are the kernels'.
     """
-    whole, t = position >> 32, (position & _FRACTION).to(dtype) * 2.0**-32
+    whole, t = coordinate >> 32, (coordinate & _FRACTION).to(dtype) * 2.0**-32
     if INTERPOLATIONS[interpolation] == "nearest":
         taps = [(whole, torch.ones_like(t))]
     elif INTERPOLATIONS[interpolation] == "bilinear":
@@ -87,7 +87,7 @@ def _taps(position: Tensor, n: Tensor, interpolation: int, padding: int, dtype: 
 
 def _nearest(matrices: Tensor, windows: Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """(2, B, *size) int64: the nearest pixel along x and y, by the arithmetic of torch's grid_sample on the
-    grid of torchvision's affine, both in `dtype`: positions are in halves of the source's side, from its
+    grid of torchvision's affine, both in `dtype`: coordinates are in halves of the source's side, from its
     middle. Of two pixels that are equally near, or nearly so, their rounding decides.
     """
     n = windows[:, 2:].flip(1).to(matrices.dtype)
@@ -108,7 +108,7 @@ def nearest_pixel(grid: Tensor, half: Tensor | float) -> Tensor:
 
 
 def _resample(images, matrices, windows, fill, size, interpolation, padding) -> Tensor:
-    """(B, C, *size): windows (top, left, height, width) of the images at the matrices' positions.
+    """(B, C, *size): windows (top, left, height, width) of the images at the matrices' source points.
 
     A neighbour of weight 0 is not read, so that a NaN stays where it is when whole pixels move.
     """

@@ -31,13 +31,15 @@ OPERATIONS = (
 SIGNED = 9  # those from the second to this one have a sign
 GEOMETRIC = range(1, 6)
 _DRAWN = len(OPERATIONS) - 1
-_GREY_WORD, _FIRST_WORDS = 44, 48  # of the draws of a sample; others before are of other steps
+# The numbers of a sample's Philox draws: one for grey, and from the second on one for each round.
+# csrc/augment/augment_draw.h takes those before them.
+_GREY_DRAW, _FIRST_ROUND_DRAW = 44, 48
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What samples draw from: `rounds` operations one after the other; of `bins` strengths number
-    `magnitude`, or any where that is None.
+    """What samples draw from. A sample draws `rounds` operations, which follow one another. Each has `bins`
+    strengths, of which number `magnitude` is taken; where that is None one is drawn.
     """
 
     rounds: int
@@ -47,16 +49,19 @@ class Policy:
     fill: float | tuple[float, ...] | None = None
 
     def strengths(self, height: int, width: int) -> Tensor:
-        """(operations, bins) float64: the strengths that an operation has, without a sign, as torchvision's
-        tables have them, in float32.
+        """(operations, bins) float64: the strengths of each operation, without a sign. They are computed in
+        float32, as torchvision's tables are.
+
+        A strength is a slope of shears, pixels of translations, degrees of a rotation, a factor less 1 of
+        tones, the bits that posterize keeps, and solarize's threshold as a share of white.
         """
         wide = self.magnitude is None  # TrivialAugmentWide
         far = (32.0, 32.0) if wide else (150.0 / 331.0 * width, 150.0 / 331.0 * height)
-        shear, turn, tone, kept = (0.99, 135.0, 0.99, 6) if wide else (0.3, 30.0, 0.9, 4)
+        shear, turn, tone, lost_bits = (0.99, 135.0, 0.99, 6) if wide else (0.3, 30.0, 0.9, 4)
         ends = [0.0, shear, shear, *far, turn, tone, tone, tone, tone]
         single: Any = {"dtype": torch.float32}  # whatever torch's default dtype is
         rows = [torch.linspace(0.0, end, self.bins, **single) for end in ends]
-        bits = 8 - (torch.arange(self.bins, **single) / ((self.bins - 1) / kept)).round()
+        bits = 8 - (torch.arange(self.bins, **single) / ((self.bins - 1) / lost_bits)).round()
         nothing = torch.zeros(self.bins, **single)
         rows += [bits, torch.linspace(1.0, 0.0, self.bins, **single), nothing, nothing]
         return torch.stack([row.double() for row in rows])
@@ -79,9 +84,13 @@ def checked_policy(
 
 
 def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """(operations (B, rounds) int64, magnitudes (B, rounds)) of the samples of these global indices."""
+    """(operations (B, rounds) int64, magnitudes (B, rounds)) of the samples of these global indices.
+
+    Of the four words of a round's draw, the first chooses the operation, the second the strength, the third
+    the sign. A word times n over 2^32 is a number below n.
+    """
     device = index.device
-    rounds = _FIRST_WORDS + torch.arange(policy.rounds, device=device)
+    rounds = _FIRST_ROUND_DRAW + torch.arange(policy.rounds, device=device)
     words = sample_words(seed.reshape(()).to(device), index[:, None], rounds)
     operations = words[..., 0] * _DRAWN >> 32
     strengths = policy.strengths(height, width).to(device, number_dtype(device))
@@ -95,14 +104,17 @@ def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -
 
 def draw_grey(chance: float, seed: Tensor, index: Tensor) -> Tensor:
     """(B,) 1 for samples that become grey, else 0."""
-    draw = torch.full((), _GREY_WORD, dtype=torch.int64, device=index.device)
+    draw = torch.full((), _GREY_DRAW, dtype=torch.int64, device=index.device)
     words = sample_words(seed.reshape(()).to(index.device), index, draw)
     return (words[..., 0] < chance * 2.0**32).to(number_dtype(index.device))
 
 
 def matrices_of(operations: Tensor, magnitudes: Tensor, height: int, width: int) -> Tensor:
-    """(B, 2, 3) of one round; of operations that move nothing, the identity. Shears leave the upper left
-    corner where it is, as torchvision's.
+    """(B, 2, 3), the matrices of one round; of operations that move nothing, the identity. Shears leave the
+    upper left corner where it is, as torchvision's: it lies half a pixel from the first pixel's centre, from
+    which coordinates count.
+
+    A sample has one operation, so that only one of the parts below is not 0.
     """
     zero = torch.zeros_like(magnitudes)
 
@@ -131,6 +143,7 @@ def steps_of(params: Params, height: int, width: int) -> list[Geometry]:
 
 
 def _geometric(images: Tensor, operations: Tensor, magnitudes: Tensor, params: Params) -> Tensor:
+    """The operations that move pixels, in one resampling."""
     padding, fill = policy_outside(params.settings)
     return _op.augment_batch(
         "augment", images, matrices=matrices_of(operations, magnitudes, *images.shape[2:]),
@@ -139,6 +152,7 @@ def _geometric(images: Tensor, operations: Tensor, magnitudes: Tensor, params: P
 
 
 def _factor(step: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """The operation that is a colour step of the fused pass, with a factor of 1 + strength."""
     return lambda images, strength: _op.augment_batch("augment", images, **_op.factors({step: 1 + strength}))
 
 
@@ -194,18 +208,20 @@ def _from_static(operations, magnitudes, interpolation: int, has_fill: bool, fil
 
 
 def _own(result: Tensor, given: Tensor) -> Tensor:
-    """What an operator gives: torch forbids that it is one of those given, which identity would do."""
+    """The result of an operator in memory of its own: torch forbids an operator to return its input, which
+    the identity would do.
+    """
     shared = result.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
     return result.clone() if shared else result
 
 
 def _operator(images: Tensor, *given: Any) -> Tensor:
-    return _own(_operated(images, _from_static(*given)), images)
+    return _own(_all_rounds(images, _from_static(*given)), images)
 
 
 def _operator_backward(grad: Tensor, images: Tensor, *given: Any) -> Tensor:
-    # Whatever calls an operator from below autograd, FlopCounterMode for example, has switched off what
-    # autograd is made of.
+    # What calls an operator from below autograd, FlopCounterMode for example, has switched autograd off. Here
+    # it is switched on again.
     key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
     views, autograd = keys(key.ADInplaceOrView), keys(key.AutogradFunctionality)
     include = torch._C._dispatch_tls_local_include_set() | views
@@ -215,7 +231,7 @@ def _operator_backward(grad: Tensor, images: Tensor, *given: Any) -> Tensor:
         torch.enable_grad(),
     ):
         leaf = images.detach().requires_grad_()
-        output = _operated(leaf, _from_static(*given))
+        output = _all_rounds(leaf, _from_static(*given))
         (gradient,) = torch.autograd.grad(output, leaf, grad)
     return _own(gradient, grad)
 
@@ -255,7 +271,7 @@ class _Policy(torch.autograd.Function):
 def operated(images: Tensor, params: Params) -> Tensor:
     """Images (B, C, H, W) after the operations that their samples drew."""
     if not torch.compiler.is_compiling():
-        return _operated(images, params)
+        return _all_rounds(images, params)
     given = (images, params.operations, params.magnitudes, *_static(params))
     if images.requires_grad and torch.is_grad_enabled():
         result: Tensor = _Policy.apply(*given)
@@ -263,7 +279,7 @@ def operated(images: Tensor, params: Params) -> Tensor:
     return torch.ops.fastreg.augment_policy(*given)
 
 
-def _operated(images: Tensor, params: Params) -> Tensor:
+def _all_rounds(images: Tensor, params: Params) -> Tensor:
     """Images (B, C, H, W) after the operations that their samples drew. On a GPU this waits for the draw, to
     know which operation gets which samples.
     """
@@ -274,29 +290,32 @@ def _operated(images: Tensor, params: Params) -> Tensor:
     magnitudes = magnitudes.to(number_dtype(images.device))
     result = images
     for i in range(operations.shape[1]):
-        result = _round(result, operations[:, i], magnitudes[:, i], params)
+        result = _one_round(result, operations[:, i], magnitudes[:, i], params)
     return images.clone() if result is images else result
 
 
-def _round(images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
+def _one_round(images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
     """One operation of each sample. Samples of one operation are brought together, and all are brought back
-    at the end, by two copies of the batch: copying each group to its places would go byte by byte.
+    at the end, by two copies of the batch. Copying those of each operation to their places would go byte by
+    byte.
     """
-    groups = _groups(operations)
-    if len(groups) < 2:
-        return next((_part(name, images, operations, strengths, params) for name in groups), images)
-    at = torch.tensor([i for samples in groups.values() for i in samples], device=images.device)
-    counts = [len(samples) for samples in groups.values()]
+    samples_of = _samples_by_operation(operations)
+    if len(samples_of) < 2:
+        return next((_part(name, images, operations, strengths, params) for name in samples_of), images)
+    at = torch.tensor([i for samples in samples_of.values() for i in samples], device=images.device)
+    counts = [len(samples) for samples in samples_of.values()]
     given = (whole.split(counts) for whole in (picked(images, at), operations[at], strengths[at]))
     parts = [
         _part(name, pixels, numbers, strength, params)
-        for name, pixels, numbers, strength in zip(groups, *given, strict=True)
+        for name, pixels, numbers, strength in zip(samples_of, *given, strict=True)
     ]
     return _tones.laid_out(picked(torch.cat(parts), at.argsort()), images)
 
 
 def _part(name: str, images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
-    """Images that all drew the same operation, or one that moves pixels."""
+    """The result for images that all drew the operation of that name, or, of "moved", one that moves
+    pixels.
+    """
     if name == "Identity":
         return images
     if name in _TONES:
@@ -304,10 +323,12 @@ def _part(name: str, images: Tensor, operations: Tensor, strengths: Tensor, para
     return _geometric(images, operations, strengths, params)
 
 
-def _groups(operations: Tensor) -> dict[str, list[int]]:
-    """Which samples of a round go together: those of one operation, or all that the fused pass moves."""
-    groups: dict[str, list[int]] = {}
+def _samples_by_operation(operations: Tensor) -> dict[str, list[int]]:
+    """The samples that go together in a round: by the name of their operation, or, as "moved", all whose
+    pixels the fused pass moves.
+    """
+    samples_of: dict[str, list[int]] = {}
     for sample, number in enumerate(operations.tolist()):
         name = "moved" if number in GEOMETRIC else OPERATIONS[number]
-        groups.setdefault(name, []).append(sample)
-    return groups
+        samples_of.setdefault(name, []).append(sample)
+    return samples_of
