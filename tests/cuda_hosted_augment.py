@@ -62,6 +62,7 @@ def check(cuda):
     in_order = os.environ.get("CUDAHOST_ORDER", "forward") == "forward"
     layouts = ("contiguous", "last", "part") if in_order else ("contiguous",)
     dtypes = (*DTYPES, torch.uint8) if in_order else (torch.float32, torch.uint8)
+    # Forward and backward with every padding and interpolation, and each stage on and off.
     for dtype, channels, layout in itertools.product(dtypes, (1, 3, 5), layouts):
         equal = functools.partial(near, tolerance=1e-14) if dtype == torch.float64 else same
         x = pictures(5, channels, 11, 13, dtype)
@@ -105,6 +106,7 @@ def check(cuda):
                     (dtype, channels, layout, static, size),
                     tolerance,
                 )
+    # Samples whose matrix or window is not usable.
     bad = torch.eye(2, 3, dtype=torch.float64).repeat(4, 1, 1)
     bad[1, 0, 0], bad[2, 1, 2] = float("nan"), 1e300
     windows = torch.tensor([[0, 0, 11, 13]] * 3 + [[5, 0, 7, 13]])

@@ -76,6 +76,7 @@ def run(
     """(loss, grad, lse, reports) of the CUDA launcher. x: (N, C) or (N, C, inner); like: the form of the
     gradient.
     """
+    # What there is, on the host.
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
     n, k = x.shape[:2]
     inner = x.shape[2] if x.dim() == 3 else n
@@ -92,6 +93,7 @@ def run(
     def strides(t):
         return Strides(0, *t.stride()) if t.dim() == 2 else Strides(t.stride(0), t.stride(2), t.stride(1))
 
+    # What the launcher takes: tensors in the memory of the machine, then the two structures.
     def arguments(machine):
         slots["x"] = machine.put(x, "x", offset=misaligned, readonly=not in_place)
         if with_grad:
@@ -145,6 +147,7 @@ def run(
             at.get("scratch"),
         )
 
+    # The launch and its results.
     kernels = interpreted("cross_entropy", debug=True) if debug else interpreted("cross_entropy")
     reports = kernels.run("cross_entropy_forward_cuda", arguments, CrossEntropyLaunch, **options)
     grad = slots["grad"].result() if with_grad else None
@@ -184,6 +187,7 @@ def exact(
         index = flat.where(keep, 0)
         t = torch.nn.functional.one_hot(index, k).double()
         normaliser = (w[index] * keep).sum().item()
+    # What the target gives each class, then the softmax, loss and gradient of each row.
     q = w * (mix * t + base)
     if mix + base == 0:
         q = torch.where(t == 1, 0, q)
@@ -207,6 +211,7 @@ def exact(
     grad = torch.where(p < 0.5, q_sum * p - q, (q_sum - q) - q_sum * not_p) + 2 * z_loss * lse[:, None] * p
     grad = grad * factor[:, None]
     parts = grad.abs() + (2 * q * factor[:, None].abs() if eps or z_loss or target.is_floating_point() else 0)
+    # Rows that are ignored, and the reduction.
     loss, lse, grad = (
         torch.where(keep, loss, 0),
         torch.where(keep, lse, 0),
@@ -345,6 +350,7 @@ def test_probabilities_of_columns_too_long_for_a_tile():
     [(dtype, bytes) for dtype in DTYPES for bytes in (2, 4, 8) if bytes % dtype.itemsize == 0],
 )
 def test_unaligned(dtype, misaligned):
+    # A thread for each row, a warp for each, and a thread for each of rows side by side.
     for shape in ((33, 5), (3, 301), (1, 20, 130)):
         check(
             numbers(*shape, dtype=dtype),
@@ -419,6 +425,7 @@ def test_logits_that_ascend(way):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_class_has_nearly_all_the_mass(dtype):
     """The loss is what the others have, far below the last bit of 1."""
+    # The three as in test_unaligned.
     for shape in ((150, 7), (3, 301), (1, 21, 137)):
         x = numbers(*shape, dtype=dtype)
         target = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
@@ -476,6 +483,7 @@ def test_hostile_logits(way, hostile):
 
 
 def test_a_class_without_target_mass_may_be_minus_inf():
+    # The three as in test_unaligned.
     for shape in ((150, 7), (3, 301), (1, 21, 137)):
         x, target = numbers(*shape), torch.full((shape[0], *shape[2:]), 2)
         x[:, 1] = -torch.inf
@@ -492,6 +500,7 @@ def test_a_class_without_target_mass_may_be_minus_inf():
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("zero", [False, True])
 def test_no_row_counts(zero, reduction):
+    # The three as in test_unaligned, and no row.
     for shape in ((20, 7), (3, 301), (0, 5), (1, 21, 137)):
         x, target = numbers(*shape), torch.full((shape[0], *shape[2:]), -100)
         loss, grad, lse, _ = run(x, target, reduction=reduction, zero=zero)
@@ -510,6 +519,7 @@ def test_one_class():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+# The three as in test_unaligned, and rows of many classes.
 @pytest.mark.parametrize("shape", [(20, 7), (3, 301), (2, 2051), (1, 21, 137)], ids=str)
 def test_class_index_out_of_range(shape, weighted):
     """Nothing is read or written out of bounds; the row's loss and gradient are NaN, every other row is
@@ -567,6 +577,7 @@ def test_sums_of_many_rows():
 
 
 def test_the_same_bits_in_every_schedule():
+    # The three as in test_unaligned, and a row of many classes.
     for shape in ((40, 7), (2, 301), (1, 1030), (1, 9, 40)):
         x, target = numbers(*shape), classes(shape[0], *shape[2:], k=shape[1])
         first, *others = (run(x, target, schedule=s, eps=0.1)[:3] for s in SCHEDULES)

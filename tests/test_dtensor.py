@@ -49,7 +49,7 @@ def attacks(rank, mesh):
     one = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     model = distribute_module(copy.deepcopy(one), mesh)  # replicated
     x, y = numbers(6, 5, 6).sigmoid(), torch.arange(5) % 3
-    lower = x.clone() - 0.01  # a bound for each element, which x keeps but for rounding
+    lower = x.clone() - 0.01  # a bound for each element, which x keeps up to rounding
     lower[3, 2] = x[3, 2] + 1e-8
     of_sample = torch.linspace(0.01, 0.3, 5).view(5, 1)
     soft = dict(loss=lambda output, y: fr.cross_entropy(output, y, reduction="none", label_smoothing=0.1))
@@ -213,6 +213,7 @@ def mixed_summands(rank, mesh):
 
 def augmentation(rank, mesh):
     """Each sample what it becomes in the whole batch, and what cannot be placed so is refused."""
+    # Augment and the policies, in training and in evaluation.
     images = numbers(0, 5, 3, 12, 16).sigmoid()
     of_sample = torch.linspace(0.5, 1.5, 5)
     one = fr.augment.Augment(
@@ -228,6 +229,7 @@ def augmentation(rank, mesh):
                 got = augment(placed)
                 assert rank or torch.equal(torch.rand(1), after)
                 assert got.placements == (placement,) and torch.equal(got.full_tensor(), want)
+    # The gradient, then each function.
     placed = distribute_tensor(images, mesh, [Shard(0)]).requires_grad_()
     (grad,) = torch.autograd.grad(fr.augment.functional.adjust_brightness(placed, of_sample).sum(), placed)
     want = (images * of_sample.view(5, 1, 1, 1) < 1) * of_sample.view(5, 1, 1, 1).expand(images.shape)
@@ -258,6 +260,7 @@ def augmentation(rank, mesh):
     placed = distribute_tensor(images.clone(), mesh, [Shard(0)])
     assert f.normalize(placed, 0.5, 0.5, inplace=True) is placed
     assert torch.equal(placed.full_tensor(), f.normalize(images, 0.5, 0.5))
+    # What is refused.
     for wrong, error, words, call in (
         ([Shard(1)], ValueError, r"sharded over B, .* call \.redistribute", one),
         ([Shard(2)], ValueError, r"sharded over B, .* call \.redistribute", lambda x: f.rotate(x, 30)),

@@ -10,6 +10,7 @@ import pytest
 from helpers import ROOT
 
 FILE_LINES, FUNCTION_LINES, TEST_LINES, SHARED_LINES, COLUMNS = 450, 90, 800, 12, 110
+PHASED_LINES = 60  # what is longer says what its parts do
 CPP = (".h", ".cpp", ".cu")
 
 
@@ -74,6 +75,34 @@ def test_no_function_of_csrc_is_long():
         if lines > FUNCTION_LINES
     }
     assert long == {}
+
+
+def python_functions(text):
+    """(name, first line, its lines without head and docstring) of each function."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            first = body[0].lineno if body else node.end_lineno + 1
+            while first > node.lineno + 1 and lines[first - 2].lstrip().startswith("#"):
+                first -= 1
+            yield node.name, node.lineno, lines[first - 1 : node.end_lineno]
+
+
+def test_a_long_function_says_what_its_parts_do():
+    """In comments on lines of their own, or in C++ beside the code."""
+    silent = []
+    for path in tracked("csrc", "tests", endings=CPP):
+        text = path.read_text()
+        for name, line, count in functions(text):
+            inside = text.splitlines()[line : line + count - 1]
+            if count > PHASED_LINES and not any("//" in part for part in inside):
+                silent.append(f"{name_of(path)}:{line} {name}")
+    for path in tracked("fastreg", "lecture", "benchmarks", "tests", "tools", endings=(".py",)):
+        for name, line, inside in python_functions(path.read_text()):
+            if len(inside) > PHASED_LINES and not any(part.lstrip().startswith("#") for part in inside):
+                silent.append(f"{name_of(path)}:{line} {name}")
+    assert silent == []
 
 
 def test_no_test_file_is_long():

@@ -604,6 +604,7 @@ def policies():
 def operator_arguments():
     """{the name of each operator of one process: its arguments}."""
     device = "cuda" if has_gpu() else "cpu"
+    # Numbers that several operators take, then those of optimisers, of attention and of losses.
     x, other, seed, off = torch.randn(3, 8), torch.randn(3, 8), torch.tensor([5]), False
     mask, one, four = (
         torch.full((3,), 90, dtype=torch.uint8),

@@ -298,6 +298,7 @@ def resized_crop(
         ValueError: a box that does not lie inside, sizes below 1.
     """
     op = "resized_crop"
+    # What is given is checked, as far as the operator does not do it.
     given, inpt = inpt, _like(inpt) if _is_target(inpt) else plain(inpt)
     batched(op, inpt)
     interpolation = check_interpolation(op, interpolation)
@@ -316,6 +317,7 @@ def resized_crop(
         numbers(op, name, v, inpt)
         for name, v in (("top", top), ("left", left), ("height", height), ("width", width))
     ]
+    # Targets: turned boxes are moved by torchvision, all others by the matrix.
     if is_turned(given):
         box_numbers = (int(v) for v in (top, left, height, width))
         return by_torchvision(op, given, *box_numbers, [out_height, out_width])
@@ -324,6 +326,7 @@ def resized_crop(
         m = _matrices(inpt, (out_height, out_width), crop=crop)
         whole = Geometry(canvas_of(given), (out_height, out_width), m, crop=crop, is_straight=True)
         return moved_alone(given, whole)
+    # Images: the nearest pixel is cut out of the whole image, all else is read from a window of it.
     windows = torch.stack(box, 1).long()
     if interpolation == "nearest":
         images, lead = batched(op, inpt)

@@ -343,6 +343,7 @@ void augment_backward_case(AugmentCase c, int count, Digest& digest) {
     if (!source.empty()) k.source(a, scratch, 0, 0, k.source_rows(a));
     k.finish(a, scratch, 0, 0, c.out_height);
   };
+  // left = <A x - A 0, g>
   double left = 0, right = 0, size = 0;
   for (int64_t i = 0; i < in_values; ++i) images.set(i, 0);
   for (int64_t i = 0; i < out_values; ++i) grad.set(i, random.signed_value());
@@ -352,6 +353,7 @@ void augment_backward_case(AugmentCase c, int count, Digest& digest) {
   forward();
   for (int64_t i = 0; i < out_values; ++i)
     left += grad.get(i) * out.get(i), size += std::fabs(grad.get(i) * out.get(i));
+  // right = <x, A' g>
   a.output = in_grad.data();
   a.grad = grad.data();
   memcpy(a.grad_stride, out_stride, sizeof out_stride);

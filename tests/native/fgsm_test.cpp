@@ -31,6 +31,7 @@ Parameter make_parameter(int kind, int64_t n, DType type, double center, Random&
 void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) {
   current_case = std::string(project ? "pgd/" : "fgsm/") + name_of(dtype) + " n " + std::to_string(n) +
                  " case " + std::to_string(count);
+  // Tensors in several layouts, hostile numbers among them, and parameters of every kind.
   const DType type = accumulation(dtype);
   Random random{uint64_t(count) * 77 + 1};
   const Layout layouts[] = {contiguous(n), every_third(n), transposed(n)};
@@ -57,6 +58,7 @@ void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) 
                   radius = make_parameter(kind(), n, type, 0.04, random);
   const Parameter lower = make_parameter(kind(), n, type, 0, random),
                   upper = make_parameter(kind(), n, type, 0.9, random);
+  // The kernel, in two spans.
   FgsmArgs a{};
   a.dtype = dtype;
   a.x = x.data();
@@ -74,6 +76,7 @@ void fgsm_case(DType dtype, bool project, int64_t n, int count, Digest& digest) 
   kernels::fgsm_kernels.step(a, n / 3, n);
   kernels::fgsm_kernels.step(a, 0, n / 3);
 
+  // The formula, rounded as the kernel rounds.
   const auto clamp = [](double value, double low, double high) {
     return value < low ? low : value > high ? high : value;
   };

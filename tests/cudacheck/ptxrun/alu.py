@@ -370,6 +370,8 @@ def cvt(m):
     rnd = next((x for x in m if x in RND), None)
     irnd = next((x for x in m if x in ("rni", "rzi", "rmi", "rpi")), None)
     sat, ftz, relu = "sat" in m, "ftz" in m, "relu" in m
+    # Two numbers to one register; a floating-point number from one, from an integer, to an integer; and two
+    # integers.
     if dt in ("f16x2", "bf16x2"):
         half = dt[:-2]
 
@@ -450,6 +452,7 @@ def build(ins):
     t = next((x for x in reversed(m) if x in NP), None)
     if op == "cvt":
         return cvt(m)
+    # Moves, comparisons and choices.
     if op in ("mov", "cvta"):
         return (lambda a: np.array(a)), [t], t
     if op == "setp":
@@ -469,6 +472,7 @@ def build(ins):
     if op == "slct":
         types = [x for x in m if x in NP]
         return (lambda a, b, c: np.where(c >= 0, a, b)), [types[0], types[0], types[1]], types[0]
+    # Floating-point numbers.
     if t in ("f16x2", "bf16x2"):
         half = t[:-2]
         return halves(float_op(op, half, m), half), [t] * len(ins.args[1:]), t
@@ -488,12 +492,14 @@ def build(ins):
             [t],
             "pred",
         )
+    # Predicates.
     if t == "pred":
         return (
             {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}[op],
             ["pred"] * len(ins.args[1:]),
             "pred",
         )
+    # Products, quotients and shifts of integers.
     d = NP[t]
     if op == "mul" and "wide" in m:
         w = NP[WIDE[t]]
@@ -524,6 +530,7 @@ def build(ins):
         return divrem(op, d), [t, t], t
     if op in ("shl", "shr"):
         return shift(op, t), [t, "u32"], t
+    # What NumPy has by itself.
     two = {
         "add": np.add,
         "sub": np.subtract,
@@ -547,6 +554,7 @@ def build(ins):
     one = {"not": np.invert, "neg": np.negative, "abs": np.abs}
     if op in one:
         return one[op], [t], t
+    # Bits.
     bits = d().itemsize * 8
     if op == "cnot":
         return (lambda a: (a == 0).astype(d)), [t], t

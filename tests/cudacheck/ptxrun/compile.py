@@ -25,6 +25,7 @@ class Compiler:
     def reader(self, o, t):
         """-> f(machine, act) giving an array (or NumPy scalar) of PTX type t."""
         dt = NP[t]
+        # A register, or the opposite of a predicate.
         if isinstance(o, Reg):
             i, w, rw = self.L.reg_base[o], width(t), width(o.type)
             if t == "pred":
@@ -51,6 +52,7 @@ class Compiler:
         if isinstance(o, Not):
             f = self.reader(o.reg, "pred")
             return lambda m, a: ~f(m, a)
+        # A constant.
         if isinstance(o, Imm):
             if o.fbits == 32 and t in ("f32", "b32", "u32", "s32"):
                 v = np.array(o.value, np.uint32).view(dt)[()]
@@ -67,6 +69,7 @@ class Compiler:
                 bits = 8 * width(t)
                 v = np.array(o.value & ((1 << bits) - 1), RAW[width(t)]).view(dt)[()]
             return lambda m, a: v
+        # A special register, the address of a symbol, or the size of a warp.
         if isinstance(o, Special):
             name = o.name
             if name.startswith("%lanemask_"):
@@ -181,6 +184,7 @@ class Compiler:
 
     def body(self, ins, pc):
         op, m_, L = ins.op, ins.mods, self.L
+        # The flow of control.
         if op == "bra":
             return self.branch(ins, pc)
         if op == "brx":
@@ -224,6 +228,7 @@ class Compiler:
                 return True
 
             return trap
+        # Barriers, and what has no effect here.
         if op in ("bar", "barrier"):
             if m_[0] == "warp":
                 return self.warp_sync(ins, pc, self.reader(ins.args[0], "b32"), lambda m, a, k: None)
@@ -240,6 +245,7 @@ class Compiler:
             "griddepcontrol",
         ):
             return lambda m, a: None
+        # Memory, and what the threads of a warp do together.
         if op in ("ld", "ldu"):
             return self.load(ins)
         if op == "st":
@@ -248,6 +254,7 @@ class Compiler:
             return self.atomic(ins)
         if op in ("shfl", "vote", "match", "redux", "activemask"):
             return self.warp_op(ins, pc)
+        # Registers that are vectors or addresses, and sums with a carry.
         if op == "mov" and (isinstance(ins.args[0], Vec) or isinstance(ins.args[1], Vec)):
             return self.mov_vec(ins)
         if op == "cvta":
@@ -258,6 +265,7 @@ class Compiler:
             return lambda m, a: wr(m, a, (rd(m, a) >> u64(56)) == u64(win))
         if op in ("add", "sub", "mad", "addc", "subc", "madc") and ("cc" in m_ or op.endswith("c")):
             return self.carry(ins)
+        # All other instructions read registers and write one, or a predicate and its opposite.
         fn, st, dt = alu.build(ins)
         dst = ins.args[0]
         second = None
@@ -604,9 +612,11 @@ class Compiler:
 
     def warp_op(self, ins, pc):
         op, mods = ins.op, ins.mods
+        # Which threads are here.
         if op == "activemask":
             wr = self.writer(ins.args[0], "b32")
             return lambda m, a: wr(m, a, m.by_warp(np.ones(m.n, bool)[a], a)[m.warp[a]])
+        # A value of another lane.
         if op == "shfl":
             mode = next(x for x in mods if x in ("up", "down", "bfly", "idx"))
             d = ins.args[0]
@@ -642,6 +652,7 @@ class Compiler:
                 wp(m, idx, ok)
 
             return self.warp_sync(ins, pc, self.reader(ins.args[4], "b32"), shfl)
+        # A predicate of all lanes.
         if op == "vote":
             kind = next(x for x in mods if x in ("all", "any", "uni", "ballot"))
             rp = self.reader(ins.args[1], "pred")
@@ -663,6 +674,7 @@ class Compiler:
                 )
 
             return self.warp_sync(ins, pc, self.reader(ins.args[2], "b32"), vote)
+        # The sum, least, largest or bits of all lanes.
         if op == "redux":
             kind, t = mods[-2] if mods[-2] != "sync" else mods[1], mods[-1]
             rd, wr = self.reader(ins.args[1], t), self.writer(ins.args[0], t)
@@ -685,6 +697,7 @@ class Compiler:
                 wr(m, idx, out)
 
             return self.warp_sync(ins, pc, self.reader(ins.args[2], "b32"), redux)
+        # Which lanes have the same value.
         if op == "match":
             kind, t = mods[0], mods[-1]
             d = ins.args[0]

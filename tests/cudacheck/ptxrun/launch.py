@@ -255,6 +255,7 @@ class Launch:
         def d3(t):
             return tuple(int(x) for x in (*np.atleast_1d(t), 1, 1)[:3])
 
+        # What is asked for is checked.
         self.grid, self.block = d3(grid), d3(block)
         bs = int(np.prod(self.block))
         if bs > 1024 or bs == 0 or min(self.grid) == 0 or self.grid[0] >= 2**31 or max(self.grid[1:]) > 65535:
@@ -265,6 +266,7 @@ class Launch:
             raise Fault(f"{self.kernel.name} takes {len(self.kernel.params)} arguments, got {len(args)}")
         if not (self.exchanges or shared):
             schedule = "min-pc"
+        # The memory as the launch finds it: variables and parameters.
         self.dynamic_shared, self.shared_size = shared, self.static_shared + shared
         self.mem = device.mem
         for v in self.module.globals.values():
@@ -284,6 +286,7 @@ class Launch:
         self.mem.state[o : o + self.parameter_bytes] = MAPPED | INIT | READONLY
         self.mem.parameters.nbytes = self.parameter_bytes
         self.mem.state &= np.uint8(~WRITTEN & 0xFF)
+        # What is counted and looked for.
         self.schedule, self.rng, self.check_races, self.max_steps = (
             schedule,
             np.random.default_rng(seed),
@@ -301,6 +304,7 @@ class Launch:
         self.order = np.argsort([b.addr for b in self.mem.buffers])
         self.sorted_bufs = [self.mem.buffers[i] for i in self.order]
         self.buf_addr = np.array([b.addr for b in self.sorted_bufs], np.uint64)
+        # The blocks run, as many at once as max_threads allows.
         t0 = time.time()
         every = np.arange(int(np.prod(self.grid))) if blocks is None else np.asarray(blocks)
         if schedule == "random":
@@ -310,6 +314,7 @@ class Launch:
             for k in range(0, len(every), per):
                 self.batch0 = k
                 Machine(self, every[k : k + per]).run()
+        # What was counted is put together.
         r = self.report
         r.seconds = time.time() - t0
         for (b, op), row in r.traffic.rows.items():
