@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from cuda_machine import same as same_bits
+from helpers import same_bits
 
 import fastreg
 

@@ -28,14 +28,13 @@ import numpy as np
 import pytest
 import torch
 from cudacheck import hostrun, ptxrun
+from helpers import DTYPES, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 OPS = sorted(path.parent.name for path in CSRC.glob("*/*_cuda.cu"))  # that have CUDA kernels
 CUDACHECK = Path(__file__).with_name("cudacheck")
 TORCH = Path(torch.__file__).parent
 SCHEDULES = ("min-pc", "serial", "serial-reverse", "random")  # a missing barrier shows in one of them
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 CACHE = Path(tempfile.gettempdir()) / f"fastreg-cuda-tests-{os.getuid()}"
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -87,13 +86,6 @@ def layout_of(tensor):
 def seed_at(machine, tensor):
     """A seed in the memory of the machine."""
     return Seed(0, machine.put(tensor, "seed").at)
-
-
-def same(a, b):
-    """Whether two tensors have the same bits; a NaN is a NaN."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    equal = a.contiguous().view(bits) == b.contiguous().view(bits)
-    return a.shape == b.shape and a.dtype == b.dtype and bool((equal | (a.isnan() & b.isnan())).all())
 
 
 def dtype_number(dtype):

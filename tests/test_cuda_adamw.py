@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 from adamw_reference import NAMES, USUAL, numbers, step_case
-from cuda_machine import DTYPES, SCHEDULES, needs_nvcc, same, structure, traffic
+from cuda_machine import DTYPES, SCHEDULES, needs_nvcc, structure, traffic
 from cuda_optimizer import AVERAGE, GRAD, PARAM, STATE, run, step_args
+from helpers import same_bits as same
 
 import fastreg  # noqa: F401
 

@@ -1,5 +1,5 @@
-"""The CUDA kernels of augmentation, executed without a GPU, against the CPU operators: the same bits, but for
-sums.
+"""The CUDA kernels of augmentation, executed without a GPU, against the CPU operators: the same bits,
+except for sums.
 """
 
 import ctypes
@@ -14,11 +14,11 @@ from cuda_machine import (
     Seed,
     interpreted,
     needs_nvcc,
-    same,
     seed_at,
     structure,
     traffic,
 )
+from helpers import same_bits as same
 
 import fastreg
 from fastreg.augment import _op

@@ -11,11 +11,11 @@ from cuda_machine import (
     interpreted,
     layout_of,
     needs_nvcc,
-    same,
     seed_at,
     structure,
     traffic,
 )
+from helpers import same_bits as same
 
 import fastreg  # noqa: F401
 

@@ -11,11 +11,11 @@ from cuda_machine import (
     interpreted,
     layout_of,
     needs_nvcc,
-    same,
     seed_at,
     structure,
     traffic,
 )
+from helpers import same_bits as same
 from test_cuda_dropout import DropoutArgs, numbers
 
 import fastreg  # noqa: F401
@@ -74,6 +74,7 @@ def check(x, residual, bias, **options):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("dtype", DTYPES)
+# Rows of whole words, and of an odd length, in less than a chunk and in several.
 @pytest.mark.parametrize("shape", [(5, 48), (9, 129)])
 def test_the_same_bits_as_on_the_cpu(shape, dtype, schedule):
     x, residual, bias = three(shape, dtype)

@@ -18,10 +18,10 @@ from cuda_machine import (
     interpreted,
     layout_of,
     needs_nvcc,
-    same,
     structure,
     traffic,
 )
+from helpers import same_bits as same
 
 from fastreg._example import example_plain
 

@@ -14,10 +14,10 @@ from cuda_machine import (
     interpreted,
     layout_of,
     needs_nvcc,
-    same,
     structure,
     traffic,
 )
+from helpers import same_bits as same
 
 import fastreg  # noqa: F401
 
@@ -101,6 +101,7 @@ def test_the_same_bits_as_on_the_cpu(n, dtype, project):
 
 @pytest.mark.parametrize("project", [False, True], ids=["fgsm", "pgd"])
 @pytest.mark.parametrize("dtype", DTYPES)
+# Channels of whole words, and of an odd number of pixels.
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 def test_numbers_per_channel_sample_and_element(size, dtype, project):
     x, grad, origin = images((5, 3, *size), dtype)

@@ -5,8 +5,9 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from cuda_machine import DTYPES, SCHEDULES, Layout, interpreted, needs_nvcc, same, structure, traffic
+from cuda_machine import DTYPES, SCHEDULES, Layout, interpreted, needs_nvcc, structure, traffic
 from cuda_optimizer import AVERAGE, GRAD, PARAM, STATE, StepArgs, StepTensor, run, step_args
+from helpers import same_bits as same
 
 import fastreg  # noqa: F401
 

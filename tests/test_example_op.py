@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from cuda_machine import same
+from helpers import same_bits as same
 
 from fastreg import _example
 from fastreg._example import example, example_plain
