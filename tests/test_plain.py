@@ -239,7 +239,18 @@ def test_on_fake_tensors(call, device):
     assert output.shape == x.shape and output.device == x.device and output.stride() == x.stride()
 
 
-# Calls whose results have another shape than what they are given: (call, its shape).
+def stepped(cls, device):
+    """A parameter after one step of an optimiser."""
+    p = torch.nn.Parameter(torch.empty(3, 5, device=device))
+    # torch asks whether a number is finite only on a device that it was built for, be it fake or not.
+    optimizer = cls([p], 0.1, l1=0.01, ema=0.9, max_norm=1.0 if device == "meta" else None)
+    p.grad = torch.empty_like(p)
+    optimizer.step()
+    assert optimizer.state[p]["ema"].device.type == device
+    return p.detach()
+
+
+# Calls whose results have another shape than what they are given, or that step in place: (call, its shape).
 OTHER_CALLS = {
     "cross_entropy": (lambda d: fr.cross_entropy(torch.empty(6, 5, device=d), indices(6, d)), ()),
     "linear_cross_entropy": (
@@ -258,6 +269,12 @@ OTHER_CALLS = {
         lambda d: fr.augment.functional.rotate(torch.empty(2, 3, 9, 8, device=d), 20.0),
         (2, 3, 9, 8),
     ),
+    "pgd_step": (
+        lambda d: torch.ops.fastreg.pgd_step(*torch.empty(3, 4, 5, device=d), 0.1, 0.2, 0.0, 1.0),
+        (4, 5),
+    ),
+    "SGD": (lambda d: stepped(fr.optim.SGD, d), (3, 5)),
+    "AdamW": (lambda d: stepped(fr.optim.AdamW, d), (3, 5)),
     "sum_of_squares": (
         lambda d: torch.ops.fastreg.sum_of_squares([torch.empty(7, device=d), torch.empty((), device=d)]),
         (),
