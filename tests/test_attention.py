@@ -98,6 +98,7 @@ def test_values_against_float64(sizes, dtype, block_bytes):
     compare(*tensors(*sizes, width=9, width_of_values=5, dtype=dtype))
 
 
+# (queries, keys): more queries, more keys, and as many of both.
 @pytest.mark.parametrize("sizes", [(130, 33), (33, 130), (131, 131)], ids=str)
 def test_causal(sizes, dtype, block_bytes):
     compare(*tensors(*sizes, dtype=dtype), is_causal=True)
@@ -310,6 +311,7 @@ def test_the_mask_is_that_of_dropout_for_every_block(by_blocks, monkeypatch):
             torch.eye(keys).expand(2, 3, -1, -1),
         )
         want = kept((2, 3, length, keys), 0.4)
+        # Bytes of a block: from as few rows as it may have to all heads at once.
         for size in (2**8, 2**13, 2**20):
             for count in (1, 2):
                 monkeypatch.setattr(_attention_blocks, "_BLOCK_BYTES", size)

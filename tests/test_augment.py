@@ -75,6 +75,7 @@ def test_threads_do_not_matter():
             pictures(batch, 3, 60, 70),
             pictures(batch, 3, 60, 70).contiguous(memory_format=torch.channels_last),
         ):
+            # Smaller than the images of 60 x 70, and larger.
             for size in ((20, 30), (90, 80)):
                 params = everything(size=size, antialias=True).sample(x, seed=2)
                 images = []

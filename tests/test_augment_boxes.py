@@ -41,6 +41,7 @@ def stepwise(boxes, crop, size, hflip, vflip):
 def test_over_the_edges_of_a_crop(box_format, clamping):
     crops = [(4, 9, 30, 25), (0, 0, H, W), (20, 30, 28, 34), (10, 3, 7, 50)]
     flips = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    # The size of the images, one that is wider, and one that is higher.
     for size in ((48, 64), (20, 60), (33, 17)):
         for crop, (hflip, vflip) in zip(crops, flips, strict=True):
             boxes = boxes_of(box_format, clamping=clamping)

@@ -27,6 +27,7 @@ def resized(x, p, size, interpolation, antialias):
 def test_random_resized_crop_is_torchvisions(interpolation, antialias, dtype):
     x = torch.rand(24, 3, 33, 40)
     x = (x * 255).round().to(dtype) if dtype == torch.uint8 else x.to(dtype)
+    # Smaller than the images of 33 x 40, and larger.
     for size in ((20, 24), (48, 50)):
         aug = Augment(
             size=size,
@@ -83,6 +84,7 @@ def test_windows_in_the_middle_are_torchvisions():
     for height in range(4, 16):
         for width in (5, 8, 13):
             x = torch.rand(1, 3, height, width)
+            # Windows that are smaller than the image, and larger in one direction or both.
             for size in ((4, 4), (5, 8), (9, 3)):
                 aug = Augment(size=size, crop=8).eval()
                 assert torch.equal(aug(x), T.center_crop(x, list(size))), (height, width, size)
@@ -93,6 +95,7 @@ def test_a_column_is_resized_as_if_it_were_one_of_many(dtype):
     """Which torch's antialiased resize does not do."""
     many = torch.rand(2, 3, 7, 4, dtype=dtype)
     many[..., 1:] = many[..., :1]
+    # Of the 7 rows: one, fewer, as many and more.
     for rows in (1, 2, 3, 7, 11):
         one = functional.resized_crop(many[..., :1], 0, 0, 7, 1, [rows, 1], antialias=True)
         want = torch.nn.functional.interpolate(

@@ -101,6 +101,7 @@ def test_matches_the_formula_at_a_vocabulary(dtype):
 
 
 @pytest.mark.parametrize("real", (torch.float32, torch.float64), ids=str)
+# One row without a batch, rows, and rows side by side in one and two dimensions.
 @pytest.mark.parametrize("shape", [(5,), (6, 10), (2, 10, 3), (2, 3, 4, 5)], ids=str)
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
 def test_agrees_with_torch_wherever_torch_has_it(shape, real, soft):
@@ -153,6 +154,7 @@ def layouts(x):
     yield "an odd address", shifted.copy_(x)
 
 
+# Rows of two vectors of 16 and a rest; rows side by side in one, two and three dimensions.
 @pytest.mark.parametrize("shape", [(6, 37), (3, 10, 35), (2, 5, 3, 7), (2, 3, 2, 3, 4)], ids=str)
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
 def test_any_strides(shape, soft, dtype):
@@ -433,6 +435,7 @@ def test_mass_on_a_class_that_cannot_be_is_an_infinite_loss(dtype):
 
 
 @pytest.mark.parametrize("bad", (float("nan"), INF), ids=str)
+# Classes that are less than a vector of 16, one vector, and two with a rest.
 @pytest.mark.parametrize("k", (3, 16, 40))
 def test_nan_and_plus_infinity_spoil_their_row_alone(bad, k, dtype):
     for place in {0, 1, k // 2, k - 1}:

@@ -57,6 +57,7 @@ def derivative_case(options, shape, soft):
 
 @pytest.mark.parametrize("options", DERIVATIVE_OPTIONS, ids=str)
 @pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
+# Rows, and rows side by side.
 @pytest.mark.parametrize("shape", [(4, 3), (2, 3, 2)], ids=str)
 def test_first_and_second_derivatives(options, soft, shape):
     x, target, options = derivative_case(options, shape, soft)
@@ -349,6 +350,7 @@ for threads in (1, 2, 5):
     torch.manual_seed(0)
     one = hashlib.sha256()
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        # Many rows, rows side by side that are many, rows of several blocks of 1024, and more dimensions.
         for shape in ((700, 37), (3, 10, 501), (40, 3000), (4, 5, 6, 7)):
             x = (torch.randn(shape) * 5).to(dtype)
             x.view(-1)[::97] = -float("inf")
@@ -413,6 +415,7 @@ def compiled_function(x, target, weight):
 def test_compile(narrow):
     torch._dynamo.reset()
     compiled = torch.compile(compiled_function, fullgraph=True, backend="aot_eager", dynamic=True)
+    # Other numbers of rows and of classes, which dynamic shapes take.
     for shape in ((6, 10), (9, 10), (5, 12)):
         x, target = case(shape, narrow)
         weight = torch.rand(shape[1])

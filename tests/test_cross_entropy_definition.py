@@ -125,6 +125,7 @@ def test_a_loss_far_from_zero_logits_keeps_its_digits():
 def cases(dtype):
     """(logits, target, weight, ignore_index) of each kind."""
     g = torch.Generator().manual_seed(3)
+    # Rows, rows of one class, rows side by side, and many classes.
     for shape in ((9, 7), (5, 1), (2, 6, 11), (3, 1000)):
         x = (3 * torch.randn(shape, generator=g, dtype=torch.float64)).to(dtype)
         k, places = shape[1], (shape[0], *shape[2:])

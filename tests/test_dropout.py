@@ -229,6 +229,7 @@ digest = hashlib.sha256()
 def add(*tensors):
     for t in tensors: digest.update(t.contiguous().view(torch.uint8).numpy().tobytes())
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+    # Around a byte of the mask, a vector of 16 and a block of 1024, and more than one thread takes.
     for n in (1, 7, 15, 16, 17, 33, 1023, 1025, 40001):
         x = torch.randn(n) * 10.0 ** torch.randint(-9, 6, (n,))
         x = torch.cat([x, torch.tensor([0.0, -0.0, torch.inf, -torch.inf])]).to(dtype)

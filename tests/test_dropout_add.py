@@ -77,6 +77,7 @@ def test_values_against_float64(shape, p, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+# Less than a vector, odd sides, and rows longer than a block of 1024.
 @pytest.mark.parametrize("shape", [(7,), (33, 65), (5, 3, 1030)])
 @pytest.mark.parametrize("p", [0.0, 0.3, 1 / 3, 1.0])
 def test_the_bits_are_those_of_dropout_and_additions(shape, p, dtype):
@@ -203,6 +204,7 @@ def test_only_what_is_asked_for(wanted):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+# One row, and rows of several dimensions over which the gradient of the bias is summed.
 @pytest.mark.parametrize("shape", [(5,), (4, 3, 2)])
 def test_gradcheck_first_and_second_order(shape, p):
     leaves = [t.requires_grad_() for t in tensors(shape, torch.float64)]
@@ -216,6 +218,7 @@ def test_gradcheck_first_and_second_order(shape, p):
     assert torch.autograd.gradcheck(lambda x, residual: f(x, residual, None), leaves[:2])
 
 
+# Less than a byte of the mask, one byte, whole bytes, and one bit more than whole bytes.
 @pytest.mark.parametrize("n", [1, 8, 1000, 4097])
 def test_one_bit_per_element_is_saved(n, dtype):
     x, residual, bias = (t.requires_grad_() for t in tensors((n,), dtype))

@@ -382,6 +382,7 @@ def _on_shards(rank):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh = init_device_mesh("cpu", (2,))
+    # Sides that two ranks share evenly, unevenly, and so that one of them gets nothing.
     for shape in ((8, 6), (7, 3, 5), (1, 5, 2, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         channels = fr.dropout2d if len(shape) == 4 else fr.dropout1d

@@ -140,6 +140,7 @@ def test_the_textbook_form():
     assert not fr.dropout(x, 1.0, False, rescale="inference").any()
 
 
+# Around one byte of the mask, no element, and several dimensions.
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (8,), (9,), (3, 5, 7), (2, 0, 3)])
 def test_pack_and_unpack_are_inverse(shape):
     mask = torch.rand(shape) < 0.5

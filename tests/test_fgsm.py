@@ -191,6 +191,7 @@ def test_compile_step(dynamic):
         backend="aot_eager",
         dynamic=dynamic,
     )
+    # Two sizes, for which there is one graph of dynamic shapes, or two graphs.
     for shape in ((4, 3, 5, 5), (2, 3, 7, 7)):
         x, grad = torch.rand(shape), torch.randn(shape)
         for eps in (0.1, torch.tensor([0.1, 0.2, 0.3])):
@@ -204,6 +205,7 @@ for threads in (1, 2, 5):
     torch.manual_seed(0)
     one = hashlib.sha256()
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        # More than one thread takes, with a rest; and channels of an odd number of pixels.
         for shape in ((70_003,), (5, 3, 61, 67)):
             x, grad = torch.rand(shape).to(dtype), torch.randn(shape).to(dtype)
             eps = torch.rand(shape[1], *(1,) * (len(shape) - 2)) if len(shape) > 1 else torch.rand(shape)

@@ -112,6 +112,7 @@ def test_options(smoothing, z_loss, weighted, soft, chunk):
         assert_matches(hidden, weight, target, bias, reduction=reduction, **options)
 
 
+# Of the rows: no dimension, one row, several dimensions with and without a side of 1, and no row.
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 3, 2), (0,), (3, 0)])
 def test_shapes(shape, dtype):
     hidden, weight, target, bias = case(shape, dtype=dtype)

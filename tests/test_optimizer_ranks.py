@@ -200,6 +200,7 @@ def rounded_at_random(cls, options, mesh):
 
     torch.manual_seed(mesh.get_rank())
     layouts = ([Shard(0)], [Shard(1)], [Replicate()], [Shard(0)], [Shard(2)])
+    # Cut into uneven rows, columns, not at all, a part for one rank only, and in the last dimension.
     shapes = ((7, 3), (5, 20), (33,), (1, 6), (3, 5, 7))
     start = [torch.linspace(-1, 1, torch.Size(s).numel()).reshape(s).bfloat16() for s in shapes]
     one = stepped([torch.nn.Parameter(t.clone()) for t in start], lambda i, grad: grad)

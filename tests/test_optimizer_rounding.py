@@ -130,6 +130,7 @@ def test_every_step_and_parameter_draws_anew(make):
         assert 0.2 < (a != b).double().mean() < 0.8
 
 
+# No dimension, no element, and one to three dimensions.
 @pytest.mark.parametrize("shape", [(), (0, 3), (6,), (4, 6), (3, 4, 5)], ids=str)
 def test_places_of_parts(shape):
     """Every part of every dimension, against the indices themselves."""

@@ -234,6 +234,7 @@ class TestReference:
 
     @pytest.mark.parametrize("count", [2, 5])
     def test_bits_for_any_thread_count(self, dtype, count):
+        # Tensors of several pieces, around one that is a part of a piece.
         start = [torch.randn(n).to(dtype) for n in (100_003, 3, 40_000)]
         grads = [[torch.randn_like(w) for w in start] for _ in range(2)]
         options = dict(lr=0.1, momentum=0.9, weight_decay=0.1, l1=0.05)

@@ -247,6 +247,7 @@ def own_parts(rank, group):
     """Where a rank's part lies is where torch says it does."""
     flat, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     cut = (Replicate(), Shard(0), Shard(1))
+    # Sides that ranks share unevenly, that are shorter than there are ranks, without elements, and even.
     for shape in ((9, 5), (2, 3), (1, 1), (0, 4), (8, 8)):
         for mesh, placements in [(flat, p) for p in itertools.product(cut)] + [
             (square, p) for p in itertools.product(cut, cut)
