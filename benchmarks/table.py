@@ -73,7 +73,7 @@ def peak(row: dict) -> str:
 
 
 def share(row: dict) -> str:
-    """Of the copy bandwidth."""
+    """The share of the copy bandwidth that a row reaches."""
     value = row["share_of_bandwidth"]
     return MISSING if value is None else f"{100 * value:.0f} %"
 

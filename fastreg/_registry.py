@@ -281,7 +281,7 @@ def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[.
             remedy = why_no_cuda or "move them with .cuda()"
             raise RuntimeError(f"{name}: expected tensors on a GPU, got tensors on 'cpu'; {remedy}")
         if plain is not None and device != "cuda" and len(devices) == 1:
-            with torch.no_grad():  # as of every kernel, derivatives are not its business
+            with torch.no_grad():  # derivatives are left to autograd, as with every kernel
                 return plain(*args, **kwargs)
         raise RuntimeError(
             f"{name}: expected tensors on one device, the CPU{' or a GPU' if cuda else ''}, got a tensor on "

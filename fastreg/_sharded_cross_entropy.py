@@ -130,7 +130,7 @@ def _read_targets(
 
 
 def _local(x: Tensor, targets: _Targets) -> _Local:
-    """Of logits (rows, count) in the dtype of the statistics."""
+    """What this rank knows of its logits (rows, count), which have the dtype of the statistics."""
     rows, count = x.shape
     if count == 0:
         none = x.new_zeros(rows)
@@ -652,7 +652,7 @@ def linear_cross_entropy(
         The loss, equal on all ranks. The logits are never whole, not even a rank's own: they are computed by
         chunks of rows, with one gather of four numbers a row and rank for each. The gradient of hidden is
         that of all classes: it is summed over the ranks once, in the forward pass, and the backward pass has
-        no message, but with reduction "none", where gradients are computed only there.
+        no message, except with reduction "none", where gradients are computed only there.
 
     Raises:
         As `distributed.cross_entropy` and `fastreg.linear_cross_entropy`.

@@ -171,7 +171,7 @@ def _picture_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    """Of pictures: height × width, and the channels where there are several."""
+    """The size of pictures: height × width, and the channels where there are several."""
     return " × ".join(map(str, shape))
 
 

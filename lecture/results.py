@@ -191,7 +191,7 @@ def outcome(record: dict, data: Any) -> str:
 
 
 def standard_error(values: Iterable[float]) -> float | None:
-    """Of the mean; one value has none."""
+    """The standard error of the mean; one value has none."""
     values = list(values)
     return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 

@@ -82,7 +82,7 @@ def run_python(code, *arguments, check=False, **environment):
 
 def on_ranks(count, function, *args, timeout=60, killed=None, group=True):
     """Run function(rank, *args) in `count` processes, which are the ranks of a gloo group, or will be where
-    the function makes it; fail where one does, but for the one rank that is meant to be killed.
+    the function makes it; fail where one does, except for the one rank that is meant to be killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{folder}/store" if group else None

@@ -376,7 +376,7 @@ class TestBothPaths:
 
 
 class TestTorchFaults:
-    """Each test asserts what torch (2.13 and 2.14, but where it says so) does, and beside it what fastreg
+    """Each test asserts what torch (2.13 and 2.14, except where it says so) does, and beside it what fastreg
     does.
     """
 

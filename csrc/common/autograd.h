@@ -140,7 +140,7 @@ inline bool number(PyObject* object, double* value) {
   return true;
 }
 
-// The same of one in [low, high].
+// The same for a number in [low, high].
 inline bool number(PyObject* object, double low, double high, double* value) {
   return number(object, value) && low <= *value && *value <= high;
 }

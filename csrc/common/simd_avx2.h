@@ -33,7 +33,7 @@ FR_INLINE U32Part join_halves(U32Part low, U32Part high) {
   return (U32Part)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xaa);
 }
 
-// Of float32 in masked moves of the vector's width: several narrow stores would stall the wide load that
+// float32 is read in masked moves of the vector's width: several narrow stores would stall the wide load that
 // follows.
 template <int kLanes, class T>
 FR_INLINE void read_first(T* buffer, const T* p, int count) {

@@ -29,8 +29,8 @@ constexpr int kGroupLanes = FR_VECTOR_BYTES / 8;
 struct GroupHalves {
   U64Part first, second;
 };
-// Of the 8 * kGroupLanes 16-bit values of such groups, in their order: bit j of `less` is value j <
-// threshold, and `ties` tells whether any value equals it.
+// The 8 * kGroupLanes 16-bit values of such groups, in their order, against a threshold: bit j of `less` says
+// that value j is below it, and `ties` whether any value equals it.
 struct Comparison {
   uint64_t less;
   bool ties;

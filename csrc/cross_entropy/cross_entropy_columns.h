@@ -222,7 +222,7 @@ void column_tile(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t la
   });
 }
 
-// Of more classes a tile no longer stays in the L2 cache over three passes, and transposing it once is
+// With more classes a tile no longer stays in the L2 cache over three passes, and transposing it once is
 // faster.
 constexpr int64_t kMostClasses = 4096;
 

@@ -104,7 +104,7 @@ template <class T, bool kDraw, bool kWords, class Add>
 __global__ void __launch_bounds__(kThreads)
     dropout_elements(const DropoutWork<T> w, const Offsets input, const Offsets output, const Add addends) {
   constexpr int kSize = Word<T>::kSize, kCount = 8 / kSize;  // words per lane
-  // The residual is loaded early too, but of float64: four more words would take 76 registers.
+  // The residual is loaded early too, except in float64, where four more words would take 76 registers.
   constexpr bool kHeld = Add::kAdd && sizeof(T) < 8;
   const int lane = threadIdx.x % kLanes;
   const uint64_t seed = kDraw ? w.seed.get() : 0;

@@ -71,7 +71,7 @@ FR_HD uint8_t dropout_bits(uint64_t seed, uint64_t group, uint64_t threshold) {
   return uint8_t(bits);
 }
 
-// The same of decisions [first, first + 8), which are of two groups where that is not a multiple of 8.
+// The same for decisions [first, first + 8), which lie in two groups where `first` is not a multiple of 8.
 FR_HD uint8_t dropout_bits_from(uint64_t seed, uint64_t first, uint64_t threshold) {
   const uint32_t bits = dropout_bits(seed, first / 8, threshold);
   const unsigned skip = unsigned(first % 8);

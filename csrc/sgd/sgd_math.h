@@ -34,7 +34,7 @@ enum class SgdMomentum { kNone, kHeavyBall, kNesterov };
 inline SgdMomentum sgd_momentum(const SgdArgs& a) {
   return a.momentum == 0 ? SgdMomentum::kNone : a.nesterov ? SgdMomentum::kNesterov : SgdMomentum::kHeavyBall;
 }
-// Of weight_decay, and of l1 in the subgradient form.
+// Where weight_decay acts, and l1 in the subgradient form.
 enum class SgdPenalty { kNone, kInGradient, kDecoupled };
 inline SgdPenalty sgd_penalty(const SgdArgs& a) {
   if (a.step.weight_decay == 0 && (a.step.l1 == 0 || a.step.proximal)) return SgdPenalty::kNone;

@@ -19,7 +19,7 @@ struct SquaresTensor {
 };
 
 struct SquaresKernels {
-  // Of elements [begin, end); begin is a multiple of 1024.
+  // The sum over elements [begin, end); begin is a multiple of 1024.
   double (*sum)(const SquaresTensor&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(SquaresKernels, squares_kernels)

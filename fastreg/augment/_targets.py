@@ -494,7 +494,7 @@ def _points_of_crop(places: Tensor, step: Geometry) -> Tensor:
 
 
 def _polygon_area(corners: Tensor) -> Tensor:
-    """Of polygons (..., K, 2)."""
+    """The areas (...) of polygons (..., K, 2)."""
     x, y = corners.unbind(-1)
     return 0.5 * (x * y.roll(-1, -1) - x.roll(-1, -1) * y).sum(-1).abs()
 

@@ -92,7 +92,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _no_code(name: str, capability: tuple[int, int], architectures: str) -> str:
-    """That a GPU has no code, and the command that builds it."""
+    """The sentence that there is no code for a GPU, with the command that builds it."""
     setting = f"export TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
     command = _distribution.rebuild("-Ccmake.define.FASTREG_CUDA=ON")
     return (

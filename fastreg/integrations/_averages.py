@@ -15,7 +15,7 @@ _evaluated: weakref.WeakSet[Averages] = weakref.WeakSet()
 
 
 def _unwrapped(optimizers: Iterable[Any]) -> list[Averages]:
-    """Those that can keep averages, without what accelerate puts around them."""
+    """The optimisers that can keep averages, without what accelerate puts around them."""
     own = (getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers)
     return [optimizer for optimizer in own if isinstance(optimizer, Averages)]
 

@@ -334,7 +334,7 @@ def _version(part: Tensor | None) -> int | None:
 
 
 def _product(sizes: Any) -> Any:
-    """Of any sizes, symbolic ones too."""
+    """The product of sizes, which may be symbolic."""
     result = 1
     for size in sizes:
         result = result * size

@@ -61,7 +61,7 @@ class AdamW(OnePass, torch.optim.AdamW):
             pass, with the weight before it is rounded, and is `state[p]["ema"]`: the weights after a
             parameter's first step, then ema * average + (1 - ema) * weights, as `AveragedModel` with
             `get_ema_multi_avg_fn(ema)` does. As with every option of a group, a loaded state dict's counts:
-            one without averages switches them off. In bfloat16 a decay above 0.99 hardly moves it but by
+            one without averages switches them off. In bfloat16 a decay above 0.99 hardly moves it without
             stochastic_rounding.
         ema_warmup: let the decay of update n, counted from 0, be min(ema, 1 - (1 + n)^-power), so that the
             first weights are forgotten early; torch's AveragedModel has none. True is the power 2/3 with

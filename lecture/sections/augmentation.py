@@ -69,7 +69,7 @@ def learn(data: Data, policy: dict, lab: Lab) -> dict[str, float]:
 
 
 def milliseconds(data: Data) -> dict[str, float]:
-    """Of an epoch's augmentation, for each side; the two in turn."""
+    """How long an epoch's augmentation takes on each side, which are measured in turn."""
     policies = {side.name: side.augmentation(**POLICY) for side in (Torch, Fastreg)}
     times = {name: [] for name in policies}
     for _ in range(ROUNDS):
