@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -11,7 +12,7 @@ import sys
 import zipfile
 
 import pytest
-from helpers import ROOT, tool
+from helpers import ROOT, run_python, tool
 
 import fastreg as fr
 from fastreg import _registry
@@ -110,3 +111,15 @@ def test_every_wheel_in_the_folder_has_a_checksum(tmp_path):
     sums = tool("wheel").checksums(tmp_path)
     assert [name.split("linux_")[1] for name in sums] == ["aarch64.whl", "x86_64.whl"]
     assert sums["torch_fastreg-1-cp311-cp311-linux_x86_64.whl"] == hashlib.sha256(b"x86_64").hexdigest()
+
+
+def test_the_smoke_of_a_wheel_has_arguments_for_every_operator():
+    """It says so itself where it runs, which is after a wheel was made."""
+    program = """
+import json, wheel_smoke
+print(json.dumps([sorted(wheel_smoke.operator_arguments()), sorted(wheel_smoke.fr._registry._registered)]))
+"""
+    done = run_python(program, check=True, PYTHONPATH=ROOT / "tests")
+    looked_at, there = map(set, json.loads(done.stdout.splitlines()[-1]))
+    assert there - looked_at == {"sharded_cross_entropy", "sharded_linear_cross_entropy"}
+    assert looked_at <= there
