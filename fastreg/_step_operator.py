@@ -60,12 +60,12 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _are_fixed(numbers: Sequence[float]) -> bool:
-    """Whether torch.compile takes the numbers for constants, and not for inputs of its graph: of an input it
-    cannot know on which side of some bound it lies.
+    """Whether torch.compile takes the numbers for constants, and not for inputs of its graph. It knows on
+    which side of a bound a constant lies, but not of an input.
     """
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # its import takes half a second
 
-    bound = 0.7071067811865475
+    bound = 0.7071067811865475  # any number will do that no compiled code compares with
     return all(
         statically_known_true(number > bound) or statically_known_true(number <= bound) for number in numbers
     )

@@ -45,10 +45,9 @@ class AdamW(OnePass, torch.optim.AdamW):
             that E holds weakly, so of small d, is pulled more. Where the gradient has always been 0, as for
             rows of an embedding that no batch has had yet, d is eps and one step of lr 1e-3, l1 1e-6, eps
             1e-8 takes away 0.1: give such tables l1=0 (`penalty_groups(overrides=...)`) or a larger eps.
-            A weight rests where dE/dw + l1 sign(w)
-            contains 0, whatever d, so the fixed points are those of E + l1 |w|_1; a threshold by lr * l1
-            alone would rest elsewhere. "subgradient" adds l1 * sign(w) to the gradient, sign(0) = 0, from
-            where m and v rescale it: small weights oscillate around 0.
+            A weight rests where dE/dw + l1 sign(w) contains 0, whatever d, so the fixed points are those of
+            E + l1 |w|_1; with a threshold of lr * l1 they would be others. "subgradient" adds l1 * sign(w)
+            to the gradient, sign(0) = 0, from where m and v rescale it: small weights oscillate around 0.
         cautious: the decay acts only where update and weight agree in sign, m * w >= 0, so where both pull
             towards 0, and does not shift the minimum of E.
         stochastic_rounding: round bfloat16 parameters and averages up or down at random so that small steps
