@@ -195,3 +195,8 @@ class TestUse:
                 cls([p], lr=0.1, **options)
         with pytest.raises(ValueError, match="max_norm is one for all parameter groups"):
             cls([{"params": [p], "max_norm": 1.0}], lr=0.1)
+        optimizer, p.grad = cls([p], lr=0.1, max_norm=1.0), torch.ones(2)
+        optimizer.param_groups[0]["max_norm"] = 0.5  # of which nothing would come
+        with pytest.raises(ValueError, match="max_norm is one for all parameter groups"):
+            optimizer.step()
+        assert torch.equal(p.detach(), torch.ones(2))

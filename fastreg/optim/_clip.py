@@ -28,6 +28,17 @@ def check_clipping(op: str, options: dict[str, Any]) -> None:
     check_choice(op, "error_if_nonfinite", options["error_if_nonfinite"], (False, True))
 
 
+def check_group_of_clipping(op: str, group: dict[str, Any]) -> None:
+    """Raise if a parameter group has options of clipping, which nothing would read there."""
+    for name in OPTIONS:
+        if name in group:
+            raise ValueError(
+                f"{op}: {name} is one for all parameter groups, got it in one of them; give it to "
+                f"the constructor alone. Under ZeroRedundancyOptimizer, which gives each rank's part an "
+                f"optimiser of its own, clip before the step instead"
+            )
+
+
 def clipped(
     op: str, norm: torch.Tensor, scaling: Scaling, options: dict[str, Any]
 ) -> tuple[torch.Tensor, Scaling]:

@@ -18,7 +18,7 @@ from .._shards import own_part, place_in_whole
 from .._transforms import is_sharded
 from ._average import Averages, average_idle, warmed_up
 from ._clip import OPTIONS as CLIPPING
-from ._clip import check_clipping, clipped, norm_of
+from ._clip import check_clipping, check_group_of_clipping, clipped, norm_of
 from ._groups import (
     Params,
     check_keys,
@@ -201,13 +201,7 @@ class OnePass(Averages):
         if not isinstance(param_group, dict) or isinstance(param_group["params"], set):
             super().add_param_group(param_group)  # torch says what is wrong
             return
-        for name in CLIPPING:
-            if name in param_group:
-                raise ValueError(
-                    f"{self._op}: {name} is one for all parameter groups, got it in one of them; give it to "
-                    f"the constructor alone. Under ZeroRedundancyOptimizer, which gives each rank's part an "
-                    f"optimiser of its own, clip before the step instead"
-                )
+        check_group_of_clipping(self._op, param_group)
         group = self._in_numbers({**self.defaults, **param_group})
         check_keys(self._op, group, self.defaults)
         self._check_group(group)
@@ -289,6 +283,7 @@ class OnePass(Averages):
                 loss = closure()
         groups = [self._in_numbers(group) for group in self.param_groups]
         for group in groups:
+            check_group_of_clipping(self._op, group)
             self._check_group(group)
         # A GradScaler leaves these two here; torch.amp has no other way of telling an optimiser.
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
