@@ -194,12 +194,14 @@ class TestCompiled:
                 assert same_values(a, b)
 
     def test_full_graph(self):
+        """Also of a parameter that has no gradient, and is averaged."""
         torch._dynamo.reset()
-        p = parameter(torch.ones(3))
+        p, idle = parameter(torch.ones(3)), parameter(torch.ones(2))
         p.grad = torch.ones(3)
-        optimizer = fr.optim.AdamW([p], lr=0.5, ema=0.9, max_norm=1.0)
+        optimizer = fr.optim.AdamW([p, idle], lr=0.5, ema=0.9, max_norm=1.0)
         torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)()
         assert torch.equal(optimizer.state[p]["ema"], p.detach())
+        assert torch.equal(optimizer.state[idle]["ema"], torch.ones(2))
         torch.testing.assert_close(optimizer.grad_norm, torch.tensor(3.0).sqrt())
 
 

@@ -25,7 +25,7 @@ def tensor_of(param: Any) -> Any:
 def check_params(op: str, params: Any) -> None:
     """Raise where a model, or one of its methods, is given in the place of its parameters."""
     got = None
-    if isinstance(params, torch.nn.Module):
+    if isinstance(params, torch.nn.Module) and not isinstance(params, torch.nn.ParameterList):
         got = type(params).__name__
     elif inspect.ismethod(params):
         got = f"the method {params.__name__}, which was not called"
@@ -36,25 +36,40 @@ def check_params(op: str, params: Any) -> None:
         )
 
 
-def free_groups(params: Any) -> Any:
+def free_groups(op: str, params: Any) -> Any:
     """Parameters as given, where groups of biases and norms that are free of weight_decay are free of l1."""
     if isinstance(params, (torch.Tensor, dict, str)) or not isinstance(params, Iterable):
         return params  # of one tensor torch says what is wrong
     params = list(params)
-    free = [isinstance(group, dict) and _is_free(group) for group in params]
+    if len(params) < 2:
+        return params
+    free = [isinstance(group, dict) and _is_free(op, group) for group in params]
     if all(free):
         return params
     return [{**group, "l1": 0.0} if is_free else group for group, is_free in zip(params, free, strict=True)]
 
 
-def _is_free(group: dict[str, Any]) -> bool:
-    """Whether a group asks for no decay, names no l1, and holds nothing but biases, norms and the like."""
+def _is_free(op: str, group: dict[str, Any]) -> bool:
+    """Whether a group asks for no decay, names no l1, and holds nothing but biases, norms and the like.
+
+    Raises:
+        ValueError: that depends on a lazy layer that has not run yet.
+    """
     params = group.get("params", ())
     decays = "weight_decay" not in group or bool(group["weight_decay"])
     if decays or "l1" in group or not isinstance(params, (list, tuple, torch.Tensor)):
         return False
     tensors = [tensor_of(p) for p in ([params] if isinstance(params, torch.Tensor) else params)]
-    return all(isinstance(p, torch.Tensor) and p.dim() < 2 for p in tensors)
+    shaped = [p for p in tensors if not torch.nn.parameter.is_lazy(p)]
+    if not all(isinstance(p, torch.Tensor) and p.dim() < 2 for p in shaped):
+        return False
+    if len(shaped) < len(tensors):
+        raise ArgumentError(
+            f"{op}: whether l1 acts on a group without weight_decay depends on the shapes of its parameters, "
+            f"got one of a lazy layer, which has none yet; run the model once on a batch first, or give the "
+            f"group its own l1"
+        )
+    return True
 
 
 def in_numbers(group: dict[str, Any], names: Iterable[str], of_one: Collection[str]) -> dict[str, Any]:
@@ -146,6 +161,8 @@ def check_param(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
         raise ValueError(
             f"{op}: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off"
         )
+    if torch.nn.parameter.is_lazy(p):
+        return  # its memory comes with the first batch, and is its own
     if p.layout == torch.strided and any(
         stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)
     ):

@@ -155,7 +155,7 @@ class OnePass(Averages):
         check_params(self._op, params)
         check_clipping(self._op, defaults)
         self._check_group(self._in_numbers(defaults), least=0)
-        params = free_groups(params) if defaults["l1"] else params
+        params = free_groups(self._op, params) if defaults["l1"] else params
         torch.optim.Optimizer.__init__(self, params, defaults)
         self._let_scaler_into_step()
         self._make_norm()
@@ -344,7 +344,7 @@ class OnePass(Averages):
         columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
         for i, p in enumerate(group["params"], first):
             grad = p.grad
-            if grad is None and not (averages and (p.requires_grad or "ema" in self.state.get(p, ()))):
+            if grad is None and not (averages and self._averages_idle(p)):
                 continue
             dtype, device = p.dtype, p.device
             if dtype not in DTYPES or (
@@ -387,6 +387,14 @@ class OnePass(Averages):
                 local = (p.to_local(), average.to_local()) if sharded else (p, average)
                 work.idle.append((*local, state["n_averaged"]))
         return {device: work for device, (work, _) in found.items()}
+
+    def _averages_idle(self, p: torch.Tensor) -> bool:
+        """Whether a parameter without a gradient is averaged: one that may get one, except those of lazy
+        layers that have not run, and one that has been frozen since it had one.
+        """
+        if p.requires_grad:
+            return not isinstance(p, torch.nn.UninitializedParameter)
+        return "ema" in self.state.get(p, ())
 
 
 def _like_placed(grad: Any, param: Any) -> Any:
