@@ -343,7 +343,7 @@ class TestBothPaths:
             dict(),
             dict(amsgrad=True, weight_decay=0.1, l1=0.05),
             dict(cautious=True, maximize=True, l1=0.05, l1_mode="subgradient"),
-            dict(lr=1, betas=(0.5, 0.75), eps=0.1, ema=0.75),
+            dict(lr=1, betas=[0.5, 0.75], eps=0.1, ema=0.75),  # a list, as files of settings have it
         ],
         ids=str,
     )

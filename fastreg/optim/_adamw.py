@@ -165,7 +165,9 @@ class AdamW(OnePass, torch.optim.AdamW):
         betas = group["betas"]
         if isinstance(betas, (numpy.ndarray, torch.Tensor)) and betas.shape == (2,):
             group = {**group, "betas": tuple(betas.tolist())}
-        elif isinstance(betas, (tuple, list)) and not all(type(beta) is float for beta in betas):
+        elif isinstance(betas, list) or (
+            isinstance(betas, tuple) and not all(type(beta) is float for beta in betas)
+        ):
             group = {**group, "betas": tuple(map(_beta, betas))}
         return group
 
