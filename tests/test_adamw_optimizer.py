@@ -194,10 +194,11 @@ class TestPenalties:
             (p,), _ = run(fr.optim.AdamW, [w], grads, lr=0.003, l1=0.1, l1_mode=mode)
             assert fr.optim.sparsity([p]) == share
 
-    @pytest.mark.parametrize("amsgrad", [False, True])
-    def test_the_fixed_point_is_the_lassos(self, amsgrad):
+    @pytest.mark.parametrize(("amsgrad", "l2"), [(False, 0.0), (True, 0.0), (False, 0.02)])
+    def test_the_fixed_point_is_the_lassos(self, amsgrad, l2):
         """A convex problem whose columns differ in scale by 1000, so that d does too: the optimality of
-        E + l1 |w|_1, -dE/dw = l1 sign(w) or at most l1 in size where w is 0; exactly the Lasso's zeros.
+        E + l1 |w|_1, -dE/dw = l1 sign(w) or at most l1 in size where w is 0; exactly the Lasso's zeros. With
+        l2 / 2 |w|_2^2 in E, since AdamW's decay is no part of it, those of the elastic net.
         """
         x = wide(60, 8) * torch.logspace(-1.5, 1.5, 8, dtype=torch.float64)
         y = x @ torch.tensor([20.0, 0, 3, 0, 0.2, 0, 0, 0.01], dtype=torch.float64) + 0.1 * wide(60, seed=5)
@@ -206,15 +207,15 @@ class TestPenalties:
         optimizer = fr.optim.AdamW([w], lr=0.3, **options)
         for n in range(2000):
             optimizer.param_groups[0]["lr"] = 0.3 * 0.994**n + 1e-7
-            w.grad = x.T @ (x @ w.detach() - y) / 60
+            w.grad = x.T @ (x @ w.detach() - y) / 60 + l2 * w.detach()
             optimizer.step()
-        gradient, w = -(x.T @ (x @ w.detach() - y)) / 60, w.detach()
+        w = w.detach()
+        gradient = -(x.T @ (x @ w - y)) / 60 - l2 * w
         assert (gradient - l1 * w.sign()).abs()[w != 0].max() < 1e-3 and gradient.abs().max() < l1 + 1e-3
-        lasso = pytest.importorskip("sklearn.linear_model", reason='needs pip install "torch-fastreg[test]"')
-        model = lasso.Lasso(alpha=l1, tol=1e-13, max_iter=10**6, fit_intercept=False).fit(
-            x.numpy(), y.numpy()
-        )
-        want = torch.tensor(model.coef_)
+        linear = pytest.importorskip("sklearn.linear_model", reason='needs pip install "torch-fastreg[test]"')
+        exact = dict(tol=1e-13, max_iter=10**6, fit_intercept=False)
+        model = linear.ElasticNet(alpha=l1 + l2, l1_ratio=l1 / (l1 + l2), **exact)
+        want = torch.tensor(model.fit(x.numpy(), y.numpy()).coef_)
         assert torch.equal(w == 0, want == 0) and 0 < (want == 0).sum() < 8
         torch.testing.assert_close(w, want, rtol=1e-3, atol=1e-3)
 

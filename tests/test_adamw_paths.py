@@ -10,6 +10,7 @@ from helpers import same_values
 from optimizer_reference import on_both_paths
 from sgd_reference import parameter, run, scaler_with, strided
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim import lr_scheduler
 
 import fastreg as fr
@@ -372,6 +373,48 @@ class TestBothPaths:
         # The first step makes the state, in Python; so does that of the parameter whose gradient comes late,
         # unless it has been averaged before.
         assert on_both_paths(monkeypatch, run) == (2 if "ema" in options else 1)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch cannot even fake a GPU")
+class TestCaptured:
+    """A step in a CUDA graph, seen through a fake GPU; tests/test_cuda_device.py has a true one."""
+
+    @pytest.mark.parametrize(
+        "options", [dict(), dict(capturable=True), dict(fused=True, ema=0.9), dict(max_norm=1.0)], ids=str
+    )
+    def test_the_counts_lie_on_the_device(self, options, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with FakeTensorMode():
+            p = parameter(torch.ones(3, device="cuda"))
+            p.grad = torch.ones(3, device="cuda")
+            optimizer = fr.optim.AdamW([p], **options)
+            if not options:
+                with pytest.raises(RuntimeError, match=r"AdamW: a step in a CUDA graph .*capturable=True"):
+                    optimizer.step()
+                return
+            optimizer.step()
+            assert {value.device.type for value in optimizer.state[p].values()} == {"cuda"}
+
+    def test_nothing_waits_for_the_device(self, monkeypatch):
+        """A fake tensor has no value that could be read: a step with everything in it reads none, except
+        error_if_nonfinite.
+        """
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with FakeTensorMode():
+            params = [parameter(torch.ones(3, 4, device="cuda")) for _ in range(3)]
+            lr = torch.full((), 0.1, device="cuda")
+            options = dict(amsgrad=True, l1=0.1, cautious=True, ema=0.9, ema_warmup=True, max_norm=1.0)
+            optimizer = fr.optim.AdamW(params, lr=lr, fused=True, **options)
+            optimizer.grad_scale = torch.ones((), device="cuda")
+            optimizer.found_inf = torch.zeros((), device="cuda")
+            for p in params[:2]:
+                p.grad = torch.ones(3, 4, device="cuda")
+            for _ in range(2):
+                optimizer.step()
+            assert optimizer.grad_norm.device.type == "cuda"
+            optimizer.defaults["error_if_nonfinite"] = True
+            with pytest.raises(DataDependentOutputException):
+                optimizer.step()
 
 
 class TestTorchFaults:

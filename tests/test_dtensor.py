@@ -395,6 +395,26 @@ def compiled_step(rank, mesh):
         torch._dynamo.reset()
 
 
+def messages_of_a_step(rank, mesh):
+    """Averages are stepped and exchanged shard by shard, and nothing is sent; the norm is one message,
+    however many tensors there are.
+    """
+    for cls in (fr.optim.SGD, fr.optim.AdamW):
+        for options, count in (({"ema_warmup": True}, 0), ({"max_norm": 1.0}, 1)):
+            params = [nn.Parameter(distribute_tensor(numbers(i, 7, 3), mesh, [Shard(0)])) for i in range(3)]
+            optimizer = cls(params, lr=0.1, ema=0.5, **options)
+            for step in range(2):
+                for i, p in enumerate(params):
+                    p.grad = distribute_tensor(numbers(step + i, 7, 3), mesh, [Shard(0)])
+                with CommDebugMode() as messages:
+                    optimizer.step()
+                assert messages.get_total_counts() == count
+            with CommDebugMode() as messages, optimizer.averaged():
+                pass
+            assert messages.get_total_counts() == 0
+            assert all(optimizer.state[p]["ema"].placements == p.placements for p in params)
+
+
 def outside(rank, mesh):
     """A rank that holds no part, because it is not in the mesh, is told so."""
     alone = DeviceMesh("cpu", [0])
@@ -423,7 +443,7 @@ CHECKS = (
         compiled_attention,
     ),
     *(averages_of_fsdp, adversarial_training),
-    *(penalties, compiled_step),
+    *(penalties, compiled_step, messages_of_a_step),
 )
 
 

@@ -146,6 +146,35 @@ def of_torchs_checkpoint(cls, options, mesh, folder):
         dcp.load(lacking, checkpoint_id=path, planner=fr.optim.load_planner())
 
 
+def into_torchs_optimizer(cls, options, mesh, folder):
+    """A distributed checkpoint of ours, averages and all, is read by torch's class, which goes on alike."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(make, **options):
+        model, data = model_and_data()
+        fully_shard(model, mesh=mesh)
+        return model, make(model.parameters(), **options), data
+
+    usual = {name: value for name, value in options.items() if name != "cautious"}
+    model, optimizer, data = sharded(cls, **usual, ema=0.5, max_norm=1e9)
+    train(model, optimizer, data[:3])
+    path = f"{folder}/ours {cls.__name__}"
+    named = get_optimizer_state_dict(model, optimizer)
+    dcp.save({"model": model.state_dict(), "named": named}, checkpoint_id=path)
+    again, theirs, _ = sharded(torch.optim.SGD if cls is fr.optim.SGD else torch.optim.AdamW, **usual)
+    train(again, theirs, data[4:])  # what is read replaces this
+    read = {"model": again.state_dict(), "named": get_optimizer_state_dict(again, theirs)}
+    dcp.load(read, checkpoint_id=path)
+    again.load_state_dict(read["model"])
+    set_optimizer_state_dict(again, theirs, read["named"])
+    for each in ((model, optimizer), (again, theirs)):
+        train(*each, data[3:])
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.detach()), whole(q.detach()), **CLOSE)
+
+
 def one_tensor(cls, options, mesh, world):
     """Uneven shards, one of which is empty, and replicas; gradients placed otherwise, partial sums too."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -219,6 +248,7 @@ def worker(rank, world, folder):
         options = {**own, **SHARED}
         of_one_process(cls, options, mesh, slice(4 * rank, 4 * rank + 4), folder)
         of_torchs_checkpoint(cls, own, mesh, folder)
+        into_torchs_optimizer(cls, own, mesh, folder)
         one_tensor(cls, options, mesh, world)
         rounded_at_random(cls, own, mesh)
 
