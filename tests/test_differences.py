@@ -153,6 +153,38 @@ def test_dampening_has_a_flag_in_the_state():
     assert optimizer.state[p].keys() == {"momentum_buffer", "momentum_started"}
 
 
+@both
+def test_state_of_another_dtype_is_refused(kind):
+    ends, options = [], {"momentum": 0.9} if kind == "SGD" else {}
+    for module in (torch.optim, fr.optim):
+        p = parameter(2)
+        optimizer = getattr(module, kind)([p], lr=0.1, **options)
+        optimizer.step()
+        p.grad, p.data = None, p.data.double()
+        p.grad = torch.ones_like(p)
+        if module is fr.optim:
+            with pytest.raises(ValueError, match="must have the dtype of its parameter"):
+                optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        ends.append(p.detach())
+    torch.testing.assert_close(*ends)
+
+
+@both
+def test_state_below_the_normal_numbers_is_zero(kind):
+    state = {}
+    for module in (torch.optim, fr.optim):
+        p = parameter(2)
+        p.grad.fill_(1e-39 if kind == "SGD" else 1e-18)
+        options = {"momentum": 0.9} if kind == "SGD" else {"eps": 0.0}
+        optimizer = getattr(module, kind)([p], lr=0.1, **options)
+        optimizer.step()
+        state[module] = optimizer.state[p]["momentum_buffer" if kind == "SGD" else "exp_avg_sq"]
+        assert torch.isfinite(p).all() == (kind == "SGD" or module is torch.optim)
+    assert state[torch.optim].all() and not state[fr.optim].any()
+
+
 def test_the_constructor_takes_options_of_its_own():
     shared = {"l1", "l1_mode", "stochastic_rounding", "rounding_seed", "ema", "ema_warmup"}
     for kind, more in (("SGD", {"decoupled", "scale_penalty"}), ("AdamW", {"cautious"})):
