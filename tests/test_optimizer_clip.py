@@ -11,6 +11,7 @@ from sgd_reference import parameter, scaler_with
 from torch.nn.utils import clip_grad_norm_
 
 import fastreg as fr
+from fastreg.optim._clip import OPTIONS as CLIPPING
 
 both = pytest.mark.parametrize("cls", BOTH.values(), ids=BOTH)
 TORCHS = {fr.optim.SGD: torch.optim.SGD, fr.optim.AdamW: torch.optim.AdamW}
@@ -182,6 +183,20 @@ class TestUse:
         p.grad = torch.ones(4)
         plain.step()
         assert plain.grad_norm is None
+
+    def test_copies_of_older_versions(self, cls):
+        """A pickle from before there were averages and clipping lacks their options, which are off then."""
+        p = parameter(torch.ones(4))
+        state = cls([p], lr=0.1).__getstate__()
+        for options in (state["defaults"], *state["param_groups"]):
+            for name in ("ema", "ema_warmup", "stochastic_rounding", "rounding_seed", *CLIPPING):
+                options.pop(name, None)
+        again, other = cls.__new__(cls), parameter(torch.ones(4))
+        again.__setstate__(state)
+        again.add_param_group({"params": [other]})
+        p.grad, other.grad = torch.ones(4), torch.ones(4)
+        again.step()
+        assert again.grad_norm is None and torch.equal(p, other) and (p < 1).all()
 
     def test_errors(self, cls):
         p = parameter(torch.ones(2))
