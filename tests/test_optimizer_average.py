@@ -118,6 +118,18 @@ class TestNumbers:
         for got, q in zip(averages(model, optimizer), want, strict=True):
             torch.testing.assert_close(got, q, rtol=1e-14, atol=1e-15)
 
+    def test_warm_up_of_a_group_without_gradients(self, cls):
+        """By its own count: a second update with 2^(-2/3) of the weight, which has been changed by hand."""
+        p, other = parameter(torch.zeros(2)), parameter(torch.ones(2))
+        optimizer = cls([{"params": [p]}, {"params": [other]}], lr=0.1, ema=0.9, ema_warmup=True)
+        for value in (0.0, 1.0):
+            with torch.no_grad():
+                p.fill_(value)
+            other.grad = torch.ones(2)
+            optimizer.step()
+        torch.testing.assert_close(optimizer.state[p]["ema"], torch.full((2,), 2 ** (-2 / 3)))
+        assert optimizer.state[p]["n_averaged"] == 2
+
     @pytest.mark.parametrize("power", [True, 0.75])
     def test_warm_up_is_timms(self, cls, power):
         ema = pytest.importorskip("timm.utils.model_ema", reason='needs pip install "torch-fastreg[test]"')
