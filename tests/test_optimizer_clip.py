@@ -141,6 +141,14 @@ class TestNotFinite:
             clip_grad_norm_(params, 0.5, error_if_nonfinite=True)
         assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
 
+    def test_an_overflow_elsewhere(self, cls):
+        """A scaler of several ranks tells also those whose gradients are finite."""
+        p = parameter(torch.ones(3))
+        optimizer, p.grad = cls([p], lr=0.1, max_norm=0.5, fused=True), torch.ones(3)
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()
+        assert torch.equal(p.detach(), torch.ones(3)) and optimizer.grad_norm.isfinite()
+
     def test_a_scaler_may_overflow(self, cls):
         """What GradScaler has found is its own business, and not an error."""
         p = parameter(torch.ones(3))
