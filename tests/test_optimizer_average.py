@@ -282,6 +282,14 @@ class TestUse:
         for got, q in zip(twin.parameters(), averages(model, optimizer), strict=True):
             assert torch.equal(got, q)
 
+    def test_what_is_frozen_may_be_unknown_to_the_optimiser(self, cls):
+        model, twin = network(), network()
+        known = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        optimizer = train(model, cls(known, lr=0.05, ema=0.5))
+        optimizer.copy_averaged_to(twin)
+        for got, q in zip(twin.parameters(), averages(model, optimizer), strict=True):
+            assert torch.equal(got, q)
+
     @pytest.mark.parametrize("warmup", [False, True])
     def test_resumed(self, cls, warmup):
         """Saved in the middle, and loaded into another model: the same bits afterwards."""
