@@ -178,6 +178,18 @@ class TestNumbers:
             torch.testing.assert_close(optimizer.state[p]["ema"], average, **close)
             average = optimizer.state[p]["ema"].clone()
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_narrow_without_a_gradient(self, cls, dtype):
+        """Averaged in float32 and rounded once, too."""
+        p, before, after = parameter(torch.ones(200, dtype=dtype)), *torch.randn(2, 200).to(dtype)
+        optimizer = cls([p], lr=0.05, ema=0.75)
+        for value in (before, after):
+            with torch.no_grad():
+                p.copy_(value)
+            optimizer.step()
+        want = torch.lerp(before.float(), after.float(), 0.25).to(dtype)
+        assert torch.equal(optimizer.state[p]["ema"], want)
+
     @pytest.mark.parametrize("fused", [None, True])
     def test_skipped_steps(self, cls, fused):
         """An overflow leaves the average, of parameters without a gradient too."""
