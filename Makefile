@@ -46,9 +46,11 @@ demo: .venv/.demo
 	$(venv)/fastreg demo $(or $(ARGS),--quick)
 
 # Without the first each process would start compilers of inductor beside it, for which no processor is free;
-# without the second each would try by compiling which instruction sets the compiler knows.
+# without the second each would try by compiling which instruction sets the compiler knows. Without the third,
+# where the environment forbids to write bytecode, each of hundreds would compile all that it imports.
 test: export TORCHINDUCTOR_COMPILE_THREADS ?= 1
 test: export TORCHINDUCTOR_VEC_ISA_OK ?= 1
+test: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(venv)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder $(ARGS)
 
