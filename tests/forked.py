@@ -13,12 +13,18 @@ import traceback
 
 def context():
     """What `multiprocessing` starts such processes with."""
+    # Threads that wait for others must not burn the time of other processes. OpenMP reads this when it is
+    # loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.tensor"])
     return multiprocessing.get_context("forkserver")
 
 
 def run_python(code, *arguments, folder, **environment):
-    """The finished process that ran `code` with these variables set; what it prints passes through `folder`."""
+    """The finished process that ran `code` with these variables set; what it prints is in files of `folder`.
+
+    How many threads OpenMP takes has been read before.
+    """
     outputs = [f"{folder}/stdout", f"{folder}/stderr"]
     process = context().Process(target=_run, args=(code, [str(a) for a in arguments], environment, outputs))
     process.start()

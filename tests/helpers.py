@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -87,7 +88,9 @@ def on_ranks(count, function, *args, timeout=60, killed=None, group=True):
     with tempfile.TemporaryDirectory() as folder:
         address = f"file://{folder}/store" if group else None
         arguments = count, address, timeout, function, args
-        started = mp.spawn(_one_rank, arguments, nprocs=count, join=killed is None)
+        forked.context()  # says what the server imports
+        options = dict(nprocs=count, join=killed is None, start_method="forkserver")
+        started = mp.start_processes(_one_rank, arguments, **options)
         for rank, process in enumerate(started.processes if started else ()):
             process.join(2 * timeout)
             assert (process.exitcode == -signal.SIGKILL) == (rank == killed), (rank, process.exitcode)
@@ -130,7 +133,7 @@ def cmake():
     return os.path.join(CMAKE_BIN_DIR, "cmake")
 
 
-def on_each_instruction_set(code, *arguments, **environment):
+def on_each_instruction_set(code, *arguments):
     """{instruction set: what `code` printed in a process that uses it}, for the sets that this machine can
     run.
 
@@ -140,9 +143,8 @@ def on_each_instruction_set(code, *arguments, **environment):
     printed = {}
     for name in built:
         own = [argument(name) if callable(argument) else argument for argument in arguments]
-        # Threads that wait for others must not burn the time of the other test processes.
-        variables = {"GOMP_SPINCOUNT": "0", **environment, "FASTREG_CPU_CAPABILITY": name}
-        done = run_python(code, *own, **variables)
+        with tempfile.TemporaryDirectory() as folder:
+            done = forked.run_python(code, *own, folder=folder, FASTREG_CPU_CAPABILITY=name)
         if "that this machine can run" in done.stderr:
             continue
         assert done.returncode == 0, done.stderr

@@ -260,7 +260,6 @@ def test_bits_for_any_instruction_set():
     printed = on_each_instruction_set(
         "import sys; sys.path.insert(0, sys.argv[1]); import test_adamw; test_adamw.digest()",
         Path(__file__).parent,
-        OMP_NUM_THREADS=1,
     )
     lines = dict(line.split() for line in printed.values())
     assert lines.keys() == printed.keys() and len(set(lines.values())) == 1

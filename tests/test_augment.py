@@ -6,14 +6,12 @@ instruction sets and torch.compile change nothing; wrong arguments are errors.
 import copy
 import dataclasses
 import math
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
 from augment_reference import assert_images, everything, pictures, reference, some_matrices
+from helpers import on_each_instruction_set
 from torch import nn
 from torch.nn import functional as F
 
@@ -103,14 +101,7 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch
 
 
 def test_instruction_sets_give_the_same_bits():
-    outputs = []
-    for isa in fr._C.build_info()["instruction_sets"].split(","):
-        env = {**os.environ, "FASTREG_CPU_CAPABILITY": isa, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
-        if "that this machine can run" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout.split())
+    outputs = [printed.split() for printed in on_each_instruction_set(SCRIPT).values()]
     assert len(outputs[0]) == 20 and all(output == outputs[0] for output in outputs)
 
 

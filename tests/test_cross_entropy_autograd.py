@@ -5,9 +5,6 @@ set; each door (compile, checkpoint, autocast, hooks, opcheck).
 """
 
 import hashlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +18,7 @@ from cross_entropy_reference import (
     loss_and_gradient,
     reference,
 )
+from helpers import on_each_instruction_set
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -376,17 +374,8 @@ torch.save(kept, sys.argv[1])
 def test_the_same_bits_for_any_thread_count_and_for_every_instruction_set_that_fuses(tmp_path):
     """x86-64's baseline lacks the fused multiply-add: there the last bits differ."""
     digests, values = {}, {}
-    for isa in fr._C.build_info()["instruction_sets"].split(","):
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, tmp_path / isa],
-            env={**os.environ, "FASTREG_CPU_CAPABILITY": isa, "GOMP_SPINCOUNT": "0"},
-            capture_output=True,
-            text=True,
-        )
-        if "that this machine can run" in done.stderr:
-            continue
-        assert done.returncode == 0, done.stderr
-        lines = [line.split() for line in done.stdout.splitlines()]
+    for isa, printed in on_each_instruction_set(SCRIPT, lambda isa: tmp_path / isa).items():
+        lines = [line.split() for line in printed.splitlines()]
         assert [name for name, _ in lines] == [isa] * 3 and len({digest for _, digest in lines}) == 1, lines
         digests[isa], values[isa] = lines[0][1], torch.load(tmp_path / isa)
     assert len({digest for isa, digest in digests.items() if isa != "sse2"}) <= 1, digests

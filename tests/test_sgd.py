@@ -250,7 +250,6 @@ class TestReference:
         printed = on_each_instruction_set(
             "import sys; sys.path.insert(0, sys.argv[1]); import test_sgd; test_sgd.digest()",
             Path(__file__).parent,
-            OMP_NUM_THREADS=1,
         )
         digests = {}
         for name, line in printed.items():
