@@ -103,14 +103,23 @@ def wheel(sdist, tmp_path_factory):
     return next(folder.glob("torch_fastreg-*.whl"))
 
 
+def fresh_python(folder):
+    """The Python of a new environment. It has no pip, whose installation takes as long as all the rest."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    return folder / "bin/python"
+
+
+def pip(python, *arguments, **kwargs):
+    run(sys.executable, "-m", "pip", "--python", python, *arguments, "-q", **kwargs)
+
+
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     """An environment with the other torch."""
     folder = tmp_path_factory.mktemp("other")
-    run(sys.executable, "-m", "venv", folder)
-    install = (folder / "bin/pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy")
-    run(*install, env={**os.environ, **NO_BYTECODE})
-    yield folder / "bin/python"
+    python = fresh_python(folder)
+    pip(python, "install", f"torch=={OTHER_TORCH}", "numpy", env={**os.environ, **NO_BYTECODE})
+    yield python
     shutil.rmtree(folder)  # several GB
 
 
@@ -145,14 +154,14 @@ def test_one_wheel_runs_on_this_torch_and_on_another_and_replaces_neither(wheel,
     # This environment's torch, but the wheel's fastreg and not the editable one: a fresh environment that
     # borrows the packages.
     here = tmp_path / "here"
-    run(sys.executable, "-m", "venv", here)
+    fresh_python(here)
     site = pathlib.Path(
         run(here / "bin/python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     )
     (site / "borrowed.pth").write_text(str(pathlib.Path(torch.__file__).parent.parent) + "\n")
     for python, version in ((here / "bin/python", torch.__version__), (other, OTHER_TORCH)):
-        run(python, "-m", "pip", "install", "-q", "--ignore-installed", "--no-deps", wheel)
-        run(python, "-m", "pip", "install", "-q", wheel)  # its dependencies are there
+        pip(python, "install", "--ignore-installed", "--no-deps", wheel)
+        pip(python, "install", wheel)  # its dependencies are there
         used, built_with = run(python, "-c", SMOKE).split()
         assert used.startswith(version) and built_with.startswith(BUILD_TORCH)
     run(here / "bin/fastreg", "bench", "--tiny", "--ops", "fgsm", "--no-compile", "--out", tmp_path / "bench")
