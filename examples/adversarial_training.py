@@ -30,10 +30,10 @@ def plain(model, x, y):
     fr.cross_entropy(model(x), y).backward()
 
 
-print("plain:                      ", train(8, plain))
-print("clean and FGSM, half each:  ", train(8, lambda *args: fr.adversarial_backward(*args, EPS)))
+print("plain:                      ", train(5, plain))
+print("clean and FGSM, half each:  ", train(5, lambda *args: fr.adversarial_backward(*args, EPS)))
 fast = dict(weight=1, random_start=True)
 print(
-    "fast, FGSM from a random x: ", train(8, lambda *args: fr.adversarial_loss(*args, EPS, **fast).backward())
+    "fast, FGSM from a random x: ", train(5, lambda *args: fr.adversarial_loss(*args, EPS, **fast).backward())
 )
 print("free, at the price of plain:", train(2, plain, fr.FreeAdversarial(EPS, replays=4)))

@@ -19,7 +19,7 @@ policies = {
 }
 
 
-def train(options, seed, steps=200):
+def train(options, seed, steps=100):
     torch.manual_seed(seed)
     augment = fr.augment.Augment(**options, padding="fill", fill=background)
     first, second = nn.Conv2d(1, 16, 5, 2), nn.Conv2d(16, 32, 5, 2)

@@ -16,7 +16,7 @@ torch.manual_seed(0)
 for l1 in (30.0, 10.0, 3.0, 1.0):
     model = torch.nn.Linear(10, 1, dtype=torch.float64)
     optimizer = fr.optim.SGD(fr.optim.penalty_groups(model, l1=l1), lr=0.24, l1_mode="proximal")
-    for _ in range(1500):
+    for _ in range(1000):
         optimizer.zero_grad()
         (0.5 * torch.nn.functional.mse_loss(model(data), target)).backward()
         optimizer.step()
@@ -31,7 +31,7 @@ for name, penalty in networks.items():
     model = torch.nn.Sequential(torch.nn.Linear(784, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
     groups = fr.optim.penalty_groups(model, **penalty)
     optimizer = fr.optim.AdamW(groups, max_norm=3.0) if "AdamW" in name else fr.optim.SGD(groups, **sgd)
-    for batch in (b for _ in range(10) for b in torch.randperm(len(x)).split(100)):
+    for batch in (b for _ in range(5) for b in torch.randperm(len(x)).split(100)):
         optimizer.zero_grad()
         fr.cross_entropy(model(x[batch].float() / 255), y[batch]).backward()
         optimizer.step()

@@ -20,7 +20,7 @@ def test_error(seed, weight):
     drop = (fr.nn.Dropout(p) for p in (0.2, 0.5, 0.5))
     model = nn.Sequential(next(drop), *layers[:2], next(drop), *layers[2:4], next(drop), layers[4])
     optimizer = fr.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for _ in range(300):
+    for _ in range(200):
         batch = unlabelled[torch.randint(len(unlabelled), (100,))]
         with torch.no_grad():
             weak = model.eval()(batch)  # the weak view: no dropout
