@@ -6,6 +6,7 @@ from helpers import DTYPES
 
 import fastreg as fr
 
+SEED = 20260101
 # Few tests, of which each builds something.
 SLOW = ("test_packaging", "test_new_op", "test_cuda_hosted", "test_cuda_mutations")
 
@@ -37,12 +38,18 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in hours]
 
 
+def pytest_collectstart(collector):
+    """What a file draws while it is imported is the same in each run."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(SEED)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from the same seed and on one thread, so that a failure repeats on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(20260101)
+    torch.manual_seed(SEED)
     yield
     torch.set_num_threads(before)
 

@@ -156,7 +156,10 @@ def test_augmentation_in_evaluation(how):
     names, program = recorded(how, Together(cases), *inputs)
     assert is_torchs(names), names
     for output, (name, module, own) in zip(program(*inputs), cases, strict=True):
-        torch.testing.assert_close(output, module(*own), rtol=1e-5, atol=1e-5, msg=name)
+        # A mean of bytes that is half an odd number but for the last bits is rounded to either side.
+        level = 1 if "antialias" in name and output.dtype == torch.uint8 else 1e-5
+        torch.testing.assert_close(output, module(*own), rtol=1e-5, atol=level, msg=name)
+        torch.testing.assert_close(output.double().mean(), module(*own).double().mean(), rtol=2e-3, atol=1e-5)
 
 
 class WithLoss(nn.Module):

@@ -21,8 +21,8 @@ NAME = "halve"
 CXX = os.environ.get("CXX", "g++")
 EXAMPLE = re.compile("example(?!s)")
 PARTS = ("CMakeLists.txt", "cmake", "fastreg", "csrc/common", "csrc/module.cpp", "csrc/module_cuda.cpp")
-TESTS = ("conftest.py", "helpers.py", "cuda_machine.py", "cuda_hosted.py", "test_cuda_hosted.py", "cudacheck")
-TESTS += ("mask_statistics.py", "property_cases.py", "test_properties.py")
+TESTS = ("conftest.py", "helpers.py", "forked.py", "cuda_machine.py", "cuda_hosted.py", "test_cuda_hosted.py")
+TESTS += ("cudacheck", "mask_statistics.py", "property_cases.py", "test_properties.py")
 NATIVE = ("harness.h", "main.cpp")
 # Python finds this file by itself when it starts. An editable install of this tree would be found before the
 # copy, wherever the path begins.

@@ -231,7 +231,7 @@ OPTIONS = {
             ((0.5, 0.9), True, True),
             ((0, 0.0), True, True),
             ((torch.tensor(0.5), 0.9), True, True),
-            ([0.5, 0.9], False, True),
+            ([0.5, 0.9], True, True),
         ],
         "eps": [(1e-8, True, False), (0, True, True), (0.1, True, True), (np.float64(0.1), True, True)],
         "maximize": [(True, True, True), (1, True, True)],  # torch only asks whether they are true
