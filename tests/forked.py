@@ -20,28 +20,34 @@ def context():
     return multiprocessing.get_context("forkserver")
 
 
-def run_python(code, *arguments, folder, **environment):
-    """The finished process that ran `code` with these variables set; what it prints is in files of `folder`.
+def start(code, *arguments, folder, **environment):
+    """A process that runs `code` with these variables set and prints into `folder`.
 
     How many threads OpenMP takes has been read before.
     """
-    outputs = [f"{folder}/stdout", f"{folder}/stderr"]
-    process = context().Process(target=_run, args=(code, [str(a) for a in arguments], environment, outputs))
+    process = context().Process(
+        target=_run, args=(code, [str(a) for a in arguments], environment, str(folder))
+    )
     process.start()
-    process.join(600)
+    return process
+
+
+def finished(process, folder, timeout=600):
+    """What `subprocess.run` gives of a process that `start` has started; one that takes longer is killed."""
+    process.join(timeout)
     if process.is_alive():
         process.kill()
         process.join()
     printed = []
-    for path in outputs:
-        with open(path) as file:
+    for name in ("stdout", "stderr"):
+        with open(f"{folder}/{name}", encoding="utf-8") as file:
             printed.append(file.read())
-    return subprocess.CompletedProcess(arguments, process.exitcode, *printed)
+    return subprocess.CompletedProcess([], process.exitcode, *printed)
 
 
-def _run(code, arguments, environment, outputs):
-    for stream, path in zip((1, 2), outputs, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+def _run(code, arguments, environment, folder):
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]
     status = 1

@@ -144,7 +144,8 @@ def on_each_instruction_set(code, *arguments):
     for name in built:
         own = [argument(name) if callable(argument) else argument for argument in arguments]
         with tempfile.TemporaryDirectory() as folder:
-            done = forked.run_python(code, *own, folder=folder, FASTREG_CPU_CAPABILITY=name)
+            process = forked.start(code, *own, folder=folder, FASTREG_CPU_CAPABILITY=name)
+            done = forked.finished(process, folder)
         if "that this machine can run" in done.stderr:
             continue
         assert done.returncode == 0, done.stderr

@@ -40,9 +40,11 @@ COMMON = [
 # x86-64's baseline.
 FUSED = ("exp/float32", "cross_entropy", "attention")
 # The checks that are left out make compiling ten times as slow, and they watch pointers that the address
-# sanitizer watches as well. Its own checks are calls and not inlined for the same reason.
+# sanitizer watches as well. Its own checks are calls and not inlined for the same reason. The ends of scopes,
+# which each intrinsic has, would take a third of the compiler's time; test_sanitizers.py looks at them.
 SANITIZERS = (
     "-fsanitize=address,undefined",
+    "-fno-sanitize-address-use-after-scope",
     "-fno-sanitize=null,object-size,alignment,pointer-overflow",
     "-fno-sanitize-recover=all",
     "--param=asan-instrumentation-with-call-threshold=0",

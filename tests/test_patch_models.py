@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import on_ranks
 from patch_cases import (
     INDICES,
     MODELS,
@@ -374,67 +375,42 @@ def test_ddp_of_one(tmp_path, door):
         torch.testing.assert_close(ours, theirs)
 
 
-TWO_PROCESSES = """
-import os, sys, torch, torch.distributed as dist, fastreg as fr
-from torch import nn
-torch.set_num_threads(1)
-rank, store, door = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
-if door == "patch":
-    fr.patch()
-else:
-    model = fr.convert(model)
-model = nn.parallel.DistributedDataParallel(model)
-if door == "patch":  # and compiled: starting torch.distributed makes torch.compile read its rules anew
-    model = torch.compile(model, backend="aot_eager")
-optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.2), nn.CrossEntropyLoss()
-torch.manual_seed(rank)
-x = torch.randn(64, 8)
-y = x[:, :3].argmax(1)
-losses = []
-with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-    for step in range(30):
-        optimizer.zero_grad()
-        value = loss(model(x), y)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-seen = {event.key for event in profile.key_averages()}
-assert "fastreg::dropout" in seen and "aten::native_dropout" not in seen, sorted(seen)
-assert losses[-1] < 0.8 * losses[0], losses
-mine = torch.cat([p.detach().flatten() for p in model.parameters()])
-both = [torch.empty_like(mine) for _ in range(2)]
-dist.all_gather(both, mine)
-assert torch.equal(*both)
-dist.barrier()  # or torch aborts a rank whose partner is gone
-dist.destroy_process_group()
-# All is asserted. While the interpreter ends, torch 2.14.1 aborts now and then, because of a thread that has
-# not ended: "terminate called without an active exception".
-sys.stderr.flush()
-os._exit(0)
-"""
+def _one_of_two(rank, door):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 3))
+    if door == "patch":
+        fr.patch()
+    else:
+        model = fr.convert(model)
+    model = nn.parallel.DistributedDataParallel(model)
+    if door == "patch":  # and compiled: starting torch.distributed makes torch.compile read its rules anew
+        model = torch.compile(model, backend="aot_eager")
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=0.2), nn.CrossEntropyLoss()
+    torch.manual_seed(rank)
+    x = torch.randn(64, 8)
+    y = x[:, :3].argmax(1)
+    losses = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for _ in range(30):
+            optimizer.zero_grad()
+            value = loss(model(x), y)
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+    seen = {event.key for event in profile.key_averages()}
+    assert "fastreg::dropout" in seen and "aten::native_dropout" not in seen, sorted(seen)
+    assert losses[-1] < 0.8 * losses[0], losses
+    mine = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(both, mine)
+    assert torch.equal(*both)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
 @pytest.mark.parametrize("door", ["patch", "convert"])
-def test_ddp_of_two(tmp_path, door):
-    command = [sys.executable, "-c", TWO_PROCESSES]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), door], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        for rank in ranks:
-            assert not rank.wait(timeout=300), rank.stderr.read()
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.stderr.close()
+def test_ddp_of_two(door):
+    on_ranks(2, _one_of_two, door)
 
 
 SCRIPT = """

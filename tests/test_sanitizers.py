@@ -26,7 +26,7 @@ from test_new_op import SITE
 TORCH = Path(torch.__file__).parent
 WIDEST = [isa for isa in FLAGS if can_run(isa)][-1] if shutil.which(CXX) else None
 KINDS = {
-    "address": [*SANITIZERS, "-fno-sanitize=vptr"],
+    "address": [*SANITIZERS, "-fsanitize-address-use-after-scope", "-fno-sanitize=vptr"],
     "thread": ["-fsanitize=thread"],
 }
 # What splits a loop over threads, in the place of torch's function of that name. With OVERLAP=1 two threads
