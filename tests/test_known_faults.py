@@ -56,6 +56,21 @@ def test_groups_for_two_optimisers_do_not_meet():
     assert [group["lr"] for group in second.param_groups] == [0.5] * len(second.param_groups)
 
 
+def test_a_compiled_step_of_adamw_is_exact():
+    def trained(cls, compiled):
+        weight = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
+        optimizer = cls([weight], lr=0.1, foreach=False)
+        step = torch.compile(lambda: optimizer.step(), backend="eager") if compiled else optimizer.step
+        for i in range(3):
+            weight.grad = torch.linspace(0.5, 2, 6, dtype=torch.float64).roll(i)
+            step()
+        return weight.detach()
+
+    ours = trained(fr.optim.AdamW, True)
+    assert torch.equal(ours, trained(fr.optim.AdamW, False))
+    torch.testing.assert_close(ours, trained(torch.optim.AdamW, False), rtol=1e-14, atol=0)
+
+
 def test_step_hooks_run_once_whatever_optimisers_were_made_before():
     weight, calls = torch.nn.Parameter(torch.ones(1)), []
     torch.optim.SGD([weight], lr=0.5)  # torch wraps the step of this class now, that of fastreg's base
