@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch.compiler import is_compiling
+from torch.utils.checkpoint import CheckpointPolicy
 
 from ._checks import is_int
+from ._registry import define_composite
+from ._transforms import is_exporting
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -30,6 +35,8 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
         seed = _count_seed(device, generator)
         if seed is not None:
             return seed
+    if is_compiling() and generator is None and device.type in ("cpu", "cuda") and not is_exporting():
+        return torch.ops.fastreg.traced_seed(device)
     if device.type in ("cpu", "cuda", "meta"):
         return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)
     if not is_compiling() and not _has_generator(device.type):
@@ -37,6 +44,37 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     # Not every device draws integers from a range of more than 32 bits.
     upper, lower = torch.randint(0, 2**32, (2,), device=device, generator=generator).split(1)
     return (upper << 32) | lower
+
+
+def _draw_traced(device: torch.device) -> torch.Tensor:
+    """A seed in compiled code.
+
+    With a memory budget below 1 AOTAutograd computes parts of the forward pass again in the backward pass,
+    random numbers among them, which would be others. It keeps the state of the generator for those that are
+    marked as of a checkpoint. The marks are what nodes inherit while it records them.
+    """
+    inherited = torch.fx.traceback.current_meta
+    before = dict(inherited)
+    if _recomputes_anything(before.get("custom")):
+        inherited.update(recompute=CheckpointPolicy.MUST_RECOMPUTE, ac_graph_id=before.get("ac_graph_id", 0))
+    try:
+        # With a generator, even if it is None: inductor has random numbers of its own in the place of others.
+        return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=None)
+    finally:
+        inherited.clear()
+        inherited.update(before)
+
+
+def _recomputes_anything(annotations: Any) -> bool:
+    """Whether AOTAutograd may compute random numbers of the forward pass again, everywhere or in a region
+    that is annotated so.
+    """
+    config = importlib.import_module("torch._functorch.config")
+    of_region = annotations.get("_region_activation_memory_budget", 1) if isinstance(annotations, dict) else 1
+    return of_region < 1 or config.activation_memory_budget < 1 or config.aggressive_recomputation
+
+
+define_composite("traced_seed(Device device) -> Tensor", _draw_traced)
 
 
 def seed_tensor(op: str, seed: int | torch.Tensor) -> torch.Tensor:

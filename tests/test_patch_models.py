@@ -30,6 +30,8 @@ from patch_cases import (
     uses_fastreg,
 )
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper, offload_wrapper
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -38,6 +40,8 @@ from torch.utils.checkpoint import (
 )
 
 import fastreg as fr
+
+MIN_CUT = "aot_eager_decomp_partition"  # chooses what is computed again, as inductor does
 
 
 def gradients(model):
@@ -281,12 +285,18 @@ def selective(body, x):
     return checkpoint(body, x, use_reentrant=False, context_fn=contexts)
 
 
+def wrapped(wrapper):
+    return lambda body, x: wrapper(body)(x)
+
+
 CHECKPOINTS = {
     "saved": lambda body, x: checkpoint(body, x, use_reentrant=False),
     "reentrant": lambda body, x: checkpoint(body, x, use_reentrant=True),
     "selective": selective,
     "sequential": lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=False),
     "sequential, reentrant": lambda body, x: checkpoint_sequential(body, 2, x, use_reentrant=True),
+    "wrapped module": wrapped(checkpoint_wrapper),
+    "offloaded": wrapped(offload_wrapper),
 }
 
 
@@ -294,7 +304,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("first", [True, False], ids=["patched", "not patched"])
 @pytest.mark.parametrize("then", [True, False], ids=["patched", "not patched"])
 def test_the_mask_of_the_forward_pass_is_recomputed(kind, first, then):
-    """Whatever is changed between forward and backward: the patch, the default dtype, autocast."""
+    """Whatever is changed between forward and backward: the patch, the default dtype and device, autocast."""
     body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 4))
     x = torch.randn(32, 16, requires_grad=True)
     fr.patch()  # what is remembered is remembered from the first patch on
@@ -308,7 +318,8 @@ def test_the_mask_of_the_forward_pass_is_recomputed(kind, first, then):
             output = run(body, x)
         torch.set_default_dtype(torch.float64)
         try:
-            with fr.patched() if then else contextlib.nullcontext(), torch.autocast("cpu"):
+            within = fr.patched() if then else contextlib.nullcontext()
+            with within, torch.autocast("cpu"), torch.device("meta"):
                 output.sum().backward()
                 assert is_patched() == then
         finally:
@@ -316,6 +327,29 @@ def test_the_mask_of_the_forward_pass_is_recomputed(kind, first, then):
         results.append([output.detach(), x.grad, *(g.clone() for g in gradients(body))])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("door", ["patch", "convert", "by name"])
+def test_a_compiled_pass_that_computes_again_has_the_same_mask(door):
+    """With a small memory budget the backward pass computes again what was cheap in the forward pass."""
+    drop = {"patch": nn.Dropout(0.5), "convert": fr.convert(nn.Dropout(0.5))}.get(door, fr.dropout)
+    x, saved = torch.rand(10_000, requires_grad=True), []
+    for budget in (1.0, 0.5, 0.0):
+        with functorch_config.patch(activation_memory_budget=budget), fr.patched():
+            torch._dynamo.reset()
+            run = torch.compile(lambda x: (drop(x.exp()) + 1).log().cos(), backend=MIN_CUT, fullgraph=True)
+            saved.append(0)
+
+            def count(tensor):
+                saved[-1] += tensor.nbytes
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                output = run(x)
+        output.sum().backward()
+        assert torch.equal(x.grad == 0, output == 1) and 4500 < (x.grad == 0).sum() < 5500
+        x.grad = None
+    assert saved[2] < saved[0]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
