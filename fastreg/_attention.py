@@ -45,10 +45,19 @@ from ._checks import (
 )
 from ._dropout import dropout_mask_op
 from ._dropout_masks import unpack_mask
+from ._flops import tell_counters
 from ._registry import define_composite, fast
 from ._seeds import draw_seed
-from ._shards import own_part, seed_of_first_rank, whole_of_parts
-from ._transforms import autocast_dtype, is_sharded, is_transformed, is_wrapped, without_autocast
+from ._shards import one_by_one, own_part, refuse_transformed_parts, seed_of_first_rank, whole_of_parts
+from ._transforms import (
+    autocast_dtype,
+    handed_over,
+    is_foreign,
+    is_sharded,
+    is_transformed,
+    is_wrapped,
+    without_autocast,
+)
 
 # torch's own, also while it is patched.
 _torchs = torch.nn.functional.scaled_dot_product_attention
@@ -117,9 +126,10 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        tell_counters()
         *inputs, largest, total, seed = ctx.saved_tensors
         wants = "".join(name for name, wanted in zip("qkvm", ctx.needs_input_grad, strict=False) if wanted)
-        if torch.is_grad_enabled() or is_transformed():
+        if torch.is_grad_enabled() or is_transformed() or is_wrapped(grad):
             # For derivatives of derivatives, and of batches of them, by the definition.
             found = _differentiable_gradients(grad, inputs, wants, ctx.options, seed, *ctx.part)
         else:
@@ -385,6 +395,8 @@ def scaled_dot_product_attention(
         output = fast.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, _FEW)
         if output is not None:
             return output
+    if is_foreign(query, key, value, attn_mask):
+        return handed_over(scaled_dot_product_attention, locals())
     op = "scaled_dot_product_attention"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, tensor)
@@ -410,6 +422,7 @@ def scaled_dot_product_attention(
     _check_broadcast(op, query, key, value, attn_mask, enable_gqa)
     if p == 0:
         return _torchs(query, key, value, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    refuse_transformed_parts(op, query, key, value, attn_mask)
     if scale is None:
         scale = query.shape[-1] ** -0.5 if query.shape[-1] else 1.0  # without a width all scores are 0
     if any(map(is_sharded, (query, key, value, attn_mask))):
@@ -428,6 +441,7 @@ def _run(query, key, value, attn_mask, p, is_causal, scale, seed) -> Tensor:
         return torch.ops.fastreg.attention_traced(*arguments)
     if is_transformed():
         return _differentiable(*arguments)
+    tell_counters()
     if _are_few(query, key, value):
         with without_autocast("cpu"):
             return _at_once(*arguments)
@@ -476,7 +490,7 @@ def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
     tensors = query.to_local(), _heads_for(query, key), _heads_for(query, value)
     output = _Attention.apply(*tensors, attn_mask, p, is_causal, scale, seed, whole, start)
     size = torch.Size((*query.shape[:-1], value.shape[-1]))
-    return whole_of_parts(output, mesh, placements, size)
+    return one_by_one("scaled_dot_product_attention", whole_of_parts(output, mesh, placements, size))
 
 
 def _heads_for(query: Any, tensor: Any) -> Tensor:

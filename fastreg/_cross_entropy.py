@@ -35,7 +35,17 @@ from ._checks import (
 )
 from ._registry import define, fast
 from ._subnormal import flush, flush_
-from ._transforms import autocast_dtype, is_hidden, is_sharded, is_transformed
+from ._transforms import (
+    autocast_dtype,
+    handed_over,
+    has_transformed_parts,
+    is_foreign,
+    is_hidden,
+    is_sharded,
+    is_sharded_below,
+    is_transformed,
+    is_wrapped,
+)
 
 Reduction = Literal["none", "mean", "sum"]
 Smoothing = Literal["uniform", "others"]
@@ -94,6 +104,10 @@ class LossOptions(NamedTuple):
     def of_row(self) -> tuple[int, float, bool, float]:
         """The options of a row, without those of the reduction: what `cross_entropy_` takes."""
         return cast(tuple[int, float, bool, float], self[_OF_ROW])
+
+    def are_torchs(self) -> bool:
+        """Whether torch's function has them, too."""
+        return not ((self.others and self.label_smoothing) or self.z_loss or self.all_ignored_zero)
 
     def mix_and_base(self, classes: int) -> tuple[float, float]:
         """(mix, base) of q = weight * (mix * target + base), as csrc/cross_entropy/cross_entropy_math.h."""
@@ -368,7 +382,8 @@ def scaled(gradient: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
         not is_compiling()
         and type(g) is torch.Tensor
         and g.numel() == 1
-        and not torch._C._functorch.is_legacy_batchedtensor(g)  # several at once: none can be looked at
+        and not is_wrapped(g)  # several at once: none can be looked at
+        and not torch._C._len_torch_dispatch_stack()  # as make_fx is, which would record this number
         and not torch.is_grad_enabled()
         and not _keeps_graph()
     ):
@@ -612,6 +627,8 @@ def cross_entropy(
             loss = None
         if loss is not None:
             return loss
+    if is_foreign(input, target, weight):
+        return handed_over(cross_entropy, locals())
     # The options.
     op = "cross_entropy"
     check_tensor(op, "input", input)
@@ -650,6 +667,8 @@ def cross_entropy(
         classes=input.shape[0 if unbatched else 1],
         expected=expected,
     )
+    if has_transformed_parts(input, target, weight):
+        return loss_by_torch(op, input, target, weight, options)
     if any(map(is_sharded, (input, target, weight))):
         from ._placed_cross_entropy import loss_of_dtensors
 
@@ -687,6 +706,33 @@ def loss_of(input: Tensor, target: Tensor, weight: Tensor | None, options: LossO
     if torch.is_grad_enabled() and input.requires_grad:
         return _CrossEntropy.apply(input, target, weight, *options)[0]
     return _cross_entropy(input, target, weight, *options)[0]
+
+
+def loss_by_torch(
+    op: str, input: Tensor, target: Tensor, weight: Tensor | None, options: LossOptions
+) -> Tensor:
+    """The loss by torch's function, which knows transforms of DTensors as far as torch does."""
+    if not options.are_torchs():
+        raise ArgumentTypeError(
+            f"{op}: DTensors under torch.func and in forward mode have torch's loss alone, got an option "
+            f"that torch has not; leave it out, or use .backward()"
+        )
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if tensor is not None and not is_sharded_below(tensor):
+            raise ArgumentTypeError(
+                f"{op}: under torch.func and in forward mode all must be DTensors, got a plain {name}; make "
+                f"it one with torch.distributed.tensor.distribute_tensor"
+            )
+    wide, soft = statistics_dtype(input), target.is_floating_point()
+    loss = torch.nn.functional.cross_entropy(
+        input.to(wide),
+        target.to(wide) if soft else target,
+        weight,
+        ignore_index=options.ignore_index,
+        reduction=list(_REDUCTIONS)[options.reduction],
+        label_smoothing=options.label_smoothing,
+    )
+    return loss.to(options.loss_dtype or input.dtype)
 
 
 def promoted_dtype(input: torch.dtype, target: Tensor, weight: Tensor | None, autocast: bool) -> torch.dtype:

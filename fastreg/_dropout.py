@@ -33,8 +33,15 @@ from ._checks import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
-from ._shards import own_part, place_in_whole, seed_of_first_rank, whole_of_parts
-from ._transforms import is_sharded, is_transformed
+from ._shards import (
+    one_by_one,
+    own_part,
+    place_in_whole,
+    refuse_transformed_parts,
+    seed_of_first_rank,
+    whole_of_parts,
+)
+from ._transforms import handed_over, is_foreign, is_sharded, is_transformed
 
 Form = Literal["inverted", "textbook", "alpha"]
 
@@ -359,6 +366,7 @@ def run_dropout(
             return output
     check_dtype(op, "input", input)
     check_dense(op, "input", input)
+    refuse_transformed_parts(op, input)
     if seed is None:
         seed = draw_seed(input.device)
     if is_sharded(input):
@@ -412,7 +420,7 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
 
     part = own_part(input.shape, mesh, placements)
     output = dropout_of_part(local, p, seed, input.shape, part, inner, form)
-    output = whole_of_parts(output, mesh, placements, input.shape, input.stride())
+    output = one_by_one(op, whole_of_parts(output, mesh, placements, input.shape, input.stride()))
     return input.copy_(output) if inplace else output
 
 
@@ -487,6 +495,8 @@ def dropout(
             output = None
         if output is not None:
             return output
+    if is_foreign(input):
+        return handed_over(dropout, locals())
     p = check_input("dropout", input, p, training)
     if rescale != "train":
         check_choice("dropout", "rescale", rescale, ("train", "inference"))
@@ -526,8 +536,11 @@ def dropout_with_mask(
             kernels.
         TypeError: `input` is no tensor, `p` no number, `seed` or `offset` no int.
     """
+    if is_foreign(input):
+        return handed_over(dropout_with_mask, locals())
     op = "dropout_with_mask"
     p = check_input(op, input, p)
+    refuse_transformed_parts(op, input)
     if is_sharded(input):
         raise TypeError(
             f"{op}: input must be a plain tensor, got a DTensor; give it .to_local() and the offset of that "

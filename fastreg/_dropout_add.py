@@ -24,7 +24,8 @@ from ._dropout import (
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed
-from ._transforms import autocast_dtype, is_recorded, is_sharded, is_transformed
+from ._shards import refuse_transformed_parts
+from ._transforms import autocast_dtype, handed_over, is_foreign, is_recorded, is_sharded, is_transformed
 
 # --- The operator in plain torch: what the kernels compute, bit for bit.
 
@@ -185,6 +186,8 @@ def dropout_add(
         output = fast.dropout_add(input, residual, p, bias, training)
         if output is not None:
             return output
+    if is_foreign(input, residual, bias):
+        return handed_over(dropout_add, locals())
     op = "dropout_add"
     p = check_input(op, input, p)
     check_generator(op, generator)
@@ -197,6 +200,7 @@ def dropout_add(
         input, residual = input.to(widest), residual.to(widest)
         bias = None if bias is None else bias.to(widest)
     _check_together(op, input, residual, bias)
+    refuse_transformed_parts(op, input, residual, bias)
     plain = [name for name, t in (("input", input), ("residual", residual), ("bias", bias)) if _is_plain(t)]
     if plain and any(map(is_sharded, (input, residual, bias))):
         raise ArgumentTypeError(

@@ -9,6 +9,7 @@ import torch
 
 from ._checks import ArgumentError, check_dense
 from ._dropout import Form, check_input, run_dropout
+from ._transforms import handed_over, is_foreign
 
 
 def _elements_per_decision(op: str, input: torch.Tensor, batch_dims: int) -> int:
@@ -72,6 +73,8 @@ def dropout1d(
     Arguments, dtypes and errors as in `dropout`; one bit per channel is saved for backward.
     Source: Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
+    if is_foreign(input):
+        return handed_over(dropout1d, locals())
     p = check_input("dropout1d", input, p, training)
     if input.dim() not in (2, 3):
         _refuse_dimensions("dropout1d", input, "2-D or 3-D")
@@ -92,6 +95,8 @@ def dropout2d(
     `dropout`.
     Source: Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
+    if is_foreign(input):
+        return handed_over(dropout2d, locals())
     p = check_input("dropout2d", input, p, training)
     if input.dim() == 3:
         warnings.warn(
@@ -117,6 +122,8 @@ def dropout3d(
     Arguments, dtypes and errors as in `dropout`.
     Source: Tompson et al. 2015, Efficient object localization using convolutional networks.
     """
+    if is_foreign(input):
+        return handed_over(dropout3d, locals())
     p = check_input("dropout3d", input, p, training)
     if input.dim() not in (4, 5):
         _warn_of_dimensions("dropout3d", input, "(C, ...)")
@@ -138,6 +145,8 @@ def alpha_dropout(
     Arguments, dtypes and errors as in `dropout`.
     Source: Klambauer, Unterthiner, Mayr, Hochreiter 2017, Self-normalizing neural networks.
     """
+    if is_foreign(input):
+        return handed_over(alpha_dropout, locals())
     p = check_input("alpha_dropout", input, p, training)
     if not training or p == 0 or input.numel() == 0:
         return input
@@ -159,6 +168,8 @@ def feature_alpha_dropout(
     fewer than two dimensions.
     Source: Klambauer et al. 2017, Self-normalizing neural networks.
     """
+    if is_foreign(input):
+        return handed_over(feature_alpha_dropout, locals())
     op = "feature_alpha_dropout"
     p = check_input(op, input, p, training)
     if not training or p == 0 or input.numel() == 0:
@@ -188,6 +199,8 @@ def drop_path(
     Other arguments and errors as in `dropout`.
     Source: Huang, Sun, Liu, Sedra, Weinberger 2016, Deep networks with stochastic depth.
     """
+    if is_foreign(input):
+        return handed_over(drop_path, locals())
     p = check_input("drop_path", input, p, training)
     if input.dim() == 0:
         raise ValueError("drop_path: input must be (N, ...), got a tensor without dimensions")

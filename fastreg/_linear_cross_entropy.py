@@ -25,14 +25,24 @@ from ._cross_entropy import (
     Smoothing,
     check_classes,
     class_index_error,
+    loss_by_torch,
     loss_of,
     plain_rows_,
     promoted_dtype,
     scaled,
     statistics_dtype,
 )
+from ._flops import tell_counters
 from ._registry import define, define_kernel
-from ._transforms import autocast_dtype, is_sharded, is_transformed, without_autocast
+from ._transforms import (
+    autocast_dtype,
+    handed_over,
+    has_transformed_parts,
+    is_foreign,
+    is_sharded,
+    is_transformed,
+    without_autocast,
+)
 
 # Overwrites each row of the logits with factor * its gradient; gives the losses of the rows.
 define(
@@ -201,6 +211,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             results = _differentiable_gradients(ctx, g, hidden, weight, bias, target, factor, class_weight)
         elif ctx.each:
+            tell_counters()
             g = g.to(factor.dtype).contiguous()
             gradients = _linear_cross_entropy(
                 hidden, weight, bias, target, g, class_weight, ctx.wants, *ctx.options
@@ -290,6 +301,9 @@ def linear_cross_entropy(
     Source: Hsu et al. 2024, Liger kernel (gradients in the forward pass, by chunks); the loss as in
     `cross_entropy`.
     """
+    if is_foreign(hidden, weight, target, bias, class_weight):
+        return handed_over(linear_cross_entropy, locals())
+    tell_counters()
     op = "linear_cross_entropy"
     for name, value in (("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)):
         if name != "bias" or bias is not None:
@@ -313,6 +327,12 @@ def linear_cross_entropy(
     )
     if target.is_floating_point():
         check_constant(op, "target", target)
+    if has_transformed_parts(hidden, weight, bias, target, class_weight):
+        logits = torch.nn.functional.linear(hidden, weight, bias)
+        if hidden.dim() > 2:  # classes in dimension 1
+            logits = logits.movedim(-1, 1)
+            target = target.movedim(-1, 1) if target.is_floating_point() else target
+        return loss_by_torch(op, logits, target, class_weight, options)
     if any(map(is_sharded, (hidden, weight, bias, target, class_weight))):
         from ._placed_cross_entropy import linear_loss_of_dtensors
 

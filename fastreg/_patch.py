@@ -406,6 +406,8 @@ _MODULES = {
         "CrossEntropyLoss",
     )
 }
+# What they do; a program may have given a class of torch another forward, which convert leaves to it.
+_FORWARDS = {kind: kind.forward for kind in _MODULES}
 # What others call their modules, which are known without being imported.
 _BY_NAME = {
     "timm.layers.drop.DropPath": nn.DropPath,
@@ -439,7 +441,8 @@ def convert(model: _Model) -> _Model:
     for module in model.modules():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
-            _change_class(module, _MODULES[type(module)])
+            if type(module).forward is _FORWARDS[type(module)]:
+                _change_class(module, _MODULES[type(module)])
         elif kind in _BY_NAME:
             _change_class(module, _BY_NAME[kind])
         elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":

@@ -18,7 +18,7 @@ from ._cross_entropy import LossOptions, check_indices, loss_of, statistics_dtyp
 from ._linear_cross_entropy import linear_loss, row_weights
 from ._ranks import raise_the_first
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
-from ._shards import own_part, whole_of_parts
+from ._shards import one_by_one, own_part, whole_of_parts
 from ._transforms import is_sharded
 
 
@@ -118,8 +118,9 @@ def loss_of_dtensors(
         for axis, placement in enumerate(placed.logits.placements):
             dim = placement.dim % input.dim() if axis in placed.row_axes else 0
             placements.append(Shard(dim - (dim > 1)) if axis in placed.row_axes else Replicate())
-        return whole_of_parts(losses().view(rows).to(dtype), mesh, placements, shape)
-    return _over_all_rows(losses, target, weight, options, mesh, placed.row_axes, wide, dtype)
+        return one_by_one(op, whole_of_parts(losses().view(rows).to(dtype), mesh, placements, shape))
+    loss = _over_all_rows(losses, target, weight, options, mesh, placed.row_axes, wide, dtype)
+    return one_by_one(op, loss)
 
 
 def _check_rows(op: str, target: Tensor, options: LossOptions, classes: int) -> None:
@@ -223,6 +224,6 @@ def linear_loss_of_dtensors(
 
     dtype = options.loss_dtype or hidden.dtype
     if options.reduction == 0:
-        return whole_of_parts(losses().to(dtype), mesh, of_rows, hidden.shape[:-1])
+        return one_by_one(op, whole_of_parts(losses().to(dtype), mesh, of_rows, hidden.shape[:-1]))
     target = parts[3].flatten(0, -2) if parts[3].is_floating_point() else parts[3].flatten()
-    return _over_all_rows(losses, target, parts[4], options, mesh, row_axes, wide, dtype)
+    return one_by_one(op, _over_all_rows(losses, target, parts[4], options, mesh, row_axes, wide, dtype))

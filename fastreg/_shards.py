@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch.compiler import is_compiling
 
+from ._checks import ArgumentTypeError
+from ._transforms import has_transformed_parts, is_wrapped
+
 
 def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
     """Where in a tensor of `shape` this rank's part lies, a slice for each dimension.
@@ -53,6 +56,30 @@ def _check_inside(mesh: Any) -> None:
             f"fastreg: expected a rank of the DTensor's mesh, {mesh.mesh.tolist()}, got one outside; call it "
             f"only on its ranks"
         )
+
+
+def refuse_transformed_parts(op: str, *tensors: Any) -> None:
+    """Raise for DTensors under torch.func and in forward mode, where only a loss has a form for them."""
+    if has_transformed_parts(*tensors):
+        raise ArgumentTypeError(
+            f"{op}: DTensors have derivatives by backward passes alone, got one under torch.func or in "
+            f"forward mode; call it on a rank's own part, .to_local(), or use .backward()"
+        )
+
+
+def one_by_one(op: str, result: Any) -> Any:
+    """A DTensor whose gradients come one at a time; several at once are refused."""
+
+    def check(gradient: torch.Tensor) -> None:
+        if is_wrapped(gradient):
+            raise ArgumentTypeError(
+                f"{op}: a DTensor has one gradient at a time, got a batch of them (is_grads_batched or "
+                f"torch.func.vmap); compute them one after another"
+            )
+
+    if result.requires_grad and not is_compiling():
+        result.register_hook(check)
+    return result
 
 
 def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, int] | None:

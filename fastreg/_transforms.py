@@ -1,12 +1,15 @@
 """What surrounds a call and changes what its operators do: torch.func, forward mode, recording, autocast."""
 
 import contextlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.jit import is_tracing
+from torch.overrides import handle_torch_function
 
 
 def is_transformed() -> bool:
@@ -38,6 +41,33 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag if _HAS_FLAG else torch.compiler.is_exporting()
 
 
+def is_foreign(*values: Any) -> bool:
+    """Whether one is no tensor but knows torch's functions, as the Proxy of torch.fx does."""
+    for value in values:
+        known = value is None or isinstance(value, torch.Tensor)
+        if not known and hasattr(type(value), "__torch_function__"):
+            return True
+    return False
+
+
+def handed_over(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What becomes of a call of `function` where an argument is foreign: for torch.fx a node of its graph.
+
+    arguments: by name; others than those of the function are left out.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    args = [arguments[each.name] for each in parameters if each.kind is not each.KEYWORD_ONLY]
+    kwargs = {each.name: arguments[each.name] for each in parameters if each.kind is each.KEYWORD_ONLY}
+    foreign = [value for value in (*args, *kwargs.values()) if is_foreign(value)]
+    return handle_torch_function(function, foreign, *args, **kwargs)
+
+
+def as_node(module: torch.nn.Module, *arguments: Any) -> Any:
+    """What the call of a module is in a graph of torch.fx: one node, as for the modules of torch.nn."""
+    tracer: Any = next(value.tracer for value in arguments if isinstance(value, torch.fx.Proxy))
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
 def is_wrapped(tensor: torch.Tensor) -> bool:
     """Whether this one stands for many tensors, or for a tensor and its derivative.
 
@@ -45,6 +75,27 @@ def is_wrapped(tensor: torch.Tensor) -> bool:
     """
     functorch = torch._C._functorch
     return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_sharded_below(tensor: Any) -> bool:
+    """Whether it is a DTensor, or one that transforms of torch.func have wrapped."""
+    functorch = torch._C._functorch
+    while isinstance(tensor, torch.Tensor) and functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return is_sharded(tensor)
+
+
+def has_transformed_parts(*tensors: Any) -> bool:
+    """Whether a transform of torch.func is active, or a tensor has a tangent, and one of these is a DTensor.
+    What splits it into its parts and joins them knows no derivative but that of a backward pass.
+    """
+    if is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return any(map(is_sharded_below, tensors))
+    return forward_ad._current_level >= 0 and any(
+        is_sharded(tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 def wants_derivative(tensor: torch.Tensor) -> bool:

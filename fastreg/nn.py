@@ -30,7 +30,7 @@ from ._dropout_family import (
 from ._exchange import watched
 from ._fold import fold_dropout
 from ._registry import fast
-from ._transforms import is_exporting, is_recorded
+from ._transforms import as_node, is_exporting, is_recorded
 
 __all__ = [
     "AlphaDropout",
@@ -73,12 +73,6 @@ def _is_torchs(arguments: tuple[Any, ...]) -> bool:
     return any(not isinstance(mode, DeviceContext) for mode in modes) or any(map(_has_override, arguments))
 
 
-def _as_node(module: torch.nn.Module, *arguments: Any) -> Any:
-    """What the call of a module is in a graph of torch.fx: one node, as for the modules of torch.nn."""
-    tracer: Any = next(value.tracer for value in arguments if isinstance(value, torch.fx.Proxy))
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
-
-
 def _or_torchs(
     module: torch.nn.Module,
     ours: Callable[..., torch.Tensor],
@@ -92,7 +86,7 @@ def _or_torchs(
     """
     for value in arguments:
         if isinstance(value, torch.fx.Proxy):
-            return _as_node(module, *arguments)
+            return as_node(module, *arguments)
     if extras:
         return ours(*arguments, **options, **extras)
     if is_exporting():  # An exported program may run where fastreg is not.
@@ -109,6 +103,13 @@ def _or_torchs(
     return or_torchs(refusal, theirs, *arguments, **options)
 
 
+# Somebody may have put a function of his own in the place of one of these. torch's modules call that.
+_TORCHS = (
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    F.cross_entropy,
+)
+
+
 def _dropout_or_torchs(
     module: Any,
     ours: Callable[..., torch.Tensor],
@@ -116,16 +117,17 @@ def _dropout_or_torchs(
     input: torch.Tensor,
 ) -> torch.Tensor:
     extras = {}
-    if ours is dropout:
-        if module.rescale != "train":
-            extras = {"rescale": module.rescale}
-        elif fast is not None and not is_compiling():
-            try:
-                output = fast.dropout(input, module.p, module.training, module.inplace)
-            except ValueError:
-                output = None
-            if output is not None:
-                return output
+    if ours is dropout and module.rescale != "train":
+        extras = {"rescale": module.rescale}
+    elif theirs not in _TORCHS:
+        return theirs(input, module.p, module.training, module.inplace)
+    elif ours is dropout and fast is not None and not is_compiling():
+        try:
+            output = fast.dropout(input, module.p, module.training, module.inplace)
+        except ValueError:
+            output = None
+        if output is not None:
+            return output
     options = {"p": module.p, "training": module.training, "inplace": module.inplace}
     return _or_torchs(module, ours, theirs, (input,), options, extras)
 
@@ -300,7 +302,7 @@ def _drop_path_by_torch(input: torch.Tensor, p: float, scaled: bool, mode: str) 
 
 def _drop_path(module: DropPath, input: torch.Tensor) -> torch.Tensor:
     if isinstance(input, torch.fx.Proxy):
-        return _as_node(module, input)
+        return as_node(module, input)
     p, training, scaled = module.p, module.training, module.scale_by_keep
     if training and p and is_recorded():
         return _drop_path_by_torch(input, p, scaled, module.mode)
@@ -353,7 +355,7 @@ def _dropout_add(
     module: DropoutAdd, input: torch.Tensor, residual: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     if any(isinstance(value, torch.fx.Proxy) for value in (input, residual, bias)):
-        return _as_node(module, input, residual, bias)
+        return as_node(module, input, residual, bias)
     if module.training and module.p and is_recorded():
         return _dropout_add_by_torch(input, residual, module.p, bias, True)
     return dropout_add(input, residual, module.p, bias, module.training)
@@ -440,7 +442,8 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
     weight = loss.weight
     # The usual case first; `is_torchs` below asks the same of the weight's dtype, and more.
     usual = weight is None or (isinstance(input, torch.Tensor) and weight.dtype == input.dtype)
-    if usual and fast is not None and not is_compiling():
+    is_exchanged = F.cross_entropy not in _TORCHS
+    if usual and not is_exchanged and fast is not None and not is_compiling():
         try:
             value = fast.cross_entropy(
                 *(input, target, weight, None, loss.ignore_index, None, loss.reduction),
@@ -459,7 +462,7 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
     }
     extras = {name: getattr(loss, name) for name in _EXTRAS}
     changed = extras if extras != _EXTRAS else {}
-    if not changed and is_torchs(input, target, weight):
+    if not changed and (is_exchanged or is_torchs(input, target, weight)):
         return F.cross_entropy(input, target, **options)
     return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)
 

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from ._checks import check_number, check_tensor
 from ._cross_entropy import cross_entropy
 from ._losses import row_sum_of_shares
-from ._transforms import is_transformed
+from ._transforms import handed_over, is_foreign, is_transformed
 
 __all__ = ["pseudo_label_loss"]
 
@@ -93,6 +93,8 @@ def pseudo_label_loss(
     Source: Lee 2013, Pseudo-label: the simple and efficient semi-supervised learning method for deep neural
     networks; Sohn et al. 2020, FixMatch; soft targets: Xie et al. 2020, Unsupervised data augmentation.
     """
+    if is_foreign(strong_logits, weak_logits):
+        return handed_over(pseudo_label_loss, locals())
     weak_logits = strong_logits if weak_logits is None else weak_logits
     _check(strong_logits, weak_logits, threshold, temperature)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers import on_ranks, run_python, threads, with_seed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastreg as fr
 from fastreg import _attention, _attention_blocks
@@ -555,6 +556,25 @@ def test_inference_deterministic_and_fake(block_bytes):
         lambda *t: fr.scaled_dot_product_attention(*t, dropout_p=0.3)
     )(q, k, v)
     assert torch.equal(with_seed(3, traced, q, k, v), with_seed(3, traced, q, k, v))
+
+
+@pytest.mark.parametrize("options", [{}, dict(enable_gqa=True), dict(is_causal=True)], ids=str)
+def test_products_are_counted(options):
+    """Forward as of torch's function; backward two products a gradient, and the scores once more."""
+    q, k, v = tensors(5, 7, width_of_values=3)
+    if "enable_gqa" in options:
+        k, v = k[:, :1].clone(), v[:, :1].clone()
+    for t in (q, k, v):
+        t.requires_grad_()
+    counts = []
+    for function in (fr.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        with FlopCounterMode(display=False) as forward:
+            output = function(q, k, v, dropout_p=0.3, **options)
+        with FlopCounterMode(display=False) as backward:
+            output.sum().backward()
+        counts += [forward.get_total_flops(), backward.get_total_flops()]
+    scores = 2 * 2 * 3 * 5 * 7 * 8
+    assert counts[0] == counts[2] > 0 and counts[1] == counts[3] + scores
 
 
 def test_per_sample_gradients():

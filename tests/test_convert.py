@@ -101,6 +101,37 @@ def test_convert_leaves_subclasses_alone():
     assert model[2].rescale == "inference"
 
 
+FUNCTIONS = dict(
+    zip(
+        MODULES,
+        (*("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"), ""),
+        strict=False,
+    )
+)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_function_that_the_program_replaced_is_called(name, compiled, monkeypatch):
+    """As torch's module calls it, whose function somebody has put his own in the place of."""
+    modules = [getattr(nn, name)(), fr.convert(getattr(nn, name)())]
+    function = "cross_entropy" if name == "CrossEntropyLoss" else FUNCTIONS[name]
+    monkeypatch.setattr(F, function, lambda input, *args, **kwargs: input * 7)
+    x = torch.rand(2, 3, 4)
+    for module in modules:
+        run = torch.compile(module, backend="eager") if compiled else module
+        arguments = (x, torch.zeros(2, 4, dtype=torch.long)) if "Loss" in name else (x,)
+        assert torch.equal(run(*arguments), 7 * x)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_class_with_another_forward_is_left_alone(name, monkeypatch):
+    kind = getattr(nn, name)
+    monkeypatch.setattr(kind, "forward", lambda self, x: x * 7)
+    module = fr.convert(nn.Sequential(kind()))[0]
+    assert type(module) is kind and module(torch.ones(2)).tolist() == [7, 7]
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_convert_a_lone_module(name):
     module = getattr(nn, name)()

@@ -4,6 +4,7 @@ Proven: derivatives of first to third order; what is saved; the same bits for an
 set; each door (compile, checkpoint, autocast, hooks, opcheck).
 """
 
+import contextlib
 import hashlib
 
 import pytest
@@ -18,8 +19,9 @@ from cross_entropy_reference import (
     loss_and_gradient,
     reference,
 )
-from helpers import on_each_instruction_set
+from helpers import on_each_instruction_set, with_seed
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
@@ -502,3 +504,24 @@ def test_a_gradient_for_the_loss_and_for_its_gradient_together(path, monkeypatch
         (0.5 * loss + gradient.square().sum()).backward()
         results.append(x.grad)
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("door", ["by name", "patch"])
+def test_make_fx_records_a_training_step(door, tracing):
+    """Its factor cannot be looked at while it is recorded. The masks are drawn when the graph runs."""
+
+    def step(x, weight, y):
+        drop, loss = (fr.dropout, fr.cross_entropy) if door == "by name" else (F.dropout, F.cross_entropy)
+        weight = weight.detach().requires_grad_()
+        value = loss(drop(x @ weight, 0.5), y, label_smoothing=0.1)
+        return torch.autograd.grad(value, weight)[0]
+
+    arguments = torch.randn(6, 8), torch.randn(8, 4), torch.arange(6) % 4
+    with fr.patched() if door == "patch" else contextlib.nullcontext():
+        traced = make_fx(step, tracing_mode=tracing)(*arguments)
+        wanted = [with_seed(seed, step, *arguments) for seed in (1, 2)]
+    for seed, want in zip((1, 2), wanted, strict=True):
+        if door == "by name" or tracing == "real":  # fake tensors are torch's, and so is their dropout
+            torch.testing.assert_close(with_seed(seed, traced, *arguments), want)
+    assert not torch.equal(*(with_seed(seed, traced, *arguments) for seed in (1, 2)))

@@ -4,6 +4,7 @@ import inspect
 import pickle
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -220,6 +221,18 @@ def test_converted_modules_have_a_class_of_ours():
     module = fr.convert(nn.Dropout())
     assert type(module) is not nn.Dropout and isinstance(module, nn.Dropout)
     assert b"fastreg" in pickle.dumps(module) and repr(module) == repr(nn.Dropout())
+
+
+def test_quantisation_knows_modules_by_their_class():
+    quantize = pytest.importorskip("torch.ao.quantization.quantize_fx", reason="needs torch.ao")
+    options = torch.ao.quantization.get_default_qconfig_mapping("x86"), (torch.ones(2, 4),)
+    with warnings.catch_warnings(), fr.patched():
+        warnings.simplefilter("ignore")
+        torchs, ours = (
+            quantize.prepare_fx(door(nn.Sequential(nn.Linear(4, 4), nn.Dropout())).eval(), *options)
+            for door in (lambda model: model, fr.convert)
+        )
+    assert torchs.code != ours.code and ours(torch.ones(2, 4)).shape == (2, 4)
 
 
 def test_stochastic_depth_is_no_longer_of_its_library():

@@ -3,12 +3,13 @@
 import copy
 import io
 import pickle
+from operator import getitem
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, run_python
+from helpers import DTYPES, run_python, with_seed
 from patch_cases import ops_seen
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -33,6 +34,26 @@ class WithLoss(nn.Module):
 
 
 X, Y = torch.randn(3, 4), torch.tensor([0, 1, 3])
+# {function: (a call of it, its arguments)}
+CALLS = {
+    "dropout": (lambda x: fr.dropout(x, 0.3), X),
+    "dropout1d": (lambda x: fr.dropout1d(x, 0.3), X),
+    "dropout2d": (lambda x: fr.dropout2d(x, 0.3), torch.ones(2, 3, 4, 5)),
+    "dropout3d": (lambda x: fr.dropout3d(x, 0.3), torch.ones(2, 3, 4, 5)),
+    "alpha_dropout": (lambda x: fr.alpha_dropout(x, 0.3, training=True), X),
+    "feature_alpha_dropout": (lambda x: fr.feature_alpha_dropout(x, training=True), X),
+    "drop_path": (lambda x: fr.drop_path(x, 0.3, scale_by_keep=False), X),
+    "dropout_with_mask": (lambda x: fr.dropout_with_mask(x, 0.3, seed=5)[0], X),
+    "dropout_add": (lambda x, bias: fr.dropout_add(x, X, 0.3, bias), X, X[0]),
+    "cross_entropy": (lambda x, y: fr.cross_entropy(x, y, label_smoothing=0.1), X, Y),
+    "linear_cross_entropy": (lambda x, w, y: fr.linear_cross_entropy(x, w, y, z_loss=0.1), X, X.t() @ X, Y),
+    "scaled_dot_product_attention": (
+        lambda x: fr.scaled_dot_product_attention(x, x, x, dropout_p=0.3, is_causal=True),
+        X,
+    ),
+    "pseudo_label_loss": (lambda x: fr.pseudo_label_loss(x, threshold=0.2), X),
+    "rotate": (lambda x: fr.augment.functional.rotate(x, 13.0), torch.rand(2, 3, 4, 5)),
+}
 
 
 class TestFx:
@@ -70,6 +91,19 @@ class TestFx:
         assert get_graph_node_names(fr.convert(model)) == names
         extractor = create_feature_extractor(model, ["classifier.2"])
         assert extractor(torch.ones(2, 3, 32, 32))["classifier.2"].shape == (2, 1024)
+
+    @pytest.mark.parametrize("name", CALLS)
+    def test_a_function_by_name_is_one_node(self, name):
+        call, *inputs = CALLS[name]
+        traced = torch.fx.symbolic_trace(call)
+        (node,) = (n for n in traced.graph.nodes if n.op == "call_function" and n.target is not getitem)
+        assert node.target is getattr(fr, name, None) or name == "rotate"
+        assert torch.equal(*(with_seed(3, function, *inputs) for function in (traced, call)))
+
+    def test_augmentation_is_a_leaf(self):
+        traced = torch.fx.symbolic_trace(nn.Sequential(fr.augment.Augment(rotate=10), nn.Flatten()))
+        assert [n.op for n in traced.graph.nodes].count("call_module") == 2
+        assert traced(torch.rand(2, 3, 4, 4)).shape == (2, 48)
 
 
 @pytest.mark.skipif(not hasattr(torch.jit, "script"), reason="this torch has no torch.jit.script")

@@ -415,6 +415,52 @@ def messages_of_a_step(rank, mesh):
             assert all(optimizer.state[p]["ema"].placements == p.placements for p in params)
 
 
+def transforms(rank, mesh):
+    """Under torch.func a loss is torch's, and all else is refused, as batches of gradients are."""
+    x, w, y = numbers(0, 6, 5).double(), numbers(1, 5, 5).double(), torch.arange(6) % 5
+    for placement in PLACEMENTS[:2]:
+        placed, target = (distribute_tensor(t, mesh, [placement]) for t in (x, y))
+        weight = distribute_tensor(w, mesh, [Replicate()])
+        for ours, theirs in (
+            (
+                lambda t, y=target: fr.cross_entropy(t, y, label_smoothing=0.1),
+                lambda t: F.cross_entropy(t, y, label_smoothing=0.1),
+            ),
+            (
+                lambda t, w=weight, y=target: fr.linear_cross_entropy(t, w, y, label_smoothing=0.1),
+                lambda t: F.cross_entropy(t @ w.t(), y, label_smoothing=0.1),
+            ),
+        ):
+            for way in (torch.func.grad, torch.func.jacrev):
+                torch.testing.assert_close(way(ours)(placed).full_tensor(), way(theirs)(x))
+            leaf = placed.detach().requires_grad_()
+            with pytest.raises(TypeError, match="cross_entropy: a DTensor has one gradient at a time, got a"):
+                torch.autograd.grad(ours(leaf), leaf, torch.ones(2).double(), is_grads_batched=True)
+    images = distribute_tensor(numbers(2, 2, 3, 4, 4).sigmoid(), mesh, [Shard(0)])
+    for name, call, given in (
+        ("dropout", lambda t: fr.dropout(t, 0.5), placed),
+        ("alpha_dropout", lambda t: fr.alpha_dropout(t, 0.5, True), placed),
+        ("dropout_with_mask", lambda t: fr.dropout_with_mask(t)[0], placed),
+        ("dropout_add", lambda t: fr.dropout_add(t, t, 0.5), placed),
+        ("dropout_add", lambda t: fr.dropout_add(t, t, 0.0, t.flatten()[:5]), placed),
+        (
+            "scaled_dot_product_attention",
+            lambda t: fr.scaled_dot_product_attention(t, t, t, None, 0.5),
+            images,
+        ),
+        ("rotate", lambda t: fr.augment.functional.rotate(t, 13.0), images),
+        ("invert", lambda t: fr.augment.functional.invert(t), images),
+        ("augment", fr.augment.Augment(rotate=9), images),
+        ("mixup", lambda t: fr.augment.mixup(t, torch.tensor([0, 1]), num_classes=2)[0], images),
+        ("cross_entropy", lambda t, y=target: fr.cross_entropy(t, y, z_loss=0.1), placed),
+        ("cross_entropy", lambda t: fr.cross_entropy(t, y), placed),
+    ):
+        with pytest.raises(TypeError, match=rf"{name}: .*DTensors.*; (call|leave|make) "):
+            torch.func.grad(lambda t, call=call: call(t).sum())(given)
+    with pytest.raises(TypeError, match="dropout: DTensors have derivatives"):
+        torch.func.vmap(lambda t: fr.dropout(t, 0.5), randomness="same")(placed)
+
+
 def outside(rank, mesh):
     """A rank that holds no part, because it is not in the mesh, is told so."""
     alone = DeviceMesh("cpu", [0])
@@ -442,7 +488,7 @@ CHECKS = (
         patched,
         compiled_attention,
     ),
-    *(averages_of_fsdp, adversarial_training),
+    *(averages_of_fsdp, adversarial_training, transforms),
     *(penalties, compiled_step, messages_of_a_step),
 )
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastreg as fr
 from fastreg import _linear_cross_entropy as module
@@ -432,3 +433,25 @@ def test_gradients_of_a_mean_over_no_row_are_zero(dtype):
     assert loss.isnan()
     loss.backward()
     assert not hidden.grad.any() and not weight.grad.any()
+
+
+@pytest.mark.parametrize("frozen", [(), (0,), (1,)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_products_are_counted(frozen, reduction):
+    """As those of the two functions; with reduction "none" the logits are computed again."""
+    shapes, counts = ((40, 6), (9, 6)), []
+    for loss in (fr.linear_cross_entropy, lambda h, w, y, **more: F.cross_entropy(h @ w.t(), y, **more)):
+        layer = [torch.randn(s).requires_grad_(i not in frozen) for i, s in enumerate(shapes)]
+        with FlopCounterMode(display=False) as counter:
+            loss(*layer, torch.arange(40) % 9, reduction=reduction).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] + (2 * 40 * 6 * 9 if reduction == "none" else 0)
+
+
+def test_several_gradients_at_once_by_vmap():
+    """torch.func.vmap of a backward pass whose graph ends with it: the factor cannot be looked at."""
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    loss = fr.linear_cross_entropy(hidden, weight, torch.arange(4))
+    (one,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    got = torch.func.vmap(lambda g: torch.autograd.grad(loss, hidden, g)[0])(torch.tensor([1.0, -2.0]))
+    torch.testing.assert_close(got, torch.stack([one, -2 * one]))

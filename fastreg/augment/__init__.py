@@ -31,7 +31,7 @@ from .._checks import (
 )
 from .._seeds import draw_seed, seed_tensor
 from .._shards import seed_of_first_rank
-from .._transforms import is_sharded
+from .._transforms import as_node, is_sharded
 from . import _collate, _from_torchvision, _op, _policies, _show, functional
 from ._apply import TensorOrList, applied, apply, check_units, options_of
 from ._arguments import IMAGE_DTYPES, batched, refuse_parts
@@ -532,6 +532,8 @@ class Augment(nn.Module):
             masks, boxes, keypoints, counts, visible, box_format, mask_fill, min_area, min_visibility,
             flip_permutation,
         )  # fmt: skip
+        if isinstance(batch, torch.fx.Proxy):
+            return as_node(self, batch)
         if is_sharded(batch):
             return self._of_parts(batch, generator, labels, targets)
         if labels is None and self.mixing.on() and is_labelled(batch):
@@ -593,7 +595,7 @@ class Augment(nn.Module):
             seed = draw_seed(batch.device, generator).to(local.device)
             numbers = torch.arange(own.start, own.stop, device=local.device)
             alone._numbers = seed_of_first_rank(seed, batch.device_mesh), numbers
-        return whole_of(alone(local), batch)
+        return whole_of(op, alone(local), batch)
 
     def _mixed(
         self, batch: Any, labels: Tensor | None, generator: torch.Generator | None, targets: Targets

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import DTYPES, ArgumentTypeError, check_constant, check_number, check_tensor
+from .._shards import refuse_transformed_parts
 from .._transforms import is_sharded
 from . import _op
 
@@ -21,6 +22,7 @@ IMAGE_DTYPES = (torch.uint8, *DTYPES)
 
 def refuse_parts(op: str, images: Any) -> None:
     """Raise for a DTensor where there is no form for one."""
+    refuse_transformed_parts(op, images)
     if is_sharded(images):
         raise ArgumentTypeError(
             f"{op}: images must be a plain tensor, got a DTensor; give a rank's own samples, .to_local(), "

@@ -9,9 +9,10 @@ from typing import Any, ParamSpec, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from .._shards import own_part, whole_of_parts
-from .._transforms import is_sharded, with_own_code
+from .._shards import one_by_one, own_part, refuse_transformed_parts, whole_of_parts
+from .._transforms import is_foreign, is_sharded, with_own_code
 from ._arguments import pair
 
 _Arguments = ParamSpec("_Arguments")
@@ -29,6 +30,7 @@ def part_of(op: str, images: Any) -> tuple[Tensor, slice]:
     Raises:
         ValueError: a DTensor that splits something else than the first of four dimensions.
     """
+    refuse_transformed_parts(op, images)
     placements = images.placements
     if images.dim() != 4 or not all(p.is_replicate() or p.is_shard(0) for p in placements):
         raise ValueError(
@@ -38,10 +40,10 @@ def part_of(op: str, images: Any) -> tuple[Tensor, slice]:
     return images.to_local(), own_part(images.shape, images.device_mesh, placements)[0]
 
 
-def whole_of(local: Tensor, images: Any) -> Tensor:
+def whole_of(op: str, local: Tensor, images: Any) -> Tensor:
     """What a rank has made of its images, as a DTensor placed as they are."""
     shape = torch.Size((images.shape[0], *local.shape[1:]))
-    return whole_of_parts(local, images.device_mesh, images.placements, shape)
+    return one_by_one(op, whole_of_parts(local, images.device_mesh, images.placements, shape))
 
 
 def on_parts(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Tensor]:
@@ -51,6 +53,8 @@ def on_parts(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Ten
     @functools.wraps(function)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Tensor:
         images: Any = args[0] if args else kwargs.get("inpt")
+        if is_foreign(images):
+            return handle_torch_function(run, (images,), *args, **kwargs)
         if not is_sharded(images):
             return function(*args, **kwargs)
         local, own = part_of(function.__name__, images)
@@ -71,6 +75,6 @@ def on_parts(function: Callable[_Arguments, Tensor]) -> Callable[_Arguments, Ten
                 bound.arguments[name] = cut(value)
         bound.arguments["inpt"] = local
         output = cast(Any, function)(*bound.args, **bound.kwargs)
-        return images if output is local else whole_of(output, images)
+        return images if output is local else whole_of(function.__name__, output, images)
 
     return with_own_code(run)
