@@ -7,9 +7,11 @@ a tensor. A way is a function of a case's function and tensor that gives a tenso
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.autograd.forward_ad as forward
@@ -17,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.functional import hessian as double_backward_hessian
 from torch.autograd.functional import jacobian as backward_jacobian
+from torch.compiler import is_compiling
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
+from fastreg import _attention
 from fastreg.augment import functional as A
 
 Function = Callable[[Tensor], Tensor]
@@ -114,20 +118,72 @@ def loss_of_layer(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor) 
     return F.cross_entropy(F.linear(hidden, weight, bias), target)
 
 
-def attends(x: Tensor) -> Tensor:
-    """Self-attention of four tokens with dropout of the weights."""
-    generator = torch.Generator().manual_seed(7)
-    return squares(
-        fr.scaled_dot_product_attention(
-            x, x.sin(), x.cos(), dropout_p=0.3, is_causal=True, generator=generator
-        )
-    )
+def with_first_seed() -> torch.Generator | None:
+    """A generator for what draws, in compiled code. Elsewhere torch's own begins anew: without a generator
+    of the caller's an op may run in C++.
+    """
+    if is_compiling():
+        return torch.Generator().manual_seed(7)
+    torch.manual_seed(7)
+    return None
 
 
-def attends_by_torch(x: Tensor) -> Tensor:
-    scores = x @ x.sin().transpose(-2, -1) / x.shape[-1] ** 0.5
-    scores = scores.masked_fill(torch.ones(4, 4, dtype=torch.bool).triu(1), -torch.inf)
-    return squares(scores.softmax(-1) * WEIGHTS_FACTOR @ x.cos())
+def attention_case(
+    x: Tensor,
+    parts: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+    mask: Callable[[Tensor], Tensor | None] = lambda x: None,
+    by_blocks: bool = False,
+    **options: bool,
+) -> Case:
+    """Attention with dropout of its weights, of `parts(x)`, which are query, key and value, and `mask(x)`. A
+    query that may see no key gives 0. by_blocks: as where there are too many weights to be held.
+    """
+
+    def ours(x: Tensor) -> Tensor:
+        generator, few = with_first_seed(), -1 if by_blocks else _attention._FEW
+        with contextlib.nullcontext() if is_compiling() else mock.patch.object(_attention, "_FEW", few):
+            return squares(
+                fr.scaled_dot_product_attention(
+                    *parts(x), mask(x), dropout_p=0.3, generator=generator, **options
+                )
+            )
+
+    def torchs(x: Tensor) -> Tensor:
+        query, key, value = parts(x)
+        if options.get("enable_gqa"):
+            key, value = (t.repeat_interleave(len(query) // len(t), 0) for t in (key, value))
+        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+        allowed = torch.ones(scores.shape, dtype=torch.bool)
+        allowed = allowed.tril() if options.get("is_causal") else allowed
+        given = mask(x)
+        if given is not None and given.dtype == torch.bool:
+            allowed = allowed & given
+        elif given is not None:
+            scores = scores + given
+        sees = allowed.any(-1, keepdim=True)
+        weights = scores.masked_fill(~allowed & sees, -torch.inf).softmax(-1) * sees
+        return squares(weights * drawn(seeded("dropout"), *scores.shape)[0] @ value)
+
+    return Case(ours, torchs, x)
+
+
+def of_one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x, x.sin(), x.cos()
+
+
+def shared_heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Four heads of query, two of key and value."""
+    return x, x[:2].sin(), x[2:].cos()
+
+
+# The first query sees no key.
+SEES = torch.tensor([[False, False, False], [True, False, True], [True, True, True]])
+TOKENS, HEADS = numbers(2, 3, 4, seed=10), numbers(4, 3, 2, seed=12)
+
+
+def added_scores(x: Tensor) -> Tensor:
+    """A mask for all heads and queries, which depends on x as the other arguments do."""
+    return x[0, :, 0]
 
 
 def pseudo_labels(x: Tensor) -> Tensor:
@@ -165,8 +221,6 @@ def mixed(x: Tensor) -> Tensor:
 
 MIXUP = linear_map(mixup_of, *PAIR.shape)
 
-WEIGHTS_FACTOR = drawn(seeded("dropout"), 4, 4)[0]
-
 # The names of operators that the case goes through; tests/test_derivatives.py asks that none is forgotten.
 CASES: dict[str, Case] = {
     "dropout": dropout_case(seeded("dropout"), 4, 5),
@@ -176,7 +230,22 @@ CASES: dict[str, Case] = {
     "feature_alpha_dropout": dropout_case(seeded("feature_alpha_dropout"), 2, 3, 4),
     "drop_path": dropout_case(seeded("drop_path"), 4, 5),
     "dropout_add": dropout_case(added, 4, 5),
-    "scaled_dot_product_attention": Case(attends, attends_by_torch, numbers(4, 5, seed=10)),
+    "scaled_dot_product_attention": attention_case(TOKENS, of_one),
+    "scaled_dot_product_attention, causal": attention_case(TOKENS, of_one, is_causal=True),
+    "scaled_dot_product_attention, boolean mask": attention_case(TOKENS, of_one, lambda x: SEES),
+    "scaled_dot_product_attention, added mask": attention_case(
+        TOKENS, of_one, lambda x: x[..., :3] * SEES[1:2]
+    ),
+    "scaled_dot_product_attention, to a mask that broadcasts": attention_case(
+        numbers(1, 3, seed=13), lambda x: of_one(TOKENS), lambda x: x
+    ),
+    "scaled_dot_product_attention, shared heads": attention_case(
+        HEADS, shared_heads, lambda x: SEES, enable_gqa=True
+    ),
+    "scaled_dot_product_attention, by blocks": attention_case(TOKENS, of_one, added_scores, by_blocks=True),
+    "scaled_dot_product_attention, shared heads by blocks": attention_case(
+        HEADS, shared_heads, by_blocks=True, is_causal=True, enable_gqa=True
+    ),
     "cross_entropy": loss_case(CLASSES, WEIGHT, label_smoothing=0.1),
     "cross_entropy, sum of pixels": loss_case(
         torch.tensor([[[0, 4]], [[2, -100]]]), reduction="sum", x=numbers(2, 5, 1, 2)
@@ -235,6 +304,13 @@ def batched(f: Function, x: Tensor) -> Tensor:
     return torch.autograd.grad(f(leaf), leaf, factors, is_grads_batched=True)[0]
 
 
+def batched_by_vmap(f: Function, x: Tensor) -> Tensor:
+    """As `batched`, by torch.func.vmap of a backward pass."""
+    leaf, factors = x.clone().requires_grad_(), torch.tensor([1.0, 2.0, -1.0], dtype=x.dtype)
+    value = f(leaf)
+    return vmap(lambda factor: torch.autograd.grad(value, leaf, factor)[0])(factors)
+
+
 def dual(f: Function, x: Tensor) -> Tensor:
     with forward.dual_level():
         tangent = forward.unpack_dual(f(forward.make_dual(x, seed_first(x)))).tangent
@@ -289,6 +365,7 @@ WAYS: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "backward": backward,
     "grad of grad": grad_of_grad,
     "batched gradients": batched,
+    "vmap of a backward pass": batched_by_vmap,
     "vectorised jacobian": lambda f, x: backward_jacobian(f, x, vectorize=True),
     "forward-mode jacobian": lambda f, x: backward_jacobian(f, x, vectorize=True, strategy="forward-mode"),
     "hessian": double_backward_hessian,
