@@ -495,7 +495,7 @@ def _checked_target(
     wanted = expected[1 if soft else 0]  # Dynamo of torch 2.10 and 2.11 takes no bool for an index
     if target.shape != wanted:
         remedy = (
-            "class indices must be int64, convert them with .long()"
+            f"class indices must be int64 of shape {tuple(expected[0])}, convert them with .long()"
             if soft
             else "probabilities must be floating point"
         )

@@ -39,6 +39,12 @@ WRONG = {
         lambda: (torch.randn(2, 4, 3), torch.zeros(2, 4).long()),
         {},
     ),
+    "labels in a column of floats": (
+        ValueError,
+        r"got \(2, 1\); class indices must be int64 of shape \(2,\), convert them with \.long\(\)",
+        lambda: (x24(), torch.zeros(2, 1)),
+        {},
+    ),
     "target like probabilities, but int": (
         ValueError,
         "target must have shape",
