@@ -7,10 +7,9 @@ whenever, and says so where nobody does.
 import itertools
 import logging
 import math
-import subprocess
-import sys
 import warnings
 
+import forked
 import pytest
 import torch
 from torch import nn
@@ -166,7 +165,7 @@ def test_training_that_ends_before_the_first_validation():
         fit(Net("validation_step"), EarlyStopping("m"), max_epochs=1)
 
 
-def test_the_name_that_the_program_uses():
+def test_the_name_that_the_program_uses(tmp_path):
     """lightning.pytorch and pytorch_lightning have a class each; ours is of the one that was imported."""
     code = """if True:
         import {}, fastreg.integrations.lightning as ours
@@ -174,7 +173,7 @@ def test_the_name_that_the_program_uses():
     """
     pytest.importorskip("pytorch_lightning")
     for name in ("pytorch_lightning", "lightning.pytorch"):
-        run = subprocess.run([sys.executable, "-c", code.format(name, name)], capture_output=True, text=True)
+        run = forked.finished(forked.start(code.format(name, name), folder=tmp_path), tmp_path)
         assert run.stdout.strip() == "True", run.stderr
 
 
