@@ -176,6 +176,14 @@ def test_every_instruction_set_and_op_is_found():
 
 
 @needs_compiler
+@pytest.mark.skipif(not X86 or not shutil.which("nm"), reason="only on x86-64, with nm of binutils")
+def test_the_processor_is_asked_before_its_answers_are_read(tmp_path):
+    """A compiler whose start-up code does not do it would take SSE2 on every machine."""
+    run(CXX, *COMMON, "-c", ROOT / "csrc/common/isa.cpp", "-o", tmp_path / "isa.o")
+    assert " U __cpu_indicator_init" in run("nm", tmp_path / "isa.o")
+
+
+@needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", FLAGS)
 def test_kernels(isa, programs):

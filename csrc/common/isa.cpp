@@ -12,6 +12,7 @@ constexpr const char* kNames[] = {"sse2", "avx2", "avx512"};
 constexpr const char* kList = "sse2,avx2,avx512";
 bool runs(Isa isa) {
   if (isa == Isa::kBaseline) return true;
+  __builtin_cpu_init();  // the start-up code of gcc's library has done so, that of others need not have
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
                     __builtin_cpu_supports("bmi2");
