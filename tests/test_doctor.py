@@ -177,3 +177,24 @@ def test_the_module_of_another_python_is_named(tmp_path):
     wanted = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     assert f"this Python loads {wanted}, and _C.cpython-309-x86_64-linux-gnu.so is there" in line
     assert line.endswith("pip install torch-fastreg, or `make build` in a checkout")
+
+
+def test_a_stranger_that_took_the_place_of_fastreg_is_named(tmp_path):
+    """Whichever of the two was installed last has the other's `__init__.py`."""
+    (tmp_path / "fastreg").mkdir()
+    for name in ("__main__.py", "_distribution.py", "cli"):
+        copy = shutil.copytree if name == "cli" else shutil.copy
+        copy(ROOT / "fastreg" / name, tmp_path / "fastreg" / name)
+    (tmp_path / "fastreg/__init__.py").write_text("__version__ = '1.2'\n")
+    for name, version in {"fastreg": "1.2", "torch_fastreg": "0.2.0"}.items():
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: sparse regressions\n"
+        (info / "METADATA").write_text(text)
+    command = [sys.executable, "-S", "-m", "fastreg", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"fastreg: {tmp_path / 'fastreg/__init__.py'} is another project's; "
+        "the distribution fastreg 1.2 (sparse regressions) is installed too"
+    )
+    assert "run: pip uninstall -y fastreg torch-fastreg; pip install torch-fastreg" in done.stderr
