@@ -24,7 +24,7 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   list(APPEND nvcc_flags --compress-mode=size)
 endif()
 
-set(module "_C_cuda${torch_cuda_major}")
+set(module "_C_cuda${nvcc_major}")
 find_library(TORCH_CUDA_LIBRARY torch_cuda PATHS "${torch_dir}/lib" NO_DEFAULT_PATH REQUIRED)
 add_library(cuda_kernels OBJECT ${cuda_files})
 add_library(cuda_glue OBJECT ${glue_files})

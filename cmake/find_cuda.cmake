@@ -1,9 +1,16 @@
 # Whether the CUDA kernels are built, and for which GPUs. It sets
 #   build_cuda   whether they are,
 #   why_no_cuda  why not, in one sentence, which `fastreg doctor` repeats,
+#   nvcc_major   the major version of CUDA that the module is for,
 #   cuda_archs   the architectures that were asked for and that this nvcc knows; empty for the usual ones.
 
 include(cmake/cuda_archs.cmake)
+
+# A torch of CUDA 13 takes the kernels that were built for CUDA 12, which have their own runtime within: a
+# toolkit 12 that is named makes one module for both.
+if(DEFINED ENV{CUDA12_HOME})
+  set(ENV{CUDACXX} "$ENV{CUDA12_HOME}/bin/nvcc")
+endif()
 
 set(build_cuda OFF)
 set(why_no_cuda "")
@@ -31,7 +38,12 @@ else()
     string(REGEX MATCH "release ([0-9]+)\\.[0-9.]+" nvcc_release "${nvcc_says}")
     set(nvcc_major "${CMAKE_MATCH_1}")
     string(REGEX MATCH "^[0-9]+" torch_cuda_major "${torch_cuda}")
-    if(nvcc_major AND NOT nvcc_major STREQUAL torch_cuda_major)
+    if(NOT nvcc_major)
+      set(nvcc_major "${torch_cuda_major}")
+    endif()
+    if(DEFINED ENV{CUDA12_HOME} AND nvcc_major EQUAL 12 AND torch_cuda_major GREATER 12)
+      set(build_cuda ON)
+    elseif(NOT nvcc_major EQUAL torch_cuda_major)
       string(CONCAT why_no_cuda "torch ${torch_version} has CUDA ${torch_cuda} and ${CMAKE_CUDA_COMPILER} is "
              "of ${nvcc_release}; set CUDACXX to an nvcc ${torch_cuda_major}.x")
     else()

@@ -333,6 +333,28 @@ def test_a_compiler_of_another_cuda_is_a_warning_or_an_error(tmp_path):
     assert "set CUDACXX to an nvcc 9.x" in printed
 
 
+@needs_nvcc
+def test_a_toolkit_12_makes_one_module_for_torch_with_cuda_12_and_with_cuda_13(tmp_path):
+    """This compiler under the number of an older one: which module is built is decided by that."""
+    toolkit = tmp_path / "cuda-12.8/bin"
+    toolkit.mkdir(parents=True)
+    (toolkit / "nvcc").write_text(
+        '#!/bin/sh\n[ "$*" = --version ] && echo Cuda compilation tools, release 12.8, V12.8.93 && exit\n'
+        f'exec {shutil.which("nvcc")} "$@"\n'
+    )
+    (toolkit / "nvcc").chmod(0o755)
+    options = ("-DFASTREG_AUTOGRAD=OFF", "-DFASTREG_CUDA=ON")
+    environment = fake_torch_with_cuda(tmp_path, "13.0") | {"CUDA12_HOME": str(toolkit.parent)}
+    status, printed = configure(tmp_path, *options, **environment)
+    assert status == 0, printed
+    built = (tmp_path / "b/build.ninja").read_text()
+    assert "_C_cuda12." in built and "_C_cuda13" not in built
+    assert f"{toolkit / 'nvcc'} " in (tmp_path / "b/CMakeFiles/rules.ninja").read_text()
+    (tmp_path / "torch/version.py").write_text("cuda = '11.8'\n")
+    status, printed = configure(tmp_path, *options, **environment)
+    assert status != 0 and "torch 2.14.0 has CUDA 11.8" in printed and "is of release 12.8" in printed
+
+
 def architectures(tmp_path, *commands, compiler="false"):
     """(status, what CMake prints) of commands with the functions of cmake/cuda_archs.cmake."""
     script = tmp_path / "script.cmake"
