@@ -2,6 +2,7 @@
 one sentence.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,8 +20,10 @@ import pytest
 import torch
 from cuda_machine import needs_nvcc
 from helpers import ROOT, cmake, tool
+from packaging.requirements import Requirement
 
 import fastreg as fr
+from fastreg import _distribution
 
 BUILD_TORCH = "2.13.0"
 OTHER_TORCH = "2.14.1" if torch.__version__.startswith(BUILD_TORCH) else BUILD_TORCH
@@ -103,6 +106,11 @@ def wheel(sdist, tmp_path_factory):
     return next(folder.glob("torch_fastreg-*.whl"))
 
 
+def read_toml(path):
+    """What a file of TOML says."""
+    return pytest.importorskip("tomllib", reason="of Python 3.11").loads(path.read_text())
+
+
 def fresh_python(folder):
     """The Python of a new environment. It has no pip, whose installation takes as long as all the rest."""
     run(sys.executable, "-m", "venv", "--without-pip", folder)
@@ -172,6 +180,26 @@ def test_one_wheel_runs_on_this_torch_and_on_another_and_replaces_neither(wheel,
     assert all(int(number) > 10 for number in run(here / "bin/python", "-c", lecture).split())
     info = json.loads(run(other, "-m", "fastreg", "doctor", "--json"))
     assert info["torch"].startswith(OTHER_TORCH) and info["build"]["torch"].startswith(BUILD_TORCH)
+
+
+def test_an_editable_install_adds_no_folder_but_the_checkout():
+    """The folder above it would make every folder beside the checkout a module."""
+    files = importlib.metadata.distribution("torch-fastreg").files or []
+    lines = [line for file in files if file.suffix == ".pth" for line in file.read_text().splitlines()]
+    if not lines:
+        pytest.skip("fastreg is not installed editable")
+    assert {line for line in lines if not line.startswith("import ")} <= {_distribution.origin()[0]}
+
+
+def test_the_torch_of_a_vendor_is_good_enough():
+    """pip would replace it by another: NGC's 2.10, for one, counts as an alpha of it."""
+    declared = read_toml(ROOT / "pyproject.toml")
+    both = [*declared["project"]["dependencies"], *declared["build-system"]["requires"]]
+    torches = [requirement for requirement in map(Requirement, both) if requirement.name == "torch"]
+    assert len(torches) == 2
+    for requirement in torches:
+        accepted = [v for v in ("2.9.1", "2.10.0a0+b4e4ee8.nv25.11", "2.15.0") if v in requirement.specifier]
+        assert accepted == ["2.10.0a0+b4e4ee8.nv25.11", "2.15.0"]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("cibuildwheel"), reason="no cibuildwheel, of Python 3.11")
