@@ -240,6 +240,45 @@ def configure(tmp_path, *options, source=ROOT, **environment):
     return done.returncode, " ".join((done.stdout + done.stderr).split())
 
 
+def test_containers_build_what_make_wheel_builds(monkeypatch, tmp_path):
+    """cibuildwheel asks tools/wheel.py which torches have a C++ autograd, and has it look at the wheel."""
+    config = read_toml(ROOT / "pyproject.toml")["tool"]["cibuildwheel"]
+    wheel = tool("wheel")
+
+    def options_in(command, **places):
+        for name, place in places.items():
+            command = command.replace(f"{{{name}}}", str(place))
+        program, *arguments = command.removeprefix("python ").split()
+        assert program == str(tmp_path / "tools/wheel.py")
+        return arguments
+
+    def headers(version, folder):
+        (tmp_path / "torch" / version / "include/torch").mkdir(parents=True)
+        return tmp_path / "torch" / version
+
+    arguments = options_in(config["before-build"][-1], project=tmp_path)
+    monkeypatch.setattr(wheel, "headers", headers)
+    monkeypatch.setattr(sys, "argv", ["wheel.py", *arguments])
+    assert wheel.main() == 0
+    settings = config["config-settings"]["cmake.args"].replace("{project}", str(tmp_path))
+    status, said = configure(tmp_path, settings)
+    assert status == 0, said
+    built = set(re.findall(r"build (_\w+)\S*: CXX_MODULE_LIBRARY", (tmp_path / "b/build.ninja").read_text()))
+    ours = {torch.__version__.split("+")[0], *wheel.TORCHES}
+    assert built == {"_C", *(f"_autograd_{'_'.join(version.split('.')[:2])}" for version in ours)}
+
+    repair = config["linux"]["repair-wheel-command"]
+    made = (tmp_path / "a.whl", tmp_path / "out")
+    arguments = options_in(repair, project=tmp_path, wheel=made[0], dest_dir=made[1])
+    looked_at = []
+    monkeypatch.setattr(wheel, "repair", lambda built, folder, arch: looked_at.append(built) or built)
+    monkeypatch.setattr(
+        wheel, "look_at", lambda repaired, options: looked_at.append(options.cpu_only) or ["x"]
+    )
+    monkeypatch.setattr(sys, "argv", ["wheel.py", *arguments])
+    assert wheel.main() == 1 and looked_at == [made[0], True]
+
+
 CROSS_CXX = shutil.which("aarch64-linux-gnu-g++")
 
 

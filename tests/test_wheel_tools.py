@@ -31,6 +31,12 @@ def site(tmp_path, monkeypatch):
         )
         wheel.writestr("torch-9.9.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("torch-9.9.0.dist-info/RECORD", "")
+    other = "cp312" if sys.version_info[:2] != (3, 12) else "cp313"
+    with zipfile.ZipFile(shelf / f"torch-9.9.2-{other}-none-any.whl", "w") as wheel:
+        text = "Metadata-Version: 2.1\nName: torch\nVersion: 9.9.2\n"
+        wheel.writestr("torch-9.9.2.dist-info/METADATA", text)
+        wheel.writestr("torch-9.9.2.dist-info/WHEEL", f"Wheel-Version: 1.0\nTag: {other}-none-any\n")
+        wheel.writestr("torch-9.9.2.dist-info/RECORD", "")
     (tmp_path / "constraints.txt").write_text("torch<3\n")
     config = f"[global]\nno-index = true\nfind-links = {shelf}\nconstraint = {tmp_path / 'constraints.txt'}\n"
     (tmp_path / "pip.conf").write_text(config)
@@ -43,7 +49,7 @@ def site(tmp_path, monkeypatch):
 
 # Before Python 3.12 find_spec("pip") makes setuptools, which inductor imports, fail in the same process.
 @pytest.mark.skipif(not list(importlib.metadata.distributions(name="pip")), reason="needs pip")
-def test_headers_come_from_the_users_index_whatever_torch_is_installed(site):
+def test_headers_come_from_the_users_index_whatever_torch_is_installed(site, capsys):
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(site), "torch==9.9.0"]
     assert subprocess.run(command, capture_output=True).returncode != 0  # the constraint holds
     wheel = tool("wheel")
@@ -55,6 +61,9 @@ def test_headers_come_from_the_users_index_whatever_torch_is_installed(site):
         match=r"(?s)torch 9\.9\.1, whose headers .*No matching .* --headers a folder with 9\.9\.1/inc",
     ):
         wheel.headers("9.9.1", site / "headers")
+    # torch 2.15 has no wheel for Python 3.10, and 2.14 none for 3.15: there nobody can have that torch.
+    assert wheel.headers("9.9.2", site / "headers") is None
+    assert "without C++ autograd for torch 9.9.2" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="no readelf; apt-get install binutils")
@@ -103,6 +112,35 @@ def test_a_tag_of_a_newer_glibc_is_refused():
     assert runs(both, "aarch64") and not runs(both, "x86_64")
     assert not runs("torch_fastreg-1-cp311-cp311-manylinux_2_34_x86_64.whl", "x86_64")
     assert not runs("torch_fastreg-1-cp311-cp311-linux_x86_64.whl", "x86_64")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, ("g++", "readelf"))), reason="needs g++ and readelf")
+def test_modules_that_a_release_must_not_have_are_refused(monkeypatch, tmp_path):
+    look_at = tool("wheel")._look_at_module
+    source, other = tmp_path / "source.cpp", tmp_path / "libother.so"
+    source.write_text("const char* where() { return __FILE__; }\n")
+
+    def module(name, file, *options):
+        command = ["g++", "-shared", "-fPIC", "-x", "c++", str(file), "-o", str(tmp_path / name), *options]
+        subprocess.run(command, check=True)
+        return tmp_path / name
+
+    module(other.name, os.devnull, "-Wl,-soname,libother.so.1")
+    clean = module("_autograd_9_9.so", source, f"-ffile-prefix-map={tmp_path}/=")
+    assert look_at(clean, [str(tmp_path)]) == []
+    linked = ("-Wl,-rpath,/somewhere", "-Wl,--no-as-needed", "-x", "none", str(other))
+    assert look_at(module("_autograd_9_8.so", source, *linked), [str(tmp_path)]) == [
+        "has an RPATH",
+        "needs libother.so.1",
+        f"contains the path {tmp_path}",
+    ]
+    audit = tmp_path / "torch-abi-audit"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for said, faults in {"STABLE": 0, "UNSTABLE": 1, "nothing": 1}.items():
+        audit.write_text(f"#!/bin/sh\necho {said}\n")
+        audit.chmod(0o755)
+        assert len(look_at(clean.rename(tmp_path / "_C.so"), [])) == faults
+        clean = (tmp_path / "_C.so").rename(clean)
 
 
 def test_every_wheel_in_the_folder_has_a_checksum(tmp_path):

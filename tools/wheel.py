@@ -4,6 +4,8 @@ It builds the wheel with the torch of this environment, with the C++ autograd of
 (their headers are downloaded), tags it by auditwheel, and then looks at what it made. Whatever falls short is
 named; then the exit status is 1 and the output folder stays as it was. For another architecture than this
 machine's, `--arch aarch64`, the CPU's kernels alone are built, by a cross-compiler.
+
+Where cibuildwheel builds, `--settings` gives it the same settings, and `--built` goes on with its wheel.
 """
 
 import argparse
@@ -34,9 +36,14 @@ NEEDED = re.compile(
 
 def main() -> int:
     options = _parser().parse_args()
+    if options.settings:
+        options.settings.parent.mkdir(parents=True, exist_ok=True)
+        settings = (setting.partition("=") for setting in for_this_machine(options))
+        options.settings.write_text("".join(f'set({k} "{v}" CACHE STRING "")\n' for k, _, v in settings))
+        return 0
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        built = build(options, Path(folder))
+        built = options.built or build(options, Path(folder))
         repaired = repair(built, Path(folder) / "repaired", options.arch)
         faults = look_at(repaired, options)
         if faults:
@@ -70,24 +77,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--headers",
         type=Path,
-        default=ROOT / "build/torch",
+        default=ROOT / "build/torch" / sys.implementation.cache_tag,  # not every Python has every torch
         help="a folder per version of torch with its include/; what is missing is downloaded (%(default)s)",
     )
     parser.add_argument("--cpu-only", action="store_true", help="without CUDA kernels")
+    parser.add_argument(
+        "--settings",
+        type=Path,
+        metavar="FILE",
+        help="build nothing; write what cmake -C reads, so that another program builds the same",
+    )
+    parser.add_argument("--built", type=Path, metavar="WHEEL", help="build nothing; take this one")
     parser.add_argument(
         "--arch", choices=sorted({HERE, "aarch64"}), default=HERE, help="what it is for (%(default)s)"
     )
     return parser
 
 
-def headers(version: str, folder: Path) -> Path:
-    """The folder of this version of torch, with its include/; downloads it where it is missing."""
+def headers(version: str, folder: Path) -> Path | None:
+    """The folder of this version of torch, with its include/; downloads it where it is missing. None where
+    that torch is not made for this Python.
+    """
     target = folder / version
     if (target / "include/torch").is_dir():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        download(version, Path(temporary))
+        if not download(version, Path(temporary)):
+            print(f"without C++ autograd for torch {version}, which has no wheel for this Python")
+            return None
         (wheel,) = Path(temporary).glob("torch-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():
@@ -98,26 +116,37 @@ def headers(version: str, folder: Path) -> Path:
     return target
 
 
-def download(version: str, folder: Path) -> None:
-    """torch's wheel of this version, by pip as the user has set it up.
+def download(version: str, folder: Path) -> bool:
+    """torch's wheel of this version, by pip as the user has set it up; False where there is none for this
+    Python, and one for another.
 
     Indexes, mirrors, certificates and proxies are the user's. Only constraints are not, because they say
     which torch is to be installed, and here none is.
     """
     constraint = folder / "constraint.txt"
     constraint.write_text("# none\n")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-    environment = {**os.environ, "PIP_CONSTRAINT": str(constraint)}
-    done = subprocess.run(
-        [*command, "-d", str(folder), f"torch=={version}"], capture_output=True, text=True, env=environment
-    )
+
+    def pip(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pip", *arguments, "-q", "--no-deps", "--only-binary=:all:"]
+        environment = {**os.environ, "PIP_CONSTRAINT": str(constraint)}
+        return subprocess.run(
+            [*command, f"torch=={version}"], capture_output=True, text=True, env=environment
+        )
+
+    done = pip("download", "-d", str(folder))
     if done.returncode:
+        # Every torch from 2.10 on that has wheels has one for one of these.
+        other = "3.12" if sys.version_info[:2] != (3, 12) else "3.13"
+        asked = ("install", "--dry-run", "--target", str(folder / "none"), "--python-version", other)
+        if "No matching distribution" in done.stderr and pip(*asked).returncode == 0:
+            return False
         said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
         sys.exit(
             f"torch {version}, whose headers C++ autograd needs, cannot be downloaded: {said[-1].strip()}\n"
             f"Set up pip so that it can, give --headers a folder with {version}/include, or leave {version} "
             f"out of --torches"
         )
+    return True
 
 
 def build(options: argparse.Namespace, folder: Path) -> Path:
@@ -143,7 +172,8 @@ def for_this_machine(options: argparse.Namespace) -> list[str]:
     """The build's settings: CUDA where torch has it, and the C++ autograd of each torch."""
     here = torch.__version__.split(".")[:2]
     others = [v for v in options.torches.split(",") if v and v.split(".")[:2] != here]
-    more = ";".join(str(headers(version, options.headers.resolve())) for version in others)
+    folders = [headers(version, options.headers.resolve()) for version in others]
+    more = ";".join(str(folder) for folder in folders if folder)
     cuda = torch.version.cuda is not None and not options.cpu_only
     if not cuda:
         print(f"without CUDA kernels: torch {torch.__version__}", file=sys.stderr)
