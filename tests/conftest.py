@@ -7,6 +7,8 @@ from helpers import DTYPES
 import fastreg as fr
 
 SEED = 20260101
+# What takes minutes to hours.
+ASKED_FOR = ("long", "emulated")
 # Few tests, of which each builds something.
 SLOW = ("test_packaging", "test_new_op", "test_cuda_hosted", "test_cuda_mutations")
 
@@ -32,10 +34,11 @@ def pytest_collection_modifyitems(config, items):
     them; and what takes hours only where it is asked for, whatever else -m says.
     """
     items.sort(key=lambda item: item.path.stem not in SLOW)
-    if "long" not in (config.option.markexpr or ""):
-        hours = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=hours)
-        items[:] = [item for item in items if item not in hours]
+    for marker in ASKED_FOR:
+        if marker not in (config.option.markexpr or ""):
+            hours = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=hours)
+            items[:] = [item for item in items if item not in hours]
 
 
 def pytest_collectstart(collector):
