@@ -96,10 +96,10 @@ int64_t backward_bytes(const AugmentArgs& a) {
   return rounded_up(values * accumulated_bytes(a), kCacheLine) + filters;
 }
 
-// Images of T, their gradient too; the output's gradient of G.
-template <class T, class G>
+// Where the images and the gradients are read and written their types are asked for; all else is made once
+// for each A.
+template <class A>
 struct SampleBackward {
-  using A = typename Accumulate<T>::type;
   const AugmentArgs& a;
   const int64_t sample, channels, pixels, in_pixels;  // pixels of a plane of the output, and of the images
   const Shrink shrink;
@@ -133,22 +133,32 @@ struct SampleBackward {
   }
 
   void images_gradient() const {
-    read_gradient();
+    with_pixels_of(a.out_type, [&](auto* type) { read_gradient(type); });
     if (a.blur)
       for (int64_t c = 0; c < channels; ++c) blur_backward(a, sample, grad + c * pixels, spare);
     if (a.colour_steps) {
-      read_images();
+      with_pixels_of(a.in_type, [&](auto* type) { read_images(type); });
       resample();
       channels == 3 ? colour_backward<3>(a, sample, image, grad) : colour_backward<1>(a, sample, image, grad);
     }
     resample_backward();
     collect();
-    write_gradient();
+    with_pixels_of(a.in_type, [&](auto* type) { write_gradient(type); });
   }
 
  private:
+  // f(null pointer to the type of a pixel), which is one that is computed in A.
+  template <class F>
+  static void with_pixels_of(PixelType type, F f) {
+    with_dtype(floating_type(type), [&](auto* pixel) {
+      if constexpr (std::is_same_v<typename Accumulate<std::remove_pointer_t<decltype(pixel)>>::type, A>)
+        f(pixel);
+    });
+  }
+
   // The output's gradient before normalisation; 0 where the output was erased.
-  void read_gradient() const {
+  template <class G>
+  void read_gradient(G*) const {
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t y = 0; y < a.out_height; ++y)
         for (int64_t x = 0; x < a.out_width; ++x) {
@@ -166,7 +176,8 @@ struct SampleBackward {
   }
 
   // What is resampled.
-  void read_images() const {
+  template <class T>
+  void read_images(T*) const {
     if (shrink.on) return Shrinker<T, A>(a, shrink, sample, filters).make_rows(0, height, resampled, spare);
     const int64_t first = window.top * a.in_stride[2] + window.left * a.in_stride[3];
     const T* images = static_cast<const T*>(a.images) + sample * a.in_stride[0] + first;
@@ -237,7 +248,10 @@ struct SampleBackward {
       A* to = in_grad + c * in_pixels + first;
       const A* from = resampled + c * resampled_pixels;
       if (shrink.on) {
-        Shrinker<T, A>(a, shrink, sample, filters).add_gradient(from, to, spare);
+        with_pixels_of(a.in_type, [&](auto* type) {
+          using T = std::remove_pointer_t<decltype(type)>;
+          Shrinker<T, A>(a, shrink, sample, filters).add_gradient(from, to, spare);
+        });
         continue;
       }
       for (int64_t y = 0; y < height; ++y)
@@ -245,7 +259,8 @@ struct SampleBackward {
     }
   }
 
-  void write_gradient() const {
+  template <class T>
+  void write_gradient(T*) const {
     T* out = static_cast<T*>(a.output) + sample * a.out_stride[0];
     for (int64_t c = 0; c < channels; ++c)
       for (int64_t y = 0; y < a.in_height; ++y)

@@ -216,24 +216,24 @@ void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample
   accumulated_bytes(a) == 8 ? prepare_sample<double>(a, scratch, sample, begin, end)
                             : prepare_sample<float>(a, scratch, sample, begin, end);
 }
-void finish(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
-  with_pixels(a.out_type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using A = typename Accumulate<T>::type;
-    with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) {
-      finish_rows<A>(a, scratch, maker, sample, begin, end, static_cast<T*>(a.output));
+template <class A>
+void finish_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin,
+                   int64_t end) {
+  with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) {
+    with_pixels(a.out_type, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      if constexpr (std::is_same_v<typename Accumulate<T>::type, A>)
+        finish_rows<A>(a, scratch, maker, sample, begin, end, static_cast<T*>(a.output));
     });
   });
 }
+void finish(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin, int64_t end) {
+  accumulated_bytes(a) == 8 ? finish_sample<double>(a, scratch, sample, begin, end)
+                            : finish_sample<float>(a, scratch, sample, begin, end);
+}
 void backward(const AugmentArgs& a, void* scratch, int64_t sample) {
-  with_dtype(floating_type(a.in_type), [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    with_dtype(floating_type(a.out_type), [&](auto* grad_type) {
-      using G = std::remove_pointer_t<decltype(grad_type)>;
-      if constexpr (std::is_same_v<typename Accumulate<T>::type, typename Accumulate<G>::type>)
-        SampleBackward<T, G>(a, scratch, sample).images_gradient();
-    });
-  });
+  accumulated_bytes(a) == 8 ? SampleBackward<double>(a, scratch, sample).images_gradient()
+                            : SampleBackward<float>(a, scratch, sample).images_gradient();
 }
 
 }  // namespace
