@@ -44,12 +44,15 @@ def loss_sizes(x, target, weight, options):
     x = x.double()
     lse = x.logsumexp(1).abs()
     lse = torch.where(lse.isfinite(), lse, 0.0)
-    furthest = torch.where(x.isfinite(), x.abs(), 0.0).amax(1) + lse + math.log(count)
+    sizes = torch.where(x.isfinite(), x.abs(), 0.0)
+    furthest = sizes.amax(1) + lse + math.log(count)
     heaviest = 1.0 if weight is None else weight.double().max()
-    square = z_loss * lse**2
-    if z_loss and dtype != torch.float64:  # lse^2 may overflow float32 before z_loss makes it smaller
-        square = torch.where(lse**2 > torch.finfo(torch.float32).max, 1e39, square)
-    return heaviest * furthest + square, heaviest + 2 * z_loss * (lse + 1)
+    terms, square = heaviest * furthest, z_loss * lse**2
+    if dtype != torch.float64:  # what overflows float32 before weights, shares or z_loss make it smaller
+        most = torch.finfo(torch.float32).max
+        terms = torch.where(sizes.sum(1) + count * lse > most, 1e39, terms)
+        square = torch.where(lse**2 > most, 1e39, square) if z_loss else square
+    return terms + square, heaviest + 2 * z_loss * (lse + 1)
 
 
 def loss_arguments(draw, size, dtype):
