@@ -52,6 +52,7 @@ Smoothing = Literal["uniform", "others"]
 AllIgnored = Literal["nan", "zero"]
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
 class LossOptions(NamedTuple):
@@ -383,7 +384,7 @@ def scaled(gradient: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
         and type(g) is torch.Tensor
         and g.numel() == 1
         and not is_wrapped(g)  # several at once: none can be looked at
-        and not torch._C._len_torch_dispatch_stack()  # as make_fx is, which would record this number
+        and torch._C._get_dispatch_mode(_PROXY) is None  # make_fx would record this number
         and not torch.is_grad_enabled()
         and not _keeps_graph()
     ):
