@@ -104,10 +104,8 @@ def _or_torchs(
 
 
 # Somebody may have put a function of his own in the place of one of these. torch's modules call that.
-_TORCHS = (
-    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
-    F.cross_entropy,
-)
+_TORCHS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_TORCHS_LOSS = F.cross_entropy
 
 
 def _dropout_or_torchs(
@@ -442,7 +440,7 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
     weight = loss.weight
     # The usual case first; `is_torchs` below asks the same of the weight's dtype, and more.
     usual = weight is None or (isinstance(input, torch.Tensor) and weight.dtype == input.dtype)
-    is_exchanged = F.cross_entropy not in _TORCHS
+    is_exchanged = F.cross_entropy is not _TORCHS_LOSS
     if usual and not is_exchanged and fast is not None and not is_compiling():
         try:
             value = fast.cross_entropy(
