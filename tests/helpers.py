@@ -65,6 +65,14 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+def run(*command, **options):
+    """What a command prints; it failing is an error, whose message has the end of all that it wrote."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    said = done.stdout[-6000:] + done.stderr[-8000:]
+    assert done.returncode == 0, f"{' '.join(map(str, command))} gives {done.returncode}:\n{said}"
+    return done.stdout
+
+
 def run_python(code, *arguments, check=False, **environment):
     """The finished process that ran `code`, with variables set or, where None, unset; it failing is an error
     if `check`.

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run
 
 EMULATOR = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 PYTHON = ".".join(map(str, sys.version_info[:2]))
@@ -35,13 +35,6 @@ pytestmark = [
     pytest.mark.skipif(platform.machine() != "x86_64", reason="only where aarch64 is another architecture"),
     pytest.mark.skipif(not all(NEEDED.values()), reason=f"needs {[n for n, t in NEEDED.items() if not t]}"),
 ]
-
-
-def run(*command, **kwargs):
-    """The finished process; it failing is an error."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
-    assert done.returncode == 0, f"{command}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
 
 
 def unpack_python(root, folder):
@@ -87,10 +80,10 @@ def test_the_smoke_of_the_wheel_for_another_machine(tmp_path):
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(site)}
     python = next(root.glob(f"usr/bin/python{PYTHON}"))
     smoke = Path(shutil.copy(ROOT / "tests/wheel_smoke.py", tmp_path))
-    done = run(EMULATOR, "-L", root, python, "-s", smoke, cwd=tmp_path, env=environment)
-    print(done.stdout)
-    *_, where, row = done.stdout.splitlines()
+    printed = run(EMULATOR, "-L", root, python, "-s", smoke, cwd=tmp_path, env=environment)
+    print(printed)
+    *_, where, row = printed.splitlines()
     assert where.endswith(f" of {site / 'fastreg'}") and row.startswith("| 2.10.0")
     assert "| Python | _C |" in row and int(row.split("/")[1].split()[0]) > 80
-    left_out = [line for line in done.stdout.splitlines() if "not run: " in line]
+    left_out = [line for line in printed.splitlines() if "not run: " in line]
     assert all("no C++ compiler" in line or "GPU" in line for line in left_out), left_out

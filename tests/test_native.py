@@ -14,6 +14,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import helpers
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -50,18 +51,9 @@ SANITIZERS = (
     "--param=asan-instrumentation-with-call-threshold=0",
 )
 
+run = functools.partial(helpers.run, timeout=600)
+
 needs_compiler = pytest.mark.skipif(not shutil.which(CXX), reason=f"no compiler {CXX}; apt-get install g++")
-
-
-def run(*command, **kwargs):
-    """What a command prints; what it writes to stderr is the message of the failure."""
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=600, **kwargs
-    )
-    assert done.returncode == 0, (
-        f"{command} gives {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    )
-    return done.stdout
 
 
 @functools.cache

@@ -8,10 +8,10 @@ package, csrc/common, the extension module, and the ops that the module itself i
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pybind11
 import pytest
 from cuda_machine import ROOT
@@ -38,14 +38,9 @@ pytestmark = [
 
 
 def run(*command, cwd, **environment):
-    """What a command prints; its errors are the failure's message."""
+    """What a command prints that finds the modules of `cwd`."""
     environment = {**os.environ, "PYTHONPATH": str(cwd), "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=900
-    )
-    said = done.stdout[-6000:] + done.stderr[-6000:]
-    assert done.returncode == 0, f"{' '.join(map(str, command))} gives {done.returncode}:\n{said}"
-    return done.stdout
+    return helpers.run(*command, cwd=cwd, env=environment, timeout=900)
 
 
 def files_of_the_example():

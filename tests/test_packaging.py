@@ -16,6 +16,7 @@ import tarfile
 import tempfile
 import zipfile
 
+import helpers
 import pytest
 import torch
 from cuda_machine import needs_nvcc
@@ -62,12 +63,7 @@ def run(*command, **kwargs):
     """Run a command outside the checkout, where `import fastreg` cannot find the source tree; gives what it
     prints.
     """
-    kwargs.setdefault("cwd", "/")
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=1800, **kwargs
-    )
-    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+    return helpers.run(*command, **{"cwd": "/", "timeout": 1800, **kwargs})
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import functools
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run
 from test_native import COMMON, CXX, FLAGS, KERNELS, SANITIZERS, can_run, shipped
 from test_new_op import SITE
 
@@ -55,14 +54,6 @@ pytestmark = [
     pytest.mark.skipif(not shutil.which(CXX), reason=f"no compiler {CXX}; install one or set CXX"),
     pytest.mark.skipif(sys.platform != "linux", reason="sanitizers are loaded as on Linux"),
 ]
-
-
-def run(*command, **options):
-    """What a command prints; what it writes to stderr is the message of the failure."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
-    said = done.stdout[-4000:] + done.stderr[-8000:]
-    assert done.returncode == 0, f"{' '.join(map(str, command))} gives {done.returncode}:\n{said}"
-    return done.stdout
 
 
 def compile_modules(folder, kind):
