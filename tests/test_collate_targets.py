@@ -163,3 +163,90 @@ def test_mixtures_of_named_parts(kind):
     assert parts[label].shape == (6, 7)
     with pytest.raises(TypeError, match="mixup and cutmix need labels"):
         augment({"image": torch.rand(6, 3, 8, 8), "one": torch.zeros(6), "two": torch.zeros(6)})
+
+
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_targets_in_a_list_under_their_key_move(kind):
+    images = torch.stack([IMAGE, IMAGE])
+    masks, points = (IMAGE[:1] > 0.5).long(), torch.tensor([[[3.0, 4.0]]])
+    batch = {
+        "image": images,
+        "boxes": kind([BOXES, BOXES[:0]]),
+        "masks": kind([masks, masks.repeat(3, 1, 1)]),
+    }
+    moved = FLIP({**batch, "keypoints": kind([points, points])})
+    assert type(moved["boxes"]) is kind and [len(part) for part in moved["boxes"]] == [1, 0]
+    assert torch.equal(moved["boxes"][0], FLIPPED)
+    assert torch.equal(moved["masks"][0], masks.flip(-1)) and moved["masks"][1].shape[0] == 3
+    assert moved["keypoints"][1].flatten().tolist() == [WIDTH - 1 - 3, 4]
+    one = FLIP((IMAGE, {"masks": [masks[0], masks[0]], "boxes": BOXES}))
+    assert torch.equal(one[1]["masks"][1], masks[0].flip(-1))
+    collated = FLIP.collate([{"image": IMAGE, "boxes": [BOXES, BOXES]}] * 2)
+    assert all(torch.equal(part, FLIPPED) for sample in collated["boxes"] for part in sample)
+
+
+def test_a_dict_of_lists_is_a_batch():
+    batch = collections.OrderedDict(
+        images=[IMAGE, IMAGE[:, :9]], boxes=[BOXES, BOXES], labels=[1, 2], name="x"
+    )
+    moved = FLIP(batch)
+    assert type(moved) is collections.OrderedDict and moved["labels"] == [1, 2] and moved["name"] == "x"
+    assert torch.equal(moved["images"][0], IMAGE.flip(-1)) and torch.equal(
+        moved["images"][1], IMAGE[:, :9].flip(-1)
+    )
+    assert all(torch.equal(boxes, FLIPPED) for boxes in moved["boxes"])
+    turn = Augment(rotate=180)
+    own = turn({"images": [IMAGE] * 4, "boxes": [BOXES] * 4}, torch.Generator().manual_seed(0))
+    samples = turn([(IMAGE, {"boxes": BOXES})] * 4, torch.Generator().manual_seed(0))
+    for image, boxes, (other, target) in zip(own["images"], own["boxes"], samples, strict=True):
+        assert torch.equal(image, other) and torch.equal(boxes, target["boxes"])
+    assert not torch.equal(own["images"][0], own["images"][1])
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        (
+            {"images": [IMAGE] * 2, "boxes": [BOXES]},
+            "'boxes' beside a list of 2 images must be a list of one",
+        ),
+        ({"images": [IMAGE] * 2, "boxes": BOXES}, "'boxes' beside a list of 2 images must .* got Tensor"),
+        ({"x": {"images": [IMAGE] * 2, "boxes": [BOXES] * 2}}, "expected one image beside targets in a nest"),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused(batch, message):
+    with pytest.raises(ValueError, match=message):
+        FLIP(batch)
+
+
+def test_what_is_left_of_boxes_stands_beside_them():
+    boxes = torch.cat([BOXES, torch.tensor([[0.0, 0.0, 2.0, 2.0]])])
+    target = {"boxes": boxes, "labels": torch.tensor([3, 4])}
+    for asked in ({"min_area": 5}, {"min_visibility": 0.1, "min_area": 5}):
+        assert FLIP((IMAGE, target), **asked)[1]["boxes_left"].tolist() == [True, False]
+        batch = FLIP.collate(
+            [(IMAGE, target), (IMAGE, {"boxes": boxes[:0], "labels": boxes[:0, 0]})], **asked
+        )
+        assert [t["boxes_left"].tolist() for t in batch[1]] == [[True, False], []]
+        named = FLIP.collate([{"image": IMAGE, **target}] * 2, **asked)
+        assert [left.tolist() for left in named["boxes_left"]] == [[True, False]] * 2
+        listed = FLIP({"image": torch.stack([IMAGE] * 2), "boxes": [boxes, BOXES]}, **asked)
+        assert [left.tolist() for left in listed["boxes_left"]] == [[True, False], [True]]
+    assert set(FLIP((IMAGE, target))[1]) == {"boxes", "labels"} == set(target)
+    own = tv_tensors.BoundingBoxes(BOXES, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    for sample, message in (
+        ((IMAGE, own), "need boxes under a key of a dict"),
+        (Record(IMAGE, BOXES), "dataclass"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FLIP(sample, min_area=5)
+        with pytest.raises(ValueError, match=message):
+            FLIP.collate([sample], min_area=5)
+
+
+def test_collate_names_the_arguments_it_has():
+    for name in ("counts", "visible", "masks", "bogus"):
+        with pytest.raises(
+            ValueError, match=f"collate: argument must be one of 'mask_fill', .* got '{name}'"
+        ):
+            FLIP.collate([(IMAGE, 3)], **{name: 1})

@@ -72,6 +72,7 @@ __all__ = [
 ]
 
 
+_READING = ("mask_fill", "box_format", "min_area", "min_visibility", "flip_permutation")  # of collate
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
 _COLUMN = {name: i for i, name in enumerate(_op.COLUMNS)}
@@ -521,8 +522,9 @@ class Augment(nn.Module):
         and KeyPoints comes back as what it was, with the image and the targets moved; so does a list of
         samples; dataclasses and mappings of other classes are looked into. Without an Image the first tensor
         of three dimensions or more is the image, one under the key "image", "images", "pixel_values" or "img"
-        before others; tensors under the keys "boxes" (XYXY), "masks", "mask" and "keypoints" are targets, all
-        others stay.
+        before others; tensors under the keys "boxes" (XYXY), "masks", "mask" and "keypoints", or in a list
+        under one of them, are targets, all others stay. A dict of a list of images and lists of their targets
+        is a batch, too. With `min_area` or `min_visibility` there is an entry "boxes_left" beside "boxes".
 
         With `labels`, (B,) or (B, classes), a pair of images and labels, mixed where `mixup` or `cutmix` is
         on, which a pair (images, labels) as the batch is as well, and a dict that has "label", "labels",
@@ -658,7 +660,8 @@ class Augment(nn.Module):
                 image is the only tensor of three dimensions, or called "image", "images", "pixel_values" or
                 "img". Images of different sizes are resampled into one batch, of `size`.
             key: key, field or position of the image in a sample; functools.partial(augment.collate, key=...).
-            reading: `mask_fill`, `box_format` of plain tensors and `flip_permutation`, as in `apply`.
+            reading: `mask_fill`, `box_format` of plain tensors, `min_area`, `min_visibility` and
+                `flip_permutation`, as in `apply` and `forward`.
 
         Returns:
             A batch of the samples' structure, as torch makes it (a list for tuples, a dataclass for
@@ -669,6 +672,8 @@ class Augment(nn.Module):
             TypeError: no image, or several, are found in a sample. ValueError: different sizes without
             `size`. KeyError: samples without the key.
         """
+        for name in reading:
+            check_choice("Augment.collate", "argument", name, _READING)
         samples, numbers = numbers_of(samples)
         alone = self._unmixed()
         alone._numbers = numbers

@@ -15,6 +15,7 @@ from torch import Tensor
 from ._structures import (
     NAMES,
     augmented_samples,
+    check_open,
     has_targets,
     is_record,
     leaves_of,
@@ -202,6 +203,8 @@ def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> An
     `augment` gets them as one tensor, or as a list of tensors where their sizes differ. Samples with targets
     become what `with_targets` says.
     """
+    for sample in samples:
+        check_open(sample, targets)
     inside = [with_tensors(opened(sample)[0]) for sample in samples]
     if any(map(has_targets, inside)):
         at = None if key is None else place_of(samples[0], key)

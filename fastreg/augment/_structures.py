@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from torch import Tensor
-from torch.utils._pytree import SUPPORTED_NODES, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import SUPPORTED_NODES, MappingKey, tree_flatten_with_path, tree_unflatten
 
 from .._checks import check_generator, check_tensor
 from .._seeds import draw_seed
@@ -49,6 +49,11 @@ def name_of(key: Any) -> Any:
     return next((getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)), None)
 
 
+def _key_of(path: Sequence[Any]) -> Any:
+    """The key or field that a part stands under, or the list that holds it; None where there is none."""
+    return next((name_of(key) for key in reversed(path) if not hasattr(key, "idx")), None)
+
+
 def leaves_of(structure: Any, place: Any = None) -> tuple[list[Leaf], Any]:
     """(all parts in order, what puts them together again). Images are torchvision's, or else the first tensor
     that may be one and has an image's name, or else the first that may be one; where a `place` at the top is
@@ -57,8 +62,7 @@ def leaves_of(structure: Any, place: Any = None) -> tuple[list[Leaf], Any]:
     flat, spec = tree_flatten_with_path(structure)
     leaves = []
     for path, value in flat:
-        kind = tv_kind(value)
-        key = name_of(path[-1]) if path else None
+        kind, key = tv_kind(value), _key_of(path)
         if kind is None and isinstance(value, Tensor) and isinstance(key, str):
             kind = KEYS.get(key)
         leaves.append(Leaf(tuple(path), value, kind))
@@ -144,6 +148,15 @@ def is_closed(value: Any) -> bool:
     return any(map(is_closed, inner))
 
 
+def check_open(structure: Any, targets: Targets) -> None:
+    """Raise where what is left of boxes is asked for and would stand in a class that has no place for it."""
+    if targets.is_picky() and is_closed(structure):
+        raise ValueError(
+            f"{OP}: min_area and min_visibility in a nest need dicts, lists and tuples, got a dataclass or a "
+            f"mapping of another class in it; give boxes= beside the images"
+        )
+
+
 def with_tensors(structure: Any) -> Any:
     """A nest with tensors in the place of NumPy's arrays of numbers."""
     flat, spec = tree_flatten_with_path(structure)
@@ -193,9 +206,18 @@ def _moves(leaves: list[Leaf], whole: Any, image: Leaf, targets: Targets) -> lis
     images, moves = plain(image.value), []
     is_batch = images.dim() == 4
     batch = images if is_batch else images[None]
+    is_listed = image.path[-1:] and hasattr(image.path[-1], "idx") and _key_of(image.path) in NAMES
+    alike = [leaf for leaf in leaves if leaf.path[:-1] == image.path[:-1] and _is_image(leaf.value)]
     for place, leaf in enumerate(leaves):
         if leaf.kind in (None, "image"):
             continue
+        if is_listed and not is_tv_tensor(image.value) and len(alike) > 1:
+            raise ValueError(
+                f"{OP}: expected one image beside targets in a nest, got a list of {len(alike)}; give the "
+                f"dict that holds both lists alone, or a list of samples"
+            )
+        if leaf.kind == "boxes" and targets.is_picky():
+            _check_named(leaf)
         owner = _owner(leaf, image, whole, len(batch)) if is_batch else None
         about: dict[str, Any] = dict.fromkeys(("masks", "boxes", "keypoints", "counts", "visible"))
         about[str(leaf.kind)] = leaf.value
@@ -205,6 +227,21 @@ def _moves(leaves: list[Leaf], whole: Any, image: Leaf, targets: Targets) -> lis
         one.check(batch if owner is None else batch[owner : owner + 1], is_batch and owner is None)
         moves.append(_Move(place, one, owner))
     return moves
+
+
+def _check_named(boxes: Leaf) -> None:
+    """Raise where there is no place beside boxes for what says which are left."""
+    at = _place_of_key(boxes.path)
+    if not at or not isinstance(at[-1], MappingKey):
+        raise ValueError(
+            f"{OP}: min_area and min_visibility in a nest need boxes under a key of a dict, beside which "
+            f"<key>_left says what is left, got them at {boxes.path}; give boxes= beside the images"
+        )
+
+
+def _place_of_key(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The path of a part, or of the list that it stands in."""
+    return path[:-1] if path and hasattr(path[-1], "idx") else path
 
 
 def augmented_sample(aug: Any, structure: Any, targets: Targets, place: Any = None, **how: Any) -> Any:
@@ -233,12 +270,22 @@ def augmented_sample(aug: Any, structure: Any, targets: Targets, place: Any = No
         else leaf.value
         for leaf in leaves
     ]
+    left: dict[tuple[Any, ...], list[Tensor]] = {}
     for at, one, owner in moves:
         here = steps if owner is None else [step.of_sample(owner) for step in steps]
         is_single = first.dim() == 3 or owner is not None
-        kind = str(leaves[at].kind)
-        results[at] = getattr(one.moved(first, here, is_single), kind)
-    return tree_unflatten(results, spec)
+        moved = one.moved(first, here, is_single)
+        results[at] = getattr(moved, str(leaves[at].kind))
+        if one.is_picky() and moved.boxes_left is not None:
+            left.setdefault(_place_of_key(leaves[at].path), []).append(moved.boxes_left)
+    whole = tree_unflatten(results, spec)
+    for path, parts in left.items():
+        beside = whole
+        for key in path[:-1]:
+            beside = key.get(beside)
+        is_list = isinstance(path[-1].get(beside), (list, tuple))
+        beside[f"{path[-1].key}_left"] = parts if is_list else parts[0]
+    return whole
 
 
 def _is_sequence(value: Any) -> bool:
@@ -263,10 +310,41 @@ def is_labelled(batch: Any) -> bool:
     return images.dim() == 4 and labels.dim() in (1, 2) and len(labels) == len(images)
 
 
+def _columns_of(batch: dict[Any, Any]) -> tuple[list[Any], Any] | None:
+    """`samples_of` of a dict of lists: one of images, and others that have as many parts."""
+    lists = {key: part for key, part in batch.items() if _is_sequence(part)}
+    images = [
+        key for key, part in lists.items() if _is_plain_list(part) and part and all(map(_is_image, part))
+    ]
+    if not images or any(isinstance(part, Tensor) and _is_image(part) for part in batch.values()):
+        return None
+    first = next((key for key in images if key in NAMES), images[0])
+    if first in KEYS:
+        return None
+    count = len(lists[first])
+    for key, part in batch.items():
+        if key in KEYS and (key not in lists or len(part) != count):
+            got = len(part) if key in lists else type(part).__name__
+            raise ValueError(
+                f"{OP}: {key!r} beside a list of {count} images must be a list of one part for each, got "
+                f"{got}"
+            )
+    columns = {key: part for key, part in lists.items() if len(part) == count}
+
+    def together(results: list[Any]) -> Any:
+        whole: Any = copy.copy(batch)
+        whole.update({key: type(part)(r[key] for r in results) for key, part in columns.items()})
+        return whole
+
+    return [{key: part[i] for key, part in columns.items()} for i in range(count)], together
+
+
 def samples_of(structure: Any) -> tuple[list[Any], Any] | None:
-    """(samples, what makes of their results a structure again) of a batch that is a list of samples, or a
-    tuple of lists; None of a single structure.
+    """(samples, what makes of their results a structure again) of a batch that is a list of samples, a tuple
+    of lists or a dict of lists; None of a single structure.
     """
+    if isinstance(structure, dict):
+        return _columns_of(structure)
     if not _is_sequence(structure) or not structure:
         return None
     nested = all(isinstance(part, (list, tuple, Mapping)) for part in structure)
@@ -291,6 +369,7 @@ def samples_of(structure: Any) -> tuple[list[Any], Any] | None:
 
 def augmented_structure(aug: Any, batch: Any, generator: torch.Generator | None, targets: Targets) -> Any:
     """What `Augment` makes of anything but a plain tensor."""
+    check_open(batch, targets)
     if is_closed(batch):
         inside, close = opened(batch)
         return close(augmented_structure(aug, inside, generator, targets))

@@ -90,6 +90,10 @@ class Targets:
                 raise ValueError(f"{OP}: {name} is about {of}, got none; give {of} too")
         return not (self.masks is None and self.boxes is None and self.keypoints is None)
 
+    def is_picky(self) -> bool:
+        """Whether boxes are left only from some size on."""
+        return bool(self.min_area or self.min_visibility)
+
     def arguments(self) -> dict[str, Any]:
         """What it was made of, by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
