@@ -143,3 +143,43 @@ def test_a_sheared_box_is_the_same_from_either_end(box_format):
         diagonals = found[-1][:, 2:] - found[-1][:, :2]
         torch.testing.assert_close(diagonals.norm(dim=2), longer[:, None].expand(-1, 2), atol=2e-3, rtol=0)
     torch.testing.assert_close(found[0], found[1].roll(2, 1), atol=2e-3, rtol=0)
+
+
+def boxes_inside(box_format, count=64):
+    """Small boxes around the middle of the image."""
+    u = torch.rand(count, 5, generator=torch.Generator().manual_seed(0))
+    turned = box_format in FORMATS[3:]
+    boxes = torch.cat([20 + 8 * u[:, :2], 1 + 9 * u[:, 2:4], 360 * u[:, 4:] - 180], 1)[
+        :, : 5 if turned else 4
+    ]
+    source = tv_tensors.BoundingBoxFormat["CXCYWHR" if turned else "CXCYWH"]
+    wanted = tv_tensors.BoundingBoxFormat[box_format]
+    boxes = T.convert_bounding_box_format(boxes, source, wanted)
+    return tv_tensors.BoundingBoxes(boxes, format=wanted, canvas_size=(H, W))
+
+
+@pytest.mark.parametrize("box_format", FORMATS)
+def test_what_moves_nothing_leaves_boxes_to_the_bit(box_format):
+    """Cutting a turned box off writes it anew, at times with another angle, although it lies inside."""
+    boxes = boxes_inside(box_format, 4000)
+    for augment in (Augment(brightness=0.3, erase=1.0, blur=(3, (0.1, 1.0))), Augment(rotate=90).eval()):
+        moved = augment((torch.rand(3, H, W), boxes))[1]
+        assert torch.equal(moved.as_subclass(torch.Tensor), boxes.as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("box_format", FORMATS)
+def test_the_shorter_side_is_resized_as_by_torchvision(box_format):
+    """Sides of unequal ratios make a turned box a parallelogram, for which a resize has a rule of its own."""
+    boxes = boxes_inside(box_format)
+    for side in (95, 31, 17):
+        moved = Augment(resize=side)((torch.rand(3, H, W), boxes))[1]
+        want = T.resize(boxes, [side])
+        assert moved.canvas_size == want.canvas_size
+        ours, theirs = (
+            T.convert_bounding_box_format(one, new_format="XYXYXYXY") if box_format in FORMATS[3:] else one
+            for one in (moved, want)
+        )
+        ours, theirs = (one.as_subclass(torch.Tensor).view(64, -1, 2) for one in (ours, theirs))
+        half_a_turn = theirs.roll(theirs.shape[1] // 2, 1) if theirs.shape[1] == 4 else theirs
+        error = torch.minimum((ours - theirs).abs().amax((1, 2)), (ours - half_a_turn).abs().amax((1, 2)))
+        assert float(error.max()) < 2e-3

@@ -264,6 +264,7 @@ class Targets:
     def moved(self, images: Tensor, steps: Sequence[Geometry], is_single: bool) -> Augmented:
         """All of it after the given resamplings; `images` are augmented already."""
         masks = boxes = left = keypoints = visible = None
+        steps = [step for step in steps if step.matrices is not None] or steps[-1:]
         if self.masks is not None:
             masks = _each(self.masks, is_single, lambda part, i: self._moved_masks(part, steps, i))
         forward = None
@@ -366,6 +367,8 @@ class Targets:
             corners = _tv.corners_of(moved.to(before.dtype), self.box_format)
         else:
             moved, corners = _tv.from_corners(around, self.box_format, steps[-1].out_size, self.clamping)
+        if forward is None:  # Cutting off writes boxes anew that lie inside, too.
+            moved = torch.where(_is_inside(before, steps[-1].out_size)[..., None], boxes, moved)
         area, whole = _polygon_area(corners), _polygon_area(around)
         left = (_polygon_area(before) > 0) & (area > 0) & (area >= self.min_area)
         left = left & (area >= self.min_visibility * whole)
@@ -473,6 +476,12 @@ def clipped(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     x1, y1, x2, y2 = boxes.unbind(-1)
     height, width = size
     return torch.stack([x1.clamp(0, width), y1.clamp(0, height), x2.clamp(0, width), y2.clamp(0, height)], -1)
+
+
+def _is_inside(corners: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether corners (..., 4, 2) all lie in an image of (height, width)."""
+    x, y = corners.unbind(-1)
+    return ((x >= 0) & (x <= size[1]) & (y >= 0) & (y <= size[0])).all(-1)
 
 
 def _area(boxes: Tensor) -> Tensor:
