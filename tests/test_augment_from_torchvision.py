@@ -4,6 +4,7 @@ named, with the reason and the remedy.
 
 import pytest
 import torch
+import torchvision
 import torchvision.transforms.v2 as v2
 import torchvision.transforms.v2.functional as T
 from torchvision import tv_tensors
@@ -48,6 +49,32 @@ def test_the_shorter_side_alone():
     want = T.horizontal_flip(T.resize(image, [17]))
     assert (aug(image).int() - want.int()).abs().max() <= 1
     assert aug.eval()(image).shape == want.shape
+
+
+@pytest.mark.parametrize("turn", (v2.RandomRotation, v2.RandomAffine))
+def test_a_resize_before_a_turn(turn):
+    """It is a resampling of its own there, too; a turn in the same resampling would have other pixels."""
+    transforms = v2.Resize((24, 30)), turn((20, 20), interpolation=T.InterpolationMode.BILINEAR)
+    sample = {
+        "image": tv_tensors.Image(picture(40, 61)),
+        "mask": tv_tensors.Mask(torch.randint(9, (40, 61))),
+        "points": tv_tensors.KeyPoints(torch.tensor([[30.0, 14], [18.5, 22.25]]), canvas_size=(40, 61)),
+    }
+    got, want = recipe(*transforms)(sample), v2.Compose(transforms)(sample)
+    assert (got["image"].int() - want["image"].int()).abs().max() <= 2  # rounded twice
+    assert torch.equal(got["mask"], want["mask"])
+    torch.testing.assert_close(got["points"], want["points"], rtol=0, atol=1e-4)
+
+
+def test_what_weights_come_with():
+    preset = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    x = picture(250, 300, batch=(2,))
+    for given in (preset, [v2.RandomHorizontalFlip(0.0), preset]):
+        aug = Augment.from_torchvision(given)
+        for one in (aug, aug.eval()):
+            torch.testing.assert_close(one(x), preset(x), rtol=0, atol=1.5 / 255 / 0.224)
+    with pytest.raises(ValueError, match="Resize stands after RandomRotation"):
+        Augment.from_torchvision([v2.RandomRotation(5, T.InterpolationMode.BILINEAR), preset])
 
 
 def test_a_random_window_of_a_resized_image():

@@ -15,8 +15,8 @@ from .._checks import SINGLE_DTYPES
 
 OP = "Augment.from_torchvision"
 ORDER = (
-    "a resize that a crop follows, affine map or rotation, crop or resize, ColorJitter, RandomGrayscale, "
-    "blur, policy, Normalize, RandomErasing, MixUp or CutMix"
+    "a resize that a crop or an affine map follows, affine map or rotation, crop or resize, ColorJitter, "
+    "RandomGrayscale, blur, policy, Normalize, RandomErasing, MixUp or CutMix"
 )
 
 
@@ -207,11 +207,22 @@ KNOWN: dict[str, tuple[int | None, _Put]] = {
     "CutMix": (9, _mixing),
     "RandomChoice": (9, _choice),
 }
-_CROPS = {"RandomResizedCrop", "RandomCrop", "CenterCrop"}
+_CROPS, _MAPS = {"RandomResizedCrop", "RandomCrop", "CenterCrop"}, {"RandomRotation", "RandomAffine"}
 _POLICIES = 6
 _ONCE = {1: "an affine map", 2: "a crop or a resize", _POLICIES: "a policy", 9: "a mixture"}
 # What makes tensors of images, or is done anyway.
 _NOTHING = {"Identity", "ToImage", "PILToTensor", "ToPureTensor", "ClampBoundingBoxes"}
+
+
+def _preset(preset: Any) -> Iterable[Any]:
+    """The steps of what torchvision's weights of classifiers come with, `weights.transforms()`."""
+    from torchvision.transforms import v2
+
+    how = {"interpolation": preset.interpolation, "antialias": preset.antialias}
+    yield v2.Resize(preset.resize_size, **how)
+    yield v2.CenterCrop(preset.crop_size)
+    yield v2.ToDtype(torch.float32, scale=True)
+    yield v2.Normalize(preset.mean, preset.std)
 
 
 def _flat(transforms: Any) -> Iterable[Any]:
@@ -220,6 +231,8 @@ def _flat(transforms: Any) -> Iterable[Any]:
     if isinstance(transforms, (list, tuple)) or type(transforms).__name__ == "Sequential":
         for transform in transforms:
             yield from _flat(transform)
+    elif type(transforms).__name__ == "ImageClassification":
+        yield from _preset(transforms)
     else:
         yield transforms
 
@@ -239,7 +252,7 @@ def _known(transform: Any, later: set[str]) -> tuple[int | None, _Put]:
         )
     if name == "Resize":
         exact = isinstance(transform.size, (list, tuple)) and len(transform.size) == 2
-        if later & _CROPS or not exact:
+        if later & (_CROPS | _MAPS) or not exact:
             return 0, _resize_first
     return KNOWN[name]
 
