@@ -250,3 +250,23 @@ def test_collate_names_the_arguments_it_has():
             ValueError, match=f"collate: argument must be one of 'mask_fill', .* got '{name}'"
         ):
             FLIP.collate([(IMAGE, 3)], **{name: 1})
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("is_theirs", [False, True])
+def test_pictures_of_batches_show_the_targets_of_each_sample(count, is_theirs):
+    """As many boxes as samples, too, which are no batch of single boxes."""
+    boxes = BOXES + torch.tensor([[0.0], [4.0], [9.0]])[:count]
+    if is_theirs:
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(HEIGHT, WIDTH))
+    points = torch.tensor([[[15.0, 3.0]]])
+    samples = [(IMAGE, {"boxes": boxes}), (IMAGE, {"boxes": boxes[:1], "keypoints": points})]
+    images, targets = torch.stack([IMAGE, IMAGE]), [target for _, target in samples]
+    want = np.asarray(FLIP.show(samples))
+    assert (want != np.asarray(FLIP.show(images))).any()
+    for batch in ((images, targets), {"image": images, "target": targets}, (images, {"x": targets})):
+        assert np.array_equal(np.asarray(FLIP.show(batch)), want)
+    alone = np.asarray(FLIP.show([(image, {"boxes": target["boxes"]}) for image, target in samples]))
+    columns = {"boxes": [target["boxes"] for target in targets]}
+    for batch in ({"image": images, **columns}, {"images": [IMAGE, IMAGE], **columns}):
+        assert np.array_equal(np.asarray(FLIP.show(batch)), alone)

@@ -316,10 +316,10 @@ class Augment(nn.Module):
     def from_torchvision(cls, transforms: Any, **changes: Any) -> Augment:
         """An `Augment` that draws what torchvision's transforms draw, for each sample of a batch its own.
 
-        All geometric steps become one resampling, except for a Resize before a crop or a turn, and the colours
-        of ColorJitter are changed in one order; a RandomRotation, which turns counter-clockwise, becomes a
-        `rotate` the other way round. MixUp and CutMix, the last step or a RandomChoice of both, draw a share
-        and a partner for each sample.
+        All geometric steps become one resampling, except for a Resize before a crop or a turn, and the
+        colours of ColorJitter are changed in one order; a RandomRotation, which turns counter-clockwise,
+        becomes a `rotate` the other way round. MixUp and CutMix, the last step or a RandomChoice of both, draw
+        a share and a partner for each sample.
 
         Args:
             transforms: a Compose of torchvision's v2 (or v1), nested or not, a list of transforms, or the

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .._checks import check_count
 from ._params import Settings
-from ._structures import leaves_of, samples_of
+from ._structures import leaves_of, owner_of, samples_of
 from ._targets import Augmented, Targets, to_xyxy
-from ._tv import ROTATED, corners_of, is_tv_tensor, plain
+from ._tv import ROTATED, corners_of, is_tv_tensor, plain, wrapped
 
 OP = "Augment.show"
 _COLOURS = ((255, 70, 70), (70, 210, 70), (80, 120, 255), (250, 210, 60), (220, 90, 220), (70, 220, 220))
@@ -140,16 +140,22 @@ def _batch_cells(images: Tensor, moved: Any, box_format: str) -> list[_Cell]:
 
 def _nest_cells(nest: Any) -> list[_Cell]:
     """The cells of a sample, or of a batch as one nest."""
-    found: dict[str, Any] = {}
-    for leaf in leaves_of(nest)[0]:
-        if leaf.kind is None or leaf.kind in found:
+    leaves = leaves_of(nest)[0]
+    image = next(leaf for leaf in leaves if leaf.kind == "image")
+    images = plain(image.value)
+    count = len(images) if images.dim() == 4 else 0
+    found: list[dict[str, Any]] = [{} for _ in range(count or 1)]
+    for leaf in leaves:
+        if leaf.kind in (None, "image"):
             continue
-        value = plain(leaf.value)
-        found[leaf.kind] = leaf.value if leaf.kind == "boxes" else value
-    images = found.pop("image")
-    if images.dim() == 4:
-        found = {name: value for name, value in found.items() if len(value) == len(images)}
-    return _batch_cells(images, Augmented(images, **found), "XYXY")
+        owner = owner_of(leaf, image, nest, count) if count else 0
+        for i in range(count) if owner is None else [owner]:
+            value = leaf.value if owner is not None else wrapped(plain(leaf.value)[i], leaf.value)
+            found[i].setdefault(str(leaf.kind), value)
+    return [
+        _batch_cells(images[i] if count else images, Augmented(images, **parts), "XYXY")[0]
+        for i, parts in enumerate(found)
+    ]
 
 
 def _cells(batch: Any, box_format: str) -> list[_Cell]:

@@ -176,7 +176,7 @@ def has_image(structure: Any) -> bool:
     return any(leaf.kind == "image" for leaf in leaves_of(structure)[0])
 
 
-def _owner(leaf: Leaf, image: Leaf, whole: Any, count: int) -> int | None:
+def owner_of(leaf: Leaf, image: Leaf, whole: Any, count: int) -> int | None:
     """Which sample of a batch a part belongs to, by its place in a list of as many as there are samples,
     beside the images; None of what belongs to all.
     """
@@ -218,7 +218,7 @@ def _moves(leaves: list[Leaf], whole: Any, image: Leaf, targets: Targets) -> lis
             )
         if leaf.kind == "boxes" and targets.is_picky():
             _check_named(leaf)
-        owner = _owner(leaf, image, whole, len(batch)) if is_batch else None
+        owner = owner_of(leaf, image, whole, len(batch)) if is_batch else None
         about: dict[str, Any] = dict.fromkeys(("masks", "boxes", "keypoints", "counts", "visible"))
         about[str(leaf.kind)] = leaf.value
         if leaf.kind != "keypoints":
