@@ -206,12 +206,26 @@ def test_module():
     assert model(x).shape == (4, 2)
     for other in (copy.deepcopy(aug), pickle.loads(pickle.dumps(aug))):
         assert torch.equal(apply(x, other.sample(x, seed=1)), apply(x, aug.sample(x, seed=1)))
-    assert "angle=(-15.0, 15.0)" in repr(aug) and Augment().extra_repr() == ""
+    assert "rotate=(-15.0, 15.0)" in repr(aug) and Augment().extra_repr() == ""
     assert torch.equal(Augment()(x), x)
     with torch.autocast("cpu", torch.bfloat16):
         assert aug(x).dtype == torch.float32
     with torch.inference_mode():
         assert aug(x).shape == (4, 3, 20, 30)
+
+
+@pytest.mark.parametrize(
+    "aug",
+    (
+        everything(), Augment.cifar(), Augment.imagenet(mixup=0.2, num_classes=10), Augment(),
+        Augment(resize=30, size=24, crop="center", shear=(-1, 2, 3, 4), blur=((3, 5), (0.5, 1))),
+    ),
+)  # fmt: skip
+def test_printed_it_can_be_made_again(aug):
+    again = eval(repr(aug), {"Augment": Augment, "torch": torch})
+    assert again.settings == aug.settings and again.mixing == aug.mixing and repr(again) == repr(aug)
+    x = pictures(3, 3, 40, 40)
+    assert torch.equal(apply(x, again.sample(x, seed=1)), apply(x, aug.sample(x, seed=1)))
 
 
 @pytest.mark.parametrize("dynamic", (False, True))

@@ -318,8 +318,8 @@ class Augment(nn.Module):
 
         All geometric steps become one resampling, except for a Resize before a crop or a turn, and the
         colours of ColorJitter are changed in one order; a RandomRotation, which turns counter-clockwise,
-        becomes a `rotate` the other way round. MixUp and CutMix, the last step or a RandomChoice of both, draw
-        a share and a partner for each sample.
+        becomes a `rotate` the other way round. MixUp and CutMix, the last step or a RandomChoice of both,
+        draw a share and a partner for each sample.
 
         Args:
             transforms: a Compose of torchvision's v2 (or v1), nested or not, a list of transforms, or the
@@ -690,8 +690,14 @@ class Augment(nn.Module):
         return list(self.mixing.mixed(*batch))
 
     def extra_repr(self) -> str:
-        """The steps that are on."""
-        shown = {name: value for name, value in self.chances.items() if value} | self.ranges
+        """The steps that are on, by the names of the arguments."""
+        shown: dict[str, Any] = {name: value for name, value in self.chances.items() if value}
+        ranges = {"rotate" if name == "angle" else name: ends for name, ends in self.ranges.items()}
+        if "shear_x" in ranges:
+            shown["shear"] = ranges.pop("shear_x") + ranges.pop("shear_y")
+        if "sigma" in ranges:
+            shown["blur"] = (self.settings.kernel, ranges.pop("sigma"))
+        shown |= ranges
         shown |= {
             name: getattr(self, name) for name in ("translate", "crop") if getattr(self, name) is not None
         }
@@ -699,7 +705,7 @@ class Augment(nn.Module):
         shown |= {
             f.name: v
             for f in dataclasses.fields(Settings)
-            if (v := getattr(self.settings, f.name)) != getattr(default, f.name)
+            if f.name != "kernel" and (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
         shown |= {"grayscale": self.grayscale} if self.grayscale else {}
         shown |= {n: v for n in ("mixup", "cutmix", "num_classes") if (v := getattr(self.mixing, n))}
