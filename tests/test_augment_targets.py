@@ -659,8 +659,6 @@ def test_refused_nests():
         aug({"label": 3})
     with pytest.raises(ValueError, match="not both"):
         aug((images(1)[0], {"boxes": some_boxes(2)}), masks=torch.zeros(H, W))
-    with pytest.raises(TypeError, match="got Video"):
-        aug(tv.Video(torch.rand(5, 3, H, W)))
     with pytest.raises(ValueError, match="boxes must be"):
         aug((images(1)[0], {"boxes": torch.zeros(3, 5)}))
 

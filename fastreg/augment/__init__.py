@@ -524,7 +524,8 @@ class Augment(nn.Module):
         of three dimensions or more is the image, one under the key "image", "images", "pixel_values" or "img"
         before others; tensors under the keys "boxes" (XYXY), "masks", "mask" and "keypoints", or in a list
         under one of them, are targets, all others stay. A dict of a list of images and lists of their targets
-        is a batch, too. With `min_area` or `min_visibility` there is an entry "boxes_left" beside "boxes".
+        is a batch, too. All frames of a Video (T, C, H, W) take the same parameters. With `min_area` or
+        `min_visibility` there is an entry "boxes_left" beside "boxes".
 
         With `labels`, (B,) or (B, classes), a pair of images and labels, mixed where `mixup` or `cutmix` is
         on, which a pair (images, labels) as the batch is as well, and a dict that has "label", "labels",

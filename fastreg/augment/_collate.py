@@ -17,6 +17,7 @@ from ._structures import (
     augmented_samples,
     check_open,
     has_targets,
+    has_video,
     is_record,
     leaves_of,
     name_of,
@@ -26,7 +27,7 @@ from ._structures import (
     with_tensors,
 )
 from ._targets import Targets
-from ._tv import plain, tv_kind, wrapped
+from ._tv import is_video, plain, tv_kind, wrapped
 
 OP = "Augment.collate"
 
@@ -203,10 +204,12 @@ def collated(samples: list[Any], key: Any, augment: Any, targets: Targets) -> An
     `augment` gets them as one tensor, or as a list of tensors where their sizes differ. Samples with targets
     become what `with_targets` says.
     """
+    if any(map(is_video, samples)):
+        return collated([(sample,) for sample in samples], key, augment, targets)[0]
     for sample in samples:
         check_open(sample, targets)
     inside = [with_tensors(opened(sample)[0]) for sample in samples]
-    if any(map(has_targets, inside)):
+    if any(map(has_targets, inside)) or any(map(has_video, inside)):
         at = None if key is None else place_of(samples[0], key)
         parts = with_targets(inside, at, augment, targets)
         return record_with(samples[0], parts) if is_record(samples[0]) else parts

@@ -12,7 +12,7 @@ from .._checks import check_count
 from ._params import Settings
 from ._structures import leaves_of, owner_of, samples_of
 from ._targets import Augmented, Targets, to_xyxy
-from ._tv import ROTATED, corners_of, is_tv_tensor, plain, wrapped
+from ._tv import ROTATED, corners_of, is_tv_tensor, is_video, plain, wrapped
 
 OP = "Augment.show"
 _COLOURS = ((255, 70, 70), (70, 210, 70), (80, 120, 255), (250, 210, 60), (220, 90, 220), (70, 220, 220))
@@ -148,9 +148,11 @@ def _nest_cells(nest: Any) -> list[_Cell]:
     for leaf in leaves:
         if leaf.kind in (None, "image"):
             continue
-        owner = owner_of(leaf, image, nest, count) if count else 0
-        for i in range(count) if owner is None else [owner]:
-            value = leaf.value if owner is not None else wrapped(plain(leaf.value)[i], leaf.value)
+        of_all = count == 0 or is_video(image.value)
+        owner = None if of_all else owner_of(leaf, image, nest, count)
+        for i in range(count or 1) if owner is None else [owner]:
+            is_own = of_all or owner is not None
+            value = leaf.value if is_own else wrapped(plain(leaf.value)[i], leaf.value)
             found[i].setdefault(str(leaf.kind), value)
     return [
         _batch_cells(images[i] if count else images, Augmented(images, **parts), "XYXY")[0]

@@ -19,8 +19,9 @@ from torch.utils._pytree import SUPPORTED_NODES, MappingKey, tree_flatten_with_p
 from .._checks import check_generator, check_tensor
 from .._seeds import draw_seed
 from ._apply import applied, steps_of
+from ._params import COUNTED, Params
 from ._targets import OP, Augmented, Targets
-from ._tv import is_tv_tensor, plain, tv_kind, wrapped
+from ._tv import is_tv_tensor, is_video, plain, tv_kind, wrapped
 
 # Under which of these names an image stands, where several parts of a sample could be one.
 NAMES = ("image", "images", "pixel_values", "img")
@@ -171,6 +172,11 @@ def has_targets(structure: Any) -> bool:
     return any(leaf.kind not in (None, "image") for leaf in leaves_of(structure)[0])
 
 
+def has_video(structure: Any) -> bool:
+    """Whether there is a tensor of frames somewhere in it."""
+    return any(is_video(leaf.value) for leaf in leaves_of(structure)[0])
+
+
 def has_image(structure: Any) -> bool:
     """Whether there is an image somewhere in it."""
     return any(leaf.kind == "image" for leaf in leaves_of(structure)[0])
@@ -244,6 +250,12 @@ def _place_of_key(path: tuple[Any, ...]) -> tuple[Any, ...]:
     return path[:-1] if path and hasattr(path[-1], "idx") else path
 
 
+def _repeated(params: Params, count: int) -> Params:
+    """The parameters of one image for each of so many."""
+    drawn = {name: value for name in COUNTED if (value := getattr(params, name)) is not None}
+    return dataclasses.replace(params, **{k: v.repeat_interleave(count, 0) for k, v in drawn.items()})
+
+
 def augmented_sample(aug: Any, structure: Any, targets: Targets, place: Any = None, **how: Any) -> Any:
     """A sample, or a batch of them as one structure; `how` says what is drawn, as in `Augment.sample`."""
     leaves, spec = leaves_of(structure, place)
@@ -260,12 +272,20 @@ def augmented_sample(aug: Any, structure: Any, targets: Targets, place: Any = No
             f"{OP}: the images of one sample must be of one size, got "
             f"{[tuple(leaf.value.shape) for leaf in images]}"
         )
-    moves = _moves(leaves, structure, images[0], targets)
     first = plain(images[0].value)
+    frames = len(first) if is_video(images[0].value) else None
+    if frames is not None:
+        if first.dim() != 4:
+            raise ValueError(
+                f"{OP}: a Video must be (T, C, H, W), got {tuple(first.shape)}; give a list of them"
+            )
+        first = first.new_empty(()).expand(first.shape[1:])
+    moves = _moves(leaves, structure, images[0]._replace(value=first), targets)
     params = aug.sample(first, **how)
     steps = steps_of(first, params) if moves else []
+    of_images = params if frames is None else _repeated(params, frames)
     results = [
-        wrapped(applied(plain(leaf.value), params, Targets()), leaf.value)
+        wrapped(applied(plain(leaf.value), of_images, Targets()), leaf.value)
         if leaf.kind == "image"
         else leaf.value
         for leaf in leaves
@@ -376,10 +396,12 @@ def augmented_structure(aug: Any, batch: Any, generator: torch.Generator | None,
     if not isinstance(batch, (Tensor, list, tuple, Mapping)):
         check_tensor(OP, "images", batch)
     if _is_sequence(batch) and not any(isinstance(leaf.value, Tensor) for leaf in leaves_of(batch)[0]):
-        check_tensor(OP, "each image of a list", batch[0] if batch else None)
+        got = type(batch[0] if batch else None)
+        remedy = "; convert PIL images with torchvision's PILToTensor" if got.__module__[:3] == "PIL" else ""
+        raise TypeError(f"{OP}: each image of a list must be a torch.Tensor, got {got.__name__}{remedy}")
     if _is_plain_list(batch):
         return _together(aug, batch, generator, targets)
-    if is_tv_tensor(batch) and tv_kind(batch) == "image":
+    if is_tv_tensor(batch) and tv_kind(batch) == "image" and not is_video(batch):
         result = aug(plain(batch), generator, **targets.arguments())
         if isinstance(result, Augmented):
             return result._replace(images=wrapped(result.images, batch))

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from .._transforms import with_own_code
 
-_KINDS = {"Image": "image", "Mask": "masks", "BoundingBoxes": "boxes", "KeyPoints": "keypoints"}
+_KINDS = {
+    "Image": "image",
+    "Video": "image",
+    "Mask": "masks",
+    "BoundingBoxes": "boxes",
+    "KeyPoints": "keypoints",
+}
 ROTATED = {"XYWHR": 5, "CXCYWHR": 5, "XYXYXYXY": 8}  # formats of turned boxes, and their numbers
 
 
@@ -36,10 +42,15 @@ def tv_kind(value: Any) -> str | None:
     kind = next((_KINDS[c.__name__] for c in type(value).__mro__ if c.__name__ in _KINDS), None)
     if kind is None:
         raise TypeError(
-            f"augment: of torchvision's tensors Image, Mask, BoundingBoxes and KeyPoints are understood, got "
-            f"{type(value).__name__}; give its frames as a batch of images"
+            f"augment: of torchvision's tensors Image, Video, Mask, BoundingBoxes and KeyPoints are known, "
+            f"got {type(value).__name__}; of what should stay as it is take .as_subclass(torch.Tensor)"
         )
     return kind
+
+
+def is_video(value: Any) -> bool:
+    """Whether it is torchvision's tensor of frames, which are augmented alike."""
+    return is_tv_tensor(value) and any(c.__name__ == "Video" for c in type(value).__mro__)
 
 
 def plain(value: Tensor) -> Tensor:
@@ -64,8 +75,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def of_images(function: _F) -> _F:
-    """A function on images for torchvision's Image, too, which comes back as one; there is nothing that it
-    would do to a Mask, to BoundingBoxes or to KeyPoints.
+    """A function on images for torchvision's Image and Video, too, which come back as such; there is nothing
+    that it would do to a Mask, to BoundingBoxes or to KeyPoints.
     """
 
     @functools.wraps(function)
