@@ -2,6 +2,8 @@
 as by one for each sample, eagerly as compiled.
 """
 
+import math
+
 import pytest
 import torch
 import torchvision.transforms.v2.functional as T
@@ -155,3 +157,33 @@ def test_gradient_goes_to_the_pixels_taken():
     own, x.grad = x.grad, None
     (T.rotate(x, 90) * weight).sum().backward()
     torch.testing.assert_close(own, x.grad)
+
+
+EVERY_DTYPE = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
+    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+@pytest.mark.parametrize("largest", (1, 255, 2**15))
+def test_mirrored_samples_of_a_batch(dtype, largest):
+    """A batch of which some are mirrored is each of them mirrored, or not, and then turned, to the bit: small
+    numbers, which move as bytes, and large ones, negative ones and NaNs, which do not.
+    """
+    torch.manual_seed(0)
+    masks = torch.randint(0 if largest < 256 else -largest, largest + 1, (6, 2, 13, 17)).to(dtype)
+    if dtype.is_floating_point:
+        masks[:, :, 3, 4], masks[:, :, 3, 5] = math.nan, math.inf
+    images, hflip, vflip = torch.rand(6, 3, 13, 17), torch.tensor([0.0, 1, 0, 1, 1, 0]), torch.arange(6) % 2.0
+    turn = {"angle": torch.linspace(-40, 60, 6), "scale": torch.full((6,), 1.2)}
+    for memory in (torch.contiguous_format, torch.channels_last):
+        given = masks.contiguous(memory_format=memory)
+        moved = apply(images, Params(hflip=hflip, vflip=vflip, **turn), masks=given)
+        for i in range(6):
+            own = {name: value[i : i + 1] for name, value in turn.items()}
+            axes = [axis for axis, flip in ((-1, hflip), (-2, vflip)) if flip[i]]
+            words = masks[i].view(getattr(torch, f"int{8 * masks.element_size()}"))
+            mask = words.flip(axes) if axes else words  # which torch has for all of these
+            want = apply(images[i], Params(**own), masks=mask.view(dtype)).masks
+            assert torch.equal(moved.masks[i].view(words.dtype), want.view(words.dtype))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._transforms import is_hidden
+from .._transforms import is_hidden, wants_derivative
 from . import _op
 from ._params import Params
 from ._plain import Padding, is_last, nearest_pixel
@@ -64,6 +64,10 @@ class Geometry:
     def crops_alone(self) -> bool:
         """Whether a crop and flips are all there is."""
         return self.is_straight and self.crop is not None and self.unflipped is None
+
+    def takes_lines(self) -> bool:
+        """Whether the nearest pixels are whole rows and columns, which are not those of the matrices."""
+        return self.is_straight and (self.crop is not None or self.unflipped is not None)
 
     def ratios(self) -> tuple[Tensor, Tensor]:
         """(B,) float32 along x and y: by how much a crop is enlarged. They are of two numbers of float64, as
@@ -257,6 +261,21 @@ def _taken(images: Tensor, geometry: Geometry, padding: Padding, fill: Any) -> T
     return torch.where((there & beside)[:, None], moved, outside.view(1, -1, 1, 1))
 
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _mirrored(images: Tensor, on: Tensor, axis: int) -> Tensor:
+    """Images or masks (B, N, H, W), mirrored where `on` (B, 1, 1, 1) is true. On a CPU bits are chosen, many
+    at a time, where torch.where goes from pixel to pixel because the condition is repeated.
+    """
+    other = images.flip(axis)
+    if images.device.type != "cpu" or is_hidden() or wants_derivative(images):
+        return torch.where(on, other, images)
+    word = _WORDS[images.element_size()]
+    bits, every = images.view(word), on.to(word).neg_()  # all bits of a word, or none
+    return other.view(word).bitwise_xor_(bits).bitwise_and_(every).bitwise_xor_(bits).view(images.dtype)
+
+
 def before_nearest(
     images: Tensor, geometry: Geometry, padding: Padding, fill: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -266,12 +285,12 @@ def before_nearest(
     matrices = geometry.matrices
     if matrices is None:
         return images, None
-    if geometry.is_straight and (geometry.crop is not None or geometry.unflipped is not None):
+    if geometry.takes_lines():
         return _taken(images, geometry, padding, fill), None
     if not geometry.is_straight:
         for flip, axis in ((geometry.hflip, -1), (geometry.vflip, -2)):
             if flip is not None:
-                images = torch.where(flip.view(-1, 1, 1, 1) != 0, images.flip(axis), images)
+                images = _mirrored(images, flip.view(-1, 1, 1, 1) != 0, axis)
         matrices = matrices if geometry.unflipped is None else geometry.unflipped
     return images, _nudged(matrices, geometry)
 
@@ -294,13 +313,12 @@ def moved_masks(masks: Tensor, geometry: Geometry, fill: float | None) -> Tensor
         return masks.clone()
     if not masks.numel():
         return masks.new_empty((*masks.shape[:2], *geometry.out_size))
+    # Only where pixels are looked up by the kernel are bytes faster.
+    if not geometry.takes_lines() and _fits_bytes(masks, fill):
+        return moved_masks(masks.to(torch.uint8), geometry, fill).to(masks.dtype)
     padding: Padding = geometry.padding if fill is None else "fill"
     masks, matrices = before_nearest(masks, geometry, padding, fill or 0)
-    if matrices is None:
-        return masks
-    if _fits_bytes(masks, fill):
-        return _kernel_masks(masks.to(torch.uint8), matrices, geometry, fill).to(masks.dtype)
-    return _kernel_masks(masks, matrices, geometry, fill)
+    return masks if matrices is None else _kernel_masks(masks, matrices, geometry, fill)
 
 
 # ---- a crop that is resized
