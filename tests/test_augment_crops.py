@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as T
 from augment_reference import plain_operators
+from torchvision import tv_tensors
 
 from fastreg.augment import Augment, Params, Settings, apply, functional
 
@@ -88,6 +89,21 @@ def test_windows_in_the_middle_are_torchvisions():
             for size in ((4, 4), (5, 8), (9, 3)):
                 aug = Augment(size=size, crop=8).eval()
                 assert torch.equal(aug(x), T.center_crop(x, list(size))), (height, width, size)
+
+
+@pytest.mark.parametrize("rows", range(17, 32))
+def test_boxes_and_points_stay_on_the_image_in_a_window_beyond_it(rows):
+    """torchvision moves them by one pixel more where the window exceeds the image by 3, 7 or 11 pixels."""
+    image = torch.zeros(1, 20, 24)
+    image[0, 5, 7] = 1
+    boxes, points = torch.tensor([[7.0, 5.0, 8.0, 6.0]]), torch.tensor([[7.5, 5.5]])
+    moved = Augment(size=(rows, 24), crop="center")(image, masks=image[0], boxes=boxes, keypoints=points)
+    assert torch.equal(moved.images, T.center_crop(image, [rows, 24]))
+    _, y, x = moved.images.nonzero()[0].tolist()
+    assert moved.masks.nonzero().tolist() == [[y, x]] and moved.boxes.tolist() == [[x, y, x + 1, y + 1]]
+    assert moved.keypoints.tolist() == [[x + 0.5, y + 0.5]]
+    theirs = T.center_crop(tv_tensors.KeyPoints(points, canvas_size=(20, 24)), [rows, 24])[0, 1].item()
+    assert theirs == y + 0.5 + (rows - 20 in (3, 7, 11))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
