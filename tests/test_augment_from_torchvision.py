@@ -148,7 +148,7 @@ def test_padding_of_a_turn_stays_black():
     "transforms, words",
     [
         ([v2.RandomPerspective()], "RandomPerspective has no counterpart in Augment; do it outside"),
-        ([v2.RandomApply([v2.ColorJitter(0.1)])], "RandomApply has no counterpart"),
+        ([v2.RandomApply([v2.RandomRotation(5)])], "RandomApply must have one transform of Random"),
         ([torch.nn.Flatten()], r"Flatten of torch\.nn\.modules\.flatten is no transform of torchvision's"),
         ([v2.CenterCrop(4), v2.RandomCrop(4)], "RandomCrop and CenterCrop are each a crop or a resize"),
         ([v2.ColorJitter(0.1), v2.CenterCrop(4)], "CenterCrop stands after ColorJitter, which Augment does"),

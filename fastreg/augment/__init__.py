@@ -72,6 +72,8 @@ __all__ = [
 ]
 
 
+# What a sample has that drew no jitter, or no blur: weights of 0 beside the middle, to the last bit.
+_NO_JITTER, _NO_BLUR = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}, {"sigma": 1 / 64}
 _READING = ("mask_fill", "box_format", "min_area", "min_visibility", "flip_permutation")  # of collate
 _CROP_RATIO = (math.log(3 / 4), math.log(4 / 3))
 _ERASED_SHARE, _ERASED_RATIO = (0.02, 0.33), (math.log(0.3), math.log(3.3))
@@ -117,8 +119,10 @@ class Augment(nn.Module):
             None: the whole image is resized to `size`.
         brightness, contrast, saturation: factors within that distance of 1, but not negative, or (lo, hi).
         hue: turns to either side, at most 0.5, or (lo, hi).
+        jitter_chance: probability that these four change anything, as RandomApply of a ColorJitter.
         grayscale: probability of becoming grey, after all colours, as RandomGrayscale.
         blur: (kernel, (lo, hi)): kernel size, odd, and range of sigma, both in pixels.
+        blur_chance: probability of being blurred, as RandomApply of a GaussianBlur.
         erase: probability of erasing a box of 2 to 33 % of the result, of ratio 0.3 to 3.3.
         erase_value: what it is filled with, in the images' units, one or per channel; None for what becomes
             0.
@@ -145,6 +149,8 @@ class Augment(nn.Module):
 
     chances: dict[str, float]  # of hflip, vflip and erase
     grayscale: float = 0.0
+    jitter_chance: float = 1.0
+    blur_chance: float = 1.0
     ranges: dict[str, tuple[float, float]]  # by column of the table of parameters
     translate: tuple[float, float] | None
     size: tuple[int, int] | None
@@ -169,8 +175,10 @@ class Augment(nn.Module):
         contrast: Range | None = None,
         saturation: Range | None = None,
         hue: Range | None = None,
+        jitter_chance: float = 1.0,
         grayscale: float = 0.0,
         blur: tuple[int | Sequence[int], Sequence[float]] | None = None,
+        blur_chance: float = 1.0,
         erase: float = 0.0,
         erase_value: PerChannel | None = None,
         mean: PerChannel | None = None,
@@ -186,12 +194,16 @@ class Augment(nn.Module):
     ) -> None:
         super().__init__()
         op = "Augment"
-        for name, value in (("hflip", hflip), ("vflip", vflip), ("erase", erase), ("grayscale", grayscale)):
+        for name, value in (
+            ("hflip", hflip), ("vflip", vflip), ("erase", erase), ("grayscale", grayscale),
+            ("jitter_chance", jitter_chance), ("blur_chance", blur_chance),
+        ):  # fmt: skip
             check_number(op, name, value, 0, 1)
         check_choice(op, "interpolation", interpolation, _op.INTERPOLATIONS)
         check_choice(op, "padding", padding, _op.PADDINGS)
         self.chances = {"hflip": float(hflip), "vflip": float(vflip), "erase": float(erase)}
         self.grayscale = float(grayscale)
+        self.jitter_chance, self.blur_chance = float(jitter_chance), float(blur_chance)
         self.ranges = intervals(
             rotate=rotate, stretch=stretch, scale=scale, brightness=brightness, contrast=contrast,
             saturation=saturation, hue=hue, shear=shear,
@@ -421,15 +433,28 @@ class Augment(nn.Module):
             fields["crop"] = _op.rows(_middle((height, width), size), count, batch.device)
         if self.chances["erase"]:
             fields["erase"] = boxes
-        if self.grayscale or self.policy is not None:
+        if self._has_own_draws():
             at = offset + torch.arange(count, device=batch.device) if index is None else index
             at = at.to(batch.device)
             if self.grayscale:
-                fields["grayscale"] = _policies.draw_grey(self.grayscale, seed, at)
+                grey = _policies.draw_chance(_policies.GREY_DRAW, self.grayscale, seed, at)
+                fields["grayscale"] = grey.to(_op.number_dtype(at.device))
+            for chance, number, neutral in (
+                (self.jitter_chance, _policies.JITTER_DRAW, _NO_JITTER),
+                (self.blur_chance, _policies.BLUR_DRAW, _NO_BLUR),
+            ):
+                if chance < 1:
+                    on = _policies.draw_chance(number, chance, seed, at)
+                    fields |= {k: torch.where(on, fields[k], v) for k, v in neutral.items() if k in fields}
             if self.policy is not None:
                 drawn = _policies.draw(self.policy, seed, at, *size)
                 fields["operations"], fields["magnitudes"] = drawn
         return Params(**fields, settings=self.settings)
+
+    def _has_own_draws(self) -> bool:
+        """Whether samples draw more than the operator does."""
+        by_chance = self.grayscale > 0 or self.jitter_chance < 1 or self.blur_chance < 1
+        return by_chance or self.policy is not None
 
     def _numbered(
         self, count: int, device: torch.device, seed: Any, offset: int, index: Tensor | None
@@ -555,8 +580,8 @@ class Augment(nn.Module):
         """What `forward` makes of a plain tensor, before it is mixed."""
         # Whether there are steps beside the one pass.
         steps = self._is_geometric and self.settings.interpolation == "nearest"
-        steps = steps or self.settings.resize is not None or self.crop == "center" or self.grayscale > 0
-        if not self.training or self.policy is not None or targets.given() or steps:
+        steps = steps or self.settings.resize is not None or self.crop == "center" or self._has_own_draws()
+        if not self.training or targets.given() or steps:
             return applied(batch, self.sample(batch, generator=generator), targets)
         images, lead = batched("augment", batch)
         check_units(images, self.settings, self._steps != 0)
@@ -709,6 +734,8 @@ class Augment(nn.Module):
             if f.name != "kernel" and (v := getattr(self.settings, f.name)) != getattr(default, f.name)
         }
         shown |= {"grayscale": self.grayscale} if self.grayscale else {}
+        chances = {name: getattr(self, name) for name in ("jitter_chance", "blur_chance")}
+        shown |= {name: chance for name, chance in chances.items() if chance < 1}
         shown |= {n: v for n in ("mixup", "cutmix", "num_classes") if (v := getattr(self.mixing, n))}
         texts = [f"{name}={value!r}" for name, value in shown.items()]
         return ", ".join(texts if self.policy is None else [*texts, f"policy={self.policy}"])

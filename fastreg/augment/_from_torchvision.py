@@ -183,6 +183,26 @@ def _choice(t: Any, to: _Arguments) -> None:
         _mixing(one, to)
 
 
+# The argument of each transform that says how probable it is.
+_CHANCES = {
+    "RandomHorizontalFlip": "hflip",
+    "RandomVerticalFlip": "vflip",
+    "ColorJitter": "jitter_chance",
+    "RandomGrayscale": "grayscale",
+    "GaussianBlur": "blur_chance",
+    "RandomErasing": "erase",
+}
+
+
+def _within(t: Any) -> tuple[Any, float]:
+    """(the transform, its probability) of a RandomApply; of another transform, itself and 1."""
+    if type(t).__name__ != "RandomApply" or not type(t).__module__.startswith("torchvision."):
+        return t, 1.0
+    known = len(t.transforms) == 1 and type(t.transforms[0]).__name__ in _CHANCES
+    _wants(t, known, f"one transform of {', '.join(_CHANCES)}", "Augment has a probability for each of these")
+    return t.transforms[0], float(t.p)
+
+
 _Put = Callable[[Any, _Arguments], None]
 # (place in the order, what it gives); None for those that may stand anywhere.
 KNOWN: dict[str, tuple[int | None, _Put]] = {
@@ -260,7 +280,8 @@ def _known(transform: Any, later: set[str]) -> tuple[int | None, _Put]:
 def mapped(transforms: Any) -> dict[str, Any]:
     """The arguments of Augment, and under "policy" those of a policy."""
     to, seen, last = _Arguments(), set(), (-1, "")
-    every = list(_flat(transforms))
+    within = [_within(transform) for transform in _flat(transforms)]
+    every, chances = [one for one, _ in within], [chance for _, chance in within]
     names = [type(transform).__name__ for transform in every]
     for i, (name, transform) in enumerate(zip(names, every, strict=True)):
         is_theirs = type(transform).__module__.startswith("torchvision.")
@@ -290,6 +311,8 @@ def mapped(transforms: Any) -> dict[str, Any]:
                 f"{name} first, as Augment does"
             )
         put(transform, to)
+        if chances[i] < 1:
+            to[_CHANCES[name]] = chances[i] * to.get(_CHANCES[name], 1.0)
     return dict(to)
 
 

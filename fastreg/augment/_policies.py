@@ -31,9 +31,9 @@ OPERATIONS = (
 SIGNED = 9  # those from the second to this one have a sign
 GEOMETRIC = range(1, 6)
 _DRAWN = len(OPERATIONS) - 1
-# The numbers of a sample's Philox draws: one for grey, and from the second on one for each round.
-# csrc/augment/augment_draw.h takes those before them.
-_GREY_DRAW, _FIRST_ROUND_DRAW = 44, 48
+# The numbers of a sample's Philox draws: one for each step that is on by chance, and from the last on one for
+# each round. csrc/augment/augment_draw.h takes those before them.
+GREY_DRAW, JITTER_DRAW, BLUR_DRAW, _FIRST_ROUND_DRAW = 44, 45, 46, 48
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +102,11 @@ def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -
     return operations, torch.where(signed, -magnitudes, magnitudes)
 
 
-def draw_grey(chance: float, seed: Tensor, index: Tensor) -> Tensor:
-    """(B,) 1 for samples that become grey, else 0."""
-    draw = torch.full((), _GREY_DRAW, dtype=torch.int64, device=index.device)
+def draw_chance(number: int, chance: float, seed: Tensor, index: Tensor) -> Tensor:
+    """(B,) bool: which samples have a step that is on by chance, by the number of its draw."""
+    draw = torch.full((), number, dtype=torch.int64, device=index.device)
     words = sample_words(seed.reshape(()).to(index.device), index, draw)
-    return (words[..., 0] < chance * 2.0**32).to(number_dtype(index.device))
+    return words[..., 0] < chance * 2.0**32
 
 
 def matrices_of(operations: Tensor, magnitudes: Tensor, height: int, width: int) -> Tensor:
