@@ -381,6 +381,10 @@ def test_empty_and_tiny():
         ({"padding": "wrap"}, "padding must be one of"),
         ({"fill": NAN}, "fill must be finite"),
         ({"dtype": torch.int32}, "dtype must be"),
+        (
+            {"dtype": torch.uint8, "std": 0.5},
+            "dtype must be a floating-point dtype where mean or std is given",
+        ),
     ],
 )
 def test_wrong_constructor(arguments, message):

@@ -217,6 +217,11 @@ class Augment(nn.Module):
             self.ranges["sigma"] = interval("blur", blur[1], None, 0)
         if dtype is not None and dtype not in IMAGE_DTYPES:
             raise ValueError(f"{op}: dtype must be uint8 or a floating-point dtype, got {dtype}")
+        if dtype == torch.uint8 and not (mean is None and std is None):
+            raise ValueError(
+                f"{op}: dtype must be a floating-point dtype where mean or std is given, whose results bytes "
+                f"cannot hold, got {dtype}"
+            )
         # What only cuts out a part and resizes it shows nothing from beyond the image: no padding may darken
         # the edges of an image that is enlarged.
         moves = self.translate is not None or bool(self.ranges.keys() & _op.GEOMETRY)
