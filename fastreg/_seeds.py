@@ -165,11 +165,10 @@ _LOW_16, _LOW_32 = 0xFFFF, 0xFFFFFFFF
 def _multiply(constant: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(upper, lower) 32 bits of the 64-bit product of two 32-bit numbers.
 
-    `x` is multiplied in two halves of 16 bits, because the whole product does not fit into an int64.
+    The product of two int64 tensors wraps around, as in `mixed_seed`; all of its 64 bits are right.
     """
-    lower = constant * (x & _LOW_16)
-    upper = constant * (x >> 16) + (lower >> 16)
-    return upper >> 16, ((upper & _LOW_16) << 16) | (lower & _LOW_16)
+    product = constant * x
+    return product >> 32 & _LOW_32, product & _LOW_32
 
 
 def philox4x32(

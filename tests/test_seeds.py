@@ -97,3 +97,10 @@ def test_seeds_are_all_of_int64():
     seeds = torch.cat([draw_seed(CPU) for _ in range(64)])
     bits = (seeds[:, None] >> torch.arange(64)) & 1
     assert (bits.sum(0) > 0).all() and (bits.sum(0) < 64).all()
+
+
+def test_compiled_words_are_the_same():
+    """Products wrap around in compiled code, too."""
+    compiled = torch.compile(lambda seed: random_words(seed, 3, 101, CPU), fullgraph=True)
+    for seed in (0, -1, 2**63 - 1, -1234567890123):
+        assert torch.equal(compiled(torch.tensor(seed)), random_words(torch.tensor(seed), 3, 101, CPU))
