@@ -49,14 +49,15 @@ from ._linear_cross_entropy import (
     weighted_sum,
 )
 from ._ranks import process_group, raise_the_first
-from ._registry import define_kernel
-from ._subnormal import flush_
+from ._registry import define, define_kernel
+from ._subnormal import flush
 from ._transforms import autocast_dtype, is_sharded, is_transformed
 
 # What a rank sends of a row in place of the distance of the target, which is at most 0, and of 1 + the
 # weights of its classes: the class is out of range, the row does not count.
 _OUTSIDE, _IGNORED = torch.inf, 0.5
-_CHUNK = 2**19  # logits that are computed at a time: what is made of them stays in a core's cache
+# What stands for a class index of the whole in place of one of this rank's.
+_ELSEWHERE, _UNCOUNTED = -1, -2
 
 
 class _Shard(NamedTuple):
@@ -68,101 +69,166 @@ class _Shard(NamedTuple):
     classes: int
 
 
-class _Local(NamedTuple):
-    """What a rank finds out about its classes."""
-
-    statistics: Tensor  # (4, rows): top, rest, and the two sums
-    at: Tensor  # (rows,), the class of the largest logit
-
-
 class _Whole(NamedTuple):
     """What all of them together say of each row; (rows,) each."""
 
     loss: Tensor
     top: Tensor
     rest: Tensor  # sum_c exp(x_c - top) - 1
-    lse: Tensor
     mass: Tensor  # sum of the targets
+    pull: Tensor  # what the penalty adds to each p_c in the gradient
     owners: Tensor  # how many ranks say that the target is among their classes
     outside: Tensor  # bool: some rank has a class out of range there
     apart: Tensor  # bool: some ranks ignore the row and others do not
 
 
 class _Targets(NamedTuple):
-    """The targets of some rows in the classes of this rank. q_c = spread_c + own_c, weighted."""
+    """The targets of rows, and their q_c = weight_c (mix t_c + base) in the classes of this rank."""
 
-    probabilities: Tensor | None  # (rows, count), smoothed and weighted: soft targets
+    # (rows,), the class among this rank's, _ELSEWHERE or _UNCOUNTED; or probabilities, (rows, held)
+    here: Tensor
     kept: Tensor  # (rows,), bool
     outside: Tensor  # (rows,), bool: the target is none of the classes
-    column: Tensor  # (rows,), the target among this rank's classes, 0 where it is not
-    mine: Tensor  # (rows,), bool: the target is among this rank's classes and counts
-    own: Tensor  # (rows,), what only the target has
-    spread: float  # on each class, before its weight
-    weight: Tensor | None  # (count,)
+    weight: Tensor | None  # (held,)
+    mix: float
+    base: float
     total: Tensor  # (), the weights of all classes
     local: Tensor  # (), those of this rank's
+    own: Tensor  # (rows,), what only the target's class has; this and the next two are 0 for probabilities
+    others: Tensor  # (rows,), the sum of q without the target's class
+    mass: Tensor  # (rows,), the sum of q
+
+    @property
+    def soft(self) -> bool:
+        return self.here.is_floating_point()
 
 
 def _read_targets(
     target: Tensor, weight: Tensor | None, options: LossOptions, shard: _Shard, dtype: torch.dtype
 ) -> _Targets:
     k = shard.classes
-    alpha, spread = options.mix_and_base(k)
-    own_weight = None if weight is None else weight[shard.first : shard.first + shard.held]
-    total = target.new_full((), k, dtype=dtype) if weight is None else weight.sum(dtype=dtype)
-    local = (
-        target.new_full((), shard.held, dtype=dtype) if own_weight is None else own_weight.sum(dtype=dtype)
-    )
+    mix, base = options.mix_and_base(k)
+    if weight is None:
+        own_weight, of_target = None, target.new_ones((), dtype=dtype)
+        total, local = (target.new_full((), count, dtype=dtype) for count in (k, shard.held))
+    else:
+        weight = weight.to(dtype)
+        own_weight, of_target = weight[shard.first : shard.first + shard.held], weight
+        total, local = weight.sum(), own_weight.sum()
     if target.is_floating_point():
-        q = alpha * target[:, : shard.held].to(dtype) + spread
-        q = q if own_weight is None else q * own_weight.to(dtype)
-        yes = torch.ones(len(target), dtype=torch.bool, device=target.device)
+        kept = torch.ones(len(target), dtype=torch.bool, device=target.device)
         zero = target.new_zeros(len(target), dtype=dtype)
-        return _Targets(q, yes, ~yes, zero.long(), ~yes, zero, spread, own_weight, total, local)
+        here = target[:, : shard.held]
+        return _Targets(here, kept, ~kept, own_weight, mix, base, total, local, zero, zero, zero)
     kept, column = target != options.ignore_index, target - shard.first
     outside = kept & ((target < 0) | (target >= k))
-    mine = kept & (column >= 0) & (column < shard.held)
-    own = torch.full_like(target, alpha, dtype=dtype)
-    if weight is not None:
-        own = own * weight.to(dtype)[target.clamp(0, k - 1)]
-    column = column.where(mine, 0)
-    return _Targets(None, kept, outside, column, mine, own, spread, own_weight, total, local)
+    here = column.where((column >= 0) & (column < shard.held), _ELSEWHERE).where(kept, _UNCOUNTED)
+    of_target = of_target.expand(target.shape) if weight is None else weight[target.clamp(0, k - 1)]
+    others = base * (total - of_target)
+    own, mass = mix * of_target, others + (mix + base) * of_target
+    return _Targets(here, kept, outside, own_weight, mix, base, total, local, own, others, mass)
 
 
-def _local(x: Tensor, targets: _Targets) -> _Local:
-    """What this rank knows of its logits (rows, count), which have the dtype of the statistics."""
-    rows, count = x.shape
-    if count == 0:
-        none = x.new_zeros(rows)
-        top, t = torch.full_like(none, -torch.inf), none
-        if targets.probabilities is None:
-            t = _sent(none, targets)
-        return _Local(torch.stack((top, none, t, none)), none.long())
+# ---- what a rank computes of its own classes: csrc/cross_entropy/cross_entropy_sharded.h in plain torch
+
+
+def _plain_q(x: Tensor, target: Tensor, weight: Tensor | None, mix: float, base: float) -> Tensor:
+    """q of this rank's classes, of the shape of x."""
+    if target.is_floating_point():
+        t = target.to(x.dtype)
+    else:
+        here = target.clamp(min=0).unsqueeze(1)
+        t = torch.zeros_like(x).scatter_(1, here, (target >= 0).to(x.dtype).unsqueeze(1))
+    q = mix * t + base
+    return q if weight is None else q * weight
+
+
+def sharded_sums_plain(
+    logits: Tensor, target: Tensor, weight: Tensor | None, mix: float, base: float
+) -> Tensor:
+    """The operator `cross_entropy_sharded_sums`: (4, rows), what is sent of logits (rows, classes)."""
+    x = logits.to(statistics_dtype(logits))
     top, at = x.max(1)
     shifted = x - torch.where(top == -torch.inf, 0, top).unsqueeze(1)
-    if targets.probabilities is not None:
-        q = targets.probabilities
-        t = torch.where(q == 0, 0, q * shifted).sum(1)
-        u = q.sum(1)
-    else:
-        t = _sent(shifted.gather(1, targets.column.unsqueeze(1)).squeeze(1), targets)
-        if targets.spread == 0:
-            u = torch.zeros_like(top)
-        elif targets.weight is None:
-            u = shifted.sum(1)
-        else:
-            w = targets.weight.to(x.dtype)
-            u = torch.where(w == 0, 0, w * shifted).sum(1)
-    rest = shifted.exp_().scatter_(1, at.unsqueeze(1), 0).sum(1)
-    return _Local(torch.stack((top, rest, t, u)), at)
+    rest = shifted.exp().scatter_(1, at.unsqueeze(1), 0).sum(1)
+    rest = torch.where((top == torch.inf) | top.isnan(), torch.nan, rest)  # the scatter has hidden it
+    soft = target.is_floating_point()
+    # Without a mass the target is left out: it may be -inf.
+    q = _plain_q(x, target, weight, mix if soft or mix + base == 0 else 0.0, base)
+    dot = torch.where(q == 0, 0, q * shifted).sum(1)
+    if soft:
+        return torch.stack((top, rest, dot, q.sum(1)))
+    distance = shifted.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+    distance = distance.where((target >= 0) & (mix + base != 0), 0)
+    return torch.stack((top, rest, distance, dot)).masked_fill_(target == _UNCOUNTED, 0)
 
 
-def _sent(distance: Tensor, targets: _Targets) -> Tensor:
-    """What a rank sends of the targets of rows: x - top of the owner, which is at most 0. A rank that does
-    not hold the target says so by a number above 0, 1 + the weights of its classes, which the others need.
+def sharded_grad_plain_(
+    grad: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, whole: Tensor, mix: float,
+    base: float,
+) -> None:  # fmt: skip
+    """The operator `cross_entropy_sharded_grad_`: factor * (mass p_c - q_c + pull p_c) into grad, which may
+    be the logits. whole: (6, rows), top, rest, mass, others, pull and factor.
+
+    Where p is nearly 1, mass p - q is taken from what the other classes hold: the difference would lose their
+    digits.
     """
-    t = torch.where(targets.mine, distance, 1 + targets.local)
-    return t.masked_fill(~targets.kept, _IGNORED).masked_fill_(targets.outside, _OUTSIDE)
+    x = logits.to(whole.dtype)
+    top, rest, mass, others, pull, factor = whole.unsqueeze(2)
+    e, total = (x - top).exp(), 1 + rest
+    p, missing = e / total, (rest + (1 - e)) / total
+    q = _plain_q(x, target, weight, mix, base)
+    left = mass - q
+    if not target.is_floating_point():
+        is_target = torch.arange(x.shape[1], device=x.device) == target.unsqueeze(1)
+        left = torch.where(is_target, others, left)
+    gradient = factor * (torch.where(p < 0.5, mass * p - q, left - mass * missing) + pull * p)
+    if not target.is_floating_point():  # NaN of a row that does not count is none of its gradient
+        gradient = gradient.masked_fill(target.unsqueeze(1) == _UNCOUNTED, 0)
+    grad.copy_(flush(gradient))
+
+
+define(
+    "cross_entropy_sharded_sums(Tensor logits, Tensor target, Tensor? weight, float mix, float base) -> "
+    "Tensor",
+    plain=sharded_sums_plain,
+)
+define(
+    "cross_entropy_sharded_grad_(Tensor(a!) grad, Tensor logits, Tensor target, Tensor? weight, "
+    "Tensor whole, float mix, float base) -> ()",
+    plain=sharded_grad_plain_,
+)
+
+
+@torch.library.register_fake("fastreg::cross_entropy_sharded_sums", allow_override=True)
+def _(logits, target, weight, mix, base):
+    return logits.new_empty((4, logits.shape[0]), dtype=statistics_dtype(logits))
+
+
+@torch.library.register_fake("fastreg::cross_entropy_sharded_grad_", allow_override=True)
+def _(grad, logits, target, weight, whole, mix, base):
+    return None
+
+
+def _statistics(logits: Tensor, targets: _Targets) -> Tensor:
+    """What this rank sends: (4, rows), the largest logit, the sum of exponentials, and two of the targets."""
+    dtype = statistics_dtype(logits)
+    if logits.shape[1] == 0:
+        sums = logits.new_zeros((4, len(logits)), dtype=dtype)
+        sums[0] = -torch.inf
+    else:
+        sums = torch.ops.fastreg.cross_entropy_sharded_sums.default(
+            logits, targets.here, targets.weight, targets.mix, targets.base
+        )
+    if not targets.soft:
+        # A rank that does not hold the target says so by a number above 0, 1 + the weights of its classes,
+        # which the others need.
+        distance = torch.where(targets.here >= 0, sums[2], 1 + targets.local)
+        sums[2] = distance.masked_fill_(~targets.kept, _IGNORED).masked_fill_(targets.outside, _OUTSIDE)
+    return sums
+
+
+# ---- what the ranks find out together
 
 
 def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Whole:
@@ -172,13 +238,13 @@ def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Who
     there = top != -torch.inf
     base, highest_base = top.where(there, 0), highest.where(highest != -torch.inf, 0)
     d = base - highest_base
-    parts = torch.where(there, (1 + rest) * d.exp(), 0)
+    parts = torch.where(there, (1 + rest) * d.exp(), rest)  # 0, or NaN where a logit is
     whole_rest = parts.scatter(0, winner.unsqueeze(0), 0).sum(0)
     whole_rest = whole_rest + rest.gather(0, winner.unsqueeze(0)).squeeze(0)
     whole_rest = torch.where(highest.isinf(), torch.nan, whole_rest)  # inf - inf
     log_sum = whole_rest.log1p()
     lse = highest_base + log_sum
-    if targets.probabilities is not None:
+    if targets.soft:
         mass = u.sum(0)
         far = (t + torch.where(u == 0, 0, u * d)).sum(0)
         loss = torch.where(mass == 0, 0, mass * log_sum) - far
@@ -190,56 +256,15 @@ def _together(gathered: Tensor, targets: _Targets, options: LossOptions) -> _Who
         owner = ~(t > 0)
         weights = torch.where(owner, 0, t - 1)  # of the classes of each rank; the owner's is what is left
         weights = torch.where(owner, targets.total - weights.sum(0), weights)
-        mass = targets.own + targets.spread * targets.total
+        mass = targets.mass
         loss = mass * log_sum
         loss = loss - torch.where(targets.own == 0, 0, targets.own * torch.where(owner, t + d, 0).sum(0))
-        if targets.spread:
-            loss = loss - targets.spread * (u + torch.where(weights == 0, 0, weights * d)).sum(0)
+        if targets.base:
+            loss = loss - (u + torch.where(weights == 0, 0, targets.base * weights * d)).sum(0)
         owners = owner.sum(0) + ignored.all(0)
     loss = options.with_penalty(loss, lse)
-    return _Whole(loss.where(targets.kept, 0), highest_base, whole_rest, lse, mass, owners, outside, apart)
-
-
-def _gradient(
-    x: Tensor, at: Tensor, local_top: Tensor, whole: _Whole, targets: _Targets, factor: Tensor,
-    options: LossOptions,
-) -> Tensor:  # fmt: skip
-    """factor * (mass p_c - q_c + 2 z_loss lse p_c) of this rank's classes.
-
-    Where one class has more than half of the mass its p is nearly 1, and mass p - q is taken from what the
-    other classes hold: the difference would lose their digits. No other class can have as much.
-    """
-    if x.shape[1] == 0:
-        return x.clone()
-    factor = torch.where(targets.kept, factor, 0)
-    pull = options.pull(whole.lse)
-    p_of_top = 1 / (1 + whole.rest)
-    q = targets.probabilities
-    rows_at = at.unsqueeze(1)
-    if q is None:
-        weight_at = torch.ones_like(pull) if targets.weight is None else targets.weight.to(x.dtype)[at]
-        q_at = targets.spread * weight_at + torch.where(targets.mine & (targets.column == at), targets.own, 0)
-    else:
-        q_at = q.gather(1, rows_at).squeeze(1)
-    most = (local_top == whole.top) & (p_of_top >= 0.5)
-    exact = (whole.mass - q_at) - whole.mass * (whole.rest * p_of_top) + pull * p_of_top
-
-    gradient = (x - whole.top.unsqueeze(1)).exp_()
-    of_p = (factor * (whole.mass + pull) * p_of_top).unsqueeze(1)
-    if q is not None:
-        gradient.mul_(of_p).sub_(q * factor.unsqueeze(1))
-    else:
-        each = -targets.spread * factor.unsqueeze(1)
-        each = each if targets.weight is None else each * targets.weight.to(x.dtype)
-        torch.addcmul(each, gradient, of_p, out=gradient)  # one pass
-        own = torch.where(targets.mine, targets.own * factor, 0)
-        gradient.scatter_add_(1, targets.column.unsqueeze(1), -own.unsqueeze(1))
-    before = gradient.gather(1, rows_at).squeeze(1)
-    gradient.scatter_(1, rows_at, torch.where(most, factor * exact, before).unsqueeze(1))
-    if x.device.type == "cpu" and targets.kept.all():
-        return gradient
-    # NaN and infinite logits are not those of a row that counts for nothing.
-    return gradient.masked_fill_(~targets.kept.unsqueeze(1), 0)
+    loss, pull = loss.where(targets.kept, 0), options.pull(lse)
+    return _Whole(loss, highest_base, whole_rest, mass, pull, owners, outside, apart)
 
 
 def _gather(statistics: Tensor, group: str) -> Tensor:
@@ -260,11 +285,6 @@ def _all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup) -> None:
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(out, part, group=group)
 
 
-def _pieces(logits: Tensor) -> list[slice]:
-    step = max(1, _CHUNK // max(logits.shape[1], 1))
-    return [slice(begin, begin + step) for begin in range(0, len(logits), step)]
-
-
 def _rows_(
     logits: Tensor, target: Tensor, factor: Tensor, weight: Tensor | None, options: LossOptions,
     shard: _Shard, gradient: Tensor | None, first: int = 0,
@@ -274,17 +294,9 @@ def _rows_(
     logits: (rows, columns), of which those beyond shard.held are padding, with a gradient of 0. first: the
     number of the first row.
     """
-    rows, dtype = len(logits), statistics_dtype(logits)
-    locals_ = []
-    targets = _read_targets(target, weight, options, shard, dtype)
-    for piece in _pieces(logits):
-        x = logits[piece, : shard.held].to(dtype)
-        locals_.append(_local(x, _part(targets, piece)))
-    if rows:
-        local = _Local(torch.cat([p.statistics for p in locals_], 1), torch.cat([p.at for p in locals_]))
-    else:
-        local = _Local(logits.new_empty((4, 0), dtype=dtype), target.new_empty(0, dtype=torch.int64))
-    whole = _together(_gather(local.statistics, shard.group), targets, options)
+    x = logits[:, : shard.held]
+    targets = _read_targets(target, weight, options, shard, statistics_dtype(logits))
+    whole = _together(_gather(_statistics(x, targets), shard.group), targets, options)
     wrong = whole.outside | whole.apart | (whole.owners != 1)  # what all ranks see alike
     if logits.device.type == "cpu":
         if wrong.any():
@@ -292,13 +304,14 @@ def _rows_(
             raise_the_first(error, _group_of(shard.group))
     else:  # Raising would mean waiting for the device.
         whole = whole._replace(loss=torch.where(wrong, torch.nan, whole.loss))
+        factor = torch.where(wrong, torch.nan, factor)
     if gradient is not None:
-        for piece in _pieces(logits):
-            x = logits[piece, : shard.held].to(dtype)
-            part = _Whole(*(value[piece] for value in whole))
-            top = local.statistics[0, piece]
-            result = _gradient(x, local.at[piece], top, part, _part(targets, piece), factor[piece], options)
-            gradient[piece, : shard.held].copy_(flush_(result))
+        if shard.held:
+            torch.ops.fastreg.cross_entropy_sharded_grad_.default(
+                gradient[:, : shard.held], x, targets.here, targets.weight,
+                torch.stack((whole.top, whole.rest, whole.mass, targets.others, whole.pull, factor)),
+                targets.mix, targets.base,
+            )  # fmt: skip
         gradient[:, shard.held :].zero_()
     return whole.loss
 
@@ -323,18 +336,6 @@ def _why_wrong(
     )
 
 
-def _part(targets: _Targets, piece: slice) -> _Targets:
-    q = targets.probabilities
-    return targets._replace(
-        probabilities=None if q is None else q[piece],
-        kept=targets.kept[piece],
-        outside=targets.outside[piece],
-        column=targets.column[piece],
-        mine=targets.mine[piece],
-        own=targets.own[piece],
-    )
-
-
 # ---- the operators
 
 
@@ -344,11 +345,17 @@ def _forward(
     classes: int, with_grad: bool, *of_row: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shard = _shard_of(logits.shape[1], group, first, classes)
+    logits = _in_rows(logits)
     gradient = empty_grad(logits, with_grad)
     losses = _rows_(
         logits, target, factor, weight, LossOptions(0, *of_row), shard, gradient if with_grad else None
     )
     return losses, gradient
+
+
+def _in_rows(logits: Tensor) -> Tensor:
+    """With the classes of a row side by side, as the kernels take them."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _shard_of(columns: int, group: str, first: int, classes: int) -> _Shard:
@@ -365,7 +372,7 @@ define_kernel(
 
 @torch.library.register_fake("fastreg::sharded_cross_entropy", allow_override=True)
 def _(logits, target, factor, weight, group, first, classes, with_grad, *of_row):
-    return factor.new_empty(factor.shape), empty_grad(logits, with_grad)
+    return factor.new_empty(factor.shape), empty_grad(_in_rows(logits), with_grad)
 
 
 @torch.no_grad()
@@ -557,7 +564,7 @@ def cross_entropy(
         RuntimeError: there is no process group.
         ValueError: as `fastreg.cross_entropy`; on the CPU also a target that no rank holds, or several do, or
             that some ranks ignore. A class index out of range on one rank and these are raised on all ranks
-            alike (elsewhere than on the CPU: the loss of the row is NaN).
+            alike (elsewhere than on the CPU: the loss of the row is NaN, and so is its gradient).
         TypeError: as `fastreg.cross_entropy`; group, first_class or num_classes of another type.
         NotImplementedError: derivatives of its gradient, transforms of torch.func.
 

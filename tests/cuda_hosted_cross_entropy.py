@@ -56,3 +56,35 @@ def check(cuda):
         wrong = torch.full(places, k)  # out of range: nothing is read there
         loss, grad, _ = cuda.cross_entropy(logits, wrong, None, 0, -1, 0.0, False, 0.0, False, None, True)
         assert loss.isnan().all() and grad.isnan().all()
+    for dtype, shape in itertools.product(DTYPES, ((3, 1), (5, 10), (2, 1003), (0, 4))):
+        check_sharded(cuda, dtype, *shape)
+
+
+def check_sharded(cuda, dtype, rows, k):
+    """What a rank computes of its classes, rows with gaps between them and at any address."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = {torch.float64: 1e-12, torch.float32: 4e-6}.get(dtype, 2**-7)
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, k + 3, generator=generator, dtype=torch.float64).to(dtype)
+    index = torch.randint(-2, k, (rows,), generator=generator)  # -1: on another rank, -2: does not count
+    soft = torch.softmax(torch.randn(rows, k, generator=generator), 1)
+    weight = torch.rand(k, generator=generator, dtype=wide) + 0.1
+    factor = torch.rand(rows, generator=generator, dtype=wide)
+    for in_place, x in ((False, logits[:, 1 : k + 1]), (True, logits[:, :k].contiguous())):
+        for target, w, mix, base in (
+            (index, None, 0.9, 0.1 / k), (index, weight, 0.9, 0.1 / k), (index, None, 1.0, 0.0),
+            (index, weight, -0.1, 0.1), (soft, None, 1.0, 0.0), (soft, weight, 0.8, 0.2 / k),
+        ):  # fmt: skip
+            what = dtype, rows, k, target.dtype, mix
+            of_cpu = CPU.cross_entropy_sharded_sums(x, target, w, mix, base)
+            near(cuda.cross_entropy_sharded_sums(x, target, w, mix, base), of_cpu, what, 4e-6 * k**0.5)
+            mass = of_cpu[3] if target is soft else torch.full_like(factor, 1.5)
+            whole = torch.stack((of_cpu[0] + 0.1, of_cpu[1] + 0.2, mass, mass * 0.5, mass * 0.1, factor))
+            grads = []
+            for op in (cuda, CPU):
+                y = x.clone() if in_place else x
+                wider = torch.float32 if dtype == torch.float16 else dtype
+                g = y if in_place else torch.empty_like(y, dtype=wider)
+                op.cross_entropy_sharded_grad_(g, y, target, w, whole, mix, base)
+                grads.append(g)
+            near(*grads, (*what, "gradient", in_place), tolerance)

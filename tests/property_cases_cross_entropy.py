@@ -20,6 +20,7 @@ from property_cases import (
 )
 
 import fastreg as fr
+from fastreg._cross_entropy import LossOptions
 
 
 def classes(draw, rows, count, soft, dtype):
@@ -116,6 +117,65 @@ def cross_entropy_in_place(draw):
     assert_near(got, want_grad, (of_grad * factor.double()).unsqueeze(1).expand(size), "gradient", 2, 1e-37)
 
 
+def sharded_rows(draw):
+    """(logits of some of the classes, targets as the sharded operators take them, weight, (mix, base))."""
+    dtype = one_of(draw, *DTYPES)
+    rows, count, others = one_of(draw, 0, 1, 2, 5, 17), one_of(draw, 1, 2, 3, 8, 17, 100, 1000, 5001), 3
+    gap = one_of(draw, 0, 1, 5)  # padding beside the classes
+    x = values(draw, (rows, count + gap), dtype, most=30)[:, :count]
+    target = classes(draw, (rows,), count, draw(st.booleans()), dtype)
+    if not target.is_floating_point():
+        kind = torch.from_numpy(random_of(draw).random(rows))
+        target = torch.where(kind < 0.3, -1, torch.where(target == -100, -2, target))
+    weight = torch.from_numpy(random_of(draw).random(count) + 0.1).to(wide_of(dtype))
+    eps, smoothing = one_of(draw, 0.0, 0.1, 1.0), draw(st.booleans())
+    options = LossOptions(label_smoothing=eps, others=smoothing).mix_and_base(count + others)
+    return x, target, weight if draw(st.booleans()) else None, options
+
+
+def sharded_sums(draw):
+    """What a rank sends of its classes. An exponential is as wrong as the distance before it was rounded."""
+    x, target, weight, (mix, base) = sharded_rows(draw)
+    with unchanged(x, target, weight):
+        got = op("cross_entropy_sharded_sums")(x, target, weight, mix, base)
+    want = plain("cross_entropy_sharded_sums")(x.double(), *doubled(target, weight), mix, base)
+    reach = (x.double() - want[0].unsqueeze(1)).abs()
+    reach = torch.where(reach.isfinite(), reach, 0).amax(1)
+    if x.dtype != torch.float64:
+        reach = torch.where(reach > torch.finfo(torch.float32).max, 1e50, reach)
+    heaviest = 1.0 if weight is None else weight.double().max()
+    assert_near(got[1], want[1], 90 * want[1], "rest", tiny=1e-37)
+    known = ~want[1].isnan()  # else the row is NaN, whatever the other numbers are
+    assert torch.equal(got[0, known].double(), want[0, known])
+    for row, share in ((2, 1.0), (3, base * x.shape[1])):
+        size = heaviest * (share + 1 if target.is_floating_point() else max(share, 1.0)) * (reach + 1)
+        assert_near(got[row, known], want[row, known], size[known], f"sum {row}", noise=2)
+
+
+def sharded_gradient(draw):
+    """The gradient, of rows of which this rank has all classes but three, or in place of the logits."""
+    x, target, weight, (mix, base) = sharded_rows(draw)
+    wide = wide_of(x.dtype)
+    top, rest, _, mass = plain("cross_entropy_sharded_sums")(x.double(), *doubled(target, weight), mix, base)
+    rest = rest + one_of(draw, 0.0, 1e-6, 3.0)  # of the other ranks
+    others = mass
+    if not target.is_floating_point():
+        mass = torch.full_like(top, 1.5)
+        of_target = 1.0 if weight is None else weight.double()[target.clamp(min=0)]
+        others = mass - (mix + base) * of_target
+    factor = values(draw, x.shape[:1], wide, most=1, hostile=False)
+    pull = one_of(draw, 0.0, 1e-3) * torch.where(top.isfinite(), top, 1.0)
+    whole = torch.stack((top, rest, mass, others, pull, factor.double())).to(wide)
+    got = x if draw(st.booleans()) else torch.empty_like(x, dtype=wide if x.dtype == torch.float16 else None)
+    want = torch.empty(x.shape, dtype=torch.float64)
+    plain("cross_entropy_sharded_grad_")(want, x.double(), *doubled(target, weight, whole), mix, base)
+    with unchanged(target, weight, whole):
+        op("cross_entropy_sharded_grad_")(got, x, target, weight, whole, mix, base)
+    heaviest = 1.0 if weight is None else weight.double().max()
+    size = whole[5].double().abs() * (whole[2].double() + heaviest + whole[4].double().abs())
+    assert_near(got, want, size.unsqueeze(1).expand(x.shape), "gradient", noise=6, tiny=1e-37)
+
+
 def cross_entropy_scale(draw):
     """There is a kernel on CUDA only; here it is the plain definition in the tensor's own dtype."""
     x = values(draw, shape(draw), one_of(draw, *DTYPES))
@@ -158,9 +218,13 @@ CHECKS = {
     "cross_entropy": cross_entropy,
     "cross_entropy_": cross_entropy_in_place,
     "cross_entropy_scale_": cross_entropy_scale,
+    "cross_entropy_sharded_sums": sharded_sums,
+    "cross_entropy_sharded_grad_": sharded_gradient,
 }
 OTHERS = {"linear_cross_entropy": linear_cross_entropy}
 WITHOUT_DERIVATIVE = {
     "cross_entropy_": "a part of linear_cross_entropy",
     "cross_entropy_scale_": "a part of the backward pass",
+    "cross_entropy_sharded_sums": "a part of the loss of split classes",
+    "cross_entropy_sharded_grad_": "a part of the loss of split classes",
 }

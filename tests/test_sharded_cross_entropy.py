@@ -107,14 +107,14 @@ def hostile(rank, group):
 
     # NaN stays in the row that has it, an ignored row has none, and no row at all is no error.
     broken = x.clone()
-    broken[3, 8], broken[5, 0] = torch.nan, torch.nan
+    broken[3, 8], broken[5, 0], broken[7, :2] = torch.nan, torch.nan, torch.nan  # of row 7 all of rank 0's
     target = target.clone()
     target[5] = -100
     local = part_of(broken, 9, rank).requires_grad_()
     shard = dict(group=group, first_class=SPLITS[9][rank], num_classes=9)
     loss = fr.distributed.cross_entropy(local, target, reduction="none", **shard)
     loss.nansum().backward()
-    assert loss.isnan().nonzero().tolist() == [[3]] and loss[5] == 0 and (local.grad[5] == 0).all()
+    assert loss.isnan().nonzero().tolist() == [[3], [7]] and loss[5] == 0 and (local.grad[5] == 0).all()
     for all_ignored, want in (("nan", torch.nan), ("zero", 0.0)):
         for rows in (0, 2):
             local = torch.randn(rows, SPLITS[9][rank + 1] - SPLITS[9][rank]).requires_grad_()

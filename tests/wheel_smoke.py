@@ -650,6 +650,8 @@ def operator_arguments():
         "cross_entropy": (x, classes, torch.rand(8), 1, -100, 0.1),
         "cross_entropy_": (x, classes, rows, torch.rand(8), -100, 0.1),
         "cross_entropy_scale_": (x.to(device), torch.tensor(0.5, device=device)),
+        "cross_entropy_sharded_sums": (x, classes, torch.rand(8), 0.9, 0.01),
+        "cross_entropy_sharded_grad_": (x.clone(), x, classes, None, torch.rand(6, 3), 0.9, 0.01),
         "linear_cross_entropy": (x, torch.randn(6, 8), None, classes, rows, None, "hw", -100, 0.1, off, 0.0),
         "sgd_": (*of_sgd, *numbers_of_sgd, *4 * (off,)),
         "sgd_numbers_": (*of_sgd, tensor_of(numbers_of_sgd), *4 * (off,)),

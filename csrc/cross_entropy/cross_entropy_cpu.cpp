@@ -34,16 +34,6 @@ struct Buffers {
         grads(direct || !a.grad ? 0 : size_t(a.classes * kTileRows)) {}
 };
 
-template <class A>
-void gather_soft_target(const CrossEntropyArgs& a, int64_t n, int64_t inner, A* out) {
-  with_dtype(a.target_dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    const S* t =
-        static_cast<const S*>(a.soft_target) + n * a.target_stride.outer + inner * a.target_stride.inner;
-    for (int64_t c = 0; c < a.classes; ++c) out[c] = A(to_float(t[c * a.target_stride.cls]));
-  });
-}
-
 // Row `inner` of batch element n, whose logits and gradient are contiguous at x and g.
 template <class T, class G, class A>
 void one_row(const CrossEntropyArgs& a, int64_t n, int64_t inner, const T* x, G* g,

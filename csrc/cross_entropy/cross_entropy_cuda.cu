@@ -7,6 +7,7 @@
 // Rows are shared out in two ways:
 //   cross_entropy_warp_cuda.h    a warp or a block for each row
 //   cross_entropy_thread_cuda.h  a thread for each row: few classes, or rows side by side
+// cross_entropy_sharded_cuda.h has the rows of a rank that has some of the classes.
 // Every sum has a fixed order: the same input gives the same bits.
 //
 // The loss is within 2 ulp of the exact one where several classes share the mass. Where one has nearly all of
@@ -19,6 +20,7 @@
 #include "../common/cuda.h"
 #include "cross_entropy_math.h"
 #include "cross_entropy_row_cuda.h"
+#include "cross_entropy_sharded_cuda.h"
 #include "cross_entropy_thread_cuda.h"
 #include "cross_entropy_warp_cuda.h"
 
@@ -146,34 +148,15 @@ int launch_threads(const CrossEntropyArgs& a, const RowsWork<T, G>& w, bool dens
                 tile.kind == Tile::kDirect ? 0 : size_t(threads * k) * of_class, stream, w, tile, tiles);
 }
 
-// Whether words of the logits are words of the gradient, in every row.
-template <class T, class G>
-bool words_in_phase(const CrossEntropyArgs& a) {
-  constexpr int kPhase = Word<G>::kSize;
-  const auto &x = a.logits_stride, &g = a.grad_stride;
-  const auto phase = [](const void* p, size_t size) {
-    return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase);
-  };
-  return !a.grad ||
-         (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
-          (x.inner - g.inner) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
-}
-
 template <class T, class G>
 int launch_warps(const CrossEntropyArgs& a, const RowsWork<T, G>& w, void* stream) {
   constexpr int kSize = Word<T>::kSize;
-  constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a thread's one element is as good
+  const auto [words, threads, in_block] = row_threads<T, G>(a, w);
   const int64_t k = a.classes;
-  const bool words = kMayBeWords && !w.general && a.logits_stride.cls == 1 && words_in_phase<T, G>(a);
-  const int64_t work =
-      words ? k / kSize : k / 4;  // so that a thread has about 4 to 16 words, where 512 are enough
-  const int wanted = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : 512;
-  const int threads = wanted < kMostRowThreads<T> ? wanted : kMostRowThreads<T>;
-  const int in_block = threads == kLanes ? 4 : 1;
   const size_t room = size_t(in_block) * size_t((k + kSize - 1) / kSize) * 16, most = most_shared();
   const size_t reserved = 2048;  // of_warp, and what the driver takes
   const bool cached = a.grad && size_t(k) <= most && room + reserved <= most;
-  const auto kernel = words ? cross_entropy_rows<T, G, kMayBeWords> : cross_entropy_rows<T, G, false>;
+  const auto kernel = words ? cross_entropy_rows<T, G, (sizeof(T) < 8)> : cross_entropy_rows<T, G, false>;
   return launch(kernel, blocks_for(w.rows, in_block), unsigned(threads * in_block), cached ? room : 0, stream,
                 w, threads, cached);
 }
@@ -258,6 +241,21 @@ int cross_entropy_forward_cuda(const CrossEntropyLaunch& l, void* stream) {
     // them.
     using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
     return l.rows.grad == l.rows.logits ? launch_forward<T, T>(l, stream) : launch_forward<T, G>(l, stream);
+  });
+}
+
+int cross_entropy_sharded_sums_cuda(const ShardedArgs& a, void* stream) {
+  return with_dtype(a.dtype, [&](auto* type) {
+    return launch_sharded_sums<std::remove_pointer_t<decltype(type)>>(a, stream);
+  });
+}
+
+int cross_entropy_sharded_gradient_cuda(const ShardedArgs& a, void* stream) {
+  return with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using G = std::conditional_t<std::is_same_v<T, Half>, float, T>;
+    return a.grad == a.logits ? launch_sharded_gradient<T, T>(a, stream)
+                              : launch_sharded_gradient<T, G>(a, stream);
   });
 }
 

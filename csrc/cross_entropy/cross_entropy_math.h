@@ -186,16 +186,20 @@ struct Divide {
 // At the target the gradient is q_sum p - q. Where p is at least 1/2, both may be nearly the same, and
 // the difference is no better than the last bit of 1; it is then taken from what the other classes have, as
 // q_rest - q_sum (1 - p), where 1 - p is (rest + (1 - exp)) / sum. The error is some units of the last
-// place of the result however confident the row is.
+// place of the result however confident the row is. pull: what options add to each p, 2 z_loss lse.
+template <class V, class Quotient = Divide>
+FR_HD RowGradient<V> pulled_gradient(const RowSums<V>& s, const RowTarget<V>& t, V pull, V factor,
+                                     Quotient quotient = {}) {
+  const V softmax_factor = quotient((s.q_sum + pull) * factor, s.sum);
+  const V missing = s.rest + (V(1) - t.exp_shifted);
+  const V from_rest = factor * (s.q_rest + quotient(pull * t.exp_shifted - s.q_sum * missing, s.sum));
+  const V from_target = t.exp_shifted * softmax_factor - t.q * factor;
+  return {softmax_factor, flush(select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_rest))};
+}
 template <class V, class S, class Quotient = Divide>
 FR_HD RowGradient<V> row_gradient(const RowSums<V>& s, const RowTarget<V>& t, V lse, const RowOptions<S>& o,
                                   V factor, Quotient quotient = {}) {
-  const V z_slope = o.z_loss != S(0) ? V(S(2) * o.z_loss) * lse : V(S(0));
-  const V softmax_factor = quotient((s.q_sum + z_slope) * factor, s.sum);
-  const V missing = s.rest + (V(S(1)) - t.exp_shifted);
-  const V from_rest = factor * (s.q_rest + quotient(z_slope * t.exp_shifted - s.q_sum * missing, s.sum));
-  const V from_target = t.exp_shifted * softmax_factor - t.q * factor;
-  return {softmax_factor, flush(select(t.exp_shifted + t.exp_shifted < s.sum, from_target, from_rest))};
+  return pulled_gradient(s, t, o.z_loss != S(0) ? V(S(2) * o.z_loss) * lse : V(S(0)), factor, quotient);
 }
 
 // The sum of q_c (x_c - top) without the target, one class after another; logit(c) reads a logit, weight may

@@ -1,5 +1,5 @@
 // Cross-entropy of a row of contiguous logits on the CPU; formula and arguments as in cross_entropy_math.h;
-// only cross_entropy_cpu.cpp includes it.
+// only cross_entropy_cpu.cpp and cross_entropy_sharded_cpu.cpp include it.
 //
 // A row is taken in blocks that stay in the L1 cache: the largest logit, then exponentials and their sum,
 // while the next block is on its way from memory. The gradient is one more pass over the exponentials. Bytes
@@ -23,6 +23,17 @@ struct Segment {
   double sum, dot, mass;  // of exp(x_c - reference), q_c (x_c - reference) and q_c
   double factor;          // makes its exponentials relative to the largest logit of all
 };
+
+// The probabilities of row `inner` of batch element n.
+template <class A>
+void gather_soft_target(const CrossEntropyArgs& a, int64_t n, int64_t inner, A* out) {
+  with_dtype(a.target_dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    const S* t =
+        static_cast<const S*>(a.soft_target) + n * a.target_stride.outer + inner * a.target_stride.inner;
+    for (int64_t c = 0; c < a.classes; ++c) out[c] = A(to_float(t[c * a.target_stride.cls]));
+  });
+}
 
 // Two vectors of neighbours. Unless kInOrder, bfloat16 comes as even and odd neighbours, which is faster.
 // Weights and soft targets are indexed by class, so with them (kWeighted) the order is kept.

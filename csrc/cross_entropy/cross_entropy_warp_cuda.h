@@ -147,7 +147,8 @@ struct SharedRow {
     if (has_edge) store_float(edge == target ? gradient.at_target : gradient(edge_logit, base), g + edge);
   }
 
-  __device__ __forceinline__ void write_elements(const ClassGradient<A>& gradient) const {
+  template <class Gradient>
+  __device__ __forceinline__ void write_elements(const Gradient& gradient) const {
     for (int64_t c = rank; c < w.classes; c += threads) {
       const A v = load_float(cached ? cache[c] : x[c * w.logits_stride.cls]);
       const A q = w.general ? w.q_at(c, target, soft) : w.options.base;
@@ -156,15 +157,63 @@ struct SharedRow {
   }
 };
 
-// threads: of a row, one warp of several in the block or all of the block. cached: shared memory has room for
+// The threads that a row has: one warp of several in the block, or all of the block.
+struct RowThreads {
+  bool words;
+  int threads, rows_in_block;
+};
+
+// Whether words of the logits are words of the gradient, in every row.
+template <class T, class G>
+bool words_in_phase(const CrossEntropyArgs& a) {
+  constexpr int kPhase = Word<G>::kSize;
+  const auto &x = a.logits_stride, &g = a.grad_stride;
+  const auto phase = [](const void* p, size_t size) {
+    return int64_t(reinterpret_cast<uintptr_t>(p) / size % kPhase);
+  };
+  return !a.grad ||
+         (g.cls == 1 && phase(a.logits, sizeof(T)) == phase(a.grad, sizeof(G)) &&
+          (x.inner - g.inner) % kPhase == 0 && (a.outer <= 1 || (x.outer - g.outer) % kPhase == 0));
+}
+
+template <class T, class G>
+RowThreads row_threads(const CrossEntropyArgs& a, const RowsWork<T, G>& w) {
+  constexpr bool kMayBeWords = sizeof(T) < 8;  // of float64 a thread's one element is as good
+  const bool words = kMayBeWords && !w.general && a.logits_stride.cls == 1 && words_in_phase<T, G>(a);
+  const int64_t work = words
+                           ? a.classes / Word<T>::kSize
+                           : a.classes / 4;  // so that a thread has about 4 to 16 words, where 512 are enough
+  const int wanted = work <= 128 ? 32 : work <= 1024 ? 128 : work <= 4096 ? 256 : 512;
+  const int threads = wanted < kMostRowThreads<T> ? wanted : kMostRowThreads<T>;
+  return {words, threads, threads == kLanes ? 4 : 1};
+}
+
+// What all threads of a row know together; each gets the same. of_warp: shared memory, a place for each warp.
+template <class A>
+__device__ __forceinline__ RunningSoftmax<A> combine_threads(RunningSoftmax<A> s, bool with_dot,
+                                                             RunningSoftmax<A>* of_warp, int rank,
+                                                             int threads) {
+  s.combine(with_dot);
+  if (threads > kLanes) {
+    if (rank % kLanes == 0) of_warp[rank / kLanes] = s;
+    __syncthreads();
+    s = RunningSoftmax<A>::none();
+    if (rank % kLanes < threads / kLanes) s = of_warp[rank % kLanes];
+    s.combine(with_dot);
+  } else {
+    __syncwarp();
+  }
+  return s;
+}
+
+// cached: shared memory has room for
 // the row.
 template <class T, class G, bool kWords>
 __global__ void __launch_bounds__(kMostRowThreads<T>)
     cross_entropy_rows(const RowsWork<T, G> w, int threads, bool cached) {
   using A = typename RowsWork<T, G>::A;
   __shared__ RunningSoftmax<A> of_warp[kMostRowThreads<T> / kLanes];
-  const int rank = int(threadIdx.x) % threads, warp = int(threadIdx.x) / kLanes,
-            in_block = int(blockDim.x) / threads;
+  const int rank = int(threadIdx.x) % threads, in_block = int(blockDim.x) / threads;
   const int64_t cache_words = (w.classes + Word<T>::kSize - 1) / Word<T>::kSize;
   T* cache = reinterpret_cast<T*>(dynamic_shared + (cached ? int(threadIdx.x) / threads * cache_words : 0));
   const auto synchronise = [&] { threads > kLanes ? __syncthreads() : __syncwarp(); };
@@ -189,16 +238,7 @@ __global__ void __launch_bounds__(kMostRowThreads<T>)
       r.sweep_words(s, edge_logit);
     else
       r.sweep_elements(s);
-    s.combine(w.sums_dot());
-    if (threads > kLanes) {
-      if (rank % kLanes == 0) of_warp[warp] = s;
-      __syncthreads();
-      s = RunningSoftmax<A>::none();
-      if (rank % kLanes < threads / kLanes) s = of_warp[rank % kLanes];
-      s.combine(w.sums_dot());
-    } else {
-      __syncwarp();
-    }
+    s = combine_threads(s, w.sums_dot(), of_warp, rank, threads);
     const ClassGradient<A> gradient = finish_row(w, row, r.target, target_logit, s, rank == 0);
     if (g && kWords) r.write_words(gradient, edge_logit);
     if (g && !kWords) r.write_elements(gradient);
