@@ -21,6 +21,10 @@ import fastreg as fr
 PLACEMENTS = (Replicate(), Shard(0), Shard(1))
 
 
+def whole(t):
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
 def numbers(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -368,10 +372,16 @@ def penalties(rank, mesh):
             value = fr.optim.penalty(given, l1=0.5, l2=0.25)
         assert messages.get_total_counts() == 1
         torch.testing.assert_close(value, fr.optim.penalty([t.clone() for t in plain], l1=0.5, l2=0.25))
-        value.backward()
-        torch.testing.assert_close(given[0].grad.full_tensor(), 0.5 * plain[0].sign() + 0.25 * plain[0])
-        for p in given:
-            p.grad = None
+        with CommDebugMode() as messages:
+            gradients = torch.autograd.grad(value, given, create_graph=False, retain_graph=True)
+        assert messages.get_total_counts() == 0
+        first = torch.autograd.grad(value, given, create_graph=True)
+        seconds = torch.autograd.grad(sum(whole(g).square().sum() for g in first), given)
+        for p, t, gradient, second in zip(given, plain, gradients, seconds, strict=True):
+            want = 0.5 * t.sign() + 0.25 * t
+            assert getattr(gradient, "placements", None) == getattr(p, "placements", None)
+            torch.testing.assert_close(whole(gradient), want)
+            torch.testing.assert_close(whole(second), 2 * want * 0.25)
         with CommDebugMode() as messages:
             share = fr.optim.sparsity(given)
         assert messages.get_total_counts() == 1 and share == fr.optim.sparsity([t.clone() for t in plain])
@@ -416,7 +426,9 @@ def messages_of_a_step(rank, mesh):
 
 
 def transforms(rank, mesh):
-    """Under torch.func a loss is torch's, and all else is refused, as batches of gradients are."""
+    """Under torch.func a loss is torch's, what is made of torch's functions is as it is, and all else is
+    refused, as batches of gradients are.
+    """
     x, w, y = numbers(0, 6, 5).double(), numbers(1, 5, 5).double(), torch.arange(6) % 5
     for placement in PLACEMENTS[:2]:
         placed, target = (distribute_tensor(t, mesh, [placement]) for t in (x, y))
@@ -436,6 +448,14 @@ def transforms(rank, mesh):
             leaf = placed.detach().requires_grad_()
             with pytest.raises(TypeError, match="cross_entropy: a DTensor has one gradient at a time, got a"):
                 torch.autograd.grad(ours(leaf), leaf, torch.ones(2).double(), is_grads_batched=True)
+        for made_of in (
+            lambda t: fr.optim.penalty([t], l1=0.3, l2=0.2),
+            lambda t: fr.pseudo_label_loss(t, threshold=0.3, temperature=0.5),
+            lambda t: fr.pseudo_label_loss(t, threshold=0.3, hard=False),
+        ):
+            torch.testing.assert_close(
+                torch.func.grad(made_of)(placed).full_tensor(), torch.func.grad(made_of)(x)
+            )
     images = distribute_tensor(numbers(2, 2, 3, 4, 4).sigmoid(), mesh, [Shard(0)])
     for name, call, given in (
         ("dropout", lambda t: fr.dropout(t, 0.5), placed),

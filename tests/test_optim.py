@@ -219,6 +219,51 @@ class TestPenalty:
         w = torch.randn(6, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda w: penalty(w, l1=0.3, l2=0.7), w)
 
+    def test_many_parameters_are_one_node_of_the_graph(self):
+        """For a small tensor autograd costs as much as the sums. Derivatives are those of the formula: of
+        several dtypes, the second, batches of them, with tensors that are saved elsewhere.
+        """
+        dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        tensors = [torch.randn(5, 3).to(dtype) for dtype in dtypes for _ in range(10)]
+        params = [nn.Parameter(t, requires_grad=i % 10 < 9) for i, t in enumerate(tensors)]
+        groups = [
+            dict(params=params[::2], l1=0.3, weight_decay=0.0),
+            dict(params=params[1::2], l1=0.1, weight_decay=0.2),
+        ]
+        wanted = [p for p in params if p.requires_grad]
+        doubles = [t.double().requires_grad_() for t in tensors]
+        expected = by_hand(doubles[::2], 0.3, 0.0) + by_hand(doubles[1::2], 0.1, 0.2)
+        expecteds = torch.autograd.grad(
+            expected, [d for d, p in zip(doubles, params, strict=True) if p.requires_grad]
+        )
+        with torch.autograd.graph.save_on_cpu():
+            value = penalty(groups)
+        assert {node.name() for node, _ in value.grad_fn.next_functions if node} == {
+            "torch::autograd::AccumulateGrad"
+        }
+        torch.testing.assert_close(value, expected.detach(), rtol=1e-6, atol=0)
+        for got, want, p in zip(
+            torch.autograd.grad(value, wanted, retain_graph=True), expecteds, wanted, strict=True
+        ):
+            assert got.dtype == p.dtype
+            torch.testing.assert_close(got, want.to(p.dtype))
+        batch = torch.autograd.grad(
+            value, wanted, torch.tensor([1.0, 2.0]).double(), retain_graph=True, is_grads_batched=True
+        )
+        for got, want, p in zip(batch, expecteds, wanted, strict=True):
+            torch.testing.assert_close(got, torch.stack([want, 2 * want]).to(p.dtype))
+        first = torch.autograd.grad(value, wanted, create_graph=True)
+        seconds = torch.autograd.grad(
+            sum(g.double().square().sum() for g in first), wanted, allow_unused=True
+        )
+        for p, want, second in zip(wanted, expecteds, seconds, strict=True):
+            factor = 0.2 * (any(p is q for q in groups[1]["params"]))
+            assert (second is None and not factor) or torch.allclose(
+                second.double(), 2 * want * factor, rtol=1e-2
+            )
+        w = torch.randn(6, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradgradcheck(lambda w: penalty(w, l1=0.3, l2=0.7), w)
+
     def test_groups_and_optimisers(self):
         """Each group brings its own factors; the arguments serve those that bring none."""
         a, b, c = (nn.Parameter(torch.randn(5)) for _ in range(3))

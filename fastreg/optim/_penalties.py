@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import itertools
 import math
 import operator
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy
 import torch
+from torch.compiler import is_compiling
 
-from .._checks import check_choice, check_initialised, check_number, check_tensor
-from .._shards import sum_over_ranks
-from .._transforms import is_sharded
+from .._checks import DTYPES, check_choice, check_initialised, check_number, check_tensor
+from .._shards import sum_over_ranks, whole_of_parts
+from .._sum_of_squares import sum_of_squares
+from .._transforms import is_sharded, is_transformed, is_wrapped
 from ._groups import Params, check_factor, tensor_of
 
 _NORMS = (
@@ -195,34 +198,146 @@ def penalty(
     elif isinstance(source, (torch.Tensor, dict)):
         source = [source]
     seen: set[int] = set()
-    terms: list[torch.Tensor] = []
-    placed: dict[Any, list[torch.Tensor]] = {}  # of this rank's parts, by where they lie
+    kinds: dict[_Kind, list[Any]] = {}
     for item in source:
         group: dict[str, Any] = item if isinstance(item, dict) else {"params": [item]}
-        group_l1, group_l2 = group.get("l1", l1), group.get("weight_decay", l2)
+        factors = group.get("l1", l1), group.get("weight_decay", l2)
         for p in [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]:
             p = tensor_of(p)
             check_tensor("penalty", "each parameter", p)
-            if id(p) in seen:
-                continue
-            seen.add(id(p))
-            summed = terms
-            if _is_in_parts(p):
-                summed, p = placed.setdefault((p.device_mesh, p.placements), []), p.to_local()
-            w = p if p.dtype == torch.float64 else p.float()
-            # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
-            if group_l1:
-                summed.append(group_l1 * w.abs().sum())
-            if group_l2:
-                summed.append(0.5 * group_l2 * (w * w).sum())
-            if not (group_l1 or group_l2) and summed is terms and not is_sharded(p):
-                terms.append(w.new_zeros(()))
+            if id(p) not in seen:
+                seen.add(id(p))
+                where = (p.device_mesh, p.placements) if _is_in_parts(p) else None
+                kinds.setdefault(_Kind(where, *factors), []).append(p)
+    by_number = all(isinstance(factor, (int, float)) for kind in kinds for factor in kind[1:])
+    if kinds and by_number and not (is_compiling() or is_transformed()):
+        with torch.no_grad():
+            parts = [(kind, [_own_part(kind, p) for p in params]) for kind, params in kinds.items()]
+        if all(map(_is_usual, itertools.chain.from_iterable(own for _, own in parts))):
+            return cast(torch.Tensor, _Penalty.apply(parts, *itertools.chain.from_iterable(kinds.values())))
+    return _over_all((kind, _by_formula(kind, params)) for kind, params in kinds.items())
+
+
+class _Kind(NamedTuple):
+    """What parameters have in common that are summed up together."""
+
+    where: Any  # (mesh, placements) of DTensors of which this rank has a part, or None
+    l1: float
+    l2: float
+
+
+def _own_part(kind: _Kind, p: Any) -> torch.Tensor:
+    """What this rank has of a parameter."""
+    return cast(torch.Tensor, p if kind.where is None else p.to_local())
+
+
+def _is_usual(w: torch.Tensor) -> bool:
+    """Whether an operator may read its memory."""
+    return type(w) in (torch.Tensor, torch.nn.Parameter) and w.dtype in DTYPES and w.layout is torch.strided
+
+
+def _wide(w: torch.Tensor) -> torch.dtype:
+    return torch.float64 if w.dtype == torch.float64 else torch.float32
+
+
+def _by_formula(kind: _Kind, params: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The terms of parameters of one kind, of DTensors those of this rank; every derivative is autograd's."""
+    for p in params:
+        w = _own_part(kind, p)
+        w = w.to(_wide(w))
+        # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
+        if kind.l1:
+            yield kind.l1 * w.abs().sum()
+        if kind.l2:
+            yield 0.5 * kind.l2 * (w * w).sum()
+        if not (kind.l1 or kind.l2) and not is_sharded(p):
+            yield w.new_zeros(())
+
+
+def _by_operators(kind: _Kind, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same, with one term for all tensors of a dtype on a device."""
+    alike: dict[Any, list[torch.Tensor]] = {}
+    for w in own:
+        alike.setdefault((w.device, _wide(w)), []).append(w)
+    for (device, dtype), tensors in alike.items():
+        if kind.l1:
+            yield kind.l1 * torch.stack([w.abs().sum(dtype=dtype) for w in tensors]).sum()
+        if kind.l2:
+            yield 0.5 * kind.l2 * sum_of_squares(tensors)
+        if not (kind.l1 or kind.l2) and kind.where is None:
+            yield torch.zeros((), dtype=dtype, device=device)
+
+
+def _over_all(kinds: Iterable[tuple[_Kind, Iterable[torch.Tensor]]]) -> torch.Tensor:
+    """The sum of the terms of all kinds, over all ranks."""
+    terms: list[torch.Tensor] = []
+    placed: dict[Any, list[torch.Tensor]] = {}
+    for kind, own in kinds:
+        (terms if kind.where is None else placed.setdefault(kind.where, [])).extend(own)
     terms += [
         sum_over_ranks(functools.reduce(operator.add, parts), *where)
         for where, parts in placed.items()
         if parts
     ]
     return torch.zeros((), dtype=torch.float32) if not terms else _sum_of(terms)
+
+
+class _Penalty(torch.autograd.Function):
+    """The penalty as one node of autograd's graph, however many parameters there are: a node for each of the
+    small sums, and for each DTensor's part, costs several times as much as the sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: list[tuple[_Kind, list[torch.Tensor]]], *params: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.counts = [(kind, len(own)) for kind, own in parts]
+        ctx.save_for_backward(*params)
+        return _over_all((kind, _by_operators(kind, own)) for kind, own in parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        params, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        kinds = list(_of_kinds(ctx.counts, params))
+        made: tuple[torch.Tensor | None, ...]
+        if torch.is_grad_enabled() or is_wrapped(grad):  # of higher order, or several gradients at once
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                value = _over_all((kind, _by_formula(kind, own)) for kind, own in kinds)
+            needed = itertools.compress(params, wanted)
+            made = torch.autograd.grad(value, tuple(needed), grad, create_graph=again, allow_unused=True)
+        else:
+            each = ((kind, p) for kind, own in kinds for p in own)
+            made = tuple(_gradient(*one, grad) for one in itertools.compress(each, wanted))
+        rest = iter(made)
+        return None, *(next(rest) if one else None for one in wanted)
+
+
+def _of_kinds(
+    counts: list[tuple[_Kind, int]], params: Sequence[torch.Tensor]
+) -> Iterator[tuple[_Kind, Sequence[torch.Tensor]]]:
+    first = 0
+    for kind, count in counts:
+        yield kind, params[first : first + count]
+        first += count
+
+
+def _gradient(kind: _Kind, p: Any, grad: torch.Tensor) -> torch.Tensor | None:
+    """grad (l1 sign w + l2 w), placed as the parameter is, with one rounding; None where both are 0."""
+    local = _own_part(kind, p)
+    w = local.to(_wide(local))
+    grad = grad.to(w.device, w.dtype)
+    made = w.sgn().mul_(grad * kind.l1) if kind.l1 else None
+    if kind.l2:
+        pull = w * (grad * kind.l2)
+        made = pull if made is None else made.add_(pull)
+    if made is None:
+        return None
+    made = made.to(local.dtype)
+    if kind.where is None:
+        return made
+    mesh, placements = kind.where
+    return cast(torch.Tensor, whole_of_parts(made, mesh, placements, p.shape, p.stride()))
 
 
 def _is_in_parts(p: Any) -> bool:
