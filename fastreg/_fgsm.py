@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 from ._checks import arithmetic_dtype, check_dtype, check_number, check_tensor
 from ._registry import define, fast
 from ._shards import own_part, whole_of_parts
-from ._transforms import is_sharded
+from ._transforms import is_sharded, may_look
 from ._types import Bounds, FgsmParameter, Number
 
 # --- The operators in plain torch: what the kernels compute, bit for bit.
@@ -143,7 +143,7 @@ def parameter_of(
         value = cast(torch.Tensor, value.full_tensor())  # type: ignore[attr-defined]
     value = value.detach().to(x.device, arithmetic_dtype(x))
     value = _aligned(op, name, value, x)
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look(value):
         wrong = value[~((value >= low) & (infinite | value.isfinite()))]
         if wrong.numel():
             least = "" if low == -math.inf else f" and at least {low:g}"
@@ -213,8 +213,7 @@ def bounds_of(
     if lower_parameter[1] is None and upper_parameter[1] is None:
         crossed = bool(low > high)
     else:  # tensors are looked at where that costs nothing
-        looked_at = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        crossed = looked_at and bool(torch.as_tensor(low > high, device="cpu").any())
+        crossed = may_look(x) and bool(torch.as_tensor(low > high, device="cpu").any())
     if crossed:
         raise ValueError(f"{op}: lower must not exceed upper, got {_text(low)} and {_text(high)}")
     return lower_parameter, upper_parameter

@@ -111,13 +111,19 @@ def wants_derivative(tensor: torch.Tensor) -> bool:
 
 
 def is_hidden() -> bool:
-    """Whether values cannot be looked at, because torch.compile traces or torch.func.vmap computes many at
-    once. torch.compile does not know what lists the transforms of torch.func, so that it is asked first.
+    """Whether values cannot be looked at, because torch.compile traces, torch.func.vmap computes many at
+    once, or FakeTensorMode computes none. torch.compile does not know what lists the transforms of
+    torch.func, so that it is asked first.
     """
-    if is_compiling():
+    if is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return True
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether its values may be read: on a GPU that would wait for it."""
+    return tensor.device.type == "cpu" and not is_hidden()
 
 
 def is_sharded(value: object) -> bool:

@@ -41,7 +41,7 @@ from ._fgsm import (
 from ._losses import attacked_loss, count_of, loss_per_sample, rows_of
 from ._ranks import raise_the_first
 from ._shards import own_part, seed_of_first_rank, whole_of_parts
-from ._transforms import autocast_dtype, is_hidden, is_sharded
+from ._transforms import autocast_dtype, is_sharded, may_look
 from ._types import Bounds, FgsmParameter, Loss, Model, Norm, Number
 
 __all__ = ["fgsm", "pgd"]
@@ -332,11 +332,6 @@ def check_ball(op: str, x: torch.Tensor, eps: Number, bounds: Bounds | None, nor
     return Ball(size, box[0], box[1], norm)
 
 
-def _may_look(x: torch.Tensor) -> bool:
-    """Whether values may be read: on a GPU that would wait for it."""
-    return x.device.type == "cpu" and not is_hidden()
-
-
 @torch.no_grad()
 def around(op: str, x: torch.Tensor, ball: Ball) -> Ball:
     """`ball` with bounds that hold all of x, so that no clamp moves an element of x by itself.
@@ -349,7 +344,7 @@ def around(op: str, x: torch.Tensor, ball: Ball) -> Ball:
     if is_sharded(x):
         return _around_parts(op, x, ball)
     wide = x.detach().to(arithmetic_dtype(x))
-    if _may_look(x):
+    if may_look(x):
         if not isinstance(lower, torch.Tensor) and not isinstance(upper, torch.Tensor):
             least, largest = wide.aminmax()  # one pass over x, where all is well
             if lower <= least and largest <= upper:
@@ -388,7 +383,7 @@ def _around_parts(op: str, x: Any, ball: Ball) -> Ball:
     found = torch.tensor([held is not own, failed is not None], dtype=torch.uint8, device=local.device)
     for group in groups:
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX, group=group)
-    if _may_look(x):
+    if may_look(x):
         if found[1]:
             raise_the_first(failed, *groups)
         if not found[0]:

@@ -14,7 +14,7 @@ import torch
 
 from ._checks import check_count, check_tensor
 from ._losses import IGNORED, row_sum_of_shares
-from ._transforms import is_hidden
+from ._transforms import may_look
 
 __all__ = ["CalibrationCurve", "calibration_curve", "calibration_error"]
 
@@ -93,7 +93,7 @@ def _sums(
         )
     labelled = target != IGNORED
     impossible = labelled & ((target < 0) | (target >= logits.shape[1]))
-    if logits.device.type == "cpu" and not is_hidden():
+    if may_look(logits):
         if impossible.any():
             raise ValueError(
                 f"{op}: target must be class indices in [0, {logits.shape[1]}) or {IGNORED}, got "

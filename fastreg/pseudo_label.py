@@ -13,12 +13,11 @@ import math
 from typing import Literal, overload
 
 import torch
-from torch.compiler import is_compiling
 
 from ._checks import check_number, check_tensor
 from ._cross_entropy import cross_entropy
 from ._losses import row_sum_of_shares
-from ._transforms import handed_over, is_foreign, is_transformed
+from ._transforms import handed_over, is_foreign, is_transformed, may_look
 
 __all__ = ["pseudo_label_loss"]
 
@@ -144,7 +143,7 @@ def _check(
             f"{tuple(strong_logits.shape)} on {strong_logits.device} and {tuple(weak_logits.shape)} on "
             f"{weak_logits.device}; pass the logits of the same samples"
         )
-    looked_at = weak_logits.device.type == "cpu" and not is_compiling() and not is_transformed()
+    looked_at = may_look(weak_logits) and not is_transformed()
     if looked_at and (total := row_sum_of_shares(weak_logits)) is not None:
         raise ValueError(
             f"{op}: expected logits, got numbers of at least 0 that sum to {total:g} over the classes, "

@@ -96,7 +96,7 @@ def test_where_nobody_may_look_no_element_moves_by_more_than_eps(monkeypatch, dt
     """As on a GPU: elements inside move as they would, those outside towards the bounds or not at all."""
     model, (x, y) = net().to(dtype), batch(64)
     x = (3 * x - 1).to(dtype)
-    monkeypatch.setattr(attacks, "_may_look", lambda x: False)
+    monkeypatch.setattr(attacks, "may_look", lambda x: False)
     found = every_attack(model, x, y, bounds=bounds)
     torch.manual_seed(3)
     found["random"] = fr.pgd(model, x, y, EPS, EPS, 2, bounds=bounds)
@@ -128,13 +128,13 @@ def test_robust_accuracy_where_nobody_may_look(monkeypatch):
         return fr.robust_accuracy(model, (x, y), EPS, steps=2, generator=torch.Generator().manual_seed(1))
 
     want = accuracy(x)
-    monkeypatch.setattr(attacks, "_may_look", lambda x: False)
+    monkeypatch.setattr(attacks, "may_look", lambda x: False)
     assert accuracy(x) == want and 0 < want < 1
     assert 0 <= accuracy(3 * x - 1) <= 1
 
 
 def test_free_moves_by_eps_at_most_where_nobody_may_look(monkeypatch):
-    monkeypatch.setattr(attacks, "_may_look", lambda x: False)
+    monkeypatch.setattr(attacks, "may_look", lambda x: False)
     model, (x, y) = net(), batch()
     x = 3 * x - 1
     for adversarial in fr.FreeAdversarial(EPS, replays=3)(x):

@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from .._transforms import is_hidden
+from .._transforms import is_hidden, may_look
 from . import _op, _policies, _tones
 from ._arguments import batched
 from ._geometry import Geometry, before_nearest, inside_windows, windows_of
@@ -207,7 +207,7 @@ def _check_operations(params: Params) -> None:
             f"augment: operations of params must be whole numbers, places in OPERATIONS, got "
             f"{operations.dtype}; take .long()"
         )
-    if operations.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look(operations):
         if not bool(magnitudes.isfinite().all()):
             raise ValueError("augment: magnitudes of params must be finite, got inf or NaN; sample anew")
         most = len(_policies.OPERATIONS) - 1

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import DTYPES, ArgumentTypeError, check_constant, check_number, check_tensor
 from .._shards import refuse_transformed_parts
-from .._transforms import is_sharded
+from .._transforms import is_sharded, may_look
 from . import _op
 
 Number = float | Tensor  # one number, or one for each sample
@@ -75,7 +75,7 @@ def numbers(
             f"{op}: {name} must be a number or one for each of {batch} samples, got shape "
             f"{tuple(value.shape)}"
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_look(value):
         good = (
             (value >= low) & (value <= high) & value.isfinite() & (True if above is None else value > above)
         )

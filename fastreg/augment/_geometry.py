@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._transforms import is_hidden, wants_derivative
+from .._transforms import is_hidden, may_look, wants_derivative
 from . import _op
 from ._params import Params
 from ._plain import Padding, is_last, nearest_pixel
@@ -250,7 +250,7 @@ def _taken(images: Tensor, geometry: Geometry, padding: Padding, fill: Any) -> T
         moved = moved.contiguous(memory_format=torch.channels_last)
     if there is None or beside is None:
         return moved
-    if images.device.type == "cpu" and not torch.compiler.is_compiling() and there.all() and beside.all():
+    if may_look(images) and there.all() and beside.all():
         return moved  # A crop lies inside almost always.
     values = fill if isinstance(fill, (list, tuple)) else [fill]
     if padding != "fill":

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._checks import check_count, check_number
 from .._registry import define_kernel
+from .._transforms import is_hidden
 from . import _op, _tones
 from ._geometry import Geometry
 from ._op import Interpolation
@@ -270,7 +271,7 @@ class _Policy(torch.autograd.Function):
 
 def operated(images: Tensor, params: Params) -> Tensor:
     """Images (B, C, H, W) after the operations that their samples drew."""
-    if not torch.compiler.is_compiling():
+    if not is_hidden():
         return _all_rounds(images, params)
     given = (images, params.operations, params.magnitudes, *_static(params))
     if images.requires_grad and torch.is_grad_enabled():

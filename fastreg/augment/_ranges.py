@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_number, check_tensor, is_int
+from .._transforms import may_look
 from . import _op
 from ._arguments import pair
 from ._op import PerChannel
@@ -135,6 +136,6 @@ def checked_index(op: str, index: Tensor, batch: Tensor, count: int, offset: int
         )
     if offset:
         raise ValueError(f"{op}: give offset or index, not both, got offset {offset}; add it to the index")
-    if index.device.type == "cpu" and not torch.compiler.is_compiling() and bool((index < 0).any()):
+    if may_look(index) and bool((index < 0).any()):
         raise ValueError(f"{op}: index must be at least 0, got {int(index.min())}")
     return index.to(batch.device).contiguous()

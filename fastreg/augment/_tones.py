@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import arithmetic_dtype
-from .._transforms import is_hidden, wants_derivative
+from .._transforms import may_look, wants_derivative
 from ._arguments import Number, batched, numbers
 from ._parts import on_parts
 from ._plain import is_last
@@ -176,7 +176,7 @@ def _blended(pixels: Tensor, change: Tensor, weight: Tensor, like: Tensor) -> Te
     """pixels + weight * change. Bytes are cut off after it, so that the last bit decides about a level: they
     are added by the operator that torchvision adds them by, which takes one weight at a time.
     """
-    lookable = like.device.type == "cpu" and not is_hidden()
+    lookable = may_look(like)
     if like.dtype != torch.uint8 or not lookable:
         return pixels + weight.to(pixels.dtype) * change
     result, flat = pixels.clone(), change.reshape(-1, *change.shape[-3:])

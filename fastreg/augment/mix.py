@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_generator, check_number, check_tensor
-from .._transforms import is_hidden
+from .._transforms import may_look
 from ._arguments import batched
 from ._plain import picked
 from ._tones import narrowed
@@ -52,7 +52,7 @@ def _draw(
                 f"{op}: class indices must be (B,), got {targets.dtype} {tuple(targets.shape)}; of one-hot "
                 f"rows take .float()"
             )
-        if targets.device.type == "cpu" and not is_hidden():
+        if may_look(targets):
             wrong = targets[(targets < 0) | (targets >= num_classes)]
             if wrong.numel():
                 raise ValueError(
