@@ -19,7 +19,7 @@ from ._linear_cross_entropy import linear_loss, row_weights
 from ._ranks import raise_the_first
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
 from ._shards import one_by_one, own_part, whole_of_parts
-from ._transforms import is_sharded
+from ._transforms import is_sharded, may_look
 
 
 class _Placed(NamedTuple):
@@ -84,9 +84,8 @@ def loss_of_dtensors(
     if not is_sharded(input):
         input = DTensor.from_local(input, mesh, everywhere, run_check=False)
     if input.dim() == 1:
-        return loss_of_dtensors(op, input.unsqueeze(0), target.unsqueeze(0), weight, options).reshape(
-            () if options.reduction else (1,)
-        )
+        loss = loss_of_dtensors(op, input.unsqueeze(0), target.unsqueeze(0), weight, options)
+        return loss if options.reduction else loss.squeeze(0)
     placed = _placed(input)
     classes, soft = input.shape[1], target.is_floating_point()
     wide = statistics_dtype(input)
@@ -118,7 +117,8 @@ def loss_of_dtensors(
         for axis, placement in enumerate(placed.logits.placements):
             dim = placement.dim % input.dim() if axis in placed.row_axes else 0
             placements.append(Shard(dim - (dim > 1)) if axis in placed.row_axes else Replicate())
-        return one_by_one(op, whole_of_parts(losses().view(rows).to(dtype), mesh, placements, shape))
+        loss = _of_all_ranks(losses, target, mesh, placed.row_axes)
+        return one_by_one(op, whole_of_parts(loss.view(rows).to(dtype), mesh, placements, shape))
     loss = _over_all_rows(losses, target, weight, options, mesh, placed.row_axes, wide, dtype)
     return one_by_one(op, loss)
 
@@ -127,6 +127,27 @@ def _check_rows(op: str, target: Tensor, options: LossOptions, classes: int) -> 
     """Raise for a class index out of range in this rank's rows."""
     where = "" if is_compiling() else f" of rank {dist.get_rank()}"
     check_indices(op, target, options.ignore_index, classes, where)
+
+
+def _of_all_ranks(losses: Callable[[], Tensor], target: Tensor, mesh: Any, row_axes: Sequence[int]) -> Tensor:
+    """losses(), unless it raises on a rank that has other rows: then all raise the error of the first that
+    has one, of which a message tells. Where values are not looked at nobody raises, and nothing is sent.
+    """
+    if not row_axes or not may_look(target):
+        return losses()
+    groups = [mesh.get_group(axis) for axis in row_axes]
+    failed, loss = None, None
+    try:
+        loss = losses()
+    except ValueError as error:
+        failed = error
+    found = torch.tensor(failed is not None, dtype=torch.uint8, device="cpu")
+    for group in groups:
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    if found:
+        raise_the_first(failed, *groups)
+    assert loss is not None
+    return loss
 
 
 def _over_all_rows(
@@ -142,7 +163,8 @@ def _over_all_rows(
 
     summed = [Partial() if axis in row_axes else Replicate() for axis in range(mesh.ndim)]
     if options.reduction == 2:
-        return DTensor.from_local(losses().to(dtype), mesh, summed, run_check=False)
+        loss = _of_all_ranks(losses, target, mesh, row_axes)
+        return DTensor.from_local(loss.to(dtype), mesh, summed, run_check=False)
     failed: Exception | None = None
     loss = target.new_zeros((), dtype=wide)
     try:
@@ -152,7 +174,7 @@ def _over_all_rows(
     counted = row_weights(target, weight, options.ignore_index, loss.dtype).sum()
     sent = torch.stack((counted, counted.new_full((), failed is not None)))
     got = DTensor.from_local(sent, mesh, summed, run_check=False).full_tensor()
-    if got.device.type == "cpu" and not is_compiling() and got[1] > 0:
+    if may_look(got) and got[1] > 0:
         raise_the_first(failed, *(mesh.get_group(axis) for axis in row_axes))
     normaliser = got[0]
     if options.all_ignored_zero:
@@ -224,6 +246,7 @@ def linear_loss_of_dtensors(
 
     dtype = options.loss_dtype or hidden.dtype
     if options.reduction == 0:
-        return one_by_one(op, whole_of_parts(losses().to(dtype), mesh, of_rows, hidden.shape[:-1]))
+        loss = _of_all_ranks(losses, parts[3], mesh, row_axes)
+        return one_by_one(op, whole_of_parts(loss.to(dtype), mesh, of_rows, hidden.shape[:-1]))
     target = parts[3].flatten(0, -2) if parts[3].is_floating_point() else parts[3].flatten()
     return one_by_one(op, _over_all_rows(losses, target, parts[4], options, mesh, row_axes, wide, dtype))

@@ -5,8 +5,9 @@ comes as it was sent.
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -123,3 +124,29 @@ def test_rounding_at_random_of_each_part(name):
             results.append(p.detach())
         whole, got = results[-2:]
         assert torch.equal(got.to_local(), whole[part])
+
+
+def test_sizes_without_values():
+    """What a step of 64 ranks allocates is found out with tensors that have no values, where no value may be
+    looked at: each op gives results of the shapes and placements that it has.
+    """
+    mesh = init_device_mesh("cpu", (RANKS,))
+    with FakeTensorMode():
+        x = torch.empty(128, 24)
+        rows = distribute_tensor(x, mesh, [Shard(0)]).requires_grad_()
+        target, weight = torch.empty(128, dtype=torch.long), torch.empty(40, 24)
+        layer = distribute_tensor(weight, mesh, [Replicate()])
+        for reduction, shape in (("mean", ()), ("sum", ()), ("none", (128,))):
+            loss = fr.cross_entropy(rows, target, label_smoothing=0.1, reduction=reduction)
+            assert loss.shape == shape and torch.autograd.grad(loss.sum(), rows)[0].placements == (Shard(0),)
+            assert fr.linear_cross_entropy(rows, layer, target, reduction=reduction).shape == shape
+        images = torch.empty(128, 3, 8, 8)
+        for placed, batch in ((rows, distribute_tensor(images, mesh, [Shard(0)])), (x, images)):
+            assert fr.pseudo_label_loss(placed).shape == ()
+            assert fr.fgsm_step(placed, placed, torch.empty(24), bounds=(0, torch.empty(24))).shape == x.shape
+            assert fr.fgsm(lambda t: t.flatten(1), placed, target, 0.1).shape == x.shape
+            assert fr.augment.Augment(rotate=9, hflip=0.5)(batch).shape == images.shape
+            assert fr.augment.Augment.trivial()(batch).shape == images.shape
+            assert fr.augment.functional.rotate(batch, torch.empty(128)).shape == images.shape
+        assert fr.augment.mixup(images, target, 1.0, 24)[1].shape == x.shape
+        assert fr.calibration_error(x, target).shape == ()

@@ -285,6 +285,11 @@ def placed(rank, group):
             assert got.placements == d.placements
             assert_gradient(got.full_tensor(), gradient, 2.0, what)
 
+    x, target = case((1, 9), torch.float32)
+    for placement, reduction in itertools.product((Replicate(), Shard(0)), ("none", "mean")):
+        loss = fr.cross_entropy(distribute_tensor(x[0], flat, [placement]), target[0], reduction=reduction)
+        torch.testing.assert_close(loss.full_tensor(), fr.cross_entropy(x[0], target[0]))
+
     x, target = case((2, 3, 4, 2, 3), torch.float32)
     loss = fr.cross_entropy(distribute_tensor(x, flat, [Shard(2)]), target, reduction="none")
     torch.testing.assert_close(loss.full_tensor(), fr.cross_entropy(x, target, reduction="none"))
@@ -385,8 +390,12 @@ def one_rank_alone(rank, group):
         logits = distribute_tensor(x, mesh, of_rows)
         h = distribute_tensor(hidden, mesh, [Shard(0) if p == Shard(0) else Replicate() for p in of_rows])
         w = distribute_tensor(weight, mesh, of_layer)
-        calls[f"of {of_rows}"] = lambda t, x=logits: fr.cross_entropy(x, t)
-        calls[f"linear of {of_rows}"] = lambda t, h=h, w=w: fr.linear_cross_entropy(h, w, t)
+        for reduction in ("mean", "sum", "none"):
+            options = dict(reduction=reduction)
+            calls[f"{reduction} of {of_rows}"] = lambda t, x=logits, o=options: fr.cross_entropy(x, t, **o)
+            calls[f"linear {reduction} of {of_rows}"] = lambda t, h=h, w=w, o=options: (
+                fr.linear_cross_entropy(h, w, t, **o)
+            )
     for name, call in calls.items():
         # A row of rank 2 alone, and of all, of which some ranks have row 11.
         for target_, place in ((mine, "rank 2"), (bad, "")):
