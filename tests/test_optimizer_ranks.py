@@ -239,6 +239,84 @@ def rounded_at_random(cls, options, mesh):
         assert torch.equal(a, b)
 
 
+def in_groups(cls, options, shard=True):
+    """A model, its optimiser with groups of their own options, a stopper of both, and data."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, data = model_and_data()
+    for layer in (model[0], model[2], model) if shard else ():
+        fully_shard(layer)
+    groups = fr.optim.penalty_groups(
+        model, l1=0.01, l2=0.02, overrides={"2.*": {"lr": 0.02, "ema": 0.3}, "0.bias": {"l1": 0.03}}
+    )
+    optimizer = cls(groups, **options)
+    return model, optimizer, fr.EarlyStopping(model, optimizer), data
+
+
+def whole_state(model, optimizer, stopper, flat):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    states = get_state_dict(model, optimizer, options=options)
+    return options, {"model": states[0], "optimizer": states[1], "stopper": stopper.state_dict()}
+
+
+SCORES = (3.0, 1.0, 2.0)
+
+
+def save_on_four(rank, folder):
+    import torch.distributed.checkpoint as dcp
+
+    for cls, own in KINDS.items():
+        model, optimizer, stopper, data = in_groups(cls, {**own, "ema": 0.5, "max_norm": 0.2})
+        for x, score in zip(data, SCORES, strict=False):
+            train(model, optimizer, [x], slice(2 * rank, 2 * rank + 2))
+            stopper.step(score)
+        for flat in (False, True):
+            state = whole_state(model, optimizer, stopper, flat)[1]
+            dcp.save(state, checkpoint_id=f"{folder}/{cls.__name__} {flat}")
+
+
+def load_on(rank, world, folder):
+    """Options of groups, averages, momenta and the best epoch are those that were saved."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    share = slice(8 // world * rank, 8 // world * (rank + 1))
+    for cls, own in KINDS.items():
+        options = {**own, "ema": 0.5, "max_norm": 0.2}
+        for flat in (False, True):
+            model, optimizer, stopper, data = in_groups(cls, {**options, "lr": 0.5})
+            stopper.step(9.0)
+            for group in optimizer.param_groups:
+                group["l1"], group["ema"] = 0.7, 0.9
+            how, state = whole_state(model, optimizer, stopper, flat)
+            dcp.load(state, checkpoint_id=f"{folder}/{cls.__name__} {flat}")
+            set_state_dict(
+                model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                options=how,
+            )  # fmt: skip
+            stopper.load_state_dict(state["stopper"])
+            train(model, optimizer, data[3:], share)
+            one, single, best = one_process(cls, options)
+            assert_same(model.parameters(), optimizer, one.parameters(), single)
+            for group, other in zip(optimizer.param_groups, single.param_groups, strict=True):
+                assert {k: v for k, v in other.items() if k != "params"}.items() <= group.items()
+            assert (stopper.best, stopper.best_epoch, stopper.epoch) == (1.0, 1, 3)
+            stopper.restore()
+            for p, q in zip(model.parameters(), best, strict=True):
+                torch.testing.assert_close(whole(p.detach()), q, **CLOSE)
+
+
+def one_process(cls, options):
+    """The model, its optimiser, and the weights after the second step."""
+    model, optimizer, _, data = in_groups(cls, options, shard=False)
+    train(model, optimizer, data[:2])
+    best = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, data[2:])
+    return model, optimizer, best
+
+
 def worker(rank, world, folder):
     """On each of two gloo ranks; an assertion that fails here fails the spawn."""
     from torch.distributed.tensor import init_device_mesh
@@ -257,3 +335,11 @@ def worker(rank, world, folder):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_ranks(tmp_path):
     on_ranks(2, worker, 2, str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_saved_on_four_ranks_and_read_on_fewer(tmp_path):
+    on_ranks(4, save_on_four, str(tmp_path))
+    for world in (2, 1):
+        on_ranks(world, load_on, world, str(tmp_path))
