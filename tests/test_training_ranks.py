@@ -3,6 +3,7 @@ process that sees both halves of each batch.
 """
 
 import contextlib
+import itertools
 import os
 import socket
 
@@ -14,8 +15,9 @@ from helpers import on_ranks
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,7 +60,8 @@ def of_one_process(make, accumulated=1):
 
 def assert_same(model, one):
     for p, q in zip(model.parameters(), one.parameters(), strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-5, atol=2e-6)
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        torch.testing.assert_close(whole.detach(), q.detach(), rtol=1e-5, atol=2e-6)
 
 
 MODES = {
@@ -142,6 +145,60 @@ def zero(rank):
             torch.testing.assert_close(again.state[p]["momentum_buffer"], single.state[q]["momentum_buffer"])
 
 
+def sharded(model):
+    """FSDP2, layer by layer."""
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    return model
+
+
+def compiled(rank):
+    """torch.compile outside of what gathers the gradients, inside of it, and of the step of shards."""
+    x, y = (t[:, rank] for t in batches())
+    for make in OPTIMIZERS.values():
+        for wrapped in (
+            lambda m: torch.compile(DistributedDataParallel(m), backend="aot_eager"),
+            lambda m: DistributedDataParallel(torch.compile(m, backend="aot_eager")),
+            sharded,
+        ):
+            torch._dynamo.reset()
+            network_ = network()
+            model = wrapped(network_)
+            optimizer = make(model.parameters())
+            step = optimizer.step
+            if wrapped is sharded:
+                step = torch.compile(step, backend="aot_eager")
+            for each in zip(x, y, strict=True):
+                optimizer.zero_grad()
+                loss_of(model, *each).backward()
+                step()
+            assert_same(network_, of_one_process(make)[0])
+    torch._dynamo.reset()
+
+
+def scaled(rank):
+    """An overflow on one rank skips the step on all, the first step and a later one, and halves the scale."""
+    x, y = batches()
+    for make, wrap in itertools.product(OPTIMIZERS.values(), (DistributedDataParallel, sharded)):
+        one = network()
+        several = wrap(network())
+        optimizers = make(one.parameters()), make(several.parameters())
+        scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+        for n in range(STEPS):
+            factor = torch.inf if n in (0, 3) else 1.0
+            losses = (
+                factor * loss_of(one, x[n], y[n]),
+                (factor if rank else 1.0) * loss_of(several, x[n, rank], y[n, rank]),
+            )
+            for loss, optimizer, scaler in zip(losses, optimizers, scalers, strict=True):
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale() == 256
+        assert_same(several, one)
+
+
 def parallel_loss(rank):
     """Inside torch's loss_parallel(), ours by either name is right also where torch's refuses to smooth."""
     mesh = init_device_mesh("cpu", (2,))
@@ -160,7 +217,7 @@ def parallel_loss(rank):
 
 
 def on_rank(rank):
-    for check in (ddp, uneven, zero, parallel_loss):
+    for check in (ddp, uneven, zero, compiled, scaled, parallel_loss):
         check(rank)
 
 
@@ -248,13 +305,65 @@ def with_transformers(rank, port, folder):
     assert_same(model.network, one)
 
 
+def with_lightning(rank, port, strategy):
+    """Trainer under torchrun with our loss, optimiser and stopper, by DDP and by FSDP2."""
+    as_torchrun(rank, port)
+    import lightning.pytorch as pl
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from fastreg.integrations.lightning import EarlyStopping
+
+    x, y = batches()
+    scores = (5.0, 1.0, 3.0, 4.0, 6.0)
+
+    class Module(pl.LightningModule):
+        def __init__(self, make):
+            super().__init__()
+            self.network, self.configure_optimizers = network(), lambda: make(self.parameters())
+
+        def configure_model(self):
+            if strategy == "fsdp" and not isinstance(self.network[0].weight, DTensor):
+                sharded(self.network)
+
+        def training_step(self, batch, index):
+            return loss_of(self.network, *batch)
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", scores[self.current_epoch] + rank - 0.5)
+
+    for make in OPTIMIZERS.values():
+        loader = DataLoader(TensorDataset(x[:, rank].reshape(-1, 5), y[:, rank].reshape(-1)), ROWS)
+        module, stop = Module(make), EarlyStopping("val_loss", patience=2)
+        how = "ddp"
+        if strategy == "fsdp":
+            how = pl.strategies.ModelParallelStrategy(process_group_backend="gloo")
+        trainer = pl.Trainer(
+            max_epochs=5, accelerator="cpu", devices=2, strategy=how, callbacks=[stop], logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            num_sanity_val_steps=0, use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, loader, loader)
+        assert (trainer.current_epoch, stop.stopper.best_epoch, stop.stopper.best) == (4, 1, 1.0)
+        one = network()
+        single = make(one.parameters())
+        for _ in range(2):  # up to the best epoch
+            for each in zip(x, y, strict=True):
+                single.zero_grad()
+                loss_of(one, *each).backward()
+                single.step()
+        assert_same(module.network, one)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
-@pytest.mark.parametrize("trainer", ["accelerate", "transformers"])
+@pytest.mark.parametrize("trainer", ["accelerate", "transformers", "lightning ddp", "lightning fsdp"])
 def test_trainers(trainer, tmp_path):
+    name, *strategy = trainer.split()
+    pytest.importorskip(name, reason=HINT)
     pytest.importorskip("accelerate", reason=HINT)
-    pytest.importorskip(trainer, reason=HINT)
-    if trainer == "accelerate":
+    if strategy:
+        on_ranks(2, with_lightning, free_port(), *strategy, group=False)
+    elif trainer == "accelerate":
         on_ranks(2, with_accelerate, free_port(), group=False)
     else:
         on_ranks(2, with_transformers, free_port(), str(tmp_path), group=False)

@@ -365,7 +365,7 @@ class OnePass(Averages):
                 if sharded:
                     work.owners[len(work.params)] = p
                 work.params.append(p.to_local() if sharded else p)
-                work.grads.append(_like_placed(grad, p).to_local() if sharded else grad)
+                work.grads.append(_own_gradient(grad, p) if sharded else grad)
                 if rounds:
                     work.places.extend((i, *(_place(self._op, p) if sharded else (0, max(1, p.numel()), 0))))
             if not rows:
@@ -397,13 +397,16 @@ class OnePass(Averages):
         return "ema" in self.state.get(p, ())
 
 
-def _like_placed(grad: Any, param: Any) -> Any:
-    """A DTensor's gradient, sharded as the parameter is. Partial sums and replicas would update a shard with
-    the wrong numbers.
+def _own_gradient(grad: Any, param: Any) -> Any:
+    """This rank's part of a DTensor's gradient, sharded as the parameter is. Partial sums and replicas would
+    update a shard with the wrong numbers.
     """
     if hasattr(grad, "placements") and grad.placements != param.placements:
-        return grad.redistribute(placements=param.placements)
-    return grad
+        grad = grad.redistribute(placements=param.placements)
+    own = grad.to_local()
+    # Gradients of FSDP2 are views, whose sizes torch.compile of torch 2.14 takes for unknown numbers. It
+    # fails where such a number stays without a known one that it equals.
+    return own.expand_as(param.to_local()) if is_compiling() else own
 
 
 def _place(op: str, param: Any) -> tuple[int, int, int]:
