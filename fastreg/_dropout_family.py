@@ -6,6 +6,7 @@ import warnings
 from typing import NoReturn
 
 import torch
+from torch.compiler import is_compiling
 
 from ._checks import ArgumentError, check_dense
 from ._dropout import Form, check_input, run_dropout
@@ -52,11 +53,17 @@ def _refuse_dimensions(op: str, input: torch.Tensor, expected: str) -> NoReturn:
 
 def _warn_of_dimensions(op: str, input: torch.Tensor, taken_as: str) -> None:
     """Warn as torch does, with its first words, of an input that torch may one day take as something else."""
-    warnings.warn(
+    _warn(
         f"{op}: Received a {input.dim()}-D input to {op}, which is deprecated: it is taken as {taken_as}; "
         "use dropout to drop single elements",
-        stacklevel=3,
+        4,
     )
+
+
+def _warn(text: str, stacklevel: int) -> None:
+    """Warn where nothing is compiled: torch.compile would end the graph there."""
+    if not is_compiling():
+        warnings.warn(text, stacklevel=stacklevel)
 
 
 def dropout1d(
@@ -99,10 +106,10 @@ def dropout2d(
         return handed_over(dropout2d, locals())
     p = check_input("dropout2d", input, p, training)
     if input.dim() == 3:
-        warnings.warn(
+        _warn(
             "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise 1D dropout behavior "
             "is desired: it is taken as (N, C, L); use dropout1d for that",
-            stacklevel=2,
+            3,
         )
     elif input.dim() != 4:
         _warn_of_dimensions("dropout2d", input, "(N, C, ...)")

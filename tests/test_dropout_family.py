@@ -53,6 +53,11 @@ def test_dropout2d_warns_about_odd_dimensions_as_torch_does():
     for f in (fr.dropout3d, F.dropout3d):
         with pytest.warns(UserWarning, match="dropout3d"):
             f(torch.ones(3, 4, 5))
+    for f in (fr.dropout2d, fr.dropout3d):  # a warning would end the graph
+        x, compiled = torch.ones(3, 4, 5), torch.compile(f, backend="eager", fullgraph=True)
+        with pytest.warns(UserWarning, match=f.__name__):
+            want = with_seed(1, f, x)
+        assert torch.equal(with_seed(1, compiled, x), want)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (
