@@ -7,8 +7,10 @@ it, all in the same words.
 
 from __future__ import annotations
 
+import datetime
 import json
 import time
+import warnings
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +18,7 @@ import torch.distributed as dist
 
 _SIZE = 2048  # bytes of a message
 _PATIENCE = 5.0  # seconds in which ranks that have failed must say so to be heard
+_LONG = 60.0  # seconds of waiting after which a rank says that it waits
 
 
 def process_group(op: str, group: Any) -> Any:
@@ -75,7 +78,7 @@ def told_by_all(
     sent = sent.to(_device_of(group))
     got = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
     try:
-        dist.all_gather(got, sent, group=group)
+        _wait(dist.all_gather(got, sent, group=group, async_op=True), op, group, remedy)
     except RuntimeError as error:
         raise RuntimeError(
             f"{op}: not all {len(got)} ranks of the group have called it, or one of them has ended"
@@ -100,6 +103,24 @@ def told_by_all(
         if told["own"].get("error"):
             raise ValueError(f"{op}: rank {rank} of the group cannot go on: {told['own']['error']}")
     return [told["own"] for told in said]
+
+
+def _wait(work: dist.Work, op: str, group: dist.ProcessGroup, remedy: str) -> None:
+    """Wait for a message, and warn if that takes long: the time-out of a group is half an hour, and whoever
+    has called on one rank alone would see nothing until then. A wait of NCCL that ends early breaks it off.
+    """
+    if dist.get_backend(group) == "gloo":
+        try:
+            work.wait(datetime.timedelta(seconds=_LONG))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        warnings.warn(
+            f"{op}: rank {dist.get_rank(group)} of the group has waited {_LONG:g} s for others; {remedy}",
+            stacklevel=4,
+        )
+    work.wait()
 
 
 def _silent_ranks(group: dist.ProcessGroup, op: str) -> str:

@@ -4,6 +4,7 @@ import io
 import os
 import random
 import signal
+import time
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fastreg import _ranks
 from fastreg.early_stopping import EarlyStopping
 
 
@@ -146,6 +148,7 @@ def _rank(rank, out):
     )
     log["apart"] = apart(rank, mesh)
     log["one fails"] = one_fails(rank)
+    log["one is late"] = one_is_late(rank)
     torch.save(log, f"{out}.{rank}")
 
 
@@ -190,11 +193,25 @@ def one_fails(rank):
     log["restore without"] = said(stopper.restore)
     log["later"] = stopper.step(0.5), stopper.epoch
     sent = []
-    gather, dist.all_gather = dist.all_gather, lambda out, t, **more: (sent.append(1), gather(out, t, **more))
+    gather, dist.all_gather = dist.all_gather, lambda *out, **more: (sent.append(1), gather(*out, **more))[1]
     stopper.restore()
     dist.all_gather = gather
     log["messages"] = len(sent)
     return log
+
+
+def one_is_late(rank):
+    """What a rank says that has called restore while another has not yet."""
+    stopper = EarlyStopping(Bag(w=torch.zeros(2)))
+    stopper.step(1.0)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(_ranks, "_LONG", 0.05)
+        if rank:
+            time.sleep(1)
+        stopper.restore()
+        time.sleep(0.2)  # in which whoever does not wait must say nothing
+    return [str(each.message) for each in caught]
 
 
 def said(call):
@@ -235,7 +252,7 @@ def apart(rank, mesh):
         call(stopper)
         log[name] = stopper.best
     sent = []
-    gather, dist.all_gather = dist.all_gather, lambda out, t, **more: (sent.append(1), gather(out, t, **more))
+    gather, dist.all_gather = dist.all_gather, lambda *out, **more: (sent.append(1), gather(*out, **more))[1]
     EarlyStopping().step(1.0)
     dist.all_gather = gather
     log["messages"] = len(sent)
@@ -294,6 +311,11 @@ def test_every_rank_takes_the_same_decision(tmp_path):
         assert ours[name] == theirs[name] == best
     assert ours["messages"] == 1
     the_failure_of_one(*(log["one fails"] for log in logs))
+    (text,) = logs[0]["one is late"]
+    assert text.startswith(
+        "EarlyStopping.restore: rank 0 of the group has waited 0.05 s for others; call restore"
+    )
+    assert logs[1]["one is late"] == []
 
 
 def the_failure_of_one(ours, theirs):
