@@ -56,9 +56,10 @@ class EarlyStopping(_Base):
 
     Args:
         monitor: name of the metric, as in `self.log(name, ...)`.
-        restore: keep a copy of the best weights in memory and load it at the end of training. With False only
-            the decision is taken; that suits a strategy that shards the module itself, where ModelCheckpoint
-            keeps the best epoch.
+        restore: keep a copy of the best weights in memory and load it at the end of training; of what FSDP2
+            has split (ModelParallelStrategy), each rank of its part. With False only the decision is taken;
+            that suits a strategy that keeps the weights elsewhere, where ModelCheckpoint keeps the best
+            epoch.
         **options: mode, patience, min_delta and the others of `fastreg.EarlyStopping`, its defaults included.
 
     Attributes:
