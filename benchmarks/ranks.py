@@ -112,13 +112,13 @@ def seconds(call: Call, repeats: int) -> list[float]:
     return times
 
 
-def on_rank(rank: int, ranks: int, store: str, repeats: int) -> None:
-    """Measure all cases, each and what it is compared with in turn; the first rank prints."""
+def on_rank(rank: int, ranks: int, store: str, repeats: int, only: list[str]) -> None:
+    """Measure the cases, each and what it is compared with in turn; the first rank prints."""
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks,))
-    for make in CASES:
+    for make in (case for case in CASES if case.__name__ in only):
         name, call, other_name, other = make(mesh)
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(3):
@@ -136,12 +136,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", default="1,2,4", help="numbers of processes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="of each of three rounds")
+    names = [case.__name__ for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="these cases")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}\n")
     print("| ranks | what | ms | against | ms | ratio |\n|---|---|---|---|---|---|", flush=True)
     for ranks in map(int, options.ranks.split(",")):
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(on_rank, (ranks, f"{folder}/store", options.repeats), nprocs=ranks)
+            mp.spawn(on_rank, (ranks, f"{folder}/store", options.repeats, options.only), nprocs=ranks)
 
 
 if __name__ == "__main__":
