@@ -233,6 +233,11 @@ def augmentation(rank, mesh):
                 got = augment(placed)
                 assert rank or torch.equal(torch.rand(1), after)
                 assert got.placements == (placement,) and torch.equal(got.full_tensor(), want)
+                if x is images and placement == Shard(0):
+                    torch._dynamo.reset()
+                    compiled = torch.compile(augment, backend="aot_eager", fullgraph=True)
+                    torch.manual_seed(3 + rank)
+                    assert torch.equal(compiled(placed).full_tensor(), want)
     # The gradient, then each function.
     placed = distribute_tensor(images, mesh, [Shard(0)]).requires_grad_()
     (grad,) = torch.autograd.grad(fr.augment.functional.adjust_brightness(placed, of_sample).sum(), placed)

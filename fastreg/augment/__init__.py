@@ -581,16 +581,24 @@ class Augment(nn.Module):
             return augmented_structure(self, batch, generator, targets)
         return self._augmented(batch, generator, targets)
 
-    def _augmented(self, batch: Tensor, generator: torch.Generator | None, targets: Targets) -> Any:
+    def _augmented(
+        self,
+        batch: Tensor,
+        generator: torch.Generator | None,
+        targets: Targets,
+        seed: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> Any:
         """What `forward` makes of a plain tensor, before it is mixed."""
         # Whether there are steps beside the one pass.
         steps = self._is_geometric and self.settings.interpolation == "nearest"
         steps = steps or self.settings.resize is not None or self.crop == "center" or self._has_own_draws()
         if not self.training or targets.given() or steps:
-            return applied(batch, self.sample(batch, generator=generator), targets)
+            params = self.sample(batch, generator=generator, seed=seed, index=index)
+            return applied(batch, params, targets)
         images, lead = batched("augment", batch)
         check_units(images, self.settings, self._steps != 0)
-        table, matrices, colour, blur, erased = self._draw(batch, generator)
+        table, matrices, colour, blur, erased = self._draw(batch, generator, seed, index=index)
         windows = None
         if self._only_crops:
             hflip, vflip = (
@@ -622,13 +630,13 @@ class Augment(nn.Module):
                 f"a rank's own samples, .to_local(), and Params of sample(..., seed=, offset=)"
             )
         local, own = part_of(op, batch)
-        alone = copy.copy(self)
+        seed = index = None
         if self.training:
             check_generator(op, generator)
             seed = draw_seed(batch.device, generator).to(local.device)
-            numbers = torch.arange(own.start, own.stop, device=local.device)
-            alone._numbers = seed_of_first_rank(seed, batch.device_mesh), numbers
-        return whole_of(op, alone(local), batch)
+            seed = seed_of_first_rank(seed, batch.device_mesh)
+            index = torch.arange(own.start, own.stop, device=local.device)
+        return whole_of(op, self._augmented(local, generator, Targets(), seed, index), batch)
 
     def _mixed(
         self, batch: Any, labels: Tensor | None, generator: torch.Generator | None, targets: Targets
