@@ -309,11 +309,47 @@ struct Resampler {
       const Found line = find(Ints<A>(grid.nearest(1, u, v)), int32_t(source.height));
       const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
       const auto there = both<V>(line.there, column.there);
+#ifdef __AVX512F__
+      if constexpr (sizeof(A) == 4)
+        if (lookup_nearest(line.pixel, column.pixel, there, out + x, pitch)) continue;
+#endif
       for (int64_t c = 0; c < source.channels; ++c)
         store(out + c * pitch + x,
               select(there, gather(source.plane(c), index, source.count()), V(filler.value(c))));
     }
   }
+
+#ifdef __AVX512F__
+  // Looks the pixels up where they lie in few rows and columns; says whether they did. Along a row of the
+  // output coordinates only grow or only fall, so that the outermost lanes have the outermost pixels; what is
+  // reflected does neither.
+  FR_INLINE bool lookup_nearest(const Ints<A>& line, const Ints<A>& column, const typename V::Mask& there,
+                                A* out, int64_t pitch) const {
+    int32_t lines[kLanes], columns[kLanes];
+    memcpy(lines, line.part, sizeof lines);
+    memcpy(columns, column.part, sizeof columns);
+    const int32_t first = least(lines[0], lines[kLanes - 1]), last = most(lines[0], lines[kLanes - 1]);
+    const int32_t left = least(columns[0], columns[kLanes - 1]),
+                  right = most(columns[0], columns[kLanes - 1]);
+    if (padding == Padding::kReflect || last - first >= kLookupRows || right - left >= kLookupColumns)
+      return false;
+    const uint32_t inside =
+        uint32_t((uint64_t(1) << least(source.width - left, int64_t(kLookupColumns))) - 1);
+    const __m512i index = (__m512i)(column - Ints<A>(left)).part[0];
+    const __m512i row = (__m512i)(line - Ints<A>(first)).part[0];
+    for (int64_t c = 0; c < source.channels; ++c) {
+      Lookup<T> found;
+      found.start(index, index);
+      for (int32_t i = 0; i <= last - first; ++i)
+        found.take(_mm512_cmpeq_epi32_mask(row, _mm512_set1_epi32(i)),
+                   typename Lookup<T>::Row(source.plane(c) + (first + i) * source.row_stride + left, inside));
+      V pixels, same;
+      found.result(pixels, same);
+      store(out + c * pitch, select(there, pixels, V(filler.value(c))));
+    }
+    return true;
+  }
+#endif
 
   void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     SourcePoint at = matrix.at(0, y);
