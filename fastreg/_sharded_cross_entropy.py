@@ -51,7 +51,7 @@ from ._linear_cross_entropy import (
 from ._ranks import process_group, raise_the_first
 from ._registry import define, define_kernel
 from ._subnormal import flush
-from ._transforms import autocast_dtype, is_sharded, is_transformed
+from ._transforms import autocast_dtype, is_sharded, is_transformed, may_look
 
 # What a rank sends of a row in place of the distance of the target, which is at most 0, and of 1 + the
 # weights of its classes: the class is out of range, the row does not count.
@@ -298,7 +298,7 @@ def _rows_(
     targets = _read_targets(target, weight, options, shard, statistics_dtype(logits))
     whole = _together(_gather(_statistics(x, targets), shard.group), targets, options)
     wrong = whole.outside | whole.apart | (whole.owners != 1)  # what all ranks see alike
-    if logits.device.type == "cpu":
+    if may_look(logits):
         if wrong.any():
             error = _why_wrong(target, options, shard, whole, wrong, first)
             raise_the_first(error, _group_of(shard.group))

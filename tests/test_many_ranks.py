@@ -140,6 +140,14 @@ def test_sizes_without_values():
             loss = fr.cross_entropy(rows, target, label_smoothing=0.1, reduction=reduction)
             assert loss.shape == shape and torch.autograd.grad(loss.sum(), rows)[0].placements == (Shard(0),)
             assert fr.linear_cross_entropy(rows, layer, target, reduction=reduction).shape == shape
+        of_classes = distribute_tensor(torch.empty(128, 256), mesh, [Shard(1)]).requires_grad_()
+        layer = distribute_tensor(torch.empty(256, 24), mesh, [Shard(0)])
+        for reduction, shape in (("mean", ()), ("sum", ()), ("none", (128,))):
+            loss = fr.cross_entropy(of_classes, target, label_smoothing=0.1, reduction=reduction)
+            assert loss.shape == shape
+            assert torch.autograd.grad(loss.sum(), of_classes)[0].placements == (Shard(1),)
+            assert fr.linear_cross_entropy(x, layer, target, reduction=reduction).shape == shape
+        assert fr.pseudo_label_loss(of_classes).shape == ()
         images = torch.empty(128, 3, 8, 8)
         for placed, batch in ((rows, distribute_tensor(images, mesh, [Shard(0)])), (x, images)):
             assert fr.pseudo_label_loss(placed).shape == ()
