@@ -89,6 +89,22 @@ def loss(mesh: Any) -> Case:
     return "loss of split classes", ours, "the same by four all-reduces", by_all_reduces
 
 
+def sweeps(mesh: Any) -> Case:
+    """What a rank computes of such a loss, without the message, into a gradient that is there; and what the
+    system takes to hand out memory for one.
+    """
+    held = 32_000 // dist.get_world_size()
+    logits, target = torch.randn(2048, held), torch.arange(2048) % held
+    gradient, base = torch.empty_like(logits), 0.1 / 32_000
+
+    def ours() -> None:
+        sums = torch.ops.fastreg.cross_entropy_sharded_sums(logits, target, None, 0.9, base)
+        whole = torch.cat((sums[:2], torch.full((4, 2048), 0.5)))
+        torch.ops.fastreg.cross_entropy_sharded_grad_(gradient, logits, target, None, whole, 0.9, base)
+
+    return "its sweeps", ours, "a new tensor like its gradient", lambda: torch.zeros_like(logits)
+
+
 def stopping(mesh: Any) -> Case:
     """A score that is no better: no snapshot."""
     stopper = fr.EarlyStopping(patience=10**9)
@@ -99,7 +115,7 @@ def stopping(mesh: Any) -> Case:
     )  # fmt: skip
 
 
-CASES = (dropout, penalty, loss, stopping)
+CASES = (dropout, penalty, loss, sweeps, stopping)
 
 
 def seconds(call: Call, repeats: int) -> list[float]:
