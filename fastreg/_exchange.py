@@ -33,22 +33,24 @@ class ExchangedCode:
         make: Callable[[Callable[..., Any]], Callable[..., Any]],
     ) -> None:
         code, name = function.__code__, function.__name__
-        if code.co_varnames[: code.co_argcount] != arguments or code.co_kwonlyargcount or code.co_freevars:
+        own = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if own != arguments or code.co_freevars:
             raise RuntimeError(
                 f"fastreg knows {function.__module__}.{name} with the arguments {arguments}, here it has "
-                f"{code.co_varnames[: code.co_argcount]}; upgrade fastreg"
+                f"{own}; upgrade fastreg"
             )
         self.function = function
         self.original = types.FunctionType(code, function.__globals__, name, function.__defaults__)
-        for attribute in ("__module__", "__qualname__", "__doc__", "__annotations__"):
+        for attribute in ("__module__", "__qualname__", "__doc__", "__annotations__", "__kwdefaults__"):
             setattr(self.original, attribute, getattr(function, attribute))
         # The name under which the function's module has the replacement. It stays there, because a call that
         # has begun still looks it up.
         self._name, self._make = f"_fastreg_{name}", make
         self._replacement = make(self.original)
         listed = ", ".join(arguments)
+        taken = ", ".join((*arguments[: code.co_argcount], "*", *arguments[code.co_argcount :]))
         made: dict[str, Any] = {}
-        exec(f"def {name}({listed}):\n    return {self._name}({listed})", made)
+        exec(f"def {name}({taken.removesuffix(', *')}):\n    return {self._name}({listed})", made)
         self._codes = code, made[name].__code__.replace(co_filename=__file__)
 
     def exchange(self, to: bool) -> None:

@@ -1,9 +1,10 @@
 """fastreg for code that knows only torch: in a `with` block, in the whole process, or in one model.
 
 Patched are `dropout`, `dropout1d`, `dropout2d`, `dropout3d`, `alpha_dropout`, `feature_alpha_dropout`,
-`cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of torch.nn.functional. torch's
-modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer, nn.MultiheadAttention) call these
-functions and so change with them. The dropout in torch's RNN kernels stays torch's.
+`cross_entropy`, `linear_cross_entropy` and, where it drops anything, `scaled_dot_product_attention` of
+torch.nn.functional. torch's modules (nn.Dropout, nn.CrossEntropyLoss, nn.TransformerEncoderLayer,
+nn.MultiheadAttention) call these functions and so change with them. The dropout in torch's RNN kernels stays
+torch's.
 
 How torch's functions are exchanged stands in _exchange.py.
 """
@@ -11,6 +12,7 @@ How torch's functions are exchanged stands in _exchange.py.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -30,9 +32,10 @@ from ._cross_entropy import cross_entropy, is_torchs
 from ._dropout import dropout
 from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
 from ._exchange import ExchangedCode, ExchangedName
+from ._linear_cross_entropy import linear_cross_entropy
 from ._losses_of_timm import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from ._registry import cuda, fast
-from ._transforms import is_sharded, is_transformed
+from ._transforms import autocast_dtype, is_sharded, is_transformed
 
 # Whose dropout a program has that is compiled for a GPU while torch is patched.
 Compiled = Literal["torch", "ours"]
@@ -139,6 +142,56 @@ def _instead_of_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any
     return run_cross_entropy
 
 
+def _instead_of_linear_cross_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch's linear_cross_entropy, which it has from 2.14 on, does while it is patched."""
+
+    def run_linear_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, options
+    ):
+        tensors = input, linear_weight, target
+        named = dict(reduction=reduction, label_smoothing=label_smoothing)
+        theirs = named | dict(
+            linear_bias=linear_bias, weight=weight, ignore_index=ignore_index, options=options
+        )
+        if (
+            has_torch_function_variadic(*tensors, linear_bias, weight)
+            or not all(type(t) in _PLAIN for t in (*tensors, linear_bias, weight) if t is not None)
+            or not all(_has_kernel(t) for t in (input, linear_weight, linear_bias, weight) if t is not None)
+            or not _is_replaced()
+            or not _takes_chunks_of_ours(input, options)
+            or input.dim() not in (1, 2)
+            or linear_weight.dim() != 2
+            # torch knows probabilities by their shape, ours by their dtype.
+            or (target.shape == (*input.shape[:-1], len(linear_weight))) != target.is_floating_point()
+            or (target.is_floating_point() and ignore_index is not None)
+            or is_torchs(input, target, weight)
+            or any(t.requires_grad for t in (target, weight) if t is not None)
+        ):
+            return original(*tensors, **theirs)
+        named |= dict(ignore_index=-100 if ignore_index is None else ignore_index, class_weight=weight)
+        if is_compiling():
+            return linear_cross_entropy(*tensors, linear_bias, **named)
+        try:
+            return linear_cross_entropy(*tensors, linear_bias, **named)
+        except (TypeError, ValueError) as error:
+            refusal = error
+        return or_torchs(refusal, original, *tensors, **theirs)
+
+    return run_linear_cross_entropy
+
+
+def _takes_chunks_of_ours(input: torch.Tensor, options: Any) -> bool:
+    """Whether torch's options for its own chunks leave their size and arithmetic open. Under autocast torch's
+    chunks compute in another dtype than the two functions.
+    """
+    if options is None:
+        return True
+    chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    left = {field.name: field.default for field in dataclasses.fields(options)}
+    left["allow_retain_graph"] = chosen["allow_retain_graph"]  # ours always does
+    return chosen == left and autocast_dtype(input.device.type) is None
+
+
 def _is_left_to_compiler(input: torch.Tensor) -> bool:
     # Compiled for a GPU, torch's dropout becomes part of the kernels of its neighbours. That moves fewer
     # bytes than any kernel of its own.
@@ -192,12 +245,18 @@ _CROSS_ENTROPY = (
     *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
     "label_smoothing",
 )
+_LINEAR_CROSS_ENTROPY = (
+    *("input", "linear_weight", "target", "linear_bias", "weight", "reduction", "ignore_index"),
+    *("label_smoothing", "options"),
+)
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
 
 def _exchanged(ours: Callable[..., Any]) -> ExchangedCode:
     if ours is cross_entropy:
         return ExchangedCode(F.cross_entropy, _CROSS_ENTROPY, _instead_of_cross_entropy)
+    if ours is linear_cross_entropy:
+        return ExchangedCode(F.linear_cross_entropy, _LINEAR_CROSS_ENTROPY, _instead_of_linear_cross_entropy)
     function = getattr(F, ours.__name__)
     return ExchangedCode(function, _DROPOUT, lambda original: _instead_of(original, ours))
 
@@ -207,6 +266,7 @@ _FUNCTIONS = [
     for ours in (
         *(dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout),
         cross_entropy,
+        *((linear_cross_entropy,) if hasattr(F, "linear_cross_entropy") else ()),
     )
 ]
 # What torch's functions do while they are not patched, by name.
@@ -271,6 +331,8 @@ def patch(*, compiled: Compiled | None = None) -> None:
     torch's functions keep their identity, so that whoever holds one, under any name, in a table or in a
     partial, calls the patched one. Attention is exchanged among the globals of every loaded module; where it
     is kept elsewhere it is not found.
+    `linear_cross_entropy` and nn.LinearCrossEntropyLoss never hold their logits, also where classes are
+    smoothed; options that set the size of torch's own chunks, or their arithmetic, are left to torch.
     DTensors get what the whole tensor would get, wherever its parts lie: one mask, one loss.
 
     Inputs for which fastreg has no kernel (other devices and dtypes, tensor subclasses, weights that require

@@ -12,7 +12,10 @@ import fastreg as fr
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
 
-NAMES = (*DROPOUTS, "cross_entropy")
+LOSSES = ("cross_entropy", *(("linear_cross_entropy",) if hasattr(F, "linear_cross_entropy") else ()))
+
+
+NAMES = (*DROPOUTS, *LOSSES)
 
 
 TORCH = {name: getattr(F, name) for name in NAMES}
@@ -79,6 +82,8 @@ def uses_fastreg(function, op="fastreg::dropout"):
 def arguments(name, dtype=torch.float32):
     if name == "cross_entropy":
         return torch.randn(4, 5, dtype=dtype), torch.tensor([0, 1, 2, 4])
+    if name == "linear_cross_entropy":
+        return torch.randn(4, 3, dtype=dtype), torch.randn(5, 3, dtype=dtype), torch.tensor([0, 1, 2, 4])
     return torch.randn(SHAPES.get(name, (4, 3, 5)), dtype=dtype), 0.4, True
 
 

@@ -84,7 +84,7 @@ FUNCTIONS = {
     ),
 }
 if hasattr(F, "linear_cross_entropy"):
-    FUNCTIONS["`F.linear_cross_entropy`: the loss of its logits, which it holds"] = call(
+    FUNCTIONS["`F.linear_cross_entropy`, which then never holds its logits"] = call(
         F.linear_cross_entropy, X, torch.randn(8, 8), Y
     )
 
@@ -107,6 +107,8 @@ MODULES = {
     "a subclass of `nn.Dropout` that calls `F.dropout`": of(Stranger, X),
     "a module whose `forward` calls `F.dropout`": of(Layer, X),
 }
+if hasattr(nn, "LinearCrossEntropyLoss"):
+    MODULES["`nn.LinearCrossEntropyLoss`"] = of(lambda: nn.LinearCrossEntropyLoss(8, 8), X, Y)
 
 WAYS = {
     "`nn.Dropout` under `torch.compile`, CPU": compiled,

@@ -255,6 +255,25 @@ def test_patched_code_objects_differ():
     assert function.__code__ is code
 
 
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
+def test_chunks_of_ours_do_what_torchs_refuse():
+    loss, target = nn.LinearCrossEntropyLoss(3, 5, options=nn.LinearCrossEntropyOptions()), torch.arange(4)
+    x, weight = X[:, :3], loss.linear.weight
+    kept = loss(x, target)
+    kept.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="retain_graph"):
+        kept.backward()
+    loss.label_smoothing = 0.1
+    with pytest.warns(UserWarning, match="options"):
+        loss(x, target)
+    with fr.patched(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = loss(x, target)
+        value.backward(retain_graph=True)
+        first = torch.autograd.grad(value, weight, create_graph=True)[0]
+        assert torch.autograd.grad(first.square().sum(), weight)[0].any()
+
+
 def test_error_types_are_of_both():
     with pytest.raises(IndexError) as caught, fr.patched():
         F.cross_entropy(torch.ones(1, 3), torch.tensor([3]))

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from patch_cases import (
     DROPOUTS,
     INDICES,
+    LOSSES,
     NAMES,
     NN,
     TORCH,
@@ -346,7 +347,7 @@ def test_signature_name_and_docstring_are_torchs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_functions_reach_fastreg(name, dtype):
-    op = "fastreg::cross_entropy" if name == "cross_entropy" else "fastreg::dropout"
+    op = f"fastreg::{name if name in LOSSES else 'dropout'}"
     values = arguments(name, dtype)
     with ops_seen() as seen:
         getattr(F, name)(*values)
