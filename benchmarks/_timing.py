@@ -61,6 +61,8 @@ class Work:
     losses: dict[str, list] | None = None  # "fastreg", "torch": the loss of each step that was run
     # The context manager in which a side runs, and which is not timed.
     around: dict[str, Callable] = field(default_factory=dict)
+    # Of sides by other libraries: raises where the library does something else, which then is not timed.
+    proofs: dict[str, Callable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -267,6 +269,18 @@ def measure_case(
             row["notes"].append(
                 f"torch.compile failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
             )
+    for side, prove in work.proofs.items():
+        try:
+            prove()
+            sides[side]()
+        except AssertionError as error:
+            del sides[side]
+            row["notes"].append(f"{side} is not timed, its result is another: {error}")
+        # A library of another version may lack what the side calls: the rest still counts. What it says may
+        # name folders of this machine.
+        except Exception as error:
+            del sides[side]
+            row["notes"].append(f"{side} is not timed: {type(error).__name__}")
     # Times, and what they amount to.
     clock = Clock(device)
     times = clock.measure(sides, seconds, case.rounds, work.around)

@@ -3,8 +3,9 @@ copy of the batch.
 
 Ours draws parameters for every sample, which counts; torchvision's are drawn before, one set for the whole
 batch. With all steps further sides draw for every sample too: torchvision's random transforms in a loop over
-the samples, and where they are installed kornia and, from bytes, a loop of OpenCV's. All give float32, from
-float32 or uint8. Policies, crops, targets and a training step are in bench_augment_recipes.py.
+the samples, and where they are installed kornia and, from bytes, Albumentations and a loop of OpenCV's. All
+give float32, from float32 or uint8. Policies, crops, targets and a training step are in
+bench_augment_recipes.py.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from functools import partial
 import torch
 
 import fastreg as fr
-from fastreg.benchmarks import _opencv, _timing
+from fastreg.benchmarks import _opencv, _timing, peers
 from fastreg.benchmarks._timing import Case, Targets, Work
 
 try:
@@ -22,10 +23,6 @@ try:
     import torchvision.transforms.v2.functional as vision
 except ImportError:  # torchvision is not made for every torch
     vision = None
-try:
-    import kornia.augmentation as kornia
-except ImportError:
-    kornia = None
 
 GEOMETRY = {"hflip": 0.5, "rotate": 15, "scale": (0.9, 1.1), "translate": (0.1, 0.1), "shear": 5}
 COLOUR = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
@@ -107,17 +104,6 @@ def random_torchvision(steps):
     )
 
 
-def random_kornia(steps):
-    """The same steps with parameters drawn by kornia, for each sample its own; from images in [0, 1]."""
-    return torch.nn.Sequential(
-        kornia.RandomHorizontalFlip(p=steps["hflip"]),
-        kornia.RandomAffine(steps["rotate"], steps["translate"], steps["scale"], steps["shear"], p=1.0),
-        kornia.ColorJitter(**{name: steps[name] for name in COLOUR}, p=1.0),
-        kornia.RandomGaussianBlur((3, 3), steps["blur"][1], p=1.0),
-        kornia.Normalize(steps["mean"], steps["std"]),
-    )
-
-
 def per_sample(params):
     """A dict of Python numbers for each sample."""
     fields = {f.name: getattr(params, f.name) for f in dataclasses.fields(params)}
@@ -157,10 +143,9 @@ def _build(steps, batch, side, dtype, everything, device):
         _opencv.use_threads()
         images = _opencv.rows_of(x)
         sides["opencv"] = lambda: _opencv.loop(images, steps)
-    if everything and kornia:
-        chain = random_kornia(steps)
-        sides["kornia"] = lambda: chain(x if dtype == torch.float32 else x.float() / 255)
-    return Work(sides, check, moved=x.numel() * (x.element_size() + 4))
+    others = peers.sides(x, steps) if everything else {}
+    proofs = {name: partial(peers.prove, name, side, by_torchvision) for name in others}
+    return Work(sides | others, check, moved=x.numel() * (x.element_size() + 4), proofs=proofs)
 
 
 def _check_opencv(steps, side):

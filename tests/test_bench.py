@@ -114,7 +114,9 @@ def test_results(ran):
             others = set()
         if row["work"] in ("augmentation, all steps", "augmentation, imagenet()"):
             others = {"loop"}
-        assert set(row["against_others"]) - {"kornia", "opencv"} == others  # where they are installed
+        assert (
+            set(row["against_others"]) - {"kornia", "opencv", "albumentations"} == others
+        )  # where they are installed
         assert all(row["seconds"][side] > 0 for side in row["against_others"])
         assert row["peak_bytes"]["fastreg"] >= 0 and (row["times_floor"] is None) == (row["floor_is"] is None)
 
@@ -265,6 +267,36 @@ def test_a_wrong_augmentation_is_refused(tmp_path, monkeypatch, op, sample):
     results = read(tmp_path)
     assert len(results["failed"]) == results["planned"] > 0
     assert all("the result is wrong" in failure["error"] for failure in results["failed"])
+
+
+PEERS = {"kornia": "RandomHorizontalFlip", "albumentations": "GaussianBlur"}  # and a step of theirs
+
+
+@pytest.mark.parametrize("library", PEERS)
+def test_a_library_that_does_something_else_is_not_timed(library, tmp_path, monkeypatch):
+    pytest.importorskip("torchvision", reason="needs torchvision", exc_type=ImportError)
+    pytest.importorskip(library, reason=f"needs {library}")
+    from fastreg.benchmarks import peers
+
+    def sides_and_notes():
+        assert main(tmp_path, "--ops", "augment") == 0
+        rows = [row for row in read(tmp_path)["rows"] if row["work"] == "augmentation, all steps"]
+        rows = [row for row in rows if library == "kornia" or row["dtype"] == "uint8"]
+        assert rows
+        return [
+            (library in row["seconds"], [note for note in row["notes"] if library in note]) for row in rows
+        ]
+
+    assert all(timed and not notes for timed, notes in sides_and_notes())
+    module = getattr(peers, library)
+    nothing = type("Nothing", (getattr(module, PEERS[library]),), {})
+    nothing.forward = nothing.apply = lambda self, x, *args, **kwargs: x
+    monkeypatch.setattr(module, PEERS[library], nothing)
+    for timed, notes in sides_and_notes():
+        assert not timed and "its result is another" in notes[0] and "off by" in notes[0]
+    monkeypatch.delattr(module, PEERS[library])  # as in another version
+    for timed, notes in sides_and_notes():
+        assert not timed and notes == [f"{library} is not timed: AttributeError"]
 
 
 def test_a_wrong_loop_of_opencv_is_refused(tmp_path, monkeypatch):
