@@ -3,7 +3,8 @@ backward, without ever holding all logits. What counts is the memory beyond the 
 a share of the logits' bytes.
 
 Without smoothing torch has a form in chunks too, from 2.14 on. It is one more side where it is there, and the
-memory is then a share of its. With smoothing that form builds all logits, and warns.
+memory is then a share of its. With smoothing that form builds all logits, and warns. On a GPU the libraries
+that `peers` finds are further sides.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import fastreg as fr
-from fastreg.benchmarks import _timing
+from fastreg.benchmarks import _timing, peers
 from fastreg.benchmarks._timing import Case, Targets, Work
 
 TARGETS = {0.1: Targets(eager=1.11, compile=1, peak=0.1), 0.0: Targets(peak=0.25, others={"chunked": 1.0})}
@@ -71,6 +72,9 @@ def _build(tokens, width, classes, smoothing, dtype, device):
             hidden, weight, target, options=options
         )
         peak_of = ("chunks", _timing.peak_bytes(partial(both, functions["chunked"]), device))
+    others = peers.losses(peers.LINEAR_LOSSES, smoothing, target)
+    functions |= others
+
     plain, matrix = hidden.detach(), weight.detach()
     logits, d_hidden, d_weight = (
         plain.new_empty(tokens, classes),
@@ -89,6 +93,16 @@ def _build(tokens, width, classes, smoothing, dtype, device):
         forward={"fastreg": lambda: ours(hidden, weight), "torch": lambda: theirs(hidden, weight)},
         inputs=(hidden, weight, target),
         peak_of=peak_of,
+        proofs={
+            name: partial(
+                peers.prove_loss,
+                functions[name],
+                theirs,
+                [hidden, weight],
+                3 * _timing.tolerance(dtype),
+            )
+            for name in others
+        },
     )
 
 

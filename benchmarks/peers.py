@@ -1,11 +1,15 @@
-"""Other libraries' augmentation, found by import, with parameters that each draws for every sample itself.
+"""Other libraries that do what fastreg does, found by import; each is proven before it is timed.
 
-Each builds its chain from the same `steps`, and each is proven before it is timed: every step alone, with a
-range of one value, does to photographs what torchvision does.
+Augmentation: each builds its chain from the same `steps`, whose parameters it draws for every sample itself.
+Every step alone, with a range of one value, does to photographs what torchvision does.
+
+Losses on a GPU, by kernels of Triton and CUDA: they have torch's value and gradient in float64.
 """
 
+import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -115,3 +119,69 @@ def prove(name: str, side: int, by_torchvision: Callable) -> None:
             got = by_albumentations(NEUTRAL | steps)(_opencv.rows_of(x))
         off = ((got - want).abs() * torch.tensor(p["std"]).view(3, 1, 1)).mean() * 255
         assert off <= 0.7, f"{step} is off by {off:.2f} levels of 255"
+
+
+# ---- losses
+
+
+def _liger(module: Any, smoothing: float) -> Callable:
+    return module.LigerCrossEntropyLoss(label_smoothing=smoothing)
+
+
+def _apex(module: Any, smoothing: float) -> Callable:
+    loss = module.SoftmaxCrossEntropyLoss.apply
+    return lambda z, y: loss(z, y, smoothing, -100, True).mean()  # of float32 losses; no class is padding
+
+
+def _flash_attention(module: Any, smoothing: float) -> Callable:
+    return module.CrossEntropyLoss(label_smoothing=smoothing)
+
+
+def _transformer_engine(module: Any, smoothing: float) -> Callable:
+    """Of sequences, (batch, length, classes)."""
+    return lambda z, y: module.parallel_cross_entropy(z[None], y[None], smoothing, True)
+
+
+def _liger_linear(module: Any, smoothing: float) -> Callable:
+    loss = module.LigerFusedLinearCrossEntropyLoss(label_smoothing=smoothing)
+    return lambda hidden, weight, y: loss(weight, hidden, y)
+
+
+# By the name of the side: where its library has it, and what makes of it a function of logits and classes.
+LOSSES = {
+    "liger": ("liger_kernel.transformers", _liger),
+    "apex": ("apex.contrib.xentropy", _apex),
+    "flash-attn": ("flash_attn.losses.cross_entropy", _flash_attention),
+    "transformer-engine": ("transformer_engine.pytorch.cross_entropy", _transformer_engine),
+}
+# ... of inputs of a layer, its weight and classes.
+LINEAR_LOSSES = {"liger": ("liger_kernel.transformers", _liger_linear)}
+
+
+def losses(known: dict[str, tuple[str, Callable]], smoothing: float, y: torch.Tensor) -> dict[str, Callable]:
+    """The mean losses of classes `y` by the libraries that are installed, by their names; on a GPU alone."""
+    found = {}
+    for name, (module, make) in known.items() if y.is_cuda else ():
+        try:
+            library = importlib.import_module(module)
+        except ImportError:
+            continue
+        built = cache(partial(make, library, smoothing))  # at the first call, as above
+        found[name] = lambda *inputs, built=built: built()(*inputs, y)
+    return found
+
+
+def prove_loss(function: Callable, exact: Callable, inputs: list[torch.Tensor], tolerance: float) -> None:
+    """Raise unless a loss of `inputs` has the value and the gradients that `exact` has in float64, but for
+    `tolerance` of their norm. A library may write into what it is given: it gets copies.
+    """
+    for wanted, name in ((False, "value"), (True, "gradient")):
+        wide = [x.detach().double().requires_grad_(wanted) for x in inputs]
+        own = [x.detach().clone().requires_grad_(wanted) for x in inputs]
+        want, got = exact(*wide), function(*own)
+        pairs = [(got, want)]
+        if wanted:
+            pairs = zip(torch.autograd.grad(got, own), torch.autograd.grad(want, wide), strict=True)
+        for a, b in pairs:
+            off = ((a.double() - b).norm() / b.norm()).item()
+            assert off <= tolerance, f"its {name} is off by {off:.1e} of the norm"
