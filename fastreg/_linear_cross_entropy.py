@@ -291,7 +291,7 @@ def linear_cross_entropy(
     logits (of 32 rows where that is more), and the backward pass only hands them out; with reduction "none"
     they are computed there. They are what is kept for it. The weight's gradient is a sum over chunks, in
     float32; in bfloat16 only where H is less than a twentieth of the rows, else rounded for each of the
-    chunks, about thirteen.
+    chunks, about thirteen. Gradients of logits below 2^-126 are 0 (except in float64).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a class index out of range (on CUDA: NaN), and

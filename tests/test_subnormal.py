@@ -115,6 +115,13 @@ def test_other_ways_to_the_gradient():
         assert not ((got != 0) & (got.abs() < NORMAL)).any() and (got == 0).sum() > 100
 
 
+@pytest.mark.parametrize(
+    "function", [fr.cross_entropy, fr.linear_cross_entropy, fr.optim.SGD, fr.optim.AdamW]
+)
+def test_the_docstring_says_so(function):
+    assert "2^-126" in function.__doc__
+
+
 CODE = """
 import time, torch, fastreg as fr
 torch.manual_seed(0)

@@ -58,7 +58,8 @@ class SGD(OnePass, torch.optim.SGD):
     All of these but max_norm, error_if_nonfinite and the last three may differ per group. Parameters are
     float32, float64, float16 or bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard
     by shard. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways; with
-    stochastic_rounding a count, `step`.
+    stochastic_rounding a count, `step`. What of the momentum and the average is below 2^-126, where steps
+    take many times as long, becomes 0 (except in float64).
 
     Under `torch.amp.GradScaler` all is as with torch's SGD. By default the scaler unscales the gradients
     where they lie, and calls `step` unless they overflowed: accelerate, Lightning and step hooks see a
