@@ -17,7 +17,7 @@ import functools
 import importlib
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -436,24 +436,52 @@ def _remember_in_checkpoints() -> None:
     reentrant.forward, frame.__init__ = staticmethod(run_forward), begin_frame
 
 
-@contextlib.contextmanager
-def patched(*, compiled: Compiled | None = None) -> Iterator[None]:
+class _Block(contextlib.ContextDecorator):
+    """What `patched` gives: a block of code, or a decorator of functions, whose calls are such blocks."""
+
+    def __init__(self, compiled: Compiled | None) -> None:
+        self._asked_for = compiled
+        self._entered: list[tuple[Compiled, bool]] = []
+
+    def __call__(self, function: Any) -> Any:
+        kinds = inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction
+        if any(is_one(function) for is_one in kinds):
+            raise TypeError(
+                f"patched: expected a function that runs when it is called, got {function.__qualname__}, a "
+                f"generator or coroutine, which runs later; put `with fastreg.patched():` into its body"
+            )
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> _Block:  # calls of one function may overlap
+        return _Block(self._asked_for)
+
+    def __enter__(self) -> None:
+        global _blocks
+        state = _compiled, _patched and not _blocks
+        patch(compiled=self._asked_for)
+        self._entered.append(state)
+        _blocks += not state[1]  # threads may leave their blocks in any order
+
+    def __exit__(self, *_: object) -> None:
+        global _blocks, _compiled
+        _compiled, within = self._entered.pop()
+        _blocks -= not within
+        if not within and not _blocks:
+            unpatch()
+
+
+def patched(*, compiled: Compiled | None = None) -> _Block:
     """`patch` for a block of code; inside another patch it changes nothing but `compiled`, if that is given.
 
     >>> with fastreg.patched():
     ...     train(model)
+
+    As a decorator it is a block around each call of a function.
+
+    Raises:
+        TypeError: it decorates a generator or a coroutine, which runs after the call that makes it.
     """
-    global _blocks, _compiled
-    before, within = _compiled, _patched and not _blocks
-    patch(compiled=compiled)
-    _blocks += not within  # threads may leave their blocks in any order
-    try:
-        yield
-    finally:
-        _blocks -= not within
-        _compiled = before
-        if not within and not _blocks:
-            unpatch()
+    return _Block(compiled)
 
 
 _MODULES = {

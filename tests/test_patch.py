@@ -303,6 +303,35 @@ def test_as_a_decorator():
     assert not is_patched()
 
 
+def test_what_runs_after_its_call_is_not_decorated():
+    """The block would end before the first line of it runs."""
+
+    def generator():
+        yield is_patched()
+
+    async def coroutine():
+        return is_patched()
+
+    async def generated_later():
+        yield is_patched()
+
+    for function in (generator, coroutine, generated_later):
+        with pytest.raises(TypeError, match=r"put `with fastreg.patched\(\):` into its body"):
+            fr.patched()(function)
+
+
+def test_one_block_may_be_entered_again():
+    block = fr.patched()
+    with block:
+        with block:
+            assert is_patched()
+        assert is_patched()
+    assert nothing_is_patched()
+    with block:
+        assert is_patched()
+    assert nothing_is_patched()
+
+
 def test_blocks_of_two_threads_may_end_in_any_order():
     entered, leave, results = threading.Event(), threading.Event(), []
 
