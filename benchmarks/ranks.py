@@ -1,15 +1,20 @@
 """What the parts for several ranks cost, against what the others do: `python -m benchmarks.ranks`.
 
+With --draw docs/scale.md it draws what that page says instead, the model and the table, as docs/scale.png.
+
 Ranks are processes of gloo on this machine, one thread each. Where they are more than the cores they wait for
 each other, and only ratios of one run mean something.
 """
 
 import argparse
+import io
 import os
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,13 +153,74 @@ def on_rank(rank: int, ranks: int, store: str, repeats: int, only: list[str]) ->
     dist.destroy_process_group()
 
 
+# ---- the picture of docs/scale.md
+
+CORES = 2  # of the machine that the page's table comes from
+ROWS, CLASSES, DROPPED = 2048, 32_000, 4096 * 8192
+# What a rank of r holds, keeps or gets, in bytes: how docs/scale.md says that it grows.
+MODEL: dict[str, Callable[[int], float]] = {
+    "logits in bfloat16, and as much for their gradient": lambda r: 2 * ROWS * CLASSES / r,
+    "what is gathered of the loss": lambda r: 16 * ROWS * r,
+    "the mask of dropout, kept for backward": lambda r: DROPPED / 8 / r,
+}
+MEASURED = ("dropout of columns", "dropout of rows", "loss of split classes", "its sweeps")
+
+
+def table_of(page: str) -> dict[str, dict[int, float]]:
+    """{what: {ranks: ms}} of the table of measured times in the page."""
+    found: dict[str, dict[int, float]] = {}
+    for ranks, name, ms, other, other_ms in re.findall(
+        r"^\| (\d+) \| ([^|]+) \| ([\d.]+) \| ([^|]+) \| ([\d.]+) \| [\d.]+ \|$", page, flags=re.M
+    ):
+        found.setdefault(name, {})[int(ranks)] = float(ms)
+        found.setdefault(other, {})[int(ranks)] = float(other_ms)
+    return found
+
+
+def drawn(page: str) -> bytes:
+    """The picture, as PNG: the model over 64 ranks, and the measured times beside what the model says."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from fastreg.cli.style import LIGHT, PAPER, STYLE
+
+    colours = [LIGHT[name] for name in ("blue", "rust", "teal", "ochre")]
+    times = table_of(page)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        memory, time_axes = figure.subplots(1, 2)
+        many = [2**k for k in range(7)]
+        for colour, (name, of_ranks) in zip(colours, MODEL.items(), strict=False):
+            memory.plot(many, [of_ranks(r) / 2**20 for r in many], color=colour, label=name)
+        memory.set(title="On one rank, by the model", xlabel="ranks", ylabel="MiB", yscale="log")
+        memory.set_ylim(0.01, 5000)  # room for the names
+        for colour, name in zip(colours, MEASURED, strict=True):
+            ranks = sorted(times[name])
+            time_axes.plot(ranks, [times[name][r] for r in ranks], "o", color=colour, label=name)
+            model = [times[name][1] / min(r, CORES) for r in ranks]
+            time_axes.plot(ranks, model, ":", color=colour, linewidth=1.2)
+        time_axes.set(title=f"Measured on {CORES} cores; dotted: the model", xlabel="ranks", ylabel="ms")
+        time_axes.set_ylim(bottom=0)
+        for axes, ticks in ((memory, many), (time_axes, (1, 2, 4))):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, map(str, ticks))
+            axes.legend(fontsize=8.5)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110, facecolor=PAPER, metadata={"Software": None})
+    return file.getvalue()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", default="1,2,4", help="numbers of processes (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="of each of three rounds")
     names = [case.__name__ for case in CASES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="these cases")
+    parser.add_argument("--draw", type=Path, help="measure nothing; draw the picture of this page beside it")
     options = parser.parse_args()
+    if options.draw:
+        options.draw.with_suffix(".png").write_bytes(drawn(options.draw.read_text(encoding="utf-8")))
+        return
     print(f"{os.cpu_count()} cores, torch {torch.__version__}\n")
     print("| ranks | what | ms | against | ms | ratio |\n|---|---|---|---|---|---|", flush=True)
     for ranks in map(int, options.ranks.split(",")):

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import fastreg as fr
 from fastreg import _registry
+from fastreg.benchmarks import ranks
 
 sys.path.insert(0, str(ROOT / "docs"))
 import made_pages
@@ -235,3 +236,14 @@ def test_a_page_in_html(tmp_path):
 
 # viewcode reads all modules, which takes longer than the rest.
 EXTENSIONS = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "made_pages", "mathml"]
+
+
+def test_the_page_of_many_ranks_is_drawn():
+    """The table has what the picture shows, the text the numbers of its model."""
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    measured = ranks.table_of(page)
+    assert all(measured[name].keys() == {1, 2, 4} for name in ranks.MEASURED)
+    gathered, logits = (ranks.MODEL[name](64) for name in list(ranks.MODEL)[1::-1])
+    assert gathered == 2 * 2**20 and f"on 64 ranks {gathered / 2**20:.0f} MiB, beside the" in page
+    assert round(logits / 2**20) == 2
+    assert ranks.drawn(page).startswith(b"\x89PNG") and (ROOT / "docs" / "scale.png").is_file()

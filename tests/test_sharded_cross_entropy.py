@@ -360,6 +360,35 @@ def logits_are_never_whole(rank, group):
     assert seen.largest <= 2048 * 512 / 4 / 4  # a quarter of the logits that this rank would have
 
 
+class LargeStorages(TorchDispatchMode):
+    """The memory of tensors of at least `least` elements that operators give."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.seen = least, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, torch.Tensor) and t.numel() >= self.least:
+                memory = t.untyped_storage()
+                self.seen[memory.data_ptr()] = memory  # kept, so that no address comes twice
+        return result
+
+
+def the_gradient_is_all_that_is_made(rank, group):
+    """Of the size of a rank's logits, forward and backward."""
+    target = torch.arange(64) % 1200
+    for dtype in (torch.float32, torch.bfloat16):
+        local = torch.randn(64, 300).to(dtype).requires_grad_()
+        with LargeStorages(64 * 300 // 2) as made:
+            loss = fr.distributed.cross_entropy(
+                local, target, group=group, first_class=300 * rank, num_classes=1200, label_smoothing=0.1
+            )
+            loss.backward()
+        assert set(made.seen) - {local.data_ptr()} == {local.grad.data_ptr()}, dtype
+
+
 def said(call):
     """The error of a call, in its words."""
     with pytest.raises(ValueError) as caught:
@@ -413,7 +442,7 @@ def one_rank_alone(rank, group):
 
 
 CHECKS = (values, hostile, linear, messages, compiled, refused, padded, own_parts, placed)
-CHECKS += (placed_linear, logits_are_never_whole, one_rank_alone)
+CHECKS += (placed_linear, logits_are_never_whole, the_gradient_is_all_that_is_made, one_rank_alone)
 
 
 def on_rank(rank):
