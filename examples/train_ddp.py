@@ -25,7 +25,6 @@ images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
 labels = torch.tensor(digits.target)
 train = fr.augment.Indexed(TensorDataset(images[:1200], labels[:1200]))
 x_valid, y_valid = images[1200:][rank::world], labels[1200:][rank::world]  # a part on each rank
-
 model = nn.Sequential(
     nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
     nn.Flatten(), fr.nn.Dropout(0.3), nn.Linear(288, 10),
@@ -57,4 +56,5 @@ for epoch in range(6):
 stopper.restore()  # the best averages
 if rank == 0:
     print(f"{world} ranks: {stopper.best:.2%} of the validation set right in epoch {stopper.best_epoch}")
+dist.barrier()  # a rank whose partners are gone while it ends is aborted now and then (torch 2.14)
 dist.destroy_process_group()

@@ -47,4 +47,5 @@ for step in range(60):
     optimizer.step()
     if dist.get_rank() == 0 and (step + 1) % 20 == 0:
         print(f"step {step + 1}: loss {loss.full_tensor():.4f}, gradients' norm {optimizer.grad_norm:.3f}")
+dist.barrier()  # a rank whose partners are gone while it ends is aborted now and then (torch 2.14)
 dist.destroy_process_group()
