@@ -249,6 +249,14 @@ _LINEAR_CROSS_ENTROPY = (
     *("input", "linear_weight", "target", "linear_bias", "weight", "reduction", "ignore_index"),
     *("label_smoothing", "options"),
 )
+
+
+def _has_linear_cross_entropy() -> bool:
+    """Whether torch has it with the arguments that are known here: it is young, and may yet change."""
+    function = getattr(F, "linear_cross_entropy", None)
+    return function is not None and tuple(inspect.signature(function).parameters) == _LINEAR_CROSS_ENTROPY
+
+
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
 
@@ -266,7 +274,7 @@ _FUNCTIONS = [
     for ours in (
         *(dropout, dropout1d, dropout2d, dropout3d, alpha_dropout, feature_alpha_dropout),
         cross_entropy,
-        *((linear_cross_entropy,) if hasattr(F, "linear_cross_entropy") else ()),
+        *((linear_cross_entropy,) if _has_linear_cross_entropy() else ()),
     )
 ]
 # What torch's functions do while they are not patched, by name.

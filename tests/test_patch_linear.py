@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import run_python
 from patch_cases import _unpatched, ops_seen  # noqa: F401  # a fixture
 from torch import nn
 
@@ -213,3 +214,21 @@ def test_compiled(options):
         want = loss(x, w, b)
     torch.testing.assert_close(gradients, torch.autograd.grad(want, (x, w, b)))
     torch.testing.assert_close(got, want)
+
+
+CODE = """
+import torch.nn.functional as F
+original = F.linear_cross_entropy
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, another=None):
+    return "theirs"
+F.linear_cross_entropy = linear_cross_entropy
+import fastreg as fr
+with fr.patched():
+    assert F.linear_cross_entropy(1, 2, 3) == "theirs"
+    assert F.dropout.__code__.co_filename.endswith("_exchange.py")
+"""
+
+
+def test_where_torchs_has_other_arguments_it_is_left_alone():
+    """It is young; a release of torch that changes it must not keep fastreg from being imported."""
+    run_python(CODE, check=True)
