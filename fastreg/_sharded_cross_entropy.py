@@ -109,11 +109,11 @@ def _read_targets(
     k = shard.classes
     mix, base = options.mix_and_base(k)
     if weight is None:
-        own_weight, of_target = None, target.new_ones((), dtype=dtype)
+        own_weight = None
         total, local = (target.new_full((), count, dtype=dtype) for count in (k, shard.held))
     else:
         weight = weight.to(dtype)
-        own_weight, of_target = weight[shard.first : shard.first + shard.held], weight
+        own_weight = weight[shard.first : shard.first + shard.held]
         total, local = weight.sum(), own_weight.sum()
     if target.is_floating_point():
         kept = torch.ones(len(target), dtype=torch.bool, device=target.device)
@@ -123,7 +123,7 @@ def _read_targets(
     kept, column = target != options.ignore_index, target - shard.first
     outside = kept & ((target < 0) | (target >= k))
     here = column.where((column >= 0) & (column < shard.held), _ELSEWHERE).where(kept, _UNCOUNTED)
-    of_target = of_target.expand(target.shape) if weight is None else weight[target.clamp(0, k - 1)]
+    of_target = torch.ones_like(target, dtype=dtype) if weight is None else weight[target.clamp(0, k - 1)]
     others = base * (total - of_target)
     own, mass = mix * of_target, others + (mix + base) * of_target
     return _Targets(here, kept, outside, own_weight, mix, base, total, local, own, others, mass)

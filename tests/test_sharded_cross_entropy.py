@@ -337,29 +337,6 @@ def placed_linear(rank, group):
             torch.testing.assert_close(got, want[2], rtol=1e-5, atol=1e-6)
 
 
-class LargestResult(TorchDispatchMode):
-    """Counts the elements of the largest tensor that an operator gives."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for t in result if isinstance(result, (tuple, list)) else (result,):
-            self.largest = max(self.largest, t.numel() if isinstance(t, torch.Tensor) else 0)
-        return result
-
-
-def logits_are_never_whole(rank, group):
-    mesh = init_device_mesh("cpu", (2, 2))
-    hidden, weight = torch.randn(2048, 8), torch.randn(512, 8)
-    target = torch.arange(2048) % 512
-    h = distribute_tensor(hidden, mesh, [Shard(0), Replicate()]).requires_grad_()
-    w = distribute_tensor(weight, mesh, [Replicate(), Shard(0)]).requires_grad_()
-    with LargestResult() as seen:
-        fr.linear_cross_entropy(h, w, target).backward()
-    assert seen.largest <= 2048 * 512 / 4 / 4  # a quarter of the logits that this rank would have
-
-
 class LargeStorages(TorchDispatchMode):
     """The memory of tensors of at least `least` elements that operators give."""
 
@@ -374,6 +351,18 @@ class LargeStorages(TorchDispatchMode):
                 memory = t.untyped_storage()
                 self.seen[memory.data_ptr()] = memory  # kept, so that no address comes twice
         return result
+
+
+def logits_are_never_whole(rank, group):
+    mesh = init_device_mesh("cpu", (2, 2))
+    hidden, weight = torch.randn(2048, 8), torch.randn(512, 8)
+    target = torch.arange(2048) % 512
+    h = distribute_tensor(hidden, mesh, [Shard(0), Replicate()]).requires_grad_()
+    w = distribute_tensor(weight, mesh, [Replicate(), Shard(0)]).requires_grad_()
+    quarter = 2048 * 512 // 4 // 4  # of the logits that this rank would have
+    with LargeStorages(quarter + 1) as made:
+        fr.linear_cross_entropy(h, w, target).backward()
+    assert not made.seen
 
 
 def the_gradient_is_all_that_is_made(rank, group):

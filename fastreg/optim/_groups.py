@@ -9,9 +9,9 @@ from typing import Any, NoReturn, TypeAlias
 
 import numpy
 import torch
-from torch.compiler import is_compiling
 
 from .._checks import DTYPES, ArgumentError, UnsupportedError, check_choice, check_number
+from .._transforms import may_look
 
 # What torch takes as parameters: tensors, (name, tensor) pairs, or groups, dicts whose "params" are either.
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
@@ -93,8 +93,7 @@ def in_numbers(group: dict[str, Any], names: Iterable[str], of_one: Collection[s
 def _stands_for_number(name: str, value: torch.Tensor, of_one: Collection[str]) -> bool:
     """Whether torch takes the tensor for a number, and its value is to be read."""
     if name == "lr":
-        known = value.device.type == "cpu" and not is_compiling()
-        return known and value.numel() == 1 and value.dtype != torch.bool
+        return may_look(value) and value.numel() == 1 and value.dtype != torch.bool
     return value.dim() == 0 or (name in of_one and value.shape == (1,))
 
 
