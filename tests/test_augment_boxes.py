@@ -5,10 +5,13 @@ step.
 import numpy
 import pytest
 import torch
-import torchvision.transforms.v2.functional as T
-from torchvision import tv_tensors
 
 from fastreg.augment import Augment, Params, Settings, apply
+
+T = pytest.importorskip(
+    "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
+)
+tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
 
 H, W = 48, 64
 FORMATS = ["XYXY", "XYWH", "CXCYWH", "XYWHR", "CXCYWHR", "XYXYXYXY"]

@@ -6,10 +6,13 @@ import io
 
 import pytest
 import torch
-import torchvision.transforms.v2 as v2
-import torchvision.transforms.v2.functional as T
 
 from fastreg.augment import Augment, apply
+
+v2 = pytest.importorskip("torchvision.transforms.v2", reason='needs pip install "torch-fastreg[test]"')
+T = pytest.importorskip(
+    "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
+)
 
 N = 4000
 COLOURS = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-import torchvision.transforms.v2.functional as T
 from augment_reference import plain_operators
-from torchvision import tv_tensors
 
 from fastreg.augment import Augment, Params, Settings, apply, functional
+
+T = pytest.importorskip(
+    "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
+)
+tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
 
 MODES = {"bilinear": T.InterpolationMode.BILINEAR, "bicubic": T.InterpolationMode.BICUBIC}
 

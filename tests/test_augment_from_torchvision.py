@@ -4,13 +4,16 @@ named, with the reason and the remedy.
 
 import pytest
 import torch
-import torchvision
-import torchvision.transforms.v2 as v2
-import torchvision.transforms.v2.functional as T
-from torchvision import tv_tensors
 
 import fastreg
 from fastreg.augment import Augment, apply
+
+torchvision = pytest.importorskip("torchvision", reason='needs pip install "torch-fastreg[test]"')
+v2 = pytest.importorskip("torchvision.transforms.v2", reason='needs pip install "torch-fastreg[test]"')
+T = pytest.importorskip(
+    "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
+)
+tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
 
 
 def picture(height, width, dtype=torch.uint8, batch=()):

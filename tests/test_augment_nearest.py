@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
-import torchvision.transforms.v2.functional as T
 from augment_reference import plain_operators
-from torchvision import tv_tensors
 
 from fastreg.augment import Augment, Params, Settings, apply
 from fastreg.augment import functional as F
+
+T = pytest.importorskip(
+    "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
+)
+tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
 
 SIZES = [(224, 224), (33, 47), (65, 65), (64, 40), (7, 12), (1, 5)]
 # (angle, (along x, along y), scale, shear): whole lines of positions lie between two pixels of many of them.

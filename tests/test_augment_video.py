@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as T
-from torchvision import tv_tensors as tv
 
 from fastreg.augment import Augment, Indexed, functional
+
+T = pytest.importorskip(
+    "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
+)
+tv = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
 
 H, W, FRAMES = 20, 24, 5
 BOXES = torch.tensor([[1.0, 2.0, 9.0, 14.0], [3.0, 4.0, 20.0, 9.0]])
