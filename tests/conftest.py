@@ -1,5 +1,7 @@
 """What all tests share: a known state before each, the dtypes of the contract, and the digits."""
 
+import gc
+
 import pytest
 import torch
 from helpers import DTYPES
@@ -7,6 +9,8 @@ from helpers import DTYPES
 import fastreg as fr
 
 SEED = 20260101
+# Where there is no GPU torch.manual_seed formats the whole stack, to have it in an error that may come later.
+seed_all = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
 # What takes minutes to hours.
 ASKED_FOR = ("long", "emulated")
 # Few tests, of which each builds something.
@@ -47,12 +51,22 @@ def pytest_collectstart(collector):
         torch.manual_seed(SEED)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects():
+    """The garbage collector leaves alone what is there before a file of tests: modules, tests, caches of
+    torch.compile, a million objects and more. A trainer asks for a collection again and again, which would go
+    through all of them.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state():
     """Each test starts from the same seed and on one thread, so that a failure repeats on any machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(SEED)
+    seed_all(SEED)
     yield
     torch.set_num_threads(before)
 
