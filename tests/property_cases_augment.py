@@ -5,7 +5,18 @@ import math
 import torch
 from helpers import DTYPES, assert_same_bits
 from hypothesis import strategies as st
-from property_cases import assert_near, laid_out, one_of, op, plain, random_of, seed, tensor, values
+from property_cases import (
+    assert_near,
+    laid_out,
+    one_of,
+    op,
+    plain,
+    random_of,
+    seed,
+    tensor,
+    unchanged,
+    values,
+)
 
 from fastreg.augment._plain import INTERPOLATIONS, PADDINGS
 
@@ -159,16 +170,44 @@ def augment_gaussian(draw):
     )
 
 
+def augment_words(draw):
+    """Whole numbers: the same bits."""
+    index = torch.from_numpy(random_of(draw).integers(-(2**40), 2**40, draw(st.integers(0, 9))))
+    arguments = seed(draw), index, one_of(draw, 0, 44, 2**31), draw(st.integers(0, 4))
+    assert_same_bits(op("augment_words")(*arguments), plain("augment_words")(*arguments), "words")
+
+
+def augment_tones(draw):
+    """Bytes, whose rounding is the definition's: the same bits."""
+    batch, channels, sides = draw(st.integers(0, 9)), one_of(draw, 1, 3), [one_of(draw, *SIDES) for _ in "xy"]
+    images = (uniform(draw, batch, channels, *sides) * one_of(draw, 255, 255, 20, 0)).round().to(torch.uint8)
+    if draw(st.booleans()):
+        images = images.contiguous(memory_format=torch.channels_last)
+    steps = (uniform(draw, batch) * 15).long()
+    strengths = uniform(draw, batch) * one_of(draw, 2.0, 0.1, 1e-3) - one_of(draw, 1.0, 0.0)
+    strengths = torch.where(steps == 10, (uniform(draw, batch) * 9).floor(), strengths)  # bits
+    strengths = torch.where(steps == 11, strengths.clamp(max=1), strengths)  # of white
+    with unchanged(images):
+        got = op("augment_tones")(images, steps, strengths)
+    order = torch.channels_last if not images.is_contiguous() else torch.contiguous_format
+    assert got.is_contiguous(memory_format=order)
+    assert_same_bits(got, plain("augment_tones")(images, steps, strengths), "pixels")
+
+
 CHECKS = {
     "augment": augment,
     "augment_backward": augment_backward,
     "augment_draw": augment_draw,
     "augment_matrices": augment_matrices,
     "augment_gaussian": augment_gaussian,
+    "augment_words": augment_words,
+    "augment_tones": augment_tones,
 }
 WITHOUT_DERIVATIVE = {
     "augment_backward": "a part of the backward pass",
     "augment_draw": "gives parameters",
     "augment_matrices": "gives parameters",
     "augment_gaussian": "gives parameters",
+    "augment_words": "gives whole numbers",
+    "augment_tones": "takes bytes",
 }

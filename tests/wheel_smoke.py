@@ -665,6 +665,12 @@ def operator_arguments():
         "augment_draw": draws(),
         "augment_matrices": (one, None, None, one, None, four[:, 1], None, four[:, 1:3], None, 5, 6, 7, 8),
         "augment_gaussian": (one, four[:, 2], 3, 5),
+        "augment_words": (seed, torch.arange(3), 48, 2),
+        "augment_tones": (
+            torch.randint(0, 256, (3, 3, 9, 11), dtype=torch.uint8),
+            torch.tensor([7, 9, 13]),
+            four[0, :3],
+        ),
         "augment_policy": policies(),
         "augment_policy_backward": (torch.rand(2, 3, 9, 11), *policies()),
     }

@@ -7,6 +7,8 @@
 
 #include "augment_draw_op.h"
 #include "augment_geometry.h"
+#include "augment_images.h"
+#include "augment_tones_op.h"
 
 namespace fastreg {
 namespace {
@@ -43,29 +45,8 @@ const T* table(const char* name, const std::optional<Tensor>& t, const Tensor& i
   return static_cast<const T*>(t->const_data_ptr());
 }
 
-// As torch has it: a dimension of size 1 may have any stride.
-bool is_channels_last(const Tensor& t) {
-  int64_t expected = 1;
-  for (const int64_t d : {1, 3, 2, 0}) {
-    if (t.size(d) == 1) continue;
-    if (t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-
 void set_strides(int64_t* stride, const Tensor& t) {
   for (int64_t d = 0; d < 4; ++d) stride[d] = t.stride(d);
-}
-
-Tensor allocate_images(const Tensor& like, int64_t channels, int64_t height, int64_t width,
-                       ScalarType dtype) {
-  const int64_t plane = height * width, last = !like.is_contiguous() && is_channels_last(like);
-  const std::array<int64_t, 4> sizes = {like.size(0), channels, height, width};
-  const std::array<int64_t, 4> strides =
-      last ? std::array<int64_t, 4>{channels * plane, 1, channels * width, channels}
-           : std::array<int64_t, 4>{channels * plane, plane, width, 1};
-  return allocate(like, sizes, strides, dtype);
 }
 
 // The arguments of a call, checked; the output is not allocated yet.
@@ -322,4 +303,8 @@ FR_LIBRARY_IMPL(m) {
   m.impl("augment_draw", TORCH_BOX(&fastreg::augment_draw));
   m.impl("augment_matrices", TORCH_BOX(&fastreg::augment_matrices));
   m.impl("augment_gaussian", TORCH_BOX(&fastreg::augment_gaussian));
+#ifndef FASTREG_CUDA
+  m.impl("augment_words", TORCH_BOX(&fastreg::augment_words));
+  m.impl("augment_tones", TORCH_BOX(&fastreg::augment_tones));
+#endif
 }

@@ -51,6 +51,7 @@ define(
     "augment_gaussian(Tensor sigma_x, Tensor sigma_y, int width, int height) -> Tensor",
     _plain_draw.augment_gaussian,
 )
+define("augment_words(Tensor seed, Tensor index, int first, int count) -> Tensor", _plain_draw.augment_words)
 
 
 @torch.library.register_fake("fastreg::augment", allow_override=True)
@@ -83,11 +84,17 @@ def _(sigma_x, sigma_y, width, height):
     return sigma_x.new_empty((sigma_x.shape[0], width + height), dtype=sigma_x.dtype)
 
 
+@torch.library.register_fake("fastreg::augment_words", allow_override=True)
+def _(seed, index, first, count):
+    return index.new_empty((index.shape[0], count, 4), dtype=torch.int64)
+
+
 augment = torch.ops.fastreg.augment.default
 augment_backward = torch.ops.fastreg.augment_backward.default
 augment_draw = torch.ops.fastreg.augment_draw.default
 augment_matrices = torch.ops.fastreg.augment_matrices.default
 augment_gaussian = torch.ops.fastreg.augment_gaussian.default
+augment_words = torch.ops.fastreg.augment_words.default
 
 
 class _Augment(torch.autograd.Function):

@@ -42,6 +42,12 @@ def sample_words(seed: Tensor, samples: Tensor, draw: Tensor) -> Tensor:
     return torch.stack(torch.broadcast_tensors(*words), -1)
 
 
+def augment_words(seed: Tensor, index: Tensor, first: int, count: int) -> Tensor:
+    """(B, count, 4) int64: the words of the draws [first, first + count) of the samples `index` (B,)."""
+    draws = torch.arange(first, first + count, device=index.device)
+    return sample_words(seed.reshape(()).to(index.device), index[:, None], draws)
+
+
 def _uniform(words: Tensor) -> Tensor:
     """Uniform in (0, 1), never an end."""
     return (words.to(number_dtype(words.device)) + 0.5) * 2.0**-32

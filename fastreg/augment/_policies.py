@@ -1,14 +1,14 @@
 """Policies: each sample draws operations and their strengths, as TrivialAugmentWide (Müller, Hutter 2021) and
 RandAugment (Cubuk, Zoph, Shlens, Le 2020) do.
 
-Names, strengths and pixels of the operations are torchvision's. A sample pays only for what it drew: each
-operation gets the samples that drew it.
+Names, strengths and pixels of the operations are torchvision's. A sample pays only for what it drew: one
+operator has the steps that change values, a step for each sample (_tone_op.py), and those that move pixels
+are resampled by the fused pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,15 +22,10 @@ from ._geometry import Geometry
 from ._op import Interpolation
 from ._params import Params, Settings, policy_outside
 from ._plain import picked
-from ._plain_draw import number_dtype, sample_words
+from ._plain_draw import number_dtype
+from ._tone_op import GEOMETRIC, OPERATIONS, toned
 
-# What a number in `Params.operations` stands for. "Invert" is in neither policy.
-OPERATIONS = (
-    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
-    "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
-)  # fmt: skip
 SIGNED = 9  # those from the second to this one have a sign
-GEOMETRIC = range(1, 6)
 _DRAWN = len(OPERATIONS) - 1
 # The numbers of a sample's Philox draws: one for each step that is on by chance, and from the last on one for
 # each round. csrc/augment/augment_draw.h takes those before them.
@@ -91,8 +86,7 @@ def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -
     the sign. A word times n over 2^32 is a number below n.
     """
     device = index.device
-    rounds = _FIRST_ROUND_DRAW + torch.arange(policy.rounds, device=device)
-    words = sample_words(seed.reshape(()).to(device), index[:, None], rounds)
+    words = _op.augment_words(seed, index.contiguous(), _FIRST_ROUND_DRAW, policy.rounds)
     operations = words[..., 0] * _DRAWN >> 32
     strengths = policy.strengths(height, width).to(device, number_dtype(device))
     bins = words[..., 1] * policy.bins >> 32
@@ -105,9 +99,7 @@ def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -
 
 def draw_chance(number: int, chance: float, seed: Tensor, index: Tensor) -> Tensor:
     """(B,) bool: which samples have a step that is on by chance, by the number of its draw."""
-    draw = torch.full((), number, dtype=torch.int64, device=index.device)
-    words = sample_words(seed.reshape(()).to(index.device), index, draw)
-    return words[..., 0] < chance * 2.0**32
+    return _op.augment_words(seed, index.contiguous(), number, 1)[:, 0, 0] < chance * 2.0**32
 
 
 def matrices_of(operations: Tensor, magnitudes: Tensor, height: int, width: int) -> Tensor:
@@ -150,46 +142,6 @@ def _geometric(images: Tensor, operations: Tensor, magnitudes: Tensor, params: P
         "augment", images, matrices=matrices_of(operations, magnitudes, *images.shape[2:]),
         interpolation=params.settings.policy_interpolation, padding=padding, fill=fill,
     )  # fmt: skip
-
-
-def _factor(step: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """The operation that is a colour step of the fused pass, with a factor of 1 + strength."""
-    return lambda images, strength: _op.augment_batch("augment", images, **_op.factors({step: 1 + strength}))
-
-
-def _colour(images: Tensor, strength: Tensor) -> Tensor:
-    """Saturation. Bytes are blended by the very operators of torchvision's, because what they give is cut
-    off: the last bit decides about a level.
-    """
-    if images.dtype != torch.uint8 or images.shape[1] == 1:
-        return _factor("saturation")(images, strength)
-    r, g, b = images.split(1, 1)
-    grey = r.mul(0.2989).add_(g, alpha=0.587).add_(b, alpha=0.114).floor_()
-    factor = 1 + strength
-    blended = images.float().mul_(factor.float().view(-1, 1, 1, 1))  # at once, torch goes byte by byte
-    if images.device.type != "cpu":
-        blended = blended.addcmul_(grey, (1 - factor).float().view(-1, 1, 1, 1))
-    else:
-        for i, rest in enumerate((1 - factor).tolist()):
-            blended[i].add_(grey[i], alpha=rest)
-    return _tones.narrowed(blended.clamp_(0, 255), torch.uint8)
-
-
-def _solarize(images: Tensor, strength: Tensor) -> Tensor:
-    return _tones.solarize(images, strength * (255 if images.dtype == torch.uint8 else 1))
-
-
-_TONES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "Brightness": _factor("brightness"),
-    "Color": _colour,
-    "Contrast": _factor("contrast"),
-    "Sharpness": lambda images, strength: _tones.adjust_sharpness(images, 1 + strength),
-    "Posterize": lambda images, strength: _tones.posterize(images, strength.trunc()),
-    "Solarize": _solarize,
-    "AutoContrast": lambda images, strength: _tones.autocontrast(images),
-    "Equalize": lambda images, strength: _tones.equalize(images),
-    "Invert": lambda images, strength: _tones.invert(images),
-}
 
 
 def _static(params: Params) -> tuple[int, bool, list[float]]:
@@ -296,40 +248,19 @@ def _all_rounds(images: Tensor, params: Params) -> Tensor:
 
 
 def _one_round(images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
-    """One operation of each sample. Samples of one operation are brought together, and all are brought back
-    at the end, by two copies of the batch. Copying those of each operation to their places would go byte by
-    byte.
+    """One operation of each sample. Images that are moved are resampled together, and take their places among
+    the others.
     """
-    samples_of = _samples_by_operation(operations)
-    if len(samples_of) < 2:
-        return next((_part(name, images, operations, strengths, params) for name in samples_of), images)
-    at = torch.tensor([i for samples in samples_of.values() for i in samples], device=images.device)
-    counts = [len(samples) for samples in samples_of.values()]
-    given = (whole.split(counts) for whole in (picked(images, at), operations[at], strengths[at]))
-    parts = [
-        _part(name, pixels, numbers, strength, params)
-        for name, pixels, numbers, strength in zip(samples_of, *given, strict=True)
-    ]
-    return _tones.laid_out(picked(torch.cat(parts), at.argsort()), images)
-
-
-def _part(name: str, images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
-    """The result for images that all drew the operation of that name, or, of "moved", one that moves
-    pixels.
-    """
-    if name == "Identity":
-        return images
-    if name in _TONES:
-        return _TONES[name](images, strengths)
-    return _geometric(images, operations, strengths, params)
-
-
-def _samples_by_operation(operations: Tensor) -> dict[str, list[int]]:
-    """The samples that go together in a round: by the name of their operation, or, as "moved", all whose
-    pixels the fused pass moves.
-    """
-    samples_of: dict[str, list[int]] = {}
-    for sample, number in enumerate(operations.tolist()):
-        name = "moved" if number in GEOMETRIC else OPERATIONS[number]
-        samples_of.setdefault(name, []).append(sample)
-    return samples_of
+    moved = [i for i, number in enumerate(operations.tolist()) if number in GEOMETRIC]
+    if moved and len(moved) == len(images):
+        return _geometric(images, operations, strengths, params)
+    result = toned(images, operations, strengths)
+    if not moved:
+        return result
+    at = torch.tensor(moved, device=images.device)
+    placed = _geometric(picked(images, at), operations[at], strengths[at], params)
+    if result.dtype != torch.uint8 or result.device.type != "cpu":
+        return _tones.laid_out(result.index_copy(0, at, placed), images)
+    for place, image in zip(moved, placed.unbind(), strict=True):  # index_copy would go byte by byte
+        result[place] = image
+    return result
