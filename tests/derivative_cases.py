@@ -21,6 +21,7 @@ from torch.autograd.functional import hessian as double_backward_hessian
 from torch.autograd.functional import jacobian as backward_jacobian
 from torch.compiler import is_compiling
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
@@ -311,6 +312,14 @@ def batched_by_vmap(f: Function, x: Tensor) -> Tensor:
     return vmap(lambda factor: torch.autograd.grad(value, leaf, factor)[0])(factors)
 
 
+def recorded(f: Function, x: Tensor) -> Tensor:
+    """A graph of a backward pass alone, which must not keep the factor that it was recorded with."""
+    leaf, factor = x.clone().requires_grad_(), torch.tensor(2.0, dtype=x.dtype)
+    value = f(leaf)
+    graph = make_fx(lambda factor: torch.autograd.grad(value, leaf, factor)[0])(factor)
+    return graph(3 * factor)
+
+
 def dual(f: Function, x: Tensor) -> Tensor:
     with forward.dual_level():
         tangent = forward.unpack_dual(f(forward.make_dual(x, seed_first(x)))).tangent
@@ -366,6 +375,7 @@ WAYS: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "grad of grad": grad_of_grad,
     "batched gradients": batched,
     "vmap of a backward pass": batched_by_vmap,
+    "recorded backward": recorded,
     "vectorised jacobian": lambda f, x: backward_jacobian(f, x, vectorize=True),
     "forward-mode jacobian": lambda f, x: backward_jacobian(f, x, vectorize=True, strategy="forward-mode"),
     "hessian": double_backward_hessian,

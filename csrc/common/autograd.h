@@ -21,6 +21,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -120,6 +121,11 @@ inline bool has_kernel(ScalarType t) {
 inline bool is_transformed() {
   return !c10::default_included_set.has_all(c10::impl::tls_local_dispatch_key_set().included_) ||
          at::impl::torch_function_mode_enabled() || torch::autograd::ForwardADLevel::try_get_by_idx(0);
+}
+
+// Whether make_fx records what operators do: a number that is read would stand in the graph for good.
+inline bool is_recorded() {
+  return c10::impl::TorchDispatchModeTLS::get_mode(c10::impl::TorchDispatchModeKey::PROXY).has_value();
 }
 
 inline bool wants_grad(const Tensor& t) { return t.requires_grad() && at::GradMode::is_enabled(); }

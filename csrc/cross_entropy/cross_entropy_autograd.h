@@ -72,7 +72,7 @@ inline Tensor second_order(const Tensor& v, const Tensor& u, const variable_list
 inline Tensor scaled(const Tensor& gradient, Tensor g, const Tensor& target, AutogradContext* ctx) {
   const ScalarType dtype = gradient.scalar_type();
   if (!at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) &&
-      g.numel() == 1) {
+      g.numel() == 1 && !is_recorded()) {
     const Tensor first = gradient.detach();
     if (g.is_cuda()) {
       cross_entropy_scale_op(first, g);
