@@ -9,7 +9,6 @@ import functools
 import gc
 import inspect
 import pickle
-import statistics
 import sys
 import threading
 import time
@@ -117,12 +116,12 @@ def test_a_block_costs_little_where_nothing_was_imported():
     with fr.patched():
         pass
     times = []
-    for _ in range(50):
-        begin = time.perf_counter()
+    for _ in range(200):
+        begin = time.thread_time()  # not what others do on this machine
         with fr.patched():
             pass
-        times.append(time.perf_counter() - begin)
-    assert statistics.median(times) < 5e-4  # 0.1 ms on a quiet machine
+        times.append(time.thread_time() - begin)
+    assert min(times) < 1e-4
 
 
 class Holder(nn.Module):
