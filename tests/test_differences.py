@@ -226,13 +226,19 @@ def test_converted_modules_have_a_class_of_ours():
 def test_quantisation_knows_modules_by_their_class():
     quantize = pytest.importorskip("torch.ao.quantization.quantize_fx", reason="needs torch.ao")
     options = torch.ao.quantization.get_default_qconfig_mapping("x86"), (torch.ones(2, 4),)
+
+    def back(model):
+        fr.convert(model)[1].__class__ = nn.Dropout
+        return model
+
     with warnings.catch_warnings(), fr.patched():
         warnings.simplefilter("ignore")
-        torchs, ours = (
+        torchs, ours, again = (
             quantize.prepare_fx(door(nn.Sequential(nn.Linear(4, 4), nn.Dropout())).eval(), *options)
-            for door in (lambda model: model, fr.convert)
+            for door in (lambda model: model, fr.convert, back)
         )
     assert torchs.code != ours.code and ours(torch.ones(2, 4)).shape == (2, 4)
+    assert torchs.code == again.code
 
 
 def test_stochastic_depth_is_no_longer_of_its_library():
