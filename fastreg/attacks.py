@@ -443,8 +443,8 @@ def fgsm(
         generator: torch.Generator on x's device for that point.
 
     Returns:
-        Tensor like x, detached, no element of which is more than eps away from that of x. Nothing else
-        changes: neither modes, buffers such as BatchNorm's statistics,
+        Tensor like x, detached, no element of which is more than eps away from that of x, up to the rounding
+        of its dtype. Nothing else changes: neither modes, buffers such as BatchNorm's statistics,
         nor `.grad` of parameters or of x. Works under no_grad and inference_mode, and under autocast. Only
         random state that the model itself draws from (dropout) moves on.
 
