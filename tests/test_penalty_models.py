@@ -161,6 +161,44 @@ def test_an_optimiser_counts_what_it_penalises():
     assert penalty(optimizer).item() < both.item()
 
 
+@pytest.mark.parametrize("kind", ("SGD", "AdamW"))
+def test_a_key_of_an_optimiser_that_wraps_ours_is_its_own(kind):
+    """As SAM's, which hands its own groups on and steps from the ascended weights."""
+
+    class Sharpness(torch.optim.Optimizer):
+        def __init__(self, params, base, rho, **options):
+            super().__init__(params, dict(rho=rho, adaptive=False, **options))
+            self.base = base(self.param_groups, **options)
+            self.param_groups = self.base.param_groups
+
+        def step(self, closure):
+            with torch.enable_grad():
+                closure()
+            moves = [(p, self.param_groups[0]["rho"] * p.grad) for p in self.param_groups[0]["params"]]
+            with torch.no_grad():
+                for p, move in moves:
+                    p.add_(move)
+                with torch.enable_grad():
+                    closure()
+                for p, move in moves:
+                    p.sub_(move)
+            self.base.step()
+
+    results = []
+    for module in (torch.optim, fr.optim):
+        p = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = Sharpness([p], getattr(module, kind), rho=0.1, lr=0.1)
+
+        def closure(p=p, optimizer=optimizer):
+            optimizer.base.zero_grad()
+            p.pow(4).sum().backward()
+
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("key", ("L1", "lambda_", "l2", "weight_deacy", "banana"))
 def test_a_key_that_nothing_reads_is_refused(key):
     model = net()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NoReturn, TypeAlias
@@ -147,11 +148,19 @@ def check_keys(op: str, group: dict[str, Any], own: Mapping[str, Any]) -> None:
     """Raise where a new group has a key that nothing reads, such as L1 for l1."""
     unknown = [key for key in group if key not in own and key not in _OTHERS_KEYS]
     unknown = [key for key in unknown if key not in _keys_of_torch()]
-    if unknown:
+    if unknown and not _is_anothers(group):
         raise ValueError(
             f"{op}: a parameter group has {', '.join(map(repr, unknown))}, which nothing reads; expected "
             f"{', '.join(own)}. What your own code keeps there, set in optimizer.param_groups afterwards"
         )
+
+
+def _is_anothers(group: dict[str, Any]) -> bool:
+    """Whether another optimiser has this very group: one that wraps ours, as SAM does, and reads its own keys
+    there. Nothing tells who it is but the list of all objects.
+    """
+    optimizers = (o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer))
+    return any(group is each for o in optimizers for each in vars(o).get("param_groups", ()))
 
 
 def check_param(op: str, group: dict[str, Any], p: torch.Tensor) -> None:

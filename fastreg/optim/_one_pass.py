@@ -203,7 +203,7 @@ class OnePass(Averages):
             return
         check_group_of_clipping(self._op, param_group)
         group = self._in_numbers({**self.defaults, **param_group})
-        check_keys(self._op, group, self.defaults)
+        check_keys(self._op, param_group, self.defaults)
         self._check_group(group)
         params = group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
