@@ -3,6 +3,8 @@ page with its formula, and what Sphinx makes of it loads nothing from elsewhere.
 """
 
 import importlib
+import inspect
+import operator
 import re
 import sys
 
@@ -13,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastreg as fr
-from fastreg import _registry
+from fastreg import _distribution, _registry
 from fastreg.benchmarks import ranks
 
 sys.path.insert(0, str(ROOT / "docs"))
@@ -79,6 +81,7 @@ try:
 except ImportError:  # a trainer that the reference has a page for
     MADE = None
 made = pytest.mark.skipif(MADE is None, reason='the reference needs pip install "torch-fastreg[test]"')
+CASES_OF = {page.name: blocks(page) for page in PAGES}
 CASES = [(page.relative_to(ROOT).as_posix(), *block) for page in PAGES for block in blocks(page)]
 
 
@@ -177,10 +180,39 @@ def test_the_front_page_lists_every_page():
         assert page.stem in listed or page.stem == "index", page
 
 
-def test_names_of_fastreg_in_coming_from_exist():
-    text = (ROOT / "docs" / "coming_from.md").read_text()
+def test_what_an_index_shows_needs_nothing_of_the_repository():
+    """There a relative link leads nowhere, and a picture is missing."""
+    tomllib = pytest.importorskip("tomllib", reason="of Python 3.11")
+    shown = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["readme"]
+    text = (ROOT / shown).read_text()
+    links = re.findall(
+        r"\]\(\s*<?([^)>\s]*)|^\[[^\]]+\]:\s*(\S+)|(?:src|href)\s*=\s*[\"']?([^\"'\s>]*)", text, re.M
+    )
+    assert all(target.startswith("https://") for target in map("".join, links)), links
+    assert f"pip install {_distribution.NAME}" in text and len(CASES_OF[shown]) > 0
+
+
+def test_the_page_for_language_models_leads_somewhere():
+    """docs/llms.txt is copied beside the pages as it is: nothing else reads it."""
+    text = (ROOT / "docs" / "llms.txt").read_text()
+    pages = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(pages) > 8
+    for page in pages:
+        source = page.removesuffix(".html") + ".md"
+        made_here = MADE is not None and source.removeprefix("generated/") in MADE
+        assert page.endswith(".html") and (made_here or (ROOT / "docs" / source).is_file()), page
+    assert {page.stem for page in ROOT.glob("docs/*.md")} >= {"guide", "formulas"}
+    for name, options in re.findall(r"\bfr\.([\w.]+)\(([^()]*)", text):
+        value = operator.attrgetter(name)(fr)
+        known = set(inspect.signature(value).parameters)
+        assert set(re.findall(r"(\w+)=", options)) <= known, (name, options)
+
+
+@pytest.mark.parametrize("page, least", [("coming_from.md", 31), ("llms.txt", 9)])
+def test_names_of_fastreg_that_a_page_names_exist(page, least):
+    text = (ROOT / "docs" / page).read_text()
     names = {name.rstrip(".") for name in re.findall(r"\b(?:fr|fastreg)\.([a-zA-Z_][\w.]*)", text)}
-    assert len(names) > 30
+    assert len(names) >= least
     for name in names:
         value = fr
         for part in name.split("."):
