@@ -203,22 +203,23 @@ template <class T, class G, class A>
 void column_tile(const CrossEntropyArgs& a, int64_t n, int64_t first, int64_t last, A* exps) {
   const T* x = static_cast<const T*>(a.logits) + n * a.logits_stride.outer;
   G* grad = a.grad ? static_cast<G*>(a.grad) + n * a.grad_stride.outer : nullptr;
-  with_dtype(a.soft_target ? a.target_dtype : a.dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    if constexpr (std::is_same_v<typename Accumulate<S>::type, A>) {
-      const S* soft =
-          a.soft_target ? static_cast<const S*>(a.soft_target) + n * a.target_stride.outer : nullptr;
-      for (int64_t s = first; s < last; s += Vec<A>::kLanes) {
-        const int lanes = int(last - s < Vec<A>::kLanes ? last - s : Vec<A>::kLanes);
-        const S* const soft_at = soft ? soft + s : nullptr;
-        G* const grad_at = grad ? grad + s : nullptr;
-        const int64_t index = n * a.inner + s;
-        if (soft || a.weight)
-          finish_columns(Columns<true, T, G, S, A>{a, x + s, soft_at, grad_at, index, lanes, exps});
-        else
-          finish_columns(Columns<false, T, G, S, A>{a, x + s, soft_at, grad_at, index, lanes, exps});
-      }
+  const auto finish = [&](auto weighted, const auto* soft) {
+    using S = std::remove_cv_t<std::remove_pointer_t<decltype(soft)>>;
+    for (int64_t s = first; s < last; s += Vec<A>::kLanes) {
+      const int lanes = int(last - s < Vec<A>::kLanes ? last - s : Vec<A>::kLanes);
+      const S* const soft_at = soft ? soft + s : nullptr;
+      G* const grad_at = grad ? grad + s : nullptr;
+      finish_columns(Columns<decltype(weighted)::value, T, G, S, A>{a, x + s, soft_at, grad_at,
+                                                                    n * a.inner + s, lanes, exps});
     }
+  };
+  // Each type of probabilities has code of its own. Without any there is one code, whatever their type.
+  constexpr const A* none = nullptr;
+  if (!a.soft_target) return a.weight ? finish(std::true_type(), none) : finish(std::false_type(), none);
+  with_dtype(a.target_dtype, [&](auto* type) {
+    using S = std::remove_pointer_t<decltype(type)>;
+    if constexpr (std::is_same_v<typename Accumulate<S>::type, A>)
+      finish(std::true_type(), static_cast<const S*>(a.soft_target) + n * a.target_stride.outer);
   });
 }
 
