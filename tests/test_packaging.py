@@ -298,6 +298,24 @@ def test_the_module_for_another_machine(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("CXX" in os.environ or not shutil.which("g++"), reason="what is tuned is for gcc")
+def test_the_largest_job_of_a_build_takes_less_than_a_gigabyte(tmp_path):
+    """It is the C++ autograd, which includes torch's headers. Login nodes end what takes more."""
+    status, said = configure(tmp_path, "-DFASTREG_CUDA=OFF")
+    assert status == 0, said
+    minor = "_".join(torch.__version__.split(".")[:2])
+    target = f"CMakeFiles/_autograd_{minor}.dir/csrc/autograd.cpp.o"
+    measure = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
+    build = (cmake(), "--build", tmp_path / "b", "--target", target)
+    kilobytes = run(sys.executable, "-c", measure, *build, env={**os.environ, "CCACHE_DISABLE": "1"})
+    assert 100_000 < int(kilobytes) < 1_000_000
+
+
+@pytest.mark.slow
 def test_two_checkouts_give_the_same_bytes(tmp_path):
     """Of other depth, with torch in another place, without ccache; one op, which is not optimised, stands for
     all, which have the same flags. With nvcc its CUDA kernel too: nvcc names a temporary file in what is
