@@ -228,7 +228,27 @@ class _Kind(NamedTuple):
 
 def _own_part(kind: _Kind, p: Any) -> torch.Tensor:
     """What this rank has of a parameter."""
-    return cast(torch.Tensor, p if kind.where is None else p.to_local())
+    if kind.where is None:
+        return cast(torch.Tensor, p)
+    if is_compiling() or is_transformed():
+        return cast(torch.Tensor, p.to_local())
+    return cast(torch.Tensor, _OwnPart.apply(p))
+
+
+class _OwnPart(torch.autograd.Function):
+    """What `DTensor.to_local` gives, twice differentiable: with torch 2.10 the gradient of that one has no
+    graph, so that derivatives of it would be lost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, p: Any) -> torch.Tensor:
+        ctx.like = p.device_mesh, p.placements, p.shape, p.stride()
+        local = p.to_local()
+        return cast(torch.Tensor, local.view_as(local))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return whole_of_parts(grad, *ctx.like)
 
 
 def _is_usual(w: torch.Tensor) -> bool:
