@@ -230,9 +230,9 @@ def _own_part(kind: _Kind, p: Any) -> torch.Tensor:
     """What this rank has of a parameter."""
     if kind.where is None:
         return cast(torch.Tensor, p)
-    if is_compiling() or is_transformed():
-        return cast(torch.Tensor, p.to_local())
-    return cast(torch.Tensor, _OwnPart.apply(p))
+    if torch.is_grad_enabled() and not (is_compiling() or is_transformed()):
+        return cast(torch.Tensor, _OwnPart.apply(p))
+    return cast(torch.Tensor, p.to_local())
 
 
 class _OwnPart(torch.autograd.Function):
