@@ -88,9 +88,9 @@ FR_INLINE void each_block(const Sample& s, uint8_t* out, F f) {
 
 void look_up(const Sample& s, const uint8_t (*table)[kLevels]) {
   for (int64_t c = 0; c < s.channels; ++c) {
-    const uint8_t* in = s.in + s.offset(c);
-    uint8_t* out = s.out + s.offset(c);
-    const uint8_t* to = table[c];
+    const uint8_t* __restrict in = s.in + s.offset(c);
+    uint8_t* __restrict out = s.out + s.offset(c);
+    const uint8_t* __restrict to = table[c];
     const int64_t n = s.pixels(), stride = s.stride;
     if (stride == 1) {
 #pragma GCC unroll 8
@@ -210,8 +210,10 @@ void sharpen_row(const uint8_t* above, const uint8_t* row, const uint8_t* below,
     float pixel[kBytes] = {}, change[kBytes] = {};
     for (int64_t i = 0; i < n; ++i) {
       const int p = row[begin + i];
-      const int sum = column[i] + column[i + stride] + column[i + 2 * stride] + 4 * p;
-      const int smooth = (2 * sum + 13) / 26;  // no sum is halfway between two levels
+      const uint16_t sum = uint16_t(column[i] + column[i + stride] + column[i + 2 * stride] + 4 * p);
+      // A 13th, to the nearest: no sum is halfway between two, and none is above 13 * 255, so that the
+      // product is as good as the division.
+      const int smooth = int(uint32_t(uint16_t(sum + 6)) * 5042u >> 16);
       pixel[i] = float(p);
       change[i] = float(smooth - p);
     }
