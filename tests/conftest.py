@@ -15,6 +15,8 @@ seed_all = torch.manual_seed if torch.cuda.is_available() else torch.default_gen
 ASKED_FOR = ("long", "emulated")
 # Few tests, of which each builds something.
 SLOW = ("test_packaging", "test_new_op", "test_cuda_hosted", "test_cuda_mutations")
+# Looks at what the tests of each op compile, and would wait for them.
+LAST = "test_cuda_build"
 
 
 def pytest_report_header():
@@ -37,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
     """Slow files first, so that at the end no process waits for another that has just begun with one of
     them; and what takes hours only where it is asked for, whatever else -m says.
     """
-    items.sort(key=lambda item: item.path.stem not in SLOW)
+    items.sort(key=lambda item: (item.path.stem not in SLOW, item.path.stem == LAST))
     for marker in ASKED_FOR:
         if marker not in (config.option.markexpr or ""):
             hours = [item for item in items if item.get_closest_marker(marker)]
