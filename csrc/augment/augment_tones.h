@@ -1,19 +1,18 @@
-// The steps of a policy that change the values of bytes: each sample of a batch has one, of its own strength
-// s.
+// The steps of a policy that change the values of bytes: each sample has one, of its own strength s.
 //
 //   brightness    p <- clamp((1 + s) p)
 //   saturation    p <- clamp((1 + s) p - s grey); grey, and the two above it, as in augment_math.h
 //   contrast      p <- clamp((1 + s) p - s m), m the mean of grey over the image
-//   sharpness     p <- clamp(p - s (smooth - p)) of the inner pixels; smooth is the mean of a pixel and its
-//   eight
-//                 neighbours in which the pixel counts five times, rounded to whole levels
+//   sharpness     p <- clamp(p - s (smooth - p)) of the inner pixels
 //   posterize     p <- p without all but the upper s bits
 //   solarize      p <- 255 - p where p >= 255 s
-//   autocontrast  p <- clamp((p - low) / ((high - low) / 255)), low and high of the channel; p where these
-//   are one equalize      p <- (pixels of the channel below p + step / 2) / step, step a 255th of the pixels
-//   below high;
-//                 p where step is 0
+//   autocontrast  p <- clamp((p - low) / ((high - low) / 255))
+//   equalize      p <- (pixels of the channel below p + step / 2) / step
 //   invert        p <- 255 - p
+//
+// smooth is the mean of a pixel and its eight neighbours, in which the pixel counts five times, rounded to
+// whole levels; low and high are of the channel, and where they are one p stays; step is a 255th of the
+// pixels below high, and where it is 0 p stays.
 //
 // Each is torchvision.transforms.v2.functional's, whose rounding it has: all round down at the end.
 #pragma once
@@ -22,7 +21,7 @@
 
 namespace fastreg {
 
-// The numbers are those of OPERATIONS in fastreg/augment/_policies.py. The others there leave the values.
+// The numbers are those of OPERATIONS in fastreg/augment/_tone_op.py. The others there leave the values.
 enum class Tone : int64_t {
   kBrightness = 6,
   kSaturation,

@@ -3,7 +3,7 @@
 // equalize read the image before that, another 1, since what they do depends on all of it.
 #include <cstring>
 
-#include "augment_pixels_cpu.h"
+#include "augment_colour_cpu.h"
 #include "augment_tones.h"
 
 namespace fastreg::FASTREG_ISA {
@@ -59,7 +59,7 @@ FR_INLINE void each_byte(const Sample& s, F f) {
   for (int64_t i = 0; i < n; ++i) out[i] = f(in[i]);
 }
 
-// f(position, n, pixels of each channel, room for the results) for blocks of pixels; the results are written
+// f(n, pixels of each channel, room for the results) for blocks of pixels; the results are written
 // where `out` is not null. Behind the pixels of a block there are others that do not count.
 template <class F>
 FR_INLINE void each_block(const Sample& s, uint8_t* out, F f) {
@@ -164,8 +164,7 @@ float mean_of_grey(const Sample& s) {
     });
     sum += double(part.sum());
   });
-  const float high = float(sum);
-  return mean_of(high, float(sum - double(high)), float(s.pixels()));
+  return mean_of_sum<float>(sum, s.pixels());
 }
 
 void brighten_or_contrast(const Sample& s, int step, double strength) {

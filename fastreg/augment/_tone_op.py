@@ -81,7 +81,7 @@ def augment_tones_plain(images: Tensor, steps: Tensor, strengths: Tensor) -> Ten
     for sample, number in enumerate(steps.tolist()):
         samples_of.setdefault(OPERATIONS[number], []).append(sample)
     if len(samples_of) < 2:
-        return next((_toned(name, images, strengths) for name in samples_of), images.clone())
+        return _toned(next(iter(samples_of), "Identity"), images, strengths)
     at = torch.tensor([i for samples in samples_of.values() for i in samples], device=images.device)
     counts = [len(samples) for samples in samples_of.values()]
     given = (whole.split(counts) for whole in (picked(images, at), strengths[at]))

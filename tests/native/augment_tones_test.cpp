@@ -3,7 +3,7 @@
 #include "../../csrc/augment/augment_tones.h"
 
 #include <algorithm>
-#include <vector>
+#include <utility>
 
 #include "harness.h"
 
