@@ -7,7 +7,7 @@ from torch import nn
 import fastreg as fr
 from fastreg.lecture.data import load
 
-SEEDS = range(3)
+SEEDS = range(5)
 
 
 @pytest.fixture(scope="module")
