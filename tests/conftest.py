@@ -1,5 +1,6 @@
 """What all tests share: a known state before each, the dtypes of the contract, and the digits."""
 
+import functools
 import gc
 
 import pytest
@@ -80,6 +81,34 @@ def _unpatched(request):
     if request.node.path.stem.startswith(("test_patch", "test_convert")):
         fr.unpatch()
         torch._dynamo.reset()
+
+
+class _RoundedProducts(torch.overrides.TorchFunctionMode):
+    """Products of small matrices as the sum of their terms, each rounded."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.Tensor.bmm:
+            return function(*args, **(kwargs or {}))
+        a, b = args
+        terms = [a[:, :, i : i + 1] * b[:, i : i + 1] for i in range(a.shape[2])]
+        return functools.reduce(torch.add, terms)
+
+
+@pytest.fixture
+def rounded_grids(monkeypatch):
+    """torchvision's grids of positions have the same bits on every processor.
+
+    They are a product of matrices, whose rounding MKL chooses by the processor. Where a position lies between
+    two pixels this rounding decides which of them is the nearest.
+    """
+    geometry = pytest.importorskip("torchvision.transforms.v2.functional._geometry")
+    grid = geometry._affine_grid
+
+    def rounded(*args, **kwargs):
+        with _RoundedProducts():
+            return grid(*args, **kwargs)
+
+    monkeypatch.setattr(geometry, "_affine_grid", rounded)
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

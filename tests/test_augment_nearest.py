@@ -14,7 +14,12 @@ from fastreg.augment import functional as F
 T = pytest.importorskip(
     "torchvision.transforms.v2.functional", reason='needs pip install "torch-fastreg[test]"'
 )
+geometry = pytest.importorskip(
+    "torchvision.transforms.v2.functional._geometry", reason='needs pip install "torch-fastreg[test]"'
+)
 tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason='needs pip install "torch-fastreg[test]"')
+
+pytestmark = pytest.mark.usefixtures("rounded_grids")
 
 SIZES = [(224, 224), (33, 47), (65, 65), (64, 40), (7, 12), (1, 5)]
 # (angle, (along x, along y), scale, shear): whole lines of positions lie between two pixels of many of them.
@@ -190,3 +195,28 @@ def test_mirrored_samples_of_a_batch(dtype, largest):
             mask = words.flip(axes) if axes else words  # which torch has for all of these
             want = apply(images[i], Params(**own), masks=mask.view(dtype)).masks
             assert torch.equal(moved.masks[i].view(words.dtype), want.view(words.dtype))
+
+
+def test_on_this_processor_torchvisions_pixels_differ_only_between_two(monkeypatch):
+    """Its own products round as the processor's library does. Elsewhere it and we take the exact pixel."""
+    monkeypatch.undo()  # the fixture's
+    rows, columns = size = (24, 31)
+    image, compared = numbered(size), 0
+    y, x = torch.meshgrid(
+        torch.arange(rows).double() - (rows - 1) / 2,
+        torch.arange(columns).double() - (columns - 1) / 2,
+        indexing="ij",
+    )
+    for angle, translate, scale, shear in MOVES:
+        numbers = angle, [float(t) for t in translate], scale, [float(s) for s in shear]
+        a, b, c, d, e, f = geometry._get_inverse_affine_matrix([0.0, 0.0], *numbers)
+        u, v = a * x + b * y + c + (columns - 1) / 2, d * x + e * y + f + (rows - 1) / 2
+        i, j = u.round(), v.round()
+        inside = (i >= 0) & (i < columns) & (j >= 0) & (j < rows)
+        exact = torch.where(inside, 1 + i + columns * j, 0).float()
+        clear = ((u - u.floor() - 0.5).abs() > 1e-4) & ((v - v.floor() - 0.5).abs() > 1e-4)
+        for function in (F.affine, T.affine):
+            moved = function(image, angle, list(translate), scale, list(shear))[0, 0]
+            assert torch.equal(moved[clear], exact[clear]), (function, angle, shear)
+        compared += int(clear.sum())
+    assert compared > len(MOVES) * image.numel() / 2

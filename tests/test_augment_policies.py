@@ -11,6 +11,7 @@ import fastreg as fr
 from fastreg.augment import OPERATIONS, Augment, Params, Settings, apply
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
+pytestmark = pytest.mark.usefixtures("rounded_grids")
 THEIRS = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
 
 

@@ -16,6 +16,8 @@ from fastreg.augment import functional as AF
 vision = pytest.importorskip("torchvision.transforms.v2.functional")
 tv = pytest.importorskip("torchvision.tv_tensors")
 
+pytestmark = pytest.mark.usefixtures("rounded_grids")
+
 H, W = 24, 31
 NAN = float("nan")
 MASK_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
