@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import threading
 import types
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
@@ -257,6 +258,8 @@ def _has_linear_cross_entropy() -> bool:
     return function is not None and tuple(inspect.signature(function).parameters) == _LINEAR_CROSS_ENTROPY
 
 
+# Held while functions are exchanged: of two threads that enter and leave blocks each finds a whole state.
+_switching = threading.RLock()
 _blocks = 0  # open `patched` blocks that began without a patch of the process
 
 
@@ -372,12 +375,15 @@ def unpatch() -> None:
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here, which takes a second
 def _switch(to: bool) -> None:
     global _patched
-    _prepare()
-    _tell_dynamo(to)
-    _patched = to
-    for function in _FUNCTIONS:
-        function.exchange(to)
-    _ATTENTION.exchange(to)
+    with _switching:
+        if to == _patched:  # another thread was first
+            return
+        _prepare()
+        _tell_dynamo(to)
+        _patched = to
+        for function in _FUNCTIONS:
+            function.exchange(to)
+        _ATTENTION.exchange(to)
 
 
 _watchers: list[Callable[[str, bool], None]] = []
@@ -464,13 +470,27 @@ class _Block(contextlib.ContextDecorator):
         return _Block(self._asked_for)
 
     def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():  # which cannot trace a lock
+            self._enter()
+        else:
+            with _switching:
+                self._enter()
+
+    def __exit__(self, *_: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self._leave()
+        else:
+            with _switching:
+                self._leave()
+
+    def _enter(self) -> None:
         global _blocks
         state = _compiled, _patched and not _blocks
         patch(compiled=self._asked_for)
         self._entered.append(state)
         _blocks += not state[1]  # threads may leave their blocks in any order
 
-    def __exit__(self, *_: object) -> None:
+    def _leave(self) -> None:
         global _blocks, _compiled
         _compiled, within = self._entered.pop()
         _blocks -= not within

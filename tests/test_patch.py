@@ -332,6 +332,31 @@ def test_one_block_may_be_entered_again():
     assert nothing_is_patched()
 
 
+def test_threads_that_enter_and_leave_at_the_same_time_find_a_whole_state():
+    """Each within its block calls fastreg, and after the last of them nothing is patched."""
+    torchs, wrong = F.dropout.__code__, []
+
+    def enter_and_leave():
+        for _ in range(500):
+            with fr.patched():
+                if not is_patched() or F.dropout.__code__ is torchs:
+                    wrong.append("torch's")
+        wrong.append(None)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change in the middle of everything
+    try:
+        threads = [threading.Thread(target=enter_and_leave) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == [None] * 4
+    assert nothing_is_patched()
+
+
 def test_blocks_of_two_threads_may_end_in_any_order():
     entered, leave, results = threading.Event(), threading.Event(), []
 
