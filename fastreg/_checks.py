@@ -36,6 +36,8 @@ class UnsupportedError(ValueError, NotImplementedError):
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Those of them whose arithmetic is float32.
 SINGLE_DTYPES = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
+# Pairs of these, whose memory is that of a tensor with one dimension more.
+COMPLEX_DTYPES = (torch.complex64, torch.complex128, torch.complex32)
 
 
 def or_torchs(refusal: Exception, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -68,8 +70,8 @@ def check_constant(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def arithmetic_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The type that an op computes with: float64 for float64, float32 for everything else."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    """The type that an op computes with: float64 for float64 and pairs of it, float32 for everything else."""
+    return torch.float64 if tensor.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def check_number(

@@ -297,9 +297,6 @@ class TestErrors:
         p.grad_dtype = None
         p.grad = torch.ones(3)
         self.check_refused(p, ValueError, "AdamW: a gradient must have the dtype of its parameter")
-        p = parameter(torch.ones(3, dtype=torch.complex64))
-        p.grad = torch.ones(3, dtype=torch.complex64)
-        self.check_refused(p, TypeError, "got torch.complex64; use torch.optim.AdamW")
 
     def test_overlapping_parameter(self):
         with pytest.raises(ValueError, match=r"AdamW: .*must not share memory, got strides \(0,\)"):

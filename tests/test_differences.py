@@ -109,9 +109,22 @@ def test_sparse_gradients_are_refused(kind):
 
 
 @both
-def test_complex_parameters_are_refused(kind):
-    with pytest.raises(TypeError, match=r"parameters must be .*use torch\.optim\.\w+"):
-        getattr(fr.optim, kind)([parameter(2, dtype=torch.complex64)], lr=0.1).step()
+def test_a_conjugate_parameter_is_refused(kind):
+    p = nn.Parameter(torch.ones(2, dtype=torch.complex64).conj())
+    p.grad = torch.ones(2, dtype=torch.complex64)
+    with pytest.raises(RuntimeError, match=r"got a conjugate .*resolve_conj"):
+        getattr(fr.optim, kind)([p], lr=0.1).step()
+    torch.optim.SGD([p], lr=0.1).step()
+    with pytest.raises(RuntimeError):
+        torch.optim.AdamW([p], lr=0.1).step()
+
+
+@both
+def test_a_fused_step_takes_complex_parameters(kind):
+    params = [parameter(2, dtype=torch.complex64)]
+    getattr(fr.optim, kind)(params, lr=0.1, fused=True).step()
+    with pytest.raises(RuntimeError, match="floating point"):
+        getattr(torch.optim, kind)(params, lr=0.1, fused=True).step()
 
 
 @both

@@ -548,13 +548,6 @@ class TestErrors:
             "SGD: a gradient must have the dtype of its parameter, torch.bfloat16, got torch.float32",
         )
 
-    def test_complex_parameter(self):
-        p = parameter(torch.ones(3, dtype=torch.complex64))
-        p.grad = torch.ones(3, dtype=torch.complex64)
-        self.check_refused(
-            p, TypeError, "float32, float64, float16 or bfloat16, got torch.complex64; use torch.optim.SGD"
-        )
-
     def test_overlapping_parameter(self):
         """An expanded parameter has several elements at one address: an error, as in torch, and nothing
         stepped.

@@ -79,17 +79,19 @@ class AdamW(OnePass, torch.optim.AdamW):
         differentiable: must be False.
 
     All of these but max_norm, error_if_nonfinite and the last three may differ per group. Parameters are
-    float32, float64, float16 or bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard
-    by shard. State: `step`, `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq` per parameter, as in torch, and
-    checkpoints go both ways; `ema` and `n_averaged` with an average, where a parameter without a gradient
-    counts as one that stays where it is. One that is frozen from the start has no average, and begins one in
-    the first step after it is unfrozen. What of the moments and the average is below 2^-126, where steps take
+    float32, float64, float16 or bfloat16, dense, of any strides; or complex, whose parts are stepped as
+    numbers of their own, as in torch. DTensor parameters (FSDP2) are stepped shard by shard. State: `step`,
+    `exp_avg`, `exp_avg_sq` and `max_exp_avg_sq` per parameter, as in torch, and checkpoints
+    go both ways; `ema` and `n_averaged` with an average, where a parameter without a gradient counts as one
+    that stays where it is. One that is frozen from the start has no average, and begins one in the first step
+    after it is unfrozen. What of the moments and the average is below 2^-126, where steps take
     many times as long, becomes 0 (except in float64).
 
     Raises:
         ValueError: a NaN or infinite number, a negative one in the constructor (as in torch, in a group it
             may be), betas or ema outside of [0, 1), an unknown l1_mode, a parameter group made with a key
-            that no optimiser and no scheduler of torch reads either, differentiable=True, stochastic rounding
+            that no optimiser and no scheduler of torch reads either, an l1 of complex parameters (add
+            `penalty` to the loss), differentiable=True, stochastic rounding
             of float16, a gradient of another dtype than its parameter.
         TypeError: a sparse gradient.
 

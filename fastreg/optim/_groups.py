@@ -6,12 +6,13 @@ import functools
 import gc
 import inspect
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy
 import torch
+from torch.compiler import is_compiling
 
-from .._checks import DTYPES, ArgumentError, UnsupportedError, check_choice, check_number
+from .._checks import COMPLEX_DTYPES, DTYPES, ArgumentError, UnsupportedError, check_choice, check_number
 from .._transforms import may_look
 
 # What torch takes as parameters: tensors, (name, tensor) pairs, or groups, dicts whose "params" are either.
@@ -165,10 +166,7 @@ def _is_anothers(group: dict[str, Any]) -> bool:
 
 def check_param(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
     """Raise for a parameter that the options of its group, or its own memory, do not let be stepped."""
-    if group["stochastic_rounding"] and p.dtype == torch.float16:
-        raise ValueError(
-            f"{op}: stochastic_rounding is for bfloat16 parameters, got torch.float16; switch it off"
-        )
+    check_dtype_of(op, group, p)
     if torch.nn.parameter.is_lazy(p):
         return  # its memory comes with the first batch, and is its own
     if p.layout == torch.strided and any(
@@ -179,18 +177,40 @@ def check_param(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
         )
 
 
-def refuse_gradient(op: str, p: torch.Tensor, grad: Any) -> NoReturn:
-    """Say why a parameter cannot be stepped with this gradient."""
-    if p.dtype not in DTYPES:
+def check_dtype_of(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
+    """Raise for a parameter whose dtype the options of its group do not go with."""
+    if group["stochastic_rounding"] and p.dtype in (torch.float16, torch.complex32):
+        raise ValueError(
+            f"{op}: stochastic_rounding is for bfloat16 parameters, got {p.dtype}; switch it off"
+        )
+    if group["l1"] and p.dtype in COMPLEX_DTYPES:
+        raise ValueError(
+            f"{op}: l1 must be 0 for complex parameters, whose absolute value is not that of single parts, "
+            f"got {p.dtype}; give their group l1=0 and add fastreg.optim.penalty(...) to the loss"
+        )
+
+
+def check_gradient(op: str, group: dict[str, Any], p: torch.Tensor, grad: Any) -> None:
+    """Raise unless a parameter can be stepped with this gradient; None is none, with an average beside it."""
+    if p.dtype not in DTYPES and p.dtype not in COMPLEX_DTYPES:
         raise TypeError(
-            f"{op}: parameters must be float32, float64, float16 or bfloat16, got {p.dtype}; use "
+            f"{op}: parameters must be float32, float64, float16, bfloat16 or complex, got {p.dtype}; use "
             f"torch.optim.{op}"
         )
+    check_dtype_of(op, group, p)
+    if not is_compiling() and p.is_conj():  # in compiled code torch says so
+        raise RuntimeError(
+            f"{op}: a complex parameter must lie in memory as it is, got a conjugate that nobody has carried "
+            f"out; use .resolve_conj()"
+        )
+    if grad is None:
+        return
     if grad.layout != torch.strided:
         raise TypeError(
             f"{op}: gradients must be dense, got {grad.layout}; use sparse=False or torch.optim.{op}"
         )
-    raise ValueError(
-        f"{op}: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it "
-        f"with .to({p.dtype})"
-    )
+    if grad.dtype != p.dtype:
+        raise ValueError(
+            f"{op}: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it "
+            f"with .to({p.dtype})"
+        )

@@ -21,12 +21,12 @@ from ._clip import OPTIONS as CLIPPING
 from ._clip import check_clipping, check_group_of_clipping, clipped, norm_of
 from ._groups import (
     Params,
+    check_gradient,
     check_keys,
     check_param,
     check_params,
     free_groups,
     in_numbers,
-    refuse_gradient,
     tensor_of,
 )
 
@@ -72,6 +72,8 @@ class Work(NamedTuple):
     # (parameter, average, count) of each parameter without a gradient
     idle: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     places: list[int]  # with stochastic rounding, the four numbers of each tensor that `rounding_of` takes
+    # (complex tensor, what stands for it above) where that is a copy, which is written back after the step
+    copies: list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Scaling(NamedTuple):
@@ -329,6 +331,8 @@ class OnePass(Averages):
             ema_tensor = warmed_up(group["ema"], group["ema_warmup"], counts)
         if work.params:
             self._call(group, device, work, scaling, ema_tensor)
+            for tensor, copy in work.copies:
+                tensor.copy_(torch.view_as_complex(copy))
         if work.idle:
             average_idle(work.idle, group["ema"] if ema_tensor is None else ema_tensor, scaling.found_inf)
 
@@ -341,6 +345,7 @@ class OnePass(Averages):
         """
         found: dict[torch.device, tuple[Work, list[Any]]] = {}
         averages, rounds = group["ema"] is not None, group["stochastic_rounding"]
+        is_complex = False
         columns = self._columns(group, skippable) + (_AVERAGE if averages else ())
         for i, p in enumerate(group["params"], first):
             grad = p.grad
@@ -350,12 +355,13 @@ class OnePass(Averages):
             if dtype not in DTYPES or (
                 grad is not None and (grad.layout != torch.strided or grad.dtype != dtype)
             ):
-                refuse_gradient(self._op, p, grad)
+                check_gradient(self._op, group, p, grad)
+                is_complex = True  # what else stands here has been refused
             if rounds and dtype == torch.float16:
                 check_param(self._op, group, p)
             here = found.get(device)
             if here is None:
-                work = Work({}, [], [], {column.name: [] for column in columns}, [], [])
+                work = Work({}, [], [], {column.name: [] for column in columns}, [], [], [])
                 rows = [(*column, work.state[column.name]) for column in columns]
                 found[device] = work, rows
             else:
@@ -386,7 +392,7 @@ class OnePass(Averages):
                 average = state["ema"]
                 local = (p.to_local(), average.to_local()) if sharded else (p, average)
                 work.idle.append((*local, state["n_averaged"]))
-        return {device: work for device, (work, _) in found.items()}
+        return {device: _as_real(work) if is_complex else work for device, (work, _) in found.items()}
 
     def _averages_idle(self, p: torch.Tensor) -> bool:
         """Whether a parameter without a gradient is averaged: one that may get one, except those of lazy
@@ -395,6 +401,31 @@ class OnePass(Averages):
         if p.requires_grad:
             return not isinstance(p, torch.nn.UninitializedParameter)
         return "ema" in self.state.get(p, ())
+
+
+def _as_real(work: Work) -> Work:
+    """The same memory, where complex numbers are pairs of real ones, which is how torch steps them too.
+
+    In compiled code it is a copy: torch 2.14 makes there the view of a tensor that an operator changes anew,
+    by sizes and strides alone, which are not those of complex numbers.
+    """
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        if not (is_compiling() and tensor.is_complex()):
+            return real(tensor)
+        copy = real(tensor).clone()
+        work.copies.append((tensor, copy))
+        return copy
+
+    return work._replace(
+        params=[changed(p) for p in work.params],
+        grads=[real(grad.resolve_conj()) for grad in work.grads],
+        state={name: [changed(value) for value in values] for name, values in work.state.items()},
+        idle=[(real(p), real(average), n_averaged) for p, average, n_averaged in work.idle],
+    )
 
 
 def _own_gradient(grad: Any, param: Any) -> Any:

@@ -257,21 +257,22 @@ def _is_usual(w: torch.Tensor) -> bool:
 
 
 def _wide(w: torch.Tensor) -> torch.dtype:
-    return torch.float64 if w.dtype == torch.float64 else torch.float32
+    return torch.float64 if w.dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def _by_formula(kind: _Kind, params: Sequence[Any]) -> Iterator[torch.Tensor]:
     """The terms of parameters of one kind, of DTensors those of this rank; every derivative is autograd's."""
     for p in params:
         w = _own_part(kind, p)
-        w = w.to(_wide(w))
+        w = w.to(torch.promote_types(w.dtype, _wide(w)))
         # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
         if kind.l1:
             yield kind.l1 * w.abs().sum()
         if kind.l2:
-            yield 0.5 * kind.l2 * (w * w).sum()
+            parts = torch.view_as_real(w.resolve_conj()) if w.is_complex() else w
+            yield 0.5 * kind.l2 * (parts * parts).sum()
         if not (kind.l1 or kind.l2) and not is_sharded(p):
-            yield w.new_zeros(())
+            yield w.new_zeros((), dtype=_wide(w))
 
 
 def _by_operators(kind: _Kind, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -56,9 +56,10 @@ class SGD(OnePass, torch.optim.SGD):
         differentiable: must be False.
 
     All of these but max_norm, error_if_nonfinite and the last three may differ per group. Parameters are
-    float32, float64, float16 or bfloat16, dense, of any strides; DTensor parameters (FSDP2) are stepped shard
-    by shard. State: `momentum_buffer` per parameter, as in torch, and checkpoints go both ways; with
-    stochastic_rounding a count, `step`. What of the momentum and the average is below 2^-126, where steps
+    float32, float64, float16 or bfloat16, dense, of any strides; or complex, whose parts are stepped as
+    numbers of their own, as in torch. DTensor parameters (FSDP2) are stepped shard by shard. State:
+    `momentum_buffer` per parameter, as in torch, and checkpoints go both ways; with stochastic_rounding a
+    count, `step`. What of the momentum and the average is below 2^-126, where steps
     take many times as long, becomes 0 (except in float64).
 
     Under `torch.amp.GradScaler` all is as with torch's SGD. By default the scaler unscales the gradients
@@ -72,7 +73,8 @@ class SGD(OnePass, torch.optim.SGD):
     Raises:
         ValueError: a NaN or infinite number, a negative one in the constructor (as in torch, in a group it
             may be), nesterov without momentum or with dampening, an unknown l1_mode, a parameter group made
-            with a key that no optimiser and no scheduler of torch reads either, scale_penalty with momentum
+            with a key that no optimiser and no scheduler of torch reads either, an l1 of complex parameters
+            (add `penalty` to the loss), scale_penalty with momentum
             of 1 or more or dampening above 1, differentiable=True, stochastic rounding of float16, a gradient
             of another dtype than its parameter.
         TypeError: a sparse gradient.
