@@ -45,13 +45,19 @@ class ExchangedCode:
             setattr(self.original, attribute, getattr(function, attribute))
         # The name under which the function's module has the replacement. It stays there, because a call that
         # has begun still looks it up.
-        self._name, self._make = f"_fastreg_{name}", make
+        qualified = function.__qualname__.replace(".", "_")  # a method's name is that of many
+        self._name, self._make = f"_fastreg_{qualified}", make
         self._replacement = make(self.original)
         listed = ", ".join(arguments)
         taken = ", ".join((*arguments[: code.co_argcount], "*", *arguments[code.co_argcount :]))
         made: dict[str, Any] = {}
         exec(f"def {name}({taken.removesuffix(', *')}):\n    return {self._name}({listed})", made)
         self._codes = code, made[name].__code__.replace(co_filename=__file__)
+
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether the function calls the replacement now."""
+        return self.function.__code__ is self._codes[True]
 
     def exchange(self, to: bool) -> None:
         """Let the function do the one or the other."""

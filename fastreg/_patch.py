@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 import threading
 import types
 from collections.abc import Callable
@@ -534,10 +535,52 @@ _BY_NAME = {
 }
 
 
+# What a module that `convert` lets keep its class has among its attributes.
+_KEPT = "_fastreg_kept"
+
+
+class _Kept:
+    """That attribute. Where a copy or a pickle of the module comes to be, the class must ask for it, too."""
+
+    def __reduce__(self) -> Any:
+        return _let_classes_ask, ()
+
+
+@functools.cache
+def _asking(kind: type[torch.nn.Module]) -> ExchangedCode:
+    """The forward of a class of torch's, which asks each module whether it is converted. Its identity stays
+    as with all that is exchanged, and for all other modules so does what it does.
+    """
+    ours: Any = _MODULES[kind].forward
+    arguments = ("self", "input", "target") if kind is torch.nn.CrossEntropyLoss else ("self", "input")
+
+    def make(theirs: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(self: torch.nn.Module, *args: Any) -> Any:
+            # Compiled code has no guard of what a dict has not; outside of it a missing attribute takes time.
+            is_kept = hasattr(self, _KEPT) if is_compiling() else _KEPT in self.__dict__
+            return (ours if is_kept else theirs)(self, *args)
+
+        return forward
+
+    return ExchangedCode(_FORWARDS[kind], arguments, make)
+
+
+def _let_classes_ask() -> _Kept:
+    """Let every class of torch's ask; for good, since nobody knows when the last such module goes."""
+    for kind in _MODULES:
+        asking = _asking(kind)
+        if not asking.is_exchanged:
+            asking.exchange(True)
+            # No guard of compiled code looks at the code of a method.
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
+    return _Kept()
+
+
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
-def convert(model: _Model) -> _Model:
+def convert(model: _Model, *, keep_class: bool = False) -> _Model:
     """Exchange the dropout and cross-entropy modules of a model for fastreg's, in place.
 
     Modules keep their identity, name, mode, hooks and attributes; subclasses of torch's modules are left
@@ -547,6 +590,11 @@ def convert(model: _Model) -> _Model:
 
     Args:
         model: Module.
+        keep_class: torch's modules keep their class, for libraries that look up the exact class of a module,
+            as BackPACK and `torch.ao.quantization` do. What runs is the same: the class's `forward`, whose
+            code is exchanged for good, asks each module whether it is converted. A pickle of the model needs
+            fastreg either way. Modules of other libraries are left alone then, and so are modules that have
+            been converted before.
 
     Returns:
         The same model.
@@ -556,11 +604,19 @@ def convert(model: _Model) -> _Model:
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
+    check_choice("convert", "keep_class", keep_class, (False, True))
     for module in model.modules():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
-            if type(module).forward is _FORWARDS[type(module)]:
+            if type(module).forward is not _FORWARDS[type(module)]:
+                continue
+            if keep_class:
+                vars(module)[_KEPT] = _let_classes_ask()
+            else:
+                vars(module).pop(_KEPT, None)
                 _change_class(module, _MODULES[type(module)])
+        elif keep_class:
+            continue
         elif kind in _BY_NAME:
             _change_class(module, _BY_NAME[kind])
         elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":

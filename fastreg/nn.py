@@ -115,7 +115,8 @@ def _dropout_or_torchs(
     input: torch.Tensor,
 ) -> torch.Tensor:
     extras = {}
-    if ours is dropout and module.rescale != "train":
+    # A module that keeps torch's class has no such attribute.
+    if ours is dropout and type(module) is not torch.nn.Dropout and module.rescale != "train":
         extras = {"rescale": module.rescale}
     elif theirs not in _TORCHS:
         return theirs(input, module.p, module.training, module.inplace)
@@ -446,7 +447,7 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
             value = fast.cross_entropy(
                 *(input, target, weight, None, loss.ignore_index, None, loss.reduction),
                 loss.label_smoothing,
-                *_extras_of(loss),
+                *(_extras_of(loss) if type(loss) is not torch.nn.CrossEntropyLoss else _EXTRAS.values()),
             )
         except ValueError:  # refused again below, with torch's type
             value = None
@@ -458,7 +459,7 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
         "reduction": loss.reduction,
         "label_smoothing": loss.label_smoothing,
     }
-    extras = {name: getattr(loss, name) for name in _EXTRAS}
+    extras = {name: getattr(loss, name, default) for name, default in _EXTRAS.items()}
     changed = extras if extras != _EXTRAS else {}
     if not changed and (is_exchanged or is_torchs(input, target, weight)):
         return F.cross_entropy(input, target, **options)

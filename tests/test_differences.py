@@ -233,6 +233,7 @@ def test_a_rate_in_bfloat16_is_a_number():
 def test_converted_modules_have_a_class_of_ours():
     module = fr.convert(nn.Dropout())
     assert type(module) is not nn.Dropout and isinstance(module, nn.Dropout)
+    assert type(fr.convert(nn.Dropout(), keep_class=True)) is nn.Dropout
     assert b"fastreg" in pickle.dumps(module) and repr(module) == repr(nn.Dropout())
 
 
@@ -244,14 +245,32 @@ def test_quantisation_knows_modules_by_their_class():
         fr.convert(model)[1].__class__ = nn.Dropout
         return model
 
+    def kept(model):
+        return fr.convert(model, keep_class=True)
+
     with warnings.catch_warnings(), fr.patched():
         warnings.simplefilter("ignore")
-        torchs, ours, again = (
+        torchs, ours, *others = (
             quantize.prepare_fx(door(nn.Sequential(nn.Linear(4, 4), nn.Dropout())).eval(), *options)
-            for door in (lambda model: model, fr.convert, back)
+            for door in (lambda model: model, fr.convert, back, kept)
         )
     assert torchs.code != ours.code and ours(torch.ones(2, 4)).shape == (2, 4)
-    assert torchs.code == again.code
+    assert {each.code for each in others} == {torchs.code}
+
+
+def test_kept_classes_ask_each_module():
+    module, other, x = nn.Dropout(), nn.Dropout(), torch.ones(100)
+
+    def of(run):
+        torch.manual_seed(1)
+        return run(x)
+
+    before = of(module)
+    fr.convert(module, keep_class=True)
+    assert nn.Dropout.forward.__code__.co_filename.endswith("_exchange.py")
+    assert torch.equal(of(module), of(fr.dropout)) and torch.equal(of(other), before)
+    del module._fastreg_kept
+    assert torch.equal(of(module), before)
 
 
 def test_stochastic_depth_is_no_longer_of_its_library():

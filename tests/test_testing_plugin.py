@@ -42,6 +42,20 @@ class Other(torch.Tensor):
     pass
 
 
+@pytest.mark.parametrize("options", [("convert_keep_class",), ("convert", "convert_keep_class")])
+def test_modules_keep_their_class(exchange, options):
+    run, x = exchange(*options), torch.ones(2000)
+    model = nn.Sequential(nn.Dropout(), nn.CrossEntropyLoss())
+    assert type(model[0]) is nn.Dropout and type(model[1]) is nn.CrossEntropyLoss
+    assert (model[0](x) == 0).any()
+    assert run.counts == {"modules converted": 2, "calls of converted modules": 1}
+    copy.deepcopy(model)[0](x)
+    assert run.counts["calls of converted modules"] == 2
+    run.undo()
+    nn.Dropout()(x)
+    assert run.counts["modules converted"] == run.counts["calls of converted modules"] == 2
+
+
 class TestPatch:
     def test_calls_are_counted(self, exchange):
         run, x = exchange("patch"), torch.ones(2000)

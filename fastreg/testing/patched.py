@@ -4,6 +4,7 @@
 
 --fastreg-patch: `fastreg.patch()` for the whole run, before anything of the project is imported.
 --fastreg-convert: every module is converted, as by `fastreg.convert`, when it is built.
+--fastreg-convert-keep-class: the same with `keep_class=True`, for projects that look up exact classes.
 --fastreg-optim: `torch.optim.SGD` and `AdamW` are those of `fastreg.optim`, under every name.
 
 Without an option nothing changes. A line at the beginning says what is exchanged, and one at the end how
@@ -29,7 +30,7 @@ from .._exchange import ExchangedName
 
 __all__: tuple[str, ...] = ()  # pytest finds its hooks by name; nobody else imports anything
 
-OPTIONS = ("patch", "convert", "optim")
+OPTIONS = ("patch", "convert", "convert_keep_class", "optim")
 OPTIMIZERS = {"SGD": optim.SGD, "AdamW": optim.AdamW}
 
 
@@ -43,6 +44,7 @@ class Exchange:
 
     def __init__(self, options: tuple[str, ...]) -> None:
         self.options = options
+        self._keep_class = "convert_keep_class" in options
         self.counts: Counter[str] = Counter()
         self._undo: list[Callable[[], Any]] = []
         for option in options:
@@ -61,6 +63,10 @@ class Exchange:
         _patch.watch(tell)
         _patch.patch()
         self._undo += [lambda: _patch.watch(None), _patch.unpatch]
+
+    def _convert_keep_class(self) -> None:
+        if "convert" not in self.options:
+            self._convert()
 
     def _convert(self) -> None:
         """A module of torch's own classes is converted at the end of its constructor. One that fastreg knows
@@ -98,9 +104,9 @@ class Exchange:
     def _convert_one(self, module: torch.nn.Module) -> None:
         if is_compiling():  # where a class cannot be changed
             return
-        before = type(module)
-        _patch.convert(module)
-        self.counts["modules converted"] += type(module) is not before
+        before = type(module), len(vars(module))
+        _patch.convert(module, keep_class=self._keep_class)
+        self.counts["modules converted"] += (type(module), len(vars(module))) != before
 
     def _optim(self) -> None:
         def stepped(optimizer: Any, *_: Any) -> None:
@@ -128,18 +134,20 @@ _running: list[Exchange] = []  # at most one in a process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The three options."""
+    """The options."""
     group = parser.getgroup("fastreg")
     for option, does in zip(
         OPTIONS,
         (
             "put fastreg's functions under torch.nn.functional",
             "convert every module when it is built",
+            "convert every module, and let it keep its class",
             "let SGD and AdamW of torch.optim be those of fastreg.optim",
         ),
         strict=True,
     ):
-        group.addoption(f"--fastreg-{option}", action="store_true", default=False, help=does)
+        name = f"--fastreg-{option.replace('_', '-')}"
+        group.addoption(name, action="store_true", default=False, help=does)
 
 
 def _begin(options: Any) -> None:
