@@ -187,7 +187,7 @@ class TestCompiled:
 
         compiled, graphs = scheduled(fr.optim.AdamW, make, backend, **options)
         eager, _ = scheduled(fr.optim.AdamW, make, **options)
-        assert graphs <= 2
+        assert graphs == 2  # of the second group, whose rate is a number
         for a, b in zip(compiled, eager, strict=True):
             if backend == "inductor":  # has powers of its own, in the warm-up
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)

@@ -192,3 +192,40 @@ class TestSkippedSteps:
         original._step_supports_amp_scaling = False  # as some code does by hand
         original.load_state_dict(original.state_dict())
         assert not original._step_supports_amp_scaling
+
+
+def graphs_of(module, kind, **options):
+    """How many graphs five compiled steps make, the rate of which falls; and the parameter."""
+    torch._dynamo.reset()
+    p = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+    optimizer = getattr(module, kind)([p], lr=torch.tensor(0.1), **options)
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(optimizer.step, backend=counter)
+    for n in range(5):
+        p.grad = torch.linspace(1, n, 5)
+        step()
+        optimizer.param_groups[0]["lr"].mul_(0.9)
+    return counter.frame_count, p.detach()
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("AdamW", {}),
+        ("AdamW", dict(amsgrad=True, capturable=True)),
+        ("AdamW", dict(ema=0.9, max_norm=1.0, stochastic_rounding=True)),
+        ("SGD", {}),
+        ("SGD", dict(momentum=0.9, dampening=0.1)),
+        ("SGD", dict(momentum=0.9, ema=0.9, max_norm=1.0)),
+    ],
+    ids=str,
+)
+def test_compiled_steps_with_the_rate_in_a_tensor_are_one_graph(kind, options):
+    """The first step, which makes the state, has no graph of its own."""
+    count, p = graphs_of(fr.optim, kind, **options)
+    assert count == 1
+    known = {name: value for name, value in options.items() if name in ("amsgrad", "momentum", "dampening")}
+    torchs, q = graphs_of(torch.optim, kind, **known)
+    assert count <= torchs  # torch's SGD makes two with momentum
+    if "max_norm" not in options:
+        torch.testing.assert_close(p, q)

@@ -283,6 +283,9 @@ class OnePass(Averages):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if is_compiling():
+            for group in self.param_groups:
+                self._init_group(group)
         groups = [self._in_numbers(group) for group in self.param_groups]
         for group in groups:
             check_group_of_clipping(self._op, group)
@@ -310,6 +313,23 @@ class OnePass(Averages):
             for device, tensors in work.items():
                 self._step_on(device, group, tensors, scaling.to(device))
         return loss
+
+    def _init_group(self, group: dict[str, Any], *_: Any) -> None:
+        """Make the state that a step of the group needs.
+
+        Of torch's optimisers and their subclasses Dynamo calls the method of this name itself, instead of
+        tracing it: a graph that made the state would serve for the first step alone.
+        """
+        group = self._in_numbers(group)
+        averages = group["ema"] is not None
+        columns = self._columns(group, self.defaults["max_norm"] is not None)
+        columns += _AVERAGE if averages else ()
+        for p in group["params"] if columns else ():
+            if p.grad is not None or (averages and self._averages_idle(p)):
+                state = self.state[p]
+                for column in columns:
+                    if state.get(column.name) is None:
+                        state[column.name] = column.make(p, state)
 
     def _step_usual(self, fast: Any, groups: list[dict[str, Any]]) -> bool:
         """Do the step in C++ if this is the usual case; False if it is not, and nothing has been stepped."""
