@@ -291,7 +291,7 @@ class TestErrors:
         p = parameter(torch.ones(4, 3))
         p.grad = torch.eye(4, 3).to_sparse()
         self.check_refused(
-            p, TypeError, "AdamW: gradients must be dense, got torch.sparse_coo; use sparse=False"
+            p, TypeError, "AdamW does not support sparse gradients, got torch.sparse_coo; use sparse=False"
         )
         p = parameter(torch.ones(3, dtype=torch.bfloat16))
         p.grad_dtype = None

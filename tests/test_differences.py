@@ -1,5 +1,6 @@
 """docs/differences.md: what stays different from torch. Each row names the test here that pins it."""
 
+import copy
 import inspect
 import pickle
 import re
@@ -100,12 +101,28 @@ def test_any_integer_is_a_class_index_by_name():
 both = pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 
 
-@both
-def test_sparse_gradients_are_refused(kind):
-    embedding = nn.Embedding(3, 2, sparse=True)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="gradients must be dense"):
-        getattr(fr.optim, kind)(embedding.parameters(), lr=0.1).step()
+def test_sparse_gradients_are_made_dense():
+    ours, theirs = nn.Embedding(5, 2, sparse=True).double(), nn.Embedding(5, 2, sparse=True).double()
+    theirs.load_state_dict(ours.state_dict())
+    pairs = []
+    for embedding, module in ((ours, fr.optim), (theirs, torch.optim)):
+        optimizer = module.SGD(embedding.parameters(), lr=0.1, momentum=0.9, dampening=0.1)
+        for index in ([1, 1], [3, 1], [0]):
+            optimizer.zero_grad()
+            embedding(torch.tensor(index)).square().sum().backward()
+            optimizer.step()
+        pairs.append(optimizer)
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-14, atol=1e-14)
+    kept, torchs = (optimizer.state_dict()["state"][0]["momentum_buffer"] for optimizer in pairs)
+    assert kept.layout == torch.strided and torchs.layout == torch.sparse_coo
+    torch.testing.assert_close(kept, torchs.to_dense(), rtol=1e-14, atol=1e-14)
+    kept, torchs = (copy.deepcopy(optimizer.state_dict()) for optimizer in pairs)
+    pairs[0].load_state_dict(torchs)
+    pairs[1].load_state_dict(kept)
+    for embedding, optimizer in zip((ours, theirs), pairs, strict=True):
+        embedding(torch.tensor([2, 1])).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-13, atol=1e-14)
 
 
 @both

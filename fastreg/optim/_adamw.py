@@ -109,6 +109,7 @@ class AdamW(OnePass, torch.optim.AdamW):
     }
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "eps", "weight_decay", "l1", "ema")
     _of_one: ClassVar[tuple[str, ...]] = ("eps", "weight_decay")
+    _takes_sparse: ClassVar[bool] = False
 
     @names_unknown_arguments("AdamW", {"l2": "weight_decay", "lambda_": "weight_decay", "wd": "weight_decay"})
     def __init__(

@@ -6,13 +6,21 @@ import functools
 import gc
 import inspect
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy
 import torch
 from torch.compiler import is_compiling
 
-from .._checks import COMPLEX_DTYPES, DTYPES, ArgumentError, UnsupportedError, check_choice, check_number
+from .._checks import (
+    COMPLEX_DTYPES,
+    DTYPES,
+    ArgumentError,
+    ArgumentTypeError,
+    UnsupportedError,
+    check_choice,
+    check_number,
+)
 from .._transforms import may_look
 
 # What torch takes as parameters: tensors, (name, tensor) pairs, or groups, dicts whose "params" are either.
@@ -190,8 +198,12 @@ def check_dtype_of(op: str, group: dict[str, Any], p: torch.Tensor) -> None:
         )
 
 
-def check_gradient(op: str, group: dict[str, Any], p: torch.Tensor, grad: Any) -> None:
-    """Raise unless a parameter can be stepped with this gradient; None is none, with an average beside it."""
+def checked_gradient(
+    op: str, group: dict[str, Any], p: torch.Tensor, grad: Any, takes_sparse: bool
+) -> torch.Tensor | None:
+    """The gradient with which a parameter can be stepped, a sparse one made dense; None where there is none,
+    and an average beside it.
+    """
     if p.dtype not in DTYPES and p.dtype not in COMPLEX_DTYPES:
         raise TypeError(
             f"{op}: parameters must be float32, float64, float16, bfloat16 or complex, got {p.dtype}; use "
@@ -204,13 +216,20 @@ def check_gradient(op: str, group: dict[str, Any], p: torch.Tensor, grad: Any) -
             f"out; use .resolve_conj()"
         )
     if grad is None:
-        return
-    if grad.layout != torch.strided:
-        raise TypeError(
-            f"{op}: gradients must be dense, got {grad.layout}; use sparse=False or torch.optim.{op}"
+        return None
+    if grad.layout != torch.strided and not takes_sparse:
+        raise ArgumentTypeError(
+            f"{op} does not support sparse gradients, got {grad.layout}; use sparse=False or "
+            f"torch.optim.SparseAdam"
+        )
+    if grad.layout != torch.strided and (group["weight_decay"] or group["l1"]):
+        raise ArgumentTypeError(
+            f"{op}: gradients must be dense where weight_decay or l1 acts, got {grad.layout}; use "
+            f"sparse=False, or give this parameter a group without either"
         )
     if grad.dtype != p.dtype:
         raise ValueError(
             f"{op}: a gradient must have the dtype of its parameter, {p.dtype}, got {grad.dtype}; convert it "
             f"with .to({p.dtype})"
         )
+    return cast(torch.Tensor, grad.to_dense())

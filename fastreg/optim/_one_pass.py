@@ -21,10 +21,10 @@ from ._clip import OPTIONS as CLIPPING
 from ._clip import check_clipping, check_group_of_clipping, clipped, norm_of
 from ._groups import (
     Params,
-    check_gradient,
     check_keys,
     check_param,
     check_params,
+    checked_gradient,
     free_groups,
     in_numbers,
     tensor_of,
@@ -120,6 +120,7 @@ class OnePass(Averages):
     # The options that are one number, a tensor or a scalar of NumPy's included.
     _numbers: ClassVar[tuple[str, ...]]
     _of_one: ClassVar[tuple[str, ...]]  # of these, torch takes tensors of shape (1,)
+    _takes_sparse: ClassVar[bool]  # whether torch's class takes sparse gradients
 
     # The norm of the last step's gradients. One tensor that the steps write to, since a compiled or captured
     # step makes no new attribute.
@@ -246,6 +247,11 @@ class OnePass(Averages):
             before = groups[i] if i < len(groups) else {}
             for name, default in self._own_options.items():
                 group.setdefault(name, before.get(name, default))
+        for values in self.state.values():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                # The momentum of sparse gradients, as torch's SGD has it.
+                if isinstance(value, torch.Tensor) and value.layout != torch.strided:
+                    values[name] = value.to_dense()
         self._restore_numbers()
         if "defaults" in state:  # from a copy or a pickle
             self.defaults = {**CLIPPING, **self._own_options, **self.defaults}  # older ones have less
@@ -375,8 +381,8 @@ class OnePass(Averages):
             if dtype not in DTYPES or (
                 grad is not None and (grad.layout != torch.strided or grad.dtype != dtype)
             ):
-                check_gradient(self._op, group, p, grad)
-                is_complex = True  # what else stands here has been refused
+                grad = checked_gradient(self._op, group, p, grad, self._takes_sparse)
+                is_complex = is_complex or dtype.is_complex
             if rounds and dtype == torch.float16:
                 check_param(self._op, group, p)
             here = found.get(device)

@@ -77,7 +77,7 @@ class SGD(OnePass, torch.optim.SGD):
             (add `penalty` to the loss), scale_penalty with momentum
             of 1 or more or dampening above 1, differentiable=True, stochastic rounding of float16, a gradient
             of another dtype than its parameter.
-        TypeError: a sparse gradient.
+        TypeError: a sparse gradient where weight_decay or l1 acts; otherwise it is made dense.
 
     Source: Sutskever et al. 2013 (momentum as in torch); Daubechies et al. 2004 (proximal); Loshchilov and
     Hutter 2019 (decoupled); Gupta et al. 2015 (stochastic rounding).
@@ -94,6 +94,7 @@ class SGD(OnePass, torch.optim.SGD):
     }
     _numbers: ClassVar[tuple[str, ...]] = ("lr", "momentum", "dampening", "weight_decay", "l1", "ema")
     _of_one: ClassVar[tuple[str, ...]] = ("momentum",)
+    _takes_sparse: ClassVar[bool] = True
 
     @names_unknown_arguments("SGD", {"l2": "weight_decay", "lambda_": "weight_decay", "wd": "weight_decay"})
     def __init__(
