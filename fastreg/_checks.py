@@ -91,7 +91,8 @@ def check_number(
     """
     is_number = isinstance(value, (int, float, numpy.floating, numpy.integer))
     if not is_number or (isinstance(value, bool) and not allow_bool):
-        raise TypeError(f"{op}: {name} must be a number, got {_kind(value)}")
+        kind = ArgumentTypeError if isinstance(value, torch.Tensor) else TypeError
+        raise kind(f"{op}: {name} must be a number, got {_kind(value)}")
     # No math.isinf: torch.compile may hand in a symbol for the number.
     if low <= value <= high and (not finite or -math.inf < value < math.inf):
         return

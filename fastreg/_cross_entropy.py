@@ -10,11 +10,14 @@ csrc/cross_entropy/cross_entropy_math.h lists.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import numbers
+import operator
 import sys
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -86,6 +89,10 @@ class LossOptions(NamedTuple):
         check_choice(op, "smoothing", smoothing, ("uniform", "others"))
         check_choice(op, "all_ignored", all_ignored, ("nan", "zero"))
         label_smoothing, z_loss, ignore_index = map(scalar, (label_smoothing, z_loss, ignore_index))
+        if isinstance(ignore_index, (Tensor, numpy.ndarray)) and ignore_index.dtype not in (torch.bool, bool):
+            # Of one integer, as torch takes it.
+            with contextlib.suppress(TypeError):
+                ignore_index = operator.index(ignore_index)
         check_number(op, "label_smoothing", label_smoothing, 0, 1)
         check_number(op, "z_loss", z_loss, 0, sys.float_info.max)
         if not is_int(ignore_index, (numbers.Integral, torch.SymInt)):
@@ -741,6 +748,8 @@ def promoted_dtype(input: torch.dtype, target: Tensor, weight: Tensor | None, au
     their class weights; float32 for narrower ones under autocast.
     """
     dtypes = [input]
+    if input not in DTYPES:  # which is refused soon
+        return input
     if target.is_floating_point():
         dtypes += [t.dtype for t in (target, weight) if isinstance(t, Tensor) and t.dtype in DTYPES]
     if autocast:

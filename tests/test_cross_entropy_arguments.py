@@ -1,5 +1,6 @@
 """Wrong arguments of cross-entropy are errors that name the op, what was expected and what came."""
 
+import numpy
 import pytest
 import torch
 from cross_entropy_reference import INF
@@ -211,3 +212,29 @@ def test_the_raw_operator_checks_for_itself():
     ):
         with pytest.raises(ValueError, match=message):
             op(*arguments)
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(1), torch.tensor([1]), numpy.array(1), numpy.int64(1)], ids=repr
+)
+def test_ignore_index_is_any_integer_that_torch_takes(value):
+    x = torch.randn(2, 4)
+    expected = torch.nn.functional.cross_entropy(x, T2, ignore_index=value)
+    torch.testing.assert_close(fr.cross_entropy(x, T2, ignore_index=value), expected)
+
+
+def test_ignore_index_that_torch_refuses():
+    for value in (torch.tensor([1, 2]), torch.tensor(True), numpy.array([1.5])):
+        with pytest.raises(TypeError, match="ignore_index must be an int"):
+            fr.cross_entropy(x24(), T2, ignore_index=value)
+
+
+def test_errors_are_of_torchs_type_by_name():
+    two = torch.tensor([0.5, 0.5])
+    for function in (fr.dropout, torch.nn.functional.dropout):
+        with pytest.raises(RuntimeError):
+            function(torch.ones(3), two)
+    x = x24().to(torch.float8_e4m3fn)
+    for function in (fr.cross_entropy, torch.nn.functional.cross_entropy):
+        with pytest.raises(NotImplementedError):
+            function(x, torch.ones(2, 4))

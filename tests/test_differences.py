@@ -54,9 +54,11 @@ def test_training_none_is_refused_by_name():
         fr.dropout(X, training=None)
 
 
-def test_complex_numbers_are_refused_by_name():
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_other_numbers_are_refused_by_name(dtype):
     with pytest.raises(ValueError, match="input must be float32"):
-        fr.dropout(X.to(torch.complex64))
+        fr.dropout(X.to(dtype), 1.0)
+    assert not F.dropout(X.to(dtype), 1.0).any()
 
 
 # ---- cross-entropy
@@ -94,6 +96,47 @@ def test_any_integer_is_a_class_index_by_name():
         assert fr.cross_entropy(z, y) == fr.cross_entropy(z, y.long())
         with pytest.raises(RuntimeError):
             F.cross_entropy(z, y)
+
+
+def test_class_weights_of_other_dtypes_by_name():
+    z, y, weight = torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 1]), torch.tensor([1.0, 2, 3])
+    exact = F.cross_entropy(z.double(), y, weight.double())
+    assert fr.cross_entropy(z, y, weight) == exact.bfloat16()
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        F.cross_entropy(z, y, weight)
+    q = torch.rand(4, 3)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="weight must be floating point"):
+            fr.cross_entropy(z.float(), q, weight.to(dtype))
+        assert F.cross_entropy(z.float(), q, weight.to(dtype)).isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [True, -0.1, float("nan")])
+def test_smoothing_that_is_none_is_refused_by_name(smoothing):
+    z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    with pytest.raises((TypeError, ValueError), match="label_smoothing must be"):
+        fr.cross_entropy(z, y, label_smoothing=smoothing)
+    F.cross_entropy(z, y, label_smoothing=smoothing)
+    with fr.patched():
+        F.cross_entropy(z, y, label_smoothing=smoothing)
+
+
+def test_targets_of_other_shapes_are_refused_by_name():
+    z, y = torch.randn(3), torch.tensor([1])
+    with pytest.raises(ValueError, match="target must have shape"):
+        fr.cross_entropy(z, y)
+    empty = torch.zeros(2, 0)
+    with pytest.raises(ValueError, match="at least one class"):
+        fr.cross_entropy(empty, empty)
+    with fr.patched():
+        torch.testing.assert_close(F.cross_entropy(z, y), fr.cross_entropy(z, y[0]))
+        assert F.cross_entropy(empty, empty, reduction="sum") == 0
+
+
+def test_an_infinite_class_weight_is_nan():
+    z, y, weight = torch.randn(4, 3), torch.tensor([0, 1, 2, 1]), torch.full((3,), torch.inf)
+    assert fr.cross_entropy(z, y, weight, reduction="sum").isnan()
+    assert F.cross_entropy(z, y, weight, reduction="sum") == torch.inf
 
 
 # ---- SGD and AdamW
