@@ -223,6 +223,42 @@ USES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+@pytest.mark.parametrize("module", [torch.optim, fr.optim], ids=["torch", "fastreg"])
+def test_the_groups_are_the_dicts_of_the_caller(module, kind):
+    """Given at construction or later, with names or without; what he changes counts."""
+    first, second, third = weights((3,), (3,), (2, 2))
+    given = [{"params": first, "lr": 0.5}, {"params": iter([second]), "weight_decay": 0.0}]
+    optimizer = getattr(module, kind)(given, lr=0.1)
+    later = {"params": [third]}
+    optimizer.add_param_group(later)
+    for ours, group in zip([*given, later], optimizer.param_groups, strict=True):
+        assert (
+            ours is group
+            and type(ours["params"]) is list
+            and ours.keys()
+            >= optimizer.defaults.keys()
+            - {
+                "max_norm",
+                "error_if_nonfinite",
+            }
+        )
+    later["lr"] = 0.0
+    train(optimizer, [first, second, third], steps=1)
+    assert torch.equal(third.detach(), weights((3,), (3,), (2, 2))[2].detach())
+    assert not torch.equal(second.detach(), weights((3,), (3,))[1].detach())
+    named = {"params": [("a", weights((3,))[0])]}
+    optimizer = getattr(module, kind)([named], lr=0.1)
+    assert optimizer.param_groups[0] is named and named["param_names"] == ["a"]
+
+
+def test_a_group_without_decay_is_told_that_l1_leaves_it_out():
+    w, b = weights((3, 3), (3,))
+    groups = [{"params": [w]}, {"params": [b], "weight_decay": 0.0}]
+    optimizer = fr.optim.SGD(groups, lr=0.1, l1=0.1)
+    assert optimizer.param_groups[1] is groups[1] and [group["l1"] for group in groups] == [0.1, 0.0]
+
+
 @every
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 @pytest.mark.filterwarnings("ignore:Lazy modules")

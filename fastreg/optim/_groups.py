@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -56,7 +57,9 @@ def free_groups(op: str, params: Any) -> Any:
     free = [isinstance(group, dict) and _is_free(op, group) for group in params]
     if all(free):
         return params
-    return [{**group, "l1": 0.0} if is_free else group for group, is_free in zip(params, free, strict=True)]
+    for group in itertools.compress(params, free):
+        group["l1"] = 0.0
+    return params
 
 
 def _is_free(op: str, group: dict[str, Any]) -> bool:

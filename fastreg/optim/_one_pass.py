@@ -214,9 +214,11 @@ class OnePass(Averages):
         for p in unique.values():
             if isinstance(tensor_of(p), torch.Tensor):
                 check_param(self._op, group, tensor_of(p))
-        super().add_param_group({**param_group, "params": list(unique.values())})
+        # The very dict is kept, as torch does: who handed it in may change it later.
+        param_group["params"] = list(unique.values())
+        super().add_param_group(param_group)
         for name in CLIPPING:
-            self.param_groups[-1].pop(name)
+            param_group.pop(name)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch's."""
