@@ -129,7 +129,8 @@ def pretrain_autoencoder(
         loss: loss(reconstruction, x) -> tensor, both [B, elements], with one number or one value per sample
             as in `fgsm`, of which the mean is taken; `torch.nn.functional.mse_loss` if None.
             `binary_cross_entropy_with_logits` suits pixels in [0, 1].
-        optimizer: callable(parameters) -> optimiser; `torch.optim.Adam` with its defaults if None.
+        optimizer: callable(parameters) -> optimiser; `torch.optim.Adam` with its defaults if None, except
+            for an eps of 1e-4 where parameters are float16, in which the default is 0.
         generator: torch.Generator on the CPU. A seed for all that is random is drawn from it; without it
             that starts from the state that torch's generators are in.
 
@@ -169,7 +170,7 @@ def pretrain_autoencoder(
 
     with _restored(both), _seeded(generator):
         both.train()
-        steps = (torch.optim.Adam if optimizer is None else optimizer)(parameters)
+        steps = (_adam if optimizer is None else optimizer)(parameters)
         for epoch in range(epochs):
             total: Any = 0
             count = 0
@@ -288,3 +289,9 @@ def _restored(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
         for p, grad in gradients:
             p.grad = grad
+
+
+def _adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's Adam; with its eps a float16 parameter that gets no gradient would become 0 / 0."""
+    eps = 1e-4 if any(p.dtype == torch.float16 for p in parameters) else 1e-8
+    return torch.optim.Adam(parameters, eps=eps)
