@@ -357,7 +357,7 @@ class TestBothPaths:
     def test_an_error_in_a_later_group_finds_nothing_stepped(self, monkeypatch):
         monkeypatch.setattr(fr.optim._one_pass, "fast", spy := StepSpy())
         a, b = (parameter(torch.ones(3)) for _ in range(2))
-        optimizer = fr.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1)
+        optimizer = fr.optim.SGD([{"params": [a]}, {"params": [b], "weight_decay": 0.1}], lr=0.1)
         a.grad, b.grad = torch.ones(3), torch.ones(3).to_sparse()
         with pytest.raises(TypeError, match="dense"):
             optimizer.step()
