@@ -48,7 +48,14 @@ from ._dropout_masks import unpack_mask
 from ._flops import tell_counters
 from ._registry import define_composite, fast
 from ._seeds import draw_seed
-from ._shards import one_by_one, own_part, refuse_transformed_parts, seed_of_first_rank, whole_of_parts
+from ._shards import (
+    local_part,
+    one_by_one,
+    own_part,
+    refuse_transformed_parts,
+    seed_of_first_rank,
+    whole_of_parts,
+)
 from ._transforms import (
     autocast_dtype,
     handed_over,
@@ -478,16 +485,17 @@ def _run_on_shards(query, key, value, attn_mask, p, is_causal, scale, seed):
     is, and so are the heads of key and value that a rank takes.
     """
     mesh, placements = query.device_mesh, query.placements
-    seed = seed_of_first_rank(seed.to(query.to_local().device), mesh)  # a GPU's seed is drawn on the CPU
+    own = local_part(query)
+    seed = seed_of_first_rank(seed.to(own.device), mesh)  # a GPU's seed is drawn on the CPU
     part = own_part(query.shape, mesh, placements)[:-2]
-    whole, start = list(query.shape[:-2]), [own.start for own in part]
+    whole, start = list(query.shape[:-2]), [held.start for held in part]
     if attn_mask is not None:
         attn_mask = _whole_mask(attn_mask, query)
         missing = query.dim() - attn_mask.dim()
-        for dim, own in enumerate(part):
+        for dim, held in enumerate(part):
             if dim >= missing and attn_mask.shape[dim - missing] > 1:
-                attn_mask = attn_mask.narrow(dim - missing, own.start, own.stop - own.start)
-    tensors = query.to_local(), _heads_for(query, key), _heads_for(query, value)
+                attn_mask = attn_mask.narrow(dim - missing, held.start, held.stop - held.start)
+    tensors = own, _heads_for(query, key), _heads_for(query, value)
     output = _Attention.apply(*tensors, attn_mask, p, is_causal, scale, seed, whole, start)
     size = torch.Size((*query.shape[:-1], value.shape[-1]))
     return one_by_one("scaled_dot_product_attention", whole_of_parts(output, mesh, placements, size))
@@ -501,32 +509,31 @@ def _heads_for(query: Any, tensor: Any) -> Tensor:
 
     mesh, placements = query.device_mesh, list(query.placements)
     if tensor.shape[:-2] == query.shape[:-2]:
-        return tensor.redistribute(mesh, placements).to_local()
+        return local_part(tensor, placements)
     heads = query.dim() - 3  # the dimension of the heads
     each = query.shape[heads] // tensor.shape[heads]
     axes = [axis for axis, p in enumerate(placements) if p.is_shard() and p.dim % query.dim() == heads]
     if tensor.shape[heads] % math.prod(mesh.size(axis) for axis in axes) == 0:  # whole groups everywhere
-        return tensor.redistribute(mesh, placements).to_local().repeat_interleave(each, heads)
+        return local_part(tensor, placements).repeat_interleave(each, heads)
     gradients = [Partial() if axis in axes else p for axis, p in enumerate(placements)]
     placements = [Replicate() if axis in axes else p for axis, p in enumerate(placements)]
     own = own_part(query.shape, mesh, query.placements)[heads]
     taken = torch.arange(own.start, own.stop, device=query.device) // each
-    local = tensor.redistribute(mesh, placements).to_local(grad_placements=gradients)
-    return local.index_select(heads, taken)
+    return local_part(tensor, placements, gradients).index_select(heads, taken)
 
 
 def _whole_mask(attn_mask: Any, query: Any) -> Tensor:
     """The mask, all of it; its gradient is the sum over the ranks that have other heads."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import Partial, Replicate
 
     mesh = query.device_mesh
     everywhere = [Replicate()] * mesh.ndim
     if not is_sharded(attn_mask):
         if not attn_mask.requires_grad:
             return attn_mask
-        attn_mask = DTensor.from_local(attn_mask, mesh, everywhere, run_check=False)
+        attn_mask = whole_of_parts(attn_mask, mesh, everywhere)
     gradients = [Partial() if placement.is_shard() else Replicate() for placement in query.placements]
-    return attn_mask.redistribute(mesh, everywhere).to_local(grad_placements=gradients)
+    return local_part(attn_mask, everywhere, gradients)
 
 
 def _as_autocast(

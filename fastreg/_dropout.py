@@ -34,6 +34,7 @@ from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
 from ._seeds import draw_seed, random_halves, seed_tensor
 from ._shards import (
+    local_part,
     one_by_one,
     own_part,
     place_in_whole,
@@ -412,7 +413,7 @@ def _run_on_shards(op, input, p, inplace, seed, inner, form):
         raise ValueError(
             f"{op}: expected a replicated or sharded DTensor, got {placements}; call .redistribute() first"
         )
-    local = input.to_local()
+    local = local_part(input)
     seed = seed.to(
         local.device
     )  # a GPU's seed is drawn on the CPU, and its ranks may have no way to send that

@@ -18,16 +18,17 @@ from ._cross_entropy import LossOptions, check_indices, loss_of, statistics_dtyp
 from ._linear_cross_entropy import linear_loss, row_weights
 from ._ranks import raise_the_first
 from ._sharded_cross_entropy import sharded_linear_loss, sharded_loss
-from ._shards import one_by_one, own_part, whole_of_parts
+from ._shards import full, local_part, one_by_one, own_part, whole_of_parts
 from ._transforms import is_sharded, may_look
 
 
 class _Placed(NamedTuple):
-    """Where the logits are: `logits` is a DTensor (N, C, ...), of which at most one dimension of the mesh
+    """How the logits (N, C, ...) are placed while the loss is computed: at most one dimension of the mesh
     shards the classes.
     """
 
-    logits: Any
+    mesh: Any
+    placements: tuple[Any, ...]
     class_axis: int | None  # of the mesh
     row_axes: tuple[int, ...]
 
@@ -50,24 +51,22 @@ def _placed(logits: Any) -> _Placed:
             elif class_axis is None:
                 class_axis, kept = axis, placement
         placements.append(kept)
-    if tuple(placements) != tuple(logits.placements):
-        logits = logits.redistribute(placements=placements)
-    return _Placed(logits, class_axis, tuple(row_axes))
+    return _Placed(logits.device_mesh, tuple(placements), class_axis, tuple(row_axes))
 
 
-def _part(value: Tensor, placed: _Placed, without_classes: bool) -> Tensor:
-    """What a rank needs of a target: a plain tensor is the same on all ranks."""
+def _part(value: Tensor, placed: _Placed, dims: int, without_classes: bool) -> Tensor:
+    """What a rank needs of a target, of logits of `dims` dimensions: a plain one is the same on all ranks."""
     from torch.distributed.tensor import Replicate, Shard
 
     placements: list[Any] = []
-    for placement in placed.logits.placements:
+    for placement in placed.placements:
         if isinstance(placement, Shard) and without_classes:
-            dim = placement.dim % placed.logits.dim()
+            dim = placement.dim % dims
             placement = Replicate() if dim == 1 else Shard(dim - (dim > 1))
         placements.append(placement)
     if is_sharded(value):
-        return value.redistribute(placements=placements).to_local()  # type: ignore[attr-defined]
-    return value[own_part(value.shape, placed.logits.device_mesh, placements)]
+        return local_part(value, placements)
+    return value[own_part(value.shape, placed.mesh, placements)]
 
 
 def loss_of_dtensors(
@@ -77,20 +76,20 @@ def loss_of_dtensors(
     (C,). The result is a DTensor: a mean is replicated, a sum is partial where rows are sharded, and the
     losses of the rows are placed as the rows are.
     """
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
 
     mesh = next(t.device_mesh for t in (input, target, weight) if is_sharded(t))  # type: ignore[union-attr]
     everywhere = [Replicate()] * mesh.ndim
     if not is_sharded(input):
-        input = DTensor.from_local(input, mesh, everywhere, run_check=False)
+        input = whole_of_parts(input, mesh, everywhere)
     if input.dim() == 1:
         loss = loss_of_dtensors(op, input.unsqueeze(0), target.unsqueeze(0), weight, options)
         return loss if options.reduction else loss.squeeze(0)
     placed = _placed(input)
     classes, soft = input.shape[1], target.is_floating_point()
     wide = statistics_dtype(input)
-    local = placed.logits.to_local()
-    target = _part(target, placed, without_classes=not soft)
+    local = local_part(input, placed.placements)
+    target = _part(target, placed, input.dim(), without_classes=not soft)
     if weight is not None and is_sharded(weight):
         weight = weight.full_tensor()  # type: ignore[attr-defined]
     rows = local.shape[:1] + local.shape[2:]
@@ -106,7 +105,7 @@ def loss_of_dtensors(
         if placed.class_axis is None:
             _check_rows(op, target, options, classes)
             return loss_of(local, target, weight, own)
-        first = own_part(input.shape, mesh, placed.logits.placements)[1].start
+        first = own_part(input.shape, mesh, placed.placements)[1].start
         group = mesh.get_group(placed.class_axis).group_name
         return sharded_loss(op, local, target, weight, own, (group, int(first), classes))
 
@@ -114,7 +113,7 @@ def loss_of_dtensors(
     if each:
         shape = input.shape[:1] + input.shape[2:]
         placements: list[Any] = []
-        for axis, placement in enumerate(placed.logits.placements):
+        for axis, placement in enumerate(placed.placements):
             dim = placement.dim % input.dim() if axis in placed.row_axes else 0
             placements.append(Shard(dim - (dim > 1)) if axis in placed.row_axes else Replicate())
         loss = _of_all_ranks(losses, target, mesh, placed.row_axes)
@@ -159,12 +158,12 @@ def _over_all_rows(
     losses() gives the sum of this rank's rows in the dtype `wide`, or raises; target: theirs. For a mean the
     ranks send each other what their rows count, and with it whether one has raised: then all raise its error.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import Partial, Replicate
 
     summed = [Partial() if axis in row_axes else Replicate() for axis in range(mesh.ndim)]
     if options.reduction == 2:
         loss = _of_all_ranks(losses, target, mesh, row_axes)
-        return DTensor.from_local(loss.to(dtype), mesh, summed, run_check=False)
+        return whole_of_parts(loss.to(dtype), mesh, summed)
     failed: Exception | None = None
     loss = target.new_zeros((), dtype=wide)
     try:
@@ -173,7 +172,7 @@ def _over_all_rows(
         failed = error
     counted = row_weights(target, weight, options.ignore_index, loss.dtype).sum()
     sent = torch.stack((counted, counted.new_full((), failed is not None)))
-    got = DTensor.from_local(sent, mesh, summed, run_check=False).full_tensor()
+    got = full(whole_of_parts(sent, mesh, summed))
     if may_look(got) and got[1] > 0:
         raise_the_first(failed, *(mesh.get_group(axis) for axis in row_axes))
     normaliser = got[0]
@@ -182,8 +181,7 @@ def _over_all_rows(
         loss = torch.where(empty, 0, loss / normaliser.where(~empty, 1))
     else:
         loss = loss / normaliser
-    loss = DTensor.from_local(loss, mesh, summed, run_check=False)
-    return loss.redistribute(placements=[Replicate()] * mesh.ndim).to(dtype)
+    return whole_of_parts(loss, mesh, summed, then=(Replicate(),) * mesh.ndim).to(dtype)
 
 
 def linear_loss_of_dtensors(
@@ -196,7 +194,7 @@ def linear_loss_of_dtensors(
     One dimension of the mesh may split the classes and the others the rows. Whatever else is split is
     gathered: the rows over the ranks that split the classes, the layer over those that split the rows, and H.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor import Partial, Replicate, Shard
 
     tensors = (hidden, weight, bias, target, class_weight)
     mesh = next(t.device_mesh for t in tensors if is_sharded(t))  # type: ignore[union-attr]
@@ -206,7 +204,7 @@ def linear_loss_of_dtensors(
         """A plain tensor is the same on all ranks."""
         if is_sharded(tensor):
             return tensor
-        return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return whole_of_parts(tensor, mesh, [Replicate()] * mesh.ndim)
 
     def shards(tensor: Any, dims: Sequence[int]) -> list[int]:
         """The dimensions of the mesh that split one of these dimensions."""
@@ -223,8 +221,7 @@ def linear_loss_of_dtensors(
         of_target[class_axis] = Shard(rows)
 
     def part(tensor: Any, placements: Any, gradient: Any) -> Any:
-        # It is redistributed also where nothing has to move: then its gradient is placed as it is itself.
-        return placed(tensor).redistribute(mesh, placements).to_local(grad_placements=gradient)
+        return local_part(placed(tensor), placements, gradient)
 
     parts = (
         part(hidden, of_rows, of_rows),

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.compiler import is_compiling
 
 from ._checks import ArgumentTypeError
-from ._transforms import has_transformed_parts, is_wrapped
+from ._transforms import has_transformed_parts, is_transformed, is_wrapped
 
 
 def own_part(shape: torch.Size, mesh: Any, placements: Sequence[Any]) -> tuple[slice, ...]:
@@ -101,27 +101,111 @@ def place_in_whole(shape: torch.Size, part: Sequence[slice]) -> tuple[int, int, 
     return first, lengths[last] * strides[last], shape[last] * strides[last]
 
 
-def whole_of_parts(
-    local: torch.Tensor, mesh: Any, placements: Sequence[Any], shape: torch.Size, stride: Any = None
-) -> Any:
-    """The DTensor of `shape` of which this rank has the part `local`; contiguous as a whole, where no strides
-    are given.
+def local_part(whole: Any, placements: Sequence[Any] | None = None, gradients: Any = None) -> torch.Tensor:
+    """What this rank has of a DTensor, which is first placed otherwise where `placements` are given.
+
+    gradients: how the gradient of the part is placed, where that is not as the part is.
+
+    Its gradient has a gradient. Those of to_local and redistribute have no graph with torch 2.10, and with
+    2.14.1 the second derivative of a sum over ranks is that of one rank's summand.
     """
+    if whole.requires_grad and _has_backward_alone():
+        at = tuple(whole.placements if placements is None else placements)
+        return cast(torch.Tensor, _Part.apply(whole, at, at if gradients is None else tuple(gradients)))
+    if placements is not None:
+        # Also where nothing has to move: then the gradient is placed as the whole is.
+        whole = whole.redistribute(placements=placements)
+    return cast(torch.Tensor, whole.to_local(grad_placements=gradients))
+
+
+def full(whole: Any) -> torch.Tensor:
+    """What `DTensor.full_tensor` gives, by `local_part`."""
+    from torch.distributed.tensor import Replicate
+
+    return local_part(whole, [Replicate()] * whole.device_mesh.ndim)
+
+
+def whole_of_parts(
+    local: torch.Tensor,
+    mesh: Any,
+    placements: Sequence[Any],
+    shape: torch.Size | None = None,
+    stride: Any = None,
+    then: tuple[Any, ...] | None = None,
+) -> Any:
+    """The DTensor of which this rank has the part `local`, placed as `then` says in the end.
+
+    shape: its shape; None where all ranks have parts of one shape. stride: contiguous as a whole, where none
+    is given. Its gradient has a gradient, as that of `local_part` has.
+    """
+    if stride is None and shape is not None:
+        stride = torch.empty(shape, device="meta").stride()
+    make = _Whole.apply if local.requires_grad and _has_backward_alone() else _whole
+    return make(local, mesh, tuple(placements), shape, stride, then)
+
+
+def _has_backward_alone() -> bool:
+    """Whether derivatives are those of backward passes, for which a function of our own is enough."""
+    return torch.is_grad_enabled() and not (is_compiling() or is_transformed())
+
+
+def _whole(local: torch.Tensor, mesh: Any, placements: Any, shape: Any, stride: Any, then: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
-    if stride is None:
-        stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    whole = DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    return whole if then in (None, whole.placements) else whole.redistribute(placements=then)
+
+
+class _Part(torch.autograd.Function):
+    """`local_part`, whose gradient is `whole_of_parts`."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Any, placements: Any, gradients: Any) -> torch.Tensor:
+        ctx.whole = whole.device_mesh, whole.placements, whole.shape, whole.stride()
+        ctx.gradients = gradients
+        moved = whole if placements == whole.placements else whole.redistribute(placements=placements)
+        local = moved.to_local()
+        ctx.stride = local.stride() if moved is whole else None
+        return cast(torch.Tensor, local.view_as(local))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        mesh, placements, shape, stride = ctx.whole
+        if grad.stride() != ctx.stride:
+            grad, stride = grad.contiguous(), None
+        then = _of_gradient(placements)
+        return whole_of_parts(grad, mesh, ctx.gradients, shape, stride, then), None, None
+
+
+class _Whole(torch.autograd.Function):
+    """`whole_of_parts`, whose gradient is `local_part`."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, mesh: Any, placements: Any, *rest: Any) -> Any:
+        ctx.placements = placements
+        return _whole(local.detach(), mesh, placements, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        part = local_part(grad, _of_gradient(ctx.placements), ctx.placements)
+        return part, None, None, None, None, None
+
+
+def _of_gradient(placements: Sequence[Any]) -> tuple[Any, ...]:
+    """How a gradient is placed: that of a sum of parts is the same for each of them."""
+    from torch.distributed.tensor import Replicate
+
+    return tuple(Replicate() if placement.is_partial() else placement for placement in placements)
 
 
 def sum_over_ranks(value: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> Any:
     """The DTensor that is the sum of what each rank has of its parts of others; along a dimension of the mesh
     that holds replicas all have the same.
     """
-    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor import Partial, Replicate
 
     by = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
-    return DTensor.from_local(value, mesh, by, run_check=False)
+    return whole_of_parts(value, mesh, by)
 
 
 def seed_of_first_rank(seed: torch.Tensor, mesh: Any) -> torch.Tensor:

@@ -3,7 +3,7 @@
 # own part comes back without a grad_fn though it depends on the parameter, so that what is differentiated once more (a
 # gradient penalty, a Hessian-vector product) loses that part, with an error at best. Seen:
 #   plain: True, by to_local: False
-# Users of fastreg: fr.optim.penalty of DTensors takes a rank's part by a function of its own, whose gradient has a graph.
+# Users of fastreg: its ops take a rank's part of a DTensor by a function of their own, whose gradient has a graph.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -15,7 +15,8 @@ augmented images) an op is made of torch's operators: right, but as slow as thos
 range inside `vmap` gives NaN instead of an error, because `vmap` cannot look at values. Under `vmap` dropout
 takes `randomness="same"` or `"different"`, as torch's.
 
-DTensors have backward passes, one gradient at a time. Under `torch.func` their losses are torch's, so far as
+DTensors have backward passes, also of backward passes, one gradient at a time; a loss whose classes are split
+has the first alone and says so. Under `torch.func` their losses are torch's, so far as
 torch has derivatives there, and every other function raises an error that says what to do, as a batch of
 gradients does (`tests/test_dtensor.py`).
 

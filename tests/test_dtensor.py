@@ -486,6 +486,73 @@ def transforms(rank, mesh):
         torch.func.vmap(lambda t: fr.dropout(t, 0.5), randomness="same")(placed)
 
 
+def second_derivatives(rank, mesh):
+    """The gradient of what gradients give is that of one process, which torch 2.10 loses in its own
+    functions of DTensors.
+    """
+    x, y, w = numbers(0, 6, 4).double(), torch.arange(6) % 4, numbers(1, 4, 4).double()
+    heads, images = numbers(2, 2, 4, 6, 8).double(), numbers(3, 4, 3, 6, 6).double().sigmoid()
+    shared, soft = heads[:, :2].contiguous(), numbers(4, 6, 4).double().softmax(1)
+    factors = torch.linspace(0.5, 1.5, 4).double()
+    of_rows, anywhere = PLACEMENTS[:2], PLACEMENTS
+    cases = {
+        "dropout": (anywhere, (x,), lambda t: fr.dropout(t, 0.5)),
+        "alpha_dropout": (anywhere, (x,), lambda t: fr.alpha_dropout(t, 0.5, True)),
+        "dropout_add": (anywhere, (x, x), lambda t, r: fr.dropout_add(t, r, 0.5)),
+        "attention": (anywhere, (heads,), lambda t: fr.scaled_dot_product_attention(t, t, t, dropout_p=0.5)),
+        "shared heads": (
+            anywhere,
+            (heads, shared),
+            lambda q, k: fr.scaled_dot_product_attention(q, k, k, dropout_p=0.5, enable_gqa=True),
+        ),
+        "one head for all": (
+            (Shard(1),),
+            (heads, shared[:, :1]),
+            lambda q, k: fr.scaled_dot_product_attention(q, k, k, dropout_p=0.5, enable_gqa=True),
+        ),
+        "a mask": (
+            (Shard(1),),
+            (heads, heads @ heads.transpose(2, 3)),
+            lambda q, m: fr.scaled_dot_product_attention(q, q, q, m, 0.5),
+        ),
+        "brightness": (of_rows, (images,), lambda t: fr.augment.functional.adjust_brightness(t, factors)),
+        "rotate": (of_rows, (images,), lambda t: fr.augment.functional.rotate(t, 30.0)),
+        "augment": (of_rows, (images,), fr.augment.Augment(rotate=15, brightness=0.3, contrast=0.3)),
+        "penalty": (of_rows, (x,), lambda t: fr.optim.penalty([t], l1=0.5, l2=0.25)),
+    }
+    for reduction in ("mean", "sum", "none"):
+        for target in (y, soft):
+            options = dict(label_smoothing=0.1, reduction=reduction)
+            cases[f"loss, {reduction}, {target.dtype}"] = (
+                of_rows,
+                (x,),
+                lambda t, y=target, o=options: fr.cross_entropy(t, y, **o),
+            )
+            cases[f"linear loss, {reduction}, {target.dtype}"] = (
+                of_rows,
+                (x, w),
+                lambda t, w, y=target, o=options: fr.linear_cross_entropy(t, w, y, **o),
+            )
+    for name, (placements, tensors, function) in cases.items():
+        for placement in placements:
+            results = []
+            for given in (
+                [t.clone().requires_grad_() for t in tensors],
+                [
+                    # Where classes are split, a loss has no second derivative, and says so.
+                    distribute_tensor(t, mesh, [Replicate() if t is w else placement]).requires_grad_()
+                    for t in tensors
+                ],
+            ):
+                torch.manual_seed(3 + rank * isinstance(given[0], DTensor))
+                value = (function(*given) ** 3).sum()
+                first = torch.autograd.grad(value, given, create_graph=True)
+                seconds = torch.autograd.grad(sum(whole((g * g).sum()) for g in first), given)
+                results.append([whole(g).detach() for g in (*first, *seconds)])
+            for want, got in zip(*results, strict=True):
+                torch.testing.assert_close(got, want, msg=f"{name}, {placement}: {got} is not {want}")
+
+
 def outside(rank, mesh):
     """A rank that holds no part, because it is not in the mesh, is told so."""
     alone = DeviceMesh("cpu", [0])
@@ -513,7 +580,7 @@ CHECKS = (
         patched,
         compiled_attention,
     ),
-    *(averages_of_fsdp, adversarial_training, transforms),
+    *(averages_of_fsdp, adversarial_training, transforms, second_derivatives),
     *(penalties, compiled_step, messages_of_a_step),
 )
 

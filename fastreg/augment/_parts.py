@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from .._shards import one_by_one, own_part, refuse_transformed_parts, whole_of_parts
+from .._shards import local_part, one_by_one, own_part, refuse_transformed_parts, whole_of_parts
 from .._transforms import is_foreign, is_sharded, with_own_code
 from ._arguments import pair
 
@@ -37,7 +37,7 @@ def part_of(op: str, images: Any) -> tuple[Tensor, slice]:
             f"{op}: images as a DTensor must be (B, C, H, W), replicated or sharded over B, got "
             f"{tuple(images.shape)} placed {placements}; call .redistribute(placements=[Shard(0)]) first"
         )
-    return images.to_local(), own_part(images.shape, images.device_mesh, placements)[0]
+    return local_part(images), own_part(images.shape, images.device_mesh, placements)[0]
 
 
 def whole_of(op: str, local: Tensor, images: Any) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch.compiler import is_compiling
 
 from .._checks import DTYPES, check_choice, check_initialised, check_number, check_tensor
-from .._shards import sum_over_ranks, whole_of_parts
+from .._shards import full, local_part, sum_over_ranks, whole_of_parts
 from .._sum_of_squares import sum_of_squares
 from .._transforms import is_sharded, is_transformed, is_wrapped
 from ._groups import Params, check_factor, tensor_of
@@ -228,27 +228,7 @@ class _Kind(NamedTuple):
 
 def _own_part(kind: _Kind, p: Any) -> torch.Tensor:
     """What this rank has of a parameter."""
-    if kind.where is None:
-        return cast(torch.Tensor, p)
-    if torch.is_grad_enabled() and not (is_compiling() or is_transformed()):
-        return cast(torch.Tensor, _OwnPart.apply(p))
-    return cast(torch.Tensor, p.to_local())
-
-
-class _OwnPart(torch.autograd.Function):
-    """What `DTensor.to_local` gives, twice differentiable: with torch 2.10 the gradient of that one has no
-    graph, so that derivatives of it would be lost.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, p: Any) -> torch.Tensor:
-        ctx.like = p.device_mesh, p.placements, p.shape, p.stride()
-        local = p.to_local()
-        return cast(torch.Tensor, local.view_as(local))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return whole_of_parts(grad, *ctx.like)
+    return cast(torch.Tensor, p) if kind.where is None else local_part(p)
 
 
 def _is_usual(w: torch.Tensor) -> bool:
@@ -396,7 +376,7 @@ def _sum_of(terms: list[torch.Tensor]) -> torch.Tensor:
             placed[key] = placed[key] + term if key in placed else term
         else:
             plain.append(term)
-    return functools.reduce(operator.add, [*plain, *(total.full_tensor() for total in placed.values())])
+    return functools.reduce(operator.add, [*plain, *map(full, placed.values())])
 
 
 def prior_scale(
