@@ -40,6 +40,14 @@ ifneq ($(shell command -v ccache),)
   export CCACHE_NOHASHDIR ?= 1
 endif
 
+# The programs in .venv name the folder that it was made in, as the editable install does.
+made_in := $(shell cat .venv/.python 2>/dev/null)
+ifneq ($(if $(made_in),$(filter-out clean gpu,$(goals))),)
+  ifneq ($(made_in),$(CURDIR))
+    $(error .venv was made in $(made_in) and does not work in $(CURDIR); make clean, then make again)
+  endif
+endif
+
 .PHONY: build demo test lint bench docs wheel clean wheel-check gpu
 
 demo: .venv/.demo
@@ -84,7 +92,7 @@ build: .venv/.built
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fastreg needs Python >= 3.10; call make with PYTHON=/path/to/python3.10 or newer"; exit 1; }
 	$(PYTHON) -m venv .venv
-	touch $@
+	@echo '$(CURDIR)' > $@
 
 .venv/.torch-$(TORCH): .venv/.python
 	$(venv)/pip install "$(TORCH)" numpy scikit-build-core pybind11 ninja cmake
