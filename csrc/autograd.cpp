@@ -12,7 +12,7 @@
 
 #include "autograd_ops.h"  // written by CMake: every csrc/*/*_autograd.h
 
-PYBIND11_MODULE(FASTREG_AUTOGRAD_MODULE, m) {
+PYBIND11_MODULE(FASTREG_AUTOGRAD_MODULE, m, pybind11::mod_gil_not_used()) {
   m.attr("torch") = FASTREG_BUILT_WITH_TORCH;
   static std::vector<PyMethodDef> table = [] {
     std::vector<PyMethodDef> all = fastreg::autograd::methods();

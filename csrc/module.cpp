@@ -13,7 +13,7 @@
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   fastreg::isa();  // an impossible FASTREG_CPU_CAPABILITY fails here and not at the first op
   m.def("build_info", [] {
     py::dict info;

@@ -6,7 +6,7 @@
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(FASTREG_CUDA_MODULE, m) {
+PYBIND11_MODULE(FASTREG_CUDA_MODULE, m, py::mod_gil_not_used()) {
   m.def("build_info", [] {
     py::dict info;
     info["built_with_torch"] = FASTREG_BUILT_WITH_TORCH;

@@ -66,7 +66,31 @@ def pictures(i):
     return [augment(numbers(8, 3, 40, 40, seed=i).sigmoid(), generator=generator(i))]
 
 
-WORK = (dropouts, losses, steps, pictures)
+def small_steps(i):
+    """What C++ collects from the groups and the state, and an average."""
+    p = [torch.nn.Parameter(numbers(7, 3, seed=i + j)) for j in range(5)]
+    optimizer = fr.optim.AdamW(p, lr=0.1, weight_decay=0.1, ema=0.9, max_norm=1.0)
+    for j in range(3):
+        for k, parameter in enumerate(p):
+            parameter.grad = numbers(7, 3, seed=i + j + k)
+        optimizer.step()
+    with optimizer.averaged():
+        return [q.detach().clone() for q in p]
+
+
+def heads(i):
+    q, k, v = (numbers(2, 3, 70, 8, seed=i + j).requires_grad_() for j in range(3))
+    y = fr.scaled_dot_product_attention(q, k, v, dropout_p=0.2, is_causal=True, generator=generator(i))
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))]
+
+
+def policies(i):
+    augment = fr.augment.Augment.trivial()
+    x = (numbers(8, 3, 32, 32, seed=i) * 60 + 128).clamp(0, 255).to(torch.uint8)
+    return [augment(x, generator=generator(i))]
+
+
+WORK = (dropouts, losses, steps, small_steps, heads, pictures, policies)
 
 
 class Worked(Dataset):
@@ -103,6 +127,35 @@ def at_once():
     print("threads")
 
 
+def changed_while_it_steps():
+    """One thread takes steps, another sets the rate, as a schedule of its own might: every step has one of
+    the rates, and no number that is gone.
+    """
+    p = [torch.nn.Parameter(torch.zeros(3)) for _ in range(20)]
+    optimizer = fr.optim.SGD(p, lr=1.0, momentum=0.0)
+    stop = threading.Event()
+
+    def schedule():
+        rate = 1.0
+        while not stop.is_set():
+            rate = 3.0 - rate  # 1 and 2, a new number each time
+            optimizer.param_groups[0]["lr"] = float(rate)
+
+    for q in p:
+        q.grad = torch.ones(3)
+    thread = threading.Thread(target=schedule)
+    thread.start()
+    for _ in range(1000):
+        before = p[0].detach().clone()
+        optimizer.step()
+        assert (before - p[0].detach() - 1).abs().min() < 1e-3 or (
+            before - p[0].detach() - 2
+        ).abs().min() < 1e-3
+    stop.set()
+    thread.join()
+    print("schedule")
+
+
 def in_workers(context, workers):
     want = [work(i) for i, work in enumerate(WORK)]
     loader = DataLoader(
@@ -133,6 +186,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")  # of a fork beside threads, which is what is tried here
     torch.set_num_threads(2)
     at_once()
+    changed_while_it_steps()
     in_workers("fork", 2)
     in_workers("spawn", 1)
     at_the_end()

@@ -198,3 +198,13 @@ def test_a_stranger_that_took_the_place_of_fastreg_is_named(tmp_path):
         "the distribution fastreg 1.2 (sparse regressions) is installed too"
     )
     assert "run: pip uninstall -y fastreg torch-fastreg; pip install torch-fastreg" in done.stderr
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_free_threaded_python_is_named(monkeypatch, enabled):
+    assert not any("GIL" in text for _, text in doctor._lines({**doctor.collect(), "gil": "always"}))
+    found = sysconfig.get_config_var
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: name == "Py_GIL_DISABLED" or found(name))
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: enabled, raising=False)
+    texts = [text for _, text in doctor._lines(doctor.collect())]
+    assert f"free-threaded, its GIL is {'on' if enabled else 'off'}" in texts

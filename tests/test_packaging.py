@@ -210,7 +210,7 @@ def test_the_torch_of_a_vendor_is_good_enough():
 @pytest.mark.skipif(not importlib.util.find_spec("cibuildwheel"), reason="no cibuildwheel, of Python 3.11")
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 def test_wheels_are_built_for_the_pythons_that_are_promised(machine):
-    """Nothing more: without a GIL (cp314t) the ops have not been tried."""
+    """Nothing more: no free-threaded one of these versions (cp314t, cp315t) has been tried."""
     promised = re.findall(r"Python :: 3\.(\d+)", (ROOT / "pyproject.toml").read_text())
     clean = {name: value for name, value in os.environ.items() if not name.startswith("CIBW_")}
     ask = (sys.executable, "-m", "cibuildwheel", "--platform", "linux", "--archs", machine)

@@ -7,6 +7,8 @@ import sys
 import process_cases
 import pytest
 
+from fastreg.cli import doctor
+
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_threads_workers_and_the_end():
@@ -15,8 +17,19 @@ def test_threads_workers_and_the_end():
     """
     command = [sys.executable, process_cases.__file__]
     environment = {**os.environ, "GOMP_SPINCOUNT": "0"}  # a waiting thread leaves the core to the others
+    if doctor._gil() != "always":
+        environment["PYTHON_GIL"] = "0"  # where triton, which torch imports with its compiler, switches it on
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-4000:])
-    assert done.stdout.split() == ["threads", "fork", "spawn", "end", "True"] and not done.stderr, (
-        done.stderr[-4000:]
-    )
+    assert (
+        done.stdout.split() == ["threads", "schedule", "fork", "spawn", "end", "True"] and not done.stderr
+    ), done.stderr[-4000:]
+
+
+@pytest.mark.skipif(doctor._gil() == "always", reason="this Python has a GIL for good")
+def test_no_module_of_ours_switches_the_gil_on():
+    """The kernels, and the C++ autograd where there is one for this torch."""
+    code = "import sys, torch; print(sys._is_gil_enabled()); import fastreg; print(sys._is_gil_enabled())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "False"]

@@ -72,6 +72,20 @@ inline bool read_options(const GroupOptions& options, StepArgs* a) {
   return true;
 }
 
+// While it lives no other thread changes these two objects of Python, whose items are borrowed here. With a
+// GIL nobody does anyway.
+struct Unchanged {
+#ifdef Py_GIL_DISABLED
+  Unchanged(PyObject* a, PyObject* b) { PyCriticalSection2_Begin(&section, a, b); }
+  ~Unchanged() { PyCriticalSection2_End(&section); }
+  PyCriticalSection2 section;
+#else
+  Unchanged(PyObject*, PyObject*) {}
+  ~Unchanged() {}
+#endif
+  Unchanged(const Unchanged&) = delete;
+};
+
 // A name as Python has it, made once: to make one for every parameter would take as long as all else.
 inline PyObject* name_of(const char* text) { return PyUnicode_InternFromString(text); }
 
@@ -253,6 +267,7 @@ PyObject* step_groups(PyObject* const* args, Py_ssize_t given, Step step, Collec
   size_t first = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
     PyObject* const group = PyList_GET_ITEM(list, Py_ssize_t(i));
+    const Unchanged until_collected(group, state);
     if (!PyDict_CheckExact(group) || !collect(GroupOptions{group}, state, first, &groups[i])) {
       if (PyErr_Occurred()) return nullptr;
       Py_RETURN_NONE;

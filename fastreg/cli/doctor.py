@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,15 @@ from .. import _distribution
 REQUIRABLE = ("cuda", "cpp", "demo")
 
 
+def _gil() -> str:
+    """Whether this Python has a global interpreter lock: "always", or of a free-threaded one "on" or "off".
+    A module that does not say that it runs without switches it on.
+    """
+    if not sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "always"
+    return "on" if sys._is_gil_enabled() else "off"  # type: ignore[attr-defined]
+
+
 def collect() -> dict[str, Any]:
     """Everything that the report says, as plain values."""
     build = fastreg._C.build_info()
@@ -30,6 +40,7 @@ def collect() -> dict[str, Any]:
         "fastreg": build["version"],
         "strangers": _distribution.strangers(),
         "python": platform.python_version(),
+        "gil": _gil(),
         "platform": platform.platform(),
         "torch": torch.__version__,
         "build": {
@@ -125,6 +136,8 @@ def _lines(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for stranger in info["strangers"]:
         yield "", stranger
     yield "python", f"{info['python']} on {info['platform']}"
+    if info["gil"] != "always":
+        yield "", f"free-threaded, its GIL is {info['gil']}"
     yield "torch", f"{info['torch']}, CUDA {cuda['torch_cuda'] or 'none'}"
     yield (
         "built",
