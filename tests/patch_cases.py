@@ -1,6 +1,7 @@
 """Models, inputs and observers for tests/test_patch*.py and tests/test_convert.py."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -260,3 +261,15 @@ def train(model, loss_of, steps, lr=0.1, autocast=False):
 class Functional(nn.Module):
     def forward(self, x):
         return F.dropout(x, 0.4, self.training) + 1
+
+
+def assert_compiles(model, loss_of):
+    """Compiled, a converted model trains as eagerly, by fastreg's dropout."""
+    eager = copy.deepcopy(model)
+    torch.manual_seed(5)
+    expected = train(eager, loss_of, 3, 0.02)
+    torch.manual_seed(5)
+    with ops_seen() as seen:
+        result = train(model, torch.compile(loss_of, backend="aot_eager", fullgraph=True), 3, 0.02)
+    assert "fastreg::dropout" in seen
+    assert result == pytest.approx(expected, rel=1e-4)

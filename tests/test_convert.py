@@ -14,6 +14,7 @@ from patch_cases import (
     TORCH_OPS,
     DropPath,
     ResNet,
+    assert_compiles,
     attention,
     bert,
     encoder,
@@ -205,14 +206,7 @@ def test_converted_models_train(make):
 def test_converted_models_compile(make):
     model, loss_of = make(0.1)
     fr.convert(model)
-    eager = copy.deepcopy(model)
-    torch.manual_seed(5)
-    expected = train(eager, loss_of, 3, 0.02)
-    torch.manual_seed(5)
-    with ops_seen() as seen:
-        result = train(model, torch.compile(loss_of, backend="aot_eager", fullgraph=True), 3, 0.02)
-    assert "fastreg::dropout" in seen
-    assert result == pytest.approx(expected, rel=1e-4)
+    assert_compiles(model, loss_of)
 
 
 def test_convert_after_compiling():

@@ -11,7 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run_python
-from patch_cases import INDICES, TORCH_OPS, ResNet, modules_and_inputs, ops_seen, train, uses_fastreg
+from patch_cases import (
+    INDICES,
+    TORCH_OPS,
+    ResNet,
+    assert_compiles,
+    modules_and_inputs,
+    ops_seen,
+    uses_fastreg,
+)
 from patch_cases import encoder as make_encoder
 from torch import nn
 
@@ -157,14 +165,7 @@ def test_hooks():
 def test_compiled():
     model, loss_of = make_encoder(0.1)
     kept(model)
-    eager = copy.deepcopy(model)
-    torch.manual_seed(5)
-    expected = train(eager, loss_of, 3, 0.02)
-    torch.manual_seed(5)
-    with ops_seen() as seen:
-        result = train(model, torch.compile(loss_of, backend="aot_eager", fullgraph=True), 3, 0.02)
-    assert "fastreg::dropout" in seen
-    assert result == pytest.approx(expected, rel=1e-4)
+    assert_compiles(model, loss_of)
 
 
 def test_converted_after_compiling():

@@ -15,7 +15,7 @@ import numpy
 import torch
 from torch.compiler import is_compiling
 
-from .._checks import DTYPES, check_choice, check_initialised, check_number, check_tensor
+from .._checks import DTYPES, arithmetic_dtype, check_choice, check_initialised, check_number, check_tensor
 from .._shards import full, local_part, sum_over_ranks, whole_of_parts
 from .._sum_of_squares import sum_of_squares
 from .._transforms import is_sharded, is_transformed, is_wrapped
@@ -236,15 +236,11 @@ def _is_usual(w: torch.Tensor) -> bool:
     return type(w) in (torch.Tensor, torch.nn.Parameter) and w.dtype in DTYPES and w.layout is torch.strided
 
 
-def _wide(w: torch.Tensor) -> torch.dtype:
-    return torch.float64 if w.dtype in (torch.float64, torch.complex128) else torch.float32
-
-
 def _by_formula(kind: _Kind, params: Sequence[Any]) -> Iterator[torch.Tensor]:
     """The terms of parameters of one kind, of DTensors those of this rank; every derivative is autograd's."""
     for p in params:
         w = _own_part(kind, p)
-        w = w.to(torch.promote_types(w.dtype, _wide(w)))
+        w = w.to(torch.promote_types(w.dtype, arithmetic_dtype(w)))
         # A factor of 0 leaves out the pass over memory, and the NaN that 0 times an infinite weight is.
         if kind.l1:
             yield kind.l1 * w.abs().sum()
@@ -252,14 +248,14 @@ def _by_formula(kind: _Kind, params: Sequence[Any]) -> Iterator[torch.Tensor]:
             parts = torch.view_as_real(w.resolve_conj()) if w.is_complex() else w
             yield 0.5 * kind.l2 * (parts * parts).sum()
         if not (kind.l1 or kind.l2) and not is_sharded(p):
-            yield w.new_zeros((), dtype=_wide(w))
+            yield w.new_zeros((), dtype=arithmetic_dtype(w))
 
 
 def _by_operators(kind: _Kind, own: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
     """The same, with one term for all tensors of a dtype on a device."""
     alike: dict[Any, list[torch.Tensor]] = {}
     for w in own:
-        alike.setdefault((w.device, _wide(w)), []).append(w)
+        alike.setdefault((w.device, arithmetic_dtype(w)), []).append(w)
     for (device, dtype), tensors in alike.items():
         if kind.l1:
             yield kind.l1 * torch.stack([w.abs().sum(dtype=dtype) for w in tensors]).sum()
@@ -326,7 +322,7 @@ def _of_kinds(
 def _gradient(kind: _Kind, p: Any, grad: torch.Tensor) -> torch.Tensor | None:
     """grad (l1 sign w + l2 w), placed as the parameter is, with one rounding; None where both are 0."""
     local = _own_part(kind, p)
-    w = local.to(_wide(local))
+    w = local.to(arithmetic_dtype(local))
     grad = grad.to(w.device, w.dtype)
     made = w.sgn().mul_(grad * kind.l1) if kind.l1 else None
     if kind.l2:
