@@ -31,6 +31,8 @@ def cases(scale: str) -> Iterator[Case]:
         for dtype in _timing.DTYPES:
             build = partial(_build_step, name, n, dtype)
             yield _case(f"step of {name} with subnormal state", n, dtype, build, Targets(floor=1.05))
+            build = partial(_build_small_gradients, name, n, dtype)
+            yield _case(f"step of {name} with gradients of 1e-20", n, dtype, build, Targets(floor=1.05))
     if scale in LINEAR:
         batch, width, classes = LINEAR[scale]
         yield Case(
@@ -92,6 +94,26 @@ def _build_step(name, n, dtype, device):
     return Work({"fastreg": optimizer.step, "torch": theirs.step, "floor": normal.step}, check)
 
 
+def _build_small_gradients(name, n, dtype, device):
+    """The squares of such gradients are subnormal."""
+
+    def stepped(cls, size, **options):
+        start, gradients = optimizers.tensors([(n,)], dtype, device)
+        (parameter,) = optimizers.parameters(start, [gradients[0] * size])
+        return cls([parameter], **OPTIONS[name], **options), parameter
+
+    optimizer, parameter = stepped(getattr(fr.optim, name), 1e-20)
+
+    def check():
+        before = parameter.detach().clone()
+        optimizer.step()
+        assert parameter.isfinite().all() and (parameter - before).abs().max() < 1e-3
+
+    normal, _ = stepped(getattr(fr.optim, name), 1.0)
+    theirs, _ = stepped(getattr(torch.optim, name), 1e-20, fused=True)
+    return Work({"fastreg": optimizer.step, "torch": theirs.step, "floor": normal.step}, check)
+
+
 def _build_linear(batch, width, classes, device):
     hidden = torch.randn(batch, width, device=device).requires_grad_()
     base = torch.randn(classes, width, device=device) / math.sqrt(width)
@@ -147,7 +169,7 @@ def _build_augment(side, device):
     grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
 
     def check():
-        assert (aug(small) != 0).double().mean() > 0.4, "small numbers are lost"
+        assert aug(small).abs().max() < 2.0**-126, "small numbers have become larger"
 
     sides = {
         "fastreg": lambda: aug(small),

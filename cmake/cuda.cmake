@@ -24,6 +24,14 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
   list(APPEND nvcc_flags --compress-mode=size)
 endif()
 
+# A file may name flags of its own, in a comment.
+foreach(file IN LISTS cuda_files)
+  file(STRINGS "${file}" own_flags REGEX "^// nvcc flags: ")
+  string(REPLACE "// nvcc flags: " "" own_flags "${own_flags}")
+  separate_arguments(own_flags)
+  set_source_files_properties("${file}" PROPERTIES COMPILE_OPTIONS "${own_flags}")
+endforeach()
+
 set(module "_C_cuda${nvcc_major}")
 find_library(TORCH_CUDA_LIBRARY torch_cuda PATHS "${torch_dir}/lib" NO_DEFAULT_PATH REQUIRED)
 add_library(cuda_kernels OBJECT ${cuda_files})

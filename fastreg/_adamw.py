@@ -26,6 +26,7 @@ from ._optimizer_math import (
     exact,
     gradient_factor,
     is_skipped,
+    kept_if_small,
     l1_pull,
     lerp,
     number,
@@ -34,6 +35,7 @@ from ._optimizer_math import (
     soft_threshold,
     square_root,
     store,
+    times,
 )
 from ._step_operator import define_step
 from ._subnormal import flush
@@ -96,26 +98,27 @@ def adamw_plain(
         correction1, correction2 = (number(1 - _power(b, step, param), param) for b in (beta1, beta2))
 
         # The gradient of the error, and of the L1 penalty where it belongs to it.
-        w = param.to(wide)
-        g = grad.to(wide) * gradient_factor(maximize, grad_scale, clip, param)
+        old = param.to(wide)
+        w = flush(old)
+        g = times(grad.to(wide), gradient_factor(maximize, grad_scale, clip, param))
         if l1 != 0 and not proximal:
-            g = g + l1_pull(w, number(l1, param))
+            g = flush(g + l1_pull(old, number(l1, param)))
 
         # The moments.
-        m = flush(lerp(exp_avgs[i].to(wide), g, number(1 - beta1, param)))
-        take = number(1 - beta2, param)
-        v = flush(number(beta2, param) * exp_avg_sqs[i].to(wide) + take * g * g)
+        m = lerp(flush(exp_avgs[i].to(wide)), g, number(1 - beta1, param))
+        v = times(exp_avg_sqs[i].to(wide), number(beta2, param)) + times(number(1 - beta2, param), g, g)
+        v = flush(v)
         most = torch.maximum(flush(max_exp_avg_sqs[i].to(wide)), v) if max_exp_avg_sqs else v
         inverse = 1 / (square_root(most) * (1 / square_root(correction2)) + number(eps, param))
 
         # The decay, the step and the threshold.
-        decayed = w * (1 - rate * number(weight_decay, param))
+        decayed = times(w, 1 - rate * number(weight_decay, param))
         if cautious:
             against = ((m > 0) & (w < 0)) | ((m < 0) & (w > 0))
             decayed = torch.where(against, w, decayed)
-        w = decayed - rate / correction1 * m * inverse
+        w = kept_if_small(flush(decayed - times(rate / correction1, m, inverse)), old)
         if proximal and l1 != 0:
-            w = soft_threshold(w, rate * number(l1, param) * inverse)
+            w = soft_threshold(w, times(rate * number(l1, param), inverse))
 
         # Back to the tensors.
         rounding = rounding_of(seed, steps[i], places, i, param)

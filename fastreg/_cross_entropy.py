@@ -37,7 +37,7 @@ from ._checks import (
     scalar,
 )
 from ._registry import define, fast
-from ._subnormal import flush, flush_
+from ._subnormal import flush
 from ._transforms import (
     autocast_dtype,
     handed_over,
@@ -325,8 +325,8 @@ define(
     plain=_with_options(_plain),
 )
 torch.library.register_fake("fastreg::cross_entropy", _with_options(_fake), allow_override=True)
-# values *= factor, where 0 stays 0; there is a kernel on CUDA only, which looks at the factor and moves
-# nothing if it is 1.
+# values *= factor, where 0 stays 0 and what falls below the normal numbers becomes 0. The kernel looks at the
+# factor and moves nothing if it is 1.
 define("cross_entropy_scale_(Tensor(a!) values, Tensor factor) -> ()", plain=_plain_scale_)
 
 
@@ -394,17 +394,12 @@ def scaled(gradient: Tensor, g: Tensor, kept: Tensor | None = None) -> Tensor:
         and torch._C._get_dispatch_mode(_PROXY) is None  # make_fx would record this number
         and not torch.is_grad_enabled()
         and not _keeps_graph()
+        # The kernel reads g, because reading one on a GPU here would wait for it.
+        and (g.device.type == "cuda" or (g.device.type == "cpu" and g.isfinite()))
     ):
-        if g.device.type == "cpu":
-            if g == 1:
-                return gradient.detach()
-            if g.isfinite():
-                product = gradient.detach().mul_(g)
-                return product if abs(g) > 1 else flush_(product)
-        elif g.device.type == "cuda":  # The kernel reads g, because reading it here would wait for the GPU.
-            gradient = gradient.detach()
-            _cross_entropy_scale_(gradient, g)
-            return gradient
+        gradient = gradient.detach()
+        _cross_entropy_scale_(gradient, g)
+        return gradient
     if kept is not None:
         g = torch.where(kept, g, 0)
     product = gradient * g

@@ -1,6 +1,8 @@
 """What the optimisers' definitions in plain torch share: numbers, L1, the moving average, rounding.
 
-The compiled kernels compute the same bits; their form of it is csrc/common/optimizer_math.h.
+The compiled kernels compute the same bits; their form of it is csrc/common/optimizer_math.h. They take
+float32 below the normal numbers as 0, in what they are given and in what they compute: `flush` and `times`
+do.
 """
 
 from __future__ import annotations
@@ -42,6 +44,19 @@ def gradient_factor(
     return result if clip is None else result * number(clip, like)
 
 
+def times(*factors: torch.Tensor) -> torch.Tensor:
+    """Their product from left to right, of which what is subnormal is 0."""
+    product = flush(factors[0])
+    for factor in factors[1:]:
+        product = flush(product * factor)
+    return product
+
+
+def kept_if_small(result: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """A step's weights, of which those stay what they were that are subnormal and would become 0."""
+    return torch.where((result == 0) & (flush(old) == 0), old, result)
+
+
 def l1_pull(w: torch.Tensor, l1: torch.Tensor) -> torch.Tensor:
     """l1 * sign(w)"""
     return torch.where(w > 0, l1, torch.where(w < 0, 0 - l1, 0.0))
@@ -49,14 +64,16 @@ def l1_pull(w: torch.Tensor, l1: torch.Tensor) -> torch.Tensor:
 
 def soft_threshold(w: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """sign(w) max(|w| - threshold, 0), as w less the part of it that lies in [-threshold, threshold]."""
+    w = flush(w)
     inside = torch.where(w < 0 - threshold, 0 - threshold, w)
-    return w - torch.where(inside > threshold, threshold, inside)
+    return flush(w - torch.where(inside > threshold, threshold, inside))
 
 
 def lerp(old: torch.Tensor, new: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """old + weight * (new - old), from the end that is nearer, as torch.lerp does it."""
     near = weight < 0.5
-    return torch.where(near, old, new) + torch.where(near, weight, weight - 1) * (new - old)
+    difference = flush(new - old)
+    return flush(torch.where(near, old, new) + times(torch.where(near, weight, weight - 1), difference))
 
 
 def square_root(x: torch.Tensor) -> torch.Tensor:
@@ -83,8 +100,9 @@ def averaged(
     average: torch.Tensor, w: torch.Tensor, n_averaged: torch.Tensor, ema: float | torch.Tensor
 ) -> torch.Tensor:
     """The moving average with the weights w in it, which are the average of a first step."""
-    moved = lerp(average.to(w.dtype), w, number(1 - exact(ema, w), w))
-    return flush(torch.where(n_averaged.reshape(()) == 0, w, moved))
+    w = flush(w)
+    moved = lerp(flush(average.to(w.dtype)), w, number(1 - exact(ema, w), w))
+    return torch.where(n_averaged.reshape(()) == 0, w, moved)
 
 
 class Place(NamedTuple):

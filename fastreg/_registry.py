@@ -277,9 +277,6 @@ def _no_kernel(name: str, plain: Callable[..., Any] | None = None) -> Callable[.
                 f"{name}: expected tensors on the CPU, got a tensor on 'cuda'; {why_no_cuda}{because}, or "
                 "move it with .cpu()"
             )
-        if tensors and device == "cpu":
-            remedy = why_no_cuda or "move them with .cuda()"
-            raise RuntimeError(f"{name}: expected tensors on a GPU, got tensors on 'cpu'; {remedy}")
         if plain is not None and device != "cuda" and len(devices) == 1:
             with torch.no_grad():  # derivatives are left to autograd, as with every kernel
                 return plain(*args, **kwargs)

@@ -17,12 +17,14 @@ from ._optimizer_math import (
     count,
     gradient_factor,
     is_skipped,
+    kept_if_small,
     l1_pull,
     number,
     rounded,
     rounding_of,
     soft_threshold,
     store,
+    times,
 )
 from ._step_operator import define_step
 from ._subnormal import flush
@@ -72,13 +74,13 @@ def sgd_plain(
         # The gradient of the error, and of the penalties where they belong to it; a factor of 0 makes no NaN
         # of an infinite w.
         old = param.to(wide)
-        g = grad.to(wide) * gradient_factor(maximize, grad_scale, clip, param)
+        g = times(grad.to(wide), gradient_factor(maximize, grad_scale, clip, param))
         penalized = weight_decay != 0 or (l1 != 0 and not proximal)
         decay = number(weight_decay, param)
-        shrink = torch.where(decay != 0, decay * old, 0.0)
+        shrink = torch.where(decay != 0, times(old, decay), 0.0)
         pull = l1_pull(old, number(0.0 if proximal else l1, param))
         if penalized and not decoupled:
-            g = g + shrink + pull
+            g = flush(flush(g + shrink) + pull)
 
         # The momentum. The buffer of a first step holds zeros, and the gradient is taken whole.
         v = None
@@ -87,13 +89,13 @@ def sgd_plain(
             if momentum_started:
                 first = momentum_started[i].reshape(()) == 0
                 keep, take = torch.where(first, 0.0, keep), torch.where(first, 1.0, take)
-            v = flush(keep * momentum_buffers[i].to(wide) + take * g)
-            g = g + number(momentum, param) * v if nesterov else v
+            v = flush(times(momentum_buffers[i].to(wide), keep) + times(g, take))
+            g = flush(g + times(v, number(momentum, param))) if nesterov else v
 
         # The step, and the penalties that act beside it.
         if penalized and decoupled:
-            g = g + (shrink + pull)
-        w = old - rate * g
+            g = flush(g + flush(shrink + pull))
+        w = kept_if_small(flush(flush(old) - times(g, rate)), old)
         if proximal and l1 != 0:
             w = soft_threshold(w, rate * number(l1, param))
 

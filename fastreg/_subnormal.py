@@ -10,8 +10,8 @@ SMALLEST_NORMAL = 2.0**-126
 
 
 def flush(x: torch.Tensor) -> torch.Tensor:
-    """Zero where a float32 is subnormal; float64 as it is."""
-    return x if x.dtype == torch.float64 else torch.where(x.abs() < SMALLEST_NORMAL, 0.0, x)
+    """Zero, of the same sign, where a float32 is subnormal; float64 as it is."""
+    return x if x.dtype == torch.float64 else torch.where(x.abs() < SMALLEST_NORMAL, x * 0, x)
 
 
 # The number below it in each dtype that has one.

@@ -74,6 +74,9 @@ def main(library, orders, *cases):
     for order in orders.split(","):
         os.environ["CUDAHOST_ORDER"] = order  # read at each launch
         for case in cases:
+            # What nvcc is asked for the host's compiler has as a mode of the processor.
+            source = Path(__file__).parent.parent / "csrc" / case / f"{case}_cuda.cu"
+            torch.set_flush_denormal(source.exists() and "-ftz=true" in source.read_text())
             check(case, cuda)
             print("done:", case, order, flush=True)
     del keep

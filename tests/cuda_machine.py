@@ -18,6 +18,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -129,12 +130,18 @@ def _shim():
     return built(hostrun.SONAME, inputs, hostrun.build_shim)
 
 
+def own_flags(source):
+    """The flags that a CUDA file names for itself."""
+    found = re.search(r"^// nvcc flags: (.*)$", source.read_text(), re.MULTILINE)
+    return found[1].split() if found else []
+
+
 def compile_ptx(source, out, debug=False, flags=()):
     """A library of one `*_cuda.cu` with its PTX inside, linked with the interpreter's CUDA runtime. What nvcc
     prints goes into a file beside it, with the suffix .txt.
     """
     _runtime()
-    flags = ("--fmad=false", *(() if debug else ("-DNDEBUG",)), *flags)
+    flags = ("--fmad=false", *own_flags(source), *(() if debug else ("-DNDEBUG",)), *flags)
     out.with_suffix(".txt").write_text(hostrun.build_library([source], out, _shim(), flags))
 
 

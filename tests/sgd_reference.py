@@ -6,6 +6,10 @@ from hypothesis import settings
 OP = torch.ops.fastreg.sgd_.default
 
 
+def flushed(x):
+    return x if x.dtype == torch.float64 else x.where(~(x.abs() < 2.0**-126), 0)
+
+
 def reference(
     w,
     g,
@@ -22,17 +26,21 @@ def reference(
     decoupled=False,
     maximize=False,
 ):
-    """One step in the dtype of w, g, v, every operation rounded as IEEE says; gives the new w and v."""
+    """One step in the dtype of w, g, v, every operation rounded as IEEE says; gives the new w and v. What is
+    below float32's normal numbers counts as 0, but for the sign of a weight; one that ends at 0 stays.
+    """
+    old = w
+    w, g, v = map(flushed, (w, g, v))
     lr, momentum, take, l2, l1 = (w.new_tensor(x) for x in (lr, momentum, 1 - dampening, weight_decay, l1))
-    penalties = [l2 * w] if l2 else []
-    penalties += [l1 * w.sign()] if l1 and l1_mode == "subgradient" else []
+    penalties = [flushed(l2 * w)] if l2 else []
+    penalties += [l1 * old.sign()] if l1 and l1_mode == "subgradient" else []
     g = -g if maximize else g
     g = g if decoupled else sum(penalties, g)
     if momentum:
-        v = g if first else momentum * v + take * g
-        v = v if v.dtype == torch.float64 else v.where(~(v.abs() < 2.0**-126), 0)  # nothing below normal
-        g = g + momentum * v if nesterov else v
-    w = w - lr * (g + sum(penalties) if decoupled else g)
+        v = flushed(g if first else flushed(momentum * v) + flushed(take * g))
+        g = flushed(g + flushed(momentum * v)) if nesterov else v
+    w = flushed(w - flushed(lr * (g + sum(penalties) if decoupled else g)))
+    w = torch.where((w == 0) & (flushed(old) == 0), old, w)
     if l1 and l1_mode == "proximal":
         w = w.sign() * (w.abs() - lr * l1).clamp(min=0)
     return w, v

@@ -152,17 +152,6 @@ def test_a_stranger_is_removed_as_fits_how_fastreg_was_installed(installed, monk
     assert _distribution.strangers()[0].endswith("this checkout hides it; run: pip uninstall -y fastreg")
 
 
-@pytest.mark.parametrize("why_no_cuda", [None, "torch 2.13.0+cpu is a CPU build"])
-def test_a_tensor_on_the_cpu_for_an_operator_of_gpus(why_no_cuda, monkeypatch):
-    monkeypatch.setattr(_registry, "why_no_cuda", why_no_cuda)
-    with pytest.raises(RuntimeError) as error:
-        torch.ops.fastreg.cross_entropy_scale_(torch.zeros(2, 3), torch.ones(()))
-    assert str(error.value) == (
-        "cross_entropy_scale_: expected tensors on a GPU, got tensors on 'cpu'; "
-        f"{why_no_cuda or 'move them with .cuda()'}"
-    )
-
-
 def test_the_module_of_another_python_is_named(tmp_path):
     """Python's own message speaks of a circular import."""
     shutil.copytree(

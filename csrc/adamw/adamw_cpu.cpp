@@ -1,6 +1,7 @@
 // The AdamW step on the CPU, formula in adamw_math.h.
 // Bytes per float32 element: reads w, g, m, v, writes w, m, v: 28, the floor; 8 more with amsgrad, 8 more
 // with the moving average.
+#include "../common/flush_mode.h"
 #include "../common/optimizer_cpu.h"
 #include "adamw_math.h"
 
@@ -76,6 +77,7 @@ void step(const AdamwArgs& a, const StepTensor& t, int64_t begin, int64_t end) {
         adamw_numbers<V, A>(a, steps_done(t.counter, t.step), t.n_averaged, t.data[kMaxExpAvgSq] != nullptr);
     const auto vectors =
         is_usual(numbers, t.data[kAverage] != nullptr) ? step_vectors<T, V, true> : step_vectors<T, V, false>;
+    const FlushMode<A> mode;
     step_blocks<T>(a.step, t, begin, end, [&](T* const* slots, int64_t count, const uint16_t* random) {
       vectors(slots, count, random, numbers);
     });

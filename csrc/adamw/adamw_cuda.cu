@@ -2,6 +2,9 @@
 // Bytes per float32 element: reads w, g, m, v, writes w, m, v: 28, the floor; 8 more with amsgrad, 8 more
 // with the moving average. The powers of beta are taken in float64, by one thread of a block; an element sees
 // no float64.
+//
+// The mode of csrc/common/flush_mode.h, so that the bits are those of the CPU:
+// nvcc flags: -ftz=true -DFASTREG_FTZ
 #include "../common/optimizer_cuda.h"
 #include "adamw_math.h"
 

@@ -89,8 +89,8 @@ FR_HD void adamw_element(V& w, V g, V& m, V& v, V& most, const AdamwNumbers<V>& 
   const V zero(0);
   g = g * n.grad_factor;
   if (n.in_gradient) g = g + l1_pull(w, n.l1);
-  m = flush(n.moment(m, g));
-  v = flush(n.beta2 * v + n.take * g * g);
+  m = flush_result(n.moment(m, g));
+  v = flush_result(n.beta2 * v + n.take * g * g);
   V used = v;
   if (n.amsgrad) {
     most = flush(most);
@@ -99,11 +99,12 @@ FR_HD void adamw_element(V& w, V g, V& m, V& v, V& most, const AdamwNumbers<V>& 
   }
   const V inverse = V(1) / (square_root(used) * n.unbias + n.eps);  // a division takes as long as all else
 
+  const V old = w;
   V decayed = w * n.decay;
   if (n.cautious)
     decayed = select(m > zero, select(w < zero, w, decayed),
                      select(m < zero, select(w > zero, w, decayed), decayed));
-  w = decayed - n.rate * m * inverse;
+  w = kept_if_small(decayed - n.rate * m * inverse, old);
   if (n.proximal) w = soft_threshold(w, n.threshold * inverse);
 }
 

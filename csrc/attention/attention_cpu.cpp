@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../common/flush.h"
-#include "../common/simd.h"
+#include "../common/flush_mode.h"
 #include "../dropout/dropout_draw_cpu.h"
 #include "attention_math.h"
 
@@ -155,15 +155,19 @@ void gradient_of_row(const AttentionArgs& a, int64_t number) {
     const auto kept = zero < w;
     const V product = select(kept, w * dropped_factor * load(r.gradients + i, lanes), zero);
     if (r.dropped) store(r.dropped + i, select(kept, w * factor, zero), lanes);
-    store(r.d_scores + i, flush(product - maximum(w, zero - w) * share), lanes);
+    store(r.d_scores + i, flush_result(product - maximum(w, zero - w) * share), lanes);
   });
   memset(r.d_scores + r.seen, 0, size_t(a.columns - r.seen) * sizeof(A));
 }
 
+template <class A, class F>
+void for_each_row(int64_t begin, int64_t end, F f) {
+  const FlushMode<A> mode;
+  for (int64_t number = begin; number < end; ++number) f(A(), number);
+}
 template <class F>
 void for_each_row(const AttentionArgs& a, int64_t begin, int64_t end, F f) {
-  for (int64_t number = begin; number < end; ++number)
-    a.dtype == DType::kFloat64 ? f(double(), number) : f(float(), number);
+  a.dtype == DType::kFloat64 ? for_each_row<double>(begin, end, f) : for_each_row<float>(begin, end, f);
 }
 
 void weights(const AttentionArgs& a, int64_t begin, int64_t end) {

@@ -5,6 +5,7 @@
 // There is neither multiply_add nor a reduction in another order: the bits are the same on every instruction
 // set. Bytes per value: the source is read once, apart from rows that the cache has lost, and the output is
 // written once.
+#include "../common/flush_mode.h"
 #include "augment_backward_cpu.h"
 
 namespace fastreg::FASTREG_ISA {
@@ -189,6 +190,7 @@ void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample,
   with_pixels(a.in_type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = typename Accumulate<T>::type;
+    const FlushMode<A> mode;
     if (shrink.on) {
       A* line = reinterpret_cast<A*>(static_cast<char*>(scratch.rows) + filters_bytes<A>(a, shrink));
       Shrinker<T, A>(a, shrink, sample, scratch.rows)
@@ -208,6 +210,7 @@ void source(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample,
 template <class A>
 void prepare_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin,
                     int64_t end) {
+  const FlushMode<A> mode;
   with_rows<A>(a, scratch, sample,
                [&](const RowMaker<A>& maker) { prepare_rows<A>(a, scratch, maker, sample, begin, end); });
 }
@@ -219,6 +222,7 @@ void prepare(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample
 template <class A>
 void finish_sample(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample, int64_t begin,
                    int64_t end) {
+  const FlushMode<A> mode;
   with_rows<A>(a, scratch, sample, [&](const RowMaker<A>& maker) {
     with_pixels(a.out_type, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
@@ -231,9 +235,14 @@ void finish(const AugmentArgs& a, const AugmentScratch& scratch, int64_t sample,
   accumulated_bytes(a) == 8 ? finish_sample<double>(a, scratch, sample, begin, end)
                             : finish_sample<float>(a, scratch, sample, begin, end);
 }
+template <class A>
+void backward_sample(const AugmentArgs& a, void* scratch, int64_t sample) {
+  const FlushMode<A> mode;
+  SampleBackward<A>(a, scratch, sample).images_gradient();
+}
 void backward(const AugmentArgs& a, void* scratch, int64_t sample) {
-  accumulated_bytes(a) == 8 ? SampleBackward<double>(a, scratch, sample).images_gradient()
-                            : SampleBackward<float>(a, scratch, sample).images_gradient();
+  accumulated_bytes(a) == 8 ? backward_sample<double>(a, scratch, sample)
+                            : backward_sample<float>(a, scratch, sample);
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 // one after it (augment_filter_cuda.h); with antialias one at first, which looks at the matrices, a sample
 // each. Bytes per value: the source's, once from memory (the four neighbours of bilinear pixels come from the
 // cache), twice with contrast, and the output's, written once.
+//
+// The mode of csrc/common/flush_mode.h, so that the bits are those of the CPU:
+// nvcc flags: -ftz=true -DFASTREG_FTZ
 #include "augment_backward_cuda.h"
 #include "augment_draw.h"
 

@@ -69,11 +69,13 @@ FR_HD float to_float(float x) { return x; }
 FR_HD double to_float(double x) { return x; }
 FR_HD float to_float(BFloat16 x) { return bits_float(uint32_t(x.bits) << 16); }
 FR_HD float to_float(Half x) {
-  // Shift exponent and mantissa into place, then rescale by 2^112: subnormals come out exact. Infinities and
-  // NaN, whose exponent is all ones, need their exponent set by hand.
-  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = uint32_t(x.bits & 0x7fffu) << 13;
-  const uint32_t magnitude =
-      rest >= 0x0f800000u ? (rest | 0x7f800000u) : float_bits(bits_float(rest) * 0x1p112f);
+  // Exponent and mantissa go to their place, and the exponent's bias changes. Infinities and NaN keep an
+  // exponent that is all ones. A subnormal one is a whole number of 2^-24: no float32 below the normal ones
+  // takes part, which a kernel may have to take as 0.
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  const uint32_t magnitude = rest >= 0x7c00u  ? rest << 13 | 0x7f800000u
+                             : rest >= 0x400u ? (rest << 13) + 0x38000000u
+                                              : float_bits(float(int32_t(rest)) * 0x1p-24f);
   return bits_float(sign | magnitude);
 }
 

@@ -98,7 +98,7 @@ struct Average {
   FR_HD Average(A take, bool is_first) : lerp(take), first(is_first) {}
   FR_HD V operator()(V average, V w) const {
     if (first) return flush(w);
-    return flush(lerp(average, w));
+    return flush_result(lerp(average, w));
   }
 };
 // How a step moves the average of a tensor.
@@ -107,11 +107,19 @@ FR_HD Average<V> average_of(const StepArgs& a, const float* n_averaged) {
   return {A(1 - number_at(a.ema_at, a.ema_wide, a.ema)), n_averaged && *n_averaged == 0};
 }
 
-// l1 * sign(w)
+// A step takes float32 below the normal numbers as 0 (flush_mode.h). Such a weight keeps its value where the
+// step gives 0.
+template <class V>
+FR_HD V kept_if_small(V result, V old) {
+  const V zero(0);
+  return select(result == zero, select(is_small(old), old, result), result);
+}
+
+// l1 * sign(w), of a subnormal weight too.
 template <class V>
 FR_HD V l1_pull(V w, V l1) {
   const V zero(0);
-  return select(w > zero, l1, select(w < zero, zero - l1, zero));
+  return select(is_positive(w), l1, select(is_negative(w), zero - l1, zero));
 }
 
 // sign(w) max(|w| - t, 0), as w minus w clamped to [-t, t]: +0 where |w| <= t, and a NaN stays.

@@ -5,7 +5,10 @@
 
 namespace fastreg::FASTREG_ISA {
 
-using portable::any_part, portable::equal, portable::greater, portable::less, portable::mask_of_bits;
+constexpr bool kFuses = true;  // whether fma_part rounds once
+
+using portable::any_part, portable::below, portable::equal, portable::greater, portable::less,
+    portable::mask_of_bits;
 using portable::MaskPart, portable::select_part;
 using portable::round_bfloat16, portable::select_halves;
 

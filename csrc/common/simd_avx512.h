@@ -6,6 +6,8 @@
 
 namespace fastreg::FASTREG_ISA {
 
+constexpr bool kFuses = true;  // whether fma_part rounds once
+
 using portable::join_halves, portable::store_low_halves;
 
 // ---- masks
@@ -19,6 +21,9 @@ FR_INLINE __mmask16 equal(F32Part a, F32Part b) { return _mm512_cmp_ps_mask(a, b
 FR_INLINE __mmask8 less(F64Part a, F64Part b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ); }
 FR_INLINE __mmask8 greater(F64Part a, F64Part b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 FR_INLINE __mmask8 equal(F64Part a, F64Part b) { return _mm512_cmp_pd_mask(a, b, _CMP_EQ_OQ); }
+FR_INLINE __mmask16 below(U32Part a, uint32_t limit) {
+  return _mm512_cmplt_epu32_mask((__m512i)a, _mm512_set1_epi32(int(limit)));
+}
 
 FR_INLINE F32Part select_part(__mmask16 m, F32Part yes, F32Part no) {
   return _mm512_mask_blend_ps(m, no, yes);

@@ -6,4 +6,5 @@
 
 namespace fastreg::FASTREG_ISA {
 using namespace portable;
+constexpr bool kFuses = false;
 }  // namespace fastreg::FASTREG_ISA

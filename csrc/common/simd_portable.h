@@ -55,6 +55,7 @@ template <class P>
 FR_INLINE auto equal(P a, P b) {
   return a == b;
 }
+FR_INLINE I32Part below(U32Part a, uint32_t limit) { return (I32Part)(a < limit); }
 template <class M, class P>
 FR_INLINE P select_part(M m, P yes, P no) {
   return m ? yes : no;
@@ -104,9 +105,11 @@ FR_INLINE F32Part load_half(const Half* p) {
   U16Part raw;
   memcpy(&raw, p, sizeof raw);
   const U32Part x = __builtin_convertvector(raw, U32Part), sign = (x & 0x8000u) << 16;
-  const I32Part rest = (I32Part)((x & 0x7fffu) << 13);
-  const I32Part scaled = (I32Part)((F32Part)rest * 0x1p112f);
-  return (F32Part)((rest >= 0x0f800000 ? rest | 0x7f800000 : scaled) | (I32Part)sign);
+  const I32Part rest = (I32Part)(x & 0x7fffu), shifted = rest << 13;
+  const I32Part whole = (I32Part)(__builtin_convertvector(rest, F32Part) * 0x1p-24f);
+  I32Part magnitude = rest < 0x400 ? whole : shifted + 0x38000000;
+  magnitude = rest >= 0x7c00 ? shifted | 0x7f800000 : magnitude;
+  return (F32Part)(magnitude | (I32Part)sign);
 }
 FR_INLINE void store_half(Half* p, F32Part x) {
   const U32Part u = (U32Part)x, sign = (u >> 16) & 0x8000u;

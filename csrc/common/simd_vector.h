@@ -88,6 +88,64 @@ FR_INLINE Vec<A> multiply_add(const Vec<A>& a, const Vec<A>& b, const Vec<A>& c)
   return d;
 }
 
+// As in flush.h.
+FR_INLINE Vec<float>::Mask is_positive(const Vec<float>& a) {
+  Vec<float>::Mask m;
+  for (int i = 0; i < a.kParts; ++i) m.part[i] = below((U32Part)a.part[i] - 1u, 0x7f800000u);
+  return m;
+}
+FR_INLINE Vec<float>::Mask is_negative(const Vec<float>& a) {
+  Vec<float>::Mask m;
+  for (int i = 0; i < a.kParts; ++i) m.part[i] = below((U32Part)a.part[i] - 0x80000001u, 0x7f800000u);
+  return m;
+}
+FR_INLINE Vec<float>::Mask is_small(const Vec<float>& a) {
+  Vec<float>::Mask m;
+  for (int i = 0; i < a.kParts; ++i) m.part[i] = below((U32Part)a.part[i] & 0x7fffffffu, 0x800000u);
+  return m;
+}
+FR_INLINE Vec<double>::Mask is_positive(const Vec<double>& a) { return a > Vec<double>(0); }
+FR_INLINE Vec<double>::Mask is_negative(const Vec<double>& a) { return a < Vec<double>(0); }
+FR_INLINE Vec<double>::Mask is_small(const Vec<double>& a) { return a == Vec<double>(0); }
+
+// Whether any lane is below the normal numbers, but not 0.
+FR_INLINE bool any_subnormal(const Vec<float>& a) {
+  Vec<float>::Mask m;
+  for (int i = 0; i < a.kParts; ++i)
+    m.part[i] = below(((U32Part)a.part[i] & 0x7fffffffu) - 1u, 0x7fffffu);  // 0 has become the largest number
+  return any(m);
+}
+
+// x * factor for a positive factor, the same bits, where lanes of x are subnormal. Such a lane is a whole
+// number of 2^-149: it is multiplied as that number, to which 2^23 is added, so that the sum rounds at 2^-149
+// if the product is subnormal. The processor would take some 150 cycles for each vector.
+FR_INLINE Vec<float> product_of_small(const Vec<float>& x, const Vec<float>& factor) {
+  using Part = Vec<float>::Part;
+  Vec<float> result;
+  const Part one = 1.f - Part{}, unit = 0x1p23f - Part{};
+  for (int i = 0; i < x.kParts; ++i) {
+    const U32Part sign = (U32Part)x.part[i] & 0x80000000u, magnitude = (U32Part)x.part[i] & 0x7fffffffu;
+    const auto small = below(magnitude, 0x800000u);
+    const Part whole = (Part)(magnitude | 0x4b000000u) - unit;
+    const Part count = select_part(small, whole, one);  // of 2^-149
+    const Part product = count * factor.part[i];
+    const U32Part subnormal = (U32Part)fma_part(count, factor.part[i], unit) - 0x4b000000u;
+    const U32Part normal = (U32Part)product - (149u << 23);
+    const Part scaled =
+        (Part)((U32Part)select_part(less(product, unit), (Part)subnormal, (Part)normal) | sign);
+    result.part[i] = select_part(small, scaled, select_part(small, one, x.part[i]) * factor.part[i]);
+  }
+  return result;
+}
+
+// x * factor for a positive factor, which takes no longer where x is subnormal.
+template <class A>
+FR_INLINE Vec<A> product(const Vec<A>& x, const Vec<A>& factor) {
+  if constexpr (kFuses && std::is_same_v<A, float>)
+    if (__builtin_expect(any_subnormal(x), 0)) return product_of_small(x, factor);
+  return x * factor;
+}
+
 template <class A>
 FR_INLINE Vec<A> square_root(const Vec<A>& a) {
   Vec<A> b;
@@ -99,6 +157,12 @@ FR_INLINE Vec<float> magnitude(const Vec<float>& a) {
   Vec<float> b;
   for (int i = 0; i < b.kParts; ++i)
     b.part[i] = (Vec<float>::Part)((Vec<float>::IntPart)a.part[i] & 0x7fffffff);
+  return b;
+}
+
+FR_INLINE Vec<float> signed_zero(const Vec<float>& a) {
+  Vec<float> b;
+  for (int i = 0; i < b.kParts; ++i) b.part[i] = (Vec<float>::Part)((U32Part)a.part[i] & 0x80000000u);
   return b;
 }
 

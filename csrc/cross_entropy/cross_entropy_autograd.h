@@ -35,7 +35,7 @@ inline std::tuple<Tensor, Tensor, Tensor> cross_entropy_op(const Tensor& input, 
       o.all());
 }
 
-// As in Python: what a factor pushes below float32's normal numbers is zero.
+// As in Python: what a factor pushes below float32's normal numbers is 0.
 inline double largest_subnormal(ScalarType dtype) {
   return dtype == at::kBFloat16 ? 0x1p-126 - 0x1p-133 : 0x1p-126 - 0x1p-149;
 }
@@ -74,17 +74,11 @@ inline Tensor scaled(const Tensor& gradient, Tensor g, const Tensor& target, Aut
   if (!at::GradMode::is_enabled() && !torch::autograd::get_current_graph_task_keep_graph() && is_plain(g) &&
       g.numel() == 1 && !is_recorded()) {
     const Tensor first = gradient.detach();
-    if (g.is_cuda()) {
-      cross_entropy_scale_op(first, g);
-      return first;
-    }
-    const double factor = g.item().toDouble();
-    if (factor == 1) return first;
+    // One on a GPU is left for the kernel to read, since reading it here would wait for the GPU.
+    const double factor = g.is_cpu() ? g.item().toDouble() : 0;
     if (std::isfinite(factor)) {
-      first.mul_(g);
-      if (dtype == at::kDouble || std::abs(factor) > 1) return first;
-      Tensor flushed = first;
-      return at::hardshrink_out(flushed, first, largest_subnormal(dtype));
+      if (factor != 1) cross_entropy_scale_op(first, g);
+      return first;
     }
   }
   if (g.dim()) g = g.unsqueeze(1);

@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/simd.h"
+#include "../common/flush_mode.h"
 #include "cross_entropy_columns.h"
 #include "cross_entropy_math.h"
 #include "cross_entropy_rows.h"
@@ -39,9 +39,11 @@ template <class T, class G, class A>
 void one_row(const CrossEntropyArgs& a, int64_t n, int64_t inner, const T* x, G* g,
              Buffers<T, G, A>& buffers) {
   const int64_t index = n * a.inner + inner, target = a.target ? a.target[index] : 0;
-  double *const loss = a.row_loss + index, *const lse = a.row_lse + index;
+  double* const loss = a.row_loss + index;
+  A unwanted, *const lse = a.row_lse ? static_cast<A*>(a.row_lse) + index : &unwanted;
   if (a.target && target == a.ignore_index) {
-    *loss = *lse = 0;
+    *loss = 0;
+    *lse = 0;
     if (g) memset(static_cast<void*>(g), 0, size_t(a.classes) * sizeof(G));
     return;
   }
@@ -58,13 +60,18 @@ void one_row(const CrossEntropyArgs& a, int64_t n, int64_t inner, const T* x, G*
     finish_row(Row<false, T, G, A>{a, x, soft, target, exps, g, buffers.segments}, factor, loss, lse);
 }
 
-// Rows of tiles [begin, end): visit(batch element, first row, row after the last).
+// Rows of tiles [begin, end), those of up to `together` tiles at once: visit(batch element, first row, row
+// after the last).
 template <class Visit>
-void for_each_tile(const CrossEntropyArgs& a, int64_t begin, int64_t end, const Visit& visit) {
+void for_each_tile(const CrossEntropyArgs& a, int64_t begin, int64_t end, int64_t together,
+                   const Visit& visit) {
   const int64_t per_outer = (a.inner + kTileRows - 1) / kTileRows;
-  for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t first = tile % per_outer * kTileRows;
-    visit(tile / per_outer, first, first + kTileRows < a.inner ? first + kTileRows : a.inner);
+  for (int64_t tile = begin; tile < end;) {
+    const int64_t number = tile % per_outer,
+                  rest = per_outer - number < end - tile ? per_outer - number : end - tile;
+    const int64_t count = rest < together ? rest : together, last = (number + count) * kTileRows;
+    visit(tile / per_outer, number * kTileRows, last < a.inner ? last : a.inner);
+    tile += count;
   }
 }
 
@@ -73,7 +80,7 @@ void forward_rows(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   const int64_t k = a.classes;
   const auto &xs = a.logits_stride, &gs = a.grad_stride;
   Buffers<T, G, typename Accumulate<T>::type> buffers(a);
-  for_each_tile(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
+  for_each_tile(a, begin, end, 1, [&](int64_t n, int64_t first, int64_t last) {
     const int64_t rows = last - first;
     const T* x = static_cast<const T*>(a.logits) + n * xs.outer + first * xs.inner;
     G* g = a.grad ? static_cast<G*>(a.grad) + n * gs.outer + first * gs.inner : nullptr;
@@ -97,10 +104,11 @@ void forward_rows(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
 template <class T, class G>
 void forward_typed(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
-  if (!lies_in_columns<A>(a)) return forward_rows<T, G>(a, begin, end);
-  std::vector<A> exps(size_t(a.classes) * Vec<A>::kLanes);
-  for_each_tile(a, begin, end, [&](int64_t n, int64_t first, int64_t last) {
-    column_tile<T, G>(a, n, first, last, exps.data());
+  const FlushMode<A> mode(!a.weight && !a.soft_target);
+  if (!goes_in_columns<A>(a)) return forward_rows<T, G>(a, begin, end);
+  ColumnBuffers<A> buffers(a.classes);
+  for_each_tile(a, begin, end, buffers.rows / kTileRows, [&](int64_t n, int64_t first, int64_t last) {
+    column_tile<T, G>(a, n, first, last, buffers);
   });
 }
 
@@ -114,9 +122,29 @@ void forward(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
   });
 }
 
+void scale(const CrossEntropyScale& a, int64_t begin, int64_t end) {
+  with_dtype(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = typename Accumulate<T>::type;
+    using V = Vec<A>;
+    A number{};
+    with_dtype(a.factor_dtype, [&](auto* other) {
+      number = A(to_float(*static_cast<const std::remove_pointer_t<decltype(other)>*>(a.factor)));
+    });
+    if (number == A(1)) return;
+    T* const values = static_cast<T*>(a.values) + begin;
+    const FlushMode<A> mode;
+    const V factor(number), zero(0);
+    for_each_vector<A>(end - begin, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+      const V x = load(values + i, lanes);
+      store(values + i, select(x == zero, zero, flush_result(x * factor)), lanes);
+    });
+  });
+}
+
 }  // namespace
 
 extern const CrossEntropyKernels cross_entropy_kernels;
-const CrossEntropyKernels cross_entropy_kernels = {forward};
+const CrossEntropyKernels cross_entropy_kernels = {forward, scale};
 
 }  // namespace fastreg::FASTREG_ISA

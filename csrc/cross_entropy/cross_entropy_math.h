@@ -68,7 +68,7 @@ struct CrossEntropyArgs : CrossEntropyOptions {
   const void* soft_target;  // probabilities; null where the target is class indices
   const void* weight;       // one per class, of the accumulation type; null: each is 1
   double* row_loss;
-  double* row_lse;
+  void* row_lse;  // of the accumulation type; null: unwanted
   // Row r is (r / inner, r % inner), and inner rows are neighbours; strides in elements.
   int64_t outer, inner, classes;
   struct Strides {
@@ -96,22 +96,14 @@ FR_HD V weighted_logit(V q, V x) {
   return select(q == V(0), V(0), q * x);
 }
 
-// The factor of e^(x - top) in the gradient. An exponential below `least` counts as 0, because the product
-// would be subnormal: such numbers take many times as long, here and in the matrix product that follows. With
-// float64 nothing counts as 0.
-template <class V>
-struct SoftmaxFactor {
-  V value, least;
-
-  explicit FR_HD SoftmaxFactor(V factor) : value(factor), least(0) {
-    if constexpr (!std::is_same_v<decltype(scalar_of(factor)), double>)
-      least = V(0x1.00001p-126f) / magnitude(factor);
-  }
-};
-template <class V>
-FR_HD V cross_entropy_grad(V exp_shifted, V q, const SoftmaxFactor<V>& softmax, V grad_factor) {
-  const V e = select(exp_shifted < softmax.least, V(0), exp_shifted);
-  return flush(multiply_add(e, softmax.value, V(0) - q * grad_factor));
+// softmax_factor: of e^(x - top) in the gradient. What would be subnormal is 0: such numbers take many times
+// as long, here and in the matrix product that follows. kWeighted: by class weights or soft targets, which
+// may all be so small that their products with other numbers are subnormal. Such rows are not computed in
+// flush mode.
+template <bool kWeighted, class V>
+FR_HD V cross_entropy_grad(V exp_shifted, V q, V softmax_factor, V grad_factor) {
+  const V result = multiply_add(exp_shifted, softmax_factor, V(0) - q * grad_factor);
+  return kWeighted ? flush(result) : flush_result(result);
 }
 
 // ---- the end of a row, the same for rows and columns of the CPU and for CUDA. V is a number, or a vector
@@ -234,8 +226,9 @@ inline int64_t cross_entropy_scratch(int64_t rows, const CrossEntropyReduction& 
 }
 int cross_entropy_forward_cuda(const CrossEntropyLaunch&, void* stream);  // gives a cudaError_t
 
-// values *= *factor. The kernel reads the factor on the device and, where it is 1, as it usually is, moves
-// nothing.
+// values *= *factor, of which what falls below the normal numbers is 0, and 0 stays 0: a sum over no row,
+// divided by their number, sends inf here, and of that ignored rows get none. The kernel reads the factor on
+// the device and, where it is 1, as it usually is, moves nothing.
 struct CrossEntropyScale {
   DType dtype, factor_dtype;
   void* values;  // without gaps
@@ -247,6 +240,7 @@ int cross_entropy_scale_cuda(const CrossEntropyScale&, void* stream);
 struct CrossEntropyKernels {
   // Tiles [begin, end), in the numbering of cross_entropy_tiles.
   void (*forward)(const CrossEntropyArgs&, int64_t begin, int64_t end);
+  void (*scale)(const CrossEntropyScale&, int64_t begin, int64_t end);
 };
 FR_DECLARE_KERNELS(CrossEntropyKernels, cross_entropy_kernels)
 

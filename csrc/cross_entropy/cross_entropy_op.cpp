@@ -6,6 +6,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -17,6 +18,8 @@
 
 namespace fastreg {
 namespace {
+
+constexpr int64_t kScaleGrain = 1 << 15;  // a thread scales at least this many numbers
 
 // compute() writes the gradient where one is wanted; loss, a number or one for each row; and lse, one for
 // each row, unless it is null. On the CPU every class index is looked at before anything is written; on CUDA
@@ -54,19 +57,34 @@ void put(const Tensor& t, const double* values, int64_t count) {
 double normaliser_of(const char* op, const CrossEntropyArgs& a) {
   const int64_t rows = a.outer * a.inner, k = a.classes;
   if (a.soft_target) return double(rows);
+  int64_t counted = 0, wrong = 0;
+  for (int64_t i = 0; i < rows; ++i) {  // without branches, in vectors
+    const int64_t t = a.target[i];
+    const int64_t ignored = t == a.ignore_index;
+    counted += 1 - ignored;
+    wrong |= int64_t(uint64_t(t) >= uint64_t(k)) & (1 - ignored);
+  }
   double weights = 0;
-  int64_t counted = 0;
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = 0; (wrong || a.weight) && i < rows; ++i) {
     const int64_t t = a.target[i];
     if (t == a.ignore_index) continue;
     check(t >= 0 && t < k, op, ": target must be in [0, ", k, ") or ignore_index ", a.ignore_index, ", got ",
           t, " at element ", i);
-    ++counted;
     if (!a.weight) continue;
     weights += a.dtype == DType::kFloat64 ? static_cast<const double*>(a.weight)[t]
                                           : double(static_cast<const float*>(a.weight)[t]);
   }
   return a.weight && counted ? weights : double(counted);
+}
+
+// In one order, whatever thread computed the values. Eight sums hide the latency of the addition.
+double sum_of(const double* values, int64_t count) {
+  double sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int j = 0; j < 8; ++j) sums[j] += values[i + j];
+  for (; i < count; ++i) sums[0] += values[i];
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
 
 void compute(const char* op, const Tensor&, CrossEntropyArgs a, const CrossEntropyReduction& reduction,
@@ -76,18 +94,16 @@ void compute(const char* op, const Tensor&, CrossEntropyArgs a, const CrossEntro
   const int64_t rows = a.outer * a.inner;
   const bool zero = normaliser == 0 && mean && reduction.all_ignored_zero;
   if (mean) a.grad_factor = zero ? 0 : 1 / normaliser;
-  std::vector<double> row_loss(static_cast<size_t>(rows)), row_lse(static_cast<size_t>(rows));
-  a.row_loss = row_loss.data();
-  a.row_lse = row_lse.data();
+  const auto row_loss = std::make_unique_for_overwrite<double[]>(static_cast<size_t>(rows));
+  a.row_loss = row_loss.get();
+  a.row_lse = lse ? lse->mutable_data_ptr() : nullptr;
   const int64_t tiles = rows > 0 ? cross_entropy_tiles(a) : 0;
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / (a.classes * kTileRows));
   parallel(tiles, grain, [&](int64_t begin, int64_t end) {
     FR_KERNELS(cross_entropy_kernels, rows * a.classes).forward(a, begin, end);
   });
-  if (lse) put(*lse, row_lse.data(), rows);
-  if (reduction.kind == CrossEntropyReduction::kNone) return put(loss, row_loss.data(), rows);
-  double sum = 0;  // in the order of the rows, whatever thread computed them
-  for (const double value : row_loss) sum += value;
+  if (reduction.kind == CrossEntropyReduction::kNone) return put(loss, row_loss.get(), rows);
+  double sum = sum_of(row_loss.get(), rows);
   if (mean) sum = zero ? 0 : sum / normaliser;
   put(loss, &sum, 1);
 }
@@ -165,8 +181,7 @@ struct Operators<std::tuple<Values...>> {
   }
 };
 
-#ifdef FASTREG_CUDA
-// values *= factor, a number that the host does not look at. Where it is 1 nothing is moved.
+// On CUDA the host does not look at the factor.
 void cross_entropy_scale(Tensor values, Tensor factor) {
   const char* op = "cross_entropy_scale_";
   const Layout layout = layout_of(op, values);
@@ -175,9 +190,13 @@ void cross_entropy_scale(Tensor values, Tensor factor) {
   check_device(op, "factor", factor, "values", values);
   const CrossEntropyScale a{dtype_of(op, "values", values), dtype_of(op, "factor", factor),
                             values.mutable_data_ptr(), values.numel(), factor.const_data_ptr()};
+#ifdef FASTREG_CUDA
   on_stream(op, values, [&](void* stream) { return cross_entropy_scale_cuda(a, stream); });
-}
+#else
+  const CrossEntropyKernels& kernels = FR_KERNELS(cross_entropy_kernels, a.numel);
+  parallel(a.numel, kScaleGrain, [&](int64_t begin, int64_t end) { kernels.scale(a, begin, end); });
 #endif
+}
 
 }  // namespace
 }  // namespace fastreg
@@ -188,7 +207,5 @@ FR_LIBRARY_IMPL(m) {
   m.impl("cross_entropy_", TORCH_BOX(&Operators::cross_entropy_inplace));
   m.impl("cross_entropy_sharded_sums", TORCH_BOX(&fastreg::cross_entropy_sharded_sums));
   m.impl("cross_entropy_sharded_grad_", TORCH_BOX(&fastreg::cross_entropy_sharded_gradient));
-#ifdef FASTREG_CUDA
   m.impl("cross_entropy_scale_", TORCH_BOX(&fastreg::cross_entropy_scale));
-#endif
 }

@@ -97,11 +97,11 @@ __device__ __forceinline__ int64_t target_of(const RowsWork<T, G>& w, int64_t ro
 template <class A>
 struct ClassGradient {
   A top;
-  SoftmaxFactor<A> softmax;
+  A softmax_factor;
   A factor, at_target;
 
   __device__ __forceinline__ A operator()(A x, A q) const {
-    return cross_entropy_grad(exponential(x - top), q, softmax, factor);
+    return cross_entropy_grad<true>(exponential(x - top), q, softmax_factor, factor);
   }
 };
 
@@ -149,7 +149,7 @@ __device__ __forceinline__ ClassGradient<A> finish_row(const RowsWork<T, G>& w, 
     if (w.lse) w.lse[row] = result.lse;
   }
   const RowGradient<A> gradient = row_gradient(sums, t, result.lse, w.options, factor, TimesReciprocal{});
-  return {s.top, SoftmaxFactor<A>(gradient.softmax_factor), factor, gradient.at_target};
+  return {s.top, gradient.softmax_factor, factor, gradient.at_target};
 }
 
 template <class T, class G>

@@ -271,19 +271,21 @@ struct Row {
   FR_INLINE void write_gradient(const RowGradient<double>& gradient, double row_factor) const {
     const V grad_factor{A(row_factor)}, same{A(a.base)};
     for (size_t j = 0; j < segments.size(); ++j) {
-      const SoftmaxFactor<V> factor(V(A(gradient.softmax_factor * segments[j].factor)));
+      const V factor(A(gradient.softmax_factor * segments[j].factor));
       for_each_two<A>(
           segments[j].begin, end_of_segment(j),
           [&](int64_t i) __attribute__((always_inline)) {
             V v, w;
             load_two<true>(exps + i, v, w);
-            v = cross_entropy_grad(v, kWeighted ? q_at(i, V::kLanes) : same, factor, grad_factor);
-            w = cross_entropy_grad(w, kWeighted ? q_at(i + V::kLanes, V::kLanes) : same, factor, grad_factor);
+            v = cross_entropy_grad<kWeighted>(v, kWeighted ? q_at(i, V::kLanes) : same, factor, grad_factor);
+            w = cross_entropy_grad<kWeighted>(w, kWeighted ? q_at(i + V::kLanes, V::kLanes) : same, factor,
+                                              grad_factor);
             store_two<kWeighted>(grad + i, v, w);
           },
           [&](int64_t i, int lanes) __attribute__((always_inline)) {
             const V q = kWeighted ? q_at(i, lanes) : same;
-            store(grad + i, cross_entropy_grad(load(exps + i, lanes), q, factor, grad_factor), lanes);
+            store(grad + i, cross_entropy_grad<kWeighted>(load(exps + i, lanes), q, factor, grad_factor),
+                  lanes);
           });
     }
     if (!soft) from_float(flush(A(gradient.at_target)), grad + target);
@@ -294,7 +296,7 @@ struct Row {
 // its fields stay in registers: the compiler must assume that a store of 16-bit numbers changes anything in
 // memory.
 template <bool kWeighted, class T, class G, class A>
-FR_INLINE void finish_row(const Row<kWeighted, T, G, A> row, double row_factor, double* loss, double* lse) {
+FR_INLINE void finish_row(const Row<kWeighted, T, G, A> row, double row_factor, double* loss, A* lse) {
   const RowOptions<double> options(row.a);
   row.sweep();
   RowSums<double> sums = row.merge_segments();
@@ -302,7 +304,7 @@ FR_INLINE void finish_row(const Row<kWeighted, T, G, A> row, double row_factor, 
   const RowTarget<double> target = row.add_target(sums);
   const RowLoss<double> result = row_loss(sums, target, options);
   *loss = result.loss;
-  *lse = result.lse;
+  *lse = A(result.lse);
   if (row.grad) row.write_gradient(row_gradient(sums, target, result.lse, options, row_factor), row_factor);
 }
 

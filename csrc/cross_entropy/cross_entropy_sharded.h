@@ -48,12 +48,12 @@ struct WholeRow {
 // other classes have, as row_gradient does for a class index.
 template <class V>
 struct SoftGradient {
-  SoftmaxFactor<V> softmax;
+  V softmax_factor;
   V factor, mass, rest, sum;
   V mass_factor, pull_factor;  // factor * mass / sum, factor * pull / sum
 
   FR_HD V operator()(V exp_shifted, V q) const {
-    const V usual = cross_entropy_grad(exp_shifted, q, softmax, factor);
+    const V usual = cross_entropy_grad<true>(exp_shifted, q, softmax_factor, factor);
     const V missing = rest + (V(1) - exp_shifted);
     const V from_rest = factor * (mass - q) + (pull_factor * exp_shifted - mass_factor * missing);
     return select(exp_shifted + exp_shifted < sum, usual, flush(from_rest));

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common/simd.h"
+#include "../common/flush_mode.h"
 #include "cross_entropy_rows.h"
 #include "cross_entropy_sharded.h"
 
@@ -56,6 +56,7 @@ FR_INLINE void sums_of_row(const Row<kWeighted, T, T, A> row, A* out, int64_t ro
 template <class T>
 void sums_typed(const ShardedArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
+  const FlushMode<A> mode(!a.weight && !a.soft_target);
   Room<A> room(a);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t rows = a.inner, target = a.target ? a.target[r] : 0;
@@ -104,16 +105,16 @@ FR_INLINE void gradient_of_row(const Row<kWeighted, T, G, A> row, const WholeRow
     t.q = (kWeighted && row.weight ? double(row.weight[row.target]) : 1) * (row.a.mix + row.a.base);
   }
   const RowGradient<double> g = pulled_gradient(s, t, whole.pull, whole.factor);
-  const SoftmaxFactor<V> softmax{V(A(g.softmax_factor))};
+  const V softmax_factor{A(g.softmax_factor)};
   const V factor{A(whole.factor)};
   if (row.soft) {
     const double of_sum = whole.factor / s.sum;
     write_row(row, A(whole.top),
-              SoftGradient<V>{softmax, factor, V(A(whole.mass)), V(A(whole.rest)), V(A(s.sum)),
+              SoftGradient<V>{softmax_factor, factor, V(A(whole.mass)), V(A(whole.rest)), V(A(s.sum)),
                               V(A(of_sum * whole.mass)), V(A(of_sum * whole.pull))});
   } else {
     write_row(row, A(whole.top), [&](const V& e, const V& q) __attribute__((always_inline)) {
-      return cross_entropy_grad(e, q, softmax, factor);
+      return cross_entropy_grad<kWeighted>(e, q, softmax_factor, factor);
     });
     if (row.target >= 0) from_float(A(g.at_target), row.grad + row.target);
   }
@@ -122,6 +123,7 @@ FR_INLINE void gradient_of_row(const Row<kWeighted, T, G, A> row, const WholeRow
 template <class T, class G>
 void gradient_typed(const ShardedArgs& a, int64_t begin, int64_t end) {
   using A = typename Accumulate<T>::type;
+  const FlushMode<A> mode(!a.weight && !a.soft_target);
   Room<A> room(a);
   for (int64_t r = begin; r < end; ++r) {
     const int64_t target = a.target ? a.target[r] : 0;

@@ -92,15 +92,14 @@ __global__ void __launch_bounds__(kMostRowThreads<T>)
     // The gradient may overwrite the logits, and every thread of the row reads that of the target.
     threads > kLanes ? __syncthreads() : __syncwarp();
     const RowGradient<A> g = pulled_gradient(sums, t, whole.pull, whole.factor, TimesReciprocal{});
-    const SoftmaxFactor<A> softmax(g.softmax_factor);
     if (w.soft) {
       const A of_sum = whole.factor * reciprocal(sums.sum);
-      r.write_elements(SoftClassGradient<A>{
-          {softmax, whole.factor, whole.mass, whole.rest, sums.sum, of_sum * whole.mass, of_sum * whole.pull},
-          whole.top,
-          A(0)});
+      r.write_elements(SoftClassGradient<A>{{g.softmax_factor, whole.factor, whole.mass, whole.rest, sums.sum,
+                                             of_sum * whole.mass, of_sum * whole.pull},
+                                            whole.top,
+                                            A(0)});
     } else {
-      const ClassGradient<A> gradient{whole.top, softmax, whole.factor, g.at_target};
+      const ClassGradient<A> gradient{whole.top, g.softmax_factor, whole.factor, g.at_target};
       if (kWords)
         r.write_words(gradient, r.has_edge ? A(load_float(r.x[r.edge])) : A(0));
       else

@@ -33,8 +33,8 @@ FR_INLINE int64_t apply_pairs(const BFloat16* in, BFloat16* out, const uint8_t* 
   for (; i + 32 <= n; i += 32) {
     V even, odd;
     load_pairs(in + i, even, odd);
-    even = even * scale;
-    odd = odd * scale;
+    even = product(even, scale);
+    odd = product(odd, scale);
     if (kShift) even = even + shift, odd = odd + shift;
     uint32_t bits;
     memcpy(&bits, mask + i / 8, 4);
@@ -138,8 +138,8 @@ FR_INLINE int64_t add_pairs(const BFloat16* in, const BFloat16* residual, const 
       odd = odd + odd_more;
     }
     load_pairs(residual + i, even_more, odd_more);
-    even = even * scale + even_more;
-    odd = odd * scale + odd_more;
+    even = product(even, scale) + even_more;
+    odd = product(odd, scale) + odd_more;
     uint32_t bits;
     memcpy(&bits, mask + i / 8, 4);
     store_pairs(out + i, select_pairs(bits, pack_pairs(even, odd), load_pairs(residual + i)));

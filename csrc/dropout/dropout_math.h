@@ -90,15 +90,21 @@ FR_HD DropoutPiece dropout_piece(const DropoutMaskArgs& a, int64_t i, int64_t mo
   return {a.first + uint64_t(row) * uint64_t(a.row) + uint64_t(column), rest < most ? rest : most};
 }
 
+template <class A>
+FR_HD A product(A x,
+                A factor) {  // on a GPU, where subnormal numbers take no longer; simd_vector.h has vectors
+  return x * factor;
+}
+
 template <bool kShift, class V, class M>
 FR_HD V dropout_element(V x, M kept, V scale, V shift, V dropped) {
-  if (kShift) return select(kept, x * scale + shift, dropped);
-  return select(kept, x * scale, dropped);  // not x * scale + 0, which would turn -0 into 0
+  if (kShift) return select(kept, product(x, scale) + shift, dropped);
+  return select(kept, product(x, scale), dropped);  // not x * scale + 0, which would turn -0 into 0
 }
 
 template <class V, class M>
 FR_HD V dropout_add_element(V x, M kept, V scale, V residual) {
-  return select(kept, x * scale + residual, residual);
+  return select(kept, product(x, scale) + residual, residual);
 }
 
 struct DropoutKernels {

@@ -1,6 +1,7 @@
 // The SGD step on the CPU, formula in sgd_math.h.
 // Bytes per float32 element: reads w, g, v, writes w, v: 20, the floor; 12 without momentum, 8 more with the
 // moving average.
+#include "../common/flush_mode.h"
 #include "../common/optimizer_cpu.h"
 #include "sgd_math.h"
 
@@ -68,6 +69,7 @@ void step(const SgdArgs& a, const StepTensor& t, int64_t begin, int64_t end) {
     const auto vectors = !t.data[kMomentum] ? choose_penalty<T, V, SgdMomentum::kNone>(penalty)
                          : a.nesterov       ? choose_penalty<T, V, SgdMomentum::kNesterov>(penalty)
                                             : choose_penalty<T, V, SgdMomentum::kHeavyBall>(penalty);
+    const FlushMode<A> mode;
     step_blocks<T>(a.step, t, begin, end, [&](T* const* slots, int64_t count, const uint16_t* random) {
       vectors(slots, count, random, numbers);
     });

@@ -1,6 +1,9 @@
 // The SGD step on CUDA, formula in sgd_math.h; the launches stand in ../common/optimizer_cuda.h.
 // Bytes per float32 element: reads w, g, v, writes w, v: 20, the floor; 12 without momentum, 8 more with the
 // moving average.
+//
+// The mode of csrc/common/flush_mode.h, so that the bits are those of the CPU:
+// nvcc flags: -ftz=true -DFASTREG_FTZ
 #include "../common/optimizer_cuda.h"
 #include "sgd_math.h"
 

@@ -82,11 +82,11 @@ FR_HD void sgd_element(SgdMomentum momentum, SgdPenalty penalty, V& w, V g, V& v
   g = g * n.grad_factor;
   if (penalty == SgdPenalty::kInGradient) g = plus_penalty(g, old, n);
   if (momentum != SgdMomentum::kNone) {
-    v = flush(n.keep * v + n.take * g);
+    v = flush_result(n.keep * v + n.take * g);
     g = momentum == SgdMomentum::kNesterov ? g + n.momentum * v : v;
   }
   if (penalty == SgdPenalty::kDecoupled) g = g + plus_penalty(V(0), old, n);
-  w = old - n.lr * g;
+  w = kept_if_small(old - n.lr * g, old);
   if (n.proximal) w = soft_threshold(w, n.threshold);
 }
 

@@ -85,7 +85,8 @@ class AdamW(OnePass, torch.optim.AdamW):
     go both ways; `ema` and `n_averaged` with an average, where a parameter without a gradient counts as one
     that stays where it is. One that is frozen from the start has no average, and begins one in the first step
     after it is unfrozen. What of the moments and the average is below 2^-126, where steps take
-    many times as long, becomes 0 (except in float64).
+    many times as long, becomes 0 (except in float64). Gradients and products below it
+    count as 0; a weight that would become 0 by that stays what it is.
 
     Raises:
         ValueError: a NaN or infinite number, a negative one in the constructor (as in torch, in a group it

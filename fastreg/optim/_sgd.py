@@ -60,7 +60,8 @@ class SGD(OnePass, torch.optim.SGD):
     numbers of their own, as in torch. DTensor parameters (FSDP2) are stepped shard by shard. State:
     `momentum_buffer` per parameter, as in torch, and checkpoints go both ways; with stochastic_rounding a
     count, `step`. What of the momentum and the average is below 2^-126, where steps
-    take many times as long, becomes 0 (except in float64).
+    take many times as long, becomes 0 (except in float64). Gradients and products below it
+    count as 0; a weight that would become 0 by that stays what it is.
 
     Under `torch.amp.GradScaler` all is as with torch's SGD. By default the scaler unscales the gradients
     where they lie, and calls `step` unless they overflowed: accelerate, Lightning and step hooks see a

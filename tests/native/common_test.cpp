@@ -1,8 +1,10 @@
 // Tests of what the CPU kernels share: exp and log against the C library in a wider type, conversions of
-// number formats, vectors of fewer lanes than there are, Philox against its known answers. The header of
-// simd_math.h promises how far exp and log may be off.
+// number formats, vectors of fewer lanes than there are, subnormal numbers, Philox against its known answers.
+// The header of simd_math.h promises how far exp and log may be off.
 #include <vector>
 
+#include "../../csrc/common/flush.h"
+#include "../../csrc/common/flush_mode.h"
 #include "../../csrc/common/philox.h"
 #include "../../csrc/common/simd.h"
 #include "harness.h"
@@ -274,6 +276,83 @@ void formats() {
   pairs();
 }
 const Case formats_case(formats);
+
+// ---- products and signs of subnormal numbers
+
+void products() {
+  current_case = "product";
+  using V = kernels::Vec<float>;
+  Random random{7};
+  for (const float factor : {1.f, 2.f, 1 / 0.9f, 1 / 0.3f, 4 / 3.f, 0x1.fffffep0f, 1e3f, 0x1p60f, 0.75f})
+    for (int round = 0; round < 4000; ++round) {
+      float x[V::kLanes], got[V::kLanes];
+      for (float& each : x) {
+        const uint32_t bits = random.bits(), kind = uint32_t(random.below(8));
+        // Mostly subnormal, some by few bits; and all other numbers, NaN and infinities among them.
+        each = bits_float(kind < 5    ? bits & 0x807fffffu
+                          : kind == 5 ? (bits & 0x80000000u) | (bits & 0x7fffffffu) >> random.below(31)
+                          : kind == 6 ? 0x00800000u - 4 + bits % 8
+                                      : bits);
+      }
+      if (round == 0) x[0] = 0.f, x[1] = -0.f, x[2] = bits_float(1), x[3] = bits_float(0x7f800000u);
+      kernels::store(got, product(kernels::load(x), V(factor)));
+      for (int j = 0; j < V::kLanes; ++j) {
+        const float want = float(double(x[j]) * double(factor));  // exact before it is rounded
+        if (want == want ? float_bits(want) != float_bits(got[j]) : got[j] == got[j])
+          fail("%a * %a is %a, not %a", double(x[j]), double(factor), double(got[j]), double(want));
+      }
+    }
+}
+const Case products_case(products);
+
+template <class A>
+void signs_of(DType dtype) {
+  current_case = std::string("sign/") + name_of(dtype);
+  using V = kernels::Vec<A>;
+  const A tiny = std::numeric_limits<A>::denorm_min(), least = std::numeric_limits<A>::min();
+  const A numbers[] = {A(0),   A(-0.), tiny,  -tiny,        least - tiny,  tiny - least, least,
+                       -least, A(1),   A(-1), A(kInfinity), A(-kInfinity), A(kNaN),      -A(kNaN)};
+  for (const A x : numbers) {
+    A above[V::kLanes], below[V::kLanes];
+    kernels::store(above, select(is_positive(V(x)), V(1), V(0)));
+    kernels::store(below, select(is_negative(V(x)), V(1), V(0)));
+    for (int j = 0; j < V::kLanes; ++j)
+      if (above[j] != A(x > 0) || below[j] != A(x < 0) || is_positive(x) != (x > 0) ||
+          is_negative(x) != (x < 0))
+        fail("the sign of %a is %g, %g", double(x), double(above[j]), double(below[j]));
+  }
+}
+void signs() {
+  signs_of<float>(DType::kFloat32);
+  signs_of<double>(DType::kFloat64);
+}
+const Case signs_case(signs);
+
+// What is computed is 0 where it is subnormal, before and after it is not, and what is moved stays.
+void flush_mode() {
+  current_case = "flush mode";
+  volatile float small = 0x1p-130f, least = 0x1p-126f, half = 0.5f;
+  volatile double wide = 0x1p-1030;
+  float moved, product, of_least;
+  double unchanged;
+  {
+    const kernels::FlushMode<float> mode;
+    moved = small;
+    product = small * 4096.f;
+    of_least = least * half;
+  }
+  {
+    const kernels::FlushMode<double> mode;
+    unchanged = wide * 4;
+  }
+#if defined(__SSE2__) || defined(__aarch64__)
+  if (product != 0 || of_least != 0) fail("the mode leaves %a and %a", double(product), double(of_least));
+#endif
+  if (moved != 0x1p-130f) fail("a number that was moved is %a", double(moved));
+  if (unchanged != 0x1p-1028) fail("float64 is %a", unchanged);
+  if (small * 4096.f != 0x1p-118f || least * half != 0x1p-127f) fail("the mode lasts");
+}
+const Case flush_mode_case(flush_mode);
 
 // ---- Philox
 

@@ -95,7 +95,7 @@ struct Tensors {
         weight(accumulation(c.dtype), contiguous(c.classes)),
         target(8, contiguous(c.outer * c.inner)),
         loss(DType::kFloat64, contiguous(c.outer * c.inner)),
-        lse(DType::kFloat64, contiguous(c.outer * c.inner)),
+        lse(accumulation(c.dtype), contiguous(c.outer * c.inner)),
         row_factor(accumulation(c.dtype), contiguous(c.outer * c.inner)),
         grad(c.in_place ? logits : separate) {
     const int64_t k = c.classes, count = c.outer * c.inner;
@@ -131,7 +131,7 @@ CrossEntropyArgs arguments(const CrossEntropyCase& c, Tensors& t) {
   a.soft_target = c.soft ? t.soft.data() : nullptr;
   a.weight = c.weighted ? t.weight.data() : nullptr;
   a.row_loss = t.loss.data<double>();
-  a.row_lse = t.lse.data<double>();
+  a.row_lse = t.lse.data();
   a.outer = c.outer;
   a.inner = c.inner;
   a.classes = c.classes;
@@ -196,9 +196,10 @@ void expect_row(const CrossEntropyCase& c, const CrossEntropyArgs& a, const Tens
   const bool wide = type == DType::kFloat64;
   const double epsilon = std::ldexp(1., -format_of(type).mantissa), sums = 16 + double(k) / (wide ? 1 : 32);
   const double flushed = wide ? 1e-300 : 1.2e-38;
-  // Rows side by side are computed in the type of the sums to the end, others in double.
-  const bool columns = a.logits_stride.inner == 1 && a.logits_stride.cls != 1;
-  const double last_bit = columns ? 4 * epsilon : 0x1p-52;
+  // Rows side by side, and those of few classes, are computed in the type of the sums to the end, others in
+  // double.
+  const bool columns = (a.logits_stride.inner == 1 && a.logits_stride.cls != 1) || k <= 48;
+  const double last_bit = columns ? 4 * epsilon : epsilon;
 
   // Beyond a distance of 90 an exponential is 0, however wrong the distance.
   const double size = row.size + std::fabs(row.q_sum) * std::fmin(row.log_sum, row.others) *
