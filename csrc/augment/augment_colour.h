@@ -129,49 +129,51 @@ FR_HD A mean_of(A high, A low, A count) {
 
 // ---- backward
 
-// The gradient of clamp, which passes where clamp changed nothing.
-template <class A>
-FR_HD A passed(A grad, A before, A bound) {
-  return before >= A(0) && before <= bound ? grad : A(0);
+// The gradient of clamp, which passes where clamp changed nothing; not for a NaN.
+template <class V>
+FR_HD V passed(V grad, V before, V bound) {
+  const V zero(0);
+  const V known = select(before == before, grad, zero);
+  return select(before < zero, zero, select(before > bound, zero, known));
 }
 // Takes the gradient of a pixel of 1 or 3 channels back through saturation and contrast; `image` is the pixel
 // before brightness. Gives what this pixel adds to the gradient of the mean, without the factor 1 - contrast.
-template <int kChannels, class A>
-FR_HD A blends_backward(const ColourFactors<A>& f, int steps, const A* image, A* grad) {
-  const A share[3] = {A(kGreyRed), A(kGreyGreen), A(kGreyBlue)};
-  A bright[kChannels];
+template <int kChannels, class V>
+FR_HD V blends_backward(const ColourFactors<V>& f, int steps, const V* image, V* grad) {
+  const V share[3] = {V(kGreyRed), V(kGreyGreen), V(kGreyBlue)};
+  V bright[kChannels];
   for (int c = 0; c < kChannels; ++c)
     bright[c] = steps & kBrightness ? brightness_element<false>(image[c], f.brightness, f.bound) : image[c];
   if (kChannels == 3 && steps & kSaturation) {
-    A x[kChannels], grey = 0, through_grey = 0;
+    V x[kChannels], grey(0), through_grey(0);
     for (int c = 0; c < kChannels; ++c) {
       x[c] = steps & kContrast ? blend_element<false>(bright[c], f.contrast_rest, f.contrast, f.bound)
                                : bright[c];
-      grey += share[c] * x[c];
+      grey = grey + share[c] * x[c];
     }
     for (int c = 0; c < kChannels; ++c) {
       grad[c] = passed(grad[c], f.saturation * x[c] + f.saturation_rest * grey, f.bound);
-      through_grey += f.saturation_rest * grad[c];
+      through_grey = through_grey + f.saturation_rest * grad[c];
     }
     for (int c = 0; c < kChannels; ++c) grad[c] = f.saturation * grad[c] + share[c] * through_grey;
   }
-  A through_mean = 0;
+  V through_mean(0);
   if (steps & kContrast)
     for (int c = 0; c < kChannels; ++c) {
       grad[c] = passed(grad[c], f.contrast * bright[c] + f.contrast_rest, f.bound);
-      through_mean += grad[c];
+      through_mean = through_mean + grad[c];
       grad[c] = f.contrast * grad[c];
     }
   return through_mean;
 }
 // Takes it the rest of the way, through the mean and brightness. `through_mean` is the gradient of the mean
 // over the number of pixels.
-template <int kChannels, class A>
-FR_HD void brightness_backward(const ColourFactors<A>& f, int steps, const A* image, A through_mean,
-                               A* grad) {
-  const A share[3] = {kChannels == 3 ? A(kGreyRed) : A(1), A(kGreyGreen), A(kGreyBlue)};
+template <int kChannels, class V>
+FR_HD void brightness_backward(const ColourFactors<V>& f, int steps, const V* image, V through_mean,
+                               V* grad) {
+  const V share[3] = {kChannels == 3 ? V(kGreyRed) : V(1), V(kGreyGreen), V(kGreyBlue)};
   for (int c = 0; c < kChannels; ++c) {
-    if (steps & kContrast) grad[c] += share[c] * through_mean;
+    if (steps & kContrast) grad[c] = grad[c] + share[c] * through_mean;
     if (steps & kBrightness) grad[c] = f.brightness * passed(grad[c], f.brightness * image[c], f.bound);
   }
 }

@@ -87,21 +87,6 @@ A prepared_mean(const AugmentArgs& a, const AugmentScratch& scratch) {
 
 // ---- the end of a row: normalise, erase, store
 
-// The columns [begin, end) of row y that are erased.
-struct Erased {
-  int64_t begin = 0, end = 0;
-  Erased(const AugmentArgs& a, int64_t sample, int64_t y) {
-    if (!a.boxes) return;
-    const int64_t* box = a.boxes + 4 * sample;
-    if (y < box[0] || y - box[0] >= box[2]) return;
-    // The right edge comes from the left one as it is: a box may begin outside of the image.
-    const int64_t left = least(box[1], a.out_width);
-    const int64_t right = box[3] < a.out_width - left ? left + box[3] : a.out_width;
-    begin = most(left, int64_t(0));
-    end = most(right, begin);
-  }
-};
-
 template <class A, class T>
 void emit_row(const AugmentArgs& a, int64_t sample, int64_t y, A* row, int64_t pitch, T* out) {
   using V = Vec<A>;
