@@ -188,6 +188,8 @@ def _takes_chunks_of_ours(input: torch.Tensor, options: Any) -> bool:
     """
     if options is None:
         return True
+    if not dataclasses.is_dataclass(options):
+        return False  # torch says what it takes
     chosen = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
     left = {field.name: field.default for field in dataclasses.fields(options)}
     left["allow_retain_graph"] = chosen["allow_retain_graph"]  # ours always does
