@@ -73,7 +73,7 @@ __device__ __forceinline__ float multiply_add(float a, float b, float c) { retur
 __device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 // The same, flushed as by flush.h, which takes three instructions more where it is not a mode of this one.
 __device__ __forceinline__ float flushed_multiply_add(float a, float b, float c) {
-#ifdef __CUDA_ARCH__
+#if defined(__CUDA_ARCH__) && !defined(FASTREG_CUDAHOST)
   float result;
   asm("fma.rn.ftz.f32 %0, %1, %2, %3;" : "=f"(result) : "f"(a), "f"(b), "f"(c));
   return result;
