@@ -312,7 +312,7 @@ def plain_rows_(
 def _plain_scale_(values: Tensor, factor: Tensor) -> None:
     dtype = statistics_dtype(values)
     product = values.to(dtype) * factor.reshape(()).to(dtype)
-    values.copy_(flush(torch.where(values == 0, 0, product)))
+    values.copy_(flush(torch.where(flush(values) == 0, 0, product)))
 
 
 # ---- the operators
