@@ -53,10 +53,10 @@ def or_torchs(refusal: Exception, function: Callable[..., Any], *args: Any, **kw
 
 
 def scalar(value: Any) -> Any:
-    """The number in a tensor without dimensions, which torch takes for a number; all else as it is, one of
-    which a derivative is asked for, too.
+    """The number in a tensor without dimensions, which torch takes for a number; all else as it is, one
+    without memory and one of which a derivative is asked for, too.
     """
-    if not isinstance(value, torch.Tensor) or value.dim():
+    if not isinstance(value, torch.Tensor) or value.dim() or value.device.type == "meta":
         return value
     return value if value.requires_grad or wants_derivative(value) else value.item()
 

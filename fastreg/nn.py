@@ -106,6 +106,8 @@ def _or_torchs(
 # Somebody may have put a function of his own in the place of one of these. torch's modules call that.
 _TORCHS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _TORCHS_LOSS = F.cross_entropy
+# torch's modules of these have the argument, and show it, but never hand it on.
+_NEVER_INPLACE = (alpha_dropout, feature_alpha_dropout)
 
 
 def _dropout_or_torchs(
@@ -119,7 +121,8 @@ def _dropout_or_torchs(
     if ours is dropout and type(module) is not torch.nn.Dropout and module.rescale != "train":
         extras = {"rescale": module.rescale}
     elif theirs not in _TORCHS:
-        return theirs(input, module.p, module.training, module.inplace)
+        inplace = () if ours in _NEVER_INPLACE else (module.inplace,)
+        return theirs(input, module.p, module.training, *inplace)
     elif ours is dropout and fast is not None and not is_compiling():
         try:
             output = fast.dropout(input, module.p, module.training, module.inplace)
@@ -127,7 +130,9 @@ def _dropout_or_torchs(
             output = None
         if output is not None:
             return output
-    options = {"p": module.p, "training": module.training, "inplace": module.inplace}
+    options = {"p": module.p, "training": module.training}
+    if ours not in _NEVER_INPLACE:
+        options["inplace"] = module.inplace
     return _or_torchs(module, ours, theirs, (input,), options, extras)
 
 
@@ -213,24 +218,26 @@ class Dropout3d(_CheckedP, torch.nn.Dropout3d):
 
 class AlphaDropout(_CheckedP, torch.nn.AlphaDropout):
     """Dropout that keeps mean and variance after SELU; drop-in for `torch.nn.AlphaDropout`, on
-    `fastreg.alpha_dropout`.
+    `fastreg.alpha_dropout`. As in torch `inplace` is without effect; the function has it.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (*) -> (*)."""
         if is_scripting():
-            return F.alpha_dropout(input, self.p, self.training, self.inplace)
+            return F.alpha_dropout(input, self.p, self.training)
         else:
             return _dropout_or_torchs(self, alpha_dropout, F.alpha_dropout, input)
 
 
 class FeatureAlphaDropout(_CheckedP, torch.nn.FeatureAlphaDropout):
-    """Alpha dropout of whole channels of (N, C, ...); drop-in for `torch.nn.FeatureAlphaDropout`."""
+    """Alpha dropout of whole channels of (N, C, ...); drop-in for `torch.nn.FeatureAlphaDropout`. As in torch
+    `inplace` is without effect; the function has it.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Apply it; (N, C, ...) -> (N, C, ...)."""
         if is_scripting():
-            return F.feature_alpha_dropout(input, self.p, self.training, self.inplace)
+            return F.feature_alpha_dropout(input, self.p, self.training)
         else:
             return _dropout_or_torchs(self, feature_alpha_dropout, F.feature_alpha_dropout, input)
 
