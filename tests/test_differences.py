@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,9 @@ def test_a_dropped_infinity_is_zero():
 
 
 def test_p_true_is_refused_by_name():
+    for p in (True, 0.5j, np.complex64(0.5)):
+        with pytest.raises(TypeError, match="Dropout: p must be a number"):
+            fr.nn.Dropout(p)
     with pytest.raises(TypeError, match="p must be a number, got bool"):
         fr.dropout(X, True)
     assert not F.dropout(X, True).any()
@@ -111,7 +115,7 @@ def test_class_weights_of_other_dtypes_by_name():
         assert F.cross_entropy(z.float(), q, weight.to(dtype)).isfinite()
 
 
-@pytest.mark.parametrize("smoothing", [True, -0.1, float("nan")])
+@pytest.mark.parametrize("smoothing", [True, -0.1, float("nan"), np.complex64(0.1)])
 def test_smoothing_that_is_none_is_refused_by_name(smoothing):
     z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
     with pytest.raises((TypeError, ValueError), match="label_smoothing must be"):
@@ -193,10 +197,37 @@ def test_a_differentiable_step_is_refused(kind):
         getattr(fr.optim, kind)([parameter(2)], lr=0.1, differentiable=True)
 
 
-def test_numbers_that_are_none_are_refused():
-    with pytest.raises(ValueError):
-        fr.optim.SGD([parameter(2)], lr=float("nan"))
-    torch.optim.SGD([parameter(2)], lr=float("nan"))
+@both
+def test_numbers_that_are_none_are_refused(kind):
+    """tests/test_doors_constructors.py has all of them."""
+    nan = float("nan")
+    options = [{"lr": nan}] if kind == "SGD" else []  # torch's AdamW refuses it too
+    options += [{"weight_decay": float("inf")}, {"weight_decay": np.complex64(0.5)}]
+    options.append({"dampening": nan} if kind == "SGD" else {"lr": torch.tensor(True)})
+    for given in options:
+        with pytest.raises((TypeError, ValueError), match=f"^{kind}: {next(iter(given))} must be "):
+            getattr(fr.optim, kind)([parameter(2)], **given)
+        getattr(torch.optim, kind)([parameter(2)], **given)
+
+
+def test_betas_that_are_no_pair_name_the_argument():
+    for betas in ((0.5,), (), {}, np.float64(0.5), torch.tensor(0.5)):
+        with pytest.raises((IndexError, KeyError)):
+            torch.optim.AdamW([parameter(2)], betas=betas)
+        with pytest.raises((TypeError, ValueError), match=r"^AdamW: betas must be two numbers"):
+            fr.optim.AdamW([parameter(2)], betas=betas)
+
+
+@both
+def test_switches_of_torchs_implementations_do_nothing(kind):
+    make = getattr(fr.optim, kind)
+    plain, others = parameter(2), [parameter(2), parameter(2)]
+    make([plain]).step()
+    make(others[:1], foreach=torch.ones(2)).step()
+    make(others[1:], **({"capturable": True} if kind == "AdamW" else {})).step()
+    assert all(torch.equal(plain, other) for other in others)
+    with pytest.raises(RuntimeError):
+        getattr(torch.optim, kind)([parameter(2)], foreach=torch.ones(2)).step()
 
 
 @both

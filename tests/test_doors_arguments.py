@@ -193,9 +193,10 @@ INPUTS = {
 def test_inputs(name, kind_of_input):
     (kind, shape), make = MODULES[name], INPUTS[kind_of_input]
     for training, inplace in itertools.product((True, False), repeat=2):
-        run = lambda t=training, i=inplace: getattr(F, name)(make(shape), 0.5, t, i)  # noqa: E731
-        module = lambda t=training, i=inplace: converted(kind, 0.5, i, training=t)(make(shape))  # noqa: E731
-        assert_same(run, patched=None, converted=module)
+        assert_same(lambda t=training, i=inplace: getattr(F, name)(make(shape), 0.5, t, i), patched=None)
+        # torch's modules of alpha dropout never overwrite.
+        module = lambda change, t=training, i=inplace: change(getattr(nn, kind)(0.5, i).train(t))(make(shape))  # noqa: E731
+        assert_same(lambda m=module: m(lambda theirs: theirs), converted=lambda m=module: m(fr.convert))
 
 
 # ---- cross-entropy

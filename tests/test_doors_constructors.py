@@ -82,7 +82,7 @@ VALUES = {
     "sum": "sum",
     "none": "none",
     "empty text": "",
-    "bytes": b"mean",
+    "bytes": b"\x01",
     "list": [0.5],
     "tuple": (0.5,),
     "pair": (0.5, 0.75),
@@ -246,6 +246,150 @@ def test_too_many_and_unknown_arguments(kind):
         lambda cls: cls(**{arguments_of(cls)[0]: None, "P": 0.5}),
         lambda cls: cls(None, **{arguments_of(cls)[0]: None}),
     ):
-        want, got = outcome(lambda make=theirs: make(cls)), outcome(lambda make=theirs: make(getattr(fr.nn, kind)))
+        want, got = (
+            outcome(lambda make=theirs: make(cls)),
+            outcome(lambda make=theirs: make(getattr(fr.nn, kind))),
+        )
         assert type(want) is TypeError
         assert_same(want, got, kind)
+
+
+# ---- optimisers
+
+
+def trained(cls, args, kwargs, params=None):
+    """How many groups there are, and the parameter after three steps."""
+
+    def run():
+        p = nn.Parameter(T([[2.0, -1.0], [0.5, 3.0]]))
+        optimizer = cls([p] if params is None else params(p), *args, **kwargs)
+        for n in range(3):
+            p.grad = p.detach() * (n + 1) - 1
+            optimizer.step()
+        return len(optimizer.param_groups), p.detach()
+
+    return outcome(run)
+
+
+def arguments_of_optimizers():
+    for kind in ("SGD", "AdamW"):
+        for name in arguments_of(getattr(torch.optim, kind))[1:]:
+            for value in VALUES:
+                yield pytest.param(kind, name, value, id=f"{kind}-{name}-{value}")
+
+
+NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "eps")
+# docs/differences.md: what stands for no number, though torch may compute with it, or never look at it.
+NO_NUMBERS = {
+    *COMPLEX,
+    "NaN",
+    "np NaN",
+    "NaN tensor",
+    "inf",
+    "-inf",
+    "array of two",
+    "array of five",
+    "fraction",
+}
+# docs/differences.md: what is the number that it stands for, though torch's step may stumble over it, wrap it
+# around, or round it.
+STAND_FOR_NUMBERS = {
+    "lr": {"1-dim array", "np.uint8", "np.float16", "float16 tensor"},
+    "momentum": {"0-dim array", "0-dim array of an integer"},
+    "dampening": {"bool tensor"},
+    "weight_decay": {
+        "0-dim array",
+        "0-dim array of an integer",
+        "bool tensor",
+        "np.float16",
+        "float16 tensor",
+    },
+    "eps": {"0-dim array", "0-dim array of an integer"},
+}
+STAND_FOR_NUMBERS["lr"] |= {"np.True_", "np.False_", "huge", "huge float"}
+for _name in NUMBERS[1:]:
+    STAND_FOR_NUMBERS[_name] |= {"True", "huge", "huge float"}
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), arguments_of_optimizers())
+def test_optimizers(kind, name, value):
+    theirs, ours = getattr(torch.optim, kind), getattr(fr.optim, kind)
+    given = VALUES[value]
+    # torch looks at dampening where there is a momentum, ours always.
+    bases = {"momentum": [{}], "dampening": [{"momentum": 0.5}]}.get(name, [{}, {"momentum": 0.5}])
+    for base in bases if kind == "SGD" else [{}]:
+        for args, kwargs in ways(theirs, name, given, base):
+            args = args[1:]  # without the parameters
+            row = f"{kind}(params, {args}, {kwargs})"
+            want, got = trained(theirs, args, kwargs), trained(ours, args, kwargs)
+            if name in NUMBERS and (value in NO_NUMBERS or (name, value) == ("lr", "bool tensor")):
+                assert isinstance(got, (TypeError, ValueError)), f"{row}: {got!r}, torch: {want!r}"
+            elif name in NUMBERS and value in STAND_FOR_NUMBERS[name]:
+                assert_same(trained(ours, (), {**base, name: float(np.ravel(given)[0])}), got, row)
+            elif name == "differentiable":
+                if outcome(lambda: bool(given)) is False:
+                    assert_same(trained(ours, (), base), got, row)
+                else:
+                    assert isinstance(got, (ValueError, RuntimeError)), f"{row}: {got!r}"
+            elif name == "foreach" or (name == "capturable" and isinstance(want, AssertionError)):
+                assert_same(trained(ours, (), base), got, row)
+            else:
+                # Of betas that are no pair torch says what its indexing says.
+                assert_same(want, got, row, (TypeError, ValueError) if name == "betas" else ())
+
+
+PARAMS = {
+    "a tensor": lambda p: p,
+    "none": lambda p: [],
+    "None": lambda p: None,
+    "generator": lambda p: (each for each in [p]),
+    "tuple": lambda p: (p,),
+    "set": lambda p: {p},
+    "dict": lambda p: {"params": [p]},
+    "dict of names": lambda p: {"w": p},
+    "its values": lambda p: {"w": p}.values(),
+    "names": lambda p: [("w", p)],
+    "some names": lambda p: [("w", p), nn.Parameter(torch.ones(1))],
+    "names twice": lambda p: [("w", p), ("w", nn.Parameter(torch.ones(1)))],
+    "a group": lambda p: [{"params": [p]}],
+    "a group of one tensor": lambda p: [{"params": p}],
+    "a group of a set": lambda p: [{"params": {p}}],
+    "a group of none": lambda p: [{"params": []}],
+    "a group without params": lambda p: [{"lr": 0.1}],
+    "a group and a tensor": lambda p: [{"params": [p]}, nn.Parameter(torch.ones(1))],
+    "a tensor and a group": lambda p: [p, {"params": [nn.Parameter(torch.ones(1))]}],
+    "in two groups": lambda p: [{"params": [p]}, {"params": [p]}],
+    "no leaf": lambda p: [p * 1],
+    "an array": lambda p: [np.ones(2)],
+    "text": lambda p: "weight",
+    "a list of text": lambda p: ["weight"],
+    "a number": lambda p: 1,
+    "a model": lambda p: nn.Linear(1, 1),
+    "a list of lists": lambda p: [[p]],
+    "integers": lambda p: [p, torch.ones(2, dtype=torch.int64)],
+}
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_params(kind, params):
+    theirs, ours = getattr(torch.optim, kind), getattr(fr.optim, kind)
+    assert_same(*(trained(cls, (), {}, PARAMS[params]) for cls in (theirs, ours)), params)
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_too_many_and_unknown_arguments_of_optimizers(kind):
+    theirs, ours = getattr(torch.optim, kind), getattr(fr.optim, kind)
+    positions = [
+        p.default for p in inspect.signature(theirs).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    for args, kwargs in (
+        ((*positions[1:], False), {}),
+        ((), {"rate": 0.1}),
+        ((0.1,), {"lr": 0.1}),
+        ((), {"params": []}),
+    ):
+        want, got = (trained(cls, args, kwargs) for cls in (theirs, ours))
+        assert type(want) is TypeError
+        assert_same(want, got, f"{kind}(params, {args}, {kwargs})")
+    assert_same(*(outcome(cls) for cls in (theirs, ours)), kind)
