@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastreg as fr
-
 DROPOUTS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
 
@@ -46,13 +44,6 @@ TORCH_OPS = {
 
 
 SHAPES = {"dropout1d": (4, 3, 5), "dropout2d": (4, 3, 5, 2), "dropout3d": (4, 3, 5, 2, 2)}
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    fr.unpatch()
-    torch._dynamo.reset()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import FLAGS
 from torch import nn
 
 import fastreg as fr
@@ -67,24 +68,6 @@ NUMBERS = {
 NAMED = {k: v for k, v in NUMBERS.items() if k in ("1", "0", "half", "negative", "NaN", "huge")} | {
     k: v for k, v in NUMBERS.items() if k.startswith(("np.f", "np.i", "float64", "bfloat16", "tensor"))
 }
-FLAGS = {
-    "True": True,
-    "False": False,
-    "1": 1,
-    "0": 0,
-    "None": None,
-    "np.bool": np.bool_(True),
-    "tensor": T(True),
-    "1-D tensor": T([True]),
-    "text": "x",
-    "1.0": 1.0,
-}
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    fr.unpatch()
 
 
 def outcome(function):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-import fastreg as fr
+from doors import FLAGS, assert_same_patched
 
 T = torch.tensor
 NUMBERS = {
@@ -44,25 +43,7 @@ NUMBERS = {
     "huge": 10**30,
     "a parameter": torch.nn.Parameter(T(0.5)),
 }
-FLAGS = {
-    "True": True,
-    "False": False,
-    "1": 1,
-    "0": 0,
-    "None": None,
-    "np.bool": np.bool_(True),
-    "np.int64": np.int64(1),
-    "tensor": T(True),
-    "1-D tensor": T([True]),
-    "text": "x",
-    "1.0": 1.0,
-}
-
-
-@pytest.fixture(autouse=True)
-def _unpatched():
-    yield
-    fr.unpatch()
+FLAGS = FLAGS | {"np.int64": np.int64(1)}
 
 
 def tensors(*shape, **options):
@@ -70,36 +51,14 @@ def tensors(*shape, **options):
     return [torch.randn(*(shape or (2, 2, 5, 4)), generator=generator).to(**options) for _ in range(3)]
 
 
-def outcome(call, compares_values):
-    try:
-        result = call()
-    except Exception as error:
-        return error
-    if not isinstance(result, torch.Tensor):
-        return result
-    kind = type(result), result.dtype, tuple(result.shape), result.layout, result.requires_grad
-    return kind, result.detach() if compares_values else None
-
-
-def assert_same(call, compares_values=True):
-    want = outcome(call, compares_values)
-    with fr.patched():
-        got = outcome(call, compares_values)
-    if isinstance(want, Exception):
-        assert isinstance(got, type(want)), f"{got!r}, torch: {want!r}"
-        return
-    assert not isinstance(got, Exception), f"{got!r}, torch: {want!r}"
-    assert got[0] == want[0]
-    if compares_values:
-        torch.testing.assert_close(got[1], want[1], equal_nan=True)
-
-
 @pytest.mark.parametrize("number", NUMBERS)
 def test_dropout_p(number):
     value = NUMBERS[number]
     q, k, v = tensors()
-    assert_same(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=value), compares_values=False)
-    assert_same(lambda: F.scaled_dot_product_attention(q, k, v, None, value), compares_values=False)
+    assert_same_patched(
+        lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=value), compares_values=False
+    )
+    assert_same_patched(lambda: F.scaled_dot_product_attention(q, k, v, None, value), compares_values=False)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -108,7 +67,7 @@ def test_scale(number, p):
     value = NUMBERS[number]
     q, k, v = tensors()
     call = lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p, scale=value)  # noqa: E731
-    assert_same(call, compares_values=p == 0)
+    assert_same_patched(call, compares_values=p == 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -117,9 +76,9 @@ def test_scale(number, p):
 def test_flags(flag, name, p):
     q, k, v = tensors()
     options = {name: FLAGS[flag]}
-    assert_same(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p, **options), p == 0)
+    assert_same_patched(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p, **options), p == 0)
     if name == "is_causal":
-        assert_same(lambda: F.scaled_dot_product_attention(q, k, v, None, p, FLAGS[flag]), p == 0)
+        assert_same_patched(lambda: F.scaled_dot_product_attention(q, k, v, None, p, FLAGS[flag]), p == 0)
 
 
 MASKS = {
@@ -150,7 +109,7 @@ MASKS = {
 def test_attn_mask(mask, is_causal, p):
     q, k, v = tensors()
     given = MASKS[mask]
-    assert_same(lambda: F.scaled_dot_product_attention(q, k, v, given, p, is_causal), p == 0)
+    assert_same_patched(lambda: F.scaled_dot_product_attention(q, k, v, given, p, is_causal), p == 0)
 
 
 INPUTS = {
@@ -168,7 +127,9 @@ INPUTS = {
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs(kind, p):
     q, k, v = tensors(**INPUTS[kind])
-    assert_same(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p), p == 0 and kind != "meta")
+    assert_same_patched(
+        lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p), p == 0 and kind != "meta"
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -189,7 +150,7 @@ def test_one_input_that_does_not_fit(other, which, p):
         "length": lambda x: x[..., :3, :],
         "batch": lambda x: x.repeat(3, 1, 1, 1),
     }[other](given[which])
-    assert_same(lambda: F.scaled_dot_product_attention(*given, dropout_p=p), p == 0)
+    assert_same_patched(lambda: F.scaled_dot_product_attention(*given, dropout_p=p), p == 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -198,7 +159,7 @@ def test_one_input_that_does_not_fit(other, which, p):
 )
 def test_shapes(shape, p):
     q, k, v = tensors(*shape) if shape else [T(1.0)] * 3
-    assert_same(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p), p != 0.3)
+    assert_same_patched(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=p), p != 0.3)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -215,4 +176,4 @@ def test_calls(p):
         lambda: F.scaled_dot_product_attention(q, k, v, q, query=q, dropout_p=p),
         lambda: F.scaled_dot_product_attention(dropout_p=p),
     ):
-        assert_same(call, p == 0)
+        assert_same_patched(call, p == 0)
