@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from helpers import same_bits
+from helpers import ROOT, own_flags, same_bits
 
 import fastreg
 
@@ -75,8 +75,8 @@ def main(library, orders, *cases):
         os.environ["CUDAHOST_ORDER"] = order  # read at each launch
         for case in cases:
             # What nvcc is asked for the host's compiler has as a mode of the processor.
-            source = Path(__file__).parent.parent / "csrc" / case / f"{case}_cuda.cu"
-            torch.set_flush_denormal(source.exists() and "-ftz=true" in source.read_text())
+            source = ROOT / "csrc" / case / f"{case}_cuda.cu"
+            torch.set_flush_denormal(source.exists() and "-ftz=true" in own_flags(source))
             check(case, cuda)
             print("done:", case, order, flush=True)
     del keep

@@ -18,7 +18,6 @@ import fcntl
 import functools
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -29,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 from cudacheck import hostrun, ptxrun
-from helpers import DTYPES, ROOT
+from helpers import DTYPES, ROOT, own_flags
 
 CSRC = ROOT / "csrc"
 OPS = sorted(path.parent.name for path in CSRC.glob("*/*_cuda.cu"))  # that have CUDA kernels
@@ -128,12 +127,6 @@ def _runtime():
 def _shim():
     inputs = [hostrun.SHIM, Path(hostrun.__file__)]
     return built(hostrun.SONAME, inputs, hostrun.build_shim)
-
-
-def own_flags(source):
-    """The flags that a CUDA file names for itself."""
-    found = re.search(r"^// nvcc flags: (.*)$", source.read_text(), re.MULTILINE)
-    return found[1].split() if found else []
 
 
 def compile_ptx(source, out, debug=False, flags=()):

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,12 @@ import fastreg as fr
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGER_OF = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def own_flags(source):
+    """The flags that a CUDA file names for itself."""
+    found = re.search(r"^// nvcc flags: (.*)$", source.read_text(), re.MULTILINE)
+    return found[1].split() if found else []
 
 
 def same_bits(a, b):
