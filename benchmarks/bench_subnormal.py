@@ -68,15 +68,20 @@ def _case(work: str, n: int, dtype: torch.dtype, build: Callable[[str], Work], t
     )
 
 
+def _optimizer(cls, n, dtype, device, size, **options):
+    """An optimiser of one parameter, whose gradient has numbers of that size, and the parameter."""
+    start, gradients = optimizers.tensors([(n,)], dtype, device)
+    (parameter,) = optimizers.parameters(start, [gradients[0] * size])
+    return cls([parameter], **OPTIONS[cls.__name__], **options), parameter
+
+
 def _build_step(name, n, dtype, device):
     """Steps without a gradient after the state has become small. In ours it is 0 from the next step on, in
     torch's it stays where it is.
     """
 
     def stepped(cls, value, **options):
-        start, gradients = optimizers.tensors([(n,)], dtype, device)
-        (parameter,) = optimizers.parameters(start, [torch.zeros_like(gradients[0])])
-        optimizer = cls([parameter], **OPTIONS[name], **options)
+        optimizer, parameter = _optimizer(cls, n, dtype, device, 0.0, **options)
         optimizer.step()
         state = [optimizer.state[parameter][key] for key in STATES[name]]
         for each in state:
@@ -96,21 +101,16 @@ def _build_step(name, n, dtype, device):
 
 def _build_small_gradients(name, n, dtype, device):
     """The squares of such gradients are subnormal."""
-
-    def stepped(cls, size, **options):
-        start, gradients = optimizers.tensors([(n,)], dtype, device)
-        (parameter,) = optimizers.parameters(start, [gradients[0] * size])
-        return cls([parameter], **OPTIONS[name], **options), parameter
-
-    optimizer, parameter = stepped(getattr(fr.optim, name), 1e-20)
+    ours = getattr(fr.optim, name)
+    optimizer, parameter = _optimizer(ours, n, dtype, device, 1e-20)
 
     def check():
         before = parameter.detach().clone()
         optimizer.step()
         assert parameter.isfinite().all() and (parameter - before).abs().max() < 1e-3
 
-    normal, _ = stepped(getattr(fr.optim, name), 1.0)
-    theirs, _ = stepped(getattr(torch.optim, name), 1e-20, fused=True)
+    normal, _ = _optimizer(ours, n, dtype, device, 1.0)
+    theirs, _ = _optimizer(getattr(torch.optim, name), n, dtype, device, 1e-20, fused=True)
     return Work({"fastreg": optimizer.step, "torch": theirs.step, "floor": normal.step}, check)
 
 
