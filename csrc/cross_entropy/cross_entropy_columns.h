@@ -9,8 +9,8 @@
 // Bytes per float32 logit: reads 4 and writes 4, once each; four times as many in the L1 cache, as long as
 // the buffers fit into it.
 #pragma once
+#include <memory>
 #include <type_traits>
-#include <vector>
 
 #include "../common/simd.h"
 #include "cross_entropy_math.h"
@@ -29,8 +29,10 @@ template <class A>
 class ColumnBuffers {
  public:
   explicit ColumnBuffers(int64_t classes)
-      : rows(rows_of(classes)), pitch(rows + kLine), room_(size_t(2 * classes * pitch + kLine)) {
-    logits = room_.data() + (64 - reinterpret_cast<uintptr_t>(room_.data()) % 64) / sizeof(A);
+      : rows(rows_of(classes)),
+        pitch(rows + kLine),
+        room_(std::make_unique_for_overwrite<A[]>(size_t(2 * classes * pitch + kLine))) {
+    logits = room_.get() + (64 - reinterpret_cast<uintptr_t>(room_.get()) % 64) / sizeof(A);
     exps = logits + classes * pitch;
   }
   const int64_t rows, pitch;
@@ -43,7 +45,7 @@ class ColumnBuffers {
     const int64_t rows = kBytes / (2 * int64_t(sizeof(A)) * classes) / kTileRows * kTileRows;
     return rows < kTileRows ? kTileRows : rows > kMostRows ? kMostRows : rows;
   }
-  std::vector<A> room_;
+  std::unique_ptr<A[]> room_;
 };
 
 // Some neighbouring rows, as many as a vector has lanes, or the `lanes` first of them.

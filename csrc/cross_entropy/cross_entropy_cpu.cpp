@@ -134,10 +134,9 @@ void scale(const CrossEntropyScale& a, int64_t begin, int64_t end) {
     if (number == A(1)) return;
     T* const values = static_cast<T*>(a.values) + begin;
     const FlushMode<A> mode;
-    const V factor(number), zero(0);
+    const V factor(number);
     for_each_vector<A>(end - begin, [&](int64_t i, int lanes) __attribute__((always_inline)) {
-      const V x = load(values + i, lanes);
-      store(values + i, select(x == zero, zero, flush_result(x * factor)), lanes);
+      store(values + i, scaled_gradient(load(values + i, lanes), factor), lanes);
     });
   });
 }

@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kSize = Word<T>::kSize;
   const int64_t words = aligned ? numel / kSize : 0, thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = int64_t(gridDim.x) * kThreads;
-  const auto scaled = [&](A x) { return x == A(0) ? x : flush_result(x * factor); };
+  const auto scaled = [&](A x) { return scaled_gradient(x, factor); };
   for (int64_t i = thread; i < words; i += threads) {
     Word<T> word = load_word(values + i * kSize);
 #pragma unroll

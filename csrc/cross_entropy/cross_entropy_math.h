@@ -226,9 +226,15 @@ inline int64_t cross_entropy_scratch(int64_t rows, const CrossEntropyReduction& 
 }
 int cross_entropy_forward_cuda(const CrossEntropyLaunch&, void* stream);  // gives a cudaError_t
 
-// values *= *factor, of which what falls below the normal numbers is 0, and 0 stays 0: a sum over no row,
-// divided by their number, sends inf here, and of that ignored rows get none. The kernel reads the factor on
-// the device and, where it is 1, as it usually is, moves nothing.
+// A number of a gradient times a factor, of which what falls below the normal numbers is 0. 0 stays 0: a sum
+// over no row, divided by their number, sends inf here, and of that ignored rows get none.
+template <class V>
+FR_HD V scaled_gradient(V x, V factor) {
+  return select(is_small(x), V(0), flush_result(x * factor));
+}
+
+// values *= *factor. The kernel reads the factor on the device and, where it is 1, as it usually is, moves
+// nothing.
 struct CrossEntropyScale {
   DType dtype, factor_dtype;
   void* values;  // without gaps

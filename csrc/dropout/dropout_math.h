@@ -90,9 +90,9 @@ FR_HD DropoutPiece dropout_piece(const DropoutMaskArgs& a, int64_t i, int64_t mo
   return {a.first + uint64_t(row) * uint64_t(a.row) + uint64_t(column), rest < most ? rest : most};
 }
 
+// Of numbers, as a GPU has them, where subnormal ones take no longer. simd_vector.h has that of vectors.
 template <class A>
-FR_HD A product(A x,
-                A factor) {  // on a GPU, where subnormal numbers take no longer; simd_vector.h has vectors
+FR_HD A product(A x, A factor) {
   return x * factor;
 }
 
