@@ -210,6 +210,23 @@ def test_numbers_that_are_none_are_refused(kind):
         getattr(torch.optim, kind)([parameter(2)], **given)
 
 
+@both
+def test_a_factor_beyond_float32_is_refused_for_what_is_stepped_in_it(kind):
+    wide = getattr(fr.optim, kind)((torch.zeros(2, dtype=torch.float64) for _ in range(2)), lr=1e39)
+    assert [len(group["params"]) for group in wide.param_groups] == [2]
+    wide.step()
+    p = parameter(2)
+    p.grad, before = torch.ones(2), p.detach().clone()
+    for name in ("lr", "weight_decay", "l1"):
+        with pytest.raises(ValueError, match=f"^{kind}: {name} must be within .* torch.float32 parameters"):
+            getattr(fr.optim, kind)([p], **{name: 1e39})
+        optimizer = getattr(fr.optim, kind)([p], lr=0.1)
+        optimizer.param_groups[0][name] = 1e39
+        with pytest.raises(RuntimeError, match=f"^{kind}: {name} must be within .* torch.float32 parameters"):
+            optimizer.step()
+        assert torch.equal(p, before)
+
+
 def test_betas_that_are_no_pair_name_the_argument():
     for betas in ((0.5,), (), {}, np.float64(0.5), torch.tensor(0.5)):
         with pytest.raises((IndexError, KeyError)):

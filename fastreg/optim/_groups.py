@@ -24,6 +24,8 @@ from .._checks import (
 )
 from .._transforms import may_look
 
+_LARGEST = torch.finfo(torch.float32).max
+
 # What torch takes as parameters: tensors, (name, tensor) pairs, or groups, dicts whose "params" are either.
 Params: TypeAlias = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
 
@@ -123,6 +125,11 @@ def check_penalised(op: str, group: dict[str, Any], names: Iterable[str], least:
         if name != "lr" or not isinstance(lr, torch.Tensor):
             check_factor(op, name, group[name], least)
     check_factor(op, "l1", group["l1"])
+    for name in ("lr", "l1", *names, "dampening"):
+        if name != "eps" and not isinstance(
+            group.get(name, 0), torch.Tensor
+        ):  # with a huge eps nothing moves
+            _check_representable(op, name, group.get(name, 0), group.get("params", ()))
     check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
     if group["l1_mode"] == "proximal" and group["l1"] and not isinstance(lr, torch.Tensor) and lr < 0:
         raise ArgumentError(f"{op}: lr must be at least 0 with a proximal l1, got {lr}; use 'subgradient'")
@@ -130,6 +137,19 @@ def check_penalised(op: str, group: dict[str, Any], names: Iterable[str], least:
         raise ValueError(
             f"{op}: differentiable must be False, the fused step has no gradient; use torch.optim.{op} for "
             f"that"
+        )
+
+
+def _check_representable(op: str, name: str, value: float, params: Iterable[Any]) -> None:
+    """Raise for a factor that is infinite in the arithmetic of one of the parameters."""
+    if -_LARGEST <= value <= _LARGEST:
+        return
+    tensors = (tensor_of(p) for p in params)
+    narrow = {p.dtype for p in tensors if isinstance(p, torch.Tensor)} - {torch.float64, torch.complex128}
+    if narrow:
+        raise ArgumentError(
+            f"{op}: {name} must be within ±{_LARGEST:.3g}, which is all that the arithmetic of "
+            f"{', '.join(map(str, narrow))} parameters holds, got {value}; give a smaller number"
         )
 
 

@@ -207,9 +207,9 @@ class OnePass(Averages):
         check_group_of_clipping(self._op, param_group)
         group = self._in_numbers({**self.defaults, **param_group})
         check_keys(self._op, param_group, self.defaults)
-        self._check_group(group)
         params = group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
+        self._check_group({**group, "params": params})
         unique = {id(tensor_of(p)): p for p in params}
         for p in unique.values():
             if isinstance(tensor_of(p), torch.Tensor):

@@ -148,10 +148,10 @@ class SGD(OnePass, torch.optim.SGD):
     def _check_group(self, group: dict[str, Any], least: float = -sys.float_info.max) -> None:
         """Raise unless the options of a group make a step. `least` is 0 only in the constructor."""
         op = self._op
+        check_number(op, "dampening", group["dampening"], finite=True, allow_bool=True)
         check_penalised(op, group, ("momentum", "weight_decay"), least)
         check_average(op, group)
         check_rounding(op, group)
-        check_number(op, "dampening", group["dampening"], finite=True, allow_bool=True)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             raise ValueError(
                 f"{op}: nesterov needs momentum > 0 and dampening 0, got {group['momentum']} and "
