@@ -32,7 +32,7 @@ from ._checks import (
 )
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
-from ._seeds import draw_seed, random_halves, seed_tensor
+from ._seeds import draw_seed_for, random_halves, seed_tensor
 from ._shards import (
     local_part,
     one_by_one,
@@ -357,7 +357,7 @@ def run_dropout(
 ) -> torch.Tensor:
     """Draw a seed and apply dropout, through autograd only where a derivative is needed; gives the output."""
     check_generator(op, generator)
-    seed = None if generator is None else draw_seed(input.device, generator)
+    seed = None if generator is None else draw_seed_for(p, input.device, generator)
     if fast is not None and not is_compiling():
         try:
             output = fast.dropout(input, p, True, inplace, seed, inner, *constants_of(form, p))
@@ -369,7 +369,7 @@ def run_dropout(
     check_dense(op, "input", input)
     refuse_transformed_parts(op, input)
     if seed is None:
-        seed = draw_seed(input.device)
+        seed = draw_seed_for(p, input.device)
     if is_sharded(input):
         return _run_on_shards(op, input, p, inplace, seed, inner, form)
     derive = input.requires_grad and torch.is_grad_enabled()
@@ -552,7 +552,7 @@ def dropout_with_mask(
     if not 0 <= offset < 2**63:
         raise ValueError(f"{op}: offset must be at least 0 and below 2^63, got {offset}")
     check_generator(op, generator)
-    seed = draw_seed(input.device, generator) if seed is None else _seed_tensor(op, seed, input)
+    seed = draw_seed_for(p, input.device, generator) if seed is None else _seed_tensor(op, seed, input)
     if is_compiling():
         return torch.ops.fastreg.dropout_traced(input, p, seed, offset, 1, "inverted")
     if is_transformed() or (input.requires_grad and torch.is_grad_enabled()):

@@ -23,7 +23,7 @@ from ._dropout import (
 )
 from ._dropout_masks import empty_mask, pack_mask, unpack_mask
 from ._registry import define, define_composite, fast
-from ._seeds import draw_seed
+from ._seeds import draw_seed_for
 from ._shards import refuse_transformed_parts
 from ._transforms import autocast_dtype, handed_over, is_foreign, is_recorded, is_sharded, is_transformed
 
@@ -225,7 +225,7 @@ def dropout_add(
         input = run_dropout(op, input, p, False, generator, 1, "inverted") if p else input
         return (input + residual).to(dtype)
     # Where nothing is dropped the operator does not use its seed. On the CPU it costs a GPU nothing.
-    seed = draw_seed(input.device, generator) if p else torch.zeros(1, dtype=torch.int64, device="cpu")
+    seed = draw_seed_for(p, input.device, generator) if p else torch.zeros(1, dtype=torch.int64, device="cpu")
     bias = bias if bias is None else bias.contiguous()
     if is_compiling():
         return torch.ops.fastreg.dropout_add_traced(input, residual, bias, p, seed)

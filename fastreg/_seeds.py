@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from ._checks import is_int
 from ._registry import define_composite
-from ._transforms import is_exporting
+from ._transforms import is_exporting, is_transformed
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -44,6 +44,20 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     # Not every device draws integers from a range of more than 32 bits.
     upper, lower = torch.randint(0, 2**32, (2,), device=device, generator=generator).split(1)
     return (upper << 32) | lower
+
+
+def draw_seed_for(p: float, device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+    """`draw_seed` of an op that drops with probability `p`. Where vmap does not let anybody draw, 1 needs no
+    seed: nothing is left to chance then, and torch's dropout draws nothing.
+    """
+    if p != 1 or is_compiling():
+        return draw_seed(device, generator)
+    try:
+        return draw_seed(device, generator)
+    except RuntimeError:
+        if not is_transformed():
+            raise
+    return torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 def _draw_traced(device: torch.device) -> torch.Tensor:

@@ -374,6 +374,8 @@ def test_torch_func():
     torch.testing.assert_close(evaluated, batch[0] + bias + batch[1])
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(f, in_dims=(0, 0, None))(*batch, bias)
+    dropped = torch.func.vmap(lambda x, r: fr.dropout_add(x, r, 1.0, bias))(*batch)
+    torch.testing.assert_close(dropped, batch[1])
 
 
 def test_torch_func_gives_the_bits_of_the_op(dtype):

@@ -25,14 +25,14 @@ def test_the_gradient_is_scale_where_kept(dtype, noncontiguous):
 
 
 FAMILY = {
-    "dropout": lambda x: fr.dropout(x, 0.4),
-    "in place": lambda x: fr.dropout(x * 1.0, 0.4, inplace=True),
-    "with_mask": lambda x: fr.dropout_with_mask(x, 0.4)[0],
-    "dropout1d": lambda x: fr.dropout1d(x, 0.4),
-    "alpha": lambda x: fr.alpha_dropout(x, 0.4, True),
-    "feature_alpha": lambda x: fr.feature_alpha_dropout(x, 0.4, True),
-    "drop_path": lambda x: fr.drop_path(x, 0.4),
-    "textbook": lambda x: fr.dropout(x, 0.4, rescale="inference"),
+    "dropout": lambda x, p=0.4: fr.dropout(x, p),
+    "in place": lambda x, p=0.4: fr.dropout(x * 1.0, p, inplace=True),
+    "with_mask": lambda x, p=0.4: fr.dropout_with_mask(x, p)[0],
+    "dropout1d": lambda x, p=0.4: fr.dropout1d(x, p),
+    "alpha": lambda x, p=0.4: fr.alpha_dropout(x, p, True),
+    "feature_alpha": lambda x, p=0.4: fr.feature_alpha_dropout(x, p, True),
+    "drop_path": lambda x, p=0.4: fr.drop_path(x, p),
+    "textbook": lambda x, p=0.4: fr.dropout(x, p, rescale="inference"),
 }
 
 
@@ -349,6 +349,24 @@ def test_torch_func(name):
     assert len({tuple(sample.flatten().tolist()) for sample in different}) > 3
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(f)(torch.stack([x, x]))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", FAMILY)
+def test_where_everything_is_dropped_vmap_need_not_draw(name):
+    """As in torch, whose dropout draws nothing for p = 1: a vmap that refuses random numbers has a result."""
+    x = torch.randn(3, 4, 2, dtype=torch.float64)
+    f = FAMILY[name]
+    want = 0.0 if "alpha" not in name else f(x, 1.0)[0, 0, 0]
+    squares = lambda t: f(t, 1.0).pow(2).sum()  # noqa: E731
+    for derivative in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        assert not derivative(squares)(x).any()
+        assert not torch.func.vmap(derivative(squares))(torch.stack([x, x])).any()
+    assert torch.equal(
+        torch.func.vmap(lambda t: f(t, 1.0))(torch.stack([x, x])), torch.zeros(2, 3, 4, 2) + want
+    )
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda t: f(t, 0.5))(torch.stack([x, x]))
 
 
 def test_torch_func_gives_the_bits_of_the_op(dtype):
