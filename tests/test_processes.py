@@ -6,6 +6,7 @@ import sys
 
 import process_cases
 import pytest
+from helpers import ROOT
 
 from fastreg.cli import doctor
 
@@ -33,3 +34,10 @@ def test_no_module_of_ours_switches_the_gil_on():
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "False"]
+
+
+def test_every_module_says_that_it_needs_no_gil():
+    """On every Python: one module that does not say so switches the GIL on where it could be off."""
+    heads = [line for path in (ROOT / "csrc").rglob("*.cpp") for line in path.read_text().splitlines()]
+    heads = [line for line in heads if line.startswith("PYBIND11_MODULE(")]
+    assert len(heads) == 3 and all("mod_gil_not_used()" in line for line in heads), heads
