@@ -39,6 +39,7 @@ from torch import nn
 
 import fastreg as fr
 from fastreg import _patch
+from fastreg._exchange import ExchangedName
 
 
 def globals_of_all_modules():
@@ -330,6 +331,24 @@ def test_one_block_may_be_entered_again():
     with block:
         assert is_patched()
     assert nothing_is_patched()
+
+
+def test_modules_are_searched_where_there_are_new_ones(monkeypatch):
+    """A search takes milliseconds, entering and leaving without one less than 0.1 ms."""
+    searches, search = [], ExchangedName._search
+    monkeypatch.setattr(ExchangedName, "_search", lambda self: searches.append(1) or search(self))
+    with fr.patched():
+        pass
+    searches.clear()
+    for _ in range(3):
+        with fr.patched():
+            assert is_patched()
+    assert not searches
+    monkeypatch.setitem(sys.modules, "a_module_that_is_new", types.ModuleType("a_module_that_is_new"))
+    sys.modules["a_module_that_is_new"].attention = F.scaled_dot_product_attention
+    with fr.patched():
+        assert sys.modules["a_module_that_is_new"].attention is F.scaled_dot_product_attention
+    assert searches
 
 
 def test_threads_that_enter_and_leave_at_the_same_time_find_a_whole_state():
