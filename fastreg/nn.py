@@ -133,6 +133,8 @@ def _dropout_or_torchs(
     options = {"p": module.p, "training": module.training}
     if ours not in _NEVER_INPLACE:
         options["inplace"] = module.inplace
+    if is_tracing() and not extras:  # The trace names its values after the variables of this frame.
+        return theirs(input, **options)
     return _or_torchs(module, ours, theirs, (input,), options, extras)
 
 
@@ -468,9 +470,15 @@ def _loss_or_torchs(loss: CrossEntropyLoss, input: torch.Tensor, target: torch.T
     }
     extras = {name: getattr(loss, name, default) for name, default in _EXTRAS.items()}
     changed = extras if extras != _EXTRAS else {}
-    if not changed and (is_exchanged or is_torchs(input, target, weight)):
-        return F.cross_entropy(input, target, **options)
+    if not changed and (is_exchanged or is_tracing() or is_torchs(input, target, weight)):
+        return _loss_of_torch(input, target, options)
     return _or_torchs(loss, cross_entropy, F.cross_entropy, (input, target), options, changed)
+
+
+def _loss_of_torch(input: torch.Tensor, target: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    # A trace names its values, and so the inputs of a graph of ONNX, after the variables of this frame, which
+    # are therefore those of torch's module.
+    return F.cross_entropy(input, target, **options)
 
 
 _FORWARDS = {each.__name__: each for each in (_dropout_or_torchs, _drop_path, _loss_or_torchs)}

@@ -394,6 +394,22 @@ def test_attention_that_is_kept_in_a_container_is_not_found():
     assert kept[0] is F.scaled_dot_product_attention
 
 
+@pytest.mark.skipif(not hasattr(torch.jit, "_get_trace_graph"), reason="this torch has no such tracer")
+@pytest.mark.filterwarnings("ignore")
+def test_patched_traces_name_their_inputs():
+    class Loss(nn.Module):
+        def forward(self, logits, labels):
+            return F.cross_entropy(logits, labels)
+
+    def names():
+        graph = torch.jit._get_trace_graph(Loss(), (X, torch.arange(4)))[0]
+        return [value.debugName() for value in graph.inputs()]
+
+    assert names() == ["logits", "labels"]
+    with fr.patched():
+        assert names() == ["input", "target"]
+
+
 def test_patched_code_objects_differ():
     function, code = F.dropout, F.dropout.__code__
     with fr.patched():

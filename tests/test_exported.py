@@ -19,6 +19,7 @@ X, RESIDUAL, BIAS = torch.randn(2, 8), torch.randn(2, 8), torch.randn(8)
 Y = torch.tensor([1, 5])
 IMAGES = torch.rand(2, 3, 9, 7)
 INPUTS = {"Dropout1d": (2, 4, 5), "Dropout2d": (2, 4, 3, 5), "Dropout3d": (2, 4, 3, 5, 2)}
+NAMES = ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout")
 FUNCTIONS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 AUGMENTATIONS = {
     "nothing is left": dict(hflip=0.5, rotate=15, brightness=0.3, blur=(3, (0.1, 1.0)), erase=0.5),
@@ -189,6 +190,31 @@ def test_a_model_under_a_door_exports_what_torchs_exports(how, training):
     assert is_torchs(names)
     # In evaluation ours says nothing where torch's says "dropout, but not now".
     assert all("dropout" in name and not training for name in expected - names)
+
+
+@pytest.mark.skipif(not hasattr(torch.jit, "_get_trace_graph"), reason="this torch has no such tracer")
+@pytest.mark.parametrize("training", [False, True])
+def test_values_of_a_trace_have_torchs_names(training):
+    """Inputs of ONNX graphs get these names, and programs feed their values by them. Of patched losses,
+    docs/differences.md has what they are.
+    """
+    cases = [(WithLoss(nn.CrossEntropyLoss(torch.ones(8))), (X, Y)), (nn.CrossEntropyLoss(), (X, Y))]
+    cases += [(getattr(nn, name)(), (torch.ones(INPUTS.get(name, (4, 5))),)) for name in NAMES]
+
+    def names(model, inputs):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch.jit._get_trace_graph(model.train(training), inputs)[0]
+        values = [*graph.inputs(), *(output for node in graph.nodes() for output in node.outputs())]
+        return [value.debugName() for value in values if not value.debugName().isdigit()]
+
+    for model, inputs in cases:
+        wanted = names(model, inputs)
+        with fr.patched():
+            assert isinstance(model, nn.CrossEntropyLoss | WithLoss) or names(model, inputs) == wanted
+        assert names(fr.convert(copy.deepcopy(model), keep_class=True), inputs) == wanted
+        assert names(fr.convert(model), inputs) == wanted
+    assert "target" in names(*cases[1])
 
 
 @pytest.mark.parametrize("how", HOWS)
