@@ -162,3 +162,22 @@ def check(cuda):
     sigma = torch.tensor([0.0, 1e-12, 0.3, 2.0, 1e9], dtype=torch.float64)
     for args in ((sigma, sigma, 3, 3), (sigma, sigma.repeat(2)[::2], 1, 25)):
         near(cuda.augment_gaussian(*args), CPU.augment_gaussian(*args), args[2:], 1e-15)
+    check_tones(cuda)
+
+
+def check_tones(cuda):
+    steps = torch.arange(15)
+    strengths = torch.rand(15, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for channels, last, sides in itertools.product(
+        (1, 3), (False, True), ((1, 1), (7, 9), (16, 12), (91, 91))
+    ):
+        x = pictures(15, channels, *sides, torch.uint8)
+        if last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        same(
+            cuda.augment_tones(x, steps, strengths),
+            CPU.augment_tones(x, steps, strengths),
+            (channels, last, sides),
+        )
+    args = (torch.tensor([5]), torch.arange(9) * 2**35, 64, 3)
+    same(cuda.augment_words(*args), CPU.augment_words(*args), "words")

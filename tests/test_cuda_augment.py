@@ -508,6 +508,7 @@ TABLE_DTYPES = (torch.float32, torch.uint8)  # of the images in tests/cuda_table
 
 # What tests/test_cuda_build.py knows of the kernels by parts of their names. A row of float64 parameters for
 # each sample of a batch takes a few threads, once; cosines have a stack.
+FLOAT64_PRODUCTS = 4  # of the strength of a policy's step, by one thread for its block
 FLOAT64_ROWS = ("draw_rows", "matrix_rows", "gaussian_rows", "shrink_rows")
 # 80 registers, for three blocks on a multiprocessor, where more than a pixel is kept; 160, for one, where a
 # pixel is the sum of many, where its gradient is taken, and for float64.

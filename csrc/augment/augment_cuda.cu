@@ -11,6 +11,7 @@
 // nvcc flags: -ftz=true -DFASTREG_FTZ
 #include "augment_backward_cuda.h"
 #include "augment_draw.h"
+#include "augment_tones_cuda.h"
 
 namespace fastreg {
 inline namespace augment_kernels {
@@ -66,6 +67,11 @@ __global__ void matrix_rows(const MatrixArgs args) {
        i += int64_t(gridDim.x) * kThreads)
     matrix_row(args, i);
 }
+__global__ void words_of_draws(const WordsArgs args) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch * args.count;
+       i += int64_t(gridDim.x) * kThreads)
+    words_of_draw(args, i);
+}
 __global__ void gaussian_rows(const GaussianArgs args) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < args.batch;
        i += int64_t(gridDim.x) * kThreads)
@@ -110,6 +116,13 @@ int augment_matrices_cuda(const MatrixArgs& args, void* stream) {
 }
 int augment_gaussian_cuda(const GaussianArgs& args, void* stream) {
   return launch(gaussian_rows, blocks_for(args.batch, kThreads), kThreads, 0, stream, args);
+}
+int augment_tones_cuda(const TonesArgs& a, void* stream) {
+  if (a.channels == 1) return tones<1, false>(a, stream);
+  return a.channels_last ? tones<3, true>(a, stream) : tones<3, false>(a, stream);
+}
+int augment_words_cuda(const WordsArgs& args, void* stream) {
+  return launch(words_of_draws, blocks_for(args.batch * args.count, kThreads), kThreads, 0, stream, args);
 }
 
 }  // namespace fastreg

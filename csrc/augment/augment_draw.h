@@ -244,10 +244,25 @@ FR_HD void draw_row(const DrawArgs& args, int64_t i) {
     gaussian(row[kSigma], args.blur_height, weights + args.blur_width);
 }
 
+// The words of draws [first, first + count) of each sample.
+struct WordsArgs {
+  Seed seed;
+  const int64_t* index;
+  int64_t batch, first, count;
+  int64_t* out;  // (batch, count, 4)
+};
+FR_HD void words_of_draw(const WordsArgs& args, int64_t i) {
+  const int64_t sample = i / args.count, draw = args.first + i % args.count;
+  const PhiloxWords words =
+      philox_group(args.seed.get(), uint64_t(args.index[sample]), uint32_t(draw), Purpose::kAugment);
+  for (int k = 0; k < 4; ++k) args.out[4 * i + k] = words.word[k];
+}
+
 // ---- launches, each of which gives a cudaError_t
 
 int augment_draw_cuda(const DrawArgs& args, void* stream);
 int augment_matrices_cuda(const MatrixArgs& args, void* stream);
 int augment_gaussian_cuda(const GaussianArgs& args, void* stream);
+int augment_words_cuda(const WordsArgs& args, void* stream);
 
 }  // namespace fastreg

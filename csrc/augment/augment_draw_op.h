@@ -153,8 +153,6 @@ Tensor augment_gaussian(Tensor sigma_x, Tensor sigma_y, int64_t width, int64_t h
   return out;
 }
 
-#ifndef FASTREG_CUDA
-// The words of draws [first, first + count) of each sample.
 Tensor augment_words(Tensor seed, Tensor index, int64_t first, int64_t count) {
   const char* op = "augment_words";
   check(index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.is_contiguous(), op,
@@ -162,20 +160,22 @@ Tensor augment_words(Tensor seed, Tensor index, int64_t first, int64_t count) {
         shape_text(index));
   check(first >= 0 && count >= 0 && first <= (int64_t(1) << 31) && count <= (int64_t(1) << 31), op,
         ": draws must be whole numbers in [0, 2^31], got ", first, " and ", count);
-  const uint64_t key = seed_of(op, seed, index).get();
-  const int64_t batch = index.numel();
-  const Tensor words = allocate(index, std::array<int64_t, 3>{batch, count, 4},
+  WordsArgs a{};
+  a.seed = seed_of(op, seed, index);
+  a.index = static_cast<const int64_t*>(index.const_data_ptr());
+  a.batch = index.numel();
+  a.first = first;
+  a.count = count;
+  const Tensor words = allocate(index, std::array<int64_t, 3>{a.batch, count, 4},
                                 std::array<int64_t, 3>{4 * count, 4, 1}, ScalarType::Long);
-  const auto* sample = static_cast<const int64_t*>(index.const_data_ptr());
-  auto* out = static_cast<int64_t*>(words.mutable_data_ptr());
-  for (int64_t i = 0; i < batch; ++i)
-    for (int64_t draw = 0; draw < count; ++draw)
-      for (const uint32_t word :
-           philox_group(key, uint64_t(sample[i]), uint32_t(first + draw), Purpose::kAugment).word)
-        *out++ = word;
+  a.out = static_cast<int64_t*>(words.mutable_data_ptr());
+#ifdef FASTREG_CUDA
+  on_stream(op, index, [&](void* stream) { return augment_words_cuda(a, stream); });
+#else
+  for (int64_t i = 0; i < a.batch * count; ++i) words_of_draw(a, i);
+#endif
   return words;
 }
-#endif
 
 }  // namespace
 }  // namespace fastreg

@@ -303,8 +303,6 @@ FR_LIBRARY_IMPL(m) {
   m.impl("augment_draw", TORCH_BOX(&fastreg::augment_draw));
   m.impl("augment_matrices", TORCH_BOX(&fastreg::augment_matrices));
   m.impl("augment_gaussian", TORCH_BOX(&fastreg::augment_gaussian));
-#ifndef FASTREG_CUDA
   m.impl("augment_words", TORCH_BOX(&fastreg::augment_words));
   m.impl("augment_tones", TORCH_BOX(&fastreg::augment_tones));
-#endif
 }

@@ -16,6 +16,8 @@
 //
 // Each is torchvision.transforms.v2.functional's, whose rounding it has: all round down at the end.
 #pragma once
+#include <cmath>
+
 #include "../common/isa.h"
 #include "augment_colour.h"
 
@@ -38,41 +40,80 @@ enum class Tone : int64_t {
 struct TonesArgs {
   const uint8_t* images;
   uint8_t* output;
-  int64_t channels, height, width;  // 1 or 3 channels
-  bool channels_last;               // both lie in memory in this order, without gaps
-  const int64_t* steps;             // of each sample
+  int64_t batch, channels, height, width;  // 1 or 3 channels
+  bool channels_last;                      // both lie in memory in this order, without gaps
+  const int64_t* steps;                    // of each sample
   const double* strengths;
+  void* scratch;  // on CUDA, of tones_scratch_bytes
 
-  FR_HD int64_t sample_bytes() const { return channels * height * width; }
+  FR_HD int64_t pixels() const { return height * width; }
+  FR_HD int64_t sample_bytes() const { return channels * pixels(); }
 };
 
 constexpr int kLevels = 256;
 
 // ---- what each level of a channel becomes
 
-inline uint8_t autocontrasted(int level, int low, int high) {
+FR_HD uint8_t autocontrasted(int level, int low, int high) {
   if (low == high) return uint8_t(level);
   const float scale = float(high - low) * (1.f / 255.f);
   return uint8_t(minimum(255.f, float(level - low) / scale));
 }
-// From the number of pixels of each level.
-inline void equalize_table(const int64_t* count, uint8_t* table) {
-  int64_t all = 0, highest = 0, below = 0;
-  for (int i = 0; i < kLevels; ++i) {
-    all += count[i];
-    if (count[i]) highest = count[i];
-  }
-  const int64_t step = (all - highest) / 255;
-  for (int i = 0; i < kLevels; ++i) {
-    const int64_t spread = step ? (below + step / 2) / step : i;
-    table[i] = uint8_t(spread < 255 ? spread : 255);
-    below += count[i];
-  }
+// `below`: pixels of lower levels. N holds twice the pixels of an image.
+template <class N>
+FR_HD N step_of(N pixels, N in_highest) {
+  return (pixels - in_highest) / 255;
 }
+template <class N>
+FR_HD uint8_t equalized(int level, N below, N step) {
+  if (step == 0) return uint8_t(level);
+  const N spread = (below + step / 2) / step;
+  return uint8_t(spread < 255 ? spread : 255);
+}
+FR_HD uint8_t kept_bits(double strength) {
+  const int bits = strength < 8 ? int(maximum(0., strength)) : 8;
+  return uint8_t(256 - (256 >> bits));
+}
+FR_HD uint8_t threshold_of(double strength) {
+  uint8_t threshold;
+  from_float(ceilf(float(255 * strength)), &threshold);
+  return threshold;
+}
+
+// ---- what a pixel becomes
+
+template <class V>
+FR_HD V level_of(const V& x) {
+  return floor_small(clamp(x, V(255.f)));
+}
+// add_product(a, b, c) is a * b + c, rounded once, as torch's operators do wherever the processor can.
+template <class V, class AddProduct>
+FR_HD void saturate_pixel(V keep, V rest, V& r, V& g, V& b, AddProduct add_product) {
+  const V red = r * V(float(kGreyRed));
+  const V grey = floor_small(add_product(b, V(float(kGreyBlue)), add_product(g, V(float(kGreyGreen)), red)));
+  r = level_of(add_product(grey, rest, r * keep));
+  g = level_of(add_product(grey, rest, g * keep));
+  b = level_of(add_product(grey, rest, b * keep));
+}
+// What a pixel of value p would change by to be smooth, from the sum of it and the eight around it. A 13th,
+// to the nearest: no sum is halfway between two, and none is above 13 * 255, so that the product is as good
+// as the division.
+FR_HD int change_to_smooth(int nine, int p) {
+  const uint16_t sum = uint16_t(nine + 4 * p);
+  return int(uint32_t(uint16_t(sum + 6)) * 5042u >> 16) - p;
+}
+
+// ---- the CPU's kernel and the launch of CUDA, which gives a cudaError_t
 
 struct TonesKernels {
   void (*apply)(const TonesArgs&, int64_t sample);
 };
 FR_DECLARE_KERNELS(TonesKernels, augment_tones_kernels)
+
+// Of each sample the sum of its grey, and then the pixels of each level of each channel.
+inline int64_t tones_scratch_bytes(const TonesArgs& a) {
+  return a.batch * (int64_t(sizeof(uint64_t)) + a.channels * kLevels * int64_t(sizeof(uint32_t)));
+}
+int augment_tones_cuda(const TonesArgs& args, void* stream);
 
 }  // namespace fastreg

@@ -26,7 +26,6 @@ FR_INLINE V add_product(const V& a, const V& b, const V& c) {
   return multiply_add(a, b, c);
 #endif
 }
-FR_INLINE V level_of(const V& x) { return floor_small(clamp(x, V(255.f))); }
 
 // One sample. Its planes are its channels, or, where the channels of a pixel are neighbours, all of it is one
 // plane. From one pixel of a channel to the next is a step of `stride` bytes.
@@ -114,7 +113,14 @@ void equalize(const Sample& s) {
     for (; i < n; ++i) ++count[0][in[i * s.stride]];
     for (int j = 1; j < 4; ++j)
       for (int level = 0; level < kLevels; ++level) count[0][level] += count[j][level];
-    equalize_table(count[0], table[c]);
+    int64_t in_highest = 0, below = 0;
+    for (int level = 0; level < kLevels; ++level)
+      if (count[0][level]) in_highest = count[0][level];
+    const int64_t step = step_of(n, in_highest);
+    for (int level = 0; level < kLevels; ++level) {
+      table[c][level] = equalized(level, below, step);
+      below += count[0][level];
+    }
   }
   look_up(s, table);
 }
@@ -185,13 +191,11 @@ void saturate(const Sample& s, double strength) {
   const V keep{float(factor)}, rest{float(1 - factor)};
   each_block(s, s.out, [&](int64_t n, auto& in, auto& out) __attribute__((always_inline)) {
     for (int64_t i = 0; i < n; i += V::kLanes) {
-      const V r = load(in[0] + i), g = load(in[1] + i), b = load(in[2] + i);
-      const V red = r * V(float(kGreyRed));
-      const V grey =
-          floor_small(add_product(b, V(float(kGreyBlue)), add_product(g, V(float(kGreyGreen)), red)));
-      store(out[0] + i, level_of(add_product(grey, rest, r * keep)));
-      store(out[1] + i, level_of(add_product(grey, rest, g * keep)));
-      store(out[2] + i, level_of(add_product(grey, rest, b * keep)));
+      V r = load(in[0] + i), g = load(in[1] + i), b = load(in[2] + i);
+      saturate_pixel(keep, rest, r, g, b, add_product);
+      store(out[0] + i, r);
+      store(out[1] + i, g);
+      store(out[2] + i, b);
     }
   });
 }
@@ -209,12 +213,8 @@ void sharpen_row(const uint8_t* above, const uint8_t* row, const uint8_t* below,
     float pixel[kBytes] = {}, change[kBytes] = {};
     for (int64_t i = 0; i < n; ++i) {
       const int p = row[begin + i];
-      const uint16_t sum = uint16_t(column[i] + column[i + stride] + column[i + 2 * stride] + 4 * p);
-      // A 13th, to the nearest: no sum is halfway between two, and none is above 13 * 255, so that the
-      // product is as good as the division.
-      const int smooth = int(uint32_t(uint16_t(sum + 6)) * 5042u >> 16);
       pixel[i] = float(p);
-      change[i] = float(smooth - p);
+      change[i] = float(change_to_smooth(column[i] + column[i + stride] + column[i + 2 * stride], p));
     }
     uint8_t buffer[kBytes];
     for (int64_t i = 0; i < n; i += V::kLanes)
@@ -254,11 +254,11 @@ void apply(const TonesArgs& a, int64_t sample) {
     case Tone::kSharpness:
       return sharpen(s, strength);
     case Tone::kPosterize: {
-      const uint8_t kept = uint8_t(256 - (256 >> int(strength)));
+      const uint8_t kept = kept_bits(strength);
       return each_byte(s, [=](uint8_t p) __attribute__((always_inline)) { return uint8_t(p & kept); });
     }
     case Tone::kSolarize: {
-      const uint8_t threshold = uint8_t(most(0.f, std::ceil(float(255 * strength))));
+      const uint8_t threshold = threshold_of(strength);
       return each_byte(
           s, [=](uint8_t p) __attribute__((always_inline)) { return uint8_t(p >= threshold ? 255 - p : p); });
     }
