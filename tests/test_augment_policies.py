@@ -5,10 +5,11 @@ import io
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastreg as fr
-from fastreg.augment import OPERATIONS, Augment, Params, Settings, apply
+from fastreg.augment import OPERATIONS, Augment, Params, Settings, _policies, apply
 
 v2 = pytest.importorskip("torchvision.transforms.v2")
 pytestmark = pytest.mark.usefixtures("rounded_grids")
@@ -184,6 +185,30 @@ def test_dtypes_shapes_and_memory():
     before = x.clone()
     Augment.rand(3)(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_pixels_of_the_way_that_a_gpu_goes(interpolation):
+    """Which does not look at who drew what."""
+    for memory in (torch.contiguous_format, torch.channels_last):
+        x = pictures(300, 13, 18).contiguous(memory_format=memory)
+        params = Augment.trivial(interpolation=interpolation, fill=90).sample(x, seed=1)
+        given = params.operations[:, 0], params.magnitudes[:, 0], params
+        got = _policies._in_two_passes(x, *given)
+        assert torch.equal(got, apply(x, params)) and got.is_contiguous(memory_format=memory)
+
+
+def test_strengths_are_computed_once():
+    x, augment = pictures(4, 9, 12), Augment.trivial()
+    first = augment.sample(x, seed=1).magnitudes
+    kept = _policies._kept_strengths.cache_info()
+    assert torch.equal(augment.sample(x, seed=1).magnitudes, first)
+    assert _policies._kept_strengths.cache_info().hits == kept.hits + 1
+    narrow = x[..., :7]
+    with FakeTensorMode() as mode:
+        assert augment.sample(mode.from_tensor(narrow), seed=1).magnitudes.shape == (4, 1)
+    assert _policies._kept_strengths.cache_info().currsize == kept.currsize
+    assert augment.sample(narrow, seed=1).magnitudes.isfinite().all()
 
 
 def test_an_operation_made_by_hand():

@@ -189,6 +189,15 @@ def test_augmentation_is_the_cpus(dtype):
         torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_policies_are_the_cpus(channels, memory):
+    x = (torch.rand(400, channels, 30, 33) * 255).to(torch.uint8).contiguous(memory_format=memory)
+    for aug in (fr.augment.Augment.trivial(), fr.augment.Augment.rand(3)):
+        ours, theirs = (fr.augment.apply(x.to(d), aug.sample(x.to(d), seed=4)).cpu() for d in ("cuda", "cpu"))
+        assert torch.equal(ours, theirs)
+
+
 def test_a_graph_replays_augmentation_with_new_parameters():
     x, aug = torch.rand(4, 3, 32, 32, device="cuda"), fr.augment.Augment(**AUGMENT)
     side = torch.cuda.Stream()
@@ -243,6 +252,8 @@ def test_nothing_waits_for_the_gpu():
     target = torch.randint(0, 100, (64,), device="cuda")
     optimizer = fr.optim.SGD([x], lr=0.1, momentum=0.9)
     images, aug = torch.rand(4, 3, 32, 32, device="cuda", requires_grad=True), fr.augment.Augment(**AUGMENT)
+    pictures, policy = images.detach().mul(255).to(torch.uint8), fr.augment.Augment.trivial()
+    policy(pictures)  # its strengths go to the GPU once
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
@@ -250,6 +261,7 @@ def test_nothing_waits_for_the_gpu():
             fr.cross_entropy(fr.dropout(x, 0.2), target, label_smoothing=0.1, z_loss=1e-4).backward()
             optimizer.step()
             aug(images).sum().backward()
+            policy(pictures)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

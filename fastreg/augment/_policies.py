@@ -9,6 +9,7 @@ are resampled by the fused pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -79,6 +80,12 @@ def checked_policy(
     return Policy(rounds, magnitude, bins, interpolation, tuple(fill) if isinstance(fill, list) else fill)
 
 
+@functools.lru_cache(maxsize=64)
+def _kept_strengths(policy: Policy, height: int, width: int, device: torch.device) -> Tensor:
+    """They are some twenty small operators, and a copy to a GPU, which would be waited for each time."""
+    return policy.strengths(height, width).to(device, number_dtype(device))
+
+
 def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """(operations (B, rounds) int64, magnitudes (B, rounds)) of the samples of these global indices.
 
@@ -88,7 +95,9 @@ def draw(policy: Policy, seed: Tensor, index: Tensor, height: int, width: int) -
     device = index.device
     words = _op.augment_words(seed, index.contiguous(), _FIRST_ROUND_DRAW, policy.rounds)
     operations = words[..., 0] * _DRAWN >> 32
-    strengths = policy.strengths(height, width).to(device, number_dtype(device))
+    # A tensor without values, of a graph that is made, must not be kept.
+    strengths_of = _kept_strengths.__wrapped__ if is_hidden() else _kept_strengths
+    strengths = strengths_of(policy, height, width, device)
     bins = words[..., 1] * policy.bins >> 32
     if policy.magnitude is not None:
         bins = torch.full_like(bins, policy.magnitude)
@@ -233,8 +242,8 @@ def operated(images: Tensor, params: Params) -> Tensor:
 
 
 def _all_rounds(images: Tensor, params: Params) -> Tensor:
-    """Images (B, C, H, W) after the operations that their samples drew. On a GPU this waits for the draw, to
-    know which operation gets which samples.
+    """Images (B, C, H, W) after the operations that their samples drew. Of floats on a GPU this waits for the
+    draw, to know which operation gets which samples.
     """
     if images.shape[1] not in (1, 3):
         raise ValueError(f"augment: a policy takes images of 1 or 3 channels, got {images.shape[1]}")
@@ -247,10 +256,20 @@ def _all_rounds(images: Tensor, params: Params) -> Tensor:
     return images.clone() if result is images else result
 
 
+def _in_two_passes(images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
+    """One operation of each sample, without a look at who drew what, for which a GPU would have to be waited
+    for: the steps of values leave images that are moved as they are, and the matrices of all others are the
+    identity, which gives bytes back.
+    """
+    return _geometric(toned(images, operations, strengths), operations, strengths, params)
+
+
 def _one_round(images: Tensor, operations: Tensor, strengths: Tensor, params: Params) -> Tensor:
     """One operation of each sample. Images that are moved are resampled together, and take their places among
     the others.
     """
+    if images.dtype == torch.uint8 and images.device.type != "cpu":
+        return _in_two_passes(images, operations, strengths, params)
     moved = [i for i, number in enumerate(operations.tolist()) if number in GEOMETRIC]
     if moved and len(moved) == len(images):
         return _geometric(images, operations, strengths, params)
