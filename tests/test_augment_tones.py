@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastreg.augment import _tones
 from fastreg.augment import functional as AF
 
 DTYPES = (torch.uint8, torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -79,6 +80,22 @@ def test_one_number_for_each_sample():
             got = step(x, values)
             for i, value in enumerate(values.tolist()):
                 assert torch.equal(got[i], step(x[i], value)), (name, dtype)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_bytes_are_those_of_the_definition(channels):
+    """By the operator of policies, which knows images of 1 and 3 channels."""
+    x = images((5, channels, 21, 34), torch.uint8)
+    for name, value in (
+        *[("solarize", t) for t in (-1e20, -3, 0, 0.5, 99.999, 100, 100.25, 254.5, 255)],
+        *[("adjust_sharpness", t) for t in (0, 1e-9, 0.3, 1, 77.7, 1e7, 1e20)],
+        *[("posterize", t) for t in (0, 1, 2.5, 7.99, 8)],
+    ):
+        values = torch.tensor([value, value, 1, 0, 1], dtype=torch.float64)
+        for given in (value, values):
+            assert torch.equal(getattr(AF, name)(x, given), getattr(_tones, name)(x, given)), (name, value)
+    for name in ("invert", "autocontrast", "equalize"):
+        assert torch.equal(getattr(AF, name)(x), getattr(_tones, name)(x)), name
 
 
 def test_what_they_promise():

@@ -54,21 +54,23 @@ constexpr int kLevels = 256;
 
 // ---- what each level of a channel becomes
 
-FR_HD uint8_t autocontrasted(int level, int low, int high) {
-  if (low == high) return uint8_t(level);
+// The level before it is rounded down. Where low and high are one there is no other.
+FR_HD float autocontrasted(int level, int low, int high) {
+  if (low == high) return float(level);
   const float scale = float(high - low) * (1.f / 255.f);
-  return uint8_t(minimum(255.f, float(level - low) / scale));
+  return minimum(255.f, float(level - low) / scale);
 }
-// `below`: pixels of lower levels. N holds twice the pixels of an image.
+// `step` is a 255th of the pixels below the highest level, `below` the pixels of lower levels. Both are below
+// 2^31, so that a quotient in float64 is rounded to no whole number that it is not. N is double where there
+// are vectors of it, and a whole number where those are quicker.
 template <class N>
-FR_HD N step_of(N pixels, N in_highest) {
-  return (pixels - in_highest) / 255;
-}
-template <class N>
-FR_HD uint8_t equalized(int level, N below, N step) {
+FR_HD uint8_t equalized(int level, uint32_t below, uint32_t step) {
   if (step == 0) return uint8_t(level);
-  const N spread = (below + step / 2) / step;
-  return uint8_t(spread < 255 ? spread : 255);
+  const N spread = N(below + step / 2) / N(step);
+  return uint8_t(spread < N(255) ? spread : N(255));
+}
+constexpr uint32_t step_of(int64_t pixels, uint32_t in_highest) {
+  return (uint32_t(pixels) - in_highest) / 255;
 }
 FR_HD uint8_t kept_bits(double strength) {
   const int bits = strength < 8 ? int(maximum(0., strength)) : 8;

@@ -104,7 +104,7 @@ void equalize(const Sample& s) {
   uint8_t table[3][kLevels];
   for (int64_t c = 0; c < s.channels; ++c) {
     // Neighbours are often of one level. Counted in one place they would wait for each other.
-    int64_t count[4][kLevels] = {};
+    uint32_t count[4][kLevels] = {};
     const uint8_t* in = s.in + s.offset(c);
     const int64_t n = s.pixels();
     int64_t i = 0;
@@ -113,14 +113,15 @@ void equalize(const Sample& s) {
     for (; i < n; ++i) ++count[0][in[i * s.stride]];
     for (int j = 1; j < 4; ++j)
       for (int level = 0; level < kLevels; ++level) count[0][level] += count[j][level];
-    int64_t in_highest = 0, below = 0;
-    for (int level = 0; level < kLevels; ++level)
-      if (count[0][level]) in_highest = count[0][level];
-    const int64_t step = step_of(n, in_highest);
+    uint32_t in_highest = 0, sum = 0, below[kLevels];
     for (int level = 0; level < kLevels; ++level) {
-      table[c][level] = equalized(level, below, step);
-      below += count[0][level];
+      if (count[0][level]) in_highest = count[0][level];
+      below[level] = sum;
+      sum += count[0][level];
     }
+    const uint32_t step = step_of(n, in_highest);
+    for (int level = 0; level < kLevels; ++level)
+      table[c][level] = equalized<double>(level, below[level], step);
   }
   look_up(s, table);
 }
@@ -138,12 +139,14 @@ void autocontrast(const Sample& s) {
   });
   uint8_t table[3][kLevels];
   for (int64_t c = 0; c < s.channels; ++c) {
-    for (int64_t i = 1; i < kBytes; ++i) {
-      low[c][0] = least(low[c][0], low[c][i]);
-      high[c][0] = most(high[c][0], high[c][i]);
+    uint8_t lowest = 255, highest = 0;
+    for (int64_t i = 0; i < kBytes; ++i) {
+      lowest = least(lowest, low[c][i]);
+      highest = most(highest, high[c][i]);
     }
-    for (int level = low[c][0]; level <= high[c][0]; ++level)
-      table[c][level] = autocontrasted(level, low[c][0], high[c][0]);
+    // Of all levels, in vectors; those that no pixel has are cut off.
+    for (int level = 0; level < kLevels; ++level)
+      table[c][level] = uint8_t(most(0.f, autocontrasted(level, lowest, highest)));
   }
   look_up(s, table);
 }
@@ -200,45 +203,46 @@ void saturate(const Sample& s, double strength) {
   });
 }
 
-// One row of a plane, between its first pixel and its last.
-void sharpen_row(const uint8_t* above, const uint8_t* row, const uint8_t* below, uint8_t* out, int64_t stride,
-                 int64_t bytes, const V& weight) {
+// Bytes [begin, end) of a plane, from each of which to the one below is a step of `row`.
+void sharpen_bytes(const uint8_t* in, uint8_t* out, int64_t begin, int64_t end, int64_t stride, int64_t row,
+                   const V& weight) {
   constexpr int64_t kAround = 2 * 3;  // the neighbours before and behind a block, of three channels at most
-  for (int64_t begin = stride; begin < bytes - stride; begin += kBytes) {
-    const int64_t n = least(kBytes, bytes - stride - begin);
-    uint16_t column[kBytes + kAround];  // sums of a pixel and those above and below
-    const int64_t from = begin - stride;
+  uint16_t column[kBytes + kAround];  // sums of a byte and those above and below
+  float pixel[kBytes] = {}, change[kBytes] = {};
+  uint8_t buffer[kBytes];
+  for (; begin < end; begin += kBytes) {
+    const int64_t n = least(kBytes, end - begin);
+    const uint8_t* from = in + begin - stride;
     for (int64_t i = 0; i < n + 2 * stride; ++i)
-      column[i] = uint16_t(above[from + i] + row[from + i] + below[from + i]);
-    float pixel[kBytes] = {}, change[kBytes] = {};
+      column[i] = uint16_t(from[i - row] + from[i] + from[i + row]);
     for (int64_t i = 0; i < n; ++i) {
-      const int p = row[begin + i];
+      const int p = in[begin + i];
       pixel[i] = float(p);
       change[i] = float(change_to_smooth(column[i] + column[i + stride] + column[i + 2 * stride], p));
     }
-    uint8_t buffer[kBytes];
     for (int64_t i = 0; i < n; i += V::kLanes)
       store(buffer + i, level_of(add_product(load(change + i), weight, load(pixel + i))));
     memcpy(out + begin, buffer, size_t(n));
   }
 }
 
+// A plane goes through as one row; afterwards its border becomes what it was.
 void sharpen(const Sample& s, double strength) {
   if (s.height < 3 || s.width < 3) return copy(s);
   const V weight{float(1 - (1 + strength))};
-  const int64_t planes = s.stride == 1 ? s.channels : 1, bytes = s.bytes() / planes / s.height;
-  for (int64_t plane = 0; plane < planes; ++plane)
-    for (int64_t y = 0; y < s.height; ++y) {
-      const int64_t at = (plane * s.height + y) * bytes;
-      if (y == 0 || y == s.height - 1) {
-        memcpy(s.out + at, s.in + at, size_t(bytes));
-        continue;
+  const int64_t planes = s.stride == 1 ? s.channels : 1, plane = s.bytes() / planes, row = plane / s.height;
+  for (int64_t i = 0; i < planes; ++i) {
+    const uint8_t* in = s.in + i * plane;
+    uint8_t* out = s.out + i * plane;
+    sharpen_bytes(in, out, row + s.stride, plane - row - s.stride, s.stride, row, weight);
+    memcpy(out, in, size_t(row));
+    memcpy(out + plane - row, in + plane - row, size_t(row));
+    for (int64_t at = row; at < plane - row; at += row)
+      for (int64_t c = 0; c < s.stride; ++c) {
+        out[at + c] = in[at + c];
+        out[at + row - s.stride + c] = in[at + row - s.stride + c];
       }
-      const uint8_t* row = s.in + at;
-      memcpy(s.out + at, row, size_t(s.stride));
-      memcpy(s.out + at + bytes - s.stride, row + bytes - s.stride, size_t(s.stride));
-      sharpen_row(row - bytes, row, row + bytes, s.out + at, s.stride, bytes, weight);
-    }
+  }
 }
 
 void apply(const TonesArgs& a, int64_t sample) {

@@ -187,14 +187,14 @@ __device__ __forceinline__ void make_tables(const TonesPass& pass, int64_t sampl
     if (lane >= distance) below += before;
   }
   below -= sum;
-  const uint32_t step = step_of(uint32_t(pass.a.pixels()), counts[high]);
+  const uint32_t step = step_of(pass.a.pixels(), counts[high]);
 #pragma unroll
   for (int i = 0; i < kMine; ++i) {
     const int level = lane * kMine + i;
     if (equalizes)
-      table[channel][level] = equalized(level, below, step);
+      table[channel][level] = equalized<uint32_t>(level, below, step);
     else if (level >= low && level <= high)
-      table[channel][level] = autocontrasted(level, low, high);
+      table[channel][level] = uint8_t(autocontrasted(level, low, high));
     below += count[i];
   }
 }

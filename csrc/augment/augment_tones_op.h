@@ -19,8 +19,8 @@ void check_tones(const TonesArgs& a) {
     const double s = a.strengths[i];
     check(step >= 0 && step < int64_t(Tone::kCount), op, ": a step must be in [0, ", int64_t(Tone::kCount),
           "), got ", step, " at sample ", i);
-    check(s >= -1e6 && s <= 1e6, op, ": a strength must be a number in [-1e6, 1e6], got ", s, " at sample ",
-          i);
+    check(s >= -1e30 && s <= 1e30, op, ": a strength must be a number in [-1e30, 1e30], got ", s,
+          " at sample ", i);
     check(Tone(step) != Tone::kPosterize || (s >= 0 && s <= 8), op, ": posterize keeps 0 to 8 bits, got ", s,
           " at sample ", i);
     check(Tone(step) != Tone::kSolarize || s <= 1, op, ": a threshold of solarize must be at most 1, got ", s,

@@ -1,7 +1,6 @@
-"""The steps that change the values of pixels by what an image holds or by whole levels, one by one.
-
-They are made of torch's operators: the fused pass of `Augment` does not have them. Each equals
-torchvision.transforms.v2.functional's of the same name, for the same dtype.
+"""The steps that change the values of pixels by what an image holds or by whole levels, made of torch's
+operators: the definitions of `functional`'s of the same names, which have the formulas. Each equals
+torchvision.transforms.v2.functional's, for the same dtype.
 """
 
 from __future__ import annotations
@@ -46,23 +45,12 @@ def _per_sample(op: str, name: str, value: Number, image: Tensor, **limits: floa
     return numbers(op, name, value, image, **limits).view(*lead, 1, 1, 1)
 
 
-@on_parts
-@of_images
 def invert(inpt: Tensor) -> Tensor:
-    """1 - p, of uint8 255 - p."""
     batched("invert", inpt)
     return _most(inpt) - inpt
 
 
-@on_parts
-@of_images
 def posterize(inpt: Tensor, bits: Number) -> Tensor:
-    """Keep the upper `bits` bits of a pixel, in [0, 8]: of uint8 the others become 0; of floats
-    min(floor(p 2^bits), 2^bits - 1) / 2^bits.
-
-    Args:
-        bits: whole Number.
-    """
     op = "posterize"
     batched(op, inpt)
     levels = 2 ** _per_sample(op, "bits", bits, inpt, low=0, high=8).floor()
@@ -73,17 +61,7 @@ def posterize(inpt: Tensor, bits: Number) -> Tensor:
     return (torch.minimum(kept.clamp(min=0), levels - 1) / levels).to(inpt.dtype)
 
 
-@on_parts
-@of_images
 def solarize(inpt: Tensor, threshold: Number) -> Tensor:
-    """Invert the pixels of at least `threshold`.
-
-    Args:
-        threshold: Number, in the images' units: at most 1, of uint8 at most 255.
-
-    Raises:
-        ValueError: a threshold above white.
-    """
     op = "solarize"
     batched(op, inpt)
     least = _per_sample(op, "threshold", threshold, inpt, high=_most(inpt))
@@ -95,12 +73,7 @@ def solarize(inpt: Tensor, threshold: Number) -> Tensor:
     return torch.where(inpt >= least, _most(inpt) - inpt, inpt)
 
 
-@on_parts
-@of_images
 def autocontrast(inpt: Tensor) -> Tensor:
-    """Stretch each channel of each image to the whole range from black to white; a channel of one value stays
-    as it is. uint8 is rounded down, as in torchvision, so that white may become 254.
-    """
     batched("autocontrast", inpt)
     if not inpt.numel():
         return inpt.clone()
@@ -111,16 +84,7 @@ def autocontrast(inpt: Tensor) -> Tensor:
     return narrowed(((image - torch.where(flat, 0.0, low)) / scale).clamp(0, _most(inpt)), inpt.dtype)
 
 
-@on_parts
-@of_images
 def equalize(inpt: Tensor) -> Tensor:
-    """Spread the values of each channel of each image evenly over the 256 levels, by its histogram: level i
-    becomes (pixels below i + step // 2) // step, where step is a 255th of the pixels below the highest level
-    that there is. A channel in which that is 0 stays as it is. Floats are counted in 256 levels, and are
-    multiples of 1/255 afterwards.
-
-    Not differentiable: the gradient is an error.
-    """
     op = "equalize"
     batched(op, inpt)
     if wants_derivative(inpt):
@@ -142,13 +106,7 @@ def equalize(inpt: Tensor) -> Tensor:
     return laid_out(spread, inpt)
 
 
-@on_parts
-@of_images
 def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
-    """clamp(factor * p + (1 - factor) * smooth) of the inner pixels, where smooth is a mean over a pixel and
-    its neighbours in which the pixel counts 5 times: 0 smooths, 1 changes nothing, above 1 sharpens. The
-    border stays as it is; the factor is at least 0.
-    """
     op = "adjust_sharpness"
     batched(op, inpt)
     factor = _per_sample(op, "sharpness_factor", sharpness_factor, inpt, low=0)

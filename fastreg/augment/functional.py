@@ -24,21 +24,15 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_number, check_tensor, is_int
-from . import _op
+from .._transforms import is_hidden
+from . import _op, _tones
 from ._arguments import Number, batched, numbers, pair
 from ._geometry import Geometry, before_nearest, windows_of
 from ._op import Interpolation, Padding, PerChannel
 from ._parts import on_parts
 from ._targets import moved_alone, values_known
-from ._tones import (
-    adjust_sharpness,
-    autocontrast,
-    equalize,
-    invert,
-    posterize,
-    rgb_to_grayscale,
-    solarize,
-)
+from ._tone_op import OPERATIONS, toned
+from ._tones import rgb_to_grayscale
 from ._tv import by_torchvision, canvas_of, is_turned, of_images, plain, tv_kind, wrapped
 
 __all__ = [
@@ -492,3 +486,103 @@ def normalize(inpt: Tensor, mean: PerChannel, std: PerChannel, inplace: bool = F
     if not inpt.is_floating_point():
         raise TypeError(f"{op}: inplace=True needs floating-point images, got {inpt.dtype}")
     return inpt.copy_(output)
+
+
+# ---- levels
+
+
+def _is_stepped(op: str, images: Tensor) -> bool:
+    """Whether the operator of policies takes the images, which it takes as bytes alone."""
+    batched(op, images)
+    takes = images.dtype == torch.uint8 and images.shape[-3] in (1, 3) and images.numel() > 0
+    return takes and images.device.type in ("cpu", "cuda") and not is_hidden()
+
+
+def _stepped(images: Tensor, step: str, strengths: Tensor | None = None) -> Tensor:
+    """Bytes after one step of all samples, each of its own strength."""
+    batch, lead = batched(step, images)
+    steps = torch.full((len(batch),), OPERATIONS.index(step), device=images.device)
+    if strengths is None:
+        strengths = torch.zeros(len(batch), dtype=torch.float64, device=images.device)
+    result = toned(batch, steps, strengths)
+    return result if images.dim() == 4 else result.view(*lead, *result.shape[1:])
+
+
+@on_parts
+@of_images
+def invert(inpt: Tensor) -> Tensor:
+    """1 - p, of uint8 255 - p."""
+    if _is_stepped("invert", inpt):
+        return _stepped(inpt, "Invert")
+    return _tones.invert(inpt)
+
+
+@on_parts
+@of_images
+def posterize(inpt: Tensor, bits: Number) -> Tensor:
+    """Keep the upper `bits` bits of a pixel, in [0, 8]: of uint8 the others become 0; of floats
+    min(floor(p 2^bits), 2^bits - 1) / 2^bits.
+
+    Args:
+        bits: whole Number.
+    """
+    if _is_stepped("posterize", inpt):
+        kept = numbers("posterize", "bits", bits, inpt, low=0, high=8)
+        return _stepped(inpt, "Posterize", kept)
+    return _tones.posterize(inpt, bits)
+
+
+@on_parts
+@of_images
+def solarize(inpt: Tensor, threshold: Number) -> Tensor:
+    """Invert the pixels of at least `threshold`.
+
+    Args:
+        threshold: Number, in the images' units: at most 1, of uint8 at most 255.
+
+    Raises:
+        ValueError: a threshold above white.
+    """
+    if _is_stepped("solarize", inpt):
+        least = numbers("solarize", "threshold", threshold, inpt, high=255)
+        return _stepped(inpt, "Solarize", least / 255)
+    return _tones.solarize(inpt, threshold)
+
+
+@on_parts
+@of_images
+def autocontrast(inpt: Tensor) -> Tensor:
+    """Stretch each channel of each image to the whole range from black to white; a channel of one value stays
+    as it is. uint8 is rounded down, as in torchvision, so that white may become 254.
+    """
+    if _is_stepped("autocontrast", inpt):
+        return _stepped(inpt, "AutoContrast")
+    return _tones.autocontrast(inpt)
+
+
+@on_parts
+@of_images
+def equalize(inpt: Tensor) -> Tensor:
+    """Spread the values of each channel of each image evenly over the 256 levels, by its histogram: level i
+    becomes (pixels below i + step // 2) // step, where step is a 255th of the pixels below the highest level
+    that there is. A channel in which that is 0 stays as it is. Floats are counted in 256 levels, and are
+    multiples of 1/255 afterwards.
+
+    Not differentiable: the gradient is an error.
+    """
+    if _is_stepped("equalize", inpt):
+        return _stepped(inpt, "Equalize")
+    return _tones.equalize(inpt)
+
+
+@on_parts
+@of_images
+def adjust_sharpness(inpt: Tensor, sharpness_factor: Number) -> Tensor:
+    """clamp(factor * p + (1 - factor) * smooth) of the inner pixels, where smooth is a mean over a pixel and
+    its neighbours in which the pixel counts 5 times: 0 smooths, 1 changes nothing, above 1 sharpens. The
+    border stays as it is; the factor is at least 0.
+    """
+    if _is_stepped("adjust_sharpness", inpt):
+        factor = numbers("adjust_sharpness", "sharpness_factor", sharpness_factor, inpt, low=0)
+        return _stepped(inpt, "Sharpness", factor - 1)
+    return _tones.adjust_sharpness(inpt, sharpness_factor)
