@@ -17,13 +17,23 @@ template <class A>
 struct RowMaker {
   const void* resampler;
   void (*make)(const void* resampler, int64_t y, int64_t n, A* out, int64_t pitch);
+  // null where bytes must become numbers on the way
+  void (*make_bytes)(const void* resampler, int64_t y, int64_t n, uint8_t* out, int64_t pitch);
   void operator()(int64_t y, int64_t n, A* out, int64_t pitch) const { make(resampler, y, n, out, pitch); }
 };
 template <class T, class A>
 RowMaker<A> maker_of(const Resampler<T, A>& resampler) {
-  return {&resampler, [](const void* r, int64_t y, int64_t n, A* out, int64_t pitch) {
-            static_cast<const Resampler<T, A>*>(r)->row(y, n, out, pitch);
-          }};
+  using R = Resampler<T, A>;
+  RowMaker<A> maker = {&resampler,
+                       [](const void* r, int64_t y, int64_t n, A* out, int64_t pitch) {
+                         static_cast<const R*>(r)->row(y, n, out, pitch);
+                       },
+                       nullptr};
+  if (resampler.gives_bytes())
+    maker.make_bytes = [](const void* r, int64_t y, int64_t n, uint8_t* out, int64_t pitch) {
+      static_cast<const R*>(r)->row_of_bytes(y, n, out, pitch);
+    };
+  return maker;
 }
 
 // f(row maker) with the sample's resampler alive.
@@ -132,12 +142,21 @@ void finish_rows(const AugmentArgs& a, const AugmentScratch& scratch, const RowM
     for (int64_t y = begin; y < end; ++y) emit_row(a, sample, y, rows.blurred(y, coloured_row), pitch, out);
     return;
   }
-  if constexpr (std::is_same_v<T, A>)  // nothing but geometry needs no detour through a buffer
-    if (!steps && !has_image && !a.normalise && !a.boxes && a.out_stride[3] == 1 && n % Vec<A>::kLanes == 0) {
-      for (int64_t y = begin; y < end; ++y)
-        maker(y, n, out + sample * a.out_stride[0] + y * a.out_stride[2], a.out_stride[1]);
-      return;
-    }
+  // Nothing but geometry needs no detour through a buffer.
+  if (!steps && !has_image && !a.normalise && !a.boxes && a.out_stride[3] == 1) {
+    const auto line = [&](int64_t y) { return out + sample * a.out_stride[0] + y * a.out_stride[2]; };
+    if constexpr (std::is_same_v<T, A>)
+      if (n % Vec<A>::kLanes == 0) {
+        for (int64_t y = begin; y < end; ++y) maker(y, n, line(y), a.out_stride[1]);
+        return;
+      }
+    if constexpr (std::is_same_v<T, uint8_t>)
+      if (maker.make_bytes) {
+        for (int64_t y = begin; y < end; ++y)
+          maker.make_bytes(maker.resampler, y, n, line(y), a.out_stride[1]);
+        return;
+      }
+  }
   A* row = static_cast<A*>(scratch.rows);
   for (int64_t y = begin; y < end; ++y) {
     coloured_row(y, row);

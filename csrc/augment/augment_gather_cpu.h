@@ -62,11 +62,38 @@ struct Ints {
   // clang-format on
 #undef FR_EACH
 };
+// To the nearest, ties to even, as processors round; of numbers that an int32 can hold.
+template <class A>
+FR_INLINE Ints<A> rounded(const Vec<A>& v) {
+#ifdef __x86_64__
+  if constexpr (sizeof(A) == 4) {
+    Ints<A> whole;
+    for (int i = 0; i < Vec<A>::kParts; ++i) {
+#if defined(__AVX512F__)
+      whole.part[i] = (typename Ints<A>::Part)_mm512_cvtps_epi32(v.part[i]);
+#elif defined(__AVX2__)
+      whole.part[i] = (typename Ints<A>::Part)_mm256_cvtps_epi32(v.part[i]);
+#else
+      whole.part[i] = (typename Ints<A>::Part)_mm_cvtps_epi32(v.part[i]);
+#endif
+    }
+    return whole;
+  }
+#endif
+  return Ints<A>(nearest_whole(v, Vec<A>(NearestGrid<A>::kBig)));
+}
 template <class V>
 FR_INLINE typename V::Mask both(const typename V::Mask& a, const typename V::Mask& b) {
   typename V::Mask c;
   for (int i = 0; i < V::kParts; ++i) c.part[i] = a.part[i] & b.part[i];
   return c;
+}
+
+template <class V>
+FR_INLINE bool all(const typename V::Mask& a) {
+  typename V::Mask other;
+  for (int i = 0; i < V::kParts; ++i) other.part[i] = MaskPart<typename V::Scalar>(~a.part[i]);
+  return !any(other);
 }
 
 // ---- coordinates

@@ -129,12 +129,15 @@ struct NearestGrid {
     }
   }
 
-  // u, v of an output pixel, or of a vector of them, from the middle.
+  // Where an output pixel, or a vector of them, lies, from its place from the middle.
+  template <class V>
+  FR_HD V position(int axis, V x, A y) const {
+    const V u = x * V(row[axis][0]) + V(y * row[axis][1]) + V(row[axis][2]);
+    return minimum(V(kFar), maximum(V(-kFar), (u + V(1)) * V(half[axis]) - V(A(0.5f))));
+  }
   template <class V>
   FR_HD V nearest(int axis, V x, A y) const {
-    const V u = x * V(row[axis][0]) + V(y * row[axis][1]) + V(row[axis][2]);
-    const V pixel = nearest_whole((u + V(1)) * V(half[axis]) - V(A(0.5f)), V(kBig));
-    return minimum(V(kFar), maximum(V(-kFar), pixel));
+    return nearest_whole(position(axis, x, y), V(kBig));
   }
   // The centre of that pixel.
   FR_HD SourcePoint at(int64_t x, int64_t y) const {

@@ -14,6 +14,15 @@ struct Filler {
   Padding padding;
   const double* fill;  // of each channel
   A value(int64_t c) const { return padding == Padding::kFill ? A(fill[c]) : A(0); }
+  template <class O>
+  O value_as(int64_t c) const {  // of bytes the nearest
+    O result;
+    if constexpr (std::is_same_v<O, uint8_t>)
+      from_float(quantised(float(value(c)), 255.f), &result);
+    else
+      result = value(c);
+    return result;
+  }
 };
 
 // The matrix of a sample, or the one that changes nothing.
@@ -75,19 +84,31 @@ struct Resampler {
 
   // Output row y, n pixels of each channel, to out + c * pitch; whole vectors are written.
   void row(int64_t y, int64_t n, A* out, int64_t pitch) const {
-    if (straight) return straight_row(y, n, out, pitch);
+    if (straight) return straight_row<A>(y, n, out, pitch);
 #ifdef __AVX512F__
     if constexpr (sizeof(A) == 4)
       if (lookup_rows)
         return source.channels == 3 ? lookup_row<3>(y, n, out, pitch) : lookup_row<1>(y, n, out, pitch);
 #endif
     if (interpolation == Interpolation::kBilinear) return bilinear_row(y, n, out, pitch);
-    if (interpolation == Interpolation::kNearest) return nearest_row(y, n, out, pitch);
+    if (interpolation == Interpolation::kNearest) return nearest_row<A>(y, n, out, pitch);
     bicubic_row(y, n, out, pitch);
   }
 
+  // Whether output pixels are source pixels, so that bytes need not become numbers.
+  bool gives_bytes() const {
+    return std::is_same_v<T, uint8_t> && (straight || interpolation == Interpolation::kNearest);
+  }
+  // The same row in bytes, of which n are written.
+  void row_of_bytes(int64_t y, int64_t n, uint8_t* out, int64_t pitch) const {
+    if constexpr (std::is_same_v<T, uint8_t>)
+      straight ? straight_row<uint8_t>(y, n, out, pitch) : nearest_row<uint8_t>(y, n, out, pitch);
+  }
+
  private:
-  void straight_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+  // O: A, or bytes of bytes.
+  template <class O>
+  void straight_row(int64_t y, int64_t n, O* out, int64_t pitch) const {
     const SourcePoint first = matrix.at(0, y);
     const int64_t u = first.u >> kFractionBits, direction = matrix.m[0] > 0 ? 1 : -1;
     const int32_t v = padded(whole_part(first.v), int32_t(source.height), padding);
@@ -100,7 +121,7 @@ struct Resampler {
       const T* line = source.plane(c) + (v < 0 ? 0 : v) * source.row_stride;
       const auto outside = [&](int64_t x) {
         const int32_t pixel = v < 0 ? -1 : padded(int32_t(u + direction * x), int32_t(source.width), padding);
-        out[x] = pixel < 0 ? filler.value(c) : A(to_float(line[pixel]));
+        out[x] = pixel < 0 ? filler.template value_as<O>(c) : O(to_float(line[pixel]));
       };
       for (int64_t x = 0; x < begin; ++x) outside(x);
       int64_t x = begin;
@@ -108,7 +129,7 @@ struct Resampler {
         for (; x + kLanes <= end; x += kLanes) store(out + x, load(line + u + x));
       else
         for (; x + kLanes <= end; x += kLanes) store(out + x, reversed(load(line + u - x - (kLanes - 1))));
-      for (; x < end; ++x) out[x] = A(to_float(line[u + direction * x]));
+      for (; x < end; ++x) out[x] = O(to_float(line[u + direction * x]));
       for (; x < n; ++x) outside(x);
     }
   }
@@ -298,58 +319,42 @@ struct Resampler {
 
   // ---- nearest and bicubic
 
-  void nearest_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
+  template <class O>
+  void nearest_row(int64_t y, int64_t n, O* out, int64_t pitch) const {
     A lane[kLanes];
     for (int j = 0; j < kLanes; ++j) lane[j] = A(j);
     const V lanes = load(lane);
     const A v = A(y) - grid.middle[1];
     for (int64_t x = 0; x < n; x += kLanes) {
       const V u = lanes + V(A(x) - grid.middle[0]);
-      const Found column = find(Ints<A>(grid.nearest(0, u, v)), int32_t(source.width));
-      const Found line = find(Ints<A>(grid.nearest(1, u, v)), int32_t(source.height));
-      const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
+      const Found column = find(rounded(grid.position(0, u, v)), int32_t(source.width));
+      const Found line = find(rounded(grid.position(1, u, v)), int32_t(source.height));
       const auto there = both<V>(line.there, column.there);
-#ifdef __AVX512F__
-      if constexpr (sizeof(A) == 4)
-        if (lookup_nearest(line.pixel, column.pixel, there, out + x, pitch)) continue;
+      const Ints<A> index = line.pixel * Ints<A>(int32_t(source.row_stride)) + column.pixel;
+#ifndef __AVX512F__  // whose gathers are quicker than this
+      if constexpr (std::is_same_v<O, uint8_t>)
+        if (x + kLanes <= n && all<V>(there)) {
+          int32_t at[kLanes];
+          memcpy(at, index.part, sizeof at);
+          for (int64_t c = 0; c < source.channels; ++c)
+            for (int j = 0; j < kLanes; ++j) out[c * pitch + x + j] = source.plane(c)[at[j]];
+          continue;
+        }
 #endif
-      for (int64_t c = 0; c < source.channels; ++c)
-        store(out + c * pitch + x,
-              select(there, gather(source.plane(c), index, source.count()), V(filler.value(c))));
+      for (int64_t c = 0; c < source.channels; ++c) {
+        O* to = out + c * pitch + x;
+        const V fill(A(filler.template value_as<O>(c)));
+        const V value = select(there, gather(source.plane(c), index, source.count()), fill);
+        if (std::is_same_v<O, A> || x + kLanes <= n) {
+          store(to, value);
+          continue;
+        }
+        O rest[kLanes];
+        store(rest, value);
+        memcpy(to, rest, size_t(n - x) * sizeof(O));
+      }
     }
   }
-
-#ifdef __AVX512F__
-  // Looks the pixels up where they lie in few rows and columns; says whether they did. Along a row of the
-  // output coordinates only grow or only fall, so that the outermost lanes have the outermost pixels; what is
-  // reflected does neither.
-  FR_INLINE bool lookup_nearest(const Ints<A>& line, const Ints<A>& column, const typename V::Mask& there,
-                                A* out, int64_t pitch) const {
-    int32_t lines[kLanes], columns[kLanes];
-    memcpy(lines, line.part, sizeof lines);
-    memcpy(columns, column.part, sizeof columns);
-    const int32_t first = least(lines[0], lines[kLanes - 1]), last = most(lines[0], lines[kLanes - 1]);
-    const int32_t left = least(columns[0], columns[kLanes - 1]),
-                  right = most(columns[0], columns[kLanes - 1]);
-    if (padding == Padding::kReflect || last - first >= kLookupRows || right - left >= kLookupColumns)
-      return false;
-    const uint32_t inside =
-        uint32_t((uint64_t(1) << least(source.width - left, int64_t(kLookupColumns))) - 1);
-    const __m512i index = (__m512i)(column - Ints<A>(left)).part[0];
-    const __m512i row = (__m512i)(line - Ints<A>(first)).part[0];
-    for (int64_t c = 0; c < source.channels; ++c) {
-      Lookup<T> found;
-      found.start(index, index);
-      for (int32_t i = 0; i <= last - first; ++i)
-        found.take(_mm512_cmpeq_epi32_mask(row, _mm512_set1_epi32(i)),
-                   typename Lookup<T>::Row(source.plane(c) + (first + i) * source.row_stride + left, inside));
-      V pixels, same;
-      found.result(pixels, same);
-      store(out + c * pitch, select(there, pixels, V(filler.value(c))));
-    }
-    return true;
-  }
-#endif
 
   void bicubic_row(int64_t y, int64_t n, A* out, int64_t pitch) const {
     SourcePoint at = matrix.at(0, y);
