@@ -69,9 +69,7 @@ FR_HD uint8_t equalized(int level, uint32_t below, uint32_t step) {
   const N spread = N(below + step / 2) / N(step);
   return uint8_t(spread < N(255) ? spread : N(255));
 }
-constexpr uint32_t step_of(int64_t pixels, uint32_t in_highest) {
-  return (uint32_t(pixels) - in_highest) / 255;
-}
+FR_HD uint32_t step_of(int64_t pixels, uint32_t in_highest) { return (uint32_t(pixels) - in_highest) / 255; }
 FR_HD uint8_t kept_bits(double strength) {
   const int bits = strength < 8 ? int(maximum(0., strength)) : 8;
   return uint8_t(256 - (256 >> bits));
