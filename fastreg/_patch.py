@@ -12,6 +12,7 @@ How torch's functions are exchanged stands in _exchange.py.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import importlib
@@ -19,6 +20,7 @@ import inspect
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
 
@@ -285,7 +287,34 @@ _FUNCTIONS = [
 ]
 # What torch's functions do while they are not patched, by name.
 _TORCH = types.SimpleNamespace(**{each.original.__name__: each.original for each in _FUNCTIONS})
-_our_attention = _instead_of_attention(F.scaled_dot_product_attention)
+
+
+class _Attention:
+    """The replacement as an object that is no function, for torch's attention is none of Python's either: it
+    does not become a method of a class that holds it, and a pickle of it is one of torch's.
+    """
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original, self._run = original, _instead_of_attention(original)
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._original)
+
+    def __deepcopy__(self, _: Any) -> _Attention:
+        return self
+
+    def __copy__(self) -> _Attention:
+        return self
+
+    def __reduce__(self) -> Any:
+        return copy.copy, (self._original,)  # which gives a function itself
+
+
+_our_attention = _Attention(F.scaled_dot_product_attention)
 _ATTENTION = ExchangedName(F.scaled_dot_product_attention, _our_attention)
 # torch.jit.script knows attention by its object, because it has no source in Python.
 torch.jit._builtins._register_builtin(_our_attention, "aten::scaled_dot_product_attention")
@@ -401,28 +430,36 @@ def watch(tell: Callable[[str, bool], None] | None) -> None:
     _watchers[:] = [] if tell is None else [tell]
 
 
-def _in_this_state(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, run as patched as it is now, whenever it is called."""
-    then = _patched, _compiled
+class _AsItWas:
+    """A function that runs as patched and as converted as everything was at `then`, whenever it is called."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
-        now = _patched, _compiled
-        if then == now:
-            return function(*args, **kwargs)
-        _restore(*then)
+    def __init__(self, function: Callable[..., Any], then: tuple[bool, Compiled, int]) -> None:
+        self._function, self._then = function, then
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        now = _state()
+        if self._then == now:
+            return self._function(*args, **kwargs)
+        _restore(*self._then)
         try:
-            return function(*args, **kwargs)
+            return self._function(*args, **kwargs)
         finally:
             _restore(*now)
 
-    return run
+
+_UNTOUCHED: tuple[bool, Compiled, int] = False, "torch", 0
 
 
-def _restore(to: bool, compiled: Compiled) -> None:
+def _state() -> tuple[bool, Compiled, int]:
+    return _patched, _compiled, _conversions.in_force
+
+
+def _restore(to: bool, compiled: Compiled, conversions: int) -> None:
     global _compiled
     _compiled = compiled
     if to != _patched:
         _switch(to)
+    _conversions.go_to(conversions)
 
 
 @functools.cache
@@ -434,23 +471,39 @@ def _prepare() -> None:
     _remember_in_checkpoints()
 
 
+@functools.cache
 def _remember_in_checkpoints() -> None:
-    """From now on torch.utils.checkpoint recomputes a forward pass as patched as it was, also after the patch
-    has ended: another dropout would draw another mask.
+    """From now on torch.utils.checkpoint recomputes a forward pass as patched as it was, and with its modules
+    as converted as they were: another dropout would draw another mask. What ran before was neither.
     """
     checkpoints = importlib.import_module("torch.utils.checkpoint")
     reentrant, frame = checkpoints.CheckpointFunction, checkpoints._CheckpointFrame
-    forward, begin = reentrant.forward, frame.__init__
+    forward, backward = reentrant.forward, reentrant.backward
 
     @functools.wraps(forward)
     def run_forward(ctx, run_function, *args):
-        return forward(ctx, _in_this_state(run_function), *args)
+        return forward(ctx, _AsItWas(run_function, _state()), *args)
 
-    @functools.wraps(begin)
-    def begin_frame(self, recompute_fn, *args, **kwargs):
-        begin(self, _in_this_state(recompute_fn), *args, **kwargs)
+    @functools.wraps(backward)
+    def run_backward(ctx, *args):
+        # A subclass may have a forward of its own, of which nothing is known.
+        if ctx._forward_cls is reentrant and not isinstance(ctx.run_function, _AsItWas):
+            ctx.run_function = _AsItWas(ctx.run_function, _UNTOUCHED)
+        return backward(ctx, *args)
 
-    reentrant.forward, frame.__init__ = staticmethod(run_forward), begin_frame
+    reentrant.forward, reentrant.backward = staticmethod(run_forward), staticmethod(run_backward)
+    frame.recompute_fn = _Recomputed()
+
+
+class _Recomputed:
+    """The attribute `recompute_fn` of a checkpoint that is not reentrant."""
+
+    def __get__(self, frame: Any, _: type) -> Any:
+        function = vars(frame)["recompute_fn"]
+        return function if isinstance(function, _AsItWas) else _AsItWas(function, _UNTOUCHED)
+
+    def __set__(self, frame: Any, function: Callable[..., Any]) -> None:
+        vars(frame)["recompute_fn"] = _AsItWas(function, _state())
 
 
 class _Block(contextlib.ContextDecorator):
@@ -579,6 +632,76 @@ def _let_classes_ask() -> _Kept:
     return _Kept()
 
 
+class _Conversion:
+    """One module that was converted, and what it has to be again for a while.
+
+    Args:
+        module: as it is before.
+        names: the attributes that a conversion sets or takes away.
+        forget: called when the module is gone.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, names: tuple[str, ...], forget: Callable[[Any], None]
+    ) -> None:
+        self._names, self._module = names, weakref.ref(module, forget)
+        self._other = self._look(module)
+
+    def _look(self, module: torch.nn.Module) -> tuple[type[torch.nn.Module], dict[str, Any]]:
+        attributes = vars(module)
+        return type(module), {name: attributes[name] for name in self._names if name in attributes}
+
+    def swap(self) -> None:
+        """Let the module be what it was, or what it has become."""
+        module = self._module()
+        if module is not None:
+            kind, attributes = self._other
+            self._other = self._look(module)
+            for name in self._names:
+                vars(module).pop(name, None)
+            vars(module).update(attributes)
+            _change_class(module, kind)
+
+
+class _Conversions:
+    """All conversions of modules that are alive, numbered from 1.
+
+    Attributes:
+        in_force: the number of the last one that holds now; a recomputation may undo the last ones for as
+            long as it runs.
+    """
+
+    def __init__(self) -> None:
+        self._all: dict[int, _Conversion] = {}
+        self._last = self.in_force = 0
+
+    def add(self, module: torch.nn.Module, *names: str) -> None:
+        """`module` is about to be converted, which changes the attributes `names`."""
+        # A model that converts what it calls may do so while it is recomputed, or compiled.
+        if is_compiling() or self.in_force != self._last:
+            return
+        self._last = self.in_force = number = self._last + 1
+
+        def forget(_: Any) -> None:
+            self._all.pop(number, None)
+
+        self._all[number] = _Conversion(module, names, forget)
+
+    def go_to(self, number: int) -> None:
+        """Let all up to this one hold, and no other."""
+        if number == self.in_force:
+            return
+        with _switching:
+            low, high = sorted((number, self.in_force))
+            between = sorted(item for item in list(self._all.items()) if low < item[0] <= high)
+            for _, conversion in between if number == high else reversed(between):
+                conversion.swap()
+            self.in_force = number
+
+
+_conversions = _Conversions()
+
+
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
@@ -607,11 +730,14 @@ def convert(model: _Model, *, keep_class: bool = False) -> _Model:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("convert", "keep_class", keep_class, (False, True))
+    if not is_compiling():  # of what it converts itself, compiled code recomputes nothing
+        _remember_in_checkpoints()
     for module in model.modules():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:
             if type(module).forward is not _FORWARDS[type(module)]:
                 continue
+            _conversions.add(module, _KEPT)
             if keep_class:
                 vars(module)[_KEPT] = _let_classes_ask()
             else:
@@ -620,8 +746,10 @@ def convert(model: _Model, *, keep_class: bool = False) -> _Model:
         elif keep_class:
             continue
         elif kind in _BY_NAME:
+            _conversions.add(module)
             _change_class(module, _BY_NAME[kind])
         elif kind == "torchvision.ops.stochastic_depth.StochasticDepth" and module.mode == "row":
+            _conversions.add(module, "p", "_p")
             _change_class(module, nn.DropPath)
             vars(module)["_p"] = vars(module).pop("p")
     return model

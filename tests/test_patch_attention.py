@@ -1,6 +1,8 @@
 """fr.patch() under scaled_dot_product_attention, and under other libraries' models."""
 
 import contextlib
+import copy
+import io
 import pickle
 
 import pytest
@@ -50,6 +52,49 @@ class TestAttention:
             torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g), strict=True
         ):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+    def test_it_is_no_method_of_a_class_that_holds_it(self):
+        (q, k, v), _ = self.case()
+        want = NN.scaled_dot_product_attention(q, k, v)
+        with fr.patched():
+            held = F.scaled_dot_product_attention
+
+            class Layer(nn.Module):
+                attend = F.scaled_dot_product_attention
+
+            assert repr(held) == repr(NN.scaled_dot_product_attention)
+            torch.testing.assert_close(Layer().attend(q, k, v), want)
+            assert Layer().attend(q, k, v, dropout_p=0.9).ne(want).any()
+        torch.testing.assert_close(Layer().attend(q, k, v), want)
+
+    def test_what_holds_it_is_pickled_and_copied(self):
+        def saved_and_loaded(model):
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            return torch.load(file, weights_only=False).attend
+
+        model, (original, (q, k, v)) = nn.Module(), (NN.scaled_dot_product_attention, self.case()[0])
+        with fr.patched():
+            model.attend = F.scaled_dot_product_attention
+            assert saved_and_loaded(model) is original
+            assert copy.deepcopy(model).attend is copy.copy(model.attend) is F.scaled_dot_product_attention
+        for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+            assert pickle.loads(pickle.dumps(model.attend, protocol)) is original
+        assert saved_and_loaded(model) is original
+        torch.testing.assert_close(model.attend(q, k, v), original(q, k, v))
+
+    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+    def test_held_and_compiled(self, backend):
+        (q, k, v), _ = self.case()
+        with fr.patched():
+            model = nn.Module()
+            model.attend = F.scaled_dot_product_attention
+            run = torch.compile(lambda: model.attend(q, k, v, dropout_p=0.4), backend=backend, fullgraph=True)
+            torch.manual_seed(4)
+            got = run()
+            torch.manual_seed(4)
+            torch.testing.assert_close(got, model.attend(q, k, v, dropout_p=0.4))
 
     def test_dropout_is_fastregs(self):
         (q, k, v), _ = self.case()

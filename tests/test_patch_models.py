@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import on_ranks
+from helpers import on_ranks, run_python
 from patch_cases import (
     INDICES,
     MODELS,
@@ -40,6 +41,7 @@ from torch.utils.checkpoint import (
 )
 
 import fastreg as fr
+from fastreg import _patch
 
 MIN_CUT = "aot_eager_decomp_partition"  # chooses what is computed again, as inductor does
 
@@ -307,8 +309,6 @@ def test_the_mask_of_the_forward_pass_is_recomputed(kind, first, then):
     """Whatever is changed between forward and backward: the patch, the default dtype and device, autocast."""
     body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 4))
     x = torch.randn(32, 16, requires_grad=True)
-    fr.patch()  # what is remembered is remembered from the first patch on
-    fr.unpatch()
     results = []
     for run in (lambda body, x: body(x), CHECKPOINTS[kind]):
         torch.manual_seed(9)
@@ -327,6 +327,95 @@ def test_the_mask_of_the_forward_pass_is_recomputed(kind, first, then):
         results.append([output.detach(), x.grad, *(g.clone() for g in gradients(body))])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+FIRST = """
+import sys, torch
+from torch.utils.checkpoint import checkpoint
+import fastreg as fr
+
+def other_masks(change, reentrant):
+    x, drop = torch.ones(512, requires_grad=True), torch.nn.Dropout(0.5)
+    output = checkpoint(drop, x, use_reentrant=reentrant)
+    change(drop)
+    output.sum().backward()
+    return int(((x.grad != 0) != (output != 0)).sum())
+
+change = {
+    "patch": lambda drop: fr.patch(),
+    "convert": fr.convert,
+    "keep_class": lambda drop: fr.convert(drop, keep_class=True),
+}[sys.argv[1]]
+print(other_masks(change, sys.argv[2] == "True"))
+"""
+
+
+@pytest.mark.parametrize("change", ["patch", "convert", "keep_class"])
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_the_first_change_of_a_process_may_come_before_backward(change, use_reentrant):
+    assert run_python(FIRST, change, use_reentrant, check=True).stdout == "0\n"
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+@pytest.mark.parametrize("keep_class", [False, True], ids=["convert", "keep_class"])
+def test_a_model_converted_before_backward_has_the_mask_of_the_forward_pass(kind, keep_class):
+    results = []
+    for run in (lambda body, x: body(x), CHECKPOINTS[kind]):
+        torch.manual_seed(8)
+        body = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 4))
+        x = torch.randn(32, 16, requires_grad=True)
+        output = run(body, x)
+        fr.convert(body, keep_class=keep_class)
+        output.sum().backward()
+        with ops_seen() as seen:  # what is undone for a recomputation is done again
+            body(x)
+        assert "fastreg::dropout" in seen and (type(body[1]) is nn.Dropout) == keep_class
+        results.append([output.detach(), x.grad, *gradients(body)])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_conversions_one_after_the_other(use_reentrant):
+    """Each pass is computed again as it was, whatever came after it, in checkpoints of checkpoints too."""
+    first, second = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def within(x):
+        return checkpoint(
+            first, checkpoint(second, x, use_reentrant=use_reentrant), use_reentrant=use_reentrant
+        )
+
+    changes = [lambda: None, lambda: fr.convert(first, keep_class=True), lambda: fr.convert(second)]
+    passes = []
+    for change in (*changes, lambda: fr.convert(first)):
+        change()
+        x = torch.ones(512, requires_grad=True)
+        passes.append((x, checkpoint(within, x, use_reentrant=use_reentrant)))
+    assert type(first) is type(second) is fr.nn.Dropout
+    for x, output in passes[::2] + passes[1::2]:
+        output.sum().backward()
+        assert torch.equal(x.grad != 0, output != 0)
+        assert type(first) is type(second) is fr.nn.Dropout and "_fastreg_kept" not in vars(first)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_stochastic_depth_converted_before_backward(use_reentrant):
+    ops = pytest.importorskip("torchvision.ops", reason="needs torchvision", exc_type=ImportError)
+    drop, x = ops.StochasticDepth(0.5, "row"), torch.ones(64, 2, requires_grad=True)
+    output = checkpoint(drop, x, use_reentrant=use_reentrant)
+    fr.convert(drop)
+    output.sum().backward()
+    assert torch.equal(x.grad != 0, output != 0)
+    assert type(drop) is fr.nn.DropPath and drop.p == 0.5 and "p" not in vars(drop)
+
+
+def test_conversions_of_modules_that_are_gone_are_forgotten():
+    known = len(_patch._conversions._all)
+    models = [fr.convert(nn.Sequential(nn.Dropout(), nn.CrossEntropyLoss())) for _ in range(5)]
+    assert len(_patch._conversions._all) >= known + 10
+    del models
+    gc.collect()
+    assert len(_patch._conversions._all) <= known
 
 
 @pytest.mark.parametrize("door", ["patch", "convert", "by name"])
