@@ -14,6 +14,7 @@ One number is taken as it is: it may be a mean or a sum already.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -53,7 +54,13 @@ def check_logits(op: str, output: Any, remedy: str = _REMEDY) -> None:
     """Raise unless a model gave a tensor; `remedy` holds a {key}, where the logits are likely to be."""
     if isinstance(output, torch.Tensor):
         return
-    key = "[0]" if isinstance(output, (tuple, list)) and not hasattr(output, "logits") else "['logits']"
+    if isinstance(output, Mapping):
+        names = [name for name, value in output.items() if isinstance(value, torch.Tensor)]
+        key = f"[{'logits' if 'logits' in output or not names else names[0]!r}]"
+    elif isinstance(output, (tuple, list)) and not hasattr(output, "logits"):
+        key = "[0]"
+    else:
+        key = ".logits"
     raise TypeError(
         f"{op}: the model must give a tensor of logits, got {type(output).__name__}; pass "
         f"{remedy.format(key=key)}, or a function that calls the model and takes its logits"

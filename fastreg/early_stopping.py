@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
 
-from ._checks import check_choice, check_count, check_number, names_unknown_arguments
+from ._checks import check_choice, check_count, check_initialised, check_number, names_unknown_arguments
 from ._ranks import process_group, told_by_all
 from ._seeds import forked_generators
 
@@ -376,6 +376,8 @@ class EarlyStopping:
             setattr(self, name, state[name])
 
     def _take_snapshot(self, old: list[Any] | None) -> None:
+        for obj in self.tracked:
+            check_initialised("EarlyStopping.step", obj)
         states = [obj.state_dict() for obj in self.tracked]
         # There is no snapshot meanwhile: a copy that is cut short (out of memory, Ctrl-C) mixes two epochs
         # and must not be restored.

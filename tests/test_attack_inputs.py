@@ -4,7 +4,9 @@ models that give dicts, tuples or probabilities, loaders that yield something el
 
 import collections
 import copy
+import dataclasses
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -279,6 +281,11 @@ def test_a_checkpoint_of_another_make_is_refused_by_name():
 Output = collections.namedtuple("Output", ("logits", "hidden"))
 
 
+@dataclasses.dataclass
+class Data:
+    logits: torch.Tensor
+
+
 class ModelOutput(collections.OrderedDict):
     """As transformers has it: a dict whose values are attributes, too."""
 
@@ -294,6 +301,8 @@ WRAPPED = {
     "tuple": (lambda z: (z, z), lambda o: o[0]),
     "list": (lambda z: [z], lambda o: o[0]),
     "namedtuple": (lambda z: Output(z, z), lambda o: o.logits),
+    "dataclass": (Data, lambda o: o.logits),
+    "dict of another name": (lambda z: {"size": 1, "out": z}, lambda o: o["out"]),
     "ModelOutput": (lambda z: ModelOutput(logits=z), lambda o: o.logits),
 }
 
@@ -350,6 +359,19 @@ def test_without_loss_the_error_names_op_and_remedy(kind):
         fr.pgd(model, x, y, EPS, EPS, 1, restarts=2)
     with pytest.raises(TypeError, match=r"predict must give logits .* pass loss="):
         fr.robust_accuracy(model, (x, y), EPS, predict=lambda output: net()(x).argmax(1))
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("name", ["fgsm", "robust_accuracy"])
+def test_the_remedy_of_the_error_works_as_it_stands_there(kind, name):
+    model, (x, y) = Wrapped(WRAPPED[kind][0]), batch()
+    with pytest.raises(TypeError) as error:
+        CALLS[name](model, x, y)
+    option, remedy = re.search(r"pass (\w+)=(.*), or a function", str(error.value)).groups()
+    torch.manual_seed(0)
+    got = CALLS[name](model, x, y, **{option: eval(remedy)})
+    torch.manual_seed(0)
+    assert torch.equal(torch.as_tensor(got), torch.as_tensor(CALLS[name](model.inner, x, y)))
 
 
 def test_one_logit_is_no_class_and_predict_says_what_it_means():

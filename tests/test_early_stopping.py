@@ -621,3 +621,14 @@ def test_deepcopied_and_pickled():
         other.restore()
         assert other.tracked[0] is not model and has_state(other.tracked[0], state_of(model))
     assert stopper.epoch == 3
+
+
+def test_a_lazy_model_is_told_to_run_first():
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyBatchNorm1d())
+    stopper = EarlyStopping(model)
+    with pytest.raises(
+        ValueError, match=r"^EarlyStopping.step: 0.weight of a lazy layer .* run the model once"
+    ):
+        stopper.step(1.0)
+    model(torch.ones(2, 4))
+    assert not stopper.step(1.0) and stopper.best == 1.0
