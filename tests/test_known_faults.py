@@ -3,10 +3,12 @@ and script that the page links to is there.
 """
 
 import re
+from functools import partial
 
 import numpy as np
 import torch
 from helpers import ROOT
+from torch.utils.checkpoint import checkpoint
 
 import fastreg as fr
 
@@ -38,6 +40,28 @@ def test_each_script_is_there():
     assert scripts
     for shown, name in scripts:
         assert shown == name and (ROOT / "findings" / name).is_file(), name
+
+
+def test_a_checkpoint_compiled_without_autograd():
+    def masks_agree(dropout, backend, within):
+        torch._dynamo.reset()
+        x = torch.ones(512, requires_grad=True)
+
+        def drop(x):
+            return dropout(x, 0.5)
+
+        if within:
+            run = torch.compile(lambda x: checkpoint(drop, x, use_reentrant=False), backend=backend)
+        else:
+            run = partial(checkpoint, torch.compile(drop, backend=backend), use_reentrant=False)
+        output = run(x)
+        output.sum().backward()
+        return torch.equal(x.grad != 0, output != 0)
+
+    for dropout in (torch.nn.functional.dropout, fr.dropout):
+        assert not masks_agree(dropout, "eager", within=True)
+        assert masks_agree(dropout, "eager", within=False)
+        assert masks_agree(dropout, "aot_eager", within=True)
 
 
 def test_an_unsigned_rate_is_the_number_that_it_is():
