@@ -38,6 +38,7 @@ from ._dropout_family import alpha_dropout, dropout1d, dropout2d, dropout3d, fea
 from ._exchange import ExchangedCode, ExchangedName
 from ._linear_cross_entropy import linear_cross_entropy
 from ._losses_of_timm import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from ._recomputation import Drawn
 from ._registry import cuda, fast
 from ._transforms import autocast_dtype, is_sharded, is_transformed
 
@@ -431,20 +432,27 @@ def watch(tell: Callable[[str, bool], None] | None) -> None:
 
 
 class _AsItWas:
-    """A function that runs as patched and as converted as everything was at `then`, whenever it is called."""
+    """What a checkpoint runs: as patched and as converted as everything was at `then`, whenever it is called,
+    and, `again`, with the seeds that its first pass drew from generators given by name.
+    """
 
-    def __init__(self, function: Callable[..., Any], then: tuple[bool, Compiled, int]) -> None:
-        self._function, self._then = function, then
+    def __init__(
+        self, function: Callable[..., Any], then: tuple[bool, Compiled, int], again: bool = False
+    ) -> None:
+        self._function, self._then, self._again = function, then, again
+        self.drawn = Drawn()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        again, self._again = self._again, True
         now = _state()
-        if self._then == now:
-            return self._function(*args, **kwargs)
-        _restore(*self._then)
-        try:
-            return self._function(*args, **kwargs)
-        finally:
-            _restore(*now)
+        with self.drawn.drawing(again):
+            if self._then == now:
+                return self._function(*args, **kwargs)
+            _restore(*self._then)
+            try:
+                return self._function(*args, **kwargs)
+            finally:
+                _restore(*now)
 
 
 _UNTOUCHED: tuple[bool, Compiled, int] = False, "torch", 0
@@ -468,16 +476,17 @@ def _prepare() -> None:
     # Both keep the functions that they find at their first call, which must be torch's.
     torch.overrides.get_testing_overrides()
     torch.overrides.get_overridable_functions()
-    _remember_in_checkpoints()
 
 
-@functools.cache
 def _remember_in_checkpoints() -> None:
-    """From now on torch.utils.checkpoint recomputes a forward pass as patched as it was, and with its modules
-    as converted as they were: another dropout would draw another mask. What ran before was neither.
+    """From now on torch.utils.checkpoint recomputes a forward pass as patched as it was, with its modules as
+    converted as they were and with its seeds: everything else would draw another mask. What ran before was
+    neither patched nor converted.
     """
     checkpoints = importlib.import_module("torch.utils.checkpoint")
     reentrant, frame = checkpoints.CheckpointFunction, checkpoints._CheckpointFrame
+    if "recompute_fn" in vars(frame):  # this module is loaded again; what is there finds its new functions
+        return
     forward, backward = reentrant.forward, reentrant.backward
 
     @functools.wraps(forward)
@@ -488,11 +497,32 @@ def _remember_in_checkpoints() -> None:
     def run_backward(ctx, *args):
         # A subclass may have a forward of its own, of which nothing is known.
         if ctx._forward_cls is reentrant and not isinstance(ctx.run_function, _AsItWas):
-            ctx.run_function = _AsItWas(ctx.run_function, _UNTOUCHED)
+            ctx.run_function = _AsItWas(ctx.run_function, _UNTOUCHED, again=True)
         return backward(ctx, *args)
 
     reentrant.forward, reentrant.backward = staticmethod(run_forward), staticmethod(run_backward)
     frame.recompute_fn = _Recomputed()
+    # The forward pass of a frame is whatever runs within this.
+    hook = checkpoints._checkpoint_hook
+    make, enter, leave = hook.__init__, hook.__enter__, hook.__exit__
+
+    @functools.wraps(make)
+    def make_hook(self, frame):
+        self._fastreg_drawn = frame.recompute_fn.drawn
+        make(self, frame)
+
+    @functools.wraps(enter)
+    def enter_hook(self):
+        self._fastreg_drawn.begin(again=False)
+        return enter(self)
+
+    @functools.wraps(leave)
+    def leave_hook(self, *args):
+        if hasattr(self, "_fastreg_drawn"):  # not where the pass itself has imported fastreg
+            self._fastreg_drawn.end()
+        return leave(self, *args)
+
+    hook.__init__, hook.__enter__, hook.__exit__ = make_hook, enter_hook, leave_hook
 
 
 class _Recomputed:
@@ -500,10 +530,13 @@ class _Recomputed:
 
     def __get__(self, frame: Any, _: type) -> Any:
         function = vars(frame)["recompute_fn"]
-        return function if isinstance(function, _AsItWas) else _AsItWas(function, _UNTOUCHED)
+        return function if isinstance(function, _AsItWas) else _AsItWas(function, _UNTOUCHED, again=True)
 
     def __set__(self, frame: Any, function: Callable[..., Any]) -> None:
-        vars(frame)["recompute_fn"] = _AsItWas(function, _state())
+        vars(frame)["recompute_fn"] = _AsItWas(function, _state(), again=True)
+
+
+_remember_in_checkpoints()
 
 
 class _Block(contextlib.ContextDecorator):
@@ -730,8 +763,6 @@ def convert(model: _Model, *, keep_class: bool = False) -> _Model:
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("convert", "keep_class", keep_class, (False, True))
-    if not is_compiling():  # of what it converts itself, compiled code recomputes nothing
-        _remember_in_checkpoints()
     for module in model.modules():
         kind = f"{type(module).__module__}.{type(module).__name__}"
         if type(module) in _MODULES:

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import CheckpointPolicy
 
 from ._checks import is_int
+from ._recomputation import drawn
 from ._registry import define_composite
 from ._transforms import is_exporting, is_transformed
 
@@ -30,7 +31,15 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     A CUDA generator counts on the host. Where nothing records the work for later (a CUDA graph or
     torch.compile), the seed is made of its seed and its count, without a launch. A device that has no
     generator of its own draws from the CPU's.
+
+    In a checkpoint that is computed again it is the seed of the forward pass, whatever generator was given.
     """
+    if generator is None or is_compiling():  # torch puts back the default generators itself
+        return _draw_seed(device, generator)
+    return drawn(lambda: _draw_seed(device, generator))
+
+
+def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:
     if device.type == "cuda" and not is_compiling():
         seed = _count_seed(device, generator)
         if seed is not None:

@@ -418,6 +418,82 @@ def test_conversions_of_modules_that_are_gone_are_forgotten():
     assert len(_patch._conversions._all) <= known
 
 
+class WithGenerator(nn.Module):
+    """Whatever draws from a generator that it is given."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator, self.augment = generator, fr.augment.Augment(hflip=0.5, rotate=20, brightness=0.3)
+
+    def forward(self, x):
+        g = dict(generator=self.generator)
+        x = fr.dropout_add(fr.dropout(x, 0.5, **g), x, 0.3, **g)
+        x = fr.drop_path(fr.alpha_dropout(x, 0.1, **g), 0.2, **g)
+        x = fr.scaled_dot_product_attention(x, x, x, None, 0.3, **g)
+        return self.augment(x.sigmoid(), **g)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_generators_given_by_name_are_not_drawn_from_again(kind):
+    first, second = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
+    results = []
+    for run in (lambda body, x: body(x), CHECKPOINTS[kind]):
+        generator = torch.Generator().manual_seed(5)
+        body = nn.Sequential(WithGenerator(generator), WithGenerator(generator))
+        inputs = [x.clone().requires_grad_() for x in (first, second)]
+        outputs = [run(body, x) for x in inputs]  # both passes before the first one is computed again
+        for output in outputs:
+            output.square().sum().backward()
+        results.append([*outputs, *(x.grad for x in inputs), fr.dropout(first, 0.5, generator=generator)])
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-4)  # selective: other sums
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved", "reentrant"])
+def test_generators_in_checkpoints_of_checkpoints(use_reentrant):
+    again = functools.partial(checkpoint, use_reentrant=use_reentrant)
+    generator, x = torch.Generator().manual_seed(5), torch.ones(512, requires_grad=True)
+
+    def drop(x):
+        return fr.dropout(x, 0.3, generator=generator)
+
+    output = again(lambda x: drop(again(lambda x: again(drop, drop(x)), x)), x)
+    with pytest.raises(ZeroDivisionError):  # a pass that ends early leaves nothing behind
+        again(lambda x: drop(x) / (1 // 0), x)
+    output.sum().backward()
+    assert torch.equal(x.grad != 0, output != 0)
+    fresh = torch.Generator().manual_seed(5)
+    for _ in range(4):
+        fr.dropout(x, 0.3, generator=fresh)
+    assert torch.equal(drop(x) != 0, fr.dropout(x, 0.3, generator=fresh) != 0)
+
+
+def test_fastreg_may_be_imported_within_a_checkpoint_and_loaded_again():
+    run_python(
+        """
+import importlib, torch
+from torch.utils.checkpoint import checkpoint
+
+def drop(x):
+    import fastreg
+    return fastreg.dropout(x, 0.5, generator=torch.Generator().manual_seed(1))
+
+def both():
+    for reentrant in (False, True):
+        x = torch.ones(64, requires_grad=True)
+        output = checkpoint(drop, x, use_reentrant=reentrant)
+        output.sum().backward()
+        assert torch.equal(x.grad != 0, output != 0)
+
+both()
+from fastreg import _patch
+importlib.reload(_patch)
+both()
+""",
+        check=True,
+    )
+
+
 @pytest.mark.parametrize("door", ["patch", "convert", "by name"])
 def test_a_compiled_pass_that_computes_again_has_the_same_mask(door):
     """With a small memory budget the backward pass computes again what was cheap in the forward pass."""
