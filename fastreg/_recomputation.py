@@ -11,17 +11,18 @@ import threading
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.compiler import is_compiling
 
 
 class Drawn:
-    """The seeds that a pass through a checkpoint has drawn from generators given by name, in their order."""
+    """What a pass through a checkpoint has drawn from generators given by name, in its order."""
 
     def __init__(self) -> None:
-        self._seeds: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
 
     def begin(self, again: bool) -> None:
         """From now on what this thread draws is remembered here or, `again`, taken from here."""
-        _within.passes.append((self, iter(list(self._seeds)) if again else None))
+        _within.passes.append((self, iter(list(self._values)) if again else None))
 
     def end(self) -> None:
         """The end of what the last `begin` began."""
@@ -38,7 +39,7 @@ class Drawn:
 
 
 class _Within(threading.local):
-    """The checkpoints that a thread runs, the outermost first; each with the seeds that are left for it."""
+    """The checkpoints that a thread runs, the outermost first; each with the values that are left for it."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[Drawn, Iterator[torch.Tensor] | None]] = []
@@ -47,14 +48,18 @@ class _Within(threading.local):
 _within = _Within()
 
 
-def drawn(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """The seed of the forward pass while that is computed again, and otherwise a new one."""
+def drawn(generator: torch.Generator | None, draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `draw` gives, which draws from `generator`; while a checkpoint is computed again, what it gave in
+    the forward pass. The default generator is left to torch.
+    """
+    if generator is None or is_compiling():
+        return draw()
     passes = _within.passes
     if not passes:
         return draw()
-    seed = next((s for _, seeds in passes if seeds is not None for s in (next(seeds, None),)), None)
-    seed = draw() if seed is None else seed
-    for each, seeds in passes:
-        if seeds is None:
-            each._seeds.append(seed)
-    return seed
+    value = next((v for _, values in passes if values is not None for v in (next(values, None),)), None)
+    value = draw() if value is None else value
+    for each, values in passes:
+        if values is None:
+            each._values.append(value)
+    return value

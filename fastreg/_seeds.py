@@ -34,9 +34,7 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
 
     In a checkpoint that is computed again it is the seed of the forward pass, whatever generator was given.
     """
-    if generator is None or is_compiling():  # torch puts back the default generators itself
-        return _draw_seed(device, generator)
-    return drawn(lambda: _draw_seed(device, generator))
+    return drawn(generator, lambda: _draw_seed(device, generator))
 
 
 def _draw_seed(device: torch.device, generator: torch.Generator | None) -> torch.Tensor:

@@ -430,7 +430,10 @@ class WithGenerator(nn.Module):
         x = fr.dropout_add(fr.dropout(x, 0.5, **g), x, 0.3, **g)
         x = fr.drop_path(fr.alpha_dropout(x, 0.1, **g), 0.2, **g)
         x = fr.scaled_dot_product_attention(x, x, x, None, 0.3, **g)
-        return self.augment(x.sigmoid(), **g)
+        x = self.augment(x.sigmoid(), **g)
+        for mix in (fr.augment.mixup, fr.augment.cutmix):
+            x = mix(x, torch.arange(len(x)), num_classes=len(x), **g)[0]
+        return x
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)

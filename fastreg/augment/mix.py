@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_generator, check_number, check_tensor
+from .._recomputation import drawn
 from .._transforms import may_look
 from ._arguments import batched
 from ._plain import picked
@@ -61,11 +62,9 @@ def _draw(
                 )
         targets = torch.nn.functional.one_hot(targets.long(), num_classes).float()
     check_generator(op, generator)
-    partner = torch.randperm(len(images), device=images.device, generator=generator)
-    gamma = torch._standard_gamma(
-        torch.full((2, len(images)), float(alpha), dtype=torch.float32, device=images.device),
-        generator=generator,
-    )
+    partner = drawn(generator, lambda: torch.randperm(len(images), device=images.device, generator=generator))
+    alphas = torch.full((2, len(images)), float(alpha), dtype=torch.float32, device=images.device)
+    gamma = drawn(generator, lambda: torch._standard_gamma(alphas, generator=generator))
     share = gamma[0] / gamma.sum(0).clamp(min=torch.finfo(torch.float32).tiny)  # Beta(alpha, alpha)
     return targets, partner, share
 
@@ -125,7 +124,10 @@ def cutmix(
     """
     targets, partner, share = _draw("cutmix", images, targets, alpha, num_classes, generator)
     height, width = images.shape[2:]
-    centre = torch.rand(2, len(images), dtype=torch.float32, device=images.device, generator=generator)
+    centre = drawn(
+        generator,
+        lambda: torch.rand(2, len(images), dtype=torch.float32, device=images.device, generator=generator),
+    )
     inside = []
     for extent, at in zip((height, width), centre, strict=True):
         half = 0.5 * extent * (1 - share).sqrt()
