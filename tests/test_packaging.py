@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -413,6 +414,37 @@ def test_a_compiler_of_another_cuda_is_a_warning_or_an_error(tmp_path):
     status, printed = configure(tmp_path, "-DFASTREG_CUDA=ON", **environment)
     assert status != 0 and "FASTREG_CUDA=ON, but torch 2.14.0 has CUDA 9.2" in printed
     assert "set CUDACXX to an nvcc 9.x" in printed
+
+
+@pytest.mark.skipif(not shutil.which("script"), reason="no script, of util-linux")
+def test_a_build_without_the_kernels_that_were_expected_says_so_on_the_terminal(tmp_path):
+    """pip shows nothing of a build that does not fail."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho GPU 0\n")
+    smi.chmod(0o755)
+    environment = fake_torch_with_cuda(tmp_path, "9.2") | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    program = """
+import json, pathlib, sys, test_packaging
+folder, environment, *options = json.loads(sys.argv[1])
+options.append("-DFASTREG_AUTOGRAD=OFF")
+status, said = test_packaging.configure(pathlib.Path(folder), *options, **environment)
+pathlib.Path(folder, "status").write_text(str(status))
+"""
+
+    def on_a_terminal(*options):
+        told = json.dumps([str(tmp_path), environment, *options])
+        command = shlex.join([sys.executable, "-c", program, told])
+        return run(
+            "script", "-qec", command, os.devnull, env={**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+        )
+
+    expected = "WARNING: fastreg is built without CUDA kernels: "
+    said = on_a_terminal("-DSKBUILD=2")
+    assert (tmp_path / "status").read_text() == "0" and said.count(expected) == 1, said
+    # Who has asked for none, and who calls CMake and sees what it says, is told nothing.
+    shutil.rmtree(tmp_path / "b")
+    assert expected not in on_a_terminal("-DSKBUILD=2", "-DFASTREG_CUDA=OFF")
+    assert expected not in on_a_terminal("-USKBUILD", "-DFASTREG_CUDA=AUTO")
 
 
 @needs_nvcc
