@@ -2,7 +2,7 @@
 # make test: the tests.
 # make bench: speed and memory, in bench/.   make lint: style.   make docs: the pages, in build/docs/.
 # make wheel: one file for every torch, in dist/; ARCH=aarch64 builds it for another machine.
-# make wheel-check: that file beside TORCHES=2.10.0,newest.
+# make wheel-check: that file beside TORCHES=2.10.0,newest.   make wheel-merge WHEELS="...": several CPythons' in one.
 # make gpu: what only a GPU can show, in build/gpu/.
 # Each makes .venv, installs torch and the build tools into it and builds. TORCH=torch==2.13.0 takes another torch.
 SHELL := bash
@@ -48,7 +48,7 @@ ifneq ($(if $(made_in),$(filter-out clean gpu,$(goals))),)
   endif
 endif
 
-.PHONY: build demo test lint bench docs wheel clean wheel-check gpu
+.PHONY: build demo test lint bench docs wheel clean wheel-check wheel-merge gpu
 
 demo: .venv/.demo
 	$(venv)/fastreg demo $(or $(ARGS),--quick)
@@ -81,6 +81,10 @@ wheel: .venv/.built
 
 wheel-check: .venv/.python
 	$(venv)/python tools/wheel_check.py $(if $(TORCHES),--torches "$(TORCHES)") $(ARGS)
+
+wheel-merge: .venv/.python
+	$(venv)/pip install -q wheel
+	$(venv)/python tools/merge_wheels.py $(WHEELS) $(ARGS)
 
 # Without .venv and without network: with PYTHON's own torch, for a machine that is there for minutes.
 gpu:

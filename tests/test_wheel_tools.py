@@ -1,7 +1,9 @@
 """The tools that make and try a wheel: what they ask of pip, and what they write."""
 
+import base64
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -149,6 +151,82 @@ def test_every_wheel_in_the_folder_has_a_checksum(tmp_path):
     sums = tool("wheel").checksums(tmp_path)
     assert [name.split("linux_")[1] for name in sums] == ["aarch64.whl", "x86_64.whl"]
     assert sums["torch_fastreg-1-cp311-cp311-linux_x86_64.whl"] == hashlib.sha256(b"x86_64").hexdigest()
+
+
+@pytest.fixture
+def wheel_of(tmp_path):
+    """wheel_of(minor, version, **files): a wheel of fastreg for CPython 3.`minor`, with `files` besides."""
+
+    def make(minor, version="1", **files):
+        suffix = f"cpython-3{minor}-x86_64-linux-gnu.so"
+        content = {
+            f"fastreg/_C.{suffix}": f"kernels of 3.{minor}",
+            f"fastreg/_autograd_2_{minor}.{suffix}": "autograd",
+            "fastreg/__init__.py": "import fastreg._C",
+            **{f"fastreg/{name}": text for name, text in files.items()},
+        }
+        tag, about = f"cp3{minor}-cp3{minor}-linux_x86_64", f"torch_fastreg-{version}.dist-info"
+        content |= {
+            f"{about}/METADATA": f"Metadata-Version: 2.1\nName: torch-fastreg\nVersion: {version}\n",
+            f"{about}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n\n",
+        }
+        hashes = {name: hashlib.sha256(text.encode()).digest() for name, text in content.items()}
+        coded = {name: base64.urlsafe_b64encode(h).decode().rstrip("=") for name, h in hashes.items()}
+        record = "".join(f"{name},sha256={coded[name]},{len(content[name])}\n" for name in content)
+        path = tmp_path / f"torch_fastreg-{version}-{tag}.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            for name, text in {**content, f"{about}/RECORD": f"{record}{about}/RECORD,,\n"}.items():
+                wheel.writestr(zipfile.ZipInfo(name, (2026, 1, 2, 3, 4, 6)), text)
+        return path
+
+    return make
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("wheel"), reason="needs wheel, which make wheel-merge installs"
+)
+def test_wheels_of_several_pythons_become_one(wheel_of, tmp_path):
+    merge = tool("merge_wheels").merge
+    wheels = [wheel_of(minor) for minor in (10, 12)]
+    made = merge(wheels, tmp_path / "out")
+    assert made.name == "torch_fastreg-1-cp310.cp312-cp310.cp312-linux_x86_64.whl"
+    with zipfile.ZipFile(made) as wheel:
+        assert wheel.testzip() is None
+        modules = {name for name in wheel.namelist() if name.endswith(".so")}
+        assert modules == {
+            f"fastreg/{name}.cpython-3{minor}-x86_64-linux-gnu.so"
+            for minor in (10, 12)
+            for name in ("_C", f"_autograd_2_{minor}")
+        }
+        assert wheel.read("fastreg/_C.cpython-312-x86_64-linux-gnu.so") == b"kernels of 3.12"
+        recorded = wheel.read("torch_fastreg-1.dist-info/RECORD").decode()
+        assert all(f"{name},sha256=" in recorded for name in modules)
+        told = wheel.read("torch_fastreg-1.dist-info/WHEEL").decode().splitlines()
+    assert [line for line in told if line.startswith("Tag: ")] == [
+        "Tag: cp310-cp310-linux_x86_64",
+        "Tag: cp312-cp312-linux_x86_64",
+    ]
+    first = made.read_bytes()
+    assert merge(wheels, tmp_path / "out").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("minor", "version", "files", "said"),
+    [
+        (12, "2", {}, "another version or platform"),
+        (10, "1", {}, "the same CPython"),
+        (12, "1", {"_C_cuda13.cpython-312-x86_64-linux-gnu.so": ""}, "only one of them has _C_cuda13"),
+        (12, "1", {"__init__.py": "import os"}, "fastreg/__init__.py is another"),
+        (12, "1", {"more.py": ""}, "fastreg/more.py is another"),
+    ],
+)
+def test_wheels_that_are_not_of_one_build_are_not_merged(minor, version, files, said, wheel_of, tmp_path):
+    first = wheel_of(10)
+    with pytest.raises(SystemExit, match=f"does not fit {first.name}: {said}"):
+        tool("merge_wheels").merge([first, wheel_of(minor, version, **files)], tmp_path / "out")
+    with pytest.raises(SystemExit, match="the same CPython"):  # of two that are not the first
+        tool("merge_wheels").merge([wheel_of(9), first, first], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_smoke_of_a_wheel_has_arguments_for_every_operator():
