@@ -81,8 +81,8 @@ if(why_no_cuda AND FASTREG_CUDA AND NOT FASTREG_CUDA STREQUAL "AUTO")
   message(FATAL_ERROR "FASTREG_CUDA=${FASTREG_CUDA}, but ${why_no_cuda}")
 elseif(why_no_cuda AND worth_a_warning)
   message(WARNING "fastreg: no CUDA kernels: ${why_no_cuda}")
-  # pip keeps to itself what a build says, unless it fails or pip has -v; where somebody sits at a terminal it is
-  # said there too. A terminal that takes no output from behind would stop the command, hence the limit.
+  # pip keeps to itself what a build says, unless it fails or pip has -v; where somebody sits at a terminal it
+  # is said there too. A terminal that takes no output from behind would stop the command, hence the limit.
   if(DEFINED SKBUILD)
     execute_process(COMMAND sh -c "printf '\\n%s\\n' \"$1\" > /dev/tty" sh
                             "WARNING: fastreg is built without CUDA kernels: ${why_no_cuda}"
