@@ -20,6 +20,7 @@ import inspect
 import sys
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args
@@ -488,6 +489,8 @@ def _remember_in_checkpoints() -> None:
     if "recompute_fn" in vars(frame):  # this module is loaded again; what is there finds its new functions
         return
     forward, backward = reentrant.forward, reentrant.backward
+    hook = checkpoints._checkpoint_hook  # the forward pass of a frame is whatever runs within this
+    make, enter, leave = hook.__init__, hook.__enter__, hook.__exit__
 
     @functools.wraps(forward)
     def run_forward(ctx, run_function, *args):
@@ -502,9 +505,6 @@ def _remember_in_checkpoints() -> None:
 
     reentrant.forward, reentrant.backward = staticmethod(run_forward), staticmethod(run_backward)
     frame.recompute_fn = _Recomputed()
-    # The forward pass of a frame is whatever runs within this.
-    hook = checkpoints._checkpoint_hook
-    make, enter, leave = hook.__init__, hook.__enter__, hook.__exit__
 
     @functools.wraps(make)
     def make_hook(self, frame):
@@ -536,7 +536,14 @@ class _Recomputed:
         vars(frame)["recompute_fn"] = _AsItWas(function, _state(), again=True)
 
 
-_remember_in_checkpoints()
+try:
+    _remember_in_checkpoints()
+except AttributeError as error:  # a later torch may have other names for its own
+    warnings.warn(
+        f"fastreg does not know the checkpoints of torch {torch.__version__} ({error}): where something is "
+        f"patched or converted after their forward pass, the backward pass may draw other masks",
+        stacklevel=2,
+    )
 
 
 class _Block(contextlib.ContextDecorator):

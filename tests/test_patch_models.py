@@ -497,6 +497,28 @@ both()
     )
 
 
+def test_a_torch_with_other_checkpoints_can_be_used():
+    """Its names are torch's own, which a later one may change."""
+    run_python(
+        """
+import pytest, torch, torch.utils.checkpoint as checkpoints
+reentrant, frame = checkpoints.CheckpointFunction.forward, vars(checkpoints._CheckpointFrame).copy()
+hook = checkpoints._checkpoint_hook
+del checkpoints._checkpoint_hook
+with pytest.warns(UserWarning, match="does not know the checkpoints of torch"):
+    import fastreg
+checkpoints._checkpoint_hook = hook
+assert checkpoints.CheckpointFunction.forward is reentrant and vars(checkpoints._CheckpointFrame) == frame
+with fastreg.patched():
+    x = torch.ones(64, requires_grad=True)
+    output = checkpoints.checkpoint(torch.nn.functional.dropout, x, use_reentrant=False)
+    output.sum().backward()
+assert torch.equal(x.grad != 0, output != 0)
+""",
+        check=True,
+    )
+
+
 @pytest.mark.parametrize("door", ["patch", "convert", "by name"])
 def test_a_compiled_pass_that_computes_again_has_the_same_mask(door):
     """With a small memory budget the backward pass computes again what was cheap in the forward pass."""
