@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run_python
-from patch_cases import _unpatched, ops_seen  # noqa: F401  # a fixture
+from patch_cases import ops_seen
 from torch import nn
 
 import fastreg as fr
