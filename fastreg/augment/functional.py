@@ -500,12 +500,11 @@ def _is_stepped(op: str, images: Tensor) -> bool:
 
 def _stepped(images: Tensor, step: str, strengths: Tensor | None = None) -> Tensor:
     """Bytes after one step of all samples, each of its own strength."""
-    batch, lead = batched(step, images)
+    batch = images.reshape(-1, *images.shape[-3:])
     steps = torch.full((len(batch),), OPERATIONS.index(step), device=images.device)
     if strengths is None:
         strengths = torch.zeros(len(batch), dtype=torch.float64, device=images.device)
-    result = toned(batch, steps, strengths)
-    return result if images.dim() == 4 else result.view(*lead, *result.shape[1:])
+    return toned(batch, steps, strengths).view(images.shape)
 
 
 @on_parts

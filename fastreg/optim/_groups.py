@@ -126,10 +126,10 @@ def check_penalised(op: str, group: dict[str, Any], names: Iterable[str], least:
             check_factor(op, name, group[name], least)
     check_factor(op, "l1", group["l1"])
     for name in ("lr", "l1", *names, "dampening"):
-        if name != "eps" and not isinstance(
-            group.get(name, 0), torch.Tensor
-        ):  # with a huge eps nothing moves
-            _check_representable(op, name, group.get(name, 0), group.get("params", ()))
+        value = group.get(name, 0)
+        # With a huge eps nothing moves, as it should.
+        if name != "eps" and not isinstance(value, torch.Tensor):
+            _check_representable(op, name, value, group.get("params", ()))
     check_choice(op, "l1_mode", group["l1_mode"], ("subgradient", "proximal"))
     if group["l1_mode"] == "proximal" and group["l1"] and not isinstance(lr, torch.Tensor) and lr < 0:
         raise ArgumentError(f"{op}: lr must be at least 0 with a proximal l1, got {lr}; use 'subgradient'")
